@@ -1,0 +1,36 @@
+"""Writing files so that nothing is ever half written or lost."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from mup_megatron.errors import InputError
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all: what was there before stays until the new content is safe on disk.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full; the old file is untouched.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); what was there before is unchanged. "
+            "Free some space or choose another place."
+        ) from None

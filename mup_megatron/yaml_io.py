@@ -59,20 +59,26 @@ def _where(error: YAMLError) -> str:
     return f"line {mark.line + 1}: " if mark is not None else ""
 
 
+class _Representer(SafeRepresenter):
+    """Floats that every YAML version and JSON take for numbers."""
+
+    def represent_float(self, number: float) -> ScalarNode:
+        # "1.0e-08" is a number for YAML 1.2, YAML 1.1 and JSON alike; a YAML 1.1 reader takes "1e-08" for a word.
+        mantissa, e, exponent = repr(number).partition("e")
+        text = f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}" if e else repr(number)
+        return self.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Representer.add_representer(float, _Representer.represent_float)
+
+
 def dump_yaml(content: Mapping[str, Any]) -> str:
-    """Plain values as YAML text, keys in the order given, without the wrapping of long lines."""
+    """Plain values as YAML text: block style, keys in the order given, long lines not wrapped."""
     yaml = _yaml()
-    yaml.representer.add_representer(float, _represent_float)
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 4096
     stream = io.StringIO()
     yaml.dump(content, stream)
     return stream.getvalue()
-
-
-def _represent_float(representer: SafeRepresenter, number: float) -> ScalarNode:
-    # "1.0e-08" is a number for YAML 1.2, YAML 1.1 and JSON alike; a YAML 1.1 reader takes "1e-08" for a word.
-    mantissa, e, exponent = repr(number).partition("e")
-    text = f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}" if e else repr(number)
-    return representer.represent_scalar("tag:yaml.org,2002:float", text)

@@ -4,7 +4,6 @@ Not the place for formats: what a model file or a recipe contains is in `models/
 """
 
 import difflib
-import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -18,7 +17,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 class Strict(BaseModel):
     """Base of every file's content: immutable, unknown keys refused, no silent conversions, only finite numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def validated(model: type[ModelT], content: object, *, source: str) -> ModelT:
@@ -26,7 +25,8 @@ def validated(model: type[ModelT], content: object, *, source: str) -> ModelT:
     if content is None:
         content = {}
     if not isinstance(content, Mapping):
-        raise InputError(f"{source}: expected keys and values, found {type(content).__name__}. Write `key: value` lines.")
+        found = type(content).__name__
+        raise InputError(f"{source}: expected keys and values, found {found}. Write `key: value` lines.")
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -52,9 +52,8 @@ def _problem(model: type[BaseModel], content: object, error: dict[str, Any]) -> 
         case "value_error":
             return f"{prefix}{error['ctx']['error']}"
         case _:
-            shown = f"{found:g}" if isinstance(found, float) and math.isfinite(found) else repr(found)
             message = error["msg"].replace("Input should", "should")
-            return f"{prefix}{message}, found {shown}. Correct this value."
+            return f"{prefix}{message}, found {found!r}. Correct this value."
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -1,0 +1,174 @@
+"""The recipe: what is transferred. Reads, checks, fingerprints and writes `*.recipe.yaml`, and makes plans from it.
+
+Not the rules (`theory/`) and not the search for good values (`search/`).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mup_megatron import theory
+from mup_megatron.files import write_atomically
+from mup_megatron.models.gpt import gpt_shapes
+from mup_megatron.models.model_file import ModelFile
+from mup_megatron.validation import Strict, validated
+from mup_megatron.yaml_io import dump_yaml, read_yaml
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Hyperparameters(Strict):
+    """As tuned at the base. Defaults are Megatron-LM's; the learning rate has none."""
+
+    lr: Positive
+    min_lr: NotNegative = 0.0
+    init_method_std: Positive = 0.02
+    embedding_multiplier: Positive = 1.0
+    """On token + position embedding, before dropout."""
+    output_multiplier: Positive = 1.0
+    attention_multiplier: Positive = 1.0
+    weight_decay: NotNegative = 0.01
+    adam_beta1: Beta = 0.9
+    adam_beta2: Beta = 0.999
+    adam_eps: Positive = 1e-8
+    sgd_momentum: Beta = 0.9
+    clip_grad: NotNegative = 1.0
+    """Threshold of the global gradient norm; 0 turns clipping off."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Hyperparameters":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}. Lower it.")
+        return self
+
+
+class Schedule(Strict):
+    """The learning rate over the run, in fractions of it, in Megatron-LM's terms."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
+    lr_warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lr_decay_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Where the decay has reached the floor."""
+    lr_wsd_decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """WSD only: length of the final decay."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Schedule":
+        if self.lr_warmup_fraction >= self.lr_decay_fraction:
+            raise ValueError(
+                f"lr_warmup_fraction {self.lr_warmup_fraction:g} does not end before lr_decay_fraction "
+                f"{self.lr_decay_fraction:g}. Shorten the warm-up."
+            )
+        return self
+
+
+class PerParameter(Strict):
+    """A tensor's own tuned factors, relative to the rule; the first entry that matches a name wins."""
+
+    match: Annotated[str, Field(min_length=1)]
+    """Shell pattern on the whole name, as `embedding.*` or `*.linear_fc2.weight`."""
+    lr_mult: Positive = 1.0
+    init_mult: Positive = 1.0
+    multiplier: Positive = 1.0
+
+
+class Parametrization(Strict):
+    """Which rules carry the hyperparameters from base to target."""
+
+    rule: Literal["mup", "standard"] = "mup"
+    optimizer: Literal["adam", "sgd"] = "adam"
+    weight_decay_exponent: Fraction = 1.0
+    """λ·r_in^exponent for hidden weights: 1 keeps AdamW's averaging timescale, 0 leaves λ alone."""
+
+
+class Training(Strict):
+    """How the base was tuned. Informative: it says nothing about the target."""
+
+    train_iters: Annotated[int, Field(gt=0)] | None = None
+    global_batch_size: Annotated[int, Field(gt=0)] | None = None
+    seq_length: Annotated[int, Field(gt=0)] | None = None
+
+
+class Recipe(Strict):
+    """What is transferred from a base to any target."""
+
+    version: Literal[1] = 1
+    base: ModelFile
+    hyperparameters: Hyperparameters
+    schedule: Schedule = Schedule()
+    per_parameter: Annotated[tuple[PerParameter, ...], Field(strict=False)] = ()
+    parametrization: Parametrization = Parametrization()
+    training: Training = Training()
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    """Where the values come from: study, trial, data, tokens, versions."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over everything that changes the run of a target."""
+        content = self.model_dump(mode="json", exclude={"training", "provenance"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def plan(self, target: ModelFile) -> theory.Plan:
+        """What every parameter of `target` gets.
+
+        Raises:
+            InputError, theory.PlanError: target and base differ in more than size, or an override matches nothing.
+        """
+        base_shape, target_shape = gpt_shapes(self.base, target)
+        h = self.hyperparameters
+        return theory.build_plan(
+            base_shape,
+            target_shape,
+            theory.Hyperparameters(
+                lr=h.lr,
+                min_lr=h.min_lr,
+                init_method_std=h.init_method_std,
+                embedding_multiplier=h.embedding_multiplier,
+                output_multiplier=h.output_multiplier,
+                attention_multiplier=h.attention_multiplier,
+                weight_decay=h.weight_decay,
+                adam_eps=h.adam_eps,
+            ),
+            parametrization=theory.Parametrization(
+                rule=theory.Rule(self.parametrization.rule),
+                optimizer=theory.Optimizer(self.parametrization.optimizer),
+                weight_decay_exponent=self.parametrization.weight_decay_exponent,
+            ),
+            overrides=[theory.Override(**own.model_dump()) for own in self.per_parameter],
+            fingerprint=self.fingerprint,
+        )
+
+    def to_yaml(self) -> str:
+        """The recipe as a file's text, with every default written out so that it means the same for ever."""
+        content = self.model_dump(mode="json")
+        return f"# fingerprint: {self.fingerprint}\n" + dump_yaml(content)
+
+
+def recipe(content: object, *, source: str) -> Recipe:
+    """A recipe from plain values; `source` names them in messages.
+
+    Raises:
+        InputError: unknown key, wrong type, another version; names file, key and remedy.
+    """
+    return validated(Recipe, content, source=source)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a recipe file.
+
+    Raises:
+        InputError: as `recipe`, and for a file that cannot be read.
+    """
+    return recipe(read_yaml(path), source=str(path))
+
+
+def save_recipe(content: Recipe, path: Path) -> None:
+    """Writes a recipe file, whole or not at all."""
+    write_atomically(path, content.to_yaml())

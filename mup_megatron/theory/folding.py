@@ -1,0 +1,101 @@
+"""Moving a multiplier into the weight it multiplies, and back, without changing the function or its training run.
+
+For any θ > 0, (multiplier a/θ, init b·θ, LR c·θ, eps e/θ, weight decay λ/θ) is the same training run for every θ under
+AdamW; under SGD it is LR c·θ², weight decay λ/θ² (TP5, Lemma J.1: the abc-symmetry). One thing
+does change: a folded weight's gradient is θ times smaller, so it counts differently in the global norm that is clipped.
+Fold to export, or to train a model that has no place for a multiplier.
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from mup_megatron.theory.errors import PlanError
+from mup_megatron.theory.plan import Plan, PlanEntry
+from mup_megatron.theory.roles import Kind, default_softmax_scale
+from mup_megatron.theory.rules import Optimizer
+
+READOUT = "output_layer.weight"
+"""Names the readout's multiplier, also where the readout is the embedding and has no row of its own."""
+
+
+def fold(plan: Plan, names: Collection[str] | None = None) -> Plan:
+    """The plan with the multipliers of `names` moved into their weights; all of them by default.
+
+    A tied readout shares its weight with the embedding, which must not be scaled; its multiplier goes into gain and
+    bias of the norm before it. The scale of attention is not a weight's: see `fold_attention`.
+
+    Raises:
+        PlanError: a name that the plan does not know.
+    """
+    if names is None:
+        names = [entry.name for entry in plan.entries] + [READOUT]
+    for name in names:
+        if not (plan.tied and name == READOUT):
+            plan[name]
+    factors = {entry.name: entry.multiplier for entry in plan.entries if entry.name in names}
+    if plan.tied and READOUT in names:
+        factors |= dict.fromkeys(plan.readout_norm, plan.output_multiplier)
+    entries = tuple(_moved(entry, factors.get(entry.name, 1.0), plan.optimizer) for entry in plan.entries)
+    embeddings = {entry.name for entry in plan.entries if entry.kind is Kind.EMBEDDING}
+    return replace(
+        plan,
+        entries=entries,
+        embedding_multiplier=1.0 if embeddings <= set(names) else plan.embedding_multiplier,
+        output_multiplier=1.0 if READOUT in names else plan.output_multiplier,
+    )
+
+
+def fold_attention(plan: Plan) -> Plan:
+    """The plan with attention's scale moved into gain and bias of the query norm, and the default 1/√d in its place.
+
+    Raises:
+        PlanError: there is no query norm. The scale could only go into the query rows of the fused `linear_qkv`, which
+            would need a learning rate of their own.
+    """
+    theta = plan.softmax_scale / default_softmax_scale(plan.head_size)
+    norms = {entry.name for entry in plan.entries if ".q_layernorm." in entry.name}
+    if not norms:
+        raise PlanError(
+            "The attention scale cannot be folded: without a query norm it belongs to a part of linear_qkv.weight. "
+            "Keep it as softmax_scale, or use qk_layernorm."
+        )
+    entries = tuple(_moved(e, theta if e.name in norms else 1.0, plan.optimizer) for e in plan.entries)
+    return replace(plan, entries=entries, softmax_scale=default_softmax_scale(plan.head_size))
+
+
+def unfold(plan: Plan) -> Plan:
+    """The plan with every folded multiplier back in its place, to rounding."""
+    entries = tuple(_moved(entry, 1.0 / entry.folded, plan.optimizer) for entry in plan.entries)
+    query_norm = next((e.folded for e in plan.entries if ".q_layernorm." in e.name), 1.0)
+    readout_norm = next((e.folded for e in plan.entries if plan.tied and e.name in plan.readout_norm), 1.0)
+    head = next((e.multiplier for e in entries if e.kind is Kind.HEAD), plan.output_multiplier * readout_norm)
+    embedding = next((e.folded for e in plan.entries if e.kind is Kind.EMBEDDING), 1.0)
+    return replace(
+        plan,
+        entries=entries,
+        softmax_scale=plan.softmax_scale * query_norm,
+        embedding_multiplier=plan.embedding_multiplier * embedding,
+        output_multiplier=head,
+    )
+
+
+def _moved(entry: PlanEntry, theta: float, optimizer: Optimizer) -> PlanEntry:
+    """The entry with a factor `theta` moved from its multiplier into its weight."""
+    if theta == 1.0:
+        return entry
+    step = theta * theta if optimizer is Optimizer.SGD else theta
+    # A gain that is stored as its distance from 1 becomes (1 + γ)θ - 1.
+    zero_centered = entry.kind is Kind.GAIN and entry.fold_offset == entry.init_value
+    shift = theta - 1.0 if zero_centered else 0.0
+    return replace(
+        entry,
+        init_std=None if entry.init_std is None else entry.init_std * theta,
+        init_value=None if entry.init_value is None else entry.init_value * theta + shift,
+        # A norm's gain and bias have no multiplier of their own: they take on that of what follows.
+        multiplier=entry.multiplier if entry.kind.is_vector else entry.multiplier / theta,
+        lr=entry.lr * step,
+        eps=None if entry.eps is None else entry.eps / theta,
+        weight_decay=entry.weight_decay / step,
+        folded=entry.folded * theta,
+        fold_offset=entry.fold_offset * theta + shift,
+    )

@@ -1,0 +1,314 @@
+"""The plan: every parameter's name → its role, shape, init std, multiplier, LR, eps and weight decay.
+
+A plan is made once from the shapes of base and target, never changes, and is all that an adapter needs. It applies
+the rules of `rules.py` to each tensor; it holds no rule of its own.
+"""
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+from mup_megatron.theory import rules
+from mup_megatron.theory.errors import PlanError
+from mup_megatron.theory.roles import Kind, Parameter, Ratios, Role, default_softmax_scale, ratios
+from mup_megatron.theory.rules import Optimizer, Rule
+
+_LAYER_INDEX = re.compile(r"\.\d+(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hyperparameters:
+    """What is tuned at the base, as far as the rules depend on it."""
+
+    lr: float
+    min_lr: float
+    init_method_std: float
+    embedding_multiplier: float
+    output_multiplier: float
+    attention_multiplier: float
+    weight_decay: float
+    adam_eps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Override:
+    """A tensor's own tuned factors, relative to the rule. `match` is a shell pattern on the whole name."""
+
+    match: str
+    lr_mult: float = 1.0
+    init_mult: float = 1.0
+    multiplier: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parametrization:
+    """Which rules apply."""
+
+    rule: Rule = Rule.MUP
+    optimizer: Optimizer = Optimizer.ADAM
+    weight_decay_exponent: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A model as the rules see it."""
+
+    parameters: tuple[Parameter, ...]
+    hidden_size: int
+    """Size of the readout's input."""
+    head_size: int
+    num_layers: int
+    tied: bool
+    readout_norm: tuple[str, ...]
+    """Names of the norm before the readout: where a tied readout's multiplier can be folded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanEntry:
+    """One parameter: what it is and what it gets."""
+
+    name: str
+    role: Role
+    kind: Kind
+    shape: tuple[int, ...]
+    """Global, not a rank's shard."""
+    fan_in: int
+    fan_out: int
+    width_ratio: float
+    """r_in; 1 where fan_in is finite."""
+    init_std: float | None
+    """None for what starts at a constant."""
+    init_value: float | None
+    """The constant; None for what is drawn at random."""
+    multiplier: float
+    """What the forward pass multiplies this weight by."""
+    lr: float
+    """The peak."""
+    eps: float | None
+    """None for SGD."""
+    weight_decay: float
+    rule: str
+    """Which rule gave these values, with the override that changed them."""
+    folded: float = 1.0
+    """The multiplier that `folding.fold` moved into the weight: stored weight = folded · weight + fold_offset."""
+    fold_offset: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every parameter of the target and what it gets, and the model's own multipliers."""
+
+    fingerprint: str
+    """The recipe's."""
+    optimizer: Optimizer
+    lr: float
+    """The base's peak, to which every entry's is relative."""
+    min_lr: float
+    weight_decay: float
+    """The base's."""
+    adam_eps: float
+    """The base's."""
+    softmax_scale: float
+    head_size: int
+    embedding_multiplier: float
+    output_multiplier: float
+    """On the readout's input; α_out/r_in, also where the readout is the embedding."""
+    num_layers: int
+    tied: bool
+    readout_norm: tuple[str, ...]
+    entries: tuple[PlanEntry, ...]
+
+    @cached_property
+    def by_name(self) -> Mapping[str, PlanEntry]:
+        """Entries by global name."""
+        return {entry.name: entry for entry in self.entries}
+
+    def __getitem__(self, name: str) -> PlanEntry:
+        """The entry of a parameter; PlanError if the plan does not know it."""
+        try:
+            return self.by_name[name]
+        except KeyError:
+            raise PlanError(
+                f"{name}: the plan has no such parameter. The model does not match the model file, "
+                "or it has a kind of layer that is not supported."
+            ) from None
+
+    @property
+    def changes_softmax_scale(self) -> bool:
+        """Whether attention needs to be told another scale than the one it uses by itself."""
+        return self.softmax_scale != default_softmax_scale(self.head_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` gives the same plan back, bit by bit."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in {"entries", *_MODEL_KEYS}}
+        model = {key: getattr(self, key) for key in _MODEL_KEYS}
+        return {**own, "model": model, "parameters": [asdict(entry) for entry in self.entries]}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Plan":
+        """The plan that `to_json` wrote.
+
+        Raises:
+            PlanError: keys are missing or unknown, or a value is not what it should be.
+        """
+        try:
+            rest = {key: value for key, value in content.items() if key not in {"model", "parameters"}}
+            rest["optimizer"] = Optimizer(rest["optimizer"])
+            entries = tuple(_entry_from_json(entry) for entry in content["parameters"])
+            model = {**content["model"], "readout_norm": tuple(content["model"]["readout_norm"])}
+            return cls(**rest, **model, entries=entries)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"Not a plan: {error}. Write it anew with `mup-megatron explain --format json`.") from None
+
+
+_MODEL_KEYS = (
+    "softmax_scale",
+    "embedding_multiplier",
+    "output_multiplier",
+    "head_size",
+    "num_layers",
+    "tied",
+    "readout_norm",
+)
+
+
+def build_plan(
+    base: ModelShape,
+    target: ModelShape,
+    hyperparameters: Hyperparameters,
+    *,
+    parametrization: Parametrization,
+    overrides: Iterable[Override] = (),
+    fingerprint: str = "",
+) -> Plan:
+    """What every parameter of `target` gets, if `hyperparameters` were tuned at `base`.
+
+    Layers are matched by name without their index, so depth may differ.
+
+    Raises:
+        PlanError: a parameter of the target has no counterpart in the base, an override matches nothing or asks for
+            something that its tensor does not have. Names the parameter.
+    """
+    overrides = tuple(overrides)
+    counterparts = _by_family(base.parameters)
+    standard = parametrization.rule is Rule.STANDARD
+    h = hyperparameters
+    entries = []
+    for parameter in target.parameters:
+        counterpart = counterparts.get(_family(parameter.name))
+        if counterpart is None:
+            raise PlanError(
+                f"{parameter.name}: the base has no such parameter, so its width ratio is unknown. "
+                "Give the base the target's architecture."
+            )
+        r = Ratios(1.0, 1.0) if standard else ratios(counterpart, parameter)
+        entry = _entry(parameter, r, h, parametrization, num_layers=target.num_layers)
+        entries.append(_overridden(entry, overrides))
+    _require_all_used(overrides, target.parameters)
+    # A tied readout has no row of its own; what it computes is the output role all the same.
+    readout = Ratios(1.0, 1.0) if standard else Ratios(target.hidden_size / base.hidden_size, 1.0)
+    tied_output = rules.multiplier(Role.OUTPUT, Kind.HEAD, readout, embedding=1.0, output=h.output_multiplier)
+    output = next((entry.multiplier for entry in entries if entry.kind is Kind.HEAD), tied_output)
+    return Plan(
+        fingerprint=fingerprint,
+        optimizer=parametrization.optimizer,
+        lr=h.lr,
+        min_lr=h.min_lr,
+        weight_decay=h.weight_decay,
+        adam_eps=h.adam_eps,
+        softmax_scale=rules.softmax_scale(
+            base_head_size=target.head_size if standard else base.head_size,
+            head_size=target.head_size,
+            alpha=h.attention_multiplier,
+        ),
+        head_size=target.head_size,
+        embedding_multiplier=h.embedding_multiplier,
+        output_multiplier=output,
+        num_layers=target.num_layers,
+        tied=target.tied,
+        readout_norm=target.readout_norm,
+        entries=tuple(entries),
+    )
+
+
+def _entry_from_json(content: Mapping[str, Any]) -> PlanEntry:
+    typed = {"role": Role(content["role"]), "kind": Kind(content["kind"]), "shape": tuple(content["shape"])}
+    return PlanEntry(**{**content, **typed})
+
+
+def _entry(
+    parameter: Parameter, r: Ratios, h: Hyperparameters, parametrization: Parametrization, *, num_layers: int
+) -> PlanEntry:
+    role, kind, optimizer = parameter.role, parameter.kind, parametrization.optimizer
+    std = rules.init_std(role, kind, r, sigma=h.init_method_std, num_layers=num_layers)
+    return PlanEntry(
+        name=parameter.name,
+        role=role,
+        kind=kind,
+        shape=parameter.shape,
+        fan_in=parameter.fan_in.size,
+        fan_out=parameter.fan_out.size,
+        width_ratio=r.r_in,
+        init_std=None if kind.is_vector else std,
+        init_value=parameter.init_value,
+        multiplier=rules.multiplier(role, kind, r, embedding=h.embedding_multiplier, output=h.output_multiplier),
+        lr=rules.learning_rate(role, optimizer, r, eta=h.lr),
+        eps=rules.adam_eps(role, r, epsilon=h.adam_eps) if optimizer is Optimizer.ADAM else None,
+        weight_decay=rules.weight_decay(
+            role, kind, optimizer, r, lam=h.weight_decay, exponent=parametrization.weight_decay_exponent
+        ),
+        rule=f"{parametrization.rule}.{optimizer}.{role}" + (".residual" if kind is Kind.RESIDUAL else ""),
+    )
+
+
+def _overridden(entry: PlanEntry, overrides: tuple[Override, ...]) -> PlanEntry:
+    """The entry with the first override that matches its name."""
+    index, own = next(((i, o) for i, o in enumerate(overrides) if _matches(o, entry.name)), (None, None))
+    if own is None:
+        return entry
+    if entry.kind.is_vector and (own.multiplier, own.init_mult) != (1.0, 1.0):
+        raise PlanError(
+            f"per_parameter[{index}] '{own.match}': {entry.name} is a bias or gain, which has no multiplier and no "
+            "init std. Narrow the pattern, or put one before it that matches the vectors with lr_mult alone."
+        )
+    return replace(
+        entry,
+        init_std=None if entry.init_std is None else entry.init_std * own.init_mult,
+        multiplier=entry.multiplier * own.multiplier,
+        lr=entry.lr * own.lr_mult,
+        rule=f"{entry.rule} × per_parameter[{index}]",
+    )
+
+
+def _matches(override: Override, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, override.match)
+
+
+def _require_all_used(overrides: tuple[Override, ...], parameters: Iterable[Parameter]) -> None:
+    names = [parameter.name for parameter in parameters]
+    for index, override in enumerate(overrides):
+        if not any(_matches(override, name) for name in names):
+            raise PlanError(
+                f"per_parameter[{index}] '{override.match}' matches no parameter of the target. Correct the pattern; "
+                "`mup-megatron explain` lists the names."
+            )
+
+
+def _family(name: str) -> str:
+    """A name without its layer index: what is the same at every depth."""
+    return _LAYER_INDEX.sub(".*", name)
+
+
+def _by_family(parameters: Iterable[Parameter]) -> dict[str, Parameter]:
+    families: dict[str, Parameter] = {}
+    for parameter in parameters:
+        first = families.setdefault(_family(parameter.name), parameter)
+        if (first.fan_in, first.fan_out) != (parameter.fan_in, parameter.fan_out):
+            raise PlanError(
+                f"{parameter.name}: the base has layers of different sizes (compare {first.name}), so no width ratio "
+                "is defined. Give the base layers of one size."
+            )
+    return families

@@ -1,0 +1,59 @@
+"""What Megatron-Core's own modules need on the CPU beyond a pretended device: an Adam and a norm. Edits no file of it."""
+
+import copy
+import importlib
+from typing import Any
+
+from mup_megatron.megatron.cpu.optimizer import GroupStepAdam
+
+CONFIG_OVERRIDES: dict[str, object] = {
+    "use_cpu_initialization": True,
+    "persist_layer_norm": False,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_dropout_fusion": False,
+    "bias_activation_fusion": False,
+    "apply_rope_fusion": False,
+}
+
+
+def install_adam() -> None:
+    """Make `get_megatron_optimizer` build GroupStepAdam, and its distributed optimizer treat it as Apex's FusedAdam.
+
+    Both modules look these names up when called, so models and configurations imported earlier are no obstacle.
+    """
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    _set(optimizer, "Adam", GroupStepAdam)
+    _set(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    _set(distributed, "Adam", GroupStepAdam)
+    _set(distributed, "HAVE_APEX_OR_TE", True)
+    _set(distributed, "USING_TE_OPTIMIZER", False)
+    _set(distributed, "USING_APEX_OPTIMIZER", True)
+
+
+def allow_norm_under_sequence_parallel() -> None:
+    """Let Megatron's wrapper of torch's LayerNorm and RMSNorm build one under sequence parallel.
+
+    There each tensor-parallel rank sees its part of the sequence, so the gradients of gain and bias are partial sums.
+    Megatron adds them up over the ranks for every parameter marked `sequence_parallel`, as its fused norms mark theirs.
+    """
+    norm = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+    original = norm.__new__
+
+    def build(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        if not config.sequence_parallel:
+            return original(cls, config, *args, **kwargs)
+        unsplit = copy.copy(config)
+        unsplit.sequence_parallel = False
+        module = original(cls, unsplit, *args, **kwargs)
+        for parameter in module.parameters():
+            parameter.sequence_parallel = True
+        return module
+
+    norm.__new__ = build
+
+
+def _set(module: Any, name: str, value: object) -> None:
+    assert hasattr(module, name), f"{module.__name__} has no {name}"
+    setattr(module, name, value)

@@ -1,0 +1,57 @@
+"""What differs between Megatron-Core releases: the one place for it. Not a compatibility layer for Megatron as a whole.
+
+Imports nothing of Megatron at import time, so that the CPU runtime can ask before the first `import megatron`.
+"""
+
+import importlib.metadata
+import importlib.util
+import math
+import re
+from collections.abc import Mapping
+
+from mup_megatron.errors import InputError
+
+OLDEST_SUPPORTED = (0, 16)
+"""The first Megatron-Core release (major, minor) whose optimizer takes `config_overrides` as this package gives them."""
+
+
+def core_version() -> tuple[int, int, int]:
+    """The installed Megatron-Core release as (major, minor, patch), read without importing it.
+
+    A checkout on the path counts as well as a wheel. Raises InputError if there is none.
+    """
+    if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
+        raise InputError("Megatron-Core is not installed: run `pip install 'mup-megatron[megatron]'`.")
+    return _parse_version(importlib.metadata.version("megatron-core"))
+
+
+def require_supported_core() -> None:
+    """Raise InputError if Megatron-Core is missing or older than what this package works with."""
+    version = core_version()
+    if version[:2] < OLDEST_SUPPORTED:
+        found, oldest = ".".join(map(str, version)), ".".join(map(str, OLDEST_SUPPORTED))
+        raise InputError(f"Megatron-Core {found} is too old: install megatron-core>={oldest}.")
+
+
+def _parse_version(text: str) -> tuple[int, int, int]:
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
+    assert match is not None, text
+    return int(match[1]), int(match[2]), int(match[3] or 0)
+
+
+def distinct_lr_mults(overrides: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Overrides in which every group that has to be told apart has an `lr_mult` of its own.
+
+    A checkpoint finds a group again by its `wd_mult` and `lr_mult` (0.16 to 0.18), later also by `max_lr` and `min_lr`,
+    but never by `eps`: groups that differ in what is not compared would load each other's state. Nothing else has
+    read `lr_mult` since 0.16. Where two groups collide, the later one's is moved to the next floating-point number.
+    """
+    taken: dict[tuple[float, float], tuple[tuple[str, float], ...]] = {}
+    result = {}
+    for name, override in overrides.items():
+        items = tuple(sorted(override.items()))
+        wd_mult, lr_mult = override.get("wd_mult", 1.0), override.get("lr_mult", 1.0)
+        while taken.setdefault((wd_mult, lr_mult), items) != items:
+            lr_mult = math.nextafter(lr_mult, math.inf)
+        result[name] = dict(override) if lr_mult == override.get("lr_mult", 1.0) else {**override, "lr_mult": lr_mult}
+    return result

@@ -1,0 +1,87 @@
+"""`explain`: one row per parameter of the target. Allocates no weights."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from mup_megatron.cli.options import answer_console, recipe_option, target_argument
+from mup_megatron.models.model_file import load_model_file
+from mup_megatron.recipe import load_recipe
+from mup_megatron.theory import Plan, PlanEntry
+
+COLUMNS = (
+    "name",
+    "role",
+    "shape",
+    "fan_in",
+    "fan_out",
+    "width_ratio",
+    "init_std",
+    "init_value",
+    "multiplier",
+    "lr",
+    "eps",
+    "weight_decay",
+    "rule",
+)
+
+
+@click.command()
+@target_argument
+@recipe_option
+@click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
+@click.option("--brief", is_flag=True, help="The table shows one layer for all that are alike.")
+def command(target: Path, recipe_path: Path, form: str, brief: bool) -> None:
+    """What every parameter of TARGET gets from a recipe: role, init std, multiplier, LR, eps, weight decay."""
+    plan = load_recipe(recipe_path).plan(load_model_file(target))
+    match form:
+        case "json":
+            click.echo(json.dumps(plan.to_json(), indent=2))
+        case "csv":
+            click.echo(_csv(plan), nl=False)
+        case _:
+            _print_table(plan, brief=brief)
+
+
+def _cell(entry: PlanEntry, column: str) -> str:
+    value = getattr(entry, column)
+    if value is None:
+        return ""
+    if column == "shape":
+        return "×".join(map(str, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _csv(plan: Plan) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for entry in plan.entries:
+        values = (getattr(entry, column) for column in COLUMNS)
+        writer.writerow(["x".join(map(str, v)) if isinstance(v, tuple) else v for v in values])
+    return text.getvalue()
+
+
+def _print_table(plan: Plan, *, brief: bool) -> None:
+    console = answer_console()
+    console.print(
+        f"recipe {plan.fingerprint[:12]}   softmax_scale {plan.softmax_scale:.6g}   "
+        f"embedding_multiplier {plan.embedding_multiplier:.6g}   output_multiplier {plan.output_multiplier:.6g}",
+        highlight=False,
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in COLUMNS:
+        numeric = column not in {"name", "role", "rule"}
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
+    for entry in plan.entries:
+        if brief and entry.name.startswith("decoder.layers.") and not entry.name.startswith("decoder.layers.0."):
+            continue
+        name = entry.name
+        if brief and plan.num_layers > 1:
+            name = name.replace("decoder.layers.0.", f"decoder.layers.0-{plan.num_layers - 1}.")
+        table.add_row(name, *(_cell(entry, column) for column in COLUMNS[1:]))
+    console.print(table)

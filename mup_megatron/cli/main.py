@@ -1,0 +1,87 @@
+"""`mup-megatron`: finds the command, and turns what users did wrong into one sentence and an exit code.
+
+Exit codes: 0 done, 1 the answer is no, 2 bad input. Commands are thin modules beside this one, imported when called.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from mup_megatron import __version__
+from mup_megatron.errors import InputError
+from mup_megatron.theory import PlanError
+
+COMMANDS = {
+    "quickstart": "the whole path in small: tune, transfer, compare; ends in a table and a picture",
+    "explain": "what every parameter of a target gets, and why",
+    "recipe": "write a recipe by hand, or show every default",
+    "proxy": "a small model on which to tune for a target, and what that costs",
+    "data": "text to Megatron's indexed format",
+    "sweep": "search hyperparameters on a proxy",
+    "transfer": "the best trial of a study as a recipe",
+    "train": "train a target on Megatron-Core with a recipe",
+}
+
+BAD_INPUT = 2
+
+
+class _Commands(click.Group):
+    """Imports a command's module only when it is needed: `explain` must not wait for torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"mup_megatron.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    epilog="--debug, anywhere on the line, shows the traceback of an error.",
+)
+@click.version_option(__version__, prog_name="mup-megatron")
+def group() -> None:
+    """Tune a small model, train a large one with the same hyperparameters (μP) on Megatron-Core."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits.
+
+    Under torchrun every rank exits with the same code and rank 0 alone says why.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    own = words[: words.index("--")] if "--" in words else words
+    debug = "--debug" in own
+    if debug:
+        words.remove("--debug")
+    try:
+        code = group.main(args=words, prog_name="mup-megatron", standalone_mode=False)
+    except (InputError, PlanError) as error:
+        if debug:
+            raise
+        code = _complain(str(error), BAD_INPUT)
+    except click.ClickException as error:
+        if debug:
+            raise
+        usage = f"\n{error.ctx.get_usage()}" if isinstance(error, click.UsageError) and error.ctx else ""
+        code = _complain(error.format_message() + usage, BAD_INPUT)
+    except (click.Abort, KeyboardInterrupt):
+        code = _complain("interrupted", 130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(f"mup-megatron: {message}", err=True)
+    return code

@@ -1,0 +1,67 @@
+"""`recipe`: a recipe by hand, with every option that a recipe has; or every default."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from mup_megatron import recipe as recipes
+from mup_megatron.cli.options import FILE, force_option, require_new
+from mup_megatron.models.model_file import ModelFile, load_model_file
+from mup_megatron.yaml_io import dump_yaml
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "hyperparameters": recipes.Hyperparameters,
+    "schedule": recipes.Schedule,
+    "parametrization": recipes.Parametrization,
+}
+
+
+@click.command()
+@click.option("--base", type=FILE, metavar="MODEL.yaml", help="Model file of the shape at which the values were tuned.")
+@click.option("-o", "--output", type=FILE, metavar="R", help="Where to write; standard output by default.")
+@click.option("--defaults", is_flag=True, help="Print every key of a recipe with its default, and do nothing else.")
+@force_option
+def command(base: Path | None, output: Path | None, defaults: bool, force: bool, **values: Any) -> None:
+    """A recipe from values that you have tuned yourself."""
+    if defaults:
+        click.echo(_defaults(), nl=False)
+        return
+    if base is None:
+        raise click.UsageError("--base MODEL.yaml is missing: a recipe says at which shape its values were tuned.")
+    given = {key: value for key, value in values.items() if value is not None}
+    content: dict[str, Any] = {"base": load_model_file(base).model_dump(mode="json")}
+    for section, model in _SECTIONS.items():
+        content[section] = {key: given[key] for key in model.model_fields if key in given}
+    recipe = recipes.recipe(content, source="recipe")
+    if output is None:
+        click.echo(recipe.to_yaml(), nl=False)
+    else:
+        require_new(output, force=force)
+        recipes.save_recipe(recipe, output)
+        click.echo(output)
+
+
+def _option(key: str, field: FieldInfo) -> click.Option:
+    choices = [value for value in get_args(field.annotation) if isinstance(value, str)]
+    default = "required" if field.is_required() else f"default {field.default}"
+    return click.Option(
+        [f"--{key.replace('_', '-')}", key], type=click.Choice(choices) if choices else float, help=f"[{default}]"
+    )
+
+
+command.params.extend(_option(k, f) for model in _SECTIONS.values() for k, f in model.model_fields.items())
+
+
+def _defaults() -> str:
+    def values(model: type[BaseModel]) -> dict[str, Any]:
+        return {key: None if field.is_required() else field.default for key, field in model.model_fields.items()}
+
+    content = {"version": 1, "base": values(ModelFile)}
+    content |= {section: values(model) for section, model in _SECTIONS.items() if section != "parametrization"}
+    content |= {"per_parameter": [], "parametrization": values(recipes.Parametrization)}
+    content |= {"training": values(recipes.Training), "provenance": {}}
+    required = [key for key, field in ModelFile.model_fields.items() if field.is_required()]
+    return f"# Required, without a default: hyperparameters.lr, base.{', base.'.join(required)}.\n" + dump_yaml(content)

@@ -1,0 +1,250 @@
+"""A plan → a built Megatron-Core GPTModel: initial weights, multipliers, attention scale. Holds no theory.
+
+Multipliers are forward hooks, which survive DDP, Float16Module, recomputation and every parallel layout, and act in
+inference as well. Nothing is hooked where a multiplier is 1, so that a plan at its base leaves the model as it is.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mup_megatron.errors import InputError
+from mup_megatron.megatron.names import named_parameters, raise_together, require_match, unwrapped
+from mup_megatron.models.gpt import POSITION_EMBEDDINGS, WORD_EMBEDDINGS
+from mup_megatron.theory import Kind, Plan, PlanEntry
+
+_applied: "weakref.WeakKeyDictionary[torch.nn.Module, Plan]" = weakref.WeakKeyDictionary()
+_EMBEDDINGS = {WORD_EMBEDDINGS, POSITION_EMBEDDINGS}
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledInput:
+    """Forward pre-hook: multiplies a module's input, and so its weight but not its bias."""
+
+    factor: float
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The module's arguments with the first one scaled."""
+        return (args[0] * self.factor, *args[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledOutput:
+    """Forward hook: multiplies a module's output."""
+
+    factor: float
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        """The module's output, scaled."""
+        return output * self.factor
+
+
+def configure(config: Any, plan: Plan) -> None:
+    """Puts the plan's attention scale into a TransformerConfig from which a model is about to be built.
+
+    `apply_plan` sets the scale in a built model too; this is for attention that takes it at construction only. An
+    unchanged scale stays unset.
+    """
+    refuse_native(config)
+    if plan.changes_softmax_scale:
+        config.softmax_scale = plan.softmax_scale
+
+
+def apply_plan(model_chunks: Sequence[torch.nn.Module], plan: Plan, *, initialize: bool = True) -> None:
+    """Makes this rank's part of a freshly built model what the plan says. Collective: every rank has to call it.
+
+    Call it once, before the optimizer is built, on the model as Megatron's own initialisation left it: the stock draw
+    is rescaled, never drawn again, so that seeds and layouts give what they gave before.
+
+    Args:
+        model_chunks: the rank's GPTModels, one for each virtual pipeline stage; wrapped or not.
+        plan: for the whole model.
+        initialize: False where the weights are about to be loaded from a checkpoint.
+
+    Raises:
+        InputError: the model cannot be made what the plan says; the same on every rank, and before anything is changed.
+    """
+    models = [unwrapped(chunk) for chunk in model_chunks]
+    problems = [problem for model in models for problem in _problems(model, plan)]
+    raise_together(problems)
+    require_match(models, plan)
+    rescaling = _stock_stds(models[0].config, plan) if initialize else {}
+    with torch.no_grad():
+        for name, parameter in named_parameters(models, tied=plan.tied):
+            entry = plan[name]
+            if initialize:
+                _initialize(parameter, entry, rescaling)
+    for model in models:
+        _set_softmax_scale(model, plan)
+        _hook_multipliers(model, plan)
+        _applied[model] = plan
+
+
+def applied_plan(chunk: torch.nn.Module) -> Plan | None:
+    """The plan that was applied to a model, if any was."""
+    return _applied.get(unwrapped(chunk))
+
+
+def refuse_native(config: Any) -> None:
+    """Raises InputError if Megatron's own μP is on: the two would multiply."""
+    if getattr(config, "use_mup", False):
+        raise InputError(
+            "use_mup: Megatron's own μP is on, and the plan would scale everything a second time. "
+            "Turn it off (drop --use-mup and the other --mup-* flags of Megatron)."
+        )
+
+
+# ---- what cannot be done right -------------------------------------------------------------------------------------
+
+
+def _problems(model: torch.nn.Module, plan: Plan) -> list[str]:
+    from megatron.core.fp8_utils import is_float8tensor
+
+    config: Any = model.config
+    problems = []
+    if model in _applied:
+        problems.append("A plan was applied to this model already. Build the model anew, or apply one plan only.")
+    try:
+        refuse_native(config)
+    except InputError as error:
+        problems.append(str(error))
+    if getattr(config, "fp8_param", False) or any(is_float8tensor(p) for p in model.parameters()):
+        problems.append(
+            "fp8_param: weights that are stored in FP8 cannot be rescaled without loss. "
+            "Keep them in higher precision (drop --fp8-param-gather); FP8 arithmetic may stay on."
+        )
+    if plan.changes_softmax_scale:
+        problems += [
+            f"{name}: this attention ({type(module).__name__}) has no softmax_scale to set, so it would go on with its "
+            "own. Use Megatron's local or Transformer Engine attention, or a base of the target's head size and "
+            "attention_multiplier 1."
+            for name, module in _core_attentions(model)
+            if not _scaled_parts(module)
+        ]
+    problems += _multiplier_problems(model, plan)
+    return problems
+
+
+def _multiplier_problems(model: torch.nn.Module, plan: Plan) -> list[str]:
+    problems = []
+    for module, entry in _multiplied_modules(model, plan):
+        if hasattr(module, "layer_norm_weight"):
+            problems.append(
+                f"{entry.name}: a multiplier cannot act through the norm that is fused into this layer. "
+                "Use transformer_impl local, or fold the multiplier (init_mult and lr_mult by the same factor)."
+            )
+    return problems
+
+
+# ---- initial weights -----------------------------------------------------------------------------------------------
+
+
+def _stock_stds(config: Any, plan: Plan) -> dict[Kind, float]:
+    """The std with which Megatron drew each kind of weight."""
+    if not config.perform_initialization:
+        raise InputError(
+            "perform_initialization is off, so there is no draw to rescale. Turn it on, or pass initialize=False "
+            "for weights that are loaded."
+        )
+    weight = _std(config.init_method, "init_method")
+    # A readout is drawn as other weights are, except by native μP, which is refused.
+    return {
+        Kind.EMBEDDING: _std(config.embedding_init_method, "embedding_init_method"),
+        Kind.WEIGHT: weight,
+        Kind.HEAD: weight,
+        Kind.RESIDUAL: _std(config.output_layer_init_method, "output_layer_init_method"),
+    }
+
+
+def _std(init_method: Callable[..., Any], name: str) -> float:
+    """The std of one of Megatron's normal initialisers."""
+    if isinstance(init_method, functools.partial) and init_method.func is torch.nn.init.normal_:
+        return float(init_method.keywords["std"])
+    raise InputError(
+        f"{name}: the model was not drawn with Megatron's normal initialiser, so its std is unknown. "
+        "Drop --init-method-xavier-uniform or the custom init method; the recipe says what the std is."
+    )
+
+
+def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, stock: dict[Kind, float]) -> None:
+    if entry.init_std is None:
+        if entry.folded != 1.0:
+            assert entry.init_value is not None
+            parameter.fill_(entry.init_value)
+        return
+    if entry.init_std != stock[entry.kind]:
+        parameter.mul_(entry.init_std / stock[entry.kind])
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def _core_attentions(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if name.endswith("self_attention.core_attention")]
+
+
+def _scaled_parts(core_attention: torch.nn.Module) -> list[Any]:
+    """The modules that hold a scale: Megatron's attention itself, or each of Transformer Engine's back ends."""
+    return [part for part in core_attention.modules() if isinstance(getattr(part, "softmax_scale", None), float)]
+
+
+def _layer_coefficient(part: Any) -> float:
+    # With apply_query_key_layer_scaling Megatron's own attention divides its scale by the layer's number and multiplies
+    # it back inside the softmax.
+    coefficient = getattr(getattr(part, "scale_mask_softmax", None), "scale", None)
+    return 1.0 if coefficient is None else float(coefficient)
+
+
+def softmax_scales(chunk: torch.nn.Module) -> dict[str, float]:
+    """The scale that each attention of a live model uses, by module name; the first where back ends differ."""
+    scales: dict[str, float] = {}
+    for name, module in _core_attentions(unwrapped(chunk)):
+        for part in _scaled_parts(module):
+            scales.setdefault(name, part.softmax_scale * _layer_coefficient(part))
+    return scales
+
+
+def _set_softmax_scale(model: torch.nn.Module, plan: Plan) -> None:
+    if not plan.changes_softmax_scale:
+        return
+    config: Any = model.config
+    config.softmax_scale = plan.softmax_scale
+    for name, module in _core_attentions(model):
+        for part in _scaled_parts(module):
+            part.softmax_scale = plan.softmax_scale / _layer_coefficient(part)
+        # Flash decoding bypasses core_attention and looks for the scale here; without it, it would use 1/√d.
+        attention: Any = model.get_submodule(name.removesuffix(".core_attention"))
+        attention.softmax_scale = plan.softmax_scale
+
+
+# ---- multipliers ---------------------------------------------------------------------------------------------------
+
+
+def _multiplied_modules(model: torch.nn.Module, plan: Plan) -> list[tuple[torch.nn.Module, PlanEntry]]:
+    """(module, entry) of this model's weights, other than embeddings and readout, that have a multiplier."""
+    owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+    return [
+        (owners[id(parameter)], entry)
+        for name, parameter in named_parameters([model], tied=plan.tied)
+        if (entry := plan.by_name.get(name)) is not None
+        and entry.multiplier != 1.0
+        and entry.kind not in (Kind.EMBEDDING, Kind.HEAD)
+    ]
+
+
+def _hook_multipliers(model: Any, plan: Plan) -> None:
+    embedding = getattr(model, "embedding", None)
+    if embedding is not None:
+        for name in _EMBEDDINGS & set(plan.by_name):
+            factor = plan[name].multiplier
+            if factor != 1.0:
+                module = embedding.get_submodule(name.split(".")[1])
+                module.register_forward_hook(ScaledOutput(factor))
+    if hasattr(model, "output_layer") and plan.output_multiplier != 1.0:
+        model.output_layer.register_forward_pre_hook(ScaledInput(plan.output_multiplier))
+    for module, entry in _multiplied_modules(model, plan):
+        module.register_forward_pre_hook(ScaledInput(entry.multiplier))

@@ -1,0 +1,95 @@
+"""From a live model's parameters to the plan's names, and agreement of all ranks on what is wrong.
+
+A rank of a pipeline numbers its layers from 0 and a tensor-parallel rank holds shards; the plan knows one model with
+global names and shapes. Nothing here changes a model.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from mup_megatron.errors import InputError
+from mup_megatron.models.gpt import HEAD, WORD_EMBEDDINGS, global_name
+from mup_megatron.theory import Plan, PlanEntry
+
+
+def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The GPTModel inside Megatron's wrappers (DDP, Float16Module)."""
+    model: Any = chunk
+    while hasattr(model, "module"):
+        model = model.module
+    assert isinstance(model, torch.nn.Module)
+    return model
+
+
+def named_parameters(
+    model_chunks: Sequence[torch.nn.Module], *, tied: bool
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(global name, parameter) for everything that this rank holds, over all its virtual pipeline stages.
+
+    With a tied readout the last stage's copy of the embedding has the embedding's name.
+    """
+    for chunk in model_chunks:
+        model: Any = unwrapped(chunk)
+        layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+        for name, parameter in model.named_parameters():
+            yield global_name(name, layers, tied=tied), parameter
+
+
+def require_match(model_chunks: Sequence[torch.nn.Module], plan: Plan) -> None:
+    """Raises InputError, the same on every rank, unless model and plan have the same parameters and shapes.
+
+    Collective: every rank has to call it.
+    """
+    problems = []
+    held = set()
+    for name, parameter in named_parameters(model_chunks, tied=plan.tied):
+        held.add(name)
+        if name not in plan.by_name:
+            problems.append(
+                f"{name}: the model has this parameter, the plan has not. The model is not the one of the model file, "
+                "or has a kind of layer that is not supported."
+            )
+        elif (problem := _shape_problem(plan[name], parameter)) is not None:
+            problems.append(problem)
+    everywhere = set().union(*_gathered(held))
+    for entry in plan.entries:
+        if entry.name not in everywhere:
+            problems.append(
+                f"{entry.name}: the plan has this parameter, the model has not. Make the model file say what the "
+                "model is; `mup-megatron explain` lists what the plan expects."
+            )
+    raise_together(problems)
+
+
+def _shape_problem(entry: PlanEntry, parameter: torch.nn.Parameter) -> str | None:
+    found = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        found[getattr(parameter, "partition_dim", 0)] *= parallel_state.get_tensor_model_parallel_world_size()
+    expected = list(entry.shape)
+    # The vocabulary is padded to a multiple of the tensor parallelism, which the plan does not know.
+    if entry.name in (WORD_EMBEDDINGS, HEAD) and found[0] > expected[0]:
+        found[0] = expected[0]
+    if found == expected:
+        return None
+    return (
+        f"{entry.name}: the model's global shape is {tuple(found)}, the plan's {tuple(expected)}. "
+        "Make the model file say what the model is."
+    )
+
+
+def raise_together(problems: Sequence[str]) -> None:
+    """Raises one InputError with the problems of all ranks, on all ranks, if there are any. Collective."""
+    found = dict.fromkeys(problem for of_rank in _gathered(list(problems)) for problem in of_rank)
+    if found:
+        raise InputError("\n".join(found))
+
+
+def _gathered(value: Any) -> list[Any]:
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,27 @@
+"""Text → tokens → Megatron's `.bin/.idx` → micro-batches.
+
+    documents.py   files → documents (text)
+    tokenizer.py   text → token ids
+    indexed.py     documents → PREFIX.bin, .idx, .tokenizer.json, .json; and the check of what lies at a PREFIX
+    embedded.py    the corpus that needs no download: the Python standard library's own source, cached
+    dataset.py     PREFIX → Megatron's GPTDataset → the micro-batches of an iteration
+
+Importing any of these imports neither torch nor Megatron: they are loaded by the functions that need them.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+CACHE = Path("results/cache")
+"""Where what can be made again is kept, unless told otherwise: the embedded corpus and Megatron's sample indices."""
+
+
+class Progress(Protocol):
+    """Told after every step of a long work how far it is; `stage` is a short phrase such as "tokenizing"."""
+
+    def __call__(self, stage: str, done: int, total: int, /) -> None:
+        """`done` of `total` steps of `stage` are over."""
+
+
+def silent(stage: str, done: int, total: int, /) -> None:
+    """A `Progress` that shows nothing."""

@@ -1,0 +1,262 @@
+"""A PREFIX → Megatron's own GPTDataset → the micro-batches of one iteration.
+
+The samples and their order are those of a Megatron-LM run with the same data path, seed, sequence length, split and
+numbers of samples. Not a data loader: there are no workers and nothing to save. Where a run stands is the number of its
+iteration, and the same samples make up a global batch in every layout.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mup_megatron.errors import InputError
+from mup_megatron.training.data import CACHE
+from mup_megatron.training.data.indexed import DataMeta, at, check_prefix, read_index, staging
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+ResultT = TypeVar("ResultT")
+
+DEFAULT_SPLIT = "99,1,0"
+
+
+@dataclass(frozen=True)
+class DatasetTokenizer:
+    """As much of a tokenizer as GPTDataset asks for. It has no padding token, so no token of the data is masked."""
+
+    vocab_size: int
+    eod: int
+
+    @property
+    def unique_identifiers(self) -> dict[str, int]:
+        """What Megatron names its cached indices after."""
+        return {"vocab_size": self.vocab_size, "eod": self.eod}
+
+
+def build_datasets(
+    prefix: Path,
+    *,
+    seq_length: int,
+    train_samples: int,
+    valid_samples: int,
+    seed: int,
+    split: str = DEFAULT_SPLIT,
+    cache_dir: Path = CACHE,
+) -> tuple["GPTDataset", "GPTDataset | None"]:
+    """Megatron's data sets for training and validation.
+
+    Call it on all ranks when torch.distributed is on: the first rank checks the data and makes the indices, in a folder
+    that appears only when they are whole; the others wait, then read them. `cache_dir` must be seen by all.
+
+    Items are dictionaries of tensors of shape [seq_length]: `tokens`, `labels`, `loss_mask`, `position_ids`. There is
+    no attention mask; Megatron's attention makes the causal one itself.
+
+    Args:
+        prefix: what `mup-megatron data` made, or Megatron's own tool with a PREFIX.json beside it.
+        seq_length: tokens per sample.
+        train_samples: samples of the whole run, train_iters × global_batch_size. Where that is more than one epoch the
+            order depends on it, as in Megatron.
+        valid_samples: likewise; 0 for no validation set. The training samples don't depend on it.
+        seed: of the order.
+        split: Megatron's `--split`: shares of the sequences for training, validation, test.
+        cache_dir: where the indices are kept, in `index/`.
+
+    Raises:
+        InputError: on every rank: the data are missing or damaged, too short for `seq_length`, or the disk is full.
+    """
+    assert seq_length > 0
+    assert train_samples > 0
+    assert valid_samples >= 0
+    _require_split(split)
+    prefix, cache_dir = prefix.resolve(), cache_dir.resolve()
+    wanted = (train_samples, valid_samples or None)
+
+    def prepare() -> tuple[DataMeta, Path]:
+        meta = check_prefix(prefix)
+        config = _config(prefix, meta, seq_length=seq_length, seed=seed, split=split, path_to_cache=None)
+        _require_tokens(prefix, config, wanted)
+        settings = [_stamp(prefix), str(prefix), meta.vocab_size, meta.eod, seq_length, wanted, seed, split]
+        key = hashlib.sha256(json.dumps([version("megatron-core"), *settings]).encode()).hexdigest()[:16]
+        indices = cache_dir / "index" / key
+        if not indices.is_dir():
+            with staging(indices.parent) as folder:
+                _construct(prefix, _with_cache(config, folder), wanted)
+                try:
+                    os.rename(folder, indices)
+                except OSError:
+                    # Another process was faster; its files are the same. Anything else is an error.
+                    if not indices.is_dir():
+                        raise
+        return meta, indices
+
+    meta, indices = _on_first_rank(prepare)
+    if not indices.is_dir():
+        raise InputError(f"{indices}: made by the first rank, not seen by this one. Use a cache that all nodes share.")
+    config = _config(prefix, meta, seq_length=seq_length, seed=seed, split=split, path_to_cache=indices)
+    train, valid = _construct(prefix, config, wanted)
+    assert train is not None
+    return train, valid
+
+
+def sample_indices(
+    iteration: int,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_parallel_rank: int = 0,
+    data_parallel_size: int = 1,
+) -> list[list[int]]:
+    """Which samples a data-parallel rank takes in an iteration (counted from 0): one list per micro-batch.
+
+    Iteration i uses samples i·GBS … (i+1)·GBS − 1. They are dealt out as by Megatron's `MegatronPretrainingSampler`:
+    a micro-batch of consecutive samples to every rank in turn, until none is left.
+
+    Raises:
+        InputError: the global batch does not divide into micro-batches for every rank.
+    """
+    together = micro_batch_size * data_parallel_size
+    if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % together:
+        raise InputError(
+            f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size {micro_batch_size} × "
+            f"{data_parallel_size} data-parallel ranks. Choose sizes that divide."
+        )
+    assert 0 <= data_parallel_rank < data_parallel_size
+    first = iteration * global_batch_size + data_parallel_rank * micro_batch_size
+    starts = range(first, (iteration + 1) * global_batch_size, together)
+    return [list(range(start, start + micro_batch_size)) for start in starts]
+
+
+def global_batch(
+    dataset: "GPTDataset",
+    iteration: int,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_parallel_rank: int = 0,
+    data_parallel_size: int = 1,
+) -> list[dict[str, "torch.Tensor"]]:
+    """This rank's micro-batches of an iteration (counted from 0), each with tensors of shape [micro_batch, seq_length].
+
+    Raises:
+        InputError: see `sample_indices`.
+    """
+    from torch.utils.data import default_collate
+
+    batches = sample_indices(
+        iteration,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=data_parallel_size,
+    )
+    assert batches[-1][-1] < len(dataset), "the data set was built for fewer iterations"
+    return [default_collate([dataset[index] for index in batch]) for batch in batches]
+
+
+def _config(
+    prefix: Path, meta: DataMeta, *, seq_length: int, seed: int, split: str, path_to_cache: Path | None
+) -> "GPTDatasetConfig":
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    return GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_length,
+        blend=([str(prefix)], None),
+        split=split,
+        path_to_cache=str(path_to_cache) if path_to_cache else None,
+        tokenizer=DatasetTokenizer(meta.vocab_size, meta.eod),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+
+
+def _with_cache(config: "GPTDatasetConfig", folder: Path) -> "GPTDatasetConfig":
+    from copy import copy
+
+    config = copy(config)
+    config.path_to_cache = str(folder)
+    return config
+
+
+def _ranges(config: "GPTDatasetConfig", sequences: int) -> list[tuple[int, int]]:
+    """First and last (exclusive) sequence of training and of validation, rounded as Megatron's builder does."""
+    shares = [share or (0.0, 0.0) for share in config.split_matrix[:2]]
+    return [(round(begin * float(sequences)), round(end * float(sequences))) for begin, end in shares]
+
+
+def _construct(prefix: Path, config: "GPTDatasetConfig", wanted: tuple[int | None, ...]) -> "list[GPTDataset | None]":
+    """What BlendedMegatronDatasetBuilder does for a single prefix, without its barriers and only for what is wanted.
+
+    Its barriers would leave all others waiting when the first rank fails, and it would never end on an empty split.
+    """
+    import numpy as np
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+    from megatron.core.datasets.utils import Split
+
+    tokens = GPTDataset.build_low_level_dataset(str(prefix), config)
+    ranges = _ranges(config, GPTDataset.numel_low_level_dataset(tokens))
+    datasets: list[GPTDataset | None] = []
+    for split, (begin, end), samples in zip((Split.train, Split.valid), ranges, wanted, strict=True):
+        indices = np.arange(begin, end, dtype=np.int32)
+        datasets.append(
+            GPTDataset(tokens, str(prefix), indices, samples, split, config) if samples is not None else None
+        )
+    return datasets
+
+
+def _require_split(split: str) -> None:
+    shares = split.split(",")
+    if not (
+        len(shares) <= 3 and all(re.fullmatch(r"\d+(\.\d*)?", share) for share in shares) and any(map(float, shares))
+    ):
+        raise InputError(f"split {split}: write shares of training, validation and test, for example {DEFAULT_SPLIT}.")
+
+
+def _require_tokens(prefix: Path, config: "GPTDatasetConfig", wanted: tuple[int | None, ...]) -> None:
+    lengths = read_index(prefix).sequence_lengths
+    needed = config.sequence_length + 1
+    for name, (begin, end), samples in zip(
+        ("training", "validation"), _ranges(config, len(lengths)), wanted, strict=True
+    ):
+        tokens = int(lengths[begin:end].sum())
+        if samples is not None and tokens < needed:
+            raise InputError(
+                f"{at(prefix, '.idx')}: split {config.split} leaves {tokens} tokens for {name}, and one sample of "
+                f"seq_length {config.sequence_length} needs {needed}. "
+                "Use more text, a shorter seq_length or another split."
+            )
+
+
+def _stamp(prefix: Path) -> list[int]:
+    """Changes when the data at a prefix are made anew; Megatron's own names of indices don't."""
+    found = at(prefix, ".idx").stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _on_first_rank(work: Callable[[], ResultT]) -> ResultT:
+    """The result of `work`, done by the first rank alone. Where it fails there, every rank raises the same."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return work()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: ResultT = outcome[0]
+    return result

@@ -1,0 +1,168 @@
+"""Text → token ids, with the `tokenizers` library. Nothing is ever downloaded.
+
+Three kinds, all the library's own: plain bytes, a byte-level BPE trained on the data themselves, or a `tokenizer.json`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mup_megatron.errors import InputError
+
+EOD_TOKEN = "<|endoftext|>"
+DEFAULT_TOKENIZER = "bpe:1024"
+"""Small, because embedding and head of a narrow model cost vocabulary × width: at width 64 more than its layers."""
+
+_KNOWN_EODS = (EOD_TOKEN, "<|end_of_text|>", "<eod>", "<eos>", "</s>")
+_BYTES = 256
+_FORMS = (
+    "Use `byte`, `bpe:VOCAB` (like bpe:1024), or the path of a tokenizer.json file; names are not looked up online."
+)
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """What a user asks for with `--tokenizer`."""
+
+    text: str
+    """As written."""
+    kind: Literal["byte", "bpe", "file"]
+    vocab_size: int | None = None
+    """How many tokens a BPE is to have, the end of a document included. Fewer come out where the text has no more."""
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer and the token that ends a document."""
+
+    inner: Tokenizer
+    eod: int
+    vocab_size: int
+    """One more than the highest id, so the smallest `vocab_size` of a model that can read the data."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of every text, without the end of document. Nothing in a text is taken for a special token."""
+        return [encoding.ids for encoding in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids; special tokens are shown as they are spelled."""
+        text: str = self.inner.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json`."""
+        text: str = self.inner.to_str(pretty=True)
+        return text
+
+
+def parse_tokenizer(text: str) -> TokenizerSpec:
+    """`byte`, `bpe:VOCAB` or a file.
+
+    Raises:
+        InputError: none of the three.
+    """
+    if text == "byte":
+        return TokenizerSpec(text, "byte")
+    if text.startswith("bpe:"):
+        number = text.removeprefix("bpe:")
+        if not (number.isascii() and number.isdigit()) or int(number) <= _BYTES:
+            raise InputError(
+                f"--tokenizer {text}: the vocabulary must be a whole number of at least {_BYTES + 1} "
+                f"(every byte and the end of a document). {_FORMS}"
+            )
+        return TokenizerSpec(text, "bpe", int(number))
+    if not Path(text).is_file():
+        raise InputError(f"--tokenizer {text}: there is no such file. {_FORMS}")
+    return TokenizerSpec(text, "file")
+
+
+def make_tokenizer(
+    spec: TokenizerSpec, texts: Callable[[], Iterable[str]], *, eod_token: str | None = None
+) -> TextTokenizer:
+    """The tokenizer asked for. Equal texts give an equal tokenizer, whatever the number of threads.
+
+    Args:
+        spec: which one.
+        texts: what a BPE is trained on; not called for the others.
+        eod_token: the token that ends a document, for a file whose own is not among the usual ones.
+
+    Raises:
+        InputError: the file is no tokenizer, or lacks an end of document.
+    """
+    match spec.kind:
+        case "byte":
+            return _with_eod(_byte_tokenizer(), EOD_TOKEN)
+        case "bpe":
+            return _with_eod(_train_bpe(texts(), spec.vocab_size or 0), EOD_TOKEN)
+        case "file":
+            return load_tokenizer(Path(spec.text), eod_token=eod_token)
+
+
+def load_tokenizer(path: Path, *, eod_token: str | None = None) -> TextTokenizer:
+    """A `tokenizer.json` in the format of the `tokenizers` library, such as PREFIX.tokenizer.json.
+
+    Raises:
+        InputError: the file is missing, is no tokenizer, or lacks an end of document.
+    """
+    try:
+        inner = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). {_FORMS}") from None
+    except Exception as error:  # the library raises a plain Exception
+        raise InputError(f"{path}: not a tokenizer in the format of the `tokenizers` library ({error}).") from None
+    # A file may ask to cut or fill texts to the length of some model. Data are not for one model.
+    inner.no_truncation()
+    inner.no_padding()
+    candidates = (eod_token,) if eod_token else _KNOWN_EODS
+    for candidate in candidates:
+        if inner.token_to_id(candidate) is not None:
+            return _with_eod(inner, candidate)
+    raise InputError(
+        f"{path}: none of its tokens is {' or '.join(candidates)}, so a document has no end. "
+        "Name the token that ends one with --eod-token."
+    )
+
+
+def _with_eod(inner: Tokenizer, token: str) -> TextTokenizer:
+    # A text that spells a special token means the letters.
+    inner.encode_special_tokens = True
+    eod = inner.token_to_id(token)
+    assert eod is not None
+    return TextTokenizer(inner, eod, vocab_size=max(inner.get_vocab().values()) + 1)
+
+
+def _byte_level(model: models.Model) -> Tokenizer:
+    inner = Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    inner = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOD_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return inner
+
+
+def _byte_tokenizer() -> Tokenizer:
+    """A BPE without merges: a token's id is the byte's value, and 256 ends a document."""
+    vocabulary = {letter: value for value, letter in enumerate(_byte_letters())}
+    inner = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
+    inner.add_special_tokens([EOD_TOKEN])
+    return inner
+
+
+def _byte_letters() -> list[str]:
+    """The letter by which byte-level tokenizers write each byte: itself where it can be seen, else one past U+00FF."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = iter(range(_BYTES, 2 * _BYTES))
+    return [chr(value if value in visible else next(hidden)) for value in range(_BYTES)]

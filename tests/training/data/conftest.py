@@ -1,0 +1,16 @@
+from pathlib import Path
+
+import pytest
+from small_data import make_data
+
+from mup_megatron.megatron import cpu
+from mup_megatron.training.data.indexed import DataMeta
+
+# The data need no such runtime; other tests of the same process do, and must not find Megatron imported without it.
+cpu.enable()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataMeta]:
+    """Bytes of twelve small files. Not to be changed: copy it first."""
+    return make_data(tmp_path_factory.mktemp("data"))

@@ -1,0 +1,91 @@
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from small_data import files_at
+from support.processes import RankFailure, run_ranks
+
+from mup_megatron.training.data.embedded import embedded_data, embedded_sources
+from mup_megatron.training.data.indexed import at, check_prefix
+from mup_megatron.training.data.tokenizer import load_tokenizer
+
+
+def _killed_while_writing(cache: Path) -> None:
+    def kill(stage: str, done: int, total: int, /) -> None:
+        if stage == "tokenizing" and done > total // 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    embedded_data(cache, progress=kill)
+
+
+def _at_the_same_time(cache: Path) -> tuple[Path, bool]:
+    met = False
+
+    def meet(stage: str, done: int, total: int, /) -> None:
+        nonlocal met
+        if stage == "tokenizing" and done == total:
+            torch.distributed.barrier()  # both have written everything, neither has put it in place
+            met = True
+
+    return embedded_data(cache, progress=meet), met
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that a first process was killed over and two more then filled together."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.raises(RankFailure, match=f"exit code {-signal.SIGKILL}"):
+        run_ranks(_killed_while_writing, 1, cache)
+    left = [path for path in (cache / "embedded").iterdir() if not path.name.startswith(".tmp-")]
+    assert left == []
+    (first, first_met), (second, second_met) = run_ranks(_at_the_same_time, 2, cache)
+    assert first_met
+    assert second_met
+    assert first == second
+    return cache
+
+
+def test_killed_and_raced_for_the_cache_holds_one_whole_corpus(cache: Path) -> None:
+    calls: list[str] = []
+    prefix = embedded_data(cache, progress=lambda stage, done, total, /: calls.append(stage))
+    assert set(calls) == {"reading"}  # nothing had to be made
+    meta = check_prefix(prefix)
+    assert [path for path in (cache / "embedded").iterdir() if not path.name.startswith(".tmp-")] == [prefix.parent]
+    assert (meta.vocab_size, meta.eod) == (1024, 0)
+    assert meta.tokens is not None
+    assert meta.tokens > 2_000_000  # enough for a run of the quickstart to see little of it twice
+
+
+def test_the_tokens_are_the_library_of_this_python(cache: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    prefix = embedded_data(cache)
+    tokenizer = load_tokenizer(at(prefix, ".tokenizer.json"))
+    found = IndexedDataset(str(prefix))
+    names = [entry.name for entry in check_prefix(prefix).inputs]
+    for name in ("argparse.py", "json/decoder.py", "this.py"):
+        number = names.index(name)
+        begin, end = found.document_indices[number : number + 2]
+        ids = [int(token) for k in range(begin, end) for token in found[k]]
+        library = Path(os.__file__).parent
+        assert tokenizer.decode(ids[:-1]).encode() == (library / name).read_bytes()
+
+
+def test_the_order_mixes_subjects_and_is_the_same_every_time() -> None:
+    names = [source.name for source in embedded_sources()]
+    assert names == [source.name for source in embedded_sources()]
+    last = names[-len(names) // 20 :]
+    assert len({name[0] for name in last}) > 5
+    assert not any(part in {"site-packages", "test", "encodings"} for name in names for part in name.split("/"))
+
+
+def test_another_tokenizer_is_another_corpus_and_a_damaged_one_is_made_again(cache: Path) -> None:
+    usual = embedded_data(cache)
+    bytes_ = embedded_data(cache, tokenizer="byte")
+    assert bytes_.parent != usual.parent
+    before = files_at(bytes_)
+    at(bytes_, ".bin").write_bytes(before[".bin"][:-10])
+    assert embedded_data(cache, tokenizer="byte") == bytes_
+    assert files_at(bytes_) == before

@@ -1,0 +1,59 @@
+# One command for each thing that is done here; CI runs these too. GNU make 3.81 or newer.
+
+VENV ?= .venv
+# Processes that the tests are spread over, and what else to hand to pytest: make test PYTEST="tests/theory -x"
+JOBS ?= 2
+PYTEST ?=
+
+STAMP := $(VENV)/.complete
+RUN := $(VENV)/bin
+PACKAGES := .[megatron,wandb,dev]
+
+# A PYTHON that is asked for and is not the one the environment stands on makes it stale.
+ifneq ($(PYTHON),)
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(shell PYTHON="$(PYTHON)" tools/find-python 2>/dev/null))
+$(STAMP): stale
+endif
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-full lint clean stale
+stale:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## build .venv; PYTHON=/path/to/python3 chooses the interpreter
+
+quickstart: $(STAMP) ## the whole path on this machine: search, transfer, a table and a picture
+	$(RUN)/mup-megatron quickstart
+
+test: $(STAMP) ## the tests
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST)
+
+test-full: $(STAMP) ## the tests, the slow ones too
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow or not slow" $(PYTEST)
+
+lint: $(STAMP) ## style and types
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+clean: ## remove what make and the tools built; results/ stays
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	find mup_megatron tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp names the interpreter and is written last, so an interrupted set-up is begun again from nothing. A complete
+# one is brought up to date in place. mup, the oracle of the tests, asks for torchvision, which it does not need.
+$(STAMP): pyproject.toml Makefile tools/find-python $(wildcard constraints/*.txt)
+	@set -eu; \
+	python=$$(tools/find-python); \
+	if [ "$$(cat $@ 2>/dev/null)" != "$$python" ]; then rm -rf $(VENV); "$$python" -m venv $(VENV); fi; \
+	rm -f $@; \
+	pins=constraints/py$$($(RUN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt; \
+	if [ -f $$pins ]; then pins="-c $$pins"; \
+	else echo "No $$pins: versions are not pinned with this Python." >&2; pins=; fi; \
+	echo "Setting up $(VENV) with $$python. The first time this takes minutes: torch is large." >&2; \
+	$(RUN)/python -m pip install --disable-pip-version-check $$pins -e '$(PACKAGES)'; \
+	$(RUN)/python -m pip install --disable-pip-version-check $$pins --no-deps mup; \
+	echo "$$python" > $@

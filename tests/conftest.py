@@ -1,0 +1,54 @@
+"""Which tests run with every supported megatron-core, and why CI takes a skipped test for a failed one."""
+
+import importlib.metadata
+import os
+import re
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+ADAPTER_FOLDERS = {"theory", "models", "megatron", "training"}
+IN_CI = "MUP_MEGATRON_CI" in os.environ
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if TESTS in item.path.parents and item.path.relative_to(TESTS).parts[0] in ADAPTER_FOLDERS:
+            item.add_marker(pytest.mark.adapter)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """In CI a test is skipped for want of a GPU, or of something that the installed megatron-core does not have.
+
+    Every other skip means that CI lacks an interpreter or a package, and so did not test what it claims to test. An
+    expected failure also comes as a "skipped" report; its reason is no triple.
+    """
+    if not IN_CI or not report.skipped or hasattr(report, "wasxfail") or not isinstance(report.longrepr, tuple):
+        return
+    path, line, reason = report.longrepr
+    if "needs a GPU" in reason or _installed_megatron_core() in re.findall(r"megatron-core (\d+\.\d+)", reason):
+        return
+    report.outcome = "failed"
+    report.longrepr = f"{path}:{line}: skipped in CI, where everything that is needed must be present. {reason}"
+
+
+def _installed_megatron_core() -> str:
+    return ".".join(importlib.metadata.version("megatron-core").split(".")[:2])

@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 from support.mup_oracle import mup_adamw, mup_gpt, mup_numbers, mup_sgd, readout_factor
-from support.plain_gpt import PlainGPT, cross_entropy
-from support.shapes import HYPERPARAMETERS, batch, gpt, recipe_for
+from support.plan_runs import optimizer_from_plan, plain_from_plan, train
+from support.shapes import HYPERPARAMETERS, gpt, recipe_for
 
 from mup_megatron.models.model_file import ModelFile
-from mup_megatron.theory import Kind, Optimizer, Plan, Role, rules
+from mup_megatron.theory import Kind, Optimizer, Role, rules
 from mup_megatron.theory.rules import ONE, Power
 
 Family = Callable[[float], ModelFile]
@@ -157,41 +157,6 @@ def test_mup_does_not_scale_eps() -> None:
 # Ten steps. mup's eps is the same at every width and ours is not, so here it is too small to matter in either.
 NO_EPS = 1e-30
 LR = {"adam": 0.003, "sgd": 0.05}
-STEPS = 10
-
-
-def plain_from_plan(plan: Plan, target: ModelFile) -> PlainGPT:
-    """The plain GPT with the plan's own multipliers."""
-    return PlainGPT(
-        target,
-        embedding_multiplier=plan.embedding_multiplier,
-        output_multiplier=plan.output_multiplier,
-        softmax_scale=plan.softmax_scale,
-    )
-
-
-def optimizer_from_plan(plan: Plan, model: PlainGPT) -> torch.optim.Optimizer:
-    """torch's optimizer with one group per parameter, as the plan says."""
-    groups = [
-        {"params": [p], "lr": plan[name].lr, "weight_decay": plan[name].weight_decay, "eps": plan[name].eps}
-        for name, p in model.named_parameters()
-    ]
-    if plan.optimizer is Optimizer.SGD:
-        return torch.optim.SGD([{k: v for k, v in g.items() if k != "eps"} for g in groups], momentum=0.9)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
-
-
-def train(model: PlainGPT, optimizer: torch.optim.Optimizer, target: ModelFile) -> torch.Tensor:
-    """The losses of STEPS steps, [STEPS]."""
-    losses = []
-    for step in range(STEPS):
-        tokens, labels = batch(target, step)
-        loss = cross_entropy(model(tokens), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
 
 
 def _losses(family: str, optimizer: str) -> tuple[torch.Tensor, torch.Tensor]:

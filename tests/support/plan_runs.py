@@ -1,0 +1,54 @@
+"""A plan carried out in plain PyTorch: its multipliers in the plain GPT, torch's optimizer with its groups."""
+
+import torch
+from support.plain_gpt import PlainGPT, cross_entropy
+from support.shapes import batch
+from torch import Tensor, nn
+
+from mup_megatron.models.model_file import ModelFile
+from mup_megatron.theory import Kind, Optimizer, Plan
+
+
+def plain_from_plan(plan: Plan, target: ModelFile, *, dtype: torch.dtype = torch.float64) -> PlainGPT:
+    """The plain GPT with each of the plan's multipliers at its weight, and constants as the plan starts them."""
+    model = PlainGPT(target, output_multiplier=plan.output_multiplier, softmax_scale=plan.softmax_scale, dtype=dtype)
+    for entry in plan.entries:
+        if entry.init_value is not None:
+            with torch.no_grad():
+                model.get_parameter(entry.name).fill_(entry.init_value)
+        if entry.multiplier != 1.0 and entry.kind is not Kind.HEAD:
+            _multiply(model.get_submodule(entry.name.removesuffix(".weight")), entry.multiplier)
+    return model
+
+
+def _multiply(module: nn.Module, factor: float) -> None:
+    """Multiplies a module's weight, and not its bias."""
+    if isinstance(module, nn.Embedding):
+        module.register_forward_hook(lambda _module, _args, output: factor * output)
+    else:
+        module.register_forward_pre_hook(lambda _module, args: (factor * args[0],))
+
+
+def optimizer_from_plan(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum, with one group for each parameter."""
+    named = list(model.named_parameters())
+    assert [name for name, _ in named] == [entry.name for entry in plan.entries]
+    groups = [{"params": [p], "lr": plan[name].lr, "weight_decay": plan[name].weight_decay} for name, p in named]
+    if plan.optimizer is Optimizer.SGD:
+        return torch.optim.SGD(groups, momentum=0.9)
+    for group, (name, _) in zip(groups, named, strict=True):
+        group["eps"] = plan[name].eps
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+
+def train(model: PlainGPT, optimizer: torch.optim.Optimizer, target: ModelFile, *, steps: int = 10) -> Tensor:
+    """The losses of some steps, [steps]."""
+    losses = []
+    for step in range(steps):
+        tokens, labels = batch(target, step)
+        loss = cross_entropy(model(tokens), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)

@@ -1,0 +1,224 @@
+"""Model file + recipe + options → this rank's model, optimizer and schedule, all Megatron-Core's own. Does not train.
+
+Importing it imports Megatron: the CPU runtime has to come before.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_APEX,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from mup_megatron.errors import InputError
+from mup_megatron.megatron import cpu
+from mup_megatron.megatron.model import apply_plan, configure
+from mup_megatron.megatron.optimizer import config_overrides, require_proportional_schedule
+from mup_megatron.models.model_file import ModelFile
+from mup_megatron.recipe import Recipe
+from mup_megatron.theory import Plan
+from mup_megatron.training.options import TrainingOptions
+
+
+@dataclass(frozen=True)
+class Built:
+    """This rank's part of a run, ready to train. `chunks` are wrapped in DDP, one for each virtual pipeline stage."""
+
+    config: Any
+    chunks: Sequence[Any]
+    optimizer: Any
+    scheduler: Any
+
+
+def available_model(model: ModelFile, options: TrainingOptions) -> ModelFile:
+    """The model as it can be built on this machine: on the CPU a Transformer Engine model becomes a local one.
+
+    The two compute the same; the names of norms differ, so the plan has to be made for what is built.
+
+    Raises:
+        InputError: the model needs a package that is not installed.
+    """
+    if model.transformer_impl == "transformer_engine":
+        if cpu.is_enabled():
+            model = model.model_copy(update={"transformer_impl": "local"})
+        elif not HAVE_TE:
+            raise InputError(
+                "transformer_impl: transformer_engine, and Transformer Engine is not installed. Install it "
+                "(pip install 'transformer-engine[pytorch]'), or write `transformer_impl: local` into the model file."
+            )
+    if model.transformer_impl == "local" and not HAVE_APEX:
+        if model.apply_layernorm_1p:
+            raise InputError(
+                "apply_layernorm_1p: without Transformer Engine and Apex there is no such norm. "
+                "Train on a GPU with one of them, or drop the key from model file and recipe."
+            )
+        if options.sequence_parallel and not cpu.is_enabled():
+            raise InputError(
+                "--sequence-parallel: with transformer_impl local it needs the norms of Apex, which is not installed. "
+                "Install Apex, use transformer_engine, or drop the flag."
+            )
+    return model
+
+
+def build(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions, *, initialize: bool) -> Built:
+    """Builds this rank's part of a run. Collective.
+
+    Args:
+        model: as `available_model` returns it.
+        recipe: gives hyperparameters and schedule.
+        plan: the recipe's for this model.
+        options: layout and precision.
+        initialize: False where the weights are about to be loaded.
+
+    Raises:
+        InputError: the plan cannot be applied to this model.
+    """
+    config = _transformer_config(model, recipe, options)
+    configure(config, plan)
+    models = [_chunk(model, config, stage) for stage in _stages(model, options)]
+    apply_plan(models, plan, initialize=initialize)
+    chunks = _wrapped(models, config, options)
+    optimizer_config = _optimizer_config(recipe, options)
+    optimizer = get_megatron_optimizer(
+        optimizer_config,
+        chunks,
+        config_overrides=config_overrides(chunks, plan, optimizer_config),
+        use_gloo_process_groups=False,
+    )
+    config.grad_scale_func = optimizer.scale_loss
+    scheduler = _scheduler(optimizer, recipe, options)
+    require_proportional_schedule(scheduler)
+    return Built(config, chunks, optimizer, scheduler)
+
+
+def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> Any:
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    fields: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.query_groups,
+        "kv_channels": model.head_size,
+        "normalization": model.normalization,
+        "layernorm_epsilon": model.norm_epsilon,
+        "layernorm_zero_centered_gamma": model.apply_layernorm_1p,
+        "qk_layernorm": model.qk_layernorm,
+        "gated_linear_unit": model.swiglu,
+        "activation_func": torch.nn.functional.silu if model.swiglu else torch.nn.functional.gelu,
+        "add_bias_linear": model.add_bias_linear,
+        "add_qkv_bias": model.add_qkv_bias,
+        # The base's: the plan rescales what Megatron draws with it.
+        "init_method_std": recipe.hyperparameters.init_method_std,
+        "attention_dropout": model.attention_dropout,
+        "hidden_dropout": model.hidden_dropout,
+        "bf16": options.bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "tensor_model_parallel_size": options.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": options.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": options.virtual_stages(model),
+        "sequence_parallel": options.sequence_parallel,
+        # Interleaved, sends and receives between two ranks that are each other's neighbours on both sides would be
+        # ambiguous in one batch. Megatron-LM's arguments couple these likewise.
+        "overlap_p2p_comm": options.virtual_pipeline,
+        "batch_p2p_comm": not options.virtual_pipeline,
+        # Its kernels are a separate build, and Megatron takes them for granted once this is on.
+        "masked_softmax_fusion": False,
+        "use_cpu_initialization": options.use_cpu_initialization,
+        "finalize_model_grads_func": finalize_model_grads,
+    }
+    return TransformerConfig(**{**fields, **cpu.transformer_config_overrides()})
+
+
+def _stages(model: ModelFile, options: TrainingOptions) -> Sequence[int | None]:
+    """Megatron's `vp_stage` of each of this rank's chunks."""
+    count = options.virtual_stages(model)
+    return [None] if count is None else range(count)
+
+
+def _chunk(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:
+    if model.transformer_impl == "local":
+        spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
+    else:
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+    chunk: torch.nn.Module = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
+        max_sequence_length=model.positions,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        share_embeddings_and_output_weights=model.tied,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        vp_stage=stage,
+    )
+    return chunk
+
+
+def _wrapped(models: Sequence[torch.nn.Module], config: Any, options: TrainingOptions) -> list[Any]:
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=options.use_distributed_optimizer, grad_reduce_in_fp32=options.bf16
+    )
+    placed = [model.cuda() for model in models]
+    if options.bf16:
+        placed = [Float16Module(config, model) for model in placed]
+    # As in Megatron-LM: only the first chunk's gradients are reduced early enough to profit from buckets.
+    return [
+        DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0) for index, model in enumerate(placed)
+    ]
+
+
+def _optimizer_config(recipe: Recipe, options: TrainingOptions) -> Any:
+    h = recipe.hyperparameters
+    return OptimizerConfig(
+        optimizer=recipe.parametrization.optimizer,
+        lr=h.lr,
+        min_lr=h.min_lr,
+        weight_decay=h.weight_decay,
+        adam_beta1=h.adam_beta1,
+        adam_beta2=h.adam_beta2,
+        adam_eps=h.adam_eps,
+        sgd_momentum=h.sgd_momentum,
+        # Megatron measures the gradient norm only where it may have to clip; nothing is above infinity.
+        clip_grad=h.clip_grad or math.inf,
+        bf16=options.bf16,
+        params_dtype=torch.bfloat16 if options.bf16 else torch.float32,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+    )
+
+
+def _scheduler(optimizer: Any, recipe: Recipe, options: TrainingOptions) -> Any:
+    """The recipe's schedule, counted in iterations. Fractions are not rounded: one shape at any length."""
+    h, s = recipe.hyperparameters, recipe.schedule
+    decay = s.lr_decay_fraction * options.train_iters
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=h.lr,
+        min_lr=h.min_lr,
+        lr_warmup_steps=s.lr_warmup_fraction * options.train_iters,
+        lr_decay_steps=decay,
+        lr_decay_style=s.lr_decay_style,
+        start_wd=h.weight_decay,
+        end_wd=h.weight_decay,
+        wd_incr_steps=options.train_iters,
+        wd_incr_style="constant",
+        wsd_decay_steps=s.lr_wsd_decay_fraction * options.train_iters,
+        lr_wsd_decay_style=s.lr_wsd_decay_style,
+    )

@@ -1,0 +1,124 @@
+"""What a run measures: one row per iteration in `metrics.csv`, and the judgement that it has diverged.
+
+Knows neither torch nor Megatron.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mup_megatron.errors import InputError
+from mup_megatron.files import write_atomically
+
+COLUMNS = ("iteration", "loss", "lr", "grad_norm")
+
+DIVERGED_ABOVE = 1.0
+"""Nats above the first iteration's loss at which a run counts as lost, if it stays there …"""
+DIVERGED_ITERATIONS = 20
+"""… for so many iterations on end. A bump during warm-up is shorter or lower."""
+
+LAST_SHARE = 0.1
+"""A run's training loss is the mean over this last share of its iterations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One iteration. `loss` is the mean over the global batch before the update, `lr` the base's in this update."""
+
+    iteration: int
+    """From 1."""
+    loss: float
+    lr: float
+    grad_norm: float
+    """Before clipping, over the whole model."""
+
+
+def to_csv(rows: Iterable[Row], *, header: bool = True) -> str:
+    """Rows as CSV text. Every number reads back as the same bits."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if header:
+        writer.writerow(COLUMNS)
+    for row in rows:
+        writer.writerow([row.iteration, repr(row.loss), repr(row.lr), repr(row.grad_norm)])
+    return text.getvalue()
+
+
+def from_csv(text: str, *, source: str) -> tuple[Row, ...]:
+    """The rows that `to_csv` wrote.
+
+    Raises:
+        InputError: it is something else, or truncated; `source` names it.
+    """
+    reader = csv.reader(io.StringIO(text))
+    try:
+        if tuple(next(reader, ())) != COLUMNS:
+            raise ValueError("the first line is not " + ",".join(COLUMNS))
+        rows = tuple(Row(int(n), float(loss), float(lr), float(norm)) for n, loss, lr, norm in reader)
+        if [row.iteration for row in rows] != list(range(1, len(rows) + 1)):
+            raise ValueError("iterations are missing or double")
+    except ValueError as error:
+        raise InputError(f"{source}: not the metrics of a run ({error}). Restore the file, or remove it.") from None
+    return rows
+
+
+class MetricsFile:
+    """`metrics.csv` as it grows. A row is on its way to the disk when `append` returns, so a killed run loses none."""
+
+    def __init__(self, path: Path, rows: Sequence[Row]) -> None:
+        """Makes the file hold `rows` and nothing else: what a run that is gone on with had measured.
+
+        Raises:
+            InputError: the folder cannot be written or the disk is full.
+        """
+        self.path = path
+        write_atomically(path, to_csv(rows))
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, row: Row) -> None:
+        """Adds a row.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        try:
+            self._file.write(to_csv([row], header=False))
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be written ({error.strerror}). Free some space, then go on with --load."
+            ) from None
+
+    def close(self) -> None:
+        """No rows follow."""
+        self._file.close()
+
+
+def divergence(rows: Sequence[Row]) -> str | None:
+    """Why the run is lost as of its last row; None while it is not.
+
+    It is lost when loss or gradient norm is not a finite number, or when the loss of each of the last
+    DIVERGED_ITERATIONS iterations was more than DIVERGED_ABOVE above the first iteration's.
+    """
+    last = rows[-1]
+    if not math.isfinite(last.loss):
+        return f"the loss of iteration {last.iteration} is {last.loss}"
+    if not math.isfinite(last.grad_norm):
+        return f"the gradient norm of iteration {last.iteration} is {last.grad_norm}"
+    limit = rows[0].loss + DIVERGED_ABOVE
+    recent = rows[-DIVERGED_ITERATIONS:]
+    if len(recent) == DIVERGED_ITERATIONS and all(row.loss > limit for row in recent):
+        return (
+            f"the loss was more than {DIVERGED_ABOVE:g} above the first iteration's {rows[0].loss:.4g} for "
+            f"{DIVERGED_ITERATIONS} iterations up to {last.iteration}, where it is {last.loss:.4g}"
+        )
+    return None
+
+
+def train_loss(rows: Sequence[Row]) -> float:
+    """Mean loss over the last LAST_SHARE of the iterations, at least one."""
+    count = max(1, round(LAST_SHARE * len(rows)))
+    return math.fsum(row.loss for row in rows[-count:]) / count

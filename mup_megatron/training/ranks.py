@@ -1,0 +1,147 @@
+"""The processes of a run: one on its own, or torchrun's. Joins them into Megatron's groups and lets them part again.
+
+Importing this module imports neither torch nor Megatron, because the CPU runtime has to come before both.
+"""
+
+import importlib
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from mup_megatron.errors import InputError
+
+ResultT = TypeVar("ResultT")
+
+_SLOW_IMPORTS = (
+    "megatron.core.dist_checkpointing",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.pipeline_parallel",
+    "mup_megatron.training.loop",
+)
+
+_REPEATING_LOGGERS = ("megatron.core.models.gpt.gpt_model", "megatron.core.dist_checkpointing.strategies.torch")
+"""They say for every model and every checkpoint what Megatron plans to replace. A user can do nothing about it."""
+
+
+def preload() -> bool:
+    """Imports what a run needs, so that forked processes begin at once. Returns whether they run on the CPU.
+
+    Safe on a machine with a GPU too: torch is told to look for it in a way that does not initialise CUDA,
+    which no fork would survive.
+
+    Raises:
+        InputError: torch or Megatron-Core is missing or too old, or was imported before.
+    """
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    on_cpu = enable_cpu()
+    for name in _SLOW_IMPORTS:
+        importlib.import_module(name)
+    return on_cpu
+
+
+def enable_cpu() -> bool:
+    """Turns the CPU runtime on where there is no GPU; returns whether it is on.
+
+    Raises:
+        InputError: torch or Megatron-Core is missing or too old, or was imported before.
+    """
+    try:
+        from mup_megatron.megatron import cpu
+    except ImportError as error:
+        raise InputError(
+            f"training needs torch and Megatron-Core ({error}). Install them: pip install 'mup-megatron[megatron]'"
+        ) from None
+    return cpu.enable()
+
+
+def world_size() -> int:
+    """How many processes take part; known before they have joined."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        return distributed.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if _under_torchrun() else 1
+
+
+def _under_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def joined(*, tensor: int, pipeline: int, virtual_stages: int | None, seed: int) -> Iterator[None]:
+    """Megatron's process groups and random numbers for the time of a run, on every rank.
+
+    A process group that exists already is used and left as it is. Otherwise torchrun's processes find each other, and a
+    single process needs no one, no port and no file. Python's, numpy's and torch's generators are seeded as Megatron-LM
+    does, with seed + 100·(pipeline stage).
+    """
+    import torch
+    from megatron.core import parallel_state
+    from torch import distributed
+
+    from mup_megatron.megatron import cpu
+
+    for name in _REPEATING_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    own = not distributed.is_initialized()
+    if own:
+        if not cpu.is_enabled():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "gloo" if cpu.is_enabled() else "nccl"
+        if _under_torchrun():
+            distributed.init_process_group(backend)
+        else:
+            store = distributed.HashStore()  # type: ignore[attr-defined]
+            distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel(tensor, pipeline, virtual_stages, create_gloo_process_groups=False)
+        _seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        if own:
+            distributed.destroy_process_group()
+
+
+def _seed(seed: int) -> None:
+    import numpy as np
+    import torch
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def is_first() -> bool:
+    """Whether this rank is the one that writes and speaks."""
+    from torch import distributed
+
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def on_first_rank(work: Callable[[], ResultT]) -> ResultT:
+    """The result of `work`, done by the first rank alone and told to all. Collective.
+
+    Raises:
+        InputError: on every rank, where `work` raised one on the first.
+    """
+    from torch import distributed
+
+    outcome: list[Any] = [None, None]
+    if is_first():
+        try:
+            outcome[0] = work()
+        except InputError as error:
+            outcome[1] = str(error)
+    distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise InputError(outcome[1])
+    result: ResultT = outcome[0]
+    return result

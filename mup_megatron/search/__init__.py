@@ -1,0 +1,24 @@
+"""Hyperparameter search on Optuna. Knows trials and losses; nothing of μP, Megatron or torch."""
+
+from mup_megatron.search.space import Space, load_space
+from mup_megatron.search.storage import default_storage
+from mup_megatron.search.study import StudyRecord, StudySpec, Trial, best_trial, read_study
+from mup_megatron.search.sweep import SweepResult, run_sweep
+from mup_megatron.search.worker import Launch, Objective, Outcome, ReportFn
+
+__all__ = [
+    "Launch",
+    "Objective",
+    "Outcome",
+    "ReportFn",
+    "Space",
+    "StudyRecord",
+    "StudySpec",
+    "SweepResult",
+    "Trial",
+    "best_trial",
+    "default_storage",
+    "load_space",
+    "read_study",
+    "run_sweep",
+]

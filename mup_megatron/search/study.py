@@ -1,0 +1,185 @@
+"""What a study is and what is in it: reading only. Running it is `sweep.py`.
+
+A study is Optuna's, and every Optuna tool opens it. What this package adds:
+
+- The study's user attribute `sweep` holds what must stay the same when it goes on: seed, sampler, space, context.
+- A **slot** is one place in the search, 0 to N - 1; in a random search it alone gives the hyperparameters. Trials fill
+  slots in the order of their numbers, so trial i is slot i, until a trial has failed for good and a later command runs
+  its slot again. That makes a further trial, with the slot in its user attribute `retry_of`, which takes no new slot.
+- Complete: Optuna's COMPLETE, with the loss as value. Diverged: PRUNED, so that no diverged trial is ever the best one
+  and TPE learns to stay away. Failed (crashed, no result): FAIL. Both have a user attribute `reason`.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from mup_megatron.errors import InputError
+from mup_megatron.search.space import Space
+from mup_megatron.search.storage import Storage, open_storage
+
+Sampler: TypeAlias = Literal["random", "tpe"]
+State: TypeAlias = Literal["complete", "diverged", "failed", "running", "waiting"]
+
+SPEC = "sweep"
+RETRY_OF = "retry_of"
+OWNER = "owner"
+ATTEMPTS = "attempts"
+REASON = "reason"
+SECONDS = "seconds"
+METRICS = "metrics"
+
+_STATES: Mapping[TrialState, State] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "diverged",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+}
+
+
+@dataclass(frozen=True)
+class StudySpec:
+    """What a study searches and how. All but `name` and `storage` is recorded in it and cannot change."""
+
+    name: str
+    storage: str
+    """An Optuna storage URL."""
+    seed: int
+    sampler: Sampler
+    space: Space
+    context: Mapping[str, Any]
+    """What a loss depends on besides the hyperparameters (model, data, steps, …), as JSON would hold it."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise InputError("--study: empty. Give the study a name.")
+        if self.sampler not in get_args(Sampler):
+            raise InputError(f"--sampler {self.sampler!r}: unknown. Choose from {', '.join(get_args(Sampler))}.")
+
+    def recorded(self) -> dict[str, Any]:
+        """What the study keeps, as JSON gives it back."""
+        content = {
+            "version": 1,
+            "seed": self.seed,
+            "sampler": self.sampler,
+            "space": self.space.to_json(),
+            "context": dict(self.context),
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
+        return plain
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial, as it stands."""
+
+    number: int
+    slot: int
+    state: State
+    loss: float | None
+    """Of a complete trial."""
+    parameters: Mapping[str, float]
+    seconds: float | None
+    """What the trial took, of a complete or diverged one."""
+    reason: str | None
+    """Why it diverged or failed."""
+    metrics: Mapping[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the trial has answered its question: complete or diverged."""
+        return self.state in ("complete", "diverged")
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """A study as it stands."""
+
+    spec: StudySpec
+    trials: tuple[Trial, ...]
+
+    @property
+    def best(self) -> Trial | None:
+        """The complete trial with the lowest loss; of equals the first. None if none is complete."""
+        complete = [trial for trial in self.trials if trial.loss is not None]
+        return min(complete, key=lambda trial: trial.loss, default=None)  # type: ignore[arg-type, return-value]
+
+
+def read_study(storage: str, name: str) -> StudyRecord:
+    """A study that exists, and its trials.
+
+    Raises:
+        InputError: no such storage or study, or a study that no sweep has made.
+    """
+    with open_storage(storage, create=False) as opened:
+        try:
+            study = optuna.load_study(study_name=name, storage=opened.backend)
+        except KeyError:
+            raise InputError(f"{opened.label}: no study {name!r} in it{_others(opened)}. Check --study.") from None
+        recorded = study.user_attrs.get(SPEC)
+        if recorded is None:
+            raise InputError(f"{opened.label}: study {name!r} was not made by a sweep. Choose another with --study.")
+        spec = StudySpec(
+            name,
+            storage,
+            recorded["seed"],
+            recorded["sampler"],
+            Space.from_json(recorded["space"]),
+            recorded["context"],
+        )
+        return StudyRecord(spec, trials_of(study))
+
+
+def best_trial(storage: str, name: str) -> Trial:
+    """The complete trial with the lowest loss.
+
+    Raises:
+        InputError: as `read_study`, or no trial is complete.
+    """
+    best = read_study(storage, name).best
+    if best is None:
+        raise InputError(f"study {name!r}: no complete trial yet. Run the sweep on, or widen its space.")
+    return best
+
+
+def trials_of(study: optuna.Study) -> tuple[Trial, ...]:
+    """All trials of a study, by number."""
+    frozen = study.get_trials(deepcopy=False)
+    return tuple(_trial(trial, slot) for trial, slot in zip(frozen, slots_of(frozen), strict=True))
+
+
+def slots_of(trials: Iterable[FrozenTrial]) -> list[int]:
+    """The slot of each trial. Needs all trials of the study, by number: they are numbered in the order of creation."""
+    slots, first_attempts = [], 0
+    for trial in trials:
+        if RETRY_OF in trial.user_attrs:
+            slots.append(int(trial.user_attrs[RETRY_OF]))
+        else:
+            slots.append(first_attempts)
+            first_attempts += 1
+    return slots
+
+
+def _trial(trial: FrozenTrial, slot: int) -> Trial:
+    state = _STATES[trial.state]
+    ended = state in ("complete", "diverged", "failed")
+    return Trial(
+        number=trial.number,
+        slot=slot,
+        state=state,
+        loss=trial.value if state == "complete" else None,
+        parameters=dict(trial.params),
+        seconds=trial.user_attrs.get(SECONDS) if ended else None,
+        reason=trial.user_attrs.get(REASON) if state in ("diverged", "failed") else None,
+        metrics=trial.user_attrs.get(METRICS, {}) if ended else {},
+    )
+
+
+def _others(storage: Storage) -> str:
+    names = sorted(summary.study_name for summary in optuna.get_all_study_summaries(storage=storage.backend))
+    return f", only {', '.join(repr(name) for name in names)}" if names else ""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from mup_megatron.errors import InputError
 
 OLDEST_SUPPORTED = (0, 16)
-"""The first Megatron-Core release (major, minor) whose optimizer takes `config_overrides` as this package gives them."""
+"""The first Megatron-Core release (major, minor) whose optimizer takes `config_overrides`."""
 
 
 def core_version() -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import faulthandler
 import importlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -37,15 +38,17 @@ class _Report(NamedTuple):
     value: Any
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120, **kwargs: Any) -> list[Any]:
-    """Call `function(*args, **kwargs)` in `world_size` processes that form one gloo group; return their results by rank.
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120, **kwargs: Any
+) -> list[Any]:
+    """Call `function(*args, **kwargs)` in `world_size` processes of one gloo group; return their results by rank.
 
-    Each process has the environment torchrun gives (RANK, WORLD_SIZE, LOCAL_RANK), one thread, the default process group
-    and the CPU runtime enabled. `function` must be importable by name (the top level of a test module), and arguments
-    and results must pickle; tensors are copied.
+    Each process has the environment torchrun gives (RANK, WORLD_SIZE, LOCAL_RANK), one thread, the default process
+    group and the CPU runtime enabled. `function` must be importable by name (the top level of a test module), and
+    arguments and results must pickle; tensors are copied.
 
-    Raises RankFailure with the rank's traceback as soon as one rank fails, or after `timeout_s` seconds in all. No process
-    outlives the call.
+    Raises RankFailure with the rank's traceback as soon as one rank fails, or after `timeout_s` seconds in all. No
+    process outlives the call.
     """
     context = _fork_server()
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +95,7 @@ def _collect(ranks: list[tuple[ForkServerProcess, Connection]], timeout_s: float
             assert isinstance(receiver, Connection)
             rank = pending.pop(receiver)
             try:
-                report = _Report(*pickle.loads(receiver.recv_bytes()))
+                report = torch.load(io.BytesIO(receiver.recv_bytes()), weights_only=False)
             except EOFError:
                 ranks[rank][0].join(10)
                 raise RankFailure(f"rank {rank} died with exit code {ranks[rank][0].exitcode}") from None
@@ -104,7 +107,8 @@ def _collect(ranks: list[tuple[ForkServerProcess, Connection]], timeout_s: float
 
 def _rank_main(rank: int, world_size: int, store: str, timeout_s: float, job: bytes, sender: Connection) -> None:
     os.setsid()
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    size = str(world_size)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     torch.set_num_threads(1)
     # A hanging rank says where it hangs before the parent ends it.
     faulthandler.dump_traceback_later(0.9 * timeout_s, exit=False)
@@ -114,16 +118,23 @@ def _rank_main(rank: int, world_size: int, store: str, timeout_s: float, job: by
         torch.distributed.init_process_group(
             "gloo", init_method=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=timeout_s)
         )
-        report = pickle.dumps(_Report(True, function(*args, **kwargs)))
+        report = _pack(_Report(True, function(*args, **kwargs)))
         # Nobody hangs up while another is still in the last collective.
         torch.distributed.barrier()
     except BaseException:
-        report = pickle.dumps(_Report(False, traceback.format_exc()))
+        report = _pack(_Report(False, traceback.format_exc()))
     sender.send_bytes(report)
     sender.close()
     faulthandler.cancel_dump_traceback_later()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _pack(report: _Report) -> bytes:
+    """The report for `torch.load`. Megatron makes plain pickles of tensors refer to itself: their reader imports it."""
+    buffer = io.BytesIO()
+    torch.save(report, buffer)
+    return buffer.getvalue()
 
 
 def _fork_server() -> multiprocessing.context.ForkServerContext:

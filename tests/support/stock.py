@@ -1,7 +1,7 @@
 """A tiny stock Megatron-Core GPTModel, trained as Megatron trains it, with nothing of the package but the CPU runtime.
 
-The reference that adapter tests compare against: explicit sizes, any TP × PP × virtual pipeline × DP layout, and initial
-weights that are the same numbers on every layout. Everything but the dataclasses runs inside a rank (`run_ranks`).
+The reference that adapter tests compare against: explicit sizes, any TP × PP × virtual pipeline × DP layout, and
+initial weights that are the same numbers on every layout. All but the dataclasses runs inside a rank (`run_ranks`).
 """
 
 import math
@@ -94,9 +94,7 @@ def init_parallel(layout: Layout, seed: int = 1234) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        layout.tp, layout.pp, layout.vpp, create_gloo_process_groups=False
-    )
+    parallel_state.initialize_model_parallel(layout.tp, layout.pp, layout.vpp, create_gloo_process_groups=False)
     assert parallel_state.get_data_parallel_world_size() == layout.dp
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -172,8 +170,8 @@ def draw_weights(chunks: Sequence[Any], std: float, seed: int = 7) -> None:
     Each global tensor (all layers of one kind together) is drawn whole and this rank copies its part. Gains and biases
     keep the 1 and 0 they were built with. Call it before DDP and the optimizer take their copies.
     """
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     for chunk in chunks:
         for entry in nested_values(chunk.sharded_state_dict()):
@@ -340,7 +338,7 @@ def _global_mean(losses: list[Tensor]) -> float:
 
 
 def _state(run: Run, *, is_loading: bool) -> dict[str, Any]:
-    metadata = {"distrib_optim_sharding_type": "dp_reshardable"}
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
     state: dict[str, Any] = {
         f"model{index}": chunk.module.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(run.chunks)
     }
@@ -364,6 +362,7 @@ def load(run: Run, folder: Path) -> None:
     state = dist_checkpointing.load(_state(run, is_loading=True), str(folder))
     for index, chunk in enumerate(run.chunks):
         chunk.module.load_state_dict(state[f"model{index}"])
-    run.optimizer.load_state_dict(state["optimizer"])
+    with torch.no_grad():  # in fp32 the distributed optimizer copies into views of the parameters themselves
+        run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     run.done = state["done"]

@@ -1,4 +1,4 @@
-"""Megatron-Core on a machine without a GPU, with gloo, editing no file of it: to try a configuration on a laptop or in CI.
+"""Megatron-Core on a machine without a GPU, with gloo: to try a configuration on a laptop or in CI.
 
     from mup_megatron.megatron import cpu
 
@@ -6,9 +6,9 @@
     ...                                            # init_process_group("gloo"), initialize_model_parallel(...)
     TransformerConfig(..., **cpu.transformer_config_overrides())
 
-Opt-in, and a no-op where torch finds a GPU. Not fast, and not a simulation of a GPU: kernels, memory and timing are the
-CPU's. The device's random generator is the CPU's own, so draws differ from those on a GPU. Transformer Engine layers do
-not exist here: use the local layer spec.
+Opt-in, a no-op where torch finds a GPU, and no file of Megatron is edited. Not fast, and not a simulation of a GPU:
+kernels, memory and timing are the CPU's. The device's random generator is the CPU's own, so draws differ from those on
+a GPU. Transformer Engine layers do not exist here: use the local layer spec.
 """
 
 import atexit

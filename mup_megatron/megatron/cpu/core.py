@@ -1,4 +1,4 @@
-"""What Megatron-Core's own modules need on the CPU beyond a pretended device: an Adam and a norm. Edits no file of it."""
+"""What Megatron-Core's own modules need on the CPU beyond a pretended device: an Adam and a norm. No fork of them."""
 
 import copy
 import importlib

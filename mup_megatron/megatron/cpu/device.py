@@ -1,4 +1,4 @@
-"""One pretended CUDA device in this process's torch, whose memory and arithmetic are the CPU's. Knows nothing of Megatron.
+"""One pretended CUDA device in this process's torch, whose memory and arithmetic are the CPU's. Not about Megatron.
 
 What lies afterwards: `torch.cuda.is_available()` and its relatives, and `Tensor.type()`, which answers
 "torch.cuda.FloatTensor" because optimizers compare that name. `Tensor.device` and `Tensor.is_cuda` stay truthful.

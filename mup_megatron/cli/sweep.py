@@ -1,0 +1,105 @@
+"""`sweep`: a search on the proxy."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from mup_megatron.cli.options import FILE
+from mup_megatron.errors import InputError
+from mup_megatron.models.model_file import load_model_file
+from mup_megatron.recipe import load_recipe
+from mup_megatron.search import StudySpec, default_storage, load_space, run_sweep
+from mup_megatron.training.data.indexed import check_prefix
+from mup_megatron.training.options import TrainingOptions
+from mup_megatron.training.ranks import preload
+from mup_megatron.tuning import DEFAULT_SPACE, SEARCHABLE, ProxyTraining, fixed_content
+
+
+@click.command()
+@click.argument("proxy", type=FILE, metavar="PROXY.yaml")
+@click.option("--data", type=FILE, required=True, metavar="D", help="Prefix of Megatron's .bin and .idx.")
+@click.option("--trials", type=int, required=True, metavar="N", help="Size of the search, all calls together.")
+@click.option("--study", required=True, metavar="NAME")
+@click.option("--storage", metavar="URL", help="Any storage of Optuna's. [default: sqlite:///results/NAME.db]")
+@click.option("--space", type=FILE, metavar="FILE", help="What is searched. [default: as TP5 for GPT-3]")
+@click.option("--recipe", "recipe_path", type=FILE, metavar="R", help="Values of what is not searched.")
+@click.option("--sampler", type=click.Choice(["random", "tpe"]), default="random", show_default=True)
+@click.option("--workers", type=int, default=1, show_default=True, help="Trials at a time on this machine.")
+@click.option("--train-iters", type=int, default=1000, show_default=True)
+@click.option("--global-batch-size", type=int, default=32, show_default=True)
+@click.option("--micro-batch-size", type=int, default=None)
+@click.option("--eval-iters", type=int, default=10, show_default=True, help="Batches of the validation loss.")
+@click.option("--seed", type=int, default=1234, show_default=True, help="Of the draws, the weights and the data.")
+@click.option("--bf16", is_flag=True)
+def command(
+    proxy: Path,
+    data: Path,
+    trials: int,
+    study: str,
+    storage: str | None,
+    space: Path | None,
+    recipe_path: Path | None,
+    sampler: Literal["random", "tpe"],
+    workers: int,
+    train_iters: int,
+    global_batch_size: int,
+    micro_batch_size: int | None,
+    eval_iters: int,
+    seed: int,
+    bf16: bool,
+) -> None:
+    """Search hyperparameters on PROXY. Stopped at any moment, the same command goes on.
+
+    Every trial trains the proxy; its loss is the validation loss at the end. Start the command on several machines
+    with one --storage to search in parallel.
+    """
+    # Before torch is imported: trials beside each other must not fight for cores, and a trial's loss must not depend on
+    # how many there are.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    model = load_model_file(proxy)
+    chosen = load_space(space, SEARCHABLE) if space else DEFAULT_SPACE
+    given = load_recipe(recipe_path) if recipe_path else None
+    if given is None and "lr" not in chosen.dimensions:
+        raise InputError(f"{space}: no lr in it. Search it, or give its value in a --recipe.")
+    objective = ProxyTraining(
+        proxy=model,
+        fixed=fixed_content(given),
+        data=data,
+        data_sha256=check_prefix(data).bin_sha256,
+        options=TrainingOptions(
+            train_iters=train_iters,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            seed=seed,
+            eval_iters=eval_iters,
+            bf16=bf16,
+        ),
+    )
+    spec = StudySpec(
+        name=study,
+        storage=storage or default_storage(study),
+        seed=seed,
+        sampler=sampler,
+        space=chosen,
+        context=objective.context(),
+    )
+    preload()
+    folder = Path("results") / study
+    result = run_sweep(
+        spec,
+        objective,
+        trials,
+        workers=workers,
+        csv_file=folder / "trials.csv",
+        best_file=folder / "best.json",
+        log_folder=folder / "logs",
+    )
+    if result.best is None:
+        click.echo("No trial is complete: all diverged or failed. Lower the learning rates of the space.", err=True)
+        sys.exit(1)
+    click.echo(f"best: trial {result.best.number}, loss {result.best.loss:.6g}")
+    for name, value in result.best.parameters.items():
+        click.echo(f"  {name}: {value:.6g}")

@@ -1,0 +1,26 @@
+"""`transfer`: the best trial of a study as a recipe."""
+
+from pathlib import Path
+
+import click
+
+from mup_megatron.cli.options import FILE, force_option, require_new
+from mup_megatron.recipe import save_recipe
+from mup_megatron.search import default_storage, read_study
+from mup_megatron.tuning import transferred
+
+
+@click.command()
+@click.option("--study", required=True, metavar="NAME")
+@click.option("--storage", metavar="URL", help="Any storage of Optuna's. [default: sqlite:///results/NAME.db]")
+@click.option("-o", "--output", type=FILE, metavar="R", help="Where to write; standard output by default.")
+@force_option
+def command(study: str, storage: str | None, output: Path | None, force: bool) -> None:
+    """The best trial of a study as a recipe, with the study, trial, data and versions that it comes from."""
+    recipe = transferred(read_study(storage or default_storage(study), study))
+    if output is None:
+        click.echo(recipe.to_yaml(), nl=False)
+    else:
+        require_new(output, force=force)
+        save_recipe(recipe, output)
+        click.echo(output)

@@ -1,0 +1,139 @@
+"""Where search and training meet: a trial is a training of the proxy, and the best one becomes a recipe.
+
+Knows neither how trials are run (`search/`) nor what the hyperparameters do (`theory/`).
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mup_megatron import __version__
+from mup_megatron.errors import InputError
+from mup_megatron.models.model_file import ModelFile
+from mup_megatron.recipe import Hyperparameters, Recipe, recipe
+from mup_megatron.search import Outcome, ReportFn, Space, StudyRecord
+from mup_megatron.search.space import Dimension
+from mup_megatron.training.options import TrainingOptions
+
+SEARCHABLE = tuple(Hyperparameters.model_fields)
+"""What a space may name."""
+
+DEFAULT_SPACE = Space(
+    {
+        "lr": Dimension(1e-4, 1e-1, log=True),
+        "init_method_std": Dimension(0.002, 0.2, log=True),
+        "embedding_multiplier": Dimension(0.1, 10.0, log=True),
+        "attention_multiplier": Dimension(0.25, 4.0, log=True),
+        "output_multiplier": Dimension(0.25, 4.0, log=True),
+    }
+)
+"""What TP5 searched for GPT-3 6.7B; the same as configs/spaces/gpt3_6.7b.yaml."""
+
+_RUN_KEYS = ("train_iters", "global_batch_size", "micro_batch_size", "seed", "eval_iters", "split", "bf16")
+"""The options on which a trial's loss depends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyTraining:
+    """The objective of a search: trains the proxy with a trial's hyperparameters; the loss is the validation loss."""
+
+    proxy: ModelFile
+    fixed: Mapping[str, Any]
+    """A recipe's content without its base: what is not searched."""
+    data: Path
+    data_sha256: str | None
+    options: TrainingOptions
+
+    def recipe(self, parameters: Mapping[str, float]) -> Recipe:
+        """The recipe of a trial: the proxy is its base."""
+        return _recipe(self.proxy.model_dump(mode="json"), self.fixed, parameters)
+
+    def context(self) -> dict[str, Any]:
+        """What must stay the same while a study goes on."""
+        options = asdict(self.options)
+        return {
+            "proxy": self.proxy.model_dump(mode="json"),
+            "fixed": dict(self.fixed),
+            "data": {"name": self.data.name, "sha256": self.data_sha256},
+            "training": {key: options[key] for key in _RUN_KEYS},
+        }
+
+    def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+        """Runs one trial, in a process of its own."""
+        from mup_megatron.training.train import run_training
+
+        result = run_training(self.proxy, self.recipe(parameters), self.data, self.options, report=report)
+        return Outcome(
+            loss=result.validation_loss,
+            diverged=result.status == "diverged",
+            reason=result.reason,
+            metrics={"train_loss": result.train_loss, "iterations": result.iterations, "tokens": result.tokens},
+        )
+
+
+def _recipe(base: Mapping[str, Any], fixed: Mapping[str, Any], parameters: Mapping[str, float]) -> Recipe:
+    hyperparameters = {**fixed.get("hyperparameters", {}), **parameters}
+    return recipe({**fixed, "base": base, "hyperparameters": hyperparameters}, source="trial")
+
+
+def fixed_content(given: Recipe | None) -> dict[str, Any]:
+    """What a search leaves alone: a recipe's content without its base; every default without a recipe."""
+    if given is None:
+        return {}
+    return given.model_dump(mode="json", exclude={"base", "training", "provenance"})
+
+
+def transferred(study: StudyRecord) -> Recipe:
+    """The best trial of a study as a recipe, with its provenance.
+
+    Raises:
+        InputError: no trial is complete, or the study is not one of `mup-megatron sweep`.
+    """
+    best = study.best
+    if best is None:
+        raise InputError(f"study {study.spec.name!r}: no complete trial yet. Run the sweep on, or widen its space.")
+    context = study.spec.context
+    if "proxy" not in context:
+        raise InputError(
+            f"study {study.spec.name!r} was not made by `mup-megatron sweep`. Choose another with --study."
+        )
+    training = context["training"]
+    found = _recipe(context["proxy"], context["fixed"], best.parameters)
+    states = [trial.state for trial in study.trials]
+    return recipe(
+        {
+            **found.model_dump(mode="json"),
+            "training": {
+                "train_iters": training["train_iters"],
+                "global_batch_size": training["global_batch_size"],
+                "seq_length": context["proxy"]["seq_length"],
+            },
+            "provenance": {
+                "study": study.spec.name,
+                "trial": best.number,
+                "loss": best.loss,
+                "trials": {state: states.count(state) for state in sorted(set(states))},
+                "searched": study.spec.space.to_json(),
+                "sampler": study.spec.sampler,
+                "seed": study.spec.seed,
+                "data": context["data"],
+                "tokens_per_trial": best.metrics.get("tokens"),
+                "versions": versions(),
+            },
+        },
+        source=f"study {study.spec.name!r}",
+    )
+
+
+def versions() -> dict[str, str]:
+    """What a result was obtained with."""
+    packages = {}
+    for name in ("torch", "megatron-core", "optuna"):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"mup-megatron": __version__, "python": platform.python_version(), **packages}

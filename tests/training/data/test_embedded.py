@@ -37,10 +37,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that a first process was killed over and two more then filled together."""
     cache = tmp_path_factory.mktemp("cache")
     with pytest.raises(RankFailure, match=f"exit code {-signal.SIGKILL}"):
-        run_ranks(_killed_while_writing, 1, cache)
+        run_ranks(_killed_while_writing, 1, cache, timeout_s=300)
     left = [path for path in (cache / "embedded").iterdir() if not path.name.startswith(".tmp-")]
     assert left == []
-    (first, first_met), (second, second_met) = run_ranks(_at_the_same_time, 2, cache)
+    (first, first_met), (second, second_met) = run_ranks(_at_the_same_time, 2, cache, timeout_s=300)
     assert first_met
     assert second_met
     assert first == second
@@ -81,11 +81,25 @@ def test_the_order_mixes_subjects_and_is_the_same_every_time() -> None:
     assert not any(part in {"site-packages", "test", "encodings"} for name in names for part in name.split("/"))
 
 
-def test_another_tokenizer_is_another_corpus_and_a_damaged_one_is_made_again(cache: Path) -> None:
-    usual = embedded_data(cache)
-    bytes_ = embedded_data(cache, tokenizer="byte")
-    assert bytes_.parent != usual.parent
-    before = files_at(bytes_)
-    at(bytes_, ".bin").write_bytes(before[".bin"][:-10])
-    assert embedded_data(cache, tokenizer="byte") == bytes_
-    assert files_at(bytes_) == before
+class _MadeAnew(Exception):
+    pass
+
+
+def _no_making(stage: str, done: int, total: int, /) -> None:
+    if stage != "reading":
+        raise _MadeAnew
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:1025"])
+def test_another_tokenizer_is_another_corpus(cache: Path, tokenizer: str) -> None:
+    embedded_data(cache, tokenizer="bpe:1024", progress=_no_making)
+    with pytest.raises(_MadeAnew):
+        embedded_data(cache, tokenizer=tokenizer, progress=_no_making)
+
+
+def test_a_damaged_corpus_is_made_again(cache: Path) -> None:
+    prefix = embedded_data(cache)
+    before = files_at(prefix)
+    at(prefix, ".bin").write_bytes(before[".bin"][:-10])
+    assert embedded_data(cache) == prefix
+    assert files_at(prefix) == before

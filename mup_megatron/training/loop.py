@@ -105,7 +105,8 @@ def _forward_step(batches: Iterator[Batch | None], model: Any) -> tuple[torch.Te
     def mean(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mask = on_device["loss_mask"]
         loss = (losses.float() * mask).sum() / mask.sum()
-        return loss, loss.detach()
+        # A copy, because Megatron divides the first by the number of micro-batches in place.
+        return loss, loss.detach().clone()
 
     return output, mean
 

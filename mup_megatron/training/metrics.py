@@ -1,4 +1,4 @@
-"""What a run measures: one row per iteration in `metrics.csv`, and the judgement that it has diverged.
+"""What a run measures: `metrics.csv`, one row per iteration, `validation.csv`, and the judgement that a run diverged.
 
 Knows neither torch nor Megatron.
 """
@@ -7,13 +7,11 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
 
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
-
-COLUMNS = ("iteration", "loss", "lr", "grad_norm")
 
 DIVERGED_ABOVE = 1.0
 """Nats above the first iteration's loss at which a run counts as lost, if it stays there …"""
@@ -24,30 +22,42 @@ LAST_SHARE = 0.1
 """A run's training loss is the mean over this last share of its iterations."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One iteration. `loss` is the mean over the global batch before the update, `lr` the base's in this update."""
+class Row(NamedTuple):
+    """One iteration of training: a line of `metrics.csv`."""
 
     iteration: int
     """From 1."""
     loss: float
+    """Mean over the global batch, before the update."""
     lr: float
+    """The base's in this update; every parameter's own is in its plan's ratio to it."""
     grad_norm: float
     """Before clipping, over the whole model."""
 
 
-def to_csv(rows: Iterable[Row], *, header: bool = True) -> str:
+class ValidationRow(NamedTuple):
+    """One validation: a line of `validation.csv`."""
+
+    iteration: int
+    """After this many iterations."""
+    loss: float
+
+
+RowT = TypeVar("RowT", Row, ValidationRow)
+
+
+def to_csv(kind: type[RowT], rows: Iterable[RowT], *, header: bool = True) -> str:
     """Rows as CSV text. Every number reads back as the same bits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     if header:
-        writer.writerow(COLUMNS)
+        writer.writerow(kind._fields)
     for row in rows:
-        writer.writerow([row.iteration, repr(row.loss), repr(row.lr), repr(row.grad_norm)])
+        writer.writerow([repr(value) for value in row])
     return text.getvalue()
 
 
-def from_csv(text: str, *, source: str) -> tuple[Row, ...]:
+def from_csv(kind: type[RowT], text: str, *, source: str) -> list[RowT]:
     """The rows that `to_csv` wrote.
 
     Raises:
@@ -55,37 +65,36 @@ def from_csv(text: str, *, source: str) -> tuple[Row, ...]:
     """
     reader = csv.reader(io.StringIO(text))
     try:
-        if tuple(next(reader, ())) != COLUMNS:
-            raise ValueError("the first line is not " + ",".join(COLUMNS))
-        rows = tuple(Row(int(n), float(loss), float(lr), float(norm)) for n, loss, lr, norm in reader)
-        if [row.iteration for row in rows] != list(range(1, len(rows) + 1)):
-            raise ValueError("iterations are missing or double")
-    except ValueError as error:
-        raise InputError(f"{source}: not the metrics of a run ({error}). Restore the file, or remove it.") from None
+        if tuple(next(reader, ())) != kind._fields:
+            raise ValueError("the first line is not " + ",".join(kind._fields))
+        rows = [kind(int(line[0]), *map(float, line[1:])) for line in reader]
+    except (ValueError, TypeError, IndexError) as error:
+        raise InputError(f"{source}: not the measurements of a run ({error}). Restore it, or remove it.") from None
     return rows
 
 
-class MetricsFile:
-    """`metrics.csv` as it grows. A row is on its way to the disk when `append` returns, so a killed run loses none."""
+class RowFile(Generic[RowT]):
+    """A CSV file as it grows. A row has left this process when `append` returns, so a killed run loses none."""
 
-    def __init__(self, path: Path, rows: Sequence[Row]) -> None:
+    def __init__(self, path: Path, kind: type[RowT], rows: Sequence[RowT]) -> None:
         """Makes the file hold `rows` and nothing else: what a run that is gone on with had measured.
 
         Raises:
             InputError: the folder cannot be written or the disk is full.
         """
         self.path = path
-        write_atomically(path, to_csv(rows))
+        self._kind: type[RowT] = kind
+        write_atomically(path, to_csv(kind, rows))
         self._file = path.open("a", encoding="utf-8")
 
-    def append(self, row: Row) -> None:
+    def append(self, row: RowT) -> None:
         """Adds a row.
 
         Raises:
             InputError: the disk is full.
         """
         try:
-            self._file.write(to_csv([row], header=False))
+            self._file.write(to_csv(self._kind, [row], header=False))
             self._file.flush()
         except OSError as error:
             raise InputError(

@@ -122,6 +122,8 @@ def _bad_numbers(options: TrainingOptions) -> Iterator[str]:
             yield f"{_flag(name)} {value}: must be at least 1. Give a positive whole number."
     if options.eval_iters < 0:
         yield f"--eval-iters {options.eval_iters}: must not be negative. Give 0 for no validation."
+    if options.eval_interval is not None and options.eval_iters == 0:
+        yield f"--eval-interval {options.eval_interval}: --eval-iters 0 turns validation off. Drop one of them."
 
 
 def _bad_folders(options: TrainingOptions) -> Iterator[str]:
@@ -129,6 +131,8 @@ def _bad_folders(options: TrainingOptions) -> Iterator[str]:
         yield f"--save-interval {options.save_interval}: there is no place to save to. Add --save DIR."
     if options.wandb_exp_name is not None and options.wandb_project is None:
         yield f"--wandb-exp-name {options.wandb_exp_name}: it needs a project. Add --wandb-project NAME."
+    if options.wandb_project is not None and options.output is None:
+        yield f"--wandb-project {options.wandb_project}: it needs a folder for its files. Add --output DIR."
     for name in ("save", "load", "output"):
         folder = getattr(options, name)
         if folder is not None and folder.exists() and not folder.is_dir():

@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -26,6 +27,9 @@ _SLOW_IMPORTS = (
 
 _REPEATING_LOGGERS = ("megatron.core.models.gpt.gpt_model", "megatron.core.dist_checkpointing.strategies.torch")
 """They say for every model and every checkpoint what Megatron plans to replace. A user can do nothing about it."""
+
+_REPEATING_WARNINGS = ("megatron", r"torch\.distributed\.checkpoint")
+"""Likewise: what is experimental in Megatron, and what it uses of torch that torch plans to replace."""
 
 
 def preload() -> bool:
@@ -50,6 +54,8 @@ def enable_cpu() -> bool:
     Raises:
         InputError: torch or Megatron-Core is missing or too old, or was imported before.
     """
+    for module in _REPEATING_WARNINGS:
+        warnings.filterwarnings("ignore", module=module)
     try:
         from mup_megatron.megatron import cpu
     except ImportError as error:
@@ -117,6 +123,11 @@ def _seed(seed: int) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks; also before the ranks have joined, and after they have parted."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def is_first() -> bool:

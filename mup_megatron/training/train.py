@@ -3,18 +3,28 @@
 Says in which order things happen; how, is in the modules beside this one.
 """
 
+import json
+import math
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mup_megatron.errors import InputError
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
+from mup_megatron.theory import Plan
 from mup_megatron.training import ranks
-from mup_megatron.training.metrics import Row, divergence, train_loss
-from mup_megatron.training.options import TrainingOptions, batch_sizes, require_possible
+from mup_megatron.training.metrics import Row, ValidationRow, divergence, train_loss
+from mup_megatron.training.options import BatchSizes, TrainingOptions, batch_sizes, require_possible
+
+if TYPE_CHECKING:
+    from mup_megatron.training.build import Built
+    from mup_megatron.training.checkpoint import Found
+    from mup_megatron.training.identity import Identity
+    from mup_megatron.training.record import Record
 
 Report = Callable[[int, float], None]
 
@@ -36,7 +46,7 @@ class TrainingResult:
     tokens: int
     """Trained on, over all iterations."""
     seconds: float
-    """Of this process, from the first iteration it did to the last, validation in between included."""
+    """Of this process, from its first iteration to the end of the last, validations and checkpoints included."""
 
 
 def run_training(
@@ -46,6 +56,7 @@ def run_training(
     options: TrainingOptions,
     *,
     report: Report | None = None,
+    show: bool = False,
 ) -> TrainingResult:
     """Trains `model` with `recipe` on the data at the prefix `data`. Collective under torchrun.
 
@@ -57,11 +68,13 @@ def run_training(
         recipe: tuned at a base; with `parametrization.rule: standard`, what is compared with it.
         data: what `mup-megatron data` made.
         options: all else.
-        report: called on the first rank with iteration (from 1) and its loss, at every `log_interval`-th iteration and
-            at the last; whatever it raises ends the run.
+        report: called on the first rank with iteration (from 1) and its loss, at every `log_interval`-th
+            iteration and at the one that completes the run; whatever it raises ends the run.
+        show: progress on standard error.
 
     Raises:
-        InputError, theory.PlanError: the run is not possible; on every rank, and before anything is written.
+        InputError, theory.PlanError: the run is not possible, on every rank and before anything is written; or the disk
+            is full.
     """
     ranks.enable_cpu()
     require_possible(model, recipe, options, ranks.world_size())
@@ -71,21 +84,29 @@ def run_training(
         virtual_stages=options.virtual_stages(model),
         seed=options.seed,
     ):
-        return _run(model, recipe, data, options, report)
+        return _run(model, recipe, data, options, report, show=show)
 
 
 def _run(
-    model: ModelFile, recipe: Recipe, data: Path, options: TrainingOptions, report: Report | None
+    model: ModelFile, recipe: Recipe, data: Path, options: TrainingOptions, report: Report | None, *, show: bool
 ) -> TrainingResult:
+    # These import Megatron, which has to come after the CPU runtime.
     from mup_megatron.training.build import available_model, build
+    from mup_megatron.training.checkpoint import restore
     from mup_megatron.training.data.dataset import build_datasets
-    from mup_megatron.training.loop import train_iteration, validation_loss
+    from mup_megatron.training.identity import identity_of
+    from mup_megatron.training.record import Record, require_usable
 
-    model = available_model(model, options)
+    asked, model = model, available_model(model, options)
     plan = recipe.plan(model)
-    ranks.on_first_rank(lambda: _require_vocabulary(model, data))
-    sizes = batch_sizes(options, ranks.world_size())
-    train_data, valid_data = build_datasets(
+    identity = ranks.on_first_rank(lambda: identity_of(model, recipe, data, options))
+    _require_vocabulary(model, identity, data)
+    found = _checkpoint(options, identity)
+    record = Record() if found is None else Record.from_texts(found.extras, source=found.folder)
+    if options.output is not None:
+        output = options.output
+        ranks.on_first_rank(lambda: require_usable(output, identity, resumed=found is not None))
+    datasets = build_datasets(
         data,
         seq_length=model.seq_length,
         train_samples=options.train_iters * options.global_batch_size,
@@ -94,41 +115,203 @@ def _run(
         split=options.split,
         cache_dir=options.data_cache_path,
     )
-    built = build(model, recipe, plan, options, initialize=True)
-    rows: list[Row] = []
-    reason = None
-    started = time.perf_counter()
-    while reason is None and len(rows) < options.train_iters:
-        lr = built.scheduler.get_lr({})
-        measured = train_iteration(built, train_data, len(rows), sizes, problem=False)
-        built.scheduler.step(increment=1)
-        rows.append(Row(len(rows) + 1, measured.loss, lr, measured.grad_norm))
-        reason = divergence(rows)
-        last = reason is not None or len(rows) == options.train_iters
-        if report is not None and ranks.is_first() and (last or len(rows) % options.log_interval == 0):
-            report(len(rows), measured.loss)
-    validation = None
-    if reason is None and valid_data is not None:
-        validation = validation_loss(built, valid_data, options.eval_iters, sizes)
-    return TrainingResult(
-        status="complete" if reason is None else "diverged",
-        reason=reason,
-        train_loss=train_loss(rows),
-        validation_loss=validation,
-        losses=tuple(row.loss for row in rows),
-        iterations=len(rows),
-        tokens=len(rows) * options.global_batch_size * model.seq_length,
-        seconds=time.perf_counter() - started,
-    )
+    built = build(model, recipe, plan, options, initialize=found is None)
+    if found is not None:
+        restore(found, built)
+    run = _Run(model, recipe, data, options, plan, identity, batch_sizes(options, ranks.world_size()), record, report)
+    run.open(show=show)
+    if model is not asked:
+        record.say("No GPU, so no Transformer Engine: the model is built with transformer_impl local.")
+    if found is not None:
+        record.say(f"Going on from {found.folder}, after iteration {found.iteration}.")
+    failed = True
+    try:
+        result = run.train(built, *datasets)
+        failed = result.status == "diverged"
+        return result
+    finally:
+        record.close(failed=failed)
 
 
-def _require_vocabulary(model: ModelFile, data: Path) -> None:
+def _require_vocabulary(model: ModelFile, identity: "Identity", data: Path) -> None:
     """Raises InputError if the data hold tokens that the model does not know."""
-    from mup_megatron.training.data.indexed import at, check_prefix
-
-    found = check_prefix(data).vocab_size
+    found = identity["data"]["vocab_size"]
     if found > model.vocab_size:
         raise InputError(
-            f"vocab_size {model.vocab_size} of the model is smaller than {found}, that of the data "
-            f"({at(data, '.json')}). Raise it in the model file and the recipe's base, or use a smaller tokenizer."
+            f"vocab_size {model.vocab_size} of the model is smaller than {found}, that of the data ({data}.json). "
+            "Raise it in the model file and the recipe's base, or use a smaller tokenizer."
         )
+
+
+def _checkpoint(options: TrainingOptions, identity: "Identity") -> "Found | None":
+    """The checkpoint to go on from, if there is one. Collective.
+
+    Raises:
+        InputError: it is damaged or of another run, or the run would write among the checkpoints of another.
+    """
+    from mup_megatron.training import checkpoint
+    from mup_megatron.training.identity import require_same
+    from mup_megatron.training.record import RUN
+
+    save, load = options.save, options.load
+    same = save is not None and load is not None and save.resolve() == load.resolve()
+
+    def choose() -> int | None:
+        if save is not None and not same and checkpoint.latest(save) is not None:
+            raise InputError(
+                f"--save {save}: holds checkpoints already. Go on from them with --load {save}, or save elsewhere."
+            )
+        iteration = checkpoint.latest(load) if load is not None else None
+        if iteration is None and load is not None and not same:
+            raise InputError(
+                f"--load {load}: no checkpoint there ({checkpoint.TRACKER} is missing). Check the path, or drop the "
+                "flag to begin a run."
+            )
+        return iteration
+
+    iteration = ranks.on_first_rank(choose)
+    if iteration is None:
+        return None
+    assert load is not None
+    found = checkpoint.find(load, iteration)
+    require_same(
+        json.loads(found.extras[RUN]),
+        identity,
+        source=f"--load {found.folder}",
+        remedy="Go on with the command that the run began with, or begin a new one without --load.",
+    )
+    return found
+
+
+@dataclass
+class _Run:
+    """A run under way, on one rank."""
+
+    model: ModelFile
+    recipe: Recipe
+    data: Path
+    options: TrainingOptions
+    plan: Plan
+    identity: "Identity"
+    sizes: BatchSizes
+    record: "Record"
+    report: Report | None
+
+    def open(self, *, show: bool) -> None:
+        """Files and logs, on the first rank. Collective; raises InputError on every rank."""
+        ranks.on_first_rank(lambda: self._open(show=show))
+
+    def _open(self, *, show: bool) -> None:
+        from mup_megatron.training.logs import Bar, Lines, WandB
+        from mup_megatron.training.record import described
+
+        options = self.options
+        if options.output is not None:
+            self.record.open(options.output, self._texts())
+            if options.wandb_project is not None:
+                config = described(self.model, self.recipe, self.plan, options, self.data)
+                self.record.add_log(WandB(options, options.output, config))
+        if show:
+            done = len(self.record.rows)
+            bar = sys.stderr.isatty()
+            self.record.add_log(Bar(options.train_iters, done) if bar else Lines(options.train_iters))
+
+    def _texts(self) -> dict[str, str]:
+        """What says which run this is: for the output folder and for every checkpoint."""
+        from mup_megatron.training import identity
+        from mup_megatron.training.record import PLAN, RECIPE, RUN
+
+        return {
+            RUN: identity.to_text(self.identity),
+            RECIPE: self.recipe.to_yaml(),
+            PLAN: json.dumps(self.plan.to_json()) + "\n",
+        }
+
+    def train(self, built: "Built", train_data: Any, valid_data: Any) -> TrainingResult:
+        """All iterations that are left, with what belongs between and after them."""
+        options, rows = self.options, self.record.rows
+        started = time.perf_counter()
+        reason = None
+        saved = len(rows)
+        while reason is None and len(rows) < options.train_iters:
+            self._iteration(built, train_data)
+            reason = divergence(rows)
+            done = len(rows)
+            if reason is not None or done == options.train_iters:
+                break
+            if options.eval_interval is not None and done % options.eval_interval == 0:
+                self._validate(built, valid_data)
+            if options.save_interval is not None and done % options.save_interval == 0:
+                self._save(built)
+                saved = done
+        validation = None
+        if reason is None:
+            validation = self._validate(built, valid_data)
+            if options.save is not None and (saved < len(rows) or options.save != options.load):
+                self._save(built)
+        result = TrainingResult(
+            status="complete" if reason is None else "diverged",
+            reason=reason,
+            train_loss=train_loss(rows),
+            validation_loss=validation,
+            losses=tuple(row.loss for row in rows),
+            iterations=len(rows),
+            tokens=len(rows) * options.global_batch_size * self.model.seq_length,
+            seconds=time.perf_counter() - started,
+        )
+        self._stop_if_a_rank_has_to()
+        ranks.on_first_rank(lambda: self._write(result))
+        return result
+
+    def _iteration(self, built: "Built", train_data: Any) -> None:
+        from mup_megatron.training.loop import train_iteration
+        from mup_megatron.training.record import lr_per_role
+
+        record, iteration = self.record, len(self.record.rows) + 1
+        logged = iteration == self.options.train_iters or iteration % self.options.log_interval == 0
+        lr = built.scheduler.get_lr({})
+        lrs = lr_per_role(self.plan, built.scheduler) if logged else None
+        problem = record.problem is not None
+        measured = train_iteration(built, train_data, iteration - 1, self.sizes, problem=problem)
+        if measured.problems:
+            self._stop_if_a_rank_has_to()
+        built.scheduler.step(increment=1)
+        row = Row(iteration, measured.loss, lr, measured.grad_norm)
+        record.add(row, lrs)
+        if self.report is not None and logged and ranks.is_first():
+            self.report(row.iteration, row.loss)
+
+    def _validate(self, built: "Built", valid_data: Any) -> float | None:
+        """The validation loss after the iterations done; measured once, also across a resume."""
+        from mup_megatron.training.loop import validation_loss
+
+        done = len(self.record.rows)
+        if valid_data is None:
+            return None
+        if self.record.validations and self.record.validations[-1].iteration == done:
+            return self.record.validations[-1].loss
+        loss = validation_loss(built, valid_data, self.options.eval_iters, self.sizes)
+        self.record.add_validation(ValidationRow(done, loss))
+        return loss
+
+    def _save(self, built: "Built") -> None:
+        from mup_megatron.training import checkpoint
+
+        assert self.options.save is not None
+        done = len(self.record.rows)
+        checkpoint.save(self.options.save, done, built, {**self._texts(), **self.record.texts()})
+
+    def _stop_if_a_rank_has_to(self) -> None:
+        """Raises InputError on every rank if one could not write what it had to. Collective."""
+        from mup_megatron.megatron.names import raise_together
+
+        raise_together([self.record.problem] if self.record.problem is not None else [])
+
+    def _write(self, result: TrainingResult) -> None:
+        from mup_megatron.training.record import described
+
+        outcome = {key: value for key, value in asdict(result).items() if key != "losses"}
+        if not math.isfinite(result.train_loss):
+            outcome["train_loss"] = None  # JSON has no such number
+        what = described(self.model, self.recipe, self.plan, self.options, self.data)
+        self.record.write_result({**outcome, **what})

@@ -1,0 +1,93 @@
+"""What makes two runs the same run: recipe, model, data and the options that change its numbers. Not where it runs.
+
+A checkpoint and an output folder hold the identity of their run, so that no other run goes on from them by mistake.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mup_megatron.errors import InputError
+from mup_megatron.models.model_file import ModelFile
+from mup_megatron.recipe import Recipe
+from mup_megatron.training.data.indexed import at, check_prefix
+from mup_megatron.training.options import TrainingOptions
+
+Identity = dict[str, Any]
+
+VERSION = 1
+
+_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage",
+    "use_distributed_optimizer",
+)
+"""A checkpoint is for one layout. Data parallelism and micro-batches may change, and with them only rounding does."""
+
+
+def identity_of(model: ModelFile, recipe: Recipe, data: Path, options: TrainingOptions) -> Identity:
+    """A run's identity as plain JSON values.
+
+    Raises:
+        InputError: there are no sound data at the prefix.
+    """
+    meta = check_prefix(data)
+    return {
+        "version": VERSION,
+        "fingerprint": recipe.fingerprint,
+        "model": model.model_dump(mode="json"),
+        "data": {
+            "bin_bytes": at(data, ".bin").stat().st_size,
+            "bin_sha256": meta.bin_sha256,
+            "vocab_size": meta.vocab_size,
+            "split": options.split,
+        },
+        "training": {
+            "train_iters": options.train_iters,
+            "global_batch_size": options.global_batch_size,
+            "seed": options.seed,
+            "bf16": options.bf16,
+        },
+        "layout": {key: getattr(options, key) for key in _LAYOUT},
+    }
+
+
+def require_same(found: Identity, wanted: Identity, *, source: str, remedy: str) -> None:
+    """Raises InputError unless what lies at `source` is of the wanted run; names what differs."""
+    for section in ("version", "fingerprint", "model", "data", "training", "layout"):
+        here, there = found.get(section), wanted[section]
+        if here == there:
+            continue
+        if section == "fingerprint":
+            raise InputError(
+                f"{source}: of another recipe: its fingerprint is {here}, this recipe's is {there}. {remedy}"
+            )
+        if isinstance(here, dict) and isinstance(there, dict):
+            key = next(key for key in {**there, **here} if here.get(key) != there.get(key))
+            section, here, there = f"{section}.{key}", here.get(key), there.get(key)
+        raise InputError(f"{source}: of another run: {section} is {here} there and {there} here. {remedy}")
+
+
+def to_text(identity: Identity) -> str:
+    """As it is stored."""
+    return json.dumps(identity, indent=1) + "\n"
+
+
+def from_file(path: Path) -> Identity:
+    """What `to_text` made.
+
+    Raises:
+        InputError: it is missing, truncated, or something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such file, so it is not known of which run this is. Use another folder."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: truncated or not JSON ({error}). Use another folder.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: does not describe a run. Use another folder.")
+    return content

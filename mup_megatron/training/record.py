@@ -1,0 +1,174 @@
+"""What is kept of a run, and who is told: the files of its output folder, and its logs.
+
+    metrics.csv, validation.csv          grow with the run
+    run.json, recipe.yaml, plan.json     what run this is
+    result.json                          what came of it; there once the run is over
+
+Every rank has a `Record` and so the rows; only the first rank's writes and speaks.
+"""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mup_megatron
+from mup_megatron.errors import InputError
+from mup_megatron.files import write_atomically
+from mup_megatron.models.model_file import ModelFile
+from mup_megatron.recipe import Recipe
+from mup_megatron.theory import Plan
+from mup_megatron.training import identity as identities
+from mup_megatron.training.identity import Identity
+from mup_megatron.training.logs import Log
+from mup_megatron.training.metrics import Row, RowFile, ValidationRow, from_csv, to_csv
+from mup_megatron.training.options import TrainingOptions
+
+METRICS = "metrics.csv"
+VALIDATION = "validation.csv"
+RUN = "run.json"
+RECIPE = "recipe.yaml"
+PLAN = "plan.json"
+RESULT = "result.json"
+
+
+def require_usable(folder: Path, identity: Identity, *, resumed: bool) -> None:
+    """Raises InputError if a folder holds what this run would destroy: another run, or a finished one."""
+    if not (folder / METRICS).exists():
+        return
+    remedy = "Give another --output, or remove the folder."
+    identities.require_same(identities.from_file(folder / RUN), identity, source=f"--output {folder}", remedy=remedy)
+    if not resumed and (folder / RESULT).exists():
+        raise InputError(f"--output {folder}: this run is finished. {remedy}")
+
+
+def described(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions, data: Path) -> dict[str, Any]:
+    """A run in plain values, for people and for Weights & Biases."""
+    return {
+        "fingerprint": recipe.fingerprint,
+        "recipe": recipe.model_dump(mode="json"),
+        "model": model.model_dump(mode="json"),
+        "data": str(data),
+        "options": {key: str(v) if isinstance(v, Path) else v for key, v in asdict(options).items()},
+        "plan": {
+            "softmax_scale": plan.softmax_scale,
+            "embedding_multiplier": plan.embedding_multiplier,
+            "output_multiplier": plan.output_multiplier,
+            "lr_per_role": peak_lr_per_role(plan),
+        },
+        "versions": {
+            "mup-megatron": mup_megatron.__version__,
+            "megatron-core": importlib.metadata.version("megatron-core"),
+            "torch": importlib.metadata.version("torch"),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def peak_lr_per_role(plan: Plan) -> dict[str, float]:
+    """Each role's peak learning rate. What a `per_parameter` entry of the recipe changed has a line of its own."""
+    return {_role(entry): entry.lr for entry in plan.entries}
+
+
+def lr_per_role(plan: Plan, scheduler: Any) -> dict[str, float]:
+    """Each role's learning rate at this moment, from Megatron's own schedule."""
+    return {
+        role: scheduler.get_lr({"max_lr": peak, "min_lr": plan.min_lr * (peak / plan.lr)})
+        for role, peak in peak_lr_per_role(plan).items()
+    }
+
+
+def _role(entry: Any) -> str:
+    _, changed, own = entry.rule.partition(" × ")
+    return f"{entry.role}: {own}" if changed else str(entry.role)
+
+
+class Record:
+    """The rows of a run so far, with the files and logs that they go to on the first rank."""
+
+    def __init__(self, rows: Sequence[Row] = (), validations: Sequence[ValidationRow] = ()) -> None:
+        """A run that has measured this before."""
+        self.rows = list(rows)
+        self.validations = list(validations)
+        self.problem: str | None = None
+        """What went wrong while writing. The run has to stop on all ranks together."""
+        self._folder: Path | None = None
+        self._files: tuple[RowFile[Row], RowFile[ValidationRow]] | None = None
+        self._logs: list[Log] = []
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, str], *, source: Path) -> "Record":
+        """The record that `texts` was made of.
+
+        Raises:
+            InputError: it is not one.
+        """
+        return cls(
+            from_csv(Row, texts[METRICS], source=str(source / METRICS)),
+            from_csv(ValidationRow, texts[VALIDATION], source=str(source / VALIDATION)),
+        )
+
+    def texts(self) -> dict[str, str]:
+        """The rows as files."""
+        return {METRICS: to_csv(Row, self.rows), VALIDATION: to_csv(ValidationRow, self.validations)}
+
+    def open(self, folder: Path, texts: Mapping[str, str]) -> None:
+        """Begins to write into a folder: first what run it is, then what it has measured so far.
+
+        Raises:
+            InputError: the folder cannot be written or the disk is full.
+        """
+        for name, text in texts.items():
+            write_atomically(folder / name, text)
+        self._folder = folder
+        self._files = (
+            RowFile(folder / METRICS, Row, self.rows),
+            RowFile(folder / VALIDATION, ValidationRow, self.validations),
+        )
+
+    def add_log(self, log: Log) -> None:
+        """Tells one more log from now on."""
+        self._logs.append(log)
+
+    def add(self, row: Row, lr_per_role: Mapping[str, float] | None) -> None:
+        """An iteration is over. The logs are told if there is an `lr_per_role` to tell."""
+        self.rows.append(row)
+        if self._files is not None:
+            self._guarded(self._files[0], row)
+        if lr_per_role is not None:
+            for log in self._logs:
+                log.iteration(row, lr_per_role)
+
+    def add_validation(self, row: ValidationRow) -> None:
+        """A validation is over."""
+        self.validations.append(row)
+        if self._files is not None:
+            self._guarded(self._files[1], row)
+        for log in self._logs:
+            log.validation(row)
+
+    def say(self, text: str) -> None:
+        """Tells the logs."""
+        for log in self._logs:
+            log.say(text)
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """What came of the run. Raises InputError if the disk is full."""
+        if self._folder is not None:
+            write_atomically(self._folder / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+    def close(self, *, failed: bool) -> None:
+        """Nothing follows."""
+        for file in self._files or ():
+            file.close()
+        for log in self._logs:
+            log.close(failed=failed)
+
+    def _guarded(self, file: Any, row: Row | ValidationRow) -> None:
+        try:
+            file.append(row)
+        except InputError as error:
+            self.problem = str(error)

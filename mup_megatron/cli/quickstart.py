@@ -33,9 +33,9 @@ def command(output: Path, seed: int, workers: int) -> None:
         click.echo(text, err=True)
 
     settings = Settings(seed=seed)
+    preload()
     say("0/3  preparing the text: the Python standard library's own source")
     data = embedded_data(CACHE, tokenizer=f"bpe:{settings.vocab_size}")
-    preload()
     experiment = run(
         settings,
         data,

@@ -1,11 +1,11 @@
-"""What is run: a search on the proxy, then a grid of learning rates at both widths, with μP and without.
+"""What is run: a search and a grid of learning rates on the proxy, then the same grid at the wide model.
 
-The grid and the seed are fixed before the first wide run, and every run of it is reported. Not how it is shown: that is
-`report.py` and `picture.py`.
+What is transferred is the best trial of the search with the best learning rate of the proxy's grid. Grid and seed are
+fixed before the first run, and every run is reported. Not how it is shown: that is `report.py` and `picture.py`.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from mup_megatron.yaml_io import dump_yaml
 SPACE = Space(
     {
         "lr": Dimension(2.0**-9, 2.0**-5, log=True),
-        "embedding_multiplier": Dimension(1.0, 16.0, log=True),
+        "embedding_multiplier": Dimension(2.0, 16.0, log=True),
         "output_multiplier": Dimension(1.0, 8.0, log=True),
     }
 )
@@ -43,9 +43,9 @@ class Settings:
     seed: int = 1
     width: int = 64
     widening: int = 4
-    trials: int = 12
-    octaves: tuple[int, ...] = (-4, -3, -2, -1, 0, 1, 2)
-    """The grid: powers of 2 by which the tuned learning rate is multiplied."""
+    trials: int = 16
+    learning_rates: tuple[float, ...] = tuple(2.0**power for power in range(-11, -3))
+    """The grid, the same at both widths."""
     num_layers: int = 2
     head_size: int = 32
     vocab_size: int = 1024
@@ -88,7 +88,6 @@ class Cell:
 
     width: int
     rule: str
-    octave: int
     lr: float
 
 
@@ -108,16 +107,24 @@ class Experiment:
     settings: Settings
     recipe: Recipe
     results: tuple[Result, ...]
-    data: str
 
-    def curve(self, width: int, rule: str) -> dict[int, float]:
-        """Octave → loss, of the runs that have one. At the proxy's width both rules are the same runs."""
-        rule = "mup" if width == self.settings.width else rule
-        return {
-            result.cell.octave: result.loss
-            for result in self.results
-            if (result.cell.width, result.cell.rule) == (width, rule) and result.loss is not None
-        }
+    @property
+    def lr(self) -> float:
+        """The learning rate that is transferred."""
+        return self.recipe.hyperparameters.lr
+
+    def curve(self, width: int, rule: str) -> dict[float, float]:
+        """Learning rate → loss, of the runs that have one. At the proxy's width both rules are the same runs."""
+        return curve(self.results, width, "mup" if width == self.settings.width else rule)
+
+
+def curve(results: Iterable[Result], width: int, rule: str) -> dict[float, float]:
+    """Learning rate → loss, of the runs at one width under one rule that have a loss."""
+    return {
+        result.cell.lr: result.loss
+        for result in results
+        if (result.cell.width, result.cell.rule) == (width, rule) and result.loss is not None
+    }
 
 
 Say = Callable[[str], None]
@@ -135,23 +142,38 @@ def run(settings: Settings, data: Path, folder: Path, *, cache: Path, workers: i
     for name, model in (("proxy", proxy), ("target", target)):
         write_atomically(folder / f"{name}.yaml", dump_yaml(model.model_dump(mode="json", exclude_defaults=True)))
     options = settings.options(cache)
-    say(f"1/3  searching {settings.trials} trials on the proxy, width {settings.width}")
-    recipe = _tuned(settings, proxy, data, options, folder, workers)
+    say(f"1/3  tuning on the proxy, width {settings.width}: a search of {settings.trials} trials")
+    searched = _searched(settings, proxy, data, options, folder, workers)
+    say(f"     and a grid of {len(settings.learning_rates)} learning rates with the best trial's other values")
+    narrow = grid(settings, settings.width, "mup")
+    found = _run_grid(narrow, GridTraining(settings, searched, data, options, narrow), folder, workers, tick)
+    recipe = with_best_lr(searched, curve(found, settings.width, "mup"))
     save_recipe(recipe, folder / "quickstart.recipe.yaml")
-    cells = grid(settings, recipe)
-    say(
-        f"2/3  {len(cells)} runs: {len(settings.octaves)} learning rates at widths {settings.width} and {settings.wide}"
-    )
-    results = _run_grid(cells, GridTraining(settings, cells, recipe, data, options), folder, workers, tick)
-    return Experiment(settings=settings, recipe=recipe, results=results, data=data.name)
+    say(f"2/3  the same grid at width {settings.wide}, with μP and with standard parametrization")
+    wide = (*grid(settings, settings.wide, "mup"), *grid(settings, settings.wide, "standard"))
+    found += _run_grid(wide, GridTraining(settings, searched, data, options, wide), folder, workers, tick)
+    return Experiment(settings=settings, recipe=recipe, results=found)
 
 
-def grid(settings: Settings, recipe: Recipe) -> tuple[Cell, ...]:
-    """The learning rates around the tuned one. Standard parametrization differs from μP at the wide model only."""
-    return tuple(
-        Cell(width=width, rule=rule, octave=octave, lr=recipe.hyperparameters.lr * 2.0**octave)
-        for width, rule in ((settings.width, "mup"), (settings.wide, "mup"), (settings.wide, "standard"))
-        for octave in settings.octaves
+def grid(settings: Settings, width: int, rule: str) -> tuple[Cell, ...]:
+    """A run for every learning rate."""
+    return tuple(Cell(width=width, rule=rule, lr=lr) for lr in settings.learning_rates)
+
+
+def with_best_lr(searched: Recipe, narrow: Mapping[float, float]) -> Recipe:
+    """The recipe to transfer: the search's, with the best learning rate of the proxy's grid.
+
+    Raises:
+        InputError: every run of the grid diverged.
+    """
+    if not narrow:
+        raise InputError("Every learning rate of the grid diverges on the proxy. Give another --seed.")
+    best = min(narrow, key=lambda lr: narrow[lr])
+    return searched.model_copy(
+        update={
+            "hyperparameters": searched.hyperparameters.model_copy(update={"lr": best}),
+            "provenance": {**searched.provenance, "lr": f"best of a grid on the proxy, loss {narrow[best]!r}"},
+        }
     )
 
 
@@ -160,10 +182,10 @@ class GridTraining:
     """The objective of the grid: trains the cell whose index it is given."""
 
     settings: Settings
-    cells: tuple[Cell, ...]
     recipe: Recipe
     data: Path
     options: TrainingOptions
+    cells: tuple[Cell, ...]
 
     def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> Outcome:
         """Runs one cell, in a process of its own."""
@@ -180,7 +202,7 @@ class GridTraining:
         return Outcome(loss=result.validation_loss, diverged=result.status == "diverged", reason=result.reason)
 
 
-def _tuned(
+def _searched(
     settings: Settings, proxy: ModelFile, data: Path, options: TrainingOptions, folder: Path, workers: int
 ) -> Recipe:
     objective = ProxyTraining(
@@ -217,11 +239,10 @@ def _run_grid(
         found[cell] = Result(cell=cell, loss=outcome.loss, reason=outcome.reason)
         write_atomically(file, json.dumps([asdict(result) for result in found.values()], indent=1))
         shown = f"loss {outcome.loss:.4f}" if outcome.loss is not None else f"diverged: {outcome.reason}"
-        tick(len(found), len(cells), f"width {cell.width}, {cell.rule}, lr {cell.lr:.3g}: {shown}")
+        done = sum(cell in found for cell in cells)
+        tick(done, len(cells), f"width {cell.width}, {cell.rule}, lr {cell.lr:.3g}: {shown}")
 
     missing = [Job(index, {"cell": index}) for index, cell in enumerate(cells) if cell not in found]
-    # The longest first, so that no process waits at the end.
-    missing.sort(key=lambda job: -cells[job.number].width)
     if missing:
         run_jobs(objective, missing, workers=workers, on_end=ended, log_folder=folder / "logs" / "grid")
     return tuple(found[cell] for cell in cells)

@@ -5,28 +5,37 @@ from io import BytesIO
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from mup_megatron.quickstart.experiment import Experiment
 from mup_megatron.quickstart.report import MOVED, caption, compare, optimum
 
-_NARROW, _WIDE = "#7a8ca3", "#c8442b"
+_PROXY, _TARGET = "#5f7d9c", "#c8442b"
 
 
 def png(experiment: Experiment) -> bytes:
     """Loss over learning rate at both widths: standard parametrization on the left, μP on the right."""
-    # A canvas of its own: no display is needed, and a user's pyplot state is left alone.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(9.6, 4.9), layout="constrained")
+        # A canvas of its own: no display is needed, and a user's pyplot state is left alone.
+        figure = Figure(figsize=(9.6, 5.4))
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, sharey=True)
+        figure.subplots_adjust(left=0.07, right=0.98, top=0.82, bottom=0.25, wspace=0.08)
         left.set_ylabel("validation loss")
         for axes, rule in ((left, "standard"), (right, "mup")):
             _panel(axes, experiment, rule)
             axes.set_title(_title(experiment, rule), fontsize=11, fontweight="bold")
-        figure.supxlabel("\n".join(textwrap.wrap(caption(experiment), 125)), fontsize=9)
+        figure.legend(
+            handles=_legend(experiment),
+            loc="upper center",
+            ncols=5,
+            frameon=False,
+            fontsize=9,
+            bbox_to_anchor=(0.5, 0.98),
+        )
+        figure.text(0.5, 0.03, textwrap.fill(caption(experiment), 125), ha="center", va="bottom", fontsize=9)
         file = BytesIO()
         figure.savefig(file, format="png", dpi=150)
         return file.getvalue()
@@ -35,36 +44,33 @@ def png(experiment: Experiment) -> bytes:
 def _title(experiment: Experiment, rule: str) -> str:
     found = compare(experiment, rule)
     name = {"mup": "μP", "standard": "Standard parametrization"}[rule]
-    return f"{name}: the optimum {'moves' if abs(found.shift) > MOVED else 'stays'}"
+    return f"{name}: the best learning rate {'moves' if abs(found.shift) > MOVED else 'stays'}"
 
 
 def _panel(axes: Any, experiment: Experiment, rule: str) -> None:
     settings = experiment.settings
-    lr = experiment.recipe.hyperparameters.lr
-    curves = {width: experiment.curve(width, rule) for width in (settings.width, settings.wide)}
-    top = max(max(curve.values()) for curve in _all_curves(experiment)) + 0.15
-    axes.axvline(lr, color="black", linewidth=1, linestyle=":", zorder=0)
-    axes.annotate(
-        "transferred\nlearning rate", (lr, 1.0), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=8
-    )
-    for (width, curve), color, label in zip(curves.items(), (_NARROW, _WIDE), ("proxy", "target"), strict=True):
+    axes.axvline(experiment.lr, color="black", linewidth=1, linestyle=":", zorder=0)
+    for width, color in ((settings.width, _PROXY), (settings.wide, _TARGET)):
+        curve = experiment.curve(width, rule)
         grid = sorted(curve)
-        axes.plot(
-            [lr * 2.0**o for o in grid], [curve[o] for o in grid], "o-", color=color, label=f"{label}, width {width}"
-        )
+        axes.plot(grid, [curve[lr] for lr in grid], "o-", color=color)
         best = optimum(curve)
-        axes.plot([lr * 2.0**best.octave], [best.loss], marker="v", markersize=11, color=color, clip_on=False)
-        diverged = [lr * 2.0**octave for octave in settings.octaves if octave not in curve]
-        axes.plot(diverged, [top] * len(diverged), "x", color=color, clip_on=False)
+        axes.plot([best.lr], [best.loss], "v", markersize=12, color=color, markeredgecolor="white")
+        # A diverged run has no loss: it is shown at the upper edge.
+        diverged = [lr for lr in settings.learning_rates if lr not in curve]
+        axes.plot(diverged, [0.97] * len(diverged), "x", color=color, transform=axes.get_xaxis_transform())
     axes.set_xscale("log", base=2)
+    axes.set_xticks(settings.learning_rates, [f"{lr:.2g}" for lr in settings.learning_rates], fontsize=8)
+    axes.minorticks_off()
     axes.set_xlabel("learning rate")
-    axes.legend(loc="lower left", frameon=False, fontsize=9)
 
 
-def _all_curves(experiment: Experiment) -> list[dict[int, float]]:
+def _legend(experiment: Experiment) -> list[Line2D]:
     settings = experiment.settings
     return [
-        experiment.curve(settings.width, "mup"),
-        experiment.curve(settings.wide, "mup"),
-        experiment.curve(settings.wide, "standard"),
+        Line2D([], [], color=_PROXY, marker="o", label=f"proxy, width {settings.width}"),
+        Line2D([], [], color=_TARGET, marker="o", label=f"target, width {settings.wide}"),
+        Line2D([], [], color="black", linestyle=":", label="tuned on the proxy"),
+        Line2D([], [], color="gray", linestyle="", marker="v", markersize=9, label="best"),
+        Line2D([], [], color="gray", linestyle="", marker="x", label="diverged"),
     ]

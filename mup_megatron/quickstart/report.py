@@ -3,6 +3,7 @@
 Every sentence is computed from the data, also the one that says that it did not work.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,10 @@ MOVED = 0.5
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best learning rate of a curve, in octaves from the tuned one."""
+    """The best learning rate of a curve."""
 
-    octave: float
-    """Of the parabola through the three lowest points around the best; of the best point itself at the grid's edge."""
+    lr: float
+    """The vertex of the parabola over log(lr) through the best point and its neighbours; at the edge the best point."""
     loss: float
     """The lowest measured."""
     at_edge: bool
@@ -44,36 +45,31 @@ class Comparison:
         return None if self.transferred is None else self.transferred - self.optimum.loss
 
 
-def optimum(curve: Mapping[int, float]) -> Optimum:
-    """Where a curve of losses over octaves is lowest."""
+def optimum(curve: Mapping[float, float]) -> Optimum:
+    """Where a curve of losses over learning rates, each twice the one before, is lowest."""
     assert curve
     grid = sorted(curve)
-    best = min(grid, key=lambda octave: curve[octave])
-    index = grid.index(best)
+    index = min(range(len(grid)), key=lambda i: curve[grid[i]])
+    best = grid[index]
     if index in (0, len(grid) - 1):
-        return Optimum(float(best), curve[best], at_edge=True)
-    left, right = grid[index - 1], grid[index + 1]
-    # The vertex of the parabola through three points that are one grid step apart.
-    step = (right - left) / 2
-    rise, fall = curve[right] - curve[best], curve[left] - curve[best]
-    return Optimum(best + step * (fall - rise) / (2 * (fall + rise)), curve[best], at_edge=False)
+        return Optimum(best, curve[best], at_edge=True)
+    left, right = curve[grid[index - 1]] - curve[best], curve[grid[index + 1]] - curve[best]
+    return Optimum(best * 2.0 ** ((left - right) / (2 * (left + right))), curve[best], at_edge=False)
 
 
 def compare(experiment: Experiment, rule: str) -> Comparison:
     """The wide model under a rule. At least one of its runs has to have a loss."""
     settings = experiment.settings
-    curve = experiment.curve(settings.wide, rule)
-    base = optimum(experiment.curve(settings.width, rule))
-    best = optimum(curve)
-    return Comparison(rule, curve.get(0), best, best.octave - base.octave)
+    wide = experiment.curve(settings.wide, rule)
+    base, best = optimum(experiment.curve(settings.width, rule)), optimum(wide)
+    return Comparison(rule, wide.get(experiment.lr), best, math.log2(best.lr / base.lr))
 
 
 def caption(experiment: Experiment) -> str:
     """What the picture shows, in sentences computed from it."""
     settings = experiment.settings
     first = (
-        f"Tuned at width {settings.width} (lr {experiment.recipe.hyperparameters.lr:.2g}), "
-        f"used unchanged at width {settings.wide}."
+        f"Tuned at width {settings.width} (learning rate {experiment.lr:.2g}), used unchanged at width {settings.wide}."
     )
     return " ".join([first, *(_sentence(compare(experiment, rule)) for rule in ("mup", "standard"))])
 
@@ -104,9 +100,13 @@ def summary(experiment: Experiment) -> dict[str, Any]:
     return {
         "fingerprint": experiment.recipe.fingerprint,
         "seed": settings.seed,
-        "lr": experiment.recipe.hyperparameters.lr,
+        "lr": experiment.lr,
         "hyperparameters": experiment.recipe.hyperparameters.model_dump(),
-        "proxy": {"width": settings.width, "loss": experiment.curve(settings.width, "mup").get(0), "best": base.loss},
+        "proxy": {
+            "width": settings.width,
+            "loss": experiment.curve(settings.width, "mup").get(experiment.lr),
+            "best": base.loss,
+        },
         "target": {
             rule: {
                 "width": settings.wide,
@@ -126,20 +126,13 @@ def summary(experiment: Experiment) -> dict[str, Any]:
 def table(experiment: Experiment) -> Table:
     """The results for a terminal."""
     settings = experiment.settings
-    lr = experiment.recipe.hyperparameters.lr
+    lr = experiment.lr
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("", "width", "lr", "validation loss", "best of grid", "at lr", "optimum moved"):
+    for title in ("", "width", "lr", "validation loss", "best of grid", "at about", "optimum moved"):
         shown.add_column(title, justify="right" if title else "left")
+    tuned = experiment.curve(settings.width, "mup").get(lr)
     base = optimum(experiment.curve(settings.width, "mup"))
-    tuned = experiment.curve(settings.width, "mup").get(0)
-    shown.add_row(
-        "proxy, as tuned",
-        str(settings.width),
-        f"{lr:.3g}",
-        _loss(tuned),
-        _loss(base.loss),
-        f"{lr * 2**base.octave:.2g}",
-    )
+    shown.add_row("proxy, tuned", str(settings.width), f"{lr:.3g}", _loss(tuned), _loss(base.loss), f"{base.lr:.2g}")
     for rule, name in (("mup", "μP, transferred"), ("standard", "standard, same hyperparameters")):
         found = compare(experiment, rule)
         shown.add_row(
@@ -148,7 +141,7 @@ def table(experiment: Experiment) -> Table:
             f"{lr:.3g}",
             _loss(found.transferred),
             _loss(found.optimum.loss),
-            f"{lr * 2**found.optimum.octave:.2g}",
+            f"{found.optimum.lr:.2g}",
             f"{found.shift:+.1f} octaves" + (" (grid's edge)" if found.optimum.at_edge else ""),
         )
     return shown

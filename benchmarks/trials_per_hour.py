@@ -1,0 +1,73 @@
+"""Trials per hour of short trials: forked from one process that has imported everything, against fresh processes.
+
+    python benchmarks/trials_per_hour.py [--trials 8] [--width 128] [--iterations 20]
+
+Both do the same trials of one study, one at a time, and have to find the same losses.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from mup_megatron.models.model_file import ModelFile
+from mup_megatron.search import Launch, StudySpec, default_storage, run_sweep
+from mup_megatron.training import ranks
+from mup_megatron.training.data import CACHE
+from mup_megatron.training.data.embedded import embedded_data
+from mup_megatron.training.options import TrainingOptions
+from mup_megatron.tuning import DEFAULT_SPACE, ProxyTraining
+
+
+def main() -> None:
+    """Runs the study in both ways and prints their rates."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--iterations", type=int, default=20)
+    arguments = parser.parse_args()
+    ranks.preload()
+    data = embedded_data(CACHE)
+    objective = ProxyTraining(
+        proxy=ModelFile(
+            num_layers=4,
+            hidden_size=arguments.width,
+            num_attention_heads=arguments.width // 32,
+            vocab_size=1024,
+            seq_length=128,
+            transformer_impl="local",
+        ),
+        fixed={},
+        data=data,
+        data_sha256=None,
+        options=TrainingOptions(train_iters=arguments.iterations, global_batch_size=8, eval_iters=1),
+    )
+    rates, losses = {}, {}
+    for launch in ("fork", "spawn"):
+        rates[launch], losses[launch] = _run(objective, launch, arguments.trials)
+        print(f"{launch}: {rates[launch]:.0f} trials per hour", flush=True)
+    assert losses["fork"] == losses["spawn"]
+    print(f"forked against fresh: {rates['fork'] / rates['spawn']:.2f}×")
+
+
+def _run(objective: ProxyTraining, launch: Launch, trials: int) -> tuple[float, list[float | None]]:
+    with tempfile.TemporaryDirectory() as folder:
+        spec = StudySpec(
+            name="benchmark",
+            storage=default_storage("benchmark", Path(folder)),
+            seed=1,
+            sampler="random",
+            space=DEFAULT_SPACE,
+            context={},
+        )
+        begun = time.perf_counter()
+        result = run_sweep(spec, objective, trials, launch=launch, log_folder=Path(folder) / "logs")
+        seconds = time.perf_counter() - begun
+    return 3600 * trials / seconds, [trial.loss for trial in result.trials]
+
+
+if __name__ == "__main__":
+    main()

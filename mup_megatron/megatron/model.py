@@ -70,9 +70,11 @@ def apply_plan(model_chunks: Sequence[torch.nn.Module], plan: Plan, *, initializ
     """
     models = [unwrapped(chunk) for chunk in model_chunks]
     problems = [problem for model in models for problem in _problems(model, plan)]
+    if initialize:
+        problems += _draw_problems(models[0].config)
     raise_together(problems)
     require_match(models, plan)
-    rescaling = _stock_stds(models[0].config, plan) if initialize else {}
+    rescaling = _stock_stds(models[0].config) if initialize else {}
     with torch.no_grad():
         for name, parameter in named_parameters(models, tied=plan.tied):
             entry = plan[name]
@@ -112,10 +114,15 @@ def _problems(model: torch.nn.Module, plan: Plan) -> list[str]:
         refuse_native(config)
     except InputError as error:
         problems.append(str(error))
-    if getattr(config, "fp8_param", False) or any(is_float8tensor(p) for p in model.parameters()):
+    if config.fp8_param or any(is_float8tensor(p) for p in model.parameters()):
         problems.append(
             "fp8_param: weights that are stored in FP8 cannot be rescaled without loss. "
             "Keep them in higher precision (drop --fp8-param-gather); FP8 arithmetic may stay on."
+        )
+    if config.fp4_param:
+        problems.append(
+            "fp4_param: weights that are stored in FP4 cannot be rescaled without loss. "
+            "Keep them in higher precision (drop --fp4-param-gather); FP4 arithmetic may stay on."
         )
     if plan.changes_softmax_scale:
         problems += [
@@ -143,41 +150,50 @@ def _multiplier_problems(model: torch.nn.Module, plan: Plan) -> list[str]:
 # ---- initial weights -----------------------------------------------------------------------------------------------
 
 
-def _stock_stds(config: Any, plan: Plan) -> dict[Kind, float]:
-    """The std with which Megatron drew each kind of weight."""
+def _draw_problems(config: Any) -> list[str]:
+    """Why Megatron's draw cannot be rescaled, if it cannot."""
     if not config.perform_initialization:
-        raise InputError(
+        return [
             "perform_initialization is off, so there is no draw to rescale. Turn it on, or pass initialize=False "
             "for weights that are loaded."
-        )
-    weight = _std(config.init_method, "init_method")
+        ]
+    return [
+        f"{name}: the model was not drawn with Megatron's normal initialiser, so its std is unknown. "
+        "Drop --init-method-xavier-uniform or the custom init method; the recipe says what the std is."
+        for name in ("embedding_init_method", "init_method", "output_layer_init_method")
+        if _std(getattr(config, name)) is None
+    ]
+
+
+def _stock_stds(config: Any) -> dict[Kind, float | None]:
+    """The std with which Megatron drew each kind of weight."""
+    weight = _std(config.init_method)
     # A readout is drawn as other weights are, except by native μP, which is refused.
     return {
-        Kind.EMBEDDING: _std(config.embedding_init_method, "embedding_init_method"),
+        Kind.EMBEDDING: _std(config.embedding_init_method),
         Kind.WEIGHT: weight,
         Kind.HEAD: weight,
-        Kind.RESIDUAL: _std(config.output_layer_init_method, "output_layer_init_method"),
+        Kind.RESIDUAL: _std(config.output_layer_init_method),
     }
 
 
-def _std(init_method: Callable[..., Any], name: str) -> float:
-    """The std of one of Megatron's normal initialisers."""
+def _std(init_method: Callable[..., Any]) -> float | None:
+    """The std of one of Megatron's normal initialisers; None for any other."""
     if isinstance(init_method, functools.partial) and init_method.func is torch.nn.init.normal_:
         return float(init_method.keywords["std"])
-    raise InputError(
-        f"{name}: the model was not drawn with Megatron's normal initialiser, so its std is unknown. "
-        "Drop --init-method-xavier-uniform or the custom init method; the recipe says what the std is."
-    )
+    return None
 
 
-def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, stock: dict[Kind, float]) -> None:
+def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, stock: dict[Kind, float | None]) -> None:
     if entry.init_std is None:
         if entry.folded != 1.0:
             assert entry.init_value is not None
             parameter.fill_(entry.init_value)
         return
-    if entry.init_std != stock[entry.kind]:
-        parameter.mul_(entry.init_std / stock[entry.kind])
+    drawn = stock[entry.kind]
+    assert drawn is not None
+    if entry.init_std != drawn:
+        parameter.mul_(entry.init_std / drawn)
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------

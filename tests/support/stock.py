@@ -135,8 +135,8 @@ def transformer_config(sizes: Sizes, layout: Layout, **changes: Any) -> Any:
     return TransformerConfig(**{**fields, **cpu.transformer_config_overrides(), **changes})
 
 
-def build_chunks(sizes: Sizes, layout: Layout, config: Any) -> list[Any]:
-    """This rank's GPTModel chunks, not yet wrapped: one per virtual pipeline stage."""
+def build_chunks(sizes: Sizes, layout: Layout, config: Any, layer_spec: Any = None) -> list[Any]:
+    """This rank's GPTModel chunks, not yet wrapped: one per virtual pipeline stage. `layer_spec`: Megatron's own local."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -148,9 +148,8 @@ def build_chunks(sizes: Sizes, layout: Layout, config: Any) -> list[Any]:
         post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
         model = GPTModel(
             config=config,
-            transformer_layer_spec=get_gpt_layer_local_spec(
-                qk_layernorm=sizes.qk_layernorm, normalization=sizes.normalization
-            ),
+            transformer_layer_spec=layer_spec
+            or get_gpt_layer_local_spec(qk_layernorm=sizes.qk_layernorm, normalization=sizes.normalization),
             vocab_size=sizes.vocab_size,
             max_sequence_length=sizes.seq_length,
             pre_process=pre_process,

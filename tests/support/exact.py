@@ -5,7 +5,7 @@ The learning rate is constant and gradients are not clipped, as microsoft/mup an
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,27 +62,28 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
     return result
 
 
-def train(
-    run: Run, target: ModelFile, *, steps: int = 10, after_backward: Callable[[int], None] | None = None
-) -> Tensor:
-    """The losses of some steps on the batches of `support.shapes`, [steps]."""
+def backward(run: Run, target: ModelFile, step: int) -> Tensor:
+    """The loss on a step's batch, with its gradients where Megatron's optimizer finds them (`main_grad`)."""
     from megatron.core.distributed import finalize_model_grads
 
     [model] = run.chunks
+    model.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    tokens, labels = batch(target, step)
+    loss = cross_entropy(logits(model, tokens), labels)
+    loss.backward()
+    finalize_model_grads([model])
+    return loss.detach()
+
+
+def train(run: Run, target: ModelFile, *, first: int = 0, steps: int = 10) -> Tensor:
+    """The losses of some steps on the batches of `support.shapes`, [steps]."""
     losses = []
-    for step in range(steps):
-        model.zero_grad_buffer()
-        run.optimizer.zero_grad()
-        tokens, labels = batch(target, step)
-        loss = cross_entropy(logits(model, tokens), labels)
-        loss.backward()
-        finalize_model_grads([model])
-        if after_backward is not None:
-            after_backward(step)
+    for step in range(first, first + steps):
+        losses.append(backward(run, target, step))
         updated, _, _ = run.optimizer.step()
         assert updated
         run.scheduler.step(increment=1)
-        losses.append(loss.detach())
     return torch.stack(losses)
 
 

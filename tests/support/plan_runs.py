@@ -41,10 +41,12 @@ def optimizer_from_plan(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
 
-def train(model: PlainGPT, optimizer: torch.optim.Optimizer, target: ModelFile, *, steps: int = 10) -> Tensor:
+def train(
+    model: PlainGPT, optimizer: torch.optim.Optimizer, target: ModelFile, *, first: int = 0, steps: int = 10
+) -> Tensor:
     """The losses of some steps, [steps]."""
     losses = []
-    for step in range(steps):
+    for step in range(first, first + steps):
         tokens, labels = batch(target, step)
         loss = cross_entropy(model(tokens), labels)
         optimizer.zero_grad()

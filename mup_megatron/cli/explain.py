@@ -2,7 +2,11 @@
 
 import csv
 import io
+import itertools
 import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -28,13 +32,14 @@ COLUMNS = (
     "weight_decay",
     "rule",
 )
+_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..+)$")
 
 
 @click.command()
 @target_argument
 @recipe_option
 @click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
-@click.option("--brief", is_flag=True, help="The table shows one layer for all that are alike.")
+@click.option("--brief", is_flag=True, help="The table shows layers that are alike as one.")
 def command(target: Path, recipe_path: Path, form: str, brief: bool) -> None:
     """What every parameter of TARGET gets from a recipe: role, init std, multiplier, LR, eps, weight decay."""
     plan = load_recipe(recipe_path).plan(load_model_file(target))
@@ -77,11 +82,22 @@ def _print_table(plan: Plan, *, brief: bool) -> None:
     for column in COLUMNS:
         numeric = column not in {"name", "role", "rule"}
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
-    for entry in plan.entries:
-        if brief and entry.name.startswith("decoder.layers.") and not entry.name.startswith("decoder.layers.0."):
-            continue
-        name = entry.name
-        if brief and plan.num_layers > 1:
-            name = name.replace("decoder.layers.0.", f"decoder.layers.0-{plan.num_layers - 1}.")
-        table.add_row(name, *(_cell(entry, column) for column in COLUMNS[1:]))
+    for entry in _brief(plan.entries) if brief else plan.entries:
+        table.add_row(*(_cell(entry, column) for column in COLUMNS))
     console.print(table)
+
+
+def _brief(entries: tuple[PlanEntry, ...]) -> Iterator[PlanEntry]:
+    """The entries with layers that follow each other and are alike in everything as one, named `layers.FIRST-LAST`."""
+    layers: list[tuple[str | None, list[PlanEntry]]] = []
+    for index, group in itertools.groupby(entries, lambda entry: _layer(entry.name)):
+        layers.append((index, [replace(entry, name=_LAYER.sub(r"\1{}\3", entry.name)) for entry in group]))
+    for content, alike in itertools.groupby(layers, lambda layer: layer[1]):
+        indices = [index for index, _ in alike]
+        label = f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0])
+        yield from (replace(entry, name=entry.name.replace("{}", label)) for entry in content)
+
+
+def _layer(name: str) -> str | None:
+    match = _LAYER.match(name)
+    return match[2] if match else None

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if debug:
         words.remove("--debug")
     try:
-        code = group.main(args=words, prog_name="mup-megatron", standalone_mode=False)
+        code = group.main(args=words or ["--help"], prog_name="mup-megatron", standalone_mode=False)
     except (InputError, PlanError) as error:
         if debug:
             raise

@@ -1,7 +1,8 @@
 """Options and printing that several commands share."""
 
-import sys
+import math
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -16,8 +17,19 @@ force_option = click.option("--force", is_flag=True, help="Replace files that ex
 
 
 def answer_console() -> Console:
-    """For answers on standard output: as wide as the terminal, unwrapped into a file or pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=1000, color_system=None)
+    """For answers on standard output. Never narrowed: to fit the terminal, a table would lose digits and columns."""
+    return Console(width=1000)
+
+
+class FiniteFloat(click.FloatRange):
+    """A number in a range; NaN, which no range excludes, and infinity are refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number that was given as text."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
 
 
 def require_new(path: Path, *, force: bool) -> None:

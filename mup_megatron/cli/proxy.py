@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from mup_megatron.cli.options import FILE, answer_console, force_option, require_new, target_argument
+from mup_megatron.cli.options import FILE, FiniteFloat, answer_console, force_option, require_new, target_argument
 from mup_megatron.files import write_atomically
 from mup_megatron.models.cost import parameter_count, training_flops
 from mup_megatron.models.model_file import ModelFile, load_model_file
@@ -18,11 +18,11 @@ from mup_megatron.yaml_io import dump_yaml
 @click.option("-o", "--output", type=FILE, metavar="PROXY.yaml", help="Where to write the proxy's model file.")
 @click.option("--hidden-size", type=click.IntRange(1), default=MIN_WIDTH, show_default=True, help="Width of the proxy.")
 @click.option("--trials", type=click.IntRange(1), default=350, show_default=True, help="Trials of the search.")
-@click.option("--trial-tokens", type=click.FloatRange(1), help="Tokens of a trial. [default: target's / 75, as in TP5]")
+@click.option("--trial-tokens", type=FiniteFloat(1), help="Tokens of a trial. [default: target's / 75, as in TP5]")
 @click.option(
-    "--target-tokens", type=click.FloatRange(1), help="Tokens of the target's run. [default: 20 per parameter]"
+    "--target-tokens", type=FiniteFloat(1), help="Tokens of the target's run. [default: 20 per parameter]"
 )
-@click.option("--budget", type=click.FloatRange(0, min_open=True), default=0.1, show_default=True,
+@click.option("--budget", type=FiniteFloat(0, min_open=True), default=0.1, show_default=True,
               help="What the search may cost, relative to the target's run; decides the proxy's depth.")  # fmt: skip
 @force_option
 def command(

@@ -31,6 +31,9 @@ def command(base: Path | None, output: Path | None, defaults: bool, force: bool,
         return
     if base is None:
         raise click.UsageError("--base MODEL.yaml is missing: a recipe says at which shape its values were tuned.")
+    for key in (k for model in _SECTIONS.values() for k, field in model.model_fields.items() if field.is_required()):
+        if values[key] is None:
+            raise click.UsageError(f"--{key.replace('_', '-')} is missing: it has no default.")
     given = {key: value for key, value in values.items() if value is not None}
     content: dict[str, Any] = {"base": load_model_file(base).model_dump(mode="json")}
     for section, model in _SECTIONS.items():
@@ -64,4 +67,8 @@ def _defaults() -> str:
     content |= {"per_parameter": [], "parametrization": values(recipes.Parametrization)}
     content |= {"training": values(recipes.Training), "provenance": {}}
     required = [key for key, field in ModelFile.model_fields.items() if field.is_required()]
-    return f"# Required, without a default: hyperparameters.lr, base.{', base.'.join(required)}.\n" + dump_yaml(content)
+    own = ", ".join(f"{key}: {value}" for key, value in values(recipes.PerParameter).items() if value is not None)
+    return (
+        f"# Required, without a default: hyperparameters.lr, base.{', base.'.join(required)}.\n"
+        f"# An entry of per_parameter: {{match: PATTERN, {own}}}.\n" + dump_yaml(content)
+    )

@@ -1,0 +1,87 @@
+"""`proxy`: a model file that every command takes, and what the search costs beside the target's run."""
+
+from pathlib import Path
+
+import pytest
+from support.commands import Command, contents
+
+from mup_megatron.models.model_file import load_model_file
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "models"
+TARGET = CONFIGS / "gpt3_6.7b.yaml"
+
+
+def table(out: str) -> dict[str, list[str]]:
+    """First cell → the others."""
+    lines = [line.split() for line in out.splitlines()]
+    return {" ".join(words[:-2]): words[-2:] for words in lines if len(words) > 2}
+
+
+def test_the_proxy_of_gpt3_and_its_cost(run: Command, here: Path) -> None:
+    """As in TP5: the target's 32 layers at width 256, 350 runs of 4 B tokens for one of 300 B."""
+    words = ("--trial-tokens", "4e9", "--target-tokens", "300e9", "-o", "proxy.yaml")
+    code, out, err = run("proxy", TARGET, *words)
+    assert (code, err) == (0, "")
+    proxy, paper = load_model_file(here / "proxy.yaml"), load_model_file(CONFIGS / "gpt3_6.7b_proxy_40m.yaml")
+    assert proxy.model_copy(update={"kv_channels": None, "ffn_hidden_size": None}) == paper
+    assert (proxy.head_size, proxy.ffn_size) == (128, 1024)
+    rows = table(out)
+    assert rows["num_layers"] == ["32", "32"]
+    assert rows["hidden_size"] == ["256", "4096"]
+    assert rows["head_size"] == ["128", "128"]
+    assert rows["parameters"] == ["3.87e+07", "6.66e+09"]
+    assert rows["runs"] == ["350", "1"]
+    assert rows["tokens per run"] == ["4e+09", "3e+11"]
+    # 6·2·4·256²·32 … worked out in tests/models/test_cost.py; 350·4e9·4.296e8 / (3e11·4.314e10).
+    assert "The search costs 4.65% of the target's run." in out
+
+
+def test_items_add_up(run: Command, here: Path) -> None:
+    rows = table(run("proxy", TARGET).out)
+    for column in (0, 1):
+        items = [float(rows[key][column]) for key in ("attention_projections", "attention_scores", "mlp", "readout")]
+        assert sum(items) == pytest.approx(float(rows["total"][column]), rel=0.01)  # three digits are shown
+
+
+def test_without_an_output_nothing_is_written(run: Command, here: Path) -> None:
+    before = contents(here)
+    assert run("proxy", TARGET).code == 0
+    assert contents(here) == before
+
+
+def test_what_exists_is_replaced_only_if_asked_for(run: Command, here: Path) -> None:
+    before = contents(here)
+    code, out, err = run("proxy", TARGET, "-o", "base.yaml")
+    assert (code, out) == (2, "")
+    assert "base.yaml: exists already. Give --force" in err
+    assert contents(here) == before
+    assert run("proxy", TARGET, "-o", "base.yaml", "--force").code == 0
+    assert load_model_file(here / "base.yaml").hidden_size == 256
+
+
+def test_what_differs_in_more_than_width_is_said(run: Command, here: Path) -> None:
+    out = run("proxy", TARGET, "--hidden-size", "128", "--budget", "0.01").out
+    assert "Note: 4 of the target's 32 layers" not in out
+    assert "of the target's 32 layers, for the cost" in out
+    assert "Note: width 128 is below the 256 at which transfer was good" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--budget", "nan"], "nan is not a finite number"),
+        (["--budget", "inf"], "inf is not a finite number"),
+        (["--budget", "0"], "0.0 is not in the range x>0"),
+        (["--trial-tokens", "nan"], "nan is not a finite number"),
+        (["--target-tokens", "-5"], "-5.0 is not in the range x>=1"),
+        (["--trials", "0"], "0 is not in the range x>=1"),
+        (["--hidden-size", "0"], "0 is not in the range x>=1"),
+        (["--hidden-size", "4096"], "hidden_size 4096: the target is not wider than a proxy of width 4096 would be"),
+    ],
+)
+def test_bad_values_write_nothing(run: Command, here: Path, words: list[str], said: str) -> None:
+    before = contents(here)
+    code, out, err = run("proxy", TARGET, *words, "-o", "proxy.yaml")
+    assert (code, out) == (2, "")
+    assert said in err
+    assert contents(here) == before

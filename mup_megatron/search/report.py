@@ -91,9 +91,14 @@ class Progress:
             console=self._console,
             # A refreshing thread would be one more thread beside processes that fork.
             auto_refresh=False,
-            disable=not self._console.is_terminal,
+            disable=not self.has_bar,
         )
         self._task = self._bar.add_task("", total=total)
+
+    @property
+    def has_bar(self) -> bool:
+        """Whether standard error is a terminal."""
+        return self._console.is_terminal
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -105,20 +110,16 @@ class Progress:
         self._bar.stop()
 
     def show(self, settled: int, running: int, best: Trial | None) -> None:
-        """The bar's state; nothing where there is no bar."""
+        """Brings the bar up to date."""
         text = f"{running} running"
         if best is not None:
             text += f", best {best.loss:.4f} (trial {best.number})"
         self._bar.update(self._task, completed=settled, description=text)
         self._bar.refresh()
 
-    def tick(self) -> None:
-        """Shows the time that has passed."""
-        self._bar.refresh()
-
     def ended(self, trial: Trial, settled: int) -> None:
         """One trial has ended. On a terminal only trouble gets a line of its own."""
-        if self._console.is_terminal and trial.state == "complete":
+        if self.has_bar and trial.state == "complete":
             return
         drawn = " ".join(f"{name}={value:.4g}" for name, value in trial.parameters.items())
         result = f"loss {trial.loss:.6g}" if trial.loss is not None else trial.state

@@ -11,7 +11,7 @@ A study is Optuna's, and every Optuna tool opens it. What this package adds:
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -132,7 +132,7 @@ def read_study(storage: str, name: str) -> StudyRecord:
             Space.from_json(recorded["space"]),
             recorded["context"],
         )
-        return StudyRecord(spec, trials_of(study))
+        return StudyRecord(spec, trials_of(study.get_trials(deepcopy=False)))
 
 
 def best_trial(storage: str, name: str) -> Trial:
@@ -147,9 +147,8 @@ def best_trial(storage: str, name: str) -> Trial:
     return best
 
 
-def trials_of(study: optuna.Study) -> tuple[Trial, ...]:
-    """All trials of a study, by number."""
-    frozen = study.get_trials(deepcopy=False)
+def trials_of(frozen: Sequence[FrozenTrial]) -> tuple[Trial, ...]:
+    """All trials of a study, given all that Optuna has, by number."""
     return tuple(_trial(trial, slot) for trial, slot in zip(frozen, slots_of(frozen), strict=True))
 
 

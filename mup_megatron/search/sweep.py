@@ -245,8 +245,13 @@ class _Sweep:
         self._running: dict[Connection, tuple[Worker, _Claim]] = {}
         self._beat = 0
         self._next_beat = 0.0
+        self._trials: list[FrozenTrial] = []
+        """All trials of the study at the last look."""
+        self._slots: dict[int, list[FrozenTrial]] = {}
+        """Slot → its trials, by number, at the last look."""
+        self._look()
         # Slots that earlier calls gave up, each to be tried once more by this one.
-        self._to_retry = {slot for slot, trials in self._slots().items() if _failed(trials)}
+        self._to_retry = {slot for slot, trials in self._slots.items() if _failed(trials)}
 
     def run(self) -> SweepResult:
         """Works until every slot has a result or is given up."""
@@ -259,11 +264,11 @@ class _Sweep:
             for worker, _ in self._running.values():
                 worker.close()
             self._put_back()
-        record = self._write()
-        slots = self._slots()
-        by_number = {trial.number: trial for trial in record.trials}
-        lost = [trials[-1].number for slot, trials in slots.items() if slot < self._n_trials and _failed(trials)]
-        given_up = tuple(by_number[number] for number in lost)
+        self._look()
+        record = self._record()
+        write_results(record, *self._files)
+        lost = [trials[-1] for slot, trials in self._slots.items() if slot < self._n_trials and _failed(trials)]
+        given_up = tuple(record.trials[trial.number] for trial in lost)
         for trial in given_up:
             self._progress.say(f"trial {trial.number} has no result: {trial.reason}. The same command tries again.")
         return SweepResult(record, given_up)
@@ -274,9 +279,7 @@ class _Sweep:
             if self._idle and time.monotonic() >= next_look:
                 while self._idle and (claim := self._claim()) is not None:
                     self._start(claim)
-                settled = self._settled()
-                self._show(settled)
-                if settled == self._n_trials and not self._running:
+                if self._idle and not self._running and self._settled() == self._n_trials:
                     return
                 next_look = time.monotonic() + POLL_S
             if not self._idle and not self._running:
@@ -289,23 +292,26 @@ class _Sweep:
                 if self._handle(connection):
                     next_look = 0.0
             self._show_alive()
-            self._progress.tick()
+            if self._progress.has_bar:
+                self._progress.show(self._settled(), len(self._running), self._record().best)
 
     # What is in the study
 
-    def _slots(self) -> dict[int, list[FrozenTrial]]:
-        """Slot → its trials, by number."""
-        trials = self._study.get_trials(deepcopy=False)
-        slots: dict[int, list[FrozenTrial]] = {}
-        for trial, slot in zip(trials, slots_of(trials), strict=True):
-            slots.setdefault(slot, []).append(trial)
-        return slots
+    def _look(self) -> None:
+        """Reads the study. Between two looks this call works with what it saw."""
+        self._trials = self._study.get_trials(deepcopy=False)
+        self._slots = {}
+        for trial, slot in zip(self._trials, slots_of(self._trials), strict=True):
+            self._slots.setdefault(slot, []).append(trial)
+
+    def _record(self) -> StudyRecord:
+        return StudyRecord(self._spec, trials_of(self._trials))
 
     def _settled(self) -> int:
         """How many of the slots need nothing more from this call."""
         return sum(
             slot < self._n_trials and (_finished(trials) or (_failed(trials) and slot not in self._to_retry))
-            for slot, trials in self._slots().items()
+            for slot, trials in self._slots.items()
         )
 
     # Which trial to run
@@ -313,20 +319,20 @@ class _Sweep:
     def _claim(self) -> _Claim | None:
         """Takes a trial: a waiting one, one whose owner is dead, a new one, or a further attempt at one given up."""
         with self._storage.lock():
-            slots = self._slots()
+            self._look()
             for slot in range(self._n_trials):
-                if slot not in slots:
-                    return self._create(slot, {})
-                trials = slots[slot]
+                if slot not in self._slots:
+                    return self._create({})
+                trials = self._slots[slot]
                 if _finished(trials) or _failed(trials):
                     continue
                 trial = next(trial for trial in trials if trial.state != TrialState.FAIL)
                 if self._take(trial):
                     return _Claim(trial._trial_id, trial.number, slot, trial.user_attrs.get(ATTEMPTS, 0))
-            for slot in sorted(self._to_retry & {slot for slot in slots if slot < self._n_trials}):
+            for slot in sorted(slot for slot in self._to_retry if slot < self._n_trials):
                 self._to_retry.remove(slot)
-                if _failed(slots[slot]):
-                    return self._create(slot, {RETRY_OF: slot})
+                if _failed(self._slots[slot]):
+                    return self._create({RETRY_OF: slot})
         return None
 
     def _take(self, trial: FrozenTrial) -> bool:
@@ -345,20 +351,21 @@ class _Sweep:
         except UpdateFinishedTrialError:
             return False
 
-    def _create(self, slot: int, attributes: Mapping[str, Any]) -> _Claim | None:
-        """A new trial for a slot; None if another call on a database server has been faster."""
+    def _create(self, attributes: Mapping[str, Any]) -> _Claim | None:
+        """A new trial, for the next slot unless said otherwise; None if a call elsewhere has been faster."""
         template = optuna.trial.create_trial(
             state=TrialState.RUNNING, user_attrs={OWNER: self._owner.record(self._beat), **attributes}
         )
         trial_id = self._backend.create_new_trial(self._study_id, template)
-        slots = self._slots()
-        slot = next(slot for slot, trials in slots.items() if any(trial._trial_id == trial_id for trial in trials))
-        trial = next(trial for trial in slots[slot] if trial._trial_id == trial_id)
+        self._look()
+        slot, trial = next(
+            (slot, trial) for slot, trials in self._slots.items() for trial in trials if trial._trial_id == trial_id
+        )
         if slot >= self._n_trials:
             # It stays for a larger search.
             self._backend.set_trial_state_values(trial_id, TrialState.WAITING)
             return None
-        if any(other.number < trial.number and other.state != TrialState.FAIL for other in slots[slot]):
+        if any(other.number < trial.number and other.state != TrialState.FAIL for other in self._slots[slot]):
             self._backend.set_trial_user_attr(trial_id, REASON, "not run: another process has tried this slot again")
             self._backend.set_trial_state_values(trial_id, TrialState.FAIL)
             return None
@@ -454,17 +461,10 @@ class _Sweep:
             except UpdateFinishedTrialError:
                 return
         if state != TrialState.WAITING:
-            record = self._write()
+            self._look()
+            record = self._record()
+            write_results(record, *self._files)
             self._progress.ended(record.trials[claim.number], self._settled())
-
-    def _write(self) -> StudyRecord:
-        record = StudyRecord(self._spec, trials_of(self._study))
-        write_results(record, *self._files)
-        return record
-
-    def _show(self, settled: int) -> None:
-        best = StudyRecord(self._spec, trials_of(self._study)).best
-        self._progress.show(settled, len(self._running), best)
 
 
 def _finished(trials: list[FrozenTrial]) -> bool:

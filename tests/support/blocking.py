@@ -1,0 +1,58 @@
+"""A trial that says that it runs and then waits for ever, and the wait for processes to die. For tests of `search/`."""
+
+import os
+import select
+import signal
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from mup_megatron.search import Outcome, ReportFn
+
+LIMIT_S = 120
+"""Longer than anything here takes on a busy machine; only a fault reaches it."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """An objective that never ends. It pickles, so a spawned trial can have it too."""
+
+    pipe: Path
+    reader: int
+
+    @classmethod
+    def new(cls, folder: Path) -> "Block":
+        pipe = folder / "running"
+        os.mkfifo(pipe)
+        return cls(pipe, os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
+
+    def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+        writer = os.open(self.pipe, os.O_WRONLY)
+        os.write(writer, b"!")
+        while True:
+            signal.pause()
+
+    def wait_until_running(self) -> None:
+        """Until one more trial has begun."""
+        ready, _, _ = select.select([self.reader], [], [], LIMIT_S)
+        assert ready, "no trial has begun"
+        assert os.read(self.reader, 1) == b"!"
+
+
+def wait_until_dead(processes: Iterable[psutil.Process]) -> None:
+    """Until each is gone, or a zombie that only its parent can remove."""
+    deadline = time.monotonic() + LIMIT_S
+    for process in processes:
+        while _lives(process):
+            assert time.monotonic() < deadline, f"{process} is still alive"
+            time.sleep(0.01)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -2,7 +2,7 @@
 
     python benchmarks/quickstart_seeds.py [--seeds 1 2 3]
 
-Runs `mup-megatron quickstart --seed S --output results/quickstart-S` for each seed; a run that is there is not repeated.
+Runs `mup-megatron quickstart --seed S --output results/quickstart-S` for each seed; what is there is not repeated.
 """
 
 import argparse

@@ -132,6 +132,11 @@ def _problems(model: torch.nn.Module, plan: Plan) -> list[str]:
             for name, module in _core_attentions(model)
             if not _scaled_parts(module)
         ]
+        if config.flash_decode:
+            problems.append(
+                "flash_decode: this way of decoding takes no attention scale, it would go on with 1/√d. Turn it off, or "
+                "use a base of the target's head size and attention_multiplier 1."
+            )
     problems += _multiplier_problems(model, plan)
     return problems
 
@@ -232,7 +237,7 @@ def _set_softmax_scale(model: torch.nn.Module, plan: Plan) -> None:
     for name, module in _core_attentions(model):
         for part in _scaled_parts(module):
             part.softmax_scale = plan.softmax_scale / _layer_coefficient(part)
-        # Flash decoding bypasses core_attention and looks for the scale here; without it, it would use 1/√d.
+        # Dynamic inference bypasses core_attention and looks for the scale here; without it, it would use 1/√d.
         attention: Any = model.get_submodule(name.removesuffix(".core_attention"))
         attention.softmax_scale = plan.softmax_scale
 

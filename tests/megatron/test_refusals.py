@@ -142,6 +142,12 @@ MODEL: dict[str, Mistake] = {
         # The remedy: where the scale is Megatron's own, the same attention is welcome.
         right={"layer_spec": _own_attention},
     ),
+    "decoding that ignores the scale": Mistake(
+        wrong={"config_changes": {"flash_decode": True}},
+        targets=(LONGER_HEADS, WIDE),
+        said=("flash_decode", "attention_multiplier 1"),
+        right={"config_changes": {"flash_decode": True}},
+    ),
     "weights in FP8": Mistake(
         wrong={"config_changes": {"fp8": "hybrid", "fp8_param": True}}, said=("fp8_param", "drop")
     ),

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from support import stock
+from support.stock import Layout, Run, Sizes, Training
 
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Hyperparameters, Parametrization, PerParameter, Recipe
 from mup_megatron.theory import Plan
-from support import stock
-from support.stock import Layout, Run, Sizes, Training
 
 Edit = Callable[[list[Any]], None]
 """Changes the built chunks of a model."""

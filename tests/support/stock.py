@@ -136,7 +136,7 @@ def transformer_config(sizes: Sizes, layout: Layout, **changes: Any) -> Any:
 
 
 def build_chunks(sizes: Sizes, layout: Layout, config: Any, layer_spec: Any = None) -> list[Any]:
-    """This rank's GPTModel chunks, not yet wrapped: one per virtual pipeline stage. `layer_spec`: Megatron's own local."""
+    """This rank's GPTModel chunks, not yet wrapped: one per virtual pipeline stage. `layer_spec`: local by default."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec

@@ -4,6 +4,7 @@ Knows neither how trials are run (`search/`) nor what the hyperparameters do (`t
 """
 
 import importlib.metadata
+import itertools
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Hyperparameters, Recipe, recipe
 from mup_megatron.search import Outcome, ReportFn, Space, StudyRecord
 from mup_megatron.search.space import Dimension
-from mup_megatron.training.options import TrainingOptions
+from mup_megatron.training.options import TrainingOptions, require_possible
 
 SEARCHABLE = tuple(Hyperparameters.model_fields)
 """What a space may name."""
@@ -49,7 +50,22 @@ class ProxyTraining:
 
     def recipe(self, parameters: Mapping[str, float]) -> Recipe:
         """The recipe of a trial: the proxy is its base."""
-        return _recipe(self.proxy.model_dump(mode="json"), self.fixed, parameters)
+        return _recipe(self.proxy.model_dump(mode="json"), self.fixed, parameters, source="trial")
+
+    def require_possible(self, space: Space, *, source: str) -> None:
+        """Refuses what every trial, or a trial somewhere in the space, would refuse: before there is a study of it.
+
+        Looks at the corners of the space: hyperparameters have bounds and an order, and nothing else can be wrong.
+
+        Raises:
+            InputError, theory.PlanError: names what is wrong; `source` is what the space is called.
+        """
+        base = self.proxy.model_dump(mode="json")
+        bounds = [(dimension.low, dimension.high) for dimension in space.dimensions.values()]
+        for corner in itertools.product(*bounds):
+            made = _recipe(base, self.fixed, dict(zip(space.dimensions, corner, strict=True)), source=source)
+        made.plan(self.proxy)
+        require_possible(self.proxy, made, self.options, world_size=1)
 
     def context(self) -> dict[str, Any]:
         """What must stay the same while a study goes on."""
@@ -74,9 +90,11 @@ class ProxyTraining:
         )
 
 
-def _recipe(base: Mapping[str, Any], fixed: Mapping[str, Any], parameters: Mapping[str, float]) -> Recipe:
+def _recipe(
+    base: Mapping[str, Any], fixed: Mapping[str, Any], parameters: Mapping[str, float], *, source: str
+) -> Recipe:
     hyperparameters = {**fixed.get("hyperparameters", {}), **parameters}
-    return recipe({**fixed, "base": base, "hyperparameters": hyperparameters}, source="trial")
+    return recipe({**fixed, "base": base, "hyperparameters": hyperparameters}, source=source)
 
 
 def fixed_content(given: Recipe | None) -> dict[str, Any]:
@@ -101,7 +119,8 @@ def transferred(study: StudyRecord) -> Recipe:
             f"study {study.spec.name!r} was not made by `mup-megatron sweep`. Choose another with --study."
         )
     training = context["training"]
-    found = _recipe(context["proxy"], context["fixed"], best.parameters)
+    source = f"study {study.spec.name!r}"
+    found = _recipe(context["proxy"], context["fixed"], best.parameters, source=source)
     states = [trial.state for trial in study.trials]
     return recipe(
         {
@@ -124,7 +143,7 @@ def transferred(study: StudyRecord) -> Recipe:
                 "versions": versions(),
             },
         },
-        source=f"study {study.spec.name!r}",
+        source=source,
     )
 
 

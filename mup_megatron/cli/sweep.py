@@ -12,7 +12,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.models.model_file import load_model_file
 from mup_megatron.recipe import load_recipe
 from mup_megatron.search import StudySpec, default_storage, load_space, run_sweep
-from mup_megatron.training.data.indexed import check_prefix
+from mup_megatron.training.data.indexed import check_prefix, require_vocab
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.training.ranks import preload
 from mup_megatron.tuning import DEFAULT_SPACE, SEARCHABLE, ProxyTraining, fixed_content
@@ -31,7 +31,9 @@ from mup_megatron.tuning import DEFAULT_SPACE, SEARCHABLE, ProxyTraining, fixed_
 @click.option("--train-iters", type=int, default=1000, show_default=True)
 @click.option("--global-batch-size", type=int, default=32, show_default=True)
 @click.option("--micro-batch-size", type=int, default=None)
-@click.option("--eval-iters", type=int, default=10, show_default=True, help="Batches of the validation loss.")
+@click.option(
+    "--eval-iters", type=click.IntRange(1), default=10, show_default=True, help="Batches of the validation loss."
+)
 @click.option("--seed", type=int, default=1234, show_default=True, help="Of the draws, the weights and the data.")
 @click.option("--bf16", is_flag=True)
 def command(
@@ -64,11 +66,13 @@ def command(
     given = load_recipe(recipe_path) if recipe_path else None
     if given is None and "lr" not in chosen.dimensions:
         raise InputError(f"{space}: no lr in it. Search it, or give its value in a --recipe.")
+    meta = check_prefix(data)
+    require_vocab(meta, model.vocab_size, data=data, model=proxy)
     objective = ProxyTraining(
         proxy=model,
         fixed=fixed_content(given),
         data=data,
-        data_sha256=check_prefix(data).bin_sha256,
+        data_sha256=meta.bin_sha256,
         options=TrainingOptions(
             train_iters=train_iters,
             global_batch_size=global_batch_size,
@@ -78,6 +82,7 @@ def command(
             bf16=bf16,
         ),
     )
+    objective.require_possible(chosen, source=str(space or "--space"))
     spec = StudySpec(
         name=study,
         storage=storage or default_storage(study),

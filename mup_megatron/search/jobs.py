@@ -1,11 +1,12 @@
 """A fixed list of runs, several at a time, each in a fork. For grids and comparisons; a search is `sweep.py`."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from mup_megatron.errors import InputError
-from mup_megatron.search.worker import Crashed, Finished, Job, Objective, Outcome, Refused, Worker
+from mup_megatron.search.worker import Crashed, Finished, Job, Objective, Outcome, Refused, Worker, WorkerDiedError
 
 
 def run_jobs(
@@ -21,7 +22,7 @@ def run_jobs(
     Args:
         objective: as in a sweep; import all it needs before.
         jobs: with distinct numbers.
-        workers: processes.
+        workers: processes, at least 1.
         on_end: told of each outcome as it comes.
         log_folder: gets what runs print, a file for each; None sends it to standard error.
 
@@ -29,6 +30,8 @@ def run_jobs(
         InputError: a job refused its input.
         RuntimeError: a job crashed.
     """
+    if workers < 1:
+        raise InputError(f"--workers {workers}: must be at least 1.")
     waiting = list(reversed(jobs))
     pool = [Worker(objective, log_folder=log_folder) for _ in range(min(workers, len(jobs)))]
     try:
@@ -37,17 +40,22 @@ def run_jobs(
         while waiting or running:
             while waiting and idle:
                 worker, job = idle.pop(), waiting.pop()
-                worker.submit(job)
                 running[worker.connection] = (worker, job)
+                with contextlib.suppress(WorkerDiedError):  # which shows on receiving
+                    worker.submit(job)
             for connection in wait(list(running)):
                 assert isinstance(connection, Connection)
                 worker, job = running[connection]
-                match worker.receive():
+                try:
+                    message = worker.receive()
+                except WorkerDiedError:
+                    message = Crashed("its worker process was killed")
+                match message:
                     case Finished(outcome):
                         on_end(job, outcome)
                         idle.append(running.pop(connection)[0])
-                    case Refused(message):
-                        raise InputError(message)
+                    case Refused(text):
+                        raise InputError(text)
                     case Crashed(reason):
                         raise RuntimeError(f"run {job.number} ended without a result: {reason}")
                     case _:

@@ -1,7 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
 from support.commands import BASE, RECIPE, TARGET, Command, command, write
+
+from mup_megatron.megatron import cpu
 
 
 @pytest.fixture
@@ -18,3 +21,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write(tmp_path / "target.yaml", TARGET)
     write(tmp_path / "r.yaml", RECIPE)
     return tmp_path
+
+
+@pytest.fixture
+def data(run: Command, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tokens at the prefix `text`."""
+    # Other tests of this process need the runtime, and must not find Megatron imported without it.
+    cpu.enable()
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # which `sweep` sets
+    for name in ("a.txt", "b.txt"):
+        (here / name).write_text(f"{name}: the width grows and the rate stays. " * 60)
+    assert run("data", "a.txt", "b.txt", "-o", "text", "--tokenizer", "byte").code == 0
+    return here / "text"

@@ -1,0 +1,142 @@
+"""`sweep`, and the way it is a part of: text, search, recipe, plan, a wide model that trains."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from support.commands import TARGET, Command, contents, write
+
+from mup_megatron.recipe import load_recipe
+from mup_megatron.training.data.indexed import read_meta
+from mup_megatron.tuning import DEFAULT_SPACE
+
+ROOT = Path(__file__).parents[2]
+SWEEP = ("sweep", "base.yaml", "--data", "text", "--study", "small", "--train-iters", "3", "--global-batch-size", "2",
+         "--eval-iters", "1")  # fmt: skip
+
+
+def fresh(*words: str) -> subprocess.CompletedProcess[str]:
+    """A command as a user starts it, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mup_megatron", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_from_text_to_a_wide_model(run: Command, here: Path, data: Path) -> None:
+    # A search: Optuna's study, a table and the best trial on disk; the answer alone on standard output.
+    done = fresh(*SWEEP, "--trials", "2")
+    assert done.returncode == 0, done.stderr
+    study = optuna.load_study(study_name="small", storage="sqlite:///results/small.db")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    assert [trial.params for trial in study.trials] == [DEFAULT_SPACE.sample(1234, number) for number in range(2)]
+    best = study.best_trial
+    assert done.stdout.splitlines() == [
+        f"best: trial {best.number}, loss {best.value:.6g}",
+        *(f"  {name}: {value:.6g}" for name, value in best.params.items()),
+    ]
+    assert "[2/2]" in done.stderr
+    with (here / "results" / "small" / "trials.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["loss"]) for row in rows] == [trial.value for trial in study.trials]
+    on_disk = json.loads((here / "results" / "small" / "best.json").read_text())
+    assert on_disk["trial"]["parameters"] == best.params
+    assert on_disk["trial"]["metrics"]["iterations"] == 3
+
+    # The best trial as a recipe, and what follows from it for a model four times as wide.
+    assert run("transfer", "--study", "small", "-o", "small.recipe.yaml").code == 0
+    recipe = load_recipe(here / "small.recipe.yaml")
+    assert recipe.hyperparameters.lr == best.params["lr"]
+    assert recipe.provenance["data"] == {"name": "text", "sha256": read_meta(data).bin_sha256}
+    plan = json.loads(run("explain", "target.yaml", "--recipe", "small.recipe.yaml", "--format", "json").out)
+    rates = {row["name"]: row["lr"] for row in plan["parameters"]}
+    assert rates["embedding.word_embeddings.weight"] == best.params["lr"]
+    assert rates["decoder.layers.0.mlp.linear_fc1.weight"] == best.params["lr"] / 4
+
+    # The wide model trains with it.
+    done = fresh("train", "target.yaml", "--recipe", "small.recipe.yaml", "--data", "text", "--train-iters", "2",
+                 "--output", "out")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stdout.startswith("out: 2 iterations, training loss ")
+    with (here / "out" / "metrics.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["iteration"] for row in rows] == ["1", "2"]
+    assert list(rows[0]) == ["iteration", "loss", "lr", "grad_norm"]
+    assert json.loads((here / "out" / "result.json").read_text())["status"] == "complete"
+    assert load_recipe(here / "out" / "recipe.yaml").fingerprint == recipe.fingerprint == plan["fingerprint"]
+
+    # The same search again has nothing to do and gives the same answer.
+    before = contents(here)
+    again = run(*SWEEP, "--trials", "2")
+    assert again.code == 0
+    assert again.out.splitlines()[0] == f"best: trial {best.number}, loss {best.value:.6g}"
+    after = optuna.load_study(study_name="small", storage="sqlite:///results/small.db").trials
+    assert after == study.trials
+
+    # Another space, or another length of the trials, is another study.
+    write(here / "space.yaml", {"lr": {"low": 0.001, "high": 0.01}})
+    for words, said in (
+        (("--space", "space.yaml"), "space.lr.low was 0.0001 and is 0.001"),
+        (("--train-iters", "4"), "context.training.train_iters was 3 and is 4"),
+    ):
+        code, out, err = run(*SWEEP, "--trials", "3", *words)
+        assert (code, out) == (2, "")
+        assert "study 'small' was made with other settings" in err
+        assert said in err
+        assert "Nothing was changed." in err
+    (here / "space.yaml").unlink()
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--trials", "0"], "--trials 0: must be at least 1"),
+        (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--train-iters", "0"], "--train-iters 0: must be at least 1"),
+        (["--global-batch-size", "-2"], "--global-batch-size -2: must be at least 1"),
+        (["--micro-batch-size", "3"], "--global-batch-size 2 is not divisible by --micro-batch-size 3"),
+        # Without a validation loss every trial would count as diverged.
+        (["--eval-iters", "0"], "0 is not in the range x>=1"),
+        (["--sampler", "grid"], "'grid' is not one of 'random', 'tpe'"),
+        (["--study", "a/b"], "--study 'a/b': not a file name"),
+        (["--storage", "nowhere"], "--storage 'nowhere': not a URL"),
+        (["--data", "nowhere"], "nowhere.bin: no such file"),
+        (["--data", "text.bin"], "Leave the suffix away: text."),
+        (["--space", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["--space", "no_lr.yaml"], "no_lr.yaml: no lr in it. Search it, or give its value in a --recipe."),
+        (["--space", "negative.yaml"], "negative.yaml: hyperparameters.lr: should be greater than 0, found -0.1"),
+        (["--space", "unknown.yaml"], "unknown.yaml: dropout: not a hyperparameter to search. Choose from lr,"),
+        (["--recipe", "unmatched.recipe.yaml"], "per_parameter[0] 'nothing.*' matches no parameter"),
+    ],
+)
+def test_what_no_trial_could_run_is_refused_before_there_is_a_study(
+    run: Command, here: Path, data: Path, words: list[str], said: str
+) -> None:
+    write(here / "no_lr.yaml", {"weight_decay": {"low": 0.0, "high": 0.1}})
+    write(here / "negative.yaml", {"lr": {"low": -0.1, "high": 0.1}})
+    write(here / "unknown.yaml", {"dropout": {"low": 0.0, "high": 0.1}})
+    text = (here / "r.yaml").read_text() + "per_parameter: [{match: nothing.*}]\n"
+    (here / "unmatched.recipe.yaml").write_text(text)
+    before = contents(here)
+    code, out, err = run(*SWEEP, "--trials", "1", *words)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert "Traceback" not in err
+    assert contents(here) == before
+
+
+def test_a_vocabulary_smaller_than_the_datas_is_refused_before_there_is_a_study(
+    run: Command, here: Path, data: Path
+) -> None:
+    write(here / "base.yaml", {**TARGET, "vocab_size": 200})
+    before = contents(here)
+    code, out, err = run(*SWEEP, "--trials", "1")
+    assert (code, out) == (2, "")
+    assert "base.yaml: vocab_size is 200, but the data text have token ids up to 256. Set vocab_size: 257" in err
+    assert contents(here) == before

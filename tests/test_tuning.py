@@ -1,0 +1,210 @@
+"""A trial is a training of the proxy; the best one becomes a recipe. Real trials: tests/cli/test_sweep_command.py."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.commands import BASE
+
+from mup_megatron.errors import InputError
+from mup_megatron.models.model_file import model_file
+from mup_megatron.recipe import Recipe, recipe
+from mup_megatron.search import Space, StudyRecord, StudySpec, Trial, load_space
+from mup_megatron.search.space import Dimension
+from mup_megatron.theory import PlanError
+from mup_megatron.training.options import TrainingOptions
+from mup_megatron.tuning import DEFAULT_SPACE, SEARCHABLE, ProxyTraining, fixed_content, transferred
+
+SPACE_FILE = Path(__file__).parents[1] / "configs" / "spaces" / "gpt3_6.7b.yaml"
+PROXY = model_file(BASE, source="proxy.yaml")
+OPTIONS = TrainingOptions(train_iters=3, global_batch_size=2, eval_iters=1)
+GIVEN = recipe(
+    {
+        "base": {**BASE, "hidden_size": 64},
+        "hyperparameters": {"lr": 0.5, "weight_decay": 0.3, "adam_beta2": 0.95},
+        "schedule": {"lr_decay_style": "cosine"},
+        "per_parameter": [{"match": "embedding.*", "lr_mult": 2.0}],
+        "parametrization": {"weight_decay_exponent": 0.5},
+        "training": {"train_iters": 7},
+        "provenance": {"study": "an older one"},
+    },
+    source="given",
+)
+
+
+def objective(given: Recipe | None = None, **changes: Any) -> ProxyTraining:
+    fields = {
+        "proxy": PROXY, "fixed": fixed_content(given), "data": Path("some/where/text"), "data_sha256": "ab",
+        "options": OPTIONS,
+    }  # fmt: skip
+    return ProxyTraining(**{**fields, **changes})
+
+
+def space(**bounds: tuple[float, float]) -> Space:
+    return Space({name: Dimension(low, high, log=False) for name, (low, high) in bounds.items()})
+
+
+# What is searched
+
+
+def test_the_default_space_is_the_one_in_the_file() -> None:
+    in_file = load_space(SPACE_FILE, SEARCHABLE)
+    assert in_file.dimensions.keys() == DEFAULT_SPACE.dimensions.keys()
+    for name, dimension in in_file.dimensions.items():
+        ours = DEFAULT_SPACE.dimensions[name]
+        # 10**-4 and 1e-4 may differ in the last bit.
+        assert (ours.low, ours.high) == pytest.approx((dimension.low, dimension.high), rel=1e-15)
+        assert ours.log == dimension.log
+
+
+def test_the_default_space_is_the_papers() -> None:
+    bounds = {name: (dimension.low, dimension.high) for name, dimension in DEFAULT_SPACE.dimensions.items()}
+    assert bounds == {
+        "lr": (10**-4, 10**-1),
+        "init_method_std": (0.02 / 10, 0.02 * 10),
+        "embedding_multiplier": (10**-1, 10),
+        "attention_multiplier": (4**-1, 4),
+        "output_multiplier": (4**-1, 4),
+    }
+    assert all(dimension.log for dimension in DEFAULT_SPACE.dimensions.values())
+
+
+def test_whatever_a_recipe_tunes_can_be_searched() -> None:
+    assert set(SEARCHABLE) == set(GIVEN.model_dump()["hyperparameters"])
+
+
+# A trial
+
+
+def test_a_trials_recipe_has_its_values_at_the_proxy_and_the_rest_as_given() -> None:
+    made = objective(GIVEN).recipe({"lr": 0.01, "output_multiplier": 2.0})
+    assert made.base == PROXY
+    assert (made.hyperparameters.lr, made.hyperparameters.output_multiplier) == (0.01, 2.0)
+    assert (made.hyperparameters.weight_decay, made.hyperparameters.adam_beta2) == (0.3, 0.95)
+    for section in ("schedule", "per_parameter", "parametrization"):
+        assert getattr(made, section) == getattr(GIVEN, section)
+    assert made.training.train_iters is None, "how the older one was tuned says nothing of this one"
+    assert made.provenance == {}
+
+
+def test_without_a_recipe_the_rest_are_defaults() -> None:
+    made = objective().recipe({"lr": 0.01})
+    assert made == recipe({"base": BASE, "hyperparameters": {"lr": 0.01}}, source="defaults")
+
+
+@pytest.mark.parametrize("given", [None, GIVEN])
+def test_it_can_be_sent_to_another_process(given: Recipe | None) -> None:
+    made = objective(given)
+    assert pickle.loads(pickle.dumps(made)) == made
+
+
+@pytest.mark.parametrize("given", [None, GIVEN])
+def test_the_context_is_json_and_holds_what_a_loss_depends_on(given: Recipe | None) -> None:
+    context = objective(given).context()
+    assert json.loads(json.dumps(context, allow_nan=False)) == context
+    changed: list[dict[str, Any]] = [
+        {"proxy": PROXY.model_copy(update={"num_layers": 2})},
+        {"data": Path("other")},
+        {"data_sha256": "cd"},
+        *({"options": replace(OPTIONS, **change)} for change in (
+            {"train_iters": 4}, {"global_batch_size": 4}, {"micro_batch_size": 1}, {"seed": 1}, {"eval_iters": 2},
+            {"bf16": True}, {"split": "9,1,0"},
+        )),
+    ]  # fmt: skip
+    assert all(objective(given, **change).context() != context for change in changed)
+    assert objective(GIVEN).context() != objective(None).context()
+    # Neither where the data lie nor where indices are kept.
+    moved = {
+        "data": Path("else/where/text"),
+        "options": replace(OPTIONS, data_cache_path=Path("cache"), log_interval=1),
+    }
+    assert objective(given, **moved).context() == context
+
+
+# What no trial could run
+
+
+@pytest.mark.parametrize("given", [None, GIVEN])
+def test_the_default_space_is_possible(given: Recipe | None) -> None:
+    objective(given).require_possible(DEFAULT_SPACE, source="--space")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "said"),
+    [
+        ({"lr": (-0.1, 0.1)}, r"s\.yaml: hyperparameters\.lr: should be greater than 0, found -0\.1"),
+        ({"lr": (0.1, 0.2), "adam_beta2": (0.9, 1.0)}, r"hyperparameters\.adam_beta2: should be less than 1, found 1"),
+        ({"lr": (0.01, 0.2), "min_lr": (0.0, 0.1)}, r"hyperparameters: min_lr 0\.1 is above lr 0\.01\. Lower it\."),
+        ({"weight_decay": (0.1, 0.2)}, r"hyperparameters\.lr: missing"),
+    ],
+)
+def test_a_space_with_an_impossible_corner_is_refused(bounds: dict[str, tuple[float, float]], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        objective().require_possible(space(**bounds), source="s.yaml")
+
+
+def test_options_and_overrides_that_no_trial_could_run_are_refused() -> None:
+    lr = space(lr=(0.1, 0.2))
+    with pytest.raises(InputError, match=r"--train-iters 0: must be at least 1"):
+        objective(options=replace(OPTIONS, train_iters=0)).require_possible(lr, source="s.yaml")
+    unmatched = GIVEN.model_copy(
+        update={"per_parameter": (GIVEN.per_parameter[0].model_copy(update={"match": "nothing.*"}),)}
+    )
+    with pytest.raises(PlanError, match=r"per_parameter\[0\] 'nothing\.\*' matches no parameter"):
+        objective(unmatched).require_possible(lr, source="s.yaml")
+
+
+# The best trial
+
+
+def trial(number: int, loss: float | None, **parameters: float) -> Trial:
+    state = "complete" if loss is not None else "diverged"
+    return Trial(number, number, state, loss, parameters, 1.0, None if loss is not None else "NaN", {"tokens": 96})
+
+
+def study(*trials: Trial, context: dict[str, Any] | None = None) -> StudyRecord:
+    context = objective(GIVEN).context() if context is None else context
+    spec = StudySpec("s", "sqlite:///s.db", 5, "random", space(lr=(0.001, 1.0)), context)
+    return StudyRecord(spec, trials)
+
+
+TRIALS = (trial(0, 3.0, lr=0.1), trial(1, None, lr=0.9), trial(2, 2.5, lr=0.25), trial(3, 2.75, lr=0.01))
+
+
+def test_the_best_trial_becomes_a_recipe_with_its_values_and_what_was_fixed() -> None:
+    found = transferred(study(*TRIALS))
+    assert found.hyperparameters.lr == 0.25
+    # But for where it comes from, it is what the trial ran with.
+    assert found.fingerprint == objective(GIVEN).recipe({"lr": 0.25}).fingerprint
+    assert found.training.model_dump() == {"train_iters": 3, "global_batch_size": 2, "seq_length": 16}
+
+
+def test_the_recipe_says_where_it_comes_from() -> None:
+    provenance = transferred(study(*TRIALS)).provenance
+    versions = provenance.pop("versions")
+    assert {"mup-megatron", "python", "optuna"} <= set(versions)
+    assert provenance == {
+        "study": "s",
+        "trial": 2,
+        "loss": 2.5,
+        "trials": {"complete": 3, "diverged": 1},
+        "searched": {"lr": {"low": 0.001, "high": 1.0, "log": False}},
+        "sampler": "random",
+        "seed": 5,
+        "data": {"name": "text", "sha256": "ab"},
+        "tokens_per_trial": 96,
+    }
+
+
+def test_without_a_complete_trial_there_is_nothing_to_transfer() -> None:
+    for trials in ((), (TRIALS[1],)):
+        with pytest.raises(InputError, match=r"^study 's': no complete trial yet\. Run the sweep on, or widen"):
+            transferred(study(*trials))
+
+
+def test_a_study_of_something_else_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^study 's' was not made by `mup-megatron sweep`\. Choose another"):
+        transferred(study(*TRIALS, context={"model": "resnet"}))

@@ -142,16 +142,10 @@ def _not_written(root: Path, iteration: int, error: BaseException) -> InputError
 
 
 def _reason(error: BaseException) -> str:
-    """What the system said, out of whatever it is wrapped in."""
-    failures = getattr(error, "failures", {}) or {}
-    for inner in (error, *(failure[0] for failure in failures.values())):
-        found: BaseException | None = inner
-        while found is not None:
-            if isinstance(found, OSError) and found.strerror:
-                return found.strerror
-            found = found.__cause__ or found.__context__
-    text = next((str(failure[0]) for failure in failures.values()), str(error)) or type(error).__name__
-    return text.splitlines()[0]
+    """What the system said. Megatron's writer logs that, and passes on no more than that it failed."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "writing failed, as it does when the disk is full"
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------

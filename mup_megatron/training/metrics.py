@@ -85,7 +85,8 @@ class RowFile(Generic[RowT]):
         self.path = path
         self._kind: type[RowT] = kind
         write_atomically(path, to_csv(kind, rows))
-        self._file = path.open("a", encoding="utf-8")
+        # Without a buffer, or closing it would try again to write what could not be written.
+        self._file = path.open("ab", buffering=0)
 
     def append(self, row: RowT) -> None:
         """Adds a row.
@@ -94,8 +95,9 @@ class RowFile(Generic[RowT]):
             InputError: the disk is full.
         """
         try:
-            self._file.write(to_csv(self._kind, [row], header=False))
-            self._file.flush()
+            left = to_csv(self._kind, [row], header=False).encode()
+            while left:
+                left = left[self._file.write(left) :]
         except OSError as error:
             raise InputError(
                 f"{self.path}: cannot be written ({error.strerror}). Free some space, then go on with --load."

@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,10 +68,11 @@ def enable_cpu() -> bool:
 
 def world_size() -> int:
     """How many processes take part; known before they have joined."""
-    from torch import distributed
+    if "torch" in sys.modules:
+        from torch import distributed
 
-    if distributed.is_initialized():
-        return distributed.get_world_size()
+        if distributed.is_available() and distributed.is_initialized():
+            return distributed.get_world_size()
     return int(os.environ["WORLD_SIZE"]) if _under_torchrun() else 1
 
 

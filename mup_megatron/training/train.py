@@ -76,8 +76,8 @@ def run_training(
         InputError, theory.PlanError: the run is not possible, on every rank and before anything is written; or the disk
             is full.
     """
-    ranks.enable_cpu()
     require_possible(model, recipe, options, ranks.world_size())
+    ranks.enable_cpu()
     with ranks.joined(
         tensor=options.tensor_model_parallel_size,
         pipeline=options.pipeline_model_parallel_size,

@@ -1,0 +1,57 @@
+"""`mup-megatron train` as a user starts it: on its own, and under torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.processes import run_ranks
+from support.training_runs import RECIPE, make_text, target
+
+from mup_megatron.recipe import Training, save_recipe
+from mup_megatron.yaml_io import dump_yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, text=True, capture_output=True, timeout=300
+    )
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    prefix = run_ranks(make_text, 1, tmp_path)[0]
+    (tmp_path / "wide.yaml").write_text(dump_yaml(target().model_dump(mode="json")))
+    tuned = RECIPE.model_copy(update={"training": Training(train_iters=4, global_batch_size=4)})
+    save_recipe(tuned, tmp_path / "a.recipe.yaml")
+    return ["-m", "mup_megatron", "train", "wide.yaml", "--recipe", "a.recipe.yaml", "--data", str(prefix)]
+
+
+def test_one_process_with_defaults_alone(tmp_path: Path, arguments: list[str]) -> None:
+    """Length and batch are the recipe's, and results go where they are expected."""
+    done = start(tmp_path, *arguments)
+    output = Path("results/train") / f"wide-{RECIPE.fingerprint[:12]}-seed1234"
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{output}: 4 iterations, training loss ")
+    assert len((tmp_path / output / "metrics.csv").read_text().splitlines()) == 5
+
+
+def test_torchrun(tmp_path: Path, arguments: list[str]) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--output", "out"]
+    done = start(tmp_path, *torchrun, *arguments, *layout)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1, "the first rank alone answers"
+    assert done.stdout.startswith("out: 4 iterations, training loss ")
+    assert len((tmp_path / "out" / "metrics.csv").read_text().splitlines()) == 5
+
+    refused = start(tmp_path, *torchrun, *arguments, *layout[:3], "--output", "other", "--load", "nowhere")
+    assert refused.returncode != 0
+    assert refused.stderr.count("mup-megatron: --load nowhere: no checkpoint there") == 1, refused.stderr
+    assert "exitcode  : 2" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "other").exists()

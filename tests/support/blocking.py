@@ -4,7 +4,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +42,15 @@ class Block:
         assert os.read(self.reader, 1) == b"!"
 
 
-def wait_until_dead(processes: Iterable[psutil.Process]) -> None:
-    """Until each is gone, or a zombie that only its parent can remove."""
+def wait_until_dead(processes: Sequence[psutil.Process]) -> None:
+    """Until each is gone, or a zombie for its parent to remove. Those that live on are killed, and fail the test."""
     deadline = time.monotonic() + LIMIT_S
-    for process in processes:
-        while _lives(process):
-            assert time.monotonic() < deadline, f"{process} is still alive"
-            time.sleep(0.01)
+    while living := [process for process in processes if _lives(process)]:
+        if time.monotonic() > deadline:
+            for process in living:
+                process.kill()
+            raise AssertionError(f"still alive: {living}")
+        time.sleep(0.01)
 
 
 def _lives(process: psutil.Process) -> bool:

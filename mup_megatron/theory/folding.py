@@ -21,8 +21,9 @@ READOUT = "output_layer.weight"
 def fold(plan: Plan, names: Collection[str] | None = None) -> Plan:
     """The plan with the multipliers of `names` moved into their weights; all of them by default.
 
-    A tied readout shares its weight with the embedding, which must not be scaled; its multiplier goes into gain and
-    bias of the norm before it. The scale of attention is not a weight's: see `fold_attention`.
+    A tied readout shares its weight with the token embedding. What is folded into that table is taken out of the
+    readout's multiplier, and the readout's own multiplier goes into gain and bias of the norm before it. The scale of
+    attention is not a weight's: see `fold_attention`.
 
     Raises:
         PlanError: a name that the plan does not know.
@@ -33,16 +34,19 @@ def fold(plan: Plan, names: Collection[str] | None = None) -> Plan:
         if not (plan.tied and name == READOUT):
             plan[name]
     factors = {entry.name: entry.multiplier for entry in plan.entries if entry.name in names}
-    if plan.tied and READOUT in names:
-        factors |= dict.fromkeys(plan.readout_norm, plan.output_multiplier)
+    output = 1.0 if READOUT in names else plan.output_multiplier
+    if plan.tied:
+        left = plan.output_multiplier / factors.get(_tied_table(plan), 1.0)
+        output = 1.0 if READOUT in names else left
+        if READOUT in names:
+            factors |= dict.fromkeys(plan.readout_norm, left)
     entries = tuple(_moved(entry, factors.get(entry.name, 1.0), plan.optimizer) for entry in plan.entries)
-    embeddings = {entry.name for entry in plan.entries if entry.kind is Kind.EMBEDDING}
-    return replace(
-        plan,
-        entries=entries,
-        embedding_multiplier=1.0 if embeddings <= set(names) else plan.embedding_multiplier,
-        output_multiplier=1.0 if READOUT in names else plan.output_multiplier,
-    )
+    return replace(plan, entries=entries, output_multiplier=output)
+
+
+def _tied_table(plan: Plan) -> str:
+    """The token embedding: the first of a model's embeddings."""
+    return next(entry.name for entry in plan.entries if entry.kind is Kind.EMBEDDING)
 
 
 def fold_attention(plan: Plan) -> Plan:
@@ -67,16 +71,10 @@ def unfold(plan: Plan) -> Plan:
     """The plan with every folded multiplier back in its place, to rounding."""
     entries = tuple(_moved(entry, 1.0 / entry.folded, plan.optimizer) for entry in plan.entries)
     query_norm = next((e.folded for e in plan.entries if ".q_layernorm." in e.name), 1.0)
-    readout_norm = next((e.folded for e in plan.entries if plan.tied and e.name in plan.readout_norm), 1.0)
-    head = next((e.multiplier for e in entries if e.kind is Kind.HEAD), plan.output_multiplier * readout_norm)
-    embedding = next((e.folded for e in plan.entries if e.kind is Kind.EMBEDDING), 1.0)
-    return replace(
-        plan,
-        entries=entries,
-        softmax_scale=plan.softmax_scale * query_norm,
-        embedding_multiplier=plan.embedding_multiplier * embedding,
-        output_multiplier=head,
-    )
+    output = next((e.multiplier for e in entries if e.kind is Kind.HEAD), plan.output_multiplier)
+    if plan.tied:
+        output *= plan[plan.readout_norm[0]].folded * plan[_tied_table(plan)].folded
+    return replace(plan, entries=entries, softmax_scale=plan.softmax_scale * query_norm, output_multiplier=output)
 
 
 def _moved(entry: PlanEntry, theta: float, optimizer: Optimizer) -> PlanEntry:

@@ -113,7 +113,6 @@ class Plan:
     """The base's."""
     softmax_scale: float
     head_size: int
-    embedding_multiplier: float
     output_multiplier: float
     """On the readout's input; α_out/r_in, also where the readout is the embedding."""
     num_layers: int
@@ -137,6 +136,11 @@ class Plan:
             ) from None
 
     @property
+    def embedding_multiplier(self) -> float:
+        """On the token embedding, in effect; another embedding can have an override of its own."""
+        return next((entry.multiplier for entry in self.entries if entry.kind is Kind.EMBEDDING), 1.0)
+
+    @property
     def changes_softmax_scale(self) -> bool:
         """Whether attention needs to be told another scale than the one it uses by itself."""
         return self.softmax_scale != default_softmax_scale(self.head_size)
@@ -152,13 +156,14 @@ class Plan:
         """The plan that `to_json` wrote.
 
         Raises:
-            PlanError: keys are missing or unknown, or a value is not what it should be.
+            PlanError: keys are missing or unknown, or a role, kind or optimizer is none.
         """
         try:
             rest = {key: value for key, value in content.items() if key not in {"model", "parameters"}}
             rest["optimizer"] = Optimizer(rest["optimizer"])
             entries = tuple(_entry_from_json(entry) for entry in content["parameters"])
             model = {**content["model"], "readout_norm": tuple(content["model"]["readout_norm"])}
+            del model["embedding_multiplier"]  # follows from the entries
             return cls(**rest, **model, entries=entries)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"Not a plan: {error}. Write it anew with `mup-megatron explain --format json`.") from None
@@ -225,7 +230,6 @@ def build_plan(
             alpha=h.attention_multiplier,
         ),
         head_size=target.head_size,
-        embedding_multiplier=h.embedding_multiplier,
         output_multiplier=output,
         num_layers=target.num_layers,
         tied=target.tied,

@@ -30,18 +30,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "query norm, gains around 0, tied": {"qk_layernorm": True, "apply_layernorm_1p": True},
 }
 
-TIED_TABLE = pytest.mark.xfail(
-    reason="fold() moves α_in into a tied table, which the readout uses too, and does not take it out of the readout"
-)
-UNFOLD_EMBEDDING = pytest.mark.xfail(
-    reason="unfold() takes the first embedding's folded factor for the model's embedding multiplier, though fold() had "
-    "left that as it was (one of two embeddings folded) or the factor holds an override"
-)
-
-
-def _known(shape: str) -> Any:
-    return pytest.param(shape, marks=[] if SHAPES[shape].get("untie_embeddings_and_output_weights") else TIED_TABLE)
-
 
 def _case(shape: str, optimizer: str) -> tuple[Plan, ModelFile]:
     """A plan with all kinds of multipliers, weight decay on."""
@@ -75,7 +63,7 @@ def assert_same_run(folded: Plan, explicit: Plan, target: ModelFile) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("shape", [_known(shape) for shape in SHAPES])
+@pytest.mark.parametrize("shape", list(SHAPES))
 def test_a_folded_plan_is_the_same_run(shape: str, optimizer: str) -> None:
     plan, target = _case(shape, optimizer)
     folded = fold(plan)
@@ -91,7 +79,7 @@ def test_a_folded_plan_is_the_same_run(shape: str, optimizer: str) -> None:
         ("tied", {FC1}),
         ("tied", {READOUT}),
         ("tied", {POSITIONS}),
-        pytest.param("tied", {WORDS}, marks=TIED_TABLE),
+        ("tied", {WORDS}),
         ("untied", {FC1, READOUT}),
         ("untied", {WORDS}),
         ("untied", {WORDS, POSITIONS}),
@@ -173,13 +161,11 @@ def test_unfolding_gives_the_plan_back(shape: str, optimizer: str) -> None:
         _assert_equal(unfold(fold(fold_attention(plan))), plan)
 
 
-@UNFOLD_EMBEDDING
 def test_unfolding_one_of_two_embeddings_gives_the_plan_back() -> None:
     plan, _ = _case("untied", "adam")
     _assert_equal(unfold(fold(plan, {WORDS})), plan)
 
 
-@UNFOLD_EMBEDDING
 def test_unfolding_gives_back_what_an_override_did_to_one_embedding() -> None:
     own = (PerParameter(match=WORDS, multiplier=2.0),)
     plan = recipe_for(gpt(1)).model_copy(update={"per_parameter": own}).plan(gpt(4))

@@ -19,9 +19,7 @@ from mup_megatron.yaml_io import dump_yaml
 @click.option("--hidden-size", type=click.IntRange(1), default=MIN_WIDTH, show_default=True, help="Width of the proxy.")
 @click.option("--trials", type=click.IntRange(1), default=350, show_default=True, help="Trials of the search.")
 @click.option("--trial-tokens", type=FiniteFloat(1), help="Tokens of a trial. [default: target's / 75, as in TP5]")
-@click.option(
-    "--target-tokens", type=FiniteFloat(1), help="Tokens of the target's run. [default: 20 per parameter]"
-)
+@click.option("--target-tokens", type=FiniteFloat(1), help="Tokens of the target's run. [default: 20 per parameter]")
 @click.option("--budget", type=FiniteFloat(0, min_open=True), default=0.1, show_default=True,
               help="What the search may cost, relative to the target's run; decides the proxy's depth.")  # fmt: skip
 @force_option

@@ -21,7 +21,7 @@ import optuna
 import psutil
 import pytest
 import sqlalchemy
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from support.blocking import LIMIT_S, Block, wait_until_dead
 
 from mup_megatron.errors import InputError
@@ -466,6 +466,45 @@ def test_trials_beyond_n_are_never_run(spec: StudySpec) -> None:
     assert load(spec).trials[2].state == TrialState.WAITING
     run_sweep(spec, bowl, 3)
     assert_holds_exactly(spec, 3)
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, spec: StudySpec, when: Callable[[FrozenTrial], bool]) -> None:
+    """Lets another sweep create the same trial just before this one does, which on a database server can happen."""
+    storage = type(load(spec)._storage)
+    create = storage.create_new_trial
+
+    def create_second(self: Any, study_id: int, template: FrozenTrial) -> int:
+        if when(template):
+            attributes = {key: value for key, value in template.user_attrs.items() if key != "owner"}
+            create(self, study_id, optuna.trial.create_trial(state=TrialState.WAITING, user_attrs=attributes))
+        return create(self, study_id, template)
+
+    monkeypatch.setattr(storage, "create_new_trial", create_second)
+
+
+def test_of_two_sweeps_that_create_the_last_trial_together_one_puts_it_back(
+    spec: StudySpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_sweep(spec, bowl, 1)
+    meanwhile(monkeypatch, spec, lambda template: len(load(spec).trials) == 1)
+    run_sweep(spec, bowl, 2)
+    assert [trial.state.name for trial in load(spec).trials] == ["COMPLETE", "COMPLETE", "WAITING"]
+    assert [trial.params for trial in load(spec).trials] == [*drawn(2), {}]
+
+
+def test_of_two_sweeps_that_retry_a_trial_together_one_runs_it(
+    spec: StudySpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+        crash(parameters)
+        return bowl(parameters, report)
+
+    run_sweep(spec, objective, 3)
+    meanwhile(monkeypatch, spec, lambda template: "retry_of" in template.user_attrs)
+    trials = run_sweep(spec, bowl, 3).trials
+    assert sorted(trial.slot for trial in trials if trial.finished) == [0, 1, 2]
+    assert [(trial.slot, trial.state) for trial in trials[3:]] == [(2, "complete"), (2, "failed")]
+    assert "another process" in (trials[4].reason or "")
 
 
 # Another study, and a bad place

@@ -4,6 +4,7 @@ Not the place for formats: what a model file or a recipe contains is in `models/
 """
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -48,12 +49,12 @@ def _problem(model: type[BaseModel], content: object, error: dict[str, Any]) -> 
         case "missing":
             return f"{prefix}missing. Add this key."
         case "finite_number":
-            return f"{prefix}must be a finite number, found {found!r}. Write an ordinary number."
+            return f"{prefix}must be a finite number, found {reprlib.repr(found)}. Write an ordinary number."
         case "value_error":
             return f"{prefix}{error['ctx']['error']}"
         case _:
             message = error["msg"].replace("Input should", "should")
-            return f"{prefix}{message}, found {found!r}. Correct this value."
+            return f"{prefix}{message}, found {reprlib.repr(found)}. Correct this value."
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -27,6 +27,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
+        # The rename itself has to survive a power cut.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

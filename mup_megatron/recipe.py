@@ -75,7 +75,8 @@ class PerParameter(Strict):
     match: Annotated[str, Field(min_length=1)]
     """Shell pattern on the whole name, as `embedding.*` or `*.linear_fc2.weight`."""
     lr_mult: Positive = 1.0
-    init_mult: Positive = 1.0
+    init_mult: NotNegative = 1.0
+    """0 starts a weight at zero, as TP5 App. D.2 advises for the readout."""
     multiplier: Positive = 1.0
 
 

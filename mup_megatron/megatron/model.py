@@ -134,7 +134,7 @@ def _problems(model: torch.nn.Module, plan: Plan) -> list[str]:
         ]
         if config.flash_decode:
             problems.append(
-                "flash_decode: this way of decoding takes no attention scale, it would go on with 1/√d. Turn it off, or "
+                "flash_decode: this decoding takes no attention scale and would go on with 1/√d. Turn it off, or "
                 "use a base of the target's head size and attention_multiplier 1."
             )
     problems += _multiplier_problems(model, plan)

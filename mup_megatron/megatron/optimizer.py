@@ -31,7 +31,8 @@ def config_overrides(
     Args:
         model_chunks: as passed to `get_megatron_optimizer`; wrapped or not.
         plan: for the whole model.
-        config: the optimizer's, with the recipe's base values.
+        config: the optimizer's, with the recipe's base values. Betas, momentum and clipping are not per parameter: they
+            are the caller's to copy from the recipe.
 
     Raises:
         InputError: `config` is not the plan's, or model and plan differ.
@@ -66,7 +67,7 @@ def _override(entry: PlanEntry, plan: Plan) -> dict[str, float]:
         override["wd_mult"] = entry.weight_decay / plan.weight_decay
     if entry.lr != plan.lr:
         override["max_lr"] = entry.lr
-        override["min_lr"] = plan.min_lr * (entry.lr / plan.lr)
+        override["min_lr"] = entry.min_lr
         override["lr_mult"] = entry.lr / plan.lr
     if entry.eps is not None and entry.eps != plan.adam_eps:
         override["eps"] = entry.eps
@@ -93,6 +94,10 @@ def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
         problems.append(
             "decoupled_lr: it would overwrite what the plan gives to embedding and readout. Drop it, and use "
             "per_parameter in the recipe."
+        )
+    if plan.optimizer is Optimizer.ADAM and not getattr(config, "decoupled_weight_decay", True):
+        problems.append(
+            "decoupled_weight_decay: it is off, and the plan's weight decay is AdamW's. Set it to True."
         )
     if getattr(config, "apply_wd_to_qk_layernorm", False):
         problems.append("apply_wd_to_qk_layernorm: the plan has no weight decay for norms. Turn it off.")

@@ -3,11 +3,11 @@
 Imports nothing of Megatron at import time, so that the CPU runtime can ask before the first `import megatron`.
 """
 
-import importlib.metadata
 import importlib.util
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from mup_megatron.errors import InputError
 
@@ -16,13 +16,18 @@ OLDEST_SUPPORTED = (0, 16)
 
 
 def core_version() -> tuple[int, int, int]:
-    """The installed Megatron-Core release as (major, minor, patch), read without importing it.
+    """The Megatron-Core release that is imported here, as (major, minor, patch), read without importing it.
 
-    A checkout on the path counts as well as a wheel. Raises InputError if there is none.
+    Read from its sources, so that a checkout on the path counts as well as a wheel, and before one.
+    Raises InputError if there is none.
     """
-    if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
+    spec = importlib.util.find_spec("megatron.core") if importlib.util.find_spec("megatron") is not None else None
+    if spec is None or spec.origin is None:
         raise InputError("Megatron-Core is not installed: run `pip install 'mup-megatron[megatron]'`.")
-    return _parse_version(importlib.metadata.version("megatron-core"))
+    source = Path(spec.origin).with_name("package_info.py").read_text(encoding="utf-8")
+    numbers = dict(re.findall(r"^(MAJOR|MINOR|PATCH) = (\d+)$", source, flags=re.MULTILINE))
+    assert len(numbers) == 3, spec.origin
+    return int(numbers["MAJOR"]), int(numbers["MINOR"]), int(numbers["PATCH"])
 
 
 def require_supported_core() -> None:
@@ -31,12 +36,6 @@ def require_supported_core() -> None:
     if version[:2] < OLDEST_SUPPORTED:
         found, oldest = ".".join(map(str, version)), ".".join(map(str, OLDEST_SUPPORTED))
         raise InputError(f"Megatron-Core {found} is too old: install megatron-core>={oldest}.")
-
-
-def _parse_version(text: str) -> tuple[int, int, int]:
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
-    assert match is not None, text
-    return int(match[1]), int(match[2]), int(match[3] or 0)
 
 
 def distinct_lr_mults(overrides: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

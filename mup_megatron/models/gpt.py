@@ -1,7 +1,8 @@
 """Every parameter of a Megatron-Core `GPTModel` from its model file: global names and shapes, nothing allocated.
 
-Names are those of the model on one rank; `stage_name` maps them to and from a pipeline stage's own numbering. To add a
-kind of block (experts, latent attention), write a function that yields its parameters and call it from `_layer`.
+Names are those of the model on one rank; `stage_layers` and `global_name` map a pipeline stage's own numbering to them.
+To add a kind of block (experts, latent attention), write a function that yields its parameters and call it from
+`_layer`.
 """
 
 import re
@@ -53,13 +54,16 @@ def gpt_shapes(
 
 
 def _shape(model: ModelFile, head_size_grows: bool) -> ModelShape:
+    parameters = tuple(_parameters(model, Dimension(model.head_size, infinite=head_size_grows)))
+    names = [parameter.name for parameter in parameters]
     return ModelShape(
-        parameters=tuple(_parameters(model, Dimension(model.head_size, infinite=head_size_grows))),
+        parameters=parameters,
         hidden_size=model.hidden_size,
         head_size=model.head_size,
         num_layers=model.num_layers,
-        tied=model.tied,
-        readout_norm=tuple(p.name for p in _norm(model, "decoder.final_layernorm.", Dimension(1, infinite=False))),
+        readout=WORD_EMBEDDINGS if model.tied else HEAD,
+        readout_norm=tuple(name for name in names if name.startswith("decoder.final_layernorm.")),
+        query_norms=tuple(name for name in names if ".q_layernorm." in name),
     )
 
 

@@ -14,8 +14,8 @@ from mup_megatron.theory.plan import Plan, PlanEntry
 from mup_megatron.theory.roles import Kind, default_softmax_scale
 from mup_megatron.theory.rules import Optimizer
 
-READOUT = "output_layer.weight"
-"""Names the readout's multiplier, also where the readout is the embedding and has no row of its own."""
+READOUT = "readout"
+"""Stands for the readout's multiplier, which has no row of its own where the readout is the embedding."""
 
 
 def fold(plan: Plan, names: Collection[str] | None = None) -> Plan:
@@ -28,25 +28,19 @@ def fold(plan: Plan, names: Collection[str] | None = None) -> Plan:
     Raises:
         PlanError: a name that the plan does not know.
     """
-    if names is None:
-        names = [entry.name for entry in plan.entries] + [READOUT]
-    for name in names:
-        if not (plan.tied and name == READOUT):
-            plan[name]
-    factors = {entry.name: entry.multiplier for entry in plan.entries if entry.name in names}
-    output = 1.0 if READOUT in names else plan.output_multiplier
+    chosen = {entry.name for entry in plan.entries} | {READOUT} if names is None else set(names)
+    if not plan.tied and chosen & {READOUT, plan.readout}:
+        chosen |= {READOUT, plan.readout}
+    factors = {name: plan[name].multiplier for name in chosen - {READOUT}}
+    output = plan.output_multiplier
     if plan.tied:
-        left = plan.output_multiplier / factors.get(_tied_table(plan), 1.0)
-        output = 1.0 if READOUT in names else left
-        if READOUT in names:
-            factors |= dict.fromkeys(plan.readout_norm, left)
+        output /= factors.get(plan.readout, 1.0)
+    if READOUT in chosen:
+        if plan.tied:
+            factors |= dict.fromkeys(plan.readout_norm, output)
+        output = 1.0
     entries = tuple(_moved(entry, factors.get(entry.name, 1.0), plan.optimizer) for entry in plan.entries)
     return replace(plan, entries=entries, output_multiplier=output)
-
-
-def _tied_table(plan: Plan) -> str:
-    """The token embedding: the first of a model's embeddings."""
-    return next(entry.name for entry in plan.entries if entry.kind is Kind.EMBEDDING)
 
 
 def fold_attention(plan: Plan) -> Plan:
@@ -57,24 +51,23 @@ def fold_attention(plan: Plan) -> Plan:
             would need a learning rate of their own.
     """
     theta = plan.softmax_scale / default_softmax_scale(plan.head_size)
-    norms = {entry.name for entry in plan.entries if ".q_layernorm." in entry.name}
-    if not norms:
+    if not plan.query_norms:
         raise PlanError(
             "The attention scale cannot be folded: without a query norm it belongs to a part of linear_qkv.weight. "
             "Keep it as softmax_scale, or use qk_layernorm."
         )
-    entries = tuple(_moved(e, theta if e.name in norms else 1.0, plan.optimizer) for e in plan.entries)
+    entries = tuple(_moved(e, theta if e.name in plan.query_norms else 1.0, plan.optimizer) for e in plan.entries)
     return replace(plan, entries=entries, softmax_scale=default_softmax_scale(plan.head_size))
 
 
 def unfold(plan: Plan) -> Plan:
     """The plan with every folded multiplier back in its place, to rounding."""
     entries = tuple(_moved(entry, 1.0 / entry.folded, plan.optimizer) for entry in plan.entries)
-    query_norm = next((e.folded for e in plan.entries if ".q_layernorm." in e.name), 1.0)
-    output = next((e.multiplier for e in entries if e.kind is Kind.HEAD), plan.output_multiplier)
+    scale = plan.softmax_scale * (plan[plan.query_norms[0]].folded if plan.query_norms else 1.0)
+    output = plan.output_multiplier * plan[plan.readout].folded
     if plan.tied:
-        output *= plan[plan.readout_norm[0]].folded * plan[_tied_table(plan)].folded
-    return replace(plan, entries=entries, softmax_scale=plan.softmax_scale * query_norm, output_multiplier=output)
+        output *= plan[plan.readout_norm[0]].folded
+    return replace(plan, entries=entries, softmax_scale=scale, output_multiplier=output)
 
 
 def _moved(entry: PlanEntry, theta: float, optimizer: Optimizer) -> PlanEntry:
@@ -92,6 +85,7 @@ def _moved(entry: PlanEntry, theta: float, optimizer: Optimizer) -> PlanEntry:
         # A norm's gain and bias have no multiplier of their own: they take on that of what follows.
         multiplier=entry.multiplier if entry.kind.is_vector else entry.multiplier / theta,
         lr=entry.lr * step,
+        min_lr=entry.min_lr * step,
         eps=None if entry.eps is None else entry.eps / theta,
         weight_decay=entry.weight_decay / step,
         folded=entry.folded * theta,

@@ -61,9 +61,12 @@ class ModelShape:
     """Size of the readout's input."""
     head_size: int
     num_layers: int
-    tied: bool
+    readout: str
+    """Name of the weight that computes the logits: a tied model's token embedding."""
     readout_norm: tuple[str, ...]
-    """Names of the norm before the readout: where a tied readout's multiplier can be folded."""
+    """Gain and bias of the norm before the readout: where a tied readout's multiplier can be folded."""
+    query_norms: tuple[str, ...]
+    """Gains and biases of the norms of queries: where the scale of attention can be folded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,8 @@ class PlanEntry:
     """What the forward pass multiplies this weight by."""
     lr: float
     """The peak."""
+    min_lr: float
+    """The floor."""
     eps: float | None
     """None for SGD."""
     weight_decay: float
@@ -116,8 +121,10 @@ class Plan:
     output_multiplier: float
     """On the readout's input; α_out/r_in, also where the readout is the embedding."""
     num_layers: int
-    tied: bool
+    readout: str
+    """Name of the weight that computes the logits: a tied model's token embedding."""
     readout_norm: tuple[str, ...]
+    query_norms: tuple[str, ...]
     entries: tuple[PlanEntry, ...]
 
     @cached_property
@@ -134,6 +141,11 @@ class Plan:
                 f"{name}: the plan has no such parameter. The model does not match the model file, "
                 "or it has a kind of layer that is not supported."
             ) from None
+
+    @property
+    def tied(self) -> bool:
+        """Whether the readout is the token embedding."""
+        return self[self.readout].kind is Kind.EMBEDDING
 
     @property
     def embedding_multiplier(self) -> float:
@@ -162,8 +174,9 @@ class Plan:
             rest = {key: value for key, value in content.items() if key not in {"model", "parameters"}}
             rest["optimizer"] = Optimizer(rest["optimizer"])
             entries = tuple(_entry_from_json(entry) for entry in content["parameters"])
-            model = {**content["model"], "readout_norm": tuple(content["model"]["readout_norm"])}
-            del model["embedding_multiplier"]  # follows from the entries
+            model: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content["model"].items()}
+            for key in ("embedding_multiplier", "tied"):  # follow from the entries
+                del model[key]
             return cls(**rest, **model, entries=entries)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"Not a plan: {error}. Write it anew with `mup-megatron explain --format json`.") from None
@@ -176,7 +189,9 @@ _MODEL_KEYS = (
     "head_size",
     "num_layers",
     "tied",
+    "readout",
     "readout_norm",
+    "query_norms",
 )
 
 
@@ -232,8 +247,9 @@ def build_plan(
         head_size=target.head_size,
         output_multiplier=output,
         num_layers=target.num_layers,
-        tied=target.tied,
+        readout=target.readout,
         readout_norm=target.readout_norm,
+        query_norms=target.query_norms,
         entries=tuple(entries),
     )
 
@@ -260,6 +276,8 @@ def _entry(
         init_value=parameter.init_value,
         multiplier=rules.multiplier(role, kind, r, embedding=h.embedding_multiplier, output=h.output_multiplier),
         lr=rules.learning_rate(role, optimizer, r, eta=h.lr),
+        # The same rule, so that the whole schedule keeps its shape.
+        min_lr=rules.learning_rate(role, optimizer, r, eta=h.min_lr),
         eps=rules.adam_eps(role, r, epsilon=h.adam_eps) if optimizer is Optimizer.ADAM else None,
         weight_decay=rules.weight_decay(
             role, kind, optimizer, r, lam=h.weight_decay, exponent=parametrization.weight_decay_exponent
@@ -283,6 +301,7 @@ def _overridden(entry: PlanEntry, overrides: tuple[Override, ...]) -> PlanEntry:
         init_std=None if entry.init_std is None else entry.init_std * own.init_mult,
         multiplier=entry.multiplier * own.multiplier,
         lr=entry.lr * own.lr_mult,
+        min_lr=entry.min_lr * own.lr_mult,
         rule=f"{entry.rule} × per_parameter[{index}]",
     )
 
@@ -297,7 +316,7 @@ def _require_all_used(overrides: tuple[Override, ...], parameters: Iterable[Para
         if not any(_matches(override, name) for name in names):
             raise PlanError(
                 f"per_parameter[{index}] '{override.match}' matches no parameter of the target. Correct the pattern; "
-                "`mup-megatron explain` lists the names."
+                "`mup-megatron explain` lists the names. A tied readout has none: use output_multiplier."
             )
 
 

@@ -201,9 +201,9 @@ def test_what_a_folded_readout_gets() -> None:
     plan, _ = _case("untied", "adam")
     h = HYPERPARAMETERS
     theta = h["output_multiplier"] / 2
-    head = fold(plan)[READOUT]
+    head = fold(plan)[plan.readout]
     assert head.init_std == pytest.approx(theta * h["init_method_std"], rel=1e-15)
     assert head.lr == pytest.approx(theta * LR["adam"], rel=1e-15)
-    assert head.eps == pytest.approx(plan[READOUT].eps / theta, rel=1e-15)
+    assert head.eps == pytest.approx(plan[plan.readout].eps / theta, rel=1e-15)
     assert head.weight_decay == pytest.approx(h["weight_decay"] / theta, rel=1e-15)
     assert head.multiplier == 1.0

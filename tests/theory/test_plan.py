@@ -232,7 +232,15 @@ def test_vectors_take_no_multiplier_and_no_init(key: str) -> None:
 
 
 def _shape(*parameters: Parameter) -> ModelShape:
-    return ModelShape(parameters=parameters, hidden_size=8, head_size=8, num_layers=1, tied=True, readout_norm=())
+    return ModelShape(
+        parameters=parameters,
+        hidden_size=8,
+        head_size=8,
+        num_layers=1,
+        readout=parameters[0].name,
+        readout_norm=(),
+        query_norms=(),
+    )
 
 
 def _matrix(name: str, fan_in: int = 8) -> Parameter:

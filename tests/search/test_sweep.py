@@ -30,6 +30,9 @@ from mup_megatron.search.owner import Owner
 from mup_megatron.search.space import Dimension, Space
 from mup_megatron.search.storage import open_storage
 
+# pytest-xdist runs a thread beside the tests, and Python warns of every fork then.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 N = 6
 SPACE = Space({"lr": Dimension(1e-4, 1e-1, log=True), "scale": Dimension(-1.0, 1.0, log=False)})
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)

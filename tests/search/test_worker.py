@@ -16,6 +16,9 @@ from mup_megatron.errors import InputError
 from mup_megatron.search import Objective, Outcome, ReportFn
 from mup_megatron.search.worker import Crashed, Finished, Job, Launch, Message, Refused, Report, Worker, WorkerDiedError
 
+# pytest-xdist runs a thread beside the tests, and Python warns of every fork then.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 changed_after_import: list[str] = []
 
 

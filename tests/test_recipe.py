@@ -243,7 +243,7 @@ def test_a_recipe_makes_a_plan_with_its_fingerprint() -> None:
 
 def test_a_target_of_another_architecture_is_refused_with_the_key() -> None:
     found = _recipe(base=json.loads(gpt(1).model_dump_json()))
-    with pytest.raises(InputError, match=r"swiglu is False at the base but True in the target"):
+    with pytest.raises(InputError, match=r"swiglu is False in the recipe's base but True in the target"):
         found.plan(gpt(4, swiglu=True))
 
 

@@ -12,9 +12,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from mup_megatron.cli.options import answer_console, recipe_option, target_argument
-from mup_megatron.models.model_file import load_model_file
-from mup_megatron.recipe import load_recipe
+from mup_megatron.cli.options import answer_console, load_planned, recipe_option, target_argument
 from mup_megatron.theory import Plan, PlanEntry
 
 COLUMNS = (
@@ -42,7 +40,7 @@ _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..+)$")
 @click.option("--brief", is_flag=True, help="The table shows layers that are alike as one.")
 def command(target: Path, recipe_path: Path, form: str, brief: bool) -> None:
     """What every parameter of TARGET gets from a recipe: role, init std, multiplier, LR, eps, weight decay."""
-    plan = load_recipe(recipe_path).plan(load_model_file(target))
+    _, _, plan = load_planned(target, recipe_path)
     match form:
         case "json":
             click.echo(json.dumps(plan.to_json(), indent=2))

@@ -8,6 +8,9 @@ import click
 from rich.console import Console
 
 from mup_megatron.errors import InputError
+from mup_megatron.models.model_file import ModelFile, load_model_file
+from mup_megatron.recipe import Recipe, load_recipe
+from mup_megatron.theory import Plan, PlanError
 
 FILE = click.Path(path_type=Path)
 
@@ -30,6 +33,19 @@ class FiniteFloat(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{number} is not a finite number.", param, ctx)
         return number
+
+
+def load_planned(target: Path, recipe_path: Path) -> tuple[ModelFile, Recipe, Plan]:
+    """Target, recipe, and the plan that follows from the two.
+
+    Raises:
+        InputError: one of the files is not right, or they do not fit each other; names the files.
+    """
+    model, recipe = load_model_file(target), load_recipe(recipe_path)
+    try:
+        return model, recipe, recipe.plan(model)
+    except (InputError, PlanError) as error:
+        raise InputError(f"{recipe_path} for {target}: {error}") from None
 
 
 def require_new(path: Path, *, force: bool) -> None:

@@ -7,9 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mup_megatron.cli.options import FILE, recipe_option, target_argument
-from mup_megatron.models.model_file import load_model_file
-from mup_megatron.recipe import Recipe, load_recipe
+from mup_megatron.cli.options import FILE, load_planned, recipe_option, target_argument
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.training.ranks import is_first_process
 
@@ -40,8 +38,8 @@ def _option(name: str, help_text: str, kind: Any = int, **more: Any) -> Callable
     metavar="DIR",
     help="Metrics and result. [default: results/train/, in a folder named after target, recipe and seed]",
 )
-@_option("train_iters", "Iterations of the whole run. [default: the recipe's]")
-@_option("global_batch_size", "Sequences per iteration. [default: the recipe's]")
+@_option("train_iters", "Iterations of the whole run.", required=True)
+@_option("global_batch_size", "Sequences per iteration.", required=True)
 @_option("micro_batch_size", "Sequences at a time on one rank. [default: its share of the global batch]")
 @_option("seed", "Of weights, dropout and the order of the data.")
 @_option("save", "Folder for checkpoints.", FILE, metavar="DIR")
@@ -75,10 +73,7 @@ def command(context: click.Context, /, target: Path, recipe_path: Path, data: Pa
     """
     from mup_megatron.training.train import run_training
 
-    model = load_model_file(target)
-    recipe = load_recipe(recipe_path)
-    for name in ("train_iters", "global_batch_size"):
-        given[name] = _or_as_tuned(name, given[name], recipe, recipe_path)
+    model, recipe, _ = load_planned(target, recipe_path)
     if given["output"] is None:
         given["output"] = RUNS / f"{target.stem}-{recipe.fingerprint[:12]}-seed{given['seed']}"
     options = TrainingOptions(**given)
@@ -90,11 +85,3 @@ def command(context: click.Context, /, target: Path, recipe_path: Path, data: Pa
         context.exit(DIVERGED)
     validation = "" if result.validation_loss is None else f", validation loss {result.validation_loss:.4f}"
     click.echo(f"{options.output}: {result.iterations} iterations, training loss {result.train_loss:.4f}{validation}")
-
-
-def _or_as_tuned(name: str, value: int | None, recipe: Recipe, path: Path) -> int:
-    tuned: int | None = getattr(recipe.training, name)
-    if value is None and tuned is None:
-        flag = "--" + name.replace("_", "-")
-        raise click.UsageError(f"{flag} is missing, and {path} does not say what it was tuned with (training.{name}).")
-    return value if value is not None else tuned  # type: ignore[return-value]

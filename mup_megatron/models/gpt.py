@@ -31,9 +31,7 @@ _SAME = (
 """What base and target must share: μP compares sizes, not architectures."""
 
 
-def gpt_shapes(
-    base: ModelFile, target: ModelFile, *, source: str = "the recipe's base"
-) -> tuple[ModelShape, ModelShape]:
+def gpt_shapes(base: ModelFile, target: ModelFile) -> tuple[ModelShape, ModelShape]:
     """The shapes of base and target, named as in the target.
 
     Depth, heads, ffn and head size may differ; which of them grow is known from both together.
@@ -45,7 +43,7 @@ def gpt_shapes(
         at_base, at_target = getattr(base, key), getattr(target, key)
         if at_base != at_target:
             raise InputError(
-                f"{source}: {key} is {at_base} at the base but {at_target} in the target. "
+                f"{key} is {at_base} in the recipe's base but {at_target} in the target. "
                 "Hyperparameters transfer between widths of one architecture: tune a base that has the target's."
             )
     base = base.model_copy(update={"transformer_impl": target.transformer_impl})

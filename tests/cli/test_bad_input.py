@@ -45,7 +45,7 @@ TARGETS = {
     ),
     "another architecture": (
         {"swiglu": True},
-        "swiglu is False at the base but True in the target. Hyperparameters transfer between widths of one archi",
+        "r.yaml for target.yaml: swiglu is False in the recipe's base but True in the target. ",
     ),
     "NaN": ({"init_method_std": float("nan")}, "target.yaml: init_method_std: must be a finite number, found nan."),
     "experts": ({"num_experts": 8}, "target.yaml: num_experts: mixture-of-experts models are not supported yet."),

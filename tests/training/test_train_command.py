@@ -9,7 +9,7 @@ import pytest
 from support.processes import run_ranks
 from support.training_runs import RECIPE, make_text, target
 
-from mup_megatron.recipe import Training, save_recipe
+from mup_megatron.recipe import save_recipe
 from mup_megatron.yaml_io import dump_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -26,13 +26,13 @@ def start(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def arguments(tmp_path: Path) -> list[str]:
     prefix = run_ranks(make_text, 1, tmp_path)[0]
     (tmp_path / "wide.yaml").write_text(dump_yaml(target().model_dump(mode="json")))
-    tuned = RECIPE.model_copy(update={"training": Training(train_iters=4, global_batch_size=4)})
-    save_recipe(tuned, tmp_path / "a.recipe.yaml")
-    return ["-m", "mup_megatron", "train", "wide.yaml", "--recipe", "a.recipe.yaml", "--data", str(prefix)]
+    save_recipe(RECIPE, tmp_path / "a.recipe.yaml")
+    size = ["--train-iters", "4", "--global-batch-size", "4"]
+    return ["-m", "mup_megatron", "train", "wide.yaml", "--recipe", "a.recipe.yaml", "--data", str(prefix), *size]
 
 
-def test_one_process_with_defaults_alone(tmp_path: Path, arguments: list[str]) -> None:
-    """Length and batch are the recipe's, and results go where they are expected."""
+def test_one_process(tmp_path: Path, arguments: list[str]) -> None:
+    """Results go where they are expected."""
     done = start(tmp_path, *arguments)
     output = Path("results/train") / f"wide-{RECIPE.fingerprint[:12]}-seed1234"
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,6 @@
 Importing it imports Megatron: the CPU runtime has to come before.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -196,8 +195,7 @@ def _optimizer_config(recipe: Recipe, options: TrainingOptions) -> Any:
         adam_beta2=h.adam_beta2,
         adam_eps=h.adam_eps,
         sgd_momentum=h.sgd_momentum,
-        # Megatron measures the gradient norm only where it may have to clip; nothing is above infinity.
-        clip_grad=h.clip_grad or math.inf,
+        clip_grad=h.clip_grad,
         bf16=options.bf16,
         params_dtype=torch.bfloat16 if options.bf16 else torch.float32,
         use_distributed_optimizer=options.use_distributed_optimizer,

@@ -26,10 +26,14 @@ _SLOW_IMPORTS = (
     "mup_megatron.training.loop",
 )
 
-_REPEATING_LOGGERS = ("megatron.core.models.gpt.gpt_model", "megatron.core.dist_checkpointing.strategies.torch")
+_REPEATING_LOGGERS = (
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.distributed.distributed_data_parallel",
+)
 """They say for every model and every checkpoint what Megatron plans to replace. A user can do nothing about it."""
 
-_REPEATING_WARNINGS = ("megatron", r"torch\.distributed\.checkpoint")
+_REPEATING_WARNINGS = ("megatron", r"torch\.distributed")
 """Likewise: what is experimental in Megatron, and what it uses of torch that torch plans to replace."""
 
 

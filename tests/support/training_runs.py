@@ -80,7 +80,10 @@ def command_line(*words: str) -> Finished:
     return Finished(code, out.getvalue(), err.getvalue())
 
 
-def train_until(kill_at: int | None, counted: Path, *arguments: Any) -> TrainingResult:
+CHANGES = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove")
+
+
+def train_until(kill_at: int, changes: tuple[str, ...], counted: Path, *arguments: Any) -> TrainingResult:
     """A run, in a rank, that kills itself with SIGKILL right before its `kill_at`-th change to the files in `counted`.
 
     Python tells of every file that is opened for writing, renamed, made or removed before it happens.
@@ -89,7 +92,7 @@ def train_until(kill_at: int | None, counted: Path, *arguments: Any) -> Training
 
     def hook(event: str, values: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event not in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove"):
+        if event not in changes:
             return
         if event == "open" and not (isinstance(values[1], str) and set(values[1]) & set("wax+")):
             return
@@ -99,8 +102,7 @@ def train_until(kill_at: int | None, counted: Path, *arguments: Any) -> Training
         if seen == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if kill_at is not None:
-        sys.addaudithook(hook)
+    sys.addaudithook(hook)
     return run_training(*arguments)
 
 

@@ -127,8 +127,8 @@ FOLDS: dict[str, tuple[dict[str, Any], set[str] | None, bool]] = {
     # model, names to fold (None: all), attention too
     "untied, all": (UNTIED, None, False),
     "untied, all, attention": ({**UNTIED, **QUERY_NORM}, None, True),
-    "tied, readout": ({}, {READOUT}, False),
-    "tied, readout, attention": ({"qk_layernorm": True}, {READOUT}, True),
+    "tied, all": ({}, None, False),
+    "tied, readout alone, attention": ({"qk_layernorm": True}, {READOUT}, True),
 }
 
 

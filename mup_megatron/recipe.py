@@ -6,11 +6,12 @@ Not the rules (`theory/`) and not the search for good values (`search/`).
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from mup_megatron import theory
+from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
 from mup_megatron.models.gpt import gpt_shapes
 from mup_megatron.models.model_file import ModelFile
@@ -66,6 +67,16 @@ class Schedule(Strict):
                 f"lr_warmup_fraction {self.lr_warmup_fraction:g} does not end before lr_decay_fraction "
                 f"{self.lr_decay_fraction:g}. Shorten the warm-up."
             )
+        room = self.lr_decay_fraction - self.lr_warmup_fraction
+        if self.lr_decay_style == "WSD" and self.lr_wsd_decay_fraction > room:
+            raise ValueError(
+                f"lr_wsd_decay_fraction {self.lr_wsd_decay_fraction:g} is longer than the {room:g} between warm-up and "
+                "lr_decay_fraction. Shorten it."
+            )
+        if self.lr_decay_style == "inverse-square-root" and self.lr_warmup_fraction == 0:
+            raise ValueError(
+                "lr_decay_style inverse-square-root is measured from the end of the warm-up. Give lr_warmup_fraction."
+            )
         return self
 
 
@@ -107,7 +118,7 @@ class Recipe(Strict):
     per_parameter: Annotated[tuple[PerParameter, ...], Field(strict=False)] = ()
     parametrization: Parametrization = Parametrization()
     training: Training = Training()
-    provenance: dict[str, Any] = Field(default_factory=dict)
+    provenance: dict[str, JsonValue] = Field(default_factory=dict)
     """Where the values come from: study, trial, data, tokens, versions."""
 
     @property
@@ -120,9 +131,15 @@ class Recipe(Strict):
         """What every parameter of `target` gets.
 
         Raises:
-            InputError, theory.PlanError: target and base differ in more than size, or an override matches nothing.
+            InputError: target and base differ in more than size, or an override matches nothing.
         """
         base_shape, target_shape = gpt_shapes(self.base, target)
+        try:
+            return self._plan(base_shape, target_shape)
+        except theory.PlanError as error:
+            raise InputError(str(error)) from None
+
+    def _plan(self, base_shape: theory.ModelShape, target_shape: theory.ModelShape) -> theory.Plan:
         h = self.hyperparameters
         return theory.build_plan(
             base_shape,

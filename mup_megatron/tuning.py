@@ -58,7 +58,7 @@ class ProxyTraining:
         Looks at the corners of the space: hyperparameters have bounds and an order, and nothing else can be wrong.
 
         Raises:
-            InputError, theory.PlanError: names what is wrong; `source` is what the space is called.
+            InputError: names what is wrong; `source` is what the space is called.
         """
         base = self.proxy.model_dump(mode="json")
         bounds = [(dimension.low, dimension.high) for dimension in space.dimensions.values()]

@@ -13,7 +13,6 @@ from support.shapes import gpt
 
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe, load_recipe, recipe, save_recipe
-from mup_megatron.theory import PlanError
 
 BASE: dict[str, Any] = {
     "num_layers": 2,
@@ -249,7 +248,7 @@ def test_a_target_of_another_architecture_is_refused_with_the_key() -> None:
 
 def test_an_override_that_matches_nothing_is_an_error() -> None:
     found = _recipe(base=json.loads(gpt(1).model_dump_json()), per_parameter=[{"match": "nothing"}])
-    with pytest.raises(PlanError, match=r"per_parameter\[0\] 'nothing' matches no parameter"):
+    with pytest.raises(InputError, match=r"per_parameter\[0\] 'nothing' matches no parameter"):
         found.plan(gpt(4))
 
 

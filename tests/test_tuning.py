@@ -14,7 +14,6 @@ from mup_megatron.models.model_file import model_file
 from mup_megatron.recipe import Recipe, recipe
 from mup_megatron.search import Space, StudyRecord, StudySpec, Trial, load_space
 from mup_megatron.search.space import Dimension
-from mup_megatron.theory import PlanError
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.tuning import DEFAULT_SPACE, SEARCHABLE, ProxyTraining, fixed_content, transferred
 
@@ -153,7 +152,7 @@ def test_options_and_overrides_that_no_trial_could_run_are_refused() -> None:
     unmatched = GIVEN.model_copy(
         update={"per_parameter": (GIVEN.per_parameter[0].model_copy(update={"match": "nothing.*"}),)}
     )
-    with pytest.raises(PlanError, match=r"per_parameter\[0\] 'nothing\.\*' matches no parameter"):
+    with pytest.raises(InputError, match=r"per_parameter\[0\] 'nothing\.\*' matches no parameter"):
         objective(unmatched).require_possible(lr, source="s.yaml")
 
 

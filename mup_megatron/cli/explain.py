@@ -72,7 +72,7 @@ def _csv(plan: Plan) -> str:
 def _print_table(plan: Plan, *, brief: bool) -> None:
     console = answer_console()
     console.print(
-        f"recipe {plan.fingerprint[:12]}   softmax_scale {plan.softmax_scale:.6g}   "
+        f"recipe {plan.fingerprint}   softmax_scale {plan.softmax_scale:.6g}   "
         f"embedding_multiplier {plan.embedding_multiplier:.6g}   output_multiplier {plan.output_multiplier:.6g}",
         highlight=False,
     )

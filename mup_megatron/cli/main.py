@@ -6,13 +6,13 @@ Exit codes: 0 done, 1 the answer is no, 2 bad input. Commands are thin modules b
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
 
 from mup_megatron import __version__
 from mup_megatron.errors import InputError
-from mup_megatron.theory import PlanError
 
 COMMANDS = {
     "quickstart": "the whole path in small: tune, transfer, compare; ends in a table and a picture",
@@ -67,21 +67,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         words.remove("--debug")
     try:
         code = group.main(args=words or ["--help"], prog_name="mup-megatron", standalone_mode=False)
-    except (InputError, PlanError) as error:
-        if debug:
-            raise
-        code = _complain(str(error), BAD_INPUT)
+        sys.stdout.flush()
+    except InputError as error:
+        code = _complain(str(error), BAD_INPUT, debug=debug)
     except click.ClickException as error:
-        if debug:
-            raise
         usage = f"\n{error.ctx.get_usage()}" if isinstance(error, click.UsageError) and error.ctx else ""
-        code = _complain(error.format_message() + usage, BAD_INPUT)
+        code = _complain(error.format_message() + usage, BAD_INPUT, debug=debug)
+    except BrokenPipeError:
+        # The reader has seen enough, as in `… | head`. Python would complain once more while closing standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        # What commands read and write themselves has a message of its own; what is left is the answer.
+        code = _complain(f"the answer cannot be written ({error.strerror}). Free some space.", BAD_INPUT, debug=debug)
     except (click.Abort, KeyboardInterrupt):
-        code = _complain("interrupted", 130)
+        code = _complain("interrupted", 130, debug=debug)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _complain(message: str, code: int) -> int:
+def _complain(message: str, code: int, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
     if os.environ.get("RANK", "0") == "0":
         click.echo(f"mup-megatron: {message}", err=True)
     return code

@@ -10,7 +10,7 @@ from rich.console import Console
 from mup_megatron.errors import InputError
 from mup_megatron.models.model_file import ModelFile, load_model_file
 from mup_megatron.recipe import Recipe, load_recipe
-from mup_megatron.theory import Plan, PlanError
+from mup_megatron.theory import Plan
 
 FILE = click.Path(path_type=Path)
 
@@ -44,11 +44,15 @@ def load_planned(target: Path, recipe_path: Path) -> tuple[ModelFile, Recipe, Pl
     model, recipe = load_model_file(target), load_recipe(recipe_path)
     try:
         return model, recipe, recipe.plan(model)
-    except (InputError, PlanError) as error:
+    except InputError as error:
         raise InputError(f"{recipe_path} for {target}: {error}") from None
 
 
 def require_new(path: Path, *, force: bool) -> None:
     """Raises InputError if `path` exists and may not be replaced."""
-    if path.exists() and not force:
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise InputError(f"{path}: not a usable name ({error.strerror}). Choose another.") from None
+    if exists and not force:
         raise InputError(f"{path}: exists already. Give --force to replace it, or another name.")

@@ -71,7 +71,7 @@ def apply_plan(model_chunks: Sequence[torch.nn.Module], plan: Plan, *, initializ
     models = [unwrapped(chunk) for chunk in model_chunks]
     problems = [problem for model in models for problem in _problems(model, plan)]
     if initialize:
-        problems += _draw_problems(models[0].config)
+        problems += [problem for model in models for problem in _draw_problems(model)]
     raise_together(problems)
     require_match(models, plan)
     rescaling = _stock_stds(models[0].config) if initialize else {}
@@ -155,8 +155,14 @@ def _multiplier_problems(model: torch.nn.Module, plan: Plan) -> list[str]:
 # ---- initial weights -----------------------------------------------------------------------------------------------
 
 
-def _draw_problems(config: Any) -> list[str]:
+def _draw_problems(model: torch.nn.Module) -> list[str]:
     """Why Megatron's draw cannot be rescaled, if it cannot."""
+    config: Any = model.config
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return [
+            "The weights are on the meta device: they will be drawn later, unscaled. Build the model on its device "
+            "(drop --init-model-with-meta-device), or pass initialize=False for weights that are loaded."
+        ]
     if not config.perform_initialization:
         return [
             "perform_initialization is off, so there is no draw to rescale. Turn it on, or pass initialize=False "

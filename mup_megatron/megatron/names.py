@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 
 from mup_megatron.errors import InputError
-from mup_megatron.models.gpt import HEAD, WORD_EMBEDDINGS, global_name
+from mup_megatron.models.gpt import global_name
 from mup_megatron.theory import Plan, PlanEntry
 
 
@@ -69,9 +69,9 @@ def _shape_problem(entry: PlanEntry, parameter: torch.nn.Parameter) -> str | Non
     if getattr(parameter, "tensor_model_parallel", False):
         found[getattr(parameter, "partition_dim", 0)] *= parallel_state.get_tensor_model_parallel_world_size()
     expected = list(entry.shape)
-    # The vocabulary is padded to a multiple of the tensor parallelism, which the plan does not know.
-    if entry.name in (WORD_EMBEDDINGS, HEAD) and found[0] > expected[0]:
-        found[0] = expected[0]
+    if entry.padded_to is not None:
+        multiple = entry.padded_to * parallel_state.get_tensor_model_parallel_world_size()
+        expected[0] = -(-expected[0] // multiple) * multiple
     if found == expected:
         return None
     return (

@@ -96,9 +96,7 @@ def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
             "per_parameter in the recipe."
         )
     if plan.optimizer is Optimizer.ADAM and not getattr(config, "decoupled_weight_decay", True):
-        problems.append(
-            "decoupled_weight_decay: it is off, and the plan's weight decay is AdamW's. Set it to True."
-        )
+        problems.append("decoupled_weight_decay: it is off, and the plan's weight decay is AdamW's. Set it to True.")
     if getattr(config, "apply_wd_to_qk_layernorm", False):
         problems.append("apply_wd_to_qk_layernorm: the plan has no weight decay for norms. Turn it off.")
     if problems:

@@ -7,6 +7,7 @@ To add a kind of block (experts, latent attention), write a function that yields
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from mup_megatron.errors import InputError
 from mup_megatron.models.model_file import ModelFile
@@ -32,7 +33,7 @@ _SAME = (
 
 
 def gpt_shapes(base: ModelFile, target: ModelFile) -> tuple[ModelShape, ModelShape]:
-    """The shapes of base and target, named as in the target.
+    """The shapes of base and target, named as in the target, and with the names of the base's `transformer_impl`.
 
     Depth, heads, ffn and head size may differ; which of them grow is known from both together.
 
@@ -46,9 +47,15 @@ def gpt_shapes(base: ModelFile, target: ModelFile) -> tuple[ModelShape, ModelSha
                 f"{key} is {at_base} in the recipe's base but {at_target} in the target. "
                 "Hyperparameters transfer between widths of one architecture: tune a base that has the target's."
             )
-    base = base.model_copy(update={"transformer_impl": target.transformer_impl})
     head_size_grows = base.head_size != target.head_size
-    return _shape(base, head_size_grows), _shape(target, head_size_grows)
+    tuned_names = _shape(target.model_copy(update={"transformer_impl": base.transformer_impl}), head_size_grows)
+    base = base.model_copy(update={"transformer_impl": target.transformer_impl})
+    shape = _shape(target, head_size_grows)
+    parameters = tuple(
+        replace(parameter, name_at_base=tuned.name if tuned.name != parameter.name else None)
+        for parameter, tuned in zip(shape.parameters, tuned_names.parameters, strict=True)
+    )
+    return _shape(base, head_size_grows), replace(shape, parameters=parameters)
 
 
 def _shape(model: ModelFile, head_size_grows: bool) -> ModelShape:
@@ -68,14 +75,14 @@ def _shape(model: ModelFile, head_size_grows: bool) -> ModelShape:
 def _parameters(model: ModelFile, head: Dimension) -> Iterator[Parameter]:
     hidden = Dimension(model.hidden_size, infinite=True)
     vocabulary = Dimension(model.padded_vocab_size(), infinite=False)
-    yield _embedding(WORD_EMBEDDINGS, vocabulary, hidden)
+    yield replace(_embedding(WORD_EMBEDDINGS, vocabulary, hidden), padded_to=model.make_vocab_size_divisible_by)
     if model.position_embedding_type == "learned_absolute":
         yield _embedding(POSITION_EMBEDDINGS, Dimension(model.positions, infinite=False), hidden)
     for layer in range(model.num_layers):
         yield from _layer(model, f"decoder.layers.{layer}", head)
     yield from _norm(model, "decoder.final_layernorm.", hidden)
     if not model.tied:
-        yield _matrix(HEAD, Kind.HEAD, hidden, vocabulary)
+        yield replace(_matrix(HEAD, Kind.HEAD, hidden, vocabulary), padded_to=model.make_vocab_size_divisible_by)
 
 
 def _layer(model: ModelFile, name: str, head: Dimension) -> Iterator[Parameter]:

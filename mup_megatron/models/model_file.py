@@ -13,7 +13,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.validation import Strict, validated
 from mup_megatron.yaml_io import read_yaml
 
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=10**9)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -23,7 +23,7 @@ class ModelFile(Strict):
     Two defaults differ: dropout is 0, and `max_position_embeddings` follows `seq_length`.
     """
 
-    num_layers: Count
+    num_layers: Annotated[int, Field(gt=0, le=10**4)]
     hidden_size: Count
     num_attention_heads: Count
     vocab_size: Count
@@ -60,6 +60,11 @@ class ModelFile(Strict):
 
     @model_validator(mode="after")
     def _possible(self) -> "ModelFile":
+        if self.ffn_size == 0:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is too small for the default ffn_hidden_size of a gated MLP, which is "
+                "a multiple of 64. Give ffn_hidden_size."
+            )
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}. "

@@ -35,7 +35,7 @@ class Hyperparameters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Override:
-    """A tensor's own tuned factors, relative to the rule. `match` is a shell pattern on the whole name."""
+    """A tensor's own tuned factors, relative to the rule. `match` is a shell pattern on the whole name at the base."""
 
     match: str
     lr_mult: float = 1.0
@@ -97,6 +97,8 @@ class PlanEntry:
     weight_decay: float
     rule: str
     """Which rule gave these values, with the override that changed them."""
+    padded_to: int | None = None
+    """The first dimension is a vocabulary, padded to a multiple of this times the tensor parallelism; here without."""
     folded: float = 1.0
     """The multiplier that `folding.fold` moved into the weight: stored weight = folded · weight + fold_offset."""
     fold_offset: float = 0.0
@@ -226,7 +228,7 @@ def build_plan(
             )
         r = Ratios(1.0, 1.0) if standard else ratios(counterpart, parameter)
         entry = _entry(parameter, r, h, parametrization, num_layers=target.num_layers)
-        entries.append(_overridden(entry, overrides))
+        entries.append(_overridden(entry, parameter, overrides))
     _require_all_used(overrides, target.parameters)
     # A tied readout has no row of its own; what it computes is the output role all the same.
     readout = Ratios(1.0, 1.0) if standard else Ratios(target.hidden_size / base.hidden_size, 1.0)
@@ -283,12 +285,13 @@ def _entry(
             role, kind, optimizer, r, lam=h.weight_decay, exponent=parametrization.weight_decay_exponent
         ),
         rule=f"{parametrization.rule}.{optimizer}.{role}" + (".residual" if kind is Kind.RESIDUAL else ""),
+        padded_to=parameter.padded_to,
     )
 
 
-def _overridden(entry: PlanEntry, overrides: tuple[Override, ...]) -> PlanEntry:
+def _overridden(entry: PlanEntry, parameter: Parameter, overrides: tuple[Override, ...]) -> PlanEntry:
     """The entry with the first override that matches its name."""
-    index, own = next(((i, o) for i, o in enumerate(overrides) if _matches(o, entry.name)), (None, None))
+    index, own = next(((i, o) for i, o in enumerate(overrides) if _matches(o, parameter)), (None, None))
     if own is None:
         return entry
     if entry.kind.is_vector and (own.multiplier, own.init_mult) != (1.0, 1.0):
@@ -306,14 +309,14 @@ def _overridden(entry: PlanEntry, overrides: tuple[Override, ...]) -> PlanEntry:
     )
 
 
-def _matches(override: Override, name: str) -> bool:
-    return fnmatch.fnmatchcase(name, override.match)
+def _matches(override: Override, parameter: Parameter) -> bool:
+    return fnmatch.fnmatchcase(parameter.name_at_base or parameter.name, override.match)
 
 
 def _require_all_used(overrides: tuple[Override, ...], parameters: Iterable[Parameter]) -> None:
-    names = [parameter.name for parameter in parameters]
+    parameters = tuple(parameters)
     for index, override in enumerate(overrides):
-        if not any(_matches(override, name) for name in names):
+        if not any(_matches(override, parameter) for parameter in parameters):
             raise PlanError(
                 f"per_parameter[{index}] '{override.match}' matches no parameter of the target. Correct the pattern; "
                 "`mup-megatron explain` lists the names. A tied readout has none: use output_multiplier."

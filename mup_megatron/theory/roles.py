@@ -66,6 +66,10 @@ class Parameter:
     fan_out: Dimension
     init_value: float | None = None
     """The constant that it starts at; None for what is drawn at random. Exactly vectors have one."""
+    name_at_base: str | None = None
+    """What the base calls it, where that differs: the name that a recipe's patterns mean."""
+    padded_to: int | None = None
+    """The first dimension is a vocabulary, padded to a multiple of this times the tensor parallelism; here without."""
 
     def __post_init__(self) -> None:
         assert (self.init_value is not None) == self.kind.is_vector, self.name

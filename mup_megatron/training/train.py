@@ -73,8 +73,7 @@ def run_training(
         show: progress on standard error.
 
     Raises:
-        InputError, theory.PlanError: the run is not possible, on every rank and before anything is written; or the disk
-            is full.
+        InputError: the run is not possible, on every rank and before anything is written; or the disk is full.
     """
     require_possible(model, recipe, options, ranks.world_size())
     ranks.enable_cpu()

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.shapes import HYPERPARAMETERS, gpt, recipe_for
 
+from mup_megatron.errors import InputError
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import PerParameter, Recipe
 from mup_megatron.theory import (
@@ -209,19 +210,28 @@ def test_the_first_match_wins() -> None:
 
 
 def test_a_pattern_is_of_the_whole_name() -> None:
-    with pytest.raises(PlanError, match=r"per_parameter\[0\] 'linear_fc1' matches no parameter of the target"):
+    with pytest.raises(InputError, match=r"per_parameter\[0\] 'linear_fc1' matches no parameter of the target"):
         _with({"match": "linear_fc1", "lr_mult": 2.0})
+
+
+def test_patterns_mean_the_names_of_the_recipes_base_whatever_the_target_is_built_with() -> None:
+    local, fused = (gpt(2, transformer_impl=impl) for impl in ("local", "transformer_engine"))
+    own = PerParameter(match="*.linear_*", lr_mult=0.5)
+    for base in (gpt(1, transformer_impl="local"), gpt(1, transformer_impl="transformer_engine")):
+        recipe = recipe_for(base).model_copy(update={"per_parameter": (own,)})
+        learning_rates = [[entry.lr for entry in recipe.plan(target).entries] for target in (local, fused)]
+        assert learning_rates[0] == learning_rates[1]
 
 
 def test_an_override_that_an_earlier_one_shadows_is_no_mistake_but_one_that_matches_nothing_is() -> None:
     _with({"match": "*", "lr_mult": 2.0}, {"match": "*.weight", "lr_mult": 3.0})
-    with pytest.raises(PlanError, match=r"per_parameter\[1\] '\*\.router\.\*' matches no parameter"):
+    with pytest.raises(InputError, match=r"per_parameter\[1\] '\*\.router\.\*' matches no parameter"):
         _with({"match": "*", "lr_mult": 2.0}, {"match": "*.router.*", "lr_mult": 3.0})
 
 
 @pytest.mark.parametrize("key", ["multiplier", "init_mult"])
 def test_vectors_take_no_multiplier_and_no_init(key: str) -> None:
-    with pytest.raises(PlanError, match=r"per_parameter\[0\] 'decoder\.final.*': decoder\.final_layernorm\.weight is"):
+    with pytest.raises(InputError, match=r"per_parameter\[0\] 'decoder\.final.*': decoder\.final_layernorm\.weight is"):
         _with({"match": "decoder.final_layernorm.*", key: 2.0})
     # The remedy it names.
     plan = _with({"match": "decoder.final_layernorm.*", "lr_mult": 2.0}, {"match": "embedding.*", key: 2.0})

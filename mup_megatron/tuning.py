@@ -86,7 +86,12 @@ class ProxyTraining:
             loss=result.validation_loss,
             diverged=result.status == "diverged",
             reason=result.reason,
-            metrics={"train_loss": result.train_loss, "iterations": result.iterations, "tokens": result.tokens},
+            metrics={
+                "train_loss": result.train_loss,
+                "iterations": result.iterations,
+                "tokens": result.tokens,
+                "versions": versions(),
+            },
         )
 
 
@@ -140,7 +145,7 @@ def transferred(study: StudyRecord) -> Recipe:
                 "seed": study.spec.seed,
                 "data": context["data"],
                 "tokens_per_trial": best.metrics.get("tokens"),
-                "versions": versions(),
+                "versions": best.metrics.get("versions", {}),
             },
         },
         source=source,

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the answer is no, 2 bad input. Commands are thin modules b
 import importlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -90,4 +91,7 @@ def _complain(message: str, code: int, *, debug: bool) -> int:
         traceback.print_exc()
     if os.environ.get("RANK", "0") == "0":
         click.echo(f"mup-megatron: {message}", err=True)
+    else:
+        # torchrun ends all ranks as soon as one has left: the first one has to have spoken by then.
+        time.sleep(1)
     return code

@@ -1,6 +1,31 @@
 """The rules of μP on one page: what every parameter gets, by its role, relative to the base.
 
-At the base r_in = r_out = 1, every factor below is 1, and μP is standard parametrization.
+The aim: at any width, what each layer computes, and how much one step of training changes it, keep their size. Then
+what is best for one width is best for all.
+
+- A layer sums over its fan_in n inputs. At initialisation the terms are independent and the sum grows as √n, so hidden
+  weights start with σ/√r_in.
+- A step of Adam moves every weight by about η, and all terms in the direction that helps: coherent, so what it changes
+  in the sum grows as n. Hidden weights get η/r_in.
+- The readout is trained from the first step on to agree with its input, so its sum is coherent as well: it is
+  multiplied by 1/r_in. Through that multiplier its gradient is 1/r_in as large, which Adam does not see: its η stays.
+- An embedding is looked up, not summed, and a bias or gain is added or multiplied: nothing grows, nothing changes.
+- The gradient of every weight shrinks as its fan_out grows, because each of more outputs matters less. Adam's eps
+  stands beside it, and SGD's step is made of it.
+
+                         embedding, bias, gain    hidden             readout
+    role                 input                    hidden             output
+    init std             σ                        σ / √r_in          σ
+    multiplier           α_in                     1                  α_out / r_in
+    learning rate, Adam  η                        η / r_in           η
+                   SGD   η · r_out                η · r_out / r_in   η · r_in
+    eps (Adam)           ε / r_out                ε / r_out          ε / r_in
+    weight decay, AdamW  λ                        λ · r_in           λ
+                  SGD    λ / r_out                λ · r_in / r_out   λ / r_in
+    attention logits: α_attn · √d_base / d instead of 1/√d, since queries and keys become coherent too
+
+At the base r_in = r_out = 1, every factor is 1, and μP is standard parametrization. A tensor's role decides the
+factors; its kind (`roles.py`) decides whether it carries α, Megatron's 1/√(2L), or no weight decay.
 
     r_in   fan_in(target) / fan_in(base) of this tensor if that side grows with width, else 1; r_out likewise
     σ, η, ε, λ, α   init std, learning rate, Adam's epsilon, weight decay and multipliers as tuned at the base
@@ -92,15 +117,17 @@ LEARNING_RATE: dict[Optimizer, dict[Role, Power]] = {  # TP5 Table 8
     },
 }
 
-ADAM_EPS: dict[Role, Power] = {  # TP5 App. B.3: eps follows the gradient, |g| ∝ 1/fan_out; through its multiplier
-    Role.INPUT: Power(r_out=-1),  # the output role's gradient is ∝ 1/fan_in
+# TP5 App. B.3: eps follows the gradient, |g| ∝ 1/fan_out; the readout's, through its multiplier, ∝ 1/fan_in.
+ADAM_EPS: dict[Role, Power] = {
+    Role.INPUT: Power(r_out=-1),
     Role.HIDDEN: Power(r_out=-1),
     Role.OUTPUT: Power(r_in=-1),
     Role.SCALAR: ONE,
 }
 
-WEIGHT_DECAY: dict[Optimizer, dict[Role, Power]] = {  # WA: what keeps η·λ, but for the r_in of hidden weights, which
-    Optimizer.ADAM: dict.fromkeys(Role, ONE),  # has an exponent of its own: see weight_decay()
+# WA: what keeps η·λ, but for the r_in of hidden weights, which has an exponent of its own: see weight_decay().
+WEIGHT_DECAY: dict[Optimizer, dict[Role, Power]] = {
+    Optimizer.ADAM: dict.fromkeys(Role, ONE),
     Optimizer.SGD: {
         Role.INPUT: Power(r_out=-1),
         Role.HIDDEN: Power(r_out=-1),

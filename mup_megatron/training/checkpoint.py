@@ -141,6 +141,7 @@ def _publish(root: Path, staged: Path, iteration: int, digests: Mapping[str, Any
         for path in (staged / MANIFEST, staged / EXTRAS, staged):
             _sync(path)
         if folder.exists():
+            assert latest(root) != iteration  # the one that counts is never written again
             # Of a run that was killed before the tracker named it, or that went on from an earlier one.
             shutil.rmtree(folder)
         staged.rename(folder)

@@ -52,6 +52,11 @@ class TrainingOptions:
     wandb_exp_name: str | None = None
 
     @property
+    def saves_where_it_loads(self) -> bool:
+        """Whether `save` and `load` are one folder, however the two are spelled."""
+        return self.save is not None and self.load is not None and self.save.resolve() == self.load.resolve()
+
+    @property
     def virtual_pipeline(self) -> bool:
         """Whether each pipeline rank holds several stages."""
         return self.num_layers_per_virtual_pipeline_stage is not None

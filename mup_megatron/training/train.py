@@ -153,7 +153,7 @@ def _checkpoint(options: TrainingOptions, identity: "Identity") -> "Found | None
     from mup_megatron.training.record import RUN
 
     save, load = options.save, options.load
-    same = save is not None and load is not None and save.resolve() == load.resolve()
+    same = options.saves_where_it_loads
 
     def choose() -> int | None:
         if save is not None and not same and checkpoint.latest(save) is not None:
@@ -246,7 +246,7 @@ class _Run:
         validation = None
         if reason is None:
             validation = self._validate(built, valid_data)
-            if options.save is not None and (saved < len(rows) or options.save != options.load):
+            if options.save is not None and (saved < len(rows) or not options.saves_where_it_loads):
                 self._save(built)
         result = TrainingResult(
             status="complete" if reason is None else "diverged",

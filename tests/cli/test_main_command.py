@@ -102,6 +102,7 @@ def test_of_many_processes_the_first_alone_says_why(
     run: Command, here: Path, monkeypatch: pytest.MonkeyPatch, rank: str, speaks: bool
 ) -> None:
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the others wait for the first to have spoken
     for words in (["explain", "nowhere.yaml", "--recipe", "r.yaml"], ["explian"], ["train", "--bf17"]):
         code, out, err = run(*words)
         assert (code, out) == (2, "")

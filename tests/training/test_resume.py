@@ -99,6 +99,14 @@ def test_killed_where_a_checkpoint_begins_to_count(
     assert measured(tmp_path) == expected
 
 
+def test_a_finished_run_is_not_saved_again_however_its_folder_is_spelled(text: Path, tmp_path: Path) -> None:
+    run_ranks(run_training, 1, DROPOUT, RECIPE, text, saving(tmp_path))
+    written = {path: path.stat().st_ino for path in (tmp_path / "ck").rglob("*")}
+    otherwise = tmp_path / "out" / ".." / "ck"
+    run_ranks(run_training, 1, DROPOUT, RECIPE, text, saving(tmp_path, load=otherwise))
+    assert {path: path.stat().st_ino for path in (tmp_path / "ck").rglob("*")} == written
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill_at", range(1, CHANGES_OF_A_SAVE))
 def test_killed_at_every_step_of_writing_a_checkpoint(

@@ -111,6 +111,10 @@ def _decouple_lr(config: Any) -> None:
     config.decoupled_lr = 0.1
 
 
+def _couple_weight_decay(config: Any) -> None:
+    config.decoupled_weight_decay = False
+
+
 def _decay_qk_norms(config: Any) -> None:
     config.apply_wd_to_qk_layernorm = True
 
@@ -220,6 +224,7 @@ OPTIMIZER: dict[str, Mistake] = {
         {"training": replace(TRAINING, optimizer="sgd")}, said=("optimizer", "'sgd'", "'adam'")
     ),
     "a decoupled learning rate": Mistake({"edit_optimizer": _decouple_lr}, said=("decoupled_lr", "per_parameter")),
+    "coupled weight decay": Mistake({"edit_optimizer": _couple_weight_decay}, said=("decoupled_weight_decay", "True")),
     "weight decay of q/k norms": Mistake({"edit_optimizer": _decay_qk_norms}, said=("apply_wd_to_qk_layernorm", "off")),
 }
 

@@ -3,17 +3,25 @@
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mup_megatron.cli.options import FILE, answer_console
 from mup_megatron.files import write_atomically
 
+if TYPE_CHECKING:
+    from mup_megatron.quickstart.experiment import Settings
+
 
 @click.command()
 @click.option("--output", type=FILE, default=Path("results/quickstart"), show_default=True, help="Folder.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Of the search, the weights and the data.")
-@click.option("--workers", type=int, default=2, show_default=True, help="Runs at a time, of one thread each.")
+@click.option(
+    "--seed", type=click.IntRange(1, 2**32 - 1), default=1, show_default=True, help="Of search, weights and data."
+)
+@click.option(
+    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Runs at a time, of one thread each."
+)
 def command(output: Path, seed: int, workers: int) -> None:
     """Tune a small GPT, carry its hyperparameters to one 4× as wide, and compare with standard parametrization.
 
@@ -22,33 +30,50 @@ def command(output: Path, seed: int, workers: int) -> None:
     """
     # Before torch is imported: runs beside each other must not fight for cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from mup_megatron.quickstart.experiment import Settings, run
-    from mup_megatron.quickstart.picture import png
-    from mup_megatron.quickstart.report import caption, summary, table
+    from mup_megatron.quickstart.experiment import Settings
     from mup_megatron.training.data import CACHE
     from mup_megatron.training.data.embedded import embedded_data
     from mup_megatron.training.ranks import preload
 
-    def say(text: str) -> None:
-        click.echo(text, err=True)
-
     settings = Settings(seed=seed)
     preload()
-    say("0/3  preparing the text: the Python standard library's own source")
+    _say("0/3  preparing the text: the Python standard library's own source")
     data = embedded_data(CACHE, tokenizer=f"bpe:{settings.vocab_size}")
+    conduct(settings, data, output, cache=CACHE, workers=workers)
+
+
+def conduct(settings: "Settings", data: Path, output: Path, *, cache: Path, workers: int) -> None:
+    """Runs the experiment, or what is left of it, and gives its answer: files, and a table on standard output.
+
+    Raises:
+        InputError: as `quickstart.experiment.run`.
+    """
+    from mup_megatron.quickstart.experiment import run
+    from mup_megatron.quickstart.picture import png
+    from mup_megatron.quickstart.report import caption, grid_csv, summary, table
+
     experiment = run(
         settings,
         data,
         output,
-        cache=CACHE,
+        cache=cache,
         workers=workers,
-        say=say,
-        tick=lambda done, total, text: say(f"[{done}/{total}] {text}"),
+        say=_say,
+        tick=lambda done, total, text: _say(f"[{done}/{total}] {text}"),
     )
-    say("3/3  table and picture")
-    write_atomically(output / "summary.json", json.dumps(summary(experiment), indent=1))
-    write_atomically(output / "quickstart.png", png(experiment))
+    _say("3/3  table and picture")
+    files: dict[str, str | bytes] = {
+        "quickstart.png": png(experiment),
+        "summary.json": json.dumps(summary(experiment), indent=1, allow_nan=False),
+        "grid.csv": grid_csv(experiment),
+    }
+    for name, content in files.items():
+        write_atomically(output / name, content)
     console = answer_console()
     console.print(table(experiment))
     console.print(f"\n{caption(experiment)}\n", highlight=False)
-    console.print(f"{output / 'quickstart.png'}   {output / 'summary.json'}   {output / 'quickstart.recipe.yaml'}")
+    console.print("   ".join(str(output / name) for name in (*files, "quickstart.recipe.yaml")), highlight=False)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)

@@ -93,11 +93,15 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a cell came to. A diverged run has no loss."""
+    """What a cell came to. A diverged run has a reason instead of a loss."""
 
     cell: Cell
     loss: float | None
     reason: str | None
+
+    def row(self) -> dict[str, Any]:
+        """As JSON and CSV hold it."""
+        return {**asdict(self.cell), "loss": self.loss, "reason": self.reason}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,25 +138,78 @@ Tick = Callable[[int, int, str], None]
 def run(settings: Settings, data: Path, folder: Path, *, cache: Path, workers: int, say: Say, tick: Tick) -> Experiment:
     """Runs the experiment, or what is left of it, into `folder`. Call `training.ranks.preload` before.
 
+    Args:
+        settings: the experiment's size and seed.
+        data: prefix of the text.
+        folder: gets everything. What an earlier call has finished there is not run again.
+        cache: for Megatron's sample indices.
+        workers: runs at a time.
+        say: told of each part.
+        tick: told of each run of the grid: how many are done, of how many, and what came of it.
+
     Raises:
-        InputError: `folder` holds an experiment with other settings, or cannot be written.
+        InputError: `folder` holds another experiment, or cannot be written; or every learning rate diverges on the
+            proxy. What was in the folder is unchanged.
     """
-    _require_same(settings, folder)
     proxy, target = settings.model(settings.width), settings.model(settings.wide)
+    options = settings.options(cache)
+    objective = ProxyTraining(
+        proxy=proxy, fixed=FIXED, data=data, data_sha256=check_prefix(data).bin_sha256, options=options
+    )
+    experiment = described(settings, objective)
+    claim(folder, experiment)
     for name, model in (("proxy", proxy), ("target", target)):
         write_atomically(folder / f"{name}.yaml", dump_yaml(model.model_dump(mode="json", exclude_defaults=True)))
-    options = settings.options(cache)
     say(f"1/3  tuning on the proxy, width {settings.width}: a search of {settings.trials} trials")
-    searched = _searched(settings, proxy, data, options, folder, workers)
+    searched = _searched(settings, objective, folder, workers)
     say(f"     and a grid of {len(settings.learning_rates)} learning rates with the best trial's other values")
+    stored = GridFile(folder / "grid.json", {"experiment": experiment, "recipe": searched.fingerprint})
     narrow = grid(settings, settings.width, "mup")
-    found = _run_grid(narrow, GridTraining(settings, searched, data, options, narrow), folder, workers, tick)
+    found = _run_grid(GridTraining(settings, searched, data, options, narrow), stored, folder / "logs", workers, tick)
     recipe = with_best_lr(searched, curve(found, settings.width, "mup"))
     save_recipe(recipe, folder / "quickstart.recipe.yaml")
     say(f"2/3  the same grid at width {settings.wide}, with μP and with standard parametrization")
     wide = (*grid(settings, settings.wide, "mup"), *grid(settings, settings.wide, "standard"))
-    found += _run_grid(wide, GridTraining(settings, searched, data, options, wide), folder, workers, tick)
+    found += _run_grid(GridTraining(settings, searched, data, options, wide), stored, folder / "logs", workers, tick)
     return Experiment(settings=settings, recipe=recipe, results=found)
+
+
+def described(settings: Settings, objective: ProxyTraining) -> dict[str, Any]:
+    """All that the results depend on, as JSON gives it back. Another Python version has another text."""
+    content = {
+        **asdict(settings),
+        "data_sha256": objective.data_sha256,
+        "space": SPACE.to_json(),
+        "fixed": dict(objective.fixed),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(content))
+    return plain
+
+
+def claim(folder: Path, experiment: Mapping[str, Any]) -> None:
+    """Makes a folder this experiment's. A folder holds one: going on with another would mix the two.
+
+    Raises:
+        InputError: the folder is another experiment's, or it is not known whose. It is unchanged.
+    """
+    file = folder / "settings.json"
+    remedy = f"Give another --output, or move {folder} away."
+    if not file.exists():
+        for name in ("study.db", "grid.json"):
+            if (folder / name).exists():
+                raise InputError(f"{folder / name}: there is no settings.json that says what it belongs to. {remedy}")
+        write_atomically(file, json.dumps(experiment, indent=1))
+        return
+    recorded = _read_json(file)
+    if not isinstance(recorded, dict):
+        raise _foreign(file)
+    if recorded != experiment:
+        changed = [
+            f"{key} was {recorded.get(key)!r} and is {experiment.get(key)!r}"
+            for key in sorted({*recorded, *experiment})
+            if recorded.get(key) != experiment.get(key)
+        ]
+        raise InputError(f"{file}: holds another experiment: {'; '.join(changed)}. {remedy}")
 
 
 def grid(settings: Settings, width: int, rule: str) -> tuple[Cell, ...]:
@@ -167,12 +224,16 @@ def with_best_lr(searched: Recipe, narrow: Mapping[float, float]) -> Recipe:
         InputError: every run of the grid diverged.
     """
     if not narrow:
-        raise InputError("Every learning rate of the grid diverges on the proxy. Give another --seed.")
+        raise InputError("Every learning rate of the grid diverges on the proxy. Give another --seed and --output.")
     best = min(narrow, key=lambda lr: narrow[lr])
     return searched.model_copy(
         update={
             "hyperparameters": searched.hyperparameters.model_copy(update={"lr": best}),
-            "provenance": {**searched.provenance, "lr": f"best of a grid on the proxy, loss {narrow[best]!r}"},
+            "provenance": {
+                # The search's trial had a learning rate, and so a loss, of its own.
+                "search": {**searched.provenance, "lr": searched.hyperparameters.lr},
+                "lr_grid": {"lr": best, "loss": narrow[best]},
+            },
         }
     )
 
@@ -202,12 +263,48 @@ class GridTraining:
         return Outcome(loss=result.validation_loss, diverged=result.status == "diverged", reason=result.reason)
 
 
-def _searched(
-    settings: Settings, proxy: ModelFile, data: Path, options: TrainingOptions, folder: Path, workers: int
-) -> Recipe:
-    objective = ProxyTraining(
-        proxy=proxy, fixed=FIXED, data=data, data_sha256=check_prefix(data).bin_sha256, options=options
-    )
+@dataclass(frozen=True)
+class GridFile:
+    """The runs of the grid on disk, with what they belong to."""
+
+    path: Path
+    belongs_to: Mapping[str, Any]
+    """As JSON gives it back. Runs of anything else are neither used nor lost: the file is refused."""
+
+    def read(self) -> dict[Cell, Result]:
+        """What is done so far.
+
+        Raises:
+            InputError: the file is of another experiment or recipe, or is not a grid at all.
+        """
+        if not self.path.exists():
+            return {}
+        content = _read_json(self.path)
+        try:
+            if content["belongs_to"] != self.belongs_to:
+                raise InputError(
+                    f"{self.path}: its runs belong to another experiment or another search than {self.path.parent} "
+                    "holds. Move it away to have them run again, or give another --output."
+                )
+            results = [
+                Result(
+                    cell=Cell(width=row["width"], rule=row["rule"], lr=row["lr"]),
+                    loss=row["loss"],
+                    reason=row["reason"],
+                )
+                for row in content["runs"]
+            ]
+        except (KeyError, TypeError):
+            raise _foreign(self.path) from None
+        return {result.cell: result for result in results}
+
+    def write(self, results: Iterable[Result]) -> None:
+        """Replaces the file, whole or not at all."""
+        content = {"belongs_to": self.belongs_to, "runs": [result.row() for result in results]}
+        write_atomically(self.path, json.dumps(content, indent=1))
+
+
+def _searched(settings: Settings, objective: ProxyTraining, folder: Path, workers: int) -> Recipe:
     spec = StudySpec(
         name="quickstart",
         storage=default_storage("study", folder),
@@ -224,45 +321,47 @@ def _searched(
         csv_file=folder / "trials.csv",
         log_folder=folder / "logs" / "search",
     )
+    # A search without them could have another winner once they are run, and the grid would belong to the old one.
+    if result.given_up:
+        raise InputError(
+            f"{folder / 'study.db'}: {len(result.given_up)} of {settings.trials} trials crashed, the last one with: "
+            f"{result.given_up[-1].reason}. See {folder / 'logs' / 'search'}; the same command tries again."
+        )
+    if result.best is None:
+        raise InputError(
+            f"{folder / 'study.db'}: every trial of the search diverged. Give another --seed and --output."
+        )
     return transferred(result.record)
 
 
-def _run_grid(
-    cells: tuple[Cell, ...], objective: GridTraining, folder: Path, workers: int, tick: Tick
-) -> tuple[Result, ...]:
-    file = folder / "grid.json"
-    found = _read_results(file)
+def _run_grid(objective: GridTraining, stored: GridFile, logs: Path, workers: int, tick: Tick) -> tuple[Result, ...]:
+    cells = objective.cells
+    found = stored.read()
 
     def ended(job: Job, outcome: Outcome) -> None:
         cell = cells[job.number]
         outcome = outcome.checked()
         found[cell] = Result(cell=cell, loss=outcome.loss, reason=outcome.reason)
-        write_atomically(file, json.dumps([asdict(result) for result in found.values()], indent=1))
+        stored.write(found.values())
         shown = f"loss {outcome.loss:.4f}" if outcome.loss is not None else f"diverged: {outcome.reason}"
         done = sum(cell in found for cell in cells)
         tick(done, len(cells), f"width {cell.width}, {cell.rule}, lr {cell.lr:.3g}: {shown}")
 
     missing = [Job(index, {"cell": index}) for index, cell in enumerate(cells) if cell not in found]
     if missing:
-        run_jobs(objective, missing, workers=workers, on_end=ended, log_folder=folder / "logs" / "grid")
+        folder = logs / f"grid-{cells[0].width}"
+        run_jobs(objective, missing, workers=workers, on_end=ended, log_folder=folder)
     return tuple(found[cell] for cell in cells)
 
 
-def _read_results(file: Path) -> dict[Cell, Result]:
-    if not file.exists():
-        return {}
+def _read_json(file: Path) -> Any:
     try:
-        content: list[dict[str, Any]] = json.loads(file.read_text())
-        results = [Result(**{**entry, "cell": Cell(**entry["cell"])}) for entry in content]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise InputError(f"{file}: not what the quickstart wrote. Remove it; its runs are then done again.") from None
-    return {result.cell: result for result in results}
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}). Give another --output.") from None
+    except ValueError:
+        raise _foreign(file) from None
 
 
-def _require_same(settings: Settings, folder: Path) -> None:
-    """A folder holds one experiment: going on with other settings would mix two."""
-    file = folder / "settings.json"
-    wanted = json.dumps(asdict(settings), indent=1)
-    if file.exists() and file.read_text() != wanted:
-        raise InputError(f"{folder}: holds an experiment with other settings. Give another --output, or remove it.")
-    write_atomically(file, wanted)
+def _foreign(file: Path) -> InputError:
+    return InputError(f"{file}: not what the quickstart wrote. Give another --output, or move {file.parent} away.")

@@ -3,8 +3,10 @@
 Every sentence is computed from the data, also the one that says that it did not work.
 """
 
+import csv
+import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +24,11 @@ class Optimum:
     """The best learning rate of a curve."""
 
     lr: float
-    """The vertex of the parabola over log(lr) through the best point and its neighbours; at the edge the best point."""
+    """The vertex of the parabola over log(lr) through the best point and its neighbours, where there are both."""
     loss: float
     """The lowest measured."""
     at_edge: bool
+    """Whether the best point is the first or last of the grid, so that the optimum may be beyond it."""
 
 
 @dataclass(frozen=True)
@@ -35,51 +38,85 @@ class Comparison:
     rule: str
     transferred: float | None
     """Loss at the tuned learning rate; None if it diverged."""
-    optimum: Optimum
-    shift: float
-    """Octaves from the proxy's optimum to this one."""
+    optimum: Optimum | None
+    """None if every run diverged."""
+    shift: float | None
+    """Octaves from the proxy's optimum to this one; None if there is none."""
 
     @property
     def regret(self) -> float | None:
-        """What the tuned learning rate loses to the best of the grid."""
-        return None if self.transferred is None else self.transferred - self.optimum.loss
+        """What the tuned learning rate loses to the best of the grid; None if it diverged."""
+        if self.transferred is None or self.optimum is None:
+            return None
+        return self.transferred - self.optimum.loss
+
+    @property
+    def moved(self) -> bool:
+        """Whether the optimum is somewhere else, or nowhere."""
+        return self.shift is None or abs(self.shift) > MOVED
 
 
-def optimum(curve: Mapping[float, float]) -> Optimum:
-    """Where a curve of losses over learning rates, each twice the one before, is lowest."""
-    assert curve
-    grid = sorted(curve)
-    index = min(range(len(grid)), key=lambda i: curve[grid[i]])
-    best = grid[index]
-    if index in (0, len(grid) - 1):
-        return Optimum(best, curve[best], at_edge=True)
+def optimum(curve: Mapping[float, float], learning_rates: Sequence[float]) -> Optimum | None:
+    """Where a curve of losses over learning rates is lowest; None if it has no point.
+
+    Args:
+        curve: learning rate → loss, of the runs that did not diverge.
+        learning_rates: the whole grid; each is twice the one before.
+    """
+    if not curve:
+        return None
+    grid = sorted(learning_rates)
+    best = min(grid, key=lambda lr: curve.get(lr, math.inf))
+    index = grid.index(best)
+    at_edge = index in (0, len(grid) - 1)
+    if at_edge or grid[index - 1] not in curve or grid[index + 1] not in curve:
+        return Optimum(best, curve[best], at_edge)
     left, right = curve[grid[index - 1]] - curve[best], curve[grid[index + 1]] - curve[best]
-    return Optimum(best * 2.0 ** ((left - right) / (2 * (left + right))), curve[best], at_edge=False)
+    octaves = (left - right) / (2 * (left + right)) if left + right else 0.0
+    return Optimum(best * 2.0**octaves, curve[best], at_edge)
+
+
+def proxy_optimum(experiment: Experiment) -> Optimum:
+    """The proxy's optimum, which there always is: without one there was nothing to transfer."""
+    settings = experiment.settings
+    found = optimum(experiment.curve(settings.width, "mup"), settings.learning_rates)
+    assert found is not None
+    return found
 
 
 def compare(experiment: Experiment, rule: str) -> Comparison:
-    """The wide model under a rule. At least one of its runs has to have a loss."""
+    """The wide model under a rule."""
     settings = experiment.settings
     wide = experiment.curve(settings.wide, rule)
-    base, best = optimum(experiment.curve(settings.width, rule)), optimum(wide)
-    return Comparison(rule, wide.get(experiment.lr), best, math.log2(best.lr / base.lr))
+    best = optimum(wide, settings.learning_rates)
+    shift = None if best is None else math.log2(best.lr / proxy_optimum(experiment).lr)
+    return Comparison(rule, wide.get(experiment.lr), best, shift)
+
+
+def sentences(experiment: Experiment) -> tuple[str, ...]:
+    """What the picture shows, computed from it: first what was done, then each rule."""
+    settings = experiment.settings
+    edge = ", at the edge of the grid" if proxy_optimum(experiment).at_edge else ""
+    first = (
+        f"Tuned at width {settings.width} (learning rate {experiment.lr:.2g}{edge}), "
+        f"used unchanged at width {settings.wide}."
+    )
+    return first, *(_sentence(compare(experiment, rule)) for rule in ("mup", "standard"))
 
 
 def caption(experiment: Experiment) -> str:
-    """What the picture shows, in sentences computed from it."""
-    settings = experiment.settings
-    first = (
-        f"Tuned at width {settings.width} (learning rate {experiment.lr:.2g}), used unchanged at width {settings.wide}."
-    )
-    return " ".join([first, *(_sentence(compare(experiment, rule)) for rule in ("mup", "standard"))])
+    """The sentences as one text."""
+    return " ".join(sentences(experiment))
 
 
 def _sentence(found: Comparison) -> str:
     name = {"mup": "μP", "standard": "Standard parametrization"}[found.rule]
-    edge = " or more (it is at the edge of the grid)" if found.optimum.at_edge else ""
+    if found.optimum is None:
+        return f"{name}: every learning rate of the grid diverges, the transferred one too."
+    edge = ", to the edge of the grid or beyond" if found.optimum.at_edge else ""
     where = (
         f"the best learning rate moved by {found.shift:+.1f} octaves{edge}"
-        if abs(found.shift) > MOVED
+        if found.moved
         else f"the best learning rate stayed where it was ({found.shift:+.1f} octaves)"
     )
     what = (
@@ -93,9 +130,8 @@ def _sentence(found: Comparison) -> str:
 
 
 def summary(experiment: Experiment) -> dict[str, Any]:
-    """The results as plain values."""
+    """The results as plain values. What there is none of because runs diverged is None."""
     settings = experiment.settings
-    base = optimum(experiment.curve(settings.width, "mup"))
     rules = {rule: compare(experiment, rule) for rule in ("mup", "standard")}
     return {
         "fingerprint": experiment.recipe.fingerprint,
@@ -105,22 +141,34 @@ def summary(experiment: Experiment) -> dict[str, Any]:
         "proxy": {
             "width": settings.width,
             "loss": experiment.curve(settings.width, "mup").get(experiment.lr),
-            "best": base.loss,
+            "best": proxy_optimum(experiment).loss,
         },
         "target": {
             rule: {
                 "width": settings.wide,
                 "transferred": found.transferred,
-                "best": found.optimum.loss,
+                "best": None if found.optimum is None else found.optimum.loss,
                 "regret": found.regret,
                 "shift_octaves": found.shift,
-                "optimum_at_edge": found.optimum.at_edge,
+                "optimum_at_edge": None if found.optimum is None else found.optimum.at_edge,
+                "all_diverged": found.optimum is None,
             }
             for rule, found in rules.items()
         },
+        "grid": [result.row() for result in experiment.results],
         "caption": caption(experiment),
         "versions": versions(),
     }
+
+
+def grid_csv(experiment: Experiment) -> str:
+    """Every run of the grid as CSV, one row each. Numbers in full precision."""
+    stream = io.StringIO()
+    rows = [result.row() for result in experiment.results]
+    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
 
 
 def table(experiment: Experiment) -> Table:
@@ -131,20 +179,19 @@ def table(experiment: Experiment) -> Table:
     for title in ("", "width", "lr", "validation loss", "best of grid", "at about", "optimum moved"):
         shown.add_column(title, justify="right" if title else "left")
     tuned = experiment.curve(settings.width, "mup").get(lr)
-    base = optimum(experiment.curve(settings.width, "mup"))
+    base = proxy_optimum(experiment)
     shown.add_row("proxy, tuned", str(settings.width), f"{lr:.3g}", _loss(tuned), _loss(base.loss), f"{base.lr:.2g}")
     for rule, name in (("mup", "μP, transferred"), ("standard", "standard, same hyperparameters")):
         found = compare(experiment, rule)
-        shown.add_row(
-            name,
-            str(settings.wide),
-            f"{lr:.3g}",
-            _loss(found.transferred),
-            _loss(found.optimum.loss),
-            f"{found.optimum.lr:.2g}",
-            f"{found.shift:+.1f} octaves" + (" (grid's edge)" if found.optimum.at_edge else ""),
-        )
+        shown.add_row(name, str(settings.wide), f"{lr:.3g}", _loss(found.transferred), *_best_columns(found))
     return shown
+
+
+def _best_columns(found: Comparison) -> tuple[str, str, str]:
+    if found.optimum is None:
+        return "all diverged", "", ""
+    edge = " (grid's edge)" if found.optimum.at_edge else ""
+    return _loss(found.optimum.loss), f"{found.optimum.lr:.2g}", f"{found.shift:+.1f} octaves{edge}"
 
 
 def _loss(loss: float | None) -> str:

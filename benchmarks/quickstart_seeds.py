@@ -34,17 +34,22 @@ def _folder(seed: int) -> Path:
 
 
 def _row(title: str, summary: dict[str, Any], target: dict[str, Any]) -> str:
-    diverged = target["transferred"] is None
+    shift = target["shift_octaves"]
+    edge = " (edge of the grid)" if target["optimum_at_edge"] else ""
     cells = [
         title,
         f"{summary['lr']:.3g}",
-        f"{summary['proxy']['loss']:.3f}",
-        "diverged" if diverged else f"{target['transferred']:.3f}",
-        f"{target['best']:.3f}",
-        "" if diverged else f"{target['regret']:.3f}",
-        f"{target['shift_octaves']:+.1f}" + (" (edge of the grid)" if target["optimum_at_edge"] else "") + " octaves",
+        _loss(summary["proxy"]["loss"]),
+        _loss(target["transferred"]),
+        _loss(target["best"]),
+        "" if target["regret"] is None else f"{target['regret']:.3f}",
+        "" if shift is None else f"{shift:+.1f} octaves{edge}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _loss(loss: float | None) -> str:
+    return "diverged" if loss is None else f"{loss:.3f}"
 
 
 if __name__ == "__main__":

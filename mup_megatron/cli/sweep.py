@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from mup_megatron.cli.options import FILE
+from mup_megatron.cli.options import FILE, warn_of_small_vocabulary
 from mup_megatron.errors import InputError
 from mup_megatron.models.model_file import load_model_file
 from mup_megatron.recipe import load_recipe
@@ -68,6 +68,8 @@ def command(
         raise InputError(f"{space}: no lr in it. Search it, or give its value in a --recipe.")
     meta = check_prefix(data)
     require_vocab(meta, model.vocab_size, data=data, model=proxy)
+    warn_of_small_vocabulary(model, data, meta.vocab_size)
+    own_storage = default_storage(study)  # refuses names that are no file names, also for what is written beside it
     objective = ProxyTraining(
         proxy=model,
         fixed=fixed_content(given),
@@ -85,7 +87,7 @@ def command(
     objective.require_possible(chosen, source=str(space or "--space"))
     spec = StudySpec(
         name=study,
-        storage=storage or default_storage(study),
+        storage=storage or own_storage,
         seed=seed,
         sampler=sampler,
         space=chosen,
@@ -103,8 +105,14 @@ def command(
         log_folder=folder / "logs",
     )
     if result.best is None:
-        click.echo("No trial is complete: all diverged or failed. Lower the learning rates of the space.", err=True)
+        remedy = (
+            f"Their logs are in {folder / 'logs'}."
+            if result.given_up
+            else "Lower the learning rates of the space, under another --study."
+        )
+        click.echo(f"No trial is complete: all diverged or failed. {remedy}", err=True)
         sys.exit(1)
     click.echo(f"best: trial {result.best.number}, loss {result.best.loss:.6g}")
     for name, value in result.best.parameters.items():
         click.echo(f"  {name}: {value:.6g}")
+    click.echo(f"All trials: {folder / 'trials.csv'} and {spec.storage}", err=True)

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
-from mup_megatron.cli.options import FILE, load_planned, recipe_option, target_argument
+from mup_megatron.cli.options import FILE, load_planned, recipe_option, target_argument, warn_of_small_vocabulary
+from mup_megatron.training.data.indexed import read_meta
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.training.ranks import is_first_process
 
@@ -77,6 +78,7 @@ def command(context: click.Context, /, target: Path, recipe_path: Path, data: Pa
     if given["output"] is None:
         given["output"] = RUNS / f"{target.stem}-{recipe.fingerprint[:12]}-seed{given['seed']}"
     options = TrainingOptions(**given)
+    warn_of_small_vocabulary(model, data, read_meta(data).vocab_size)
     result = run_training(model, recipe, data, options, show=True)
     if not is_first_process():
         context.exit(DIVERGED if result.status == "diverged" else 0)

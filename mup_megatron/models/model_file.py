@@ -14,6 +14,9 @@ from mup_megatron.validation import Strict, validated
 from mup_megatron.yaml_io import read_yaml
 
 Count = Annotated[int, Field(gt=0, le=10**9)]
+_NOT_SUPPORTED = ("moe_", "expert_", "multi_latent_", "q_lora_", "kv_lora_", "qk_head_dim", "v_head_dim", "mtp_")
+"""How the keys of Megatron's begin that ask for layers which `gpt.py` does not know."""
+
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -57,6 +60,17 @@ class ModelFile(Strict):
     transformer_impl: Literal["local", "transformer_engine"] = "transformer_engine"
     num_experts: Count | None = None
     moe_ffn_hidden_size: Count | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_kind(cls, content: Any) -> Any:
+        for key in content if isinstance(content, Mapping) else ():
+            if isinstance(key, str) and key not in cls.model_fields and key.startswith(_NOT_SUPPORTED):
+                raise ValueError(
+                    f"{key}: models with experts, latent attention or multi-token prediction are not supported yet. "
+                    "Choose a model without."
+                )
+        return content
 
     @model_validator(mode="after")
     def _possible(self) -> "ModelFile":

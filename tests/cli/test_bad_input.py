@@ -192,3 +192,8 @@ def test_a_full_disk_costs_no_recipe(here: Path) -> None:
     )
     assert contents(here) == before, "nothing half written either"
     assert load_recipe(here / "r.yaml").hyperparameters.lr == 0.006
+
+
+def test_a_kind_of_model_that_is_not_supported_yet_is_called_so(run: Command, here: Path) -> None:
+    write(here / "target.yaml", {**TARGET, "moe_router_topk": 2})
+    assert "target.yaml: moe_router_topk: models with experts" in refused(run, here, *EXPLAIN)

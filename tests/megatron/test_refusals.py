@@ -186,6 +186,10 @@ MODEL: dict[str, Mistake] = {
         wrong={"model": WIDE.model_copy(update={"vocab_size": 48})},
         said=("embedding.word_embeddings.weight", "(48, 128)", "(64, 128)"),
     ),
+    "a larger vocabulary": Mistake(
+        wrong={"model": WIDE.model_copy(update={"vocab_size": 320})},
+        said=("embedding.word_embeddings.weight", "(320, 128)", "(64, 128)"),
+    ),
     "a custom initialiser": Mistake(
         wrong={"config_changes": {"init_method": torch.nn.init.xavier_uniform_}},
         said=("init_method", "xavier", "Drop"),
@@ -352,6 +356,21 @@ def _warmed_up_from(init_lr: float) -> tuple[str | None, float, list[float]]:
     except InputError as error:
         return str(error), first.lr / first.max_lr, []
     return None, first.lr / first.max_lr, stock.train(run, 3)
+
+
+def _on_the_meta_device() -> str:
+    from mup_megatron.megatron.model import apply_plan
+
+    _, _, chunks = planned.built(WIDE, Layout())
+    chunks[0].to_empty(device="meta")
+    with pytest.raises(InputError) as refused:
+        apply_plan(chunks, TUNED.plan(WIDE))
+    apply_plan(chunks, TUNED.plan(WIDE), initialize=False)
+    return str(refused.value)
+
+
+def test_weights_that_are_yet_to_be_drawn_are_refused_unless_they_are_loaded() -> None:
+    assert "meta device" in run_ranks(_on_the_meta_device, 1)[0]
 
 
 def test_warm_up_that_starts_every_group_alike_is_refused() -> None:

@@ -144,21 +144,22 @@ def is_first() -> bool:
 
 
 def on_first_rank(work: Callable[[], ResultT]) -> ResultT:
-    """The result of `work`, done by the first rank alone and told to all. Collective.
+    """The result of `work`, done by the first rank alone and told to all. Collective; without ranks it is just done.
 
-    Raises:
-        InputError: on every rank, where `work` raised one on the first.
+    Where `work` fails, every rank raises what it raised on the first.
     """
     from torch import distributed
 
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return work()
     outcome: list[Any] = [None, None]
     if is_first():
         try:
             outcome[0] = work()
-        except InputError as error:
-            outcome[1] = str(error)
+        except Exception as error:
+            outcome[1] = error
     distributed.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise InputError(outcome[1])
+        raise outcome[1]
     result: ResultT = outcome[0]
     return result

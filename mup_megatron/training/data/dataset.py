@@ -9,21 +9,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from mup_megatron.errors import InputError
 from mup_megatron.training.data import CACHE
 from mup_megatron.training.data.indexed import DataMeta, at, check_prefix, read_index, staging
+from mup_megatron.training.ranks import on_first_rank
 
 if TYPE_CHECKING:
     import torch
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
-ResultT = TypeVar("ResultT")
 
 DEFAULT_SPLIT = "99,1,0"
 
@@ -97,7 +95,7 @@ def build_datasets(
                         raise
         return meta, indices
 
-    meta, indices = _on_first_rank(prepare)
+    meta, indices = on_first_rank(prepare)
     if not indices.is_dir():
         raise InputError(f"{indices}: made by the first rank, not seen by this one. Use a cache that all nodes share.")
     config = _config(prefix, meta, seq_length=seq_length, seed=seed, split=split, path_to_cache=indices)
@@ -241,22 +239,3 @@ def _stamp(prefix: Path) -> list[int]:
     """Changes when the data at a prefix are made anew; Megatron's own names of indices don't."""
     found = at(prefix, ".idx").stat()
     return [found.st_size, found.st_mtime_ns]
-
-
-def _on_first_rank(work: Callable[[], ResultT]) -> ResultT:
-    """The result of `work`, done by the first rank alone. Where it fails there, every rank raises the same."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return work()
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: ResultT = outcome[0]
-    return result

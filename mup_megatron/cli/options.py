@@ -1,7 +1,6 @@
 """Options and printing that several commands share."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +46,6 @@ def load_planned(target: Path, recipe_path: Path) -> tuple[ModelFile, Recipe, Pl
         return model, recipe, recipe.plan(model)
     except InputError as error:
         raise InputError(f"{recipe_path} for {target}: {error}") from None
-
-
-def warn_of_small_vocabulary(model: ModelFile, data: Path, data_vocab_size: int) -> None:
-    """Says on standard error that a model was meant for another tokenizer, if it looks so."""
-    if 2 * data_vocab_size < model.vocab_size and os.environ.get("RANK", "0") == "0":
-        click.echo(
-            f"Warning: {data} has a vocabulary of {data_vocab_size}, the model one of {model.vocab_size}. If the data "
-            "are to be the model's, make them with its tokenizer: mup-megatron data --tokenizer tokenizer.json …",
-            err=True,
-        )
 
 
 def require_new(path: Path, *, force: bool) -> None:

@@ -7,12 +7,12 @@ from typing import Literal
 
 import click
 
-from mup_megatron.cli.options import FILE, warn_of_small_vocabulary
+from mup_megatron.cli.options import FILE
 from mup_megatron.errors import InputError
 from mup_megatron.models.model_file import load_model_file
 from mup_megatron.recipe import load_recipe
 from mup_megatron.search import StudySpec, default_storage, load_space, run_sweep
-from mup_megatron.training.data.indexed import check_prefix, require_vocab
+from mup_megatron.training.data.indexed import check_prefix, require_vocab, small_vocabulary_warning
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.training.ranks import preload
 from mup_megatron.tuning import DEFAULT_SPACE, SEARCHABLE, ProxyTraining, fixed_content
@@ -68,7 +68,8 @@ def command(
         raise InputError(f"{space}: no lr in it. Search it, or give its value in a --recipe.")
     meta = check_prefix(data)
     require_vocab(meta, model.vocab_size, data=data, model=proxy)
-    warn_of_small_vocabulary(model, data, meta.vocab_size)
+    if (warning := small_vocabulary_warning(meta.vocab_size, model.vocab_size, data=data)) is not None:
+        click.echo(warning, err=True)
     own_storage = default_storage(study)  # refuses names that are no file names, also for what is written beside it
     objective = ProxyTraining(
         proxy=model,

@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mup_megatron.cli.options import FILE, load_planned, recipe_option, target_argument, warn_of_small_vocabulary
-from mup_megatron.training.data.indexed import read_meta
+from mup_megatron.cli.options import FILE, load_planned, recipe_option, target_argument
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.training.ranks import is_first_process
 
@@ -25,8 +24,11 @@ def _option(name: str, help_text: str, kind: Any = int, **more: Any) -> Callable
     flag = "--" + name.replace("_", "-")
     if isinstance(default, bool):
         return click.option(flag, name, is_flag=True, help=help_text)
-    shown = default if default is not dataclasses.MISSING else None
-    return click.option(flag, name, type=kind, default=shown, show_default=shown is not None, help=help_text, **more)
+    if default is dataclasses.MISSING:
+        return click.option(flag, name, type=kind, required=True, help=help_text, **more)
+    return click.option(
+        flag, name, type=kind, default=default, show_default=default is not None, help=help_text, **more
+    )
 
 
 @click.command()
@@ -39,8 +41,8 @@ def _option(name: str, help_text: str, kind: Any = int, **more: Any) -> Callable
     metavar="DIR",
     help="Metrics and result. [default: results/train/, in a folder named after target, recipe and seed]",
 )
-@_option("train_iters", "Iterations of the whole run.", required=True)
-@_option("global_batch_size", "Sequences per iteration.", required=True)
+@_option("train_iters", "Iterations of the whole run.")
+@_option("global_batch_size", "Sequences per iteration.")
 @_option("micro_batch_size", "Sequences at a time on one rank. [default: its share of the global batch]")
 @_option("seed", "Of weights, dropout and the order of the data.")
 @_option("save", "Folder for checkpoints.", FILE, metavar="DIR")
@@ -78,7 +80,6 @@ def command(context: click.Context, /, target: Path, recipe_path: Path, data: Pa
     if given["output"] is None:
         given["output"] = RUNS / f"{target.stem}-{recipe.fingerprint[:12]}-seed{given['seed']}"
     options = TrainingOptions(**given)
-    warn_of_small_vocabulary(model, data, read_meta(data).vocab_size)
     result = run_training(model, recipe, data, options, show=True)
     if not is_first_process():
         context.exit(DIVERGED if result.status == "diverged" else 0)

@@ -17,6 +17,7 @@ from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 from mup_megatron.training import ranks
+from mup_megatron.training.data.indexed import small_vocabulary_warning
 from mup_megatron.training.metrics import Row, ValidationRow, divergence, train_loss
 from mup_megatron.training.options import BatchSizes, TrainingOptions, batch_sizes, require_possible
 
@@ -100,6 +101,9 @@ def _run(
     plan = recipe.plan(model)
     identity = ranks.on_first_rank(lambda: identity_of(model, recipe, data, options))
     _require_vocabulary(model, identity, data)
+    warning = small_vocabulary_warning(identity["data"]["vocab_size"], model.vocab_size, data=data)
+    if warning is not None and show and ranks.is_first():
+        print(warning, file=sys.stderr)
     found = _checkpoint(options, identity)
     record = Record() if found is None else Record.from_texts(found.extras, source=found.folder)
     if options.output is not None:

@@ -59,6 +59,7 @@ def test_from_text_to_a_wide_model(run: Command, here: Path, data: Path) -> None
 
     # The wide model trains with it.
     done = fresh("train", "target.yaml", "--recipe", "small.recipe.yaml", "--data", "text", "--train-iters", "2",
+                 "--global-batch-size", "2",
                  "--output", "out")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1

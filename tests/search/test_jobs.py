@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.blocking import LIMIT_S, Block, wait_until_dead
+from support.blocking import LIMIT_S, Block, own_children, wait_until_dead
 
 from mup_megatron.errors import InputError
 from mup_megatron.search import Objective, Outcome, ReportFn
@@ -26,7 +26,7 @@ def ended(objective: Objective, jobs: list[Job], workers: int) -> list[tuple[Job
     """What `on_end` was told, in its order."""
     told: list[tuple[Job, Outcome]] = []
     run_jobs(objective, jobs, workers=workers, on_end=lambda job, outcome: told.append((job, outcome)))
-    assert psutil.Process().children() == []
+    assert own_children() == []
     return told
 
 
@@ -110,14 +110,14 @@ def test_a_job_without_a_result_ends_all_and_leaves_no_process(
         # The third runs by now, and for ever; the second goes wrong only after the first has ended.
         told.append(job.number)
         block.wait_until_running()
-        family.extend(psutil.Process().children(recursive=True))
+        family.extend(own_children())
 
     with pytest.raises(error, match=said):
         run_jobs(work, [JOBS[2], JOBS[0], JOBS[1], JOBS[3]], workers=2, on_end=on_end)
     assert told == [0], "what had ended was told; what had not begun was not run"
     assert len(family) >= 3
     wait_until_dead(family)
-    assert psutil.Process().children() == []
+    assert own_children() == []
 
 
 def test_an_error_of_the_caller_ends_all_too(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_an_error_of_the_caller_ends_all_too(tmp_path: Path) -> None:
 
     with pytest.raises(ZeroDivisionError):
         run_jobs(double, JOBS, workers=2, on_end=on_end)
-    assert psutil.Process().children() == []
+    assert own_children() == []
 
 
 def test_what_runs_print_goes_to_a_file_each(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ import psutil
 import pytest
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
-from support.blocking import LIMIT_S, Block, wait_until_dead
+from support.blocking import LIMIT_S, Block, own_children, wait_until_dead
 
 from mup_megatron.errors import InputError
 from mup_megatron.search import Objective, Outcome, ReportFn, StudySpec, SweepResult, best_trial, read_study, run_sweep
@@ -131,7 +131,7 @@ def test_a_study_is_optunas_and_holds_what_was_searched(new_spec: StudySpec) -> 
 def test_the_number_of_workers_does_not_change_the_trials(spec: StudySpec, workers: int) -> None:
     run_sweep(spec, bowl, N, workers=workers)
     assert_holds_exactly(spec, N)
-    assert psutil.Process().children() == []
+    assert own_children() == []
 
 
 def test_another_seed_draws_other_trials(spec: StudySpec) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.blocking import Block, wait_until_dead
+from support.blocking import Block, own_children, wait_until_dead
 
 from mup_megatron.errors import InputError
 from mup_megatron.search import Objective, Outcome, ReportFn
@@ -198,11 +198,11 @@ def test_closing_ends_worker_and_trial(tmp_path: Path, launch: Launch) -> None:
     made = Worker(block, launch)
     made.submit(Job(0, {}))
     block.wait_until_running()
-    family = psutil.Process().children(recursive=True)
+    family = own_children()
     made.close()
     made.close()  # and again does nothing
     wait_until_dead(family)
-    assert psutil.Process().children() == []
+    assert own_children() == []
 
 
 def test_a_dead_worker_is_noticed_and_its_trial_dies(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_dead_worker_is_noticed_and_its_trial_dies(tmp_path: Path) -> None:
     with worker(block) as made:
         made.submit(Job(0, {}))
         block.wait_until_running()
-        family = psutil.Process().children(recursive=True)
+        family = own_children()
         family[0].kill()
         with pytest.raises(WorkerDiedError):
             made.receive()

@@ -42,6 +42,25 @@ class Block:
         assert os.read(self.reader, 1) == b"!"
 
 
+def own_children() -> list[psutil.Process]:
+    """What this process has begun, and what came of it, but for the fork server of `support.processes` and its like.
+
+    That one serves all the tests of a process, and lives on.
+    """
+    found = []
+    for child in psutil.Process().children():
+        if not _serves_all_tests(child):
+            found += [child, *child.children(recursive=True)]
+    return found
+
+
+def _serves_all_tests(child: psutil.Process) -> bool:
+    try:
+        return "from multiprocessing." in " ".join(child.cmdline())
+    except psutil.NoSuchProcess:  # a zombie, which a test has left
+        return False
+
+
 def wait_until_dead(processes: Sequence[psutil.Process]) -> None:
     """Until each is gone, or a zombie for its parent to remove. Those that live on are killed, and fail the test."""
     deadline = time.monotonic() + LIMIT_S

@@ -329,6 +329,16 @@ def require_vocab(meta: DataMeta, vocab_size: int, *, data: Path | str, model: P
         )
 
 
+def small_vocabulary_warning(data_vocab_size: int, vocab_size: int, *, data: Path | str) -> str | None:
+    """A sentence for who trains a model on data of another tokenizer, if it looks so."""
+    if 2 * data_vocab_size >= vocab_size:
+        return None
+    return (
+        f"Warning: {data} has a vocabulary of {data_vocab_size}, the model one of {vocab_size}. If the data are to be "
+        "the model's, make them with its tokenizer: mup-megatron data --tokenizer tokenizer.json …"
+    )
+
+
 def refuse_existing(prefix: Path, *, force: bool) -> None:
     """Refuses a `prefix` that is a folder, or at which files lie that nobody asked to replace.
 

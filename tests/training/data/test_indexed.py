@@ -21,6 +21,7 @@ from mup_megatron.training.data.indexed import (
     cut,
     read_meta,
     require_vocab,
+    small_vocabulary_warning,
     write_data,
 )
 from mup_megatron.training.data.tokenizer import load_tokenizer, make_tokenizer, parse_tokenizer
@@ -200,3 +201,10 @@ def test_a_copy_is_the_same_data(copied: Path, data: tuple[Path, DataMeta]) -> N
     assert files_at(copied) == files_at(data[0])
     shutil.rmtree(copied.parent)
     assert len(files_at(data[0])) == len(SUFFIXES)
+
+
+def test_data_of_another_tokenizer_are_noticed() -> None:
+    said = small_vocabulary_warning(1024, 50257, data="d")
+    assert said is not None
+    assert said.startswith("Warning: d has a vocabulary of 1024, the model one of 50257.")
+    assert small_vocabulary_warning(50000, 50257, data="d") is None, "rounded up"

@@ -115,9 +115,7 @@ def transferred(study: StudyRecord) -> Recipe:
     Raises:
         InputError: no trial is complete, or the study is not one of `mup-megatron sweep`.
     """
-    best = study.best
-    if best is None:
-        raise InputError(f"study {study.spec.name!r}: no complete trial yet. Run the sweep on, or widen its space.")
+    best = study.require_best()
     context = study.spec.context
     if "proxy" not in context:
         raise InputError(

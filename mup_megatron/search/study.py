@@ -109,6 +109,12 @@ class StudyRecord:
         complete = [trial for trial in self.trials if trial.loss is not None]
         return min(complete, key=lambda trial: trial.loss, default=None)  # type: ignore[arg-type, return-value]
 
+    def require_best(self) -> Trial:
+        """The best trial; InputError if none is complete."""
+        if self.best is None:
+            raise InputError(f"study {self.spec.name!r}: no complete trial yet. Run the sweep on, or widen its space.")
+        return self.best
+
 
 def read_study(storage: str, name: str) -> StudyRecord:
     """A study that exists, and its trials.
@@ -141,10 +147,7 @@ def best_trial(storage: str, name: str) -> Trial:
     Raises:
         InputError: as `read_study`, or no trial is complete.
     """
-    best = read_study(storage, name).best
-    if best is None:
-        raise InputError(f"study {name!r}: no complete trial yet. Run the sweep on, or widen its space.")
-    return best
+    return read_study(storage, name).require_best()
 
 
 def trials_of(frozen: Sequence[FrozenTrial]) -> tuple[Trial, ...]:

@@ -1,0 +1,134 @@
+"""Which recipe a Megatron-LM checkpoint was trained with. Neither loads nor saves one; imports nothing of Megatron.
+
+Recipe and fingerprint travel among Megatron's own arguments, which every checkpoint format stores. A copy for people,
+and for a launcher that must not load a checkpoint to know, lies in the checkpoint's folder.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mup_megatron.errors import InputError
+from mup_megatron.files import write_atomically
+from mup_megatron.recipe import Recipe, recipe
+
+SIDECAR = "mup.recipe.yaml"
+_TRACKER = "latest_checkpointed_iteration.txt"
+_FINGERPRINT = "mup_fingerprint"
+_CONTENT = "mup_recipe_content"
+
+
+# ---- whose checkpoint it is ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint says of the recipe that it was trained with."""
+
+    fingerprint: str | None
+    """None: plain Megatron."""
+    recipe: Recipe | None
+
+
+def sign(values: argparse.Namespace, given: Recipe) -> None:
+    """Puts a recipe among Megatron's arguments."""
+    setattr(values, _FINGERPRINT, given.fingerprint)
+    # As text: plain in every format, and one line where Megatron prints its arguments.
+    setattr(values, _CONTENT, json.dumps(given.model_dump(mode="json")))
+
+
+def origin(values: Any) -> Origin:
+    """The recipe among the arguments that a checkpoint was written with.
+
+    Raises:
+        InputError: there is one, and it cannot be read.
+    """
+    fingerprint = getattr(values, _FINGERPRINT, None)
+    if fingerprint is None:
+        return Origin(None, None)
+    try:
+        content = json.loads(getattr(values, _CONTENT))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"the checkpoint's recipe {fingerprint} cannot be read ({error}). Use another one.") from None
+    return Origin(fingerprint, recipe(content, source="the checkpoint's recipe"))
+
+
+def require_same(found: Origin, wanted: Recipe, *, accept: bool) -> None:
+    """Raises InputError unless a checkpoint is of the run's recipe, or the change is accepted."""
+    if accept or found.fingerprint == wanted.fingerprint:
+        return
+    remedy = "If you mean it, give --mup-accept-recipe-change."
+    if found.recipe is None:
+        raise InputError(
+            "--load: the checkpoint was trained without a recipe, so its weights and optimizer are not those of the "
+            f"plan; this run's recipe is {wanted.fingerprint}. Begin a new run with an empty --load and --save. "
+            f"{remedy}"
+        )
+    lines = [f"  {key}: {before} there, {now} here" for key, before, now in _differences(found.recipe, wanted)]
+    raise InputError(
+        "\n".join(
+            [
+                f"--load: the checkpoint was trained with another recipe: its fingerprint is {found.fingerprint}, "
+                f"this run's is {wanted.fingerprint}. What differs:",
+                *lines,
+                f"Give the checkpoint's recipe ({SIDECAR} in its folder). {remedy}",
+            ]
+        )
+    )
+
+
+def _differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    left, right = (dict(_flat(r.model_dump(mode="json", exclude={"training", "provenance"}))) for r in (before, now))
+    for key in {**left, **right}:
+        if left.get(key) != right.get(key):
+            yield key, left.get(key), right.get(key)
+
+
+def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(content, Mapping) and content:
+        for key, value in content.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, content
+
+
+# ---- beside it -----------------------------------------------------------------------------------------------------
+
+
+def write_sidecar(folder: str, given: Recipe) -> None:
+    """Puts the recipe beside a checkpoint that has been written, on the first rank, and if it lies in a folder."""
+    if os.environ.get("RANK", "0") == "0" and os.path.isdir(folder):
+        write_atomically(Path(folder) / SIDECAR, given.to_yaml())
+
+
+def require_plain(words: Sequence[str]) -> None:
+    """Raises InputError if a command line without --mup-recipe would go on from a checkpoint of a recipe."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--load")
+    parser.add_argument("--pretrained-checkpoint")
+    parser.add_argument("--ckpt-step")
+    parser.add_argument("--non-persistent-ckpt-type")
+    try:
+        values, _ = parser.parse_known_args(list(words))
+    except SystemExit:  # a flag without its value: Megatron says so better
+        return
+    for flag, root in (("--load", values.load), ("--pretrained-checkpoint", values.pretrained_checkpoint)):
+        if root is None or (folder := _current(Path(root), values.ckpt_step)) is None:
+            continue
+        if (folder / SIDECAR).exists():
+            raise InputError(
+                f"{flag} {root}: this checkpoint was trained with a recipe ({folder / SIDECAR}), and without it every "
+                f"parameter would go on with another learning rate and scale. Give --mup-recipe {folder / SIDECAR}."
+            )
+
+
+def _current(root: Path, step: str | None) -> Path | None:
+    try:
+        text = step if step is not None else (root / _TRACKER).read_text(encoding="utf-8").strip()
+        return root / (text if text == "release" else f"iter_{int(text):07d}")
+    except (OSError, ValueError):
+        return None  # not a checkpoint, or a damaged one: Megatron says so

@@ -1,0 +1,256 @@
+"""The `--mup-*` flags of a Megatron-LM script, and what a recipe means for the flags that Megatron has already.
+
+Works on an argparse parser and the values that it parsed; imports nothing of Megatron.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mup_megatron.errors import InputError
+from mup_megatron.recipe import Recipe, load_recipe
+
+_OWN = {
+    "--mup-recipe": {
+        "type": str,
+        "metavar": "R.recipe.yaml",
+        "help": "Train with μP: initial weights, multipliers, attention scale, and each parameter's learning rate, eps "
+        "and weight decay follow from this recipe of mup-megatron.",
+    },
+    "--mup-override": {
+        "action": "store_true",
+        "help": "Let the recipe win over flags of this line that say something else (--lr, --init-method-std, …). "
+        "Without it they are an error.",
+    },
+    "--mup-print-plan": {
+        "action": "store_true",
+        "help": "Print what every parameter gets, layers that are alike as one.",
+    },
+    "--mup-no-verify": {
+        "action": "store_true",
+        "help": "Don't compare the live model and optimizer with the plan. What cannot be done right is still refused.",
+    },
+    "--mup-accept-recipe-change": {
+        "action": "store_true",
+        "help": "Go on from a checkpoint that was trained with another recipe, or with none.",
+    },
+    "--mup-coordinates-interval": {
+        "type": int,
+        "metavar": "N",
+        "help": "Every N iterations, log the root mean square of each layer's output to TensorBoard and wandb.",
+    },
+}
+NAMES = tuple(_OWN)
+RECIPE = "--mup-recipe"
+
+_GIVEN = "_mup_given"
+"""Where the parsed values carry the names of what the command line said itself, until `take_given` takes it off."""
+
+
+def asked_for(words: Sequence[str]) -> bool:
+    """Whether a command line has one of our flags, or wants to know which there are."""
+    return any(word.split("=", 1)[0] in NAMES or word in ("-h", "--help") for word in words)
+
+
+def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the flags, in a group of their own, and lets the parser note which flags a command line gives itself."""
+    group = parser.add_argument_group("mup-megatron", "μP with hyperparameters that were tuned on a small model")
+    for name, how in _OWN.items():
+        group.add_argument(name, **how)
+    parse: Callable[..., Any] = parser.parse_known_args
+
+    def parse_and_note(args: Any = None, namespace: Any = None, **more: Any) -> Any:
+        values, rest = parse(args, namespace, **more)
+        absent = object()
+        probe = argparse.Namespace(**dict.fromkeys(vars(values), absent))
+        parse(args, probe, **more)  # a default is not put where there is a value
+        setattr(values, _GIVEN, frozenset(key for key, value in vars(probe).items() if value is not absent))
+        _require_read(values)
+        return values, rest
+
+    parser.parse_known_args = parse_and_note  # type: ignore[method-assign, assignment]
+    return parser
+
+
+def _require_read(values: argparse.Namespace) -> None:
+    """Megatron replaces all values by those of a YAML file, ours with them."""
+    if values.mup_recipe is not None and getattr(values, "yaml_cfg", None) is not None:
+        raise InputError(
+            "--yaml-cfg: Megatron would take all arguments from that file and forget --mup-recipe. Give the arguments "
+            "as flags."
+        )
+
+
+def take_given(values: argparse.Namespace) -> frozenset[str]:
+    """The names of the arguments that the command line gave itself; takes the note off the values."""
+    given: frozenset[str] = vars(values).pop(_GIVEN, frozenset())
+    return given
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Our flags, as given."""
+
+    recipe: Path
+    override: bool
+    print_plan: bool
+    verify: bool
+    accept_recipe_change: bool
+    coordinates_interval: int | None
+
+
+def options_of(values: argparse.Namespace) -> Options | None:
+    """Our flags among the parsed values; None without --mup-recipe.
+
+    Raises:
+        InputError: flags of ours without --mup-recipe, beside Megatron's own μP, or with a value that makes no sense.
+    """
+    if getattr(values, "mup_recipe", None) is None:
+        others = [name for name in NAMES if getattr(values, name[2:].replace("-", "_"), None)]
+        if others:
+            raise InputError(f"{others[0]}: does nothing without --mup-recipe. Give the recipe, or drop the flag.")
+        return None
+    if getattr(values, "use_mup", False):
+        raise InputError(
+            "--use-mup: Megatron's own μP would multiply with the recipe's. Drop --use-mup and the other --mup-* flags "
+            "of Megatron. To carry their values over: mup-megatron from-native -o R.recipe.yaml -- FLAGS…"
+        )
+    interval = values.mup_coordinates_interval
+    if interval is not None and interval < 1:
+        raise InputError(f"--mup-coordinates-interval {interval}: not a number of iterations. Give 1 or more.")
+    return Options(
+        recipe=Path(values.mup_recipe),
+        override=values.mup_override,
+        print_plan=values.mup_print_plan,
+        verify=not values.mup_no_verify,
+        accept_recipe_change=values.mup_accept_recipe_change,
+        coordinates_interval=interval,
+    )
+
+
+def take_over(values: argparse.Namespace, given: frozenset[str], options: Options) -> Recipe:
+    """Reads the recipe and writes what it says into Megatron's arguments, before Megatron validates them.
+
+    Raises:
+        InputError: a flag says something else and there is no --mup-override, or asks for what no plan can be
+            combined with; lists all of them.
+    """
+    recipe = load_recipe(options.recipe)
+    _refuse(values)
+    conflicts = []
+    for setting in _settings(recipe, values):
+        current = getattr(values, setting.dest, setting.value)
+        if current == setting.value:
+            continue
+        if setting.dest in given:
+            conflicts.append(f"  {_flag(setting.dest)} {current} (recipe: {setting.means})")
+        setattr(values, setting.dest, setting.value)
+    if conflicts and not options.override:
+        raise InputError(
+            "\n".join(
+                [
+                    f"these flags say something else than {options.recipe} does:",
+                    *conflicts,
+                    "Drop them, or let the recipe win with --mup-override.",
+                ]
+            )
+        )
+    return recipe
+
+
+def _flag(dest: str) -> str:
+    return "--" + dest.replace("_", "-")
+
+
+def _refuse(values: argparse.Namespace) -> None:
+    """Raises InputError for what reaches past the places where a plan is applied."""
+    reasons = {
+        "use_megatron_fsdp": "it keeps its own copies of the parameters, which the plan does not reach",
+        "use_torch_fsdp2": "it keeps its own copies of the parameters, which the plan does not reach",
+        "init_model_with_meta_device": "the weights would be drawn after the plan has scaled them",
+        "perform_rl_step": "only pre-training has been looked at",
+    }
+    found = [f"{_flag(dest)}: {reason}. Drop it." for dest, reason in reasons.items() if getattr(values, dest, False)]
+    if found:
+        raise InputError("\n".join(found))
+
+
+# ---- what a recipe means in Megatron's arguments -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    dest: str
+    value: Any
+    means: str
+
+
+def _settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
+    h, p = recipe.hyperparameters, recipe.parametrization
+    taken: dict[str, Any] = {
+        "optimizer": p.optimizer,
+        "lr": h.lr,
+        "min_lr": h.min_lr,
+        "init_method_std": h.init_method_std,
+        "weight_decay": h.weight_decay,
+        "clip_grad": h.clip_grad,
+    }
+    if p.optimizer == "adam":
+        taken |= {"adam_beta1": h.adam_beta1, "adam_beta2": h.adam_beta2, "adam_eps": h.adam_eps}
+    else:
+        taken |= {"sgd_momentum": h.sgd_momentum}
+    for dest, value in taken.items():
+        yield _Setting(dest, value, f"{value:g}" if isinstance(value, float) else str(value))
+    yield from _schedule(recipe, values)
+    # Each of these would give some parameters another value than the plan does.
+    for dest, value, means in (
+        ("weight_decay_incr_style", "constant", "a constant weight decay"),
+        ("start_weight_decay", None, "a constant weight decay"),
+        ("end_weight_decay", None, "a constant weight decay"),
+        ("lr_warmup_init", 0.0, "a warm-up from 0; another start puts wide layers above their peak"),
+        ("decoupled_lr", None, "one rule for all parameters; use per_parameter for embedding and readout"),
+        ("decoupled_min_lr", None, "one rule for all parameters; use per_parameter for embedding and readout"),
+        ("init_method_xavier_uniform", False, "normal with init_method_std"),
+        ("embedding_init_method_std", None, "init_method_std; use per_parameter for the embedding"),
+        ("apply_wd_to_qk_layernorm", False, "no weight decay on norms"),
+        ("decoupled_weight_decay", True, "AdamW's weight decay") if p.optimizer == "adam" else ("", None, ""),
+    ):
+        if dest and hasattr(values, dest):
+            yield _Setting(dest, value, means)
+
+
+def _schedule(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
+    """The recipe's fractions of the run, in iterations, or in samples where the run is counted in samples."""
+    s = recipe.schedule
+    unit = "samples" if getattr(values, "train_samples", None) else "iters"
+    run = getattr(values, f"train_{unit}", None)
+    if run is None:
+        raise InputError("--train-iters: missing, so the length of the recipe's schedule is not known. Give it.")
+    yield _Setting("lr_decay_style", s.lr_decay_style, s.lr_decay_style)
+    decay = _whole(s.lr_decay_fraction * run)
+    warmup = _whole(s.lr_warmup_fraction * run)
+    says = f"lr_warmup_fraction {s.lr_warmup_fraction:g} of the run"
+    # Megatron takes the warm-up as a fraction of the decay, or counted; never both.
+    counted = {f"lr_warmup_{u}": getattr(values, f"lr_warmup_{u}", 0) for u in ("iters", "samples")}
+    as_counted = warmup if counted[f"lr_warmup_{unit}"] == warmup and warmup else 0
+    fraction = s.lr_warmup_fraction / s.lr_decay_fraction if warmup and not as_counted else None
+    yield _Setting("lr_warmup_fraction", fraction, says)
+    for u in ("iters", "samples"):
+        yield _Setting(f"lr_warmup_{u}", as_counted if u == unit else 0, says)
+    # Megatron's own default is the whole run.
+    default = getattr(values, f"lr_decay_{unit}", None) is None and decay == run
+    yield _Setting(
+        f"lr_decay_{unit}", None if default else decay, f"lr_decay_fraction {s.lr_decay_fraction:g} of the run"
+    )
+    if s.lr_decay_style == "WSD":
+        final = _whole(s.lr_wsd_decay_fraction * run)
+        yield _Setting(f"lr_wsd_decay_{unit}", final, f"lr_wsd_decay_fraction {s.lr_wsd_decay_fraction:g} of the run")
+        yield _Setting("lr_wsd_decay_style", s.lr_wsd_decay_style, s.lr_wsd_decay_style)
+
+
+def _whole(count: float) -> float:
+    """As a whole number where it is one but for rounding. Else as it is: one shape of the schedule at any length."""
+    return round(count) if math.isclose(count, round(count), rel_tol=1e-12) else count

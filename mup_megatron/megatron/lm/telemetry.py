@@ -1,0 +1,78 @@
+"""What a run tells TensorBoard and Weights & Biases, through the writers that Megatron has opened.
+
+The recipe is in wandb's configuration and TensorBoard's arguments already: it is among Megatron's own arguments.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mup_megatron.megatron.names import unwrapped
+from mup_megatron.megatron.schedule import lr_per_role
+from mup_megatron.theory import Plan
+
+
+def log_lr_per_role(plan: Plan, scheduler: Any, iteration: int) -> None:
+    """The learning rate of each role at this moment, on the rank that has the writers."""
+    _write({f"mup/lr/{role}": lr for role, lr in lr_per_role(plan, scheduler).items()}, iteration)
+
+
+def _write(values: Mapping[str, float], iteration: int) -> None:
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+    board, wandb = get_tensorboard_writer(), get_wandb_writer()
+    if board is not None:
+        for name, value in values.items():
+            board.add_scalar(name, value, iteration)
+    if wandb is not None:
+        wandb.log(dict(values), iteration)
+
+
+class Coordinates:
+    """Root mean square of what each part of the model puts out, over an iteration's micro-batches and all ranks.
+
+    A size that grows with width between two runs, or a layer whose size runs away, shows here before the loss does.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Listens to a rank's part of the model; costs nothing until `measure`."""
+        self.measuring = False
+        """Whether the current iteration is one that counts."""
+        self._squares: dict[str, list[torch.Tensor]] = {}
+        for chunk in chunks:
+            model: Any = unwrapped(chunk)
+            for part in ("embedding", "output_layer"):
+                if (module := getattr(model, part, None)) is not None:
+                    self._listen(module, part)
+            for layer in model.decoder.layers:
+                self._listen(layer, f"layer_{layer.layer_number - 1:03d}")
+            if getattr(model.decoder, "final_layernorm", None) is not None:
+                self._listen(model.decoder.final_layernorm, "final_layernorm")
+
+    def measure(self, on: bool) -> None:
+        """Decides whether the coming iteration is one that counts."""
+        self.measuring = on
+        self._squares.clear()
+
+    def log(self, iteration: int) -> None:
+        """Puts together what all ranks have seen since `measure`, and writes it. Collective."""
+        own = {name: float(torch.stack(seen).mean()) for name, seen in self._squares.items()}
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, own)
+        # Each rank of a part sees equally much of it: its share of the batch, the sequence or the vocabulary.
+        seen: dict[str, list[float]] = {}
+        for of_rank in gathered:
+            for name, square in of_rank.items():
+                seen.setdefault(name, []).append(square)
+        _write({f"mup/rms/{name}": math.sqrt(sum(s) / len(s)) for name, s in sorted(seen.items())}, iteration)
+        self.measure(False)
+
+    def _listen(self, module: torch.nn.Module, name: str) -> None:
+        def seen(_module: torch.nn.Module, _args: Any, output: Any) -> None:
+            if self.measuring and torch.is_grad_enabled():
+                tensor = output[0] if isinstance(output, tuple) else output
+                self._squares.setdefault(name, []).append(tensor.detach().float().square().mean())
+
+        module.register_forward_hook(seen)

@@ -1,0 +1,76 @@
+"""The table of a plan, for people: one row per parameter, or per run of layers that are alike."""
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+
+from mup_megatron.theory import Plan, PlanEntry
+
+COLUMNS = (
+    "name",
+    "role",
+    "shape",
+    "fan_in",
+    "fan_out",
+    "width_ratio",
+    "init_std",
+    "init_value",
+    "multiplier",
+    "lr",
+    "eps",
+    "weight_decay",
+    "rule",
+)
+_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..+)$")
+
+
+def print_plan(plan: Plan, *, brief: bool) -> None:
+    """Prints a plan's table on standard output.
+
+    Args:
+        plan: what to show.
+        brief: show layers that follow each other and are alike in everything as one, named `layers.FIRST-LAST`.
+    """
+    # Never narrowed: to fit the terminal, a table would lose digits and columns.
+    console = Console(width=1000)
+    console.print(
+        f"recipe {plan.fingerprint}   softmax_scale {plan.softmax_scale:.6g}   "
+        f"embedding_multiplier {plan.embedding_multiplier:.6g}   output_multiplier {plan.output_multiplier:.6g}",
+        highlight=False,
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in COLUMNS:
+        numeric = column not in {"name", "role", "rule"}
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
+    for entry in _brief(plan.entries) if brief else plan.entries:
+        table.add_row(*(_cell(entry, column) for column in COLUMNS))
+    console.print(table)
+
+
+def _brief(entries: tuple[PlanEntry, ...]) -> Iterator[PlanEntry]:
+    """The entries with layers that follow each other and are alike in everything as one, named `layers.FIRST-LAST`."""
+    layers: list[tuple[str | None, list[PlanEntry]]] = []
+    for index, group in itertools.groupby(entries, lambda entry: _layer(entry.name)):
+        layers.append((index, [replace(entry, name=_LAYER.sub(r"\1{}\3", entry.name)) for entry in group]))
+    for content, alike in itertools.groupby(layers, lambda layer: layer[1]):
+        indices = [index for index, _ in alike]
+        label = f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0])
+        yield from (replace(entry, name=entry.name.replace("{}", label)) for entry in content)
+
+
+def _layer(name: str) -> str | None:
+    match = _LAYER.match(name)
+    return match[2] if match else None
+
+
+def _cell(entry: PlanEntry, column: str) -> str:
+    value = getattr(entry, column)
+    if value is None:
+        return ""
+    if column == "shape":
+        return "×".join(map(str, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

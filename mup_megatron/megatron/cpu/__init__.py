@@ -20,7 +20,7 @@ import torch
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import versions
-from mup_megatron.megatron.cpu import core, device
+from mup_megatron.megatron.cpu import core, device, pretraining
 from mup_megatron.megatron.cpu.optimizer import GroupStepAdam
 
 __all__ = ["GroupStepAdam", "enable", "is_enabled", "transformer_config_overrides"]
@@ -56,6 +56,9 @@ def enable() -> bool:
     warnings.filterwarnings("ignore", message=".* not installed. (Falling back|Using) ", module="megatron")
     core.install_adam()
     core.allow_norm_under_sequence_parallel()
+    core.allow_resume_of_distributed_fp32()
+    core.name_absent_router_kernel()
+    pretraining.register()
     atexit.register(_leave_process_group)
     _enabled = True
     return True

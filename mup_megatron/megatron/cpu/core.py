@@ -4,6 +4,8 @@ import copy
 import importlib
 from typing import Any
 
+import torch
+
 from mup_megatron.megatron.cpu.optimizer import GroupStepAdam
 
 CONFIG_OVERRIDES: dict[str, object] = {
@@ -52,6 +54,24 @@ def allow_norm_under_sequence_parallel() -> None:
         return module
 
     norm.__new__ = build
+
+
+def allow_resume_of_distributed_fp32() -> None:
+    """Let the distributed optimizer load a state in fp32, where its parameters are views of the model's.
+
+    Megatron copies into them outside of `no_grad`, which torch refuses for a view of a parameter. On a GPU nobody
+    notices: bf16 has main parameters of its own.
+    """
+    optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    for name in ("load_state_dict", "load_parameter_state"):
+        _set(optimizer, name, torch.no_grad()(getattr(optimizer, name)))
+
+
+def name_absent_router_kernel() -> None:
+    """Give 0.16's router the name that it asks for and forgets to define where Transformer Engine is absent."""
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def _set(module: Any, name: str, value: object) -> None:

@@ -83,6 +83,7 @@ def pretend_device() -> None:
     _replace_streams()
     _replace_placement()
     _replace(torch, "compile", _compile)
+    _replace(torch.distributed, "all_to_all_single", _with_listed_sizes(torch.distributed.all_to_all_single))
 
 
 def _replace(owner: ModuleType | type, name: str, value: Any) -> None:
@@ -217,3 +218,28 @@ def _type(original: Callable[..., Any]) -> Callable[..., Any]:
 def _compile(model: Any = None, **kwargs: Any) -> Any:
     """`torch.compile` that leaves the function as it is: compiling for the CPU costs minutes and changes rounding."""
     return model if model is not None else lambda function: function
+
+
+def _with_listed_sizes(all_to_all_single: Callable[..., Any]) -> Callable[..., Any]:
+    """An all-to-all that takes its split sizes as tensors too.
+
+    Megatron's experts count tokens on the device and make numbers of the counts while they copy them to the host; of
+    counts that already are on the host they make none.
+    """
+
+    def listed(sizes: Any) -> Any:
+        return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+
+    @functools.wraps(all_to_all_single)
+    def with_listed_sizes(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        sizes = listed(output_split_sizes), listed(input_split_sizes)
+        return all_to_all_single(output, input, *sizes, group=group, async_op=async_op)
+
+    return with_listed_sizes

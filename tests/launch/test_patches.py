@@ -235,12 +235,21 @@ def test_a_full_disk_leaves_the_old_file(one: Workplace) -> None:
     assert one.files() == {"pretrain_gpt.py", "megatron/core/package_info.py"}
 
 
-def test_a_checkout_inside_another_repository_is_patched(one: Workplace) -> None:
-    # Where git thinks that it is in a repository, it passes over files outside of the current folder, and says nothing.
+def test_the_new_file_takes_the_place_of_the_old_one_at_once(one: Workplace) -> None:
+    # Never written in place: what still has the old file open, or linked, keeps all of it.
+    link = one.checkout.parent / "link"
+    link.hardlink_to(one.file)
+    one.apply()
+    assert link.read_text() == one.original != one.file.read_text()
+
+
+def test_settings_of_a_repository_around_the_copies_do_not_matter(one: Workplace) -> None:
     subprocess.run(["git", "init", "-q", one.checkout.parent], check=True)
+    subprocess.run(["git", "-C", one.checkout.parent, "config", "core.autocrlf", "true"], check=True)
     environment = os.environ | {"TMPDIR": str(one.checkout.parent)}
     subprocess.run([one.patches / "apply.sh", one.checkout], env=environment, check=True, capture_output=True)
-    assert "import mup_megatron.megatron" in one.file.read_text()
+    assert b"import mup_megatron.megatron" in one.file.read_bytes()
+    assert b"\r" not in one.file.read_bytes()
 
 
 # The real ones

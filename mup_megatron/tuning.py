@@ -15,7 +15,16 @@ from mup_megatron import __version__
 from mup_megatron.errors import InputError
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Hyperparameters, Recipe, recipe
-from mup_megatron.search import Outcome, ReportFn, Space, StudyRecord
+from mup_megatron.search import (
+    Outcome,
+    ReportFn,
+    Selection,
+    Space,
+    StudyRecord,
+    default_storage,
+    find_study,
+    read_study,
+)
 from mup_megatron.search.space import Dimension
 from mup_megatron.training.options import TrainingOptions, require_possible
 
@@ -109,6 +118,64 @@ def fixed_content(given: Recipe | None) -> dict[str, Any]:
     return given.model_dump(mode="json", exclude={"base", "training", "provenance"})
 
 
+@dataclass(frozen=True)
+class Searched:
+    """What a study varies, and what it leaves alone."""
+
+    space: Space
+    fixed: Mapping[str, Any]
+    """A recipe's content without its base."""
+    selection: Selection | None = None
+    """The trials of another study that are run, and no others. Its space and what it left alone are the two above."""
+
+
+def best_of(
+    other: str, count: int, *, study: str, storage: str | None, proxy: ModelFile, accept_unfinished: bool
+) -> Searched:
+    """The best trials of one study, to be run by another: all that they depend on but data and length of the run.
+
+    Once that study exists, it keeps the trials that it was made of, whatever has become of the other one.
+
+    Args:
+        other: the name of the study that has the trials.
+        count: how many.
+        study: the name of the one that is to run them.
+        storage: of both; None: each has its default.
+        proxy: what is to be trained.
+        accept_unfinished: whether to choose although trials of the other have no result yet.
+
+    Raises:
+        InputError: as `read_study` and `select_best`; the other study's proxy is not this one, or it is the same study.
+    """
+    if other == study:
+        raise InputError(f"--of {other}: the same as --study. Give the new study another name.")
+    made = find_study(storage or default_storage(study), study)
+    if made is not None and made.spec.selection is not None and made.spec.selection.study == other:
+        selection = made.spec.selection
+        if len(selection.candidates) != count:
+            raise InputError(
+                f"--best {count}: study {study!r} was made of the best {len(selection.candidates)} of {other!r}. Give "
+                "that number to go on with it, or another name with --study."
+            )
+        return Searched(made.spec.space, made.spec.context["fixed"], selection)
+    found = read_study(storage or default_storage(other), other)
+    context = _sweep_context(found, flag="--of")
+    if context["proxy"] != proxy.model_dump(mode="json"):
+        before = context["proxy"]
+        differing = [key for key, value in proxy.model_dump(mode="json").items() if before.get(key) != value]
+        raise InputError(
+            f"--of {other}: that study trained another model ({', '.join(differing)} differ), and hyperparameters "
+            "belong to the shape they were tuned at. Give the model file of that study."
+        )
+    return Searched(found.spec.space, context["fixed"], found.select_best(count, accept_unfinished=accept_unfinished))
+
+
+def _sweep_context(study: StudyRecord, *, flag: str) -> Mapping[str, Any]:
+    if "proxy" not in study.spec.context:
+        raise InputError(f"study {study.spec.name!r} was not made by `mup-megatron sweep`. Choose another with {flag}.")
+    return study.spec.context
+
+
 def transferred(study: StudyRecord) -> Recipe:
     """The best trial of a study as a recipe, with its provenance.
 
@@ -116,11 +183,9 @@ def transferred(study: StudyRecord) -> Recipe:
         InputError: no trial is complete, or the study is not one of `mup-megatron sweep`.
     """
     best = study.require_best()
-    context = study.spec.context
-    if "proxy" not in context:
-        raise InputError(
-            f"study {study.spec.name!r} was not made by `mup-megatron sweep`. Choose another with --study."
-        )
+    context = _sweep_context(study, flag="--study")
+    selection = study.spec.selection
+    chosen = None if selection is None else selection.at(best.slot)
     training = context["training"]
     source = f"study {study.spec.name!r}"
     found = _recipe(context["proxy"], context["fixed"], best.parameters, source=source)
@@ -141,6 +206,18 @@ def transferred(study: StudyRecord) -> Recipe:
                 "searched": study.spec.space.to_json(),
                 "sampler": study.spec.sampler,
                 "seed": study.spec.seed,
+                **(
+                    {}
+                    if selection is None or chosen is None
+                    else {
+                        "selected_from": {
+                            "study": selection.study,
+                            "best": len(selection.candidates),
+                            "trial": chosen.trial,
+                            "loss": chosen.loss,
+                        }
+                    }
+                ),
                 "data": context["data"],
                 "tokens_per_trial": best.metrics.get("tokens"),
                 "versions": best.metrics.get("versions", {}),

@@ -168,7 +168,7 @@ def trial(number: int, loss: float | None, **parameters: float) -> Trial:
 def study(*trials: Trial, context: dict[str, Any] | None = None) -> StudyRecord:
     context = objective(GIVEN).context() if context is None else context
     spec = StudySpec("s", "sqlite:///s.db", 5, "random", space(lr=(0.001, 1.0)), context)
-    return StudyRecord(spec, trials)
+    return StudyRecord(spec, trials, len(trials))
 
 
 TRIALS = (trial(0, 3.0, lr=0.1), trial(1, None, lr=0.9), trial(2, 2.5, lr=0.25), trial(3, 2.75, lr=0.01))

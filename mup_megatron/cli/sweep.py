@@ -15,18 +15,21 @@ from mup_megatron.search import StudySpec, default_storage, load_space, run_swee
 from mup_megatron.training.data.indexed import check_prefix, require_vocab, small_vocabulary_warning
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.training.ranks import preload
-from mup_megatron.tuning import DEFAULT_SPACE, SEARCHABLE, ProxyTraining, fixed_content
+from mup_megatron.tuning import DEFAULT_SPACE, SEARCHABLE, ProxyTraining, Searched, best_of, fixed_content
 
 
 @click.command()
 @click.argument("proxy", type=FILE, metavar="PROXY.yaml")
 @click.option("--data", type=FILE, required=True, metavar="D", help="Prefix of Megatron's .bin and .idx.")
-@click.option("--trials", type=int, required=True, metavar="N", help="Size of the search, all calls together.")
+@click.option("--trials", type=int, metavar="N", help="Size of the search, all calls together.")
+@click.option("--best", type=int, metavar="N", help="Instead of --trials: run the best N trials of another study …")
+@click.option("--of", metavar="NAME", help="… which is this one, in the same --storage.")
+@click.option("--accept-unfinished", is_flag=True, help="Although trials of that study have no result yet.")
 @click.option("--study", required=True, metavar="NAME")
 @click.option("--storage", metavar="URL", help="Any storage of Optuna's. [default: sqlite:///results/NAME.db]")
 @click.option("--space", type=FILE, metavar="FILE", help="What is searched. [default: as TP5 for GPT-3]")
 @click.option("--recipe", "recipe_path", type=FILE, metavar="R", help="Values of what is not searched.")
-@click.option("--sampler", type=click.Choice(["random", "tpe"]), default="random", show_default=True)
+@click.option("--sampler", type=click.Choice(["random", "tpe"]), help="[default: random]")
 @click.option("--workers", type=int, default=1, show_default=True, help="Trials at a time on this machine.")
 @click.option("--train-iters", type=int, default=1000, show_default=True)
 @click.option("--global-batch-size", type=int, default=32, show_default=True)
@@ -39,12 +42,15 @@ from mup_megatron.tuning import DEFAULT_SPACE, SEARCHABLE, ProxyTraining, fixed_
 def command(
     proxy: Path,
     data: Path,
-    trials: int,
+    trials: int | None,
+    best: int | None,
+    of: str | None,
+    accept_unfinished: bool,
     study: str,
     storage: str | None,
     space: Path | None,
     recipe_path: Path | None,
-    sampler: Literal["random", "tpe"],
+    sampler: Literal["random", "tpe"] | None,
     workers: int,
     train_iters: int,
     global_batch_size: int,
@@ -57,23 +63,35 @@ def command(
 
     Every trial trains the proxy; its loss is the validation loss at the end. Start the command on several machines
     with one --storage to search in parallel.
+
+    With --best N --of NAME a trial takes its hyperparameters from one of the best N of an earlier study, each once, to
+    train longer or on other data.
     """
+    asked = trials if best is None else best
+    if asked is None or (trials is not None and best is not None) or (best is None) != (of is None):
+        raise InputError("How many trials? Either --trials N for a search, or --best N --of NAME for those of another.")
+    for_searches = {"--space": space, "--recipe": recipe_path, "--sampler": sampler}
+    if of is not None and (dropped := [flag for flag, value in for_searches.items() if value is not None]):
+        raise InputError(f"{dropped[0]}: with --of, all hyperparameters are those of study {of!r}. Drop it.")
+    if of is None and accept_unfinished:
+        raise InputError("--accept-unfinished: it is about the study that --of names. Drop it.")
     # Before torch is imported: trials beside each other must not fight for cores, and a trial's loss must not depend on
     # how many there are.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     model = load_model_file(proxy)
-    chosen = load_space(space, SEARCHABLE) if space else DEFAULT_SPACE
-    given = load_recipe(recipe_path) if recipe_path else None
-    if given is None and "lr" not in chosen.dimensions:
-        raise InputError(f"{space}: no lr in it. Search it, or give its value in a --recipe.")
+    own_storage = default_storage(study)  # refuses names that are no file names, also for what is written beside it
+    searched = (
+        _searched(space, recipe_path)
+        if of is None
+        else best_of(of, asked, study=study, storage=storage, proxy=model, accept_unfinished=accept_unfinished)
+    )
     meta = check_prefix(data)
     require_vocab(meta, model.vocab_size, data=data, model=proxy)
     if (warning := small_vocabulary_warning(meta.vocab_size, model.vocab_size, data=data)) is not None:
         click.echo(warning, err=True)
-    own_storage = default_storage(study)  # refuses names that are no file names, also for what is written beside it
     objective = ProxyTraining(
         proxy=model,
-        fixed=fixed_content(given),
+        fixed=searched.fixed,
         data=data,
         data_sha256=meta.bin_sha256,
         options=TrainingOptions(
@@ -85,21 +103,22 @@ def command(
             bf16=bf16,
         ),
     )
-    objective.require_possible(chosen, source=str(space or "--space"))
+    objective.require_possible(searched.space, source=str(space or "--space"))
     spec = StudySpec(
         name=study,
         storage=storage or own_storage,
         seed=seed,
-        sampler=sampler,
-        space=chosen,
+        sampler="best" if searched.selection else sampler or "random",
+        space=searched.space,
         context=objective.context(),
+        selection=searched.selection,
     )
     preload()
     folder = Path("results") / study
     result = run_sweep(
         spec,
         objective,
-        trials,
+        asked,
         workers=workers,
         csv_file=folder / "trials.csv",
         best_file=folder / "best.json",
@@ -117,3 +136,12 @@ def command(
     for name, value in result.best.parameters.items():
         click.echo(f"  {name}: {value:.6g}")
     click.echo(f"All trials: {folder / 'trials.csv'} and {spec.storage}", err=True)
+
+
+def _searched(space: Path | None, recipe_path: Path | None) -> Searched:
+    """What a search of its own varies, and what it leaves alone."""
+    chosen = load_space(space, SEARCHABLE) if space else DEFAULT_SPACE
+    given = load_recipe(recipe_path) if recipe_path else None
+    if given is None and "lr" not in chosen.dimensions:
+        raise InputError(f"{space}: no lr in it. Search it, or give its value in a --recipe.")
+    return Searched(chosen, fixed_content(given))

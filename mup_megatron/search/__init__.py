@@ -1,8 +1,9 @@
 """Hyperparameter search on Optuna. Knows trials and losses; nothing of μP, Megatron or torch."""
 
+from mup_megatron.search.selection import Selection
 from mup_megatron.search.space import Space, load_space
 from mup_megatron.search.storage import default_storage
-from mup_megatron.search.study import StudyRecord, StudySpec, Trial, best_trial, read_study
+from mup_megatron.search.study import StudyRecord, StudySpec, Trial, best_trial, find_study, read_study
 from mup_megatron.search.sweep import SweepResult, run_sweep
 from mup_megatron.search.worker import Launch, Objective, Outcome, ReportFn
 
@@ -11,6 +12,7 @@ __all__ = [
     "Objective",
     "Outcome",
     "ReportFn",
+    "Selection",
     "Space",
     "StudyRecord",
     "StudySpec",
@@ -18,6 +20,7 @@ __all__ = [
     "Trial",
     "best_trial",
     "default_storage",
+    "find_study",
     "load_space",
     "read_study",
     "run_sweep",

@@ -19,14 +19,23 @@ from mup_megatron.search.study import StudyRecord, Trial
 
 
 def trials_csv(record: StudyRecord) -> str:
-    """All trials as CSV, one row each, hyperparameters last. Numbers in full precision."""
+    """All trials as CSV, one row each, hyperparameters last. Numbers in full precision.
+
+    Where they are the best of another study, `source_trial` and `source_loss` say which each is, and what it came to.
+    """
     names = list(record.spec.space.dimensions)
+    selection = record.spec.selection
+    source = [] if selection is None else ["source_trial", "source_loss"]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["number", "slot", "state", "loss", "seconds", "reason", *names])
+    writer.writerow(["number", "slot", "state", "loss", "seconds", "reason", *source, *names])
     for trial in record.trials:
+        of: list[object] = []
+        if selection is not None:
+            candidate = selection.at(trial.slot)
+            of = [None, None] if candidate is None else [candidate.trial, candidate.loss]
         drawn = [trial.parameters.get(name) for name in names]
-        writer.writerow([trial.number, trial.slot, trial.state, trial.loss, trial.seconds, trial.reason, *drawn])
+        writer.writerow([trial.number, trial.slot, trial.state, trial.loss, trial.seconds, trial.reason, *of, *drawn])
     return stream.getvalue()
 
 

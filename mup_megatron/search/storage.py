@@ -57,6 +57,15 @@ def default_storage(name: str, folder: Path = Path("results")) -> str:
     return f"sqlite:///{folder / name}.db"
 
 
+def is_there(url: str) -> bool:
+    """Whether a storage exists: of SQLite the file, of a database server always."""
+    try:
+        file = _sqlite_file(sqlalchemy.make_url(url))
+    except sqlalchemy.exc.ArgumentError:
+        raise _no_url(url) from None
+    return file is None or file.exists()
+
+
 @contextlib.contextmanager
 def open_storage(url: str, *, create: bool) -> Iterator[Storage]:
     """An Optuna storage, with its connections closed at the end: a process that is forked later must not have them.
@@ -74,7 +83,7 @@ def open_storage(url: str, *, create: bool) -> Iterator[Storage]:
     try:
         parsed = sqlalchemy.make_url(url)
     except sqlalchemy.exc.ArgumentError:
-        raise InputError(f"--storage {url!r}: not a URL. Write one such as sqlite:///results/study.db.") from None
+        raise _no_url(url) from None
     label = parsed.render_as_string(hide_password=True)
     file = _sqlite_file(parsed)
     if file is not None:
@@ -112,6 +121,10 @@ def _storage_errors(label: str) -> Iterator[None]:
             f"{label}: the storage failed ({reason}). What was stored is kept; free space or see to the server, and "
             "give the same command again."
         ) from error
+
+
+def _no_url(url: str) -> InputError:
+    return InputError(f"--storage {url!r}: not a URL. Write one such as sqlite:///results/study.db.")
 
 
 def _sqlite_file(url: sqlalchemy.URL) -> Path | None:

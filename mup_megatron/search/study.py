@@ -2,8 +2,9 @@
 
 A study is Optuna's, and every Optuna tool opens it. What this package adds:
 
-- The study's user attribute `sweep` holds what must stay the same when it goes on: seed, sampler, space, context.
-- A **slot** is one place in the search, 0 to N - 1; in a random search it alone gives the hyperparameters. Trials fill
+- The study's user attribute `sweep` holds what must stay the same when it goes on: seed, sampler, space, context; and
+  the best trials of another study, if those are what it runs. `size` holds how many trials were asked for.
+- A **slot** is one place in the search, 0 to N - 1; but for TPE it alone gives the hyperparameters. Trials fill
   slots in the order of their numbers, so trial i is slot i, until a trial has failed for good and a later command runs
   its slot again. That makes a further trial, with the slot in its user attribute `retry_of`, which takes no new slot.
 - Complete: Optuna's COMPLETE, with the loss as value. Diverged: PRUNED, so that no diverged trial is ever the best one
@@ -11,6 +12,7 @@ A study is Optuna's, and every Optuna tool opens it. What this package adds:
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -19,13 +21,17 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from mup_megatron.errors import InputError
+from mup_megatron.search.selection import Candidate, Selection
 from mup_megatron.search.space import Space
-from mup_megatron.search.storage import Storage, open_storage
+from mup_megatron.search.storage import Storage, is_there, open_storage
 
-Sampler: TypeAlias = Literal["random", "tpe"]
+Sampler: TypeAlias = Literal["random", "tpe", "best"]
+"""Where hyperparameters come from: the space alone, the space and earlier trials, or the best of another study."""
 State: TypeAlias = Literal["complete", "diverged", "failed", "running", "waiting"]
 
 SPEC = "sweep"
+SIZE = "size"
+SOURCE = "source"
 RETRY_OF = "retry_of"
 OWNER = "owner"
 ATTEMPTS = "attempts"
@@ -54,12 +60,24 @@ class StudySpec:
     space: Space
     context: Mapping[str, Any]
     """What a loss depends on besides the hyperparameters (model, data, steps, …), as JSON would hold it."""
+    selection: Selection | None = None
+    """What the sampler `best` runs; only it has one. Its study's space is this one's."""
 
     def __post_init__(self) -> None:
+        assert (self.selection is not None) == (self.sampler == "best")
         if not self.name:
             raise InputError("--study: empty. Give the study a name.")
         if self.sampler not in get_args(Sampler):
             raise InputError(f"--sampler {self.sampler!r}: unknown. Choose from {', '.join(get_args(Sampler))}.")
+        if self.selection is not None and not self.selection.candidates:
+            raise InputError("--best 0: must be at least 1.")
+
+    def at(self, slot: int) -> Mapping[str, float]:
+        """The hyperparameters of a slot, which TPE alone does not know beforehand."""
+        assert self.sampler != "tpe"
+        if self.selection is not None:
+            return self.selection.candidates[slot].parameters
+        return self.space.sample(self.seed, slot)
 
     def recorded(self) -> dict[str, Any]:
         """What the study keeps, as JSON gives it back."""
@@ -69,6 +87,7 @@ class StudySpec:
             "sampler": self.sampler,
             "space": self.space.to_json(),
             "context": dict(self.context),
+            **({} if self.selection is None else {"selection": self.selection.to_json()}),
         }
         plain: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
         return plain
@@ -102,6 +121,8 @@ class StudyRecord:
 
     spec: StudySpec
     trials: tuple[Trial, ...]
+    size: int
+    """How many trials were asked for, of all calls the most."""
 
     @property
     def best(self) -> Trial | None:
@@ -114,6 +135,43 @@ class StudyRecord:
         if self.best is None:
             raise InputError(f"study {self.spec.name!r}: no complete trial yet. Run the sweep on, or widen its space.")
         return self.best
+
+    @property
+    def unfinished(self) -> dict[str, int]:
+        """How many of the trials that were asked for have no result, by what became of them. Empty: all have one."""
+        result = {trial.slot for trial in self.trials if trial.finished}
+        latest = {trial.slot: trial.state for trial in self.trials if trial.slot not in result}
+        states = [latest.get(slot, "not begun") for slot in range(self.size) if slot not in result]
+        return dict(sorted(Counter(states).items()))
+
+    def select_best(self, count: int, *, accept_unfinished: bool = False) -> Selection:
+        """The `count` complete trials with the lowest losses; of equals the first.
+
+        Args:
+            count: how many.
+            accept_unfinished: whether to choose although trials of this study have no result yet.
+
+        Raises:
+            InputError: there are fewer, or the study is not finished.
+        """
+        if count < 1:
+            raise InputError(f"--best {count}: must be at least 1.")
+        if self.unfinished and not accept_unfinished:
+            missing = ", ".join(f"{number} {state}" for state, number in self.unfinished.items())
+            raise InputError(
+                f"--of {self.spec.name}: the study is not finished. Of its {self.size} trials, {missing}. Give its own "
+                "sweep command again, or add --accept-unfinished to take the best of those that have a result."
+            )
+        complete = [
+            Candidate(trial.number, trial.loss, trial.parameters) for trial in self.trials if trial.loss is not None
+        ]
+        if count > len(complete):
+            raise InputError(
+                f"--best {count}: study {self.spec.name!r} has only {len(complete)} complete trials. Give a smaller "
+                "number."
+            )
+        best = sorted(complete, key=lambda candidate: (candidate.loss, candidate.trial))
+        return Selection(self.spec.name, tuple(best[:count]))
 
 
 def read_study(storage: str, name: str) -> StudyRecord:
@@ -137,8 +195,20 @@ def read_study(storage: str, name: str) -> StudyRecord:
             recorded["sampler"],
             Space.from_json(recorded["space"]),
             recorded["context"],
+            Selection.from_json(recorded["selection"]) if "selection" in recorded else None,
         )
-        return StudyRecord(spec, trials_of(study.get_trials(deepcopy=False)))
+        trials = trials_of(study.get_trials(deepcopy=False))
+        # Studies of older versions do not say how many trials were asked for.
+        return StudyRecord(spec, trials, study.user_attrs.get(SIZE, len({trial.slot for trial in trials})))
+
+
+def find_study(storage: str, name: str) -> StudyRecord | None:
+    """As `read_study`, but None if there is no such study yet."""
+    if not is_there(storage):
+        return None
+    with open_storage(storage, create=False) as opened:
+        names = optuna.get_all_study_names(storage=opened.backend)
+    return read_study(storage, name) if name in names else None
 
 
 def best_trial(storage: str, name: str) -> Trial:

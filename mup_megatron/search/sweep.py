@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from optuna.trial import FrozenTrial, TrialState
 from mup_megatron.errors import InputError
 from mup_megatron.search.owner import Owner, Watch
 from mup_megatron.search.report import Progress, plain, write_results
-from mup_megatron.search.space import Space
+from mup_megatron.search.selection import Selection
 from mup_megatron.search.storage import FAILURES, Storage, open_storage
 from mup_megatron.search.study import (
     ATTEMPTS,
@@ -41,6 +41,8 @@ from mup_megatron.search.study import (
     REASON,
     RETRY_OF,
     SECONDS,
+    SIZE,
+    SOURCE,
     SPEC,
     StudyRecord,
     StudySpec,
@@ -63,6 +65,9 @@ from mup_megatron.search.worker import (
 
 MAX_ATTEMPTS = 2
 """How often a trial that crashes is run before it is given up."""
+
+SHOWN_ENTRIES = 10
+"""A list that is longer is not written out where it differs."""
 
 POLL_S = 1.0
 """How often to look for something to do while others run the last trials."""
@@ -107,10 +112,11 @@ def run_sweep(
     running trials are put back, and KeyboardInterrupt leaves this function.
 
     Args:
-        spec: the study, made if it does not exist.
+        spec: the study, made if it does not exist. One that exists keeps the trials that were selected for it.
         objective: runs one trial. Import all it needs before this call, so that trials are forked with it; but compute
             nothing with it, for the threads that numerical libraries then start do not survive a fork.
-        n_trials: the size of the search, all calls together. A larger number than before extends it.
+        n_trials: the size of the search, all calls together. A larger number than before extends it; a study of the
+            best trials of another has as many as were selected.
         workers: how many trials to run at a time.
         launch: `fork` runs trials in forks of a process that has imported everything, `spawn` in fresh processes.
         csv_file: gets all trials of the study, kept up to date.
@@ -126,6 +132,7 @@ def run_sweep(
     for flag, value in (("--trials", n_trials), ("--workers", workers)):
         if value < 1:
             raise InputError(f"{flag} {value}: must be at least 1.")
+    assert spec.selection is None or n_trials == len(spec.selection.candidates)
     pool = [Worker(objective, launch, log_folder) for _ in range(workers)]
     owner = Owner.this_process()
     try:
@@ -135,7 +142,7 @@ def run_sweep(
             open_storage(spec.storage, create=True) as storage,
             Progress(n_trials) as progress,
         ):
-            study = _open_study(spec, storage)
+            study, spec = _open_study(spec, storage, n_trials)
             sweep = _Sweep(
                 spec=spec,
                 study=study,
@@ -156,9 +163,8 @@ def run_sweep(
             worker.close()
 
 
-def _open_study(spec: StudySpec, storage: Storage) -> optuna.Study:
-    """The study, made or found, and the same as before in all that must not change."""
-    wanted = spec.recorded()
+def _open_study(spec: StudySpec, storage: Storage, n_trials: int) -> tuple[optuna.Study, StudySpec]:
+    """The study, made or found, and the same as before in all that must not change; and its spec as it is recorded."""
     with storage.lock():
         study = optuna.create_study(
             study_name=spec.name, storage=storage.backend, direction="minimize", load_if_exists=True
@@ -172,15 +178,31 @@ def _open_study(spec: StudySpec, storage: Storage) -> optuna.Study:
                 raise InputError(
                     f"{storage.label}: study {spec.name!r} was not made by a sweep. Choose another name with --study."
                 )
-            study.set_user_attr(SPEC, wanted)
+            study.set_user_attr(SPEC, spec.recorded())
         # Read back, for on a database server another call may have written at the same time.
-        differences = _differences(study.user_attrs[SPEC], wanted)
+        recorded = study.user_attrs[SPEC]
+        spec = _as_selected(spec, recorded)
+        differences = _differences(recorded, spec.recorded())
+        if not differences and n_trials > study.user_attrs.get(SIZE, 0):
+            study.set_user_attr(SIZE, n_trials)
     if differences:
         raise InputError(
             f"{storage.label}: study {spec.name!r} was made with other settings: {'; '.join(differences)}. Give those "
             "of the study to go on with it, or another name with --study. Nothing was changed."
         )
-    return study
+    return study, spec
+
+
+def _as_selected(spec: StudySpec, recorded: Mapping[str, Any]) -> StudySpec:
+    """The spec with the trials that the study has recorded, if it is one of as many trials of the same other study.
+
+    That one may go on and have other best trials by now, also while two calls make this study at the same moment.
+    """
+    if spec.selection is None or "selection" not in recorded:
+        return spec
+    selection = Selection.from_json(recorded["selection"])
+    same = (selection.study, len(selection.candidates)) == (spec.selection.study, len(spec.selection.candidates))
+    return replace(spec, selection=selection) if same else spec
 
 
 def _differences(recorded: Any, wanted: Any, key: str = "") -> list[str]:
@@ -198,6 +220,11 @@ def _differences(recorded: Any, wanted: Any, key: str = "") -> list[str]:
             else:
                 found.extend(_differences(before, now, inner))
         return found
+    if isinstance(recorded, list) and isinstance(wanted, list) and recorded != wanted:
+        if len(recorded) != len(wanted):
+            return [f"{key} had {len(recorded)} entries and has {len(wanted)}"]
+        if len(recorded) > SHOWN_ENTRIES:
+            return [f"{key} has other entries"]
     return [] if recorded == wanted else [f"{key} was {recorded!r} and is {wanted!r}"]
 
 
@@ -233,6 +260,7 @@ class _Sweep:
         self._spec = spec
         self._study = study
         self._backend = storage.backend
+        self._size = int(study.user_attrs[SIZE])
         self._study_id = storage.backend.get_study_id_from_name(spec.name)
         self._storage = storage
         self._n_trials = n_trials
@@ -305,7 +333,7 @@ class _Sweep:
             self._slots.setdefault(slot, []).append(trial)
 
     def _record(self) -> StudyRecord:
-        return StudyRecord(self._spec, trials_of(self._trials))
+        return StudyRecord(self._spec, trials_of(self._trials), self._size)
 
     def _settled(self) -> int:
         """How many of the slots need nothing more from this call."""
@@ -398,6 +426,10 @@ class _Sweep:
     def _start(self, claim: _Claim) -> None:
         worker = self._idle.pop()
         self._study.sampler = _sampler(self._spec, claim.slot)
+        if self._spec.selection is not None:
+            chosen = self._spec.selection.candidates[claim.slot]
+            source = {"study": self._spec.selection.study, "trial": chosen.trial, "loss": chosen.loss}
+            self._backend.set_trial_user_attr(claim.trial_id, SOURCE, source)
         trial = optuna.trial.Trial(self._study, claim.trial_id)
         parameters = {
             name: trial.suggest_float(name, dimension.low, dimension.high, log=dimension.log)
@@ -476,10 +508,10 @@ def _failed(trials: list[FrozenTrial]) -> bool:
 
 
 class _SlotSampler(optuna.samplers.BaseSampler):
-    """Random search in which the slot decides, and not which trials came before."""
+    """The slot's hyperparameters, whichever trials came before."""
 
-    def __init__(self, space: Space, seed: int, slot: int) -> None:
-        self._values = space.sample(seed, slot)
+    def __init__(self, values: Mapping[str, float]) -> None:
+        self._values = values
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -497,8 +529,8 @@ class _SlotSampler(optuna.samplers.BaseSampler):
 
 
 def _sampler(spec: StudySpec, slot: int) -> optuna.samplers.BaseSampler:
-    if spec.sampler == "random":
-        return _SlotSampler(spec.space, spec.seed, slot)
+    if spec.sampler != "tpe":
+        return _SlotSampler(spec.at(slot))
     seed = random.Random(f"{spec.seed}/{slot}").getrandbits(32)
     # Trials that are still running count as bad ones, so that workers do not all try the same place.
     return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)

@@ -11,7 +11,9 @@ import optuna
 import pytest
 from support.commands import TARGET, Command, contents, write
 
+from mup_megatron.models.model_file import load_model_file
 from mup_megatron.recipe import load_recipe
+from mup_megatron.search import Outcome, StudySpec, default_storage, run_sweep
 from mup_megatron.training.data.indexed import read_meta
 from mup_megatron.tuning import DEFAULT_SPACE
 
@@ -141,3 +143,70 @@ def test_a_vocabulary_smaller_than_the_datas_is_refused_before_there_is_a_study(
     assert (code, out) == (2, "")
     assert "base.yaml: vocab_size is 200, but the data text have token ids up to 256. Set vocab_size: 257" in err
     assert contents(here) == before
+
+
+# The best trials of another study
+
+
+def test_the_best_of_one_study_are_run_longer_by_another(run: Command, here: Path, data: Path) -> None:
+    (here / "given.recipe.yaml").write_text((here / "r.yaml").read_text() + "schedule: {lr_decay_style: cosine}\n")
+    done = fresh(*SWEEP, "--trials", "3", "--recipe", "given.recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    first = optuna.load_study(study_name="small", storage="sqlite:///results/small.db").trials
+    order = sorted(first, key=lambda trial: trial.value or 0.0)
+    longer = ("sweep", "base.yaml", "--data", "text", "--study", "longer", "--best", "2", "--of", "small",
+              "--train-iters", "5", "--global-batch-size", "2", "--eval-iters", "1")  # fmt: skip
+    done = fresh(*longer)
+    assert done.returncode == 0, done.stderr
+    study = optuna.load_study(study_name="longer", storage="sqlite:///results/longer.db")
+    assert [trial.params for trial in study.trials] == [trial.params for trial in order[:2]]
+    assert [trial.user_attrs["metrics"]["iterations"] for trial in study.trials] == [5, 5]
+
+    # The recipe has what the first study left alone, and says where its trial comes from.
+    assert run("transfer", "--study", "longer", "-o", "longer.recipe.yaml").code == 0
+    recipe = load_recipe(here / "longer.recipe.yaml")
+    assert recipe.schedule.lr_decay_style == "cosine"
+    chosen = order[study.best_trial.number]
+    assert recipe.hyperparameters.lr == chosen.params["lr"]
+    assert recipe.provenance["selected_from"] == {
+        "study": "small", "best": 2, "trial": chosen.number, "loss": chosen.value
+    }  # fmt: skip
+
+    # The first study goes on; the second keeps what it was made of, and needs the first no more.
+    before = study.trials
+    (here / "results" / "small.db").unlink()
+    assert run(*longer).code == 0
+    assert optuna.load_study(study_name="longer", storage="sqlite:///results/longer.db").trials == before
+    for words, said in (
+        (("--best", "1"), "--best 1: study 'longer' was made of the best 2 of 'small'"),
+        (("--of", "longer"), "--of longer: the same as --study"),
+        (("--of", "other"), "results/other.db: no such file"),
+        (("--train-iters", "6"), "context.training.train_iters was 5 and is 6"),
+        (("--space", "space.yaml"), "--space: with --of, all hyperparameters are those of study 'small'. Drop it."),
+        (("--recipe", "r.yaml"), "--recipe: with --of"),
+        (("--sampler", "tpe"), "--sampler: with --of"),
+        (("--trials", "2"), "Either --trials N for a search, or --best N --of NAME"),
+    ):
+        code, out, err = run(*longer, *words)
+        assert (code, out) == (2, ""), words
+        assert said in err
+
+
+def test_another_shape_than_that_of_the_first_study_is_refused(run: Command, here: Path, data: Path) -> None:
+    spec = StudySpec("small", default_storage("small"), 1, "random", DEFAULT_SPACE, {
+        "proxy": load_model_file(here / "target.yaml").model_dump(mode="json"), "fixed": {}
+    })  # fmt: skip
+    run_sweep(spec, lambda parameters, report: Outcome(parameters["lr"]), 1)
+    code, out, err = run("sweep", "base.yaml", "--data", "text", "--study", "longer", "--best", "1", "--of", "small")
+    assert (code, out) == (2, "")
+    assert "--of small: that study trained another model (hidden_size, num_attention_heads differ)" in err
+    assert not (here / "results" / "longer.db").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--best", "2"], ["--of", "small"], ["--trials", "2", "--best", "2", "--of", "small"]]
+)
+def test_a_sweep_is_told_how_many_trials_in_one_way(run: Command, here: Path, data: Path, words: list[str]) -> None:
+    code, out, err = run(*SWEEP, *words)
+    assert (code, out) == (2, "")
+    assert "How many trials? Either --trials N for a search, or --best N --of NAME for those of another." in err

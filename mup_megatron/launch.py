@@ -40,8 +40,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(words: list[str]) -> None:
     if not words or words[0].startswith("-"):
-        wants_help = bool(words) and words[0] in ("-h", "--help")
-        raise SystemExit(_help() if wants_help else f"{_USAGE}\nThe first argument is the script.")
+        if not words or words[0] not in ("-h", "--help"):
+            raise InputError(f"the first argument is the script. {_USAGE}")
+        from mup_megatron.megatron.lm import flags
+
+        print(f"{_USAGE}\n\n{flags.help_text()}\nAll other flags are the script's own.")
+        return
     script = Path(words[0])
     if not script.is_file():
         raise InputError(f"{script}: no such script. {_USAGE}")
@@ -74,10 +78,6 @@ def _enable_cpu(words: Sequence[str]) -> None:
     from mup_megatron.megatron import cpu
 
     cpu.enable()
-
-
-def _help() -> str:
-    return f"{_USAGE}\nThe flags are the script's own and those that `SCRIPT --help` lists under mup-megatron."
 
 
 def _complain(error: InputError) -> None:

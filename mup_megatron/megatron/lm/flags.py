@@ -13,7 +13,7 @@ from typing import Any
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe, load_recipe
 
-_OWN = {
+_OWN: dict[str, dict[str, Any]] = {
     "--mup-recipe": {
         "type": str,
         "metavar": "R.recipe.yaml",
@@ -57,9 +57,7 @@ def asked_for(words: Sequence[str]) -> bool:
 
 def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds the flags, in a group of their own, and lets the parser note which flags a command line gives itself."""
-    group = parser.add_argument_group("mup-megatron", "μP with hyperparameters that were tuned on a small model")
-    for name, how in _OWN.items():
-        group.add_argument(name, **how)
+    _add_group(parser)
     parse: Callable[..., Any] = parser.parse_known_args
 
     def parse_and_note(args: Any = None, namespace: Any = None, **more: Any) -> Any:
@@ -73,6 +71,19 @@ def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     parser.parse_known_args = parse_and_note  # type: ignore[method-assign, assignment]
     return parser
+
+
+def help_text() -> str:
+    """The flags and what they do, for people."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    _add_group(parser)
+    return parser.format_help()
+
+
+def _add_group(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("mup-megatron", "μP with hyperparameters that were tuned on a small model")
+    for name, how in _OWN.items():
+        group.add_argument(name, **how)
 
 
 def _require_read(values: argparse.Namespace) -> None:

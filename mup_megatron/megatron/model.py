@@ -14,6 +14,7 @@ import torch
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.names import named_parameters, raise_together, require_match, unwrapped
+from mup_megatron.megatron.versions import native_mup
 from mup_megatron.models.gpt import POSITION_EMBEDDINGS, WORD_EMBEDDINGS
 from mup_megatron.theory import Kind, Plan, PlanEntry
 
@@ -93,7 +94,7 @@ def applied_plan(chunk: torch.nn.Module) -> Plan | None:
 
 def refuse_native(config: Any) -> None:
     """Raises InputError if Megatron's own μP is on: the two would multiply."""
-    if getattr(config, "use_mup", False):
+    if native_mup(config):
         raise InputError(
             "use_mup: Megatron's own μP is on, and the plan would scale everything a second time. "
             "Turn it off (drop --use-mup and the other --mup-* flags of Megatron)."
@@ -129,7 +130,7 @@ def _problems(model: torch.nn.Module, plan: Plan) -> list[str]:
             f"{name}: this attention ({type(module).__name__}) has no softmax_scale to set, so it would go on with its "
             "own. Use Megatron's local or Transformer Engine attention, or a base of the target's head size and "
             "attention_multiplier 1."
-            for name, module in _core_attentions(model)
+            for name, module in core_attentions(model)
             if not _scaled_parts(module)
         ]
         if config.flash_decode:
@@ -210,7 +211,8 @@ def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, stock: dict[Kin
 # ---- attention -----------------------------------------------------------------------------------------------------
 
 
-def _core_attentions(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+def core_attentions(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """(name, module) of what computes attention in each layer of a model that is not wrapped."""
     return [(name, module) for name, module in model.named_modules() if name.endswith("self_attention.core_attention")]
 
 
@@ -226,13 +228,14 @@ def _layer_coefficient(part: Any) -> float:
     return 1.0 if coefficient is None else float(coefficient)
 
 
+def part_scales(core_attention: torch.nn.Module) -> list[float]:
+    """The scale that each part of an attention says it uses; nothing where it has no such attribute."""
+    return [part.softmax_scale * _layer_coefficient(part) for part in _scaled_parts(core_attention)]
+
+
 def softmax_scales(chunk: torch.nn.Module) -> dict[str, float]:
-    """The scale that each attention of a live model uses, by module name; the first where back ends differ."""
-    scales: dict[str, float] = {}
-    for name, module in _core_attentions(unwrapped(chunk)):
-        for part in _scaled_parts(module):
-            scales.setdefault(name, part.softmax_scale * _layer_coefficient(part))
-    return scales
+    """The scale that each attention of a live model says it uses, by module name; the first where back ends differ."""
+    return {name: scales[0] for name, module in core_attentions(unwrapped(chunk)) if (scales := part_scales(module))}
 
 
 def _set_softmax_scale(model: torch.nn.Module, plan: Plan) -> None:
@@ -240,7 +243,7 @@ def _set_softmax_scale(model: torch.nn.Module, plan: Plan) -> None:
         return
     config: Any = model.config
     config.softmax_scale = plan.softmax_scale
-    for name, module in _core_attentions(model):
+    for name, module in core_attentions(model):
         for part in _scaled_parts(module):
             part.softmax_scale = plan.softmax_scale / _layer_coefficient(part)
         # Dynamic inference bypasses core_attention and looks for the scale here; without it, it would use 1/√d.

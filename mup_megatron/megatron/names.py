@@ -54,7 +54,7 @@ def require_match(model_chunks: Sequence[torch.nn.Module], plan: Plan) -> None:
             )
         elif (problem := _shape_problem(plan[name], parameter)) is not None:
             problems.append(problem)
-    everywhere = set().union(*_gathered(held))
+    everywhere = set().union(*gathered(held))
     for entry in plan.entries:
         if entry.name not in everywhere:
             problems.append(
@@ -82,14 +82,15 @@ def _shape_problem(entry: PlanEntry, parameter: torch.nn.Parameter) -> str | Non
 
 def raise_together(problems: Sequence[str]) -> None:
     """Raises one InputError with the problems of all ranks, on all ranks, if there are any. Collective."""
-    found = dict.fromkeys(problem for of_rank in _gathered(list(problems)) for problem in of_rank)
+    found = dict.fromkeys(problem for of_rank in gathered(list(problems)) for problem in of_rank)
     if found:
         raise InputError("\n".join(found))
 
 
-def _gathered(value: Any) -> list[Any]:
+def gathered(value: Any, group: Any = None) -> list[Any]:
+    """The values of all ranks, in their order; of one process group, if it is given. Collective."""
     if not torch.distributed.is_initialized():
         return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    values: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
     return values

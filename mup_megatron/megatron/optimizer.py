@@ -90,14 +90,14 @@ def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
             f"optimizer: configured is {config.optimizer!r}, the recipe was tuned with {plan.optimizer.value!r}. "
             "Use the recipe's."
         )
-    if getattr(config, "decoupled_lr", None) is not None:
+    if config.decoupled_lr is not None:
         problems.append(
             "decoupled_lr: it would overwrite what the plan gives to embedding and readout. Drop it, and use "
             "per_parameter in the recipe."
         )
-    if plan.optimizer is Optimizer.ADAM and not getattr(config, "decoupled_weight_decay", True):
+    if plan.optimizer is Optimizer.ADAM and not config.decoupled_weight_decay:
         problems.append("decoupled_weight_decay: it is off, and the plan's weight decay is AdamW's. Set it to True.")
-    if getattr(config, "apply_wd_to_qk_layernorm", False):
+    if config.apply_wd_to_qk_layernorm:
         problems.append("apply_wd_to_qk_layernorm: the plan has no weight decay for norms. Turn it off.")
     if problems:
         raise InputError("\n".join(problems))
@@ -117,38 +117,76 @@ class GroupValues:
     """What the optimizer holds for one parameter at this moment."""
 
     lr: float
-    max_lr: float
-    min_lr: float
+    max_lr: float | None
+    """None where the group has none of its own, as after loading what an old Megatron saved; likewise `min_lr`."""
+    min_lr: float | None
     eps: float | None
+    """None for SGD."""
     weight_decay: float
+    wd_mult: float
+    """What the scheduler multiplies the base's weight decay by."""
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> "GroupValues":
+        """The values of one group."""
+        return cls(
+            lr=float(group["lr"]),
+            max_lr=group.get("max_lr"),
+            min_lr=group.get("min_lr"),
+            eps=group.get("eps"),
+            weight_decay=float(group["weight_decay"]),
+            wd_mult=float(group.get("wd_mult", 1.0)),
+        )
 
 
 def live_values(optimizer: Any, model_chunks: Sequence[torch.nn.Module], *, tied: bool) -> dict[str, GroupValues]:
     """What the live optimizer of this rank holds for each parameter whose state it owns, by global name."""
-    groups = _groups_by_parameter(optimizer, [p for _, p in named_parameters(model_chunks, tied=tied)])
     return {
-        name: GroupValues(
-            lr=float(group["lr"]),
-            max_lr=float(group["max_lr"]),
-            min_lr=float(group["min_lr"]),
-            eps=group.get("eps"),
-            weight_decay=float(group["weight_decay"]),
-        )
-        for name, parameter in named_parameters(model_chunks, tied=tied)
-        if (group := groups.get(id(parameter))) is not None
+        name: GroupValues.of(groups[0])
+        for name, _, groups in parameters_with_groups(optimizer, model_chunks, tied=tied)
+        if groups
     }
 
 
-def _groups_by_parameter(optimizer: Any, parameters: Sequence[torch.nn.Parameter]) -> dict[int, dict[str, Any]]:
-    """The optimizer group of each model parameter, through whatever copies or shards the optimizer made of it."""
-    groups: dict[int, dict[str, Any]] = {}
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        index_of_shard = getattr(part, "model_param_group_index_map", None)
-        of_stored = {id(stored): group for group in part.param_groups for stored in group["params"]}
-        for parameter in parameters:
-            if index_of_shard is not None:
-                if parameter in index_of_shard:
-                    groups[id(parameter)] = part.param_groups[index_of_shard[parameter][0]]
-            elif (group := of_stored.get(id(getattr(parameter, "main_param", parameter)))) is not None:
-                groups[id(parameter)] = group
-    return groups
+def parameters_with_groups(
+    optimizer: Any, model_chunks: Sequence[torch.nn.Module], *, tied: bool
+) -> list[tuple[str, torch.nn.Parameter, list[dict[str, Any]]]]:
+    """(global name, parameter, the groups that hold it) of everything on this rank, through whatever copies or shards
+    the optimizer made of it.
+
+    One group each, if all is well: none for what is frozen or lost, and with the distributed optimizer for what another
+    rank updates.
+    """
+    found: list[tuple[str, torch.nn.Parameter, list[dict[str, Any]]]] = [
+        (name, parameter, []) for name, parameter in named_parameters(model_chunks, tied=tied)
+    ]
+    for part in parts_of(optimizer):
+        groups_of: dict[int, list[dict[str, Any]]] = {}
+        for group in part.param_groups:
+            for stored in group["params"]:
+                groups_of.setdefault(id(stored), []).append(group)
+        for _, parameter, groups in found:
+            stored = _stored(part, parameter)
+            groups += groups_of.get(id(stored), []) if stored is not None else []
+    return found
+
+
+def parts_of(optimizer: Any) -> list[Any]:
+    """Megatron's single optimizers inside one that chains them."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def is_sharded(part: Any) -> bool:
+    """Whether it is the distributed optimizer, of which each data-parallel rank updates another share."""
+    return hasattr(part, "model_param_group_index_map")
+
+
+def _stored(part: Any, parameter: torch.nn.Parameter) -> Any:
+    """The tensor that stands for a model's parameter in the groups of an optimizer; None if there is none."""
+    if not is_sharded(part):
+        return getattr(parameter, "main_param", parameter)
+    if parameter not in part.model_param_group_index_map:
+        return None
+    index, order = part.model_param_group_index_map[parameter]
+    shards = part.param_groups[index]["params"]
+    return shards[order] if order < len(shards) else None

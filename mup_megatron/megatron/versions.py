@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mup_megatron.errors import InputError
 
@@ -36,6 +37,11 @@ def require_supported_core() -> None:
     if version[:2] < OLDEST_SUPPORTED:
         found, oldest = ".".join(map(str, version)), ".".join(map(str, OLDEST_SUPPORTED))
         raise InputError(f"Megatron-Core {found} is too old: install megatron-core>={oldest}.")
+
+
+def native_mup(config: Any) -> bool:
+    """Whether Megatron's own μP is on in a TransformerConfig. The field exists since 0.17."""
+    return bool(getattr(config, "use_mup", False))
 
 
 def distinct_lr_mults(overrides: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

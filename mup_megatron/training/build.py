@@ -24,8 +24,9 @@ from megatron.core.transformer.module import Float16Module
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import cpu
+from mup_megatron.megatron.guard import require_as_planned
 from mup_megatron.megatron.model import apply_plan, configure
-from mup_megatron.megatron.optimizer import config_overrides, require_proportional_schedule
+from mup_megatron.megatron.optimizer import config_overrides
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
@@ -100,7 +101,7 @@ def build(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions
     _let_sgd_resume(optimizer)
     config.grad_scale_func = optimizer.scale_loss
     scheduler = _scheduler(optimizer, recipe, options)
-    require_proportional_schedule(scheduler)
+    require_as_planned(chunks, plan, optimizer, scheduler, weights=initialize)
     return Built(config, chunks, optimizer, scheduler)
 
 

@@ -1,0 +1,276 @@
+"""The live optimizer and scheduler against the plan: what every parameter's group holds now, and why if it is wrong.
+
+Reads, changes nothing. Judges values, not how they came about.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from mup_megatron.megatron.guard.problems import Problem, number
+from mup_megatron.megatron.names import gathered
+from mup_megatron.megatron.optimizer import GroupValues, is_sharded, parameters_with_groups, parts_of
+from mup_megatron.theory import Plan, PlanEntry
+
+CLOSE = 1e-6
+"""Relative: groups hold the plan's very numbers, at worst through a tensor of single precision."""
+
+
+def optimizer_problems(
+    chunks: Sequence[torch.nn.Module], plan: Plan, optimizer: Any, scheduler: Any = None
+) -> list[Problem]:
+    """Where what the optimizer does with this rank's parameters is not the plan.
+
+    Collective over the data-parallel group, because the distributed optimizer gives each rank another share of the
+    parameters.
+
+    Args:
+        chunks: as the optimizer was built for.
+        plan: for the whole model; it has every parameter of `chunks`.
+        optimizer: Megatron's, chained or not.
+        scheduler: what sets learning rate and weight decay during training. Without one, these two are not looked
+            at: until a scheduler's first step every group has torch's defaults.
+    """
+    held = parameters_with_groups(optimizer, chunks, tied=plan.tied)
+    found = _trained_problems(held, optimizer)
+    owned = [_Held(plan[name], GroupValues.of(groups[0]), groups[0]) for name, _, groups in held if groups]
+    found += _limit_problems(owned, plan, optimizer, scheduler)
+    found += _momentum_problems(owned)
+    if scheduler is not None:
+        found += _rate_problems(owned, plan, scheduler)
+    found += _decay_problems(owned, plan, scheduler)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A parameter that this rank's optimizer updates."""
+
+    entry: PlanEntry
+    live: GroupValues
+    group: dict[str, Any]
+
+
+def _close(found: float | None, expected: float) -> bool:
+    return found is not None and math.isclose(found, expected, rel_tol=CLOSE)
+
+
+# ---- in exactly one group ------------------------------------------------------------------------------------------
+
+
+def _trained_problems(
+    held: list[tuple[str, torch.nn.Parameter, list[dict[str, Any]]]], optimizer: Any
+) -> list[Problem]:
+    found = []
+    mine = {name for name, _, groups in held if groups}
+    anywhere = mine
+    if any(is_sharded(part) for part in parts_of(optimizer)):
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        anywhere = set().union(*gathered(mine, group))
+    for name, parameter, groups in held:
+        if not parameter.requires_grad:
+            cause = "It is frozen (requires_grad is False). Unfreeze it: the recipe was tuned training everything."
+            found.append(Problem(name, "training", "on", "off", cause))
+        elif name not in anywhere:
+            cause = (
+                "No group of the optimizer holds it, so it would stay as it is. Build the optimizer after the last "
+                "change to the model, and do not take parameters out of its groups."
+            )
+            found.append(Problem(name, "optimizer group", "one", "none", cause))
+        elif len(groups) > 1:
+            cause = "Each of them would update it. Add it to one group only, and build the optimizer once."
+            found.append(Problem(name, "optimizer group", "one", str(len(groups)), cause))
+    return found
+
+
+# ---- what a group holds --------------------------------------------------------------------------------------------
+
+_REBUILD = (
+    "Build the optimizer with the plan's config_overrides; after loading another run's checkpoint, start the optimizer "
+    "anew (--no-load-optim)."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Circumstances:
+    """What is known about this rank's groups as a whole, and tells why one of them is wrong."""
+
+    decoupled: set[float]
+    overridden: bool
+    flat: bool
+    """Whether all groups have one peak, and should not."""
+    owners: dict[float, str]
+    """Peak → a parameter that should have it."""
+
+
+def _limit_problems(owned: list[_Held], plan: Plan, optimizer: Any, scheduler: Any) -> list[Problem]:
+    """Peak, floor and eps."""
+    known = _Circumstances(
+        decoupled={part.config.decoupled_lr for part in parts_of(optimizer)} - {None},
+        overridden=getattr(scheduler, "override_opt_param_scheduler", False),
+        flat=_flat([(item.live.max_lr, item.entry.lr) for item in owned]),
+        owners={entry.lr: entry.name for entry in reversed(plan.entries)},
+    )
+    found = []
+    for item in owned:
+        entry, live = item.entry, item.live
+        peak_cause = None if _close(live.max_lr, entry.lr) else _peak_cause(live.max_lr, plan, known)
+        if peak_cause is not None:
+            found.append(Problem(entry.name, "max_lr", number(entry.lr), number(live.max_lr), peak_cause))
+        if not _close(live.min_lr, entry.min_lr):
+            cause = peak_cause or _limit_cause(live.min_lr, plan.min_lr, known)
+            found.append(Problem(entry.name, "min_lr", number(entry.min_lr), number(live.min_lr), cause))
+        if entry.eps is not None and not _close(live.eps, entry.eps):
+            cause = (
+                f"eps is the base's, not scaled as the gradient is. {_REBUILD}"
+                if _close(live.eps, plan.adam_eps)
+                else "Another eps reached this group: a callback, or a loaded checkpoint that mixed up the groups."
+            )
+            found.append(Problem(entry.name, "eps", number(entry.eps), number(live.eps), cause))
+    return found
+
+
+def _peak_cause(value: float | None, plan: Plan, known: _Circumstances) -> str:
+    if value in known.decoupled:
+        return "decoupled_lr is set: drop --decoupled-lr and use per_parameter in the recipe."
+    if known.flat and value is not None and not known.overridden:
+        return f"All groups have one learning rate, so the plan's are lost. {_REBUILD}"
+    owner = next((name for lr, name in known.owners.items() if _close(value, lr)), None)
+    if owner is not None and not _close(value, plan.lr):
+        return (
+            f"That is what {owner} should have: a loaded checkpoint mixed up the groups. Load it with the plug-in on, "
+            "which restores them by name, or start the optimizer anew (--no-load-optim)."
+        )
+    return _limit_cause(value, plan.lr, known)
+
+
+def _limit_cause(value: float | None, base: float, known: _Circumstances) -> str:
+    if value is None:
+        return f"Its group has none of its own, so the scheduler takes the base's. {_REBUILD}"
+    if _close(value, base):
+        if known.overridden:
+            return "--override-opt-param-scheduler gave every group the base's value: drop the flag."
+        return f"That is the base's value: this group's own is lost. {_REBUILD}"
+    return "Something changed this group after it was built: a callback, or a loaded checkpoint of another recipe."
+
+
+def _flat(pairs: list[tuple[float | None, float]]) -> bool:
+    """Whether values that should differ are all one; pairs of (found, expected)."""
+    found = {value for value, _ in pairs}
+    return len(found) == 1 and len({expected for _, expected in pairs}) > 1
+
+
+def _momentum_problems(owned: list[_Held]) -> list[Problem]:
+    """Betas and momentum are the same for all parameters; which they are, the plan does not say."""
+    found = []
+    for key in ("betas", "momentum"):
+        values = [tuple(value) if isinstance(value := item.group.get(key), list) else value for item in owned]
+        if len(set(values)) > 1:
+            usual = Counter(values).most_common(1)[0][0]
+            cause = "The rules hold for one choice of it in all groups. Leave it to the recipe."
+            found += [
+                Problem(item.entry.name, key, str(usual), str(value), cause)
+                for item, value in zip(owned, values, strict=True)
+                if value != usual
+            ]
+    return found
+
+
+# ---- what the scheduler makes of it --------------------------------------------------------------------------------
+
+
+def _rate_problems(owned: list[_Held], plan: Plan, scheduler: Any) -> list[Problem]:
+    """Each parameter's learning rate is to the base's at this step as in the plan.
+
+    Only where the group's own peak and floor are right: else the reason has been told.
+    """
+    if isinstance(scheduler, OptimizerParamScheduler) and scheduler.init_lr != 0.0:
+        return []  # told by `schedule_problems`
+    judged = [i for i in owned if _close(i.live.max_lr, i.entry.lr) and _close(i.live.min_lr, i.entry.min_lr)]
+    base = _base_rate(judged, plan, scheduler)
+    flat = _flat([(item.live.lr, item.entry.lr) for item in judged])
+    found = []
+    for item in judged:
+        expected = base * (item.entry.lr / plan.lr)
+        if not _close(item.live.lr, expected):
+            cause = (
+                "The scheduler gives all groups one learning rate. Use Megatron's OptimizerParamScheduler, or let "
+                "yours go by each group's max_lr and min_lr."
+                if flat
+                else "It is not what the schedule makes of this group's max_lr and min_lr: something else sets it. "
+                "Leave it to the scheduler."
+            )
+            found.append(Problem(item.entry.name, "lr", number(expected), number(item.live.lr), cause))
+    return found
+
+
+def _base_rate(owned: list[_Held], plan: Plan, scheduler: Any) -> float:
+    """The learning rate of a parameter that has the base's, at this step."""
+    if isinstance(scheduler, OptimizerParamScheduler):
+        return float(scheduler.get_lr({"max_lr": plan.lr, "min_lr": plan.min_lr}))
+    # Another scheduler is known only by what it did. Who has the base's rate tells it best.
+    at_base = [item for item in owned if item.entry.lr == plan.lr] or owned
+    return median([item.live.lr * (plan.lr / item.entry.lr) for item in at_base]) if at_base else 0.0
+
+
+def _decay_problems(owned: list[_Held], plan: Plan, scheduler: Any) -> list[Problem]:
+    base = plan.weight_decay
+    if isinstance(scheduler, OptimizerParamScheduler):
+        base = float(scheduler.get_wd())  # whether it is the recipe's: see `schedule_problems`
+    found = []
+    for item in owned:
+        ratio = item.entry.weight_decay / plan.weight_decay if plan.weight_decay else 0.0
+        expected = base * ratio
+        live = base * item.live.wd_mult if scheduler is None else item.live.weight_decay
+        if _close(live, expected):
+            continue
+        if item.entry.kind.is_vector:
+            cause = f"Biases and gains have none, and this group's wd_mult is lost. {_REBUILD}"
+        elif _close(live, base):
+            cause = f"That is the base's, not compensated for this group's learning rate. {_REBUILD}"
+        else:
+            cause = "Something changed this group's weight decay or wd_mult: a callback, or a loaded checkpoint."
+        found.append(Problem(item.entry.name, "weight decay", number(expected), number(live), cause))
+    return found
+
+
+# ---- the schedule itself -------------------------------------------------------------------------------------------
+
+
+def schedule_problems(plan: Plan, scheduler: Any, optimizer: Any) -> list[Problem]:
+    """Where Megatron's scheduler is not the plan's.
+
+    Any other is judged by what it does to the groups: see `optimizer_problems`.
+    """
+    if not isinstance(scheduler, OptimizerParamScheduler):
+        return []
+    found = []
+    if scheduler.init_lr != 0.0:
+        cause = (
+            "A warm-up that starts every group at one learning rate breaks the ratios between them, and wide layers "
+            "may start above their peak: drop --lr-warmup-init."
+        )
+        found.append(Problem("schedule", "lr_warmup_init", "0", number(scheduler.init_lr), cause))
+    cause = "Groups are scaled relative to the recipe's value: use that one, not one from a flag or an old checkpoint."
+    for quantity, right, value in (
+        ("max_lr", plan.lr, scheduler.max_lr),
+        ("min_lr", plan.min_lr, scheduler.min_lr),
+        ("start_wd", plan.weight_decay, scheduler.start_wd),
+        ("end_wd", plan.weight_decay, scheduler.end_wd),
+    ):
+        if not _close(value, right):
+            found.append(Problem("schedule", quantity, number(right), number(value), cause))
+    driven = {id(group) for group in scheduler.optimizer.param_groups}
+    if any(id(group) not in driven for group in optimizer.param_groups):
+        cause = (
+            "It was made for another optimizer, so this one's learning rate would never change. Make it for this one."
+        )
+        found.append(Problem("schedule", "optimizer", "the run's", "another", cause))
+    return found

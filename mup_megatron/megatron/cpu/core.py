@@ -69,7 +69,7 @@ def allow_resume_of_distributed_fp32() -> None:
 
 def name_absent_router_kernel() -> None:
     """Give 0.16's router the name that it asks for and forgets to define where Transformer Engine is absent."""
-    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 

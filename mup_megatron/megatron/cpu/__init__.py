@@ -54,6 +54,7 @@ def enable() -> bool:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Megatron says so of each fused kernel, and here there can be none.
     warnings.filterwarnings("ignore", message=".* not installed. (Falling back|Using) ", module="megatron")
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
     core.install_adam()
     core.allow_norm_under_sequence_parallel()
     core.allow_resume_of_distributed_fp32()

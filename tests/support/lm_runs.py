@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
 from support.processes import RankFailure, _end, _fork_server
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
@@ -36,9 +35,9 @@ MOCK_DATA = tuple("--mock-data --split 949,50,1 --tokenizer-type NullTokenizer -
 
 
 def gpt(**changes: Any) -> list[str]:
-    """The flags of a small GPT and of six iterations of 8 sequences. `changes` are flags in underscores; None drops one.
+    """The flags of a small GPT and of six iterations of 8 sequences. `changes` are further ones, with underscores.
 
-    A true flag stands alone: `gpt(swiglu=True, hidden_size=128)`.
+    True makes a flag that stands alone, None drops a flag: `gpt(swiglu=True, min_lr=None)`.
     """
     values: dict[str, Any] = {
         "num_layers": 4,

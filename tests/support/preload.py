@@ -13,7 +13,7 @@ cpu.enable()
 import megatron.core.dist_checkpointing  # noqa: E402
 import megatron.core.models.gpt.gpt_layer_specs  # noqa: E402
 import megatron.core.models.gpt.gpt_model  # noqa: E402
-import megatron.core.pipeline_parallel  # noqa: E402, F401
+import megatron.core.pipeline_parallel  # noqa: E402
 
 if importlib.util.find_spec("megatron.training") is not None:
     import megatron.training.training  # noqa: F401

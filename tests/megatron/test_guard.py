@@ -245,7 +245,6 @@ def _default_scale(run: Run) -> None:
 
 
 def _other_scale(run: Run) -> None:
-    # Less than what bf16 could measure.
     _attention(run, 2).core_attention.softmax_scale *= 1.001
 
 
@@ -795,8 +794,13 @@ def _lose_shards(run: Run) -> None:
     _live(run, "decoder.final_layernorm.weight")["params"].clear()
 
 
+def _first_attention(run: Run) -> None:
+    _attention(run, 0).core_attention.softmax_scale = 0.25
+
+
 ON_ONE_RANK: dict[str, tuple[Layout, Callable[[Run], None], tuple[str, ...]]] = {
     "attention": (Layout(tp=2), _default_scale, (f"{_core(2)}: softmax scale",)),
+    "attention of a later stage": (Layout(pp=2), _first_attention, (f"{_core(2)}: softmax scale",)),
     "readout": (Layout(pp=2), _no_readout_multiplier, ("output_layer: multiplier",)),
     "weights": (EVERYTHING, _change(BIAS, lambda b: b.fill_(1.0)), (f"{BIAS}: initial value",)),
     "rates": (Layout(tp=2), _all_groups(max_lr=PLAN.lr), ("max_lr", "(and 3 more layers)")),

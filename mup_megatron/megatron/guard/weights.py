@@ -15,8 +15,8 @@ SURPRISE = 34.0
 """A right draw is taken for a wrong one with probability e⁻³⁴, 2·10⁻¹⁵, per tensor and rank. GPT-3 175B has 3·10³ drawn
 shards, so one in 10¹¹ of its starts is stopped without reason. In units of σ of a normal variable it is 8.2."""
 
-_PIECE = 1 << 24
-"""Elements that are looked at together: 128 MiB of float64, beside a model that fills its device."""
+_PIECE = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Elements that are looked at together: what stays in a processor's cache, or 128 MiB beside a model on a full GPU."""
 
 
 def weight_problems(chunks: Sequence[torch.nn.Module], plan: Plan) -> list[Problem]:
@@ -97,7 +97,7 @@ def _std_cause(entry: PlanEntry, std: float, found: float) -> str:
 def _sums(values: torch.Tensor) -> tuple[float, float]:
     """(sum, sum of squares), in double precision."""
     total = squares = 0.0
-    for piece in values.reshape(-1).split(_PIECE):
+    for piece in values.reshape(-1).split(_PIECE[values.device.type]):
         exact = piece.double()
         total += exact.sum().item()
         squares += exact.square().sum().item()

@@ -24,6 +24,9 @@ COMMANDS = {
     "sweep": "search hyperparameters on a proxy",
     "transfer": "the best trial of a study as a recipe",
     "train": "train a target on Megatron-Core with a recipe",
+    "args": "a model file and a recipe as Megatron-LM's flags",
+    "model": "Megatron-LM's flags, or a launch script, as a model file",
+    "from-native": "a launch line with Megatron's own μP as a recipe, and where its numbers differ",
 }
 
 BAD_INPUT = 2
@@ -38,7 +41,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"mup_megatron.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"mup_megatron.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -1,0 +1,35 @@
+"""`args`: the Megatron-LM flags of a model file, and of a recipe."""
+
+import shlex
+from pathlib import Path
+
+import click
+
+from mup_megatron.cli.options import FILE, load_planned, target_argument
+from mup_megatron.megatron.arguments import flags
+from mup_megatron.models.model_file import load_model_file
+
+
+@click.command()
+@target_argument
+@click.option("--recipe", "recipe_path", type=FILE, metavar="R",
+              help="The recipe file. Without it, the flags of the model alone.")  # fmt: skip
+@click.option("--train-iters", type=click.IntRange(1), metavar="N",
+              help="Length of the run, for schedules that Megatron counts in iterations.")  # fmt: skip
+@click.option("--one-line", is_flag=True, help="All flags on one line instead of one on each.")
+def command(target: Path, recipe_path: Path | None, train_iters: int | None, one_line: bool) -> None:
+    """TARGET as Megatron-LM's flags, with the hyperparameters and the schedule of a recipe.
+
+    For a launch script: torchrun … -m mup_megatron.launch pretrain_gpt.py $(mup-megatron args …) --mup-recipe R …
+    """
+    if recipe_path is None:
+        words = flags(load_model_file(target))
+    else:
+        model, recipe, _ = load_planned(target, recipe_path)
+        words = flags(model, recipe, train_iters=train_iters)
+    lines: list[list[str]] = []
+    for word in words:
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    click.echo((" " if one_line else "\n").join(shlex.join(line) for line in lines))

@@ -1,0 +1,241 @@
+"""Model file (and recipe) → Megatron-LM's flags, and parsed arguments or flags → model file."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mup_megatron.errors import InputError
+from mup_megatron.megatron.arguments.table import (
+    EVERY,
+    FIELDS,
+    HYPERPARAMETERS,
+    MODEL,
+    NOT_SAID,
+    REFUSED,
+    ROPE_SCALING,
+    SOFTMAX_TYPE,
+    Flag,
+    parsed,
+    unresolved,
+)
+from mup_megatron.models.model_file import ModelFile, model_file
+from mup_megatron.recipe import Recipe, Schedule
+
+_REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_size")
+
+
+# ---- to flags ------------------------------------------------------------------------------------------------------
+
+
+def flags(model: ModelFile, recipe: Recipe | None = None, *, train_iters: int | None = None) -> list[str]:
+    """Megatron-LM's flags of a model, and of a recipe's hyperparameters and schedule: ["--num-layers", "32", …].
+
+    A key of the model that is at Megatron's own default is left out; a recipe is written out as a whole. They say the
+    base's hyperparameters: what follows from width is the plug-in's.
+
+    Args:
+        model: the target.
+        recipe: its `init_method_std` takes the place of the model's.
+        train_iters: length of the run, where parts of the schedule have to be counted in iterations. Megatron counts
+            them in whole ones, so they are rounded.
+
+    Raises:
+        InputError: the schedule needs `train_iters`.
+    """
+    values = {key: getattr(model, key) for key in FIELDS} | {"max_position_embeddings": model.positions}
+    words: list[str] = []
+    for key, flag in FIELDS.items():
+        if values[key] != flag.default and not (recipe is not None and key == "init_method_std"):
+            words += _written(flag, values[key])
+    return words if recipe is None else [*words, *_recipe_flags(recipe, train_iters)]
+
+
+def _written(flag: Flag, value: Any) -> list[str]:
+    # Megatron's own parser reads the shortest decimal that is this very float.
+    return [flag.name] if flag.parse is None else [flag.name, value if isinstance(value, str) else repr(value)]
+
+
+def _recipe_flags(recipe: Recipe, train_iters: int | None) -> list[str]:
+    optimizer = recipe.parametrization.optimizer
+    values = recipe.hyperparameters.model_dump() | {"optimizer": optimizer}
+    others = ("sgd_",) if optimizer == "adam" else ("adam_",)
+    words: list[str] = []
+    for key, flag in HYPERPARAMETERS.items():
+        if not key.startswith(others):
+            words += _written(flag, values[key])
+    return words + _schedule_flags(recipe.schedule, train_iters)
+
+
+def _schedule_flags(schedule: Schedule, train_iters: int | None) -> list[str]:
+    words = ["--lr-decay-style", schedule.lr_decay_style]
+    decay = schedule.lr_decay_fraction
+    if decay != 1.0:
+        run = _needed(train_iters, f"lr_decay_fraction {decay:g}")
+        iterations = max(1, round(decay * run))
+        words += ["--lr-decay-iters", str(iterations)]
+        # Where it had to be rounded, the warm-up keeps its own length.
+        decay = decay if abs(iterations - decay * run) < 1e-6 else iterations / run
+    if schedule.lr_warmup_fraction:
+        # Megatron takes the warm-up as a fraction of the decay, a recipe as one of the run.
+        words += ["--lr-warmup-fraction", repr(schedule.lr_warmup_fraction / decay)]
+    if schedule.lr_decay_style == "WSD":
+        run = _needed(train_iters, f"lr_wsd_decay_fraction {schedule.lr_wsd_decay_fraction:g}")
+        words += ["--lr-wsd-decay-style", schedule.lr_wsd_decay_style]
+        words += ["--lr-wsd-decay-iters", str(max(1, round(schedule.lr_wsd_decay_fraction * run)))]
+    return words
+
+
+def _needed(train_iters: int | None, what: str) -> int:
+    if train_iters is None:
+        raise InputError(f"{what} of the run is a number of iterations in Megatron. Give --train-iters.")
+    return train_iters
+
+
+# ---- to a model file -----------------------------------------------------------------------------------------------
+
+
+def model_from_values(values: Mapping[str, Any], *, vocab_size: int | None = None, source: str) -> ModelFile:
+    """The model file that parsed Megatron arguments describe: `vars(args)`, before or after `validate_args`.
+
+    What a model file says only once is left out: positions that are as many as the sequence is long, and a bias of
+    queries, keys and values where every linear layer has one.
+
+    Args:
+        values: attributes that are missing count as Megatron's default.
+        vocab_size: the tokenizer's, where the arguments do not say it.
+        source: names the arguments in messages.
+
+    Raises:
+        InputError: the model is impossible, or is one that a model file cannot describe; names the flag.
+    """
+    problems = [f"{source}: {flag.name}: {flag.refusal}" for flag in REFUSED if flag.changed(values)]
+    if problems:
+        raise InputError("\n".join(problems))
+    content = {key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()}
+    content["vocab_size"], content["make_vocab_size_divisible_by"] = _vocabulary(values, vocab_size)
+    _read_other_ways(content, values, source)
+    _require_all(content, source)
+    if content["max_position_embeddings"] == content["seq_length"]:
+        content["max_position_embeddings"] = None
+    if content["add_bias_linear"]:
+        content["add_qkv_bias"] = False
+    return _named_by_flag(content, source)
+
+
+def _vocabulary(values: Mapping[str, Any], vocab_size: int | None) -> tuple[int | None, int]:
+    """The vocabulary and what it is padded to a multiple of.
+
+    `padded_vocab_size` is given by hand, and then is used as it is, or was worked out by Megatron from its tokenizer,
+    which can have another size than the arguments say.
+    """
+    stated = vocab_size if vocab_size is not None else values.get("vocab_size")
+    divisor = int(values.get("make_vocab_size_divisible_by") or FIELDS["make_vocab_size_divisible_by"].default)
+    padded = values.get("padded_vocab_size")
+    if padded is None:
+        return stated, divisor
+    if padded % divisor:
+        return padded, 1
+    multiple = divisor * (values.get("tensor_model_parallel_size") or 1)
+    if stated is not None and (vocab_size is not None or -(-stated // multiple) * multiple == padded):
+        return stated, divisor
+    return padded, divisor
+
+
+def _read_other_ways(content: dict[str, Any], values: Mapping[str, Any], source: str) -> None:
+    for key, other in (("num_layers", "encoder_num_layers"), ("seq_length", "encoder_seq_length")):
+        if content[key] is None:
+            content[key] = values.get(other)
+        elif values.get(other) not in (None, content[key]):
+            name = "--" + other.replace("_", "-")
+            raise InputError(
+                f"{source}: {name} {values[other]} beside {FIELDS[key].name} {content[key]}: models with an encoder "
+                "and a decoder are not supported yet. Choose a GPT model."
+            )
+    if values.get("use_rotary_position_embeddings"):
+        content["position_embedding_type"] = "rope"
+    if not values.get("add_position_embedding", True) and content["position_embedding_type"] != "rope":
+        raise InputError(
+            f"{source}: --no-position-embedding: Megatron itself refuses it unless positions are rotary. "
+            "Use --position-embedding-type none."
+        )
+    if values.get(SOFTMAX_TYPE.key) == "learnable":
+        raise InputError(
+            f"{source}: {SOFTMAX_TYPE.name} learnable: it adds a parameter that a model file does not know. "
+            "Choose another type."
+        )
+
+
+def _require_all(content: Mapping[str, Any], source: str) -> None:
+    missing = [key for key in _REQUIRED if content[key] is None]
+    if not missing:
+        return
+    names = ", ".join(FIELDS[key].name for key in missing)
+    text = f"{source}: missing: {names}. Give {'it' if len(missing) == 1 else 'them'}."
+    if "vocab_size" in missing:
+        text += " --vocab-size is the number of entries of the tokenizer, before padding."
+    raise InputError(text)
+
+
+_KEYS = re.compile(rf"\b(?:{'|'.join(sorted(FIELDS, key=len, reverse=True))})\b")
+
+
+def _named_by_flag(content: Mapping[str, Any], source: str) -> ModelFile:
+    """The checked model file; where it is wrong, the message has the names of flags instead of keys."""
+    try:
+        return model_file(content, source=source)
+    except InputError as error:
+        prefix = f"{source}: "
+        lines = [line.removeprefix(prefix) for line in str(error).splitlines()]
+        named = [_KEYS.sub(lambda match: FIELDS[match[0]].name, line) for line in lines]
+        raise InputError("\n".join(prefix + line for line in named)) from None
+
+
+def not_in_model_file(values: Mapping[str, Any]) -> list[str]:
+    """The flags of a model that a model file cannot say and that leave parameters and their scale as they are.
+
+    Hyperparameters transfer all the same, from a base that was tuned with these flags as well.
+    """
+    scaled = values.get(ROPE_SCALING.key)
+    return [
+        flag.name
+        for flag in NOT_SAID
+        if flag.changed(values) and not (flag.key == "rope_scaling_factor" and not scaled)
+    ]
+
+
+def values_from_flags(words: Sequence[str], *, source: str) -> dict[str, Any]:
+    """What Megatron's parser would make of the flags that concern model, learning rates or native μP.
+
+    Needs no Megatron. Others are skipped with their values. Flags that are not given have Megatron's default.
+
+    Raises:
+        InputError: a value is missing or cannot be read; names the flag.
+    """
+    try:
+        given = parsed(words, EVERY)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    return {flag.key: flag.default for flag in EVERY} | given
+
+
+def model_from_flags(words: Sequence[str], *, source: str) -> ModelFile:
+    """The model file that flags describe: `--a b` or `--a=b`, the last of a repeated one wins. Needs no Megatron.
+
+    Args:
+        words: flags that do not concern the model are skipped with their values.
+        source: names them in messages.
+
+    Raises:
+        InputError: as `model_from_values`, and for a value that is missing or cannot be read.
+    """
+    try:
+        values = parsed(words, MODEL)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    try:
+        return model_from_values(values, source=source)
+    except InputError as error:
+        hidden = sorted({word for word in words if unresolved(word) == word})
+        if "missing: " not in str(error) or not hidden:
+            raise
+        raise InputError(f"{error} They may be in {', '.join(hidden)}, which is not known here.") from None

@@ -1,0 +1,316 @@
+"""Megatron-LM's flags as far as they concern a model file or a recipe: name, attribute, default, and what follows.
+
+Data, and how words become values. The four supported releases agree on every entry that they have; a few flags
+exist in some of them only.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mup_megatron.errors import InputError
+
+
+def whole_number(text: str) -> int:
+    """As argparse's `type=int`."""
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"'{text}' is not a whole number") from None
+
+
+def number(text: str) -> float:
+    """As argparse's `type=float`, without NaN and infinity."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise InputError(f"'{text}' is not a number") from None
+    if not math.isfinite(value):
+        raise InputError(f"'{text}' is not a finite number")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A flag, and the attribute of Megatron's namespace that it sets."""
+
+    name: str
+    key: str
+    default: Any
+    """The attribute's value without the flag."""
+    parse: Callable[[str], Any] | None = None
+    """What its word becomes; None where the flag takes none and turns `default` into its opposite."""
+    refusal: str = ""
+    """For what a model file cannot say and the plan cannot allow: why, and what to do."""
+
+    def value(self, word: str) -> Any:
+        """The attribute that a word gives; InputError names the flag."""
+        assert self.parse is not None
+        try:
+            return self.parse(word)
+        except InputError as error:
+            raise InputError(f"{self.name}: {error}. Correct this value.") from None
+
+    def changed(self, values: Mapping[str, Any]) -> bool:
+        """Whether parsed arguments have something else than Megatron's default; off in either way is off."""
+        found = values.get(self.key, self.default)
+        return bool(found != self.default and (found or self.default))
+
+
+FIELDS: dict[str, Flag] = {
+    "num_layers": Flag("--num-layers", "num_layers", None, whole_number),
+    "hidden_size": Flag("--hidden-size", "hidden_size", None, whole_number),
+    "num_attention_heads": Flag("--num-attention-heads", "num_attention_heads", None, whole_number),
+    "vocab_size": Flag("--vocab-size", "vocab_size", None, whole_number),
+    "seq_length": Flag("--seq-length", "seq_length", None, whole_number),
+    "ffn_hidden_size": Flag("--ffn-hidden-size", "ffn_hidden_size", None, whole_number),
+    "kv_channels": Flag("--kv-channels", "kv_channels", None, whole_number),
+    "group_query_attention": Flag("--group-query-attention", "group_query_attention", False),
+    "num_query_groups": Flag("--num-query-groups", "num_query_groups", 1, whole_number),
+    "swiglu": Flag("--swiglu", "swiglu", False),
+    "normalization": Flag("--normalization", "normalization", "LayerNorm", str),
+    "norm_epsilon": Flag("--norm-epsilon", "layernorm_epsilon", 1e-5, number),
+    "apply_layernorm_1p": Flag("--apply-layernorm-1p", "layernorm_zero_centered_gamma", False),
+    "qk_layernorm": Flag("--qk-layernorm", "qk_layernorm", False),
+    "position_embedding_type": Flag("--position-embedding-type", "position_embedding_type", "learned_absolute", str),
+    "rotary_base": Flag("--rotary-base", "rotary_base", 10000, whole_number),
+    "rotary_percent": Flag("--rotary-percent", "rotary_percent", 1.0, number),
+    "add_bias_linear": Flag("--disable-bias-linear", "add_bias_linear", True),
+    "add_qkv_bias": Flag("--add-qkv-bias", "add_qkv_bias", False),
+    "untie_embeddings_and_output_weights": Flag(
+        "--untie-embeddings-and-output-weights", "untie_embeddings_and_output_weights", False
+    ),
+    "make_vocab_size_divisible_by": Flag(
+        "--make-vocab-size-divisible-by", "make_vocab_size_divisible_by", 128, whole_number
+    ),
+    "max_position_embeddings": Flag("--max-position-embeddings", "max_position_embeddings", None, whole_number),
+    "init_method_std": Flag("--init-method-std", "init_method_std", 0.02, number),
+    "attention_dropout": Flag("--attention-dropout", "attention_dropout", 0.1, number),
+    "hidden_dropout": Flag("--hidden-dropout", "hidden_dropout", 0.1, number),
+    "transformer_impl": Flag("--transformer-impl", "transformer_impl", "transformer_engine", str),
+}
+"""Key of a model file → the flag that says the same."""
+
+ALSO_READ = (
+    Flag("--use-rotary-position-embeddings", "use_rotary_position_embeddings", False),
+    Flag("--no-position-embedding", "add_position_embedding", True),
+    Flag("--encoder-num-layers", "encoder_num_layers", None, whole_number),
+    Flag("--encoder-seq-length", "encoder_seq_length", None, whole_number),
+    Flag("--padded-vocab-size", "padded_vocab_size", None, whole_number),
+)
+"""Other ways to say what a key of a model file says."""
+
+
+def _refused(reason: str, *flags: Flag) -> Iterator[Flag]:
+    for flag in flags:
+        yield Flag(flag.name, flag.key, flag.default, flag.parse, reason)
+
+
+REFUSED = (
+    *_refused(
+        "models with experts are not supported yet. Choose a model without.",
+        Flag("--num-experts", "num_experts", None, whole_number),
+        Flag("--moe-ffn-hidden-size", "moe_ffn_hidden_size", None, whole_number),
+        Flag("--moe-shared-expert-intermediate-size", "moe_shared_expert_intermediate_size", None, whole_number),
+        Flag("--moe-latent-size", "moe_latent_size", None, whole_number),
+        Flag("--moe-use-upcycling", "moe_use_upcycling", False),
+    ),
+    *_refused(
+        "latent attention is not supported yet. Choose a model without.",
+        Flag("--multi-latent-attention", "multi_latent_attention", False),
+    ),
+    *_refused(
+        "multi-token prediction is not supported yet. Choose a model without.",
+        Flag("--mtp-num-layers", "mtp_num_layers", None, whole_number),
+        Flag("--mtp-hybrid-override-pattern", "mtp_hybrid_override_pattern", None, str),
+    ),
+    *_refused(
+        "a custom layer can have any parameters, and a model file cannot list them. Drop the flag.",
+        Flag("--spec", "spec", None, str),
+    ),
+    *_refused(
+        "layers of different sizes are not supported: the width ratio of a layer has to be the same at every depth. "
+        "Choose a model whose layers are alike.",
+        Flag("--heterogeneous-layers-config-path", "heterogeneous_layers_config_path", None, str),
+        Flag("--heterogeneous-layers-config-encoded-json", "heterogeneous_layers_config_encoded_json", None, str),
+    ),
+    *_refused(
+        "hybrid models (Mamba and others) are not supported yet. Choose a model of attention and MLP layers.",
+        Flag("--is-hybrid-model", "is_hybrid_model", False),
+        Flag("--hybrid-layer-pattern", "hybrid_layer_pattern", None, str),
+        Flag("--hybrid-override-pattern", "hybrid_override_pattern", None, str),
+        Flag("--hybrid-attention-ratio", "hybrid_attention_ratio", 0.0, number),
+        Flag("--hybrid-mlp-ratio", "hybrid_mlp_ratio", 0.0, number),
+    ),
+    *_refused(
+        "this kind of attention is not supported yet. Choose a model with ordinary self-attention.",
+        Flag("--experimental-attention-variant", "experimental_attention_variant", None, str),
+        Flag("--linear-attention-freq", "linear_attention_freq", None, str),
+    ),
+    *_refused(
+        "the gate is a part of linear_qkv that a model file does not know. Choose a model without.",
+        Flag("--attention-output-gate", "attention_output_gate", False),
+    ),
+    *_refused(
+        "models with an encoder and a decoder are not supported yet. Choose a GPT model.",
+        Flag("--decoder-num-layers", "decoder_num_layers", None, whole_number),
+        Flag("--decoder-seq-length", "decoder_seq_length", None, whole_number),
+    ),
+    *_refused(
+        "only models of Megatron-Core are supported. Drop the flag.",
+        Flag("--use-legacy-models", "use_legacy_models", False),
+    ),
+    *_refused(
+        "this MLP is gated, and a model file knows no gated MLP but swiglu. Use --swiglu.",
+        Flag("--quick-geglu", "quick_geglu", False),
+    ),
+    *_refused(
+        "the std of initial weights is the recipe's, and this draw has none. Drop the flag.",
+        Flag("--init-method-xavier-uniform", "init_method_xavier_uniform", False),
+    ),
+    *_refused(
+        "the std of initial weights is the recipe's. Drop the flag, and give embeddings their own with "
+        "`per_parameter: [{match: 'embedding.*', init_mult: …}]` in the recipe.",
+        Flag("--embedding-init-method-std", "embedding_init_method_std", None, number),
+    ),
+    *_refused(
+        "the model is described in another file, in another form. Give its flags on the command line.",
+        Flag("--yaml-cfg", "yaml_cfg", None, str),
+    ),
+)
+"""What changes parameters or their scale, and what a model file cannot say."""
+
+SOFTMAX_TYPE = Flag("--softmax-type", "softmax_type", "vanilla", str)
+ROPE_SCALING = Flag("--use-rope-scaling", "use_rope_scaling", False)
+
+NOT_SAID = (
+    Flag("--squared-relu", "squared_relu", False),
+    Flag("--openai-gelu", "openai_gelu", False),
+    Flag("--glu-linear-offset", "glu_linear_offset", 0.0, number),
+    Flag("--activation-func-clamp-value", "activation_func_clamp_value", None, number),
+    SOFTMAX_TYPE,
+    Flag("--qk-l2-norm", "qk_l2_norm", False),
+    Flag("--qk-clip", "qk_clip", False),
+    Flag("--window-size", "window_size", None, str),
+    Flag("--window-attn-skip-freq", "window_attn_skip_freq", None, str),
+    Flag("--no-rope-freq", "no_rope_freq", None, str),
+    Flag("--rotary-interleaved", "rotary_interleaved", False),
+    Flag("--rotary-seq-len-interpolation-factor", "rotary_seq_len_interpolation_factor", None, whole_number),
+    ROPE_SCALING,
+    Flag("--rope-scaling-factor", "rope_scaling_factor", 8.0, number),
+    Flag("--apply-residual-connection-post-layernorm", "apply_residual_connection_post_layernorm", False),
+    Flag("--use-checkpoint-args", "use_checkpoint_args", False),
+)
+"""What a model file cannot say either, but which leaves parameters and their scale as they are."""
+
+HYPERPARAMETERS = {
+    "optimizer": Flag("--optimizer", "optimizer", "adam", str),
+    "lr": Flag("--lr", "lr", None, number),
+    "min_lr": Flag("--min-lr", "min_lr", 0.0, number),
+    "init_method_std": FIELDS["init_method_std"],
+    "weight_decay": Flag("--weight-decay", "weight_decay", 0.01, number),
+    "adam_beta1": Flag("--adam-beta1", "adam_beta1", 0.9, number),
+    "adam_beta2": Flag("--adam-beta2", "adam_beta2", 0.999, number),
+    "adam_eps": Flag("--adam-eps", "adam_eps", 1e-8, number),
+    "sgd_momentum": Flag("--sgd-momentum", "sgd_momentum", 0.9, number),
+    "clip_grad": Flag("--clip-grad", "clip_grad", 1.0, number),
+}
+"""A recipe's hyperparameter → the flag that says the same."""
+
+SCHEDULE = (
+    Flag("--train-iters", "train_iters", None, whole_number),
+    Flag("--train-samples", "train_samples", None, whole_number),
+    Flag("--global-batch-size", "global_batch_size", None, whole_number),
+    Flag("--lr-decay-style", "lr_decay_style", "linear", str),
+    Flag("--lr-warmup-fraction", "lr_warmup_fraction", None, number),
+    Flag("--lr-warmup-iters", "lr_warmup_iters", 0, whole_number),
+    Flag("--lr-warmup-samples", "lr_warmup_samples", 0, whole_number),
+    Flag("--lr-warmup-init", "lr_warmup_init", 0.0, number),
+    Flag("--lr-decay-iters", "lr_decay_iters", None, whole_number),
+    Flag("--lr-decay-samples", "lr_decay_samples", None, whole_number),
+    Flag("--lr-wsd-decay-style", "lr_wsd_decay_style", "exponential", str),
+    Flag("--lr-wsd-decay-iters", "lr_wsd_decay_iters", None, whole_number),
+    Flag("--lr-wsd-decay-samples", "lr_wsd_decay_samples", None, whole_number),
+    Flag("--weight-decay-incr-style", "weight_decay_incr_style", "constant", str),
+    Flag("--start-weight-decay", "start_weight_decay", None, number),
+    Flag("--end-weight-decay", "end_weight_decay", None, number),
+    Flag("--decoupled-lr", "decoupled_lr", None, number),
+    Flag("--decoupled-min-lr", "decoupled_min_lr", None, number),
+)
+"""What else decides learning rates and weight decay over a run."""
+
+NATIVE_MUP = (
+    Flag("--use-mup", "use_mup", False),
+    Flag("--mup-base-hidden-size", "mup_base_hidden_size", None, whole_number),
+    Flag("--mup-width-mult", "mup_width_mult", 1.0, number),
+    Flag("--mup-embedding-mult", "mup_embedding_mult", 1.0, number),
+    Flag("--mup-output-mult", "mup_output_mult", 1.0, number),
+    Flag("--mup-base-head-dim", "mup_base_head_dim", None, number),
+    Flag("--mup-attn-scale-power", "mup_attn_scale_power", 1.0, number),
+)
+"""Megatron-Core's own μP, 0.17 and later."""
+
+MODEL = (*FIELDS.values(), *ALSO_READ, *REFUSED, *NOT_SAID)
+EVERY = tuple(dict.fromkeys((*MODEL, *HYPERPARAMETERS.values(), *SCHEDULE, *NATIVE_MUP)))
+
+
+def parsed(words: Sequence[str], known: Sequence[Flag]) -> dict[str, Any]:
+    """Attribute → value of the known flags among words, as argparse would have it; those not given are left out.
+
+    Both `--a b` and `--a=b`; the last of a repeated flag wins; what is not known is skipped.
+
+    Raises:
+        InputError: a value is missing, not of its type, or contains a variable that nothing sets; names the flag.
+    """
+    by_name = {flag.name: flag for flag in known}
+    given: dict[Flag, str | None] = {}
+    for index, word in enumerate(words):
+        name, equals, attached = word.partition("=")
+        flag = by_name.get(name)
+        if flag is None:
+            continue
+        if equals:
+            # A part of a script's word knows its line no more.
+            given[flag] = _Located(attached, getattr(word, "line", None))
+        elif flag.parse is None:
+            given[flag] = None
+        elif index + 1 < len(words) and not words[index + 1].startswith("--"):
+            given[flag] = words[index + 1]
+        else:
+            raise InputError(f"{name}: its value is missing. Write it after the flag.")
+    return {flag.key: _value(flag, text) for flag, text in given.items()}
+
+
+class _Located(str):
+    line: int | None
+
+    def __new__(cls, text: str, line: int | None) -> "_Located":
+        located = super().__new__(cls, text)
+        located.line = line
+        return located
+
+
+def _value(flag: Flag, text: str | None) -> Any:
+    if text is None:
+        return not flag.default
+    variable = unresolved(text)
+    if variable is not None:
+        line = getattr(text, "line", None)
+        raise InputError(
+            f"{flag.name} {text}{f' in line {line}' if line else ''}: what {variable} stands for is not known here. "
+            f"Write the value itself, or add {flag.name} with its value after the script."
+        )
+    if flag.parse is None:
+        raise InputError(f"{flag.name}: takes no value, found '{text}'. Write the flag alone.")
+    return flag.value(text)
+
+
+_VARIABLE = re.compile(r"\$\{[^}]*\}?|\$\(.*|\$\w+|\$[@*#?!$-]|`.*", re.DOTALL)
+
+
+def unresolved(word: str) -> str | None:
+    """The first shell variable or substitution that a word still contains, as it is written there."""
+    found = _VARIABLE.search(word)
+    return found[0] if found else None

@@ -173,8 +173,10 @@ def _open_study(spec: StudySpec, storage: Storage, n_trials: int) -> tuple[optun
             raise InputError(
                 f"{storage.label}: study {spec.name!r} is no minimisation. Choose another name with --study."
             )
+        # Trials before settings: on a database server another call may be making both, in the other order.
+        has_trials = bool(study.get_trials(deepcopy=False))
         if SPEC not in study.user_attrs:
-            if study.get_trials(deepcopy=False):
+            if has_trials:
                 raise InputError(
                     f"{storage.label}: study {spec.name!r} was not made by a sweep. Choose another name with --study."
                 )

@@ -22,7 +22,11 @@ def shell_scripts() -> list[Path]:
     if listed.returncode == 0:
         found = [ROOT / name for name in listed.stdout.split("\0") if name]
     else:  # a copy of the repository that is no checkout
-        found = [path for path in ROOT.rglob("*.sh") if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
+        found = [
+            path
+            for path in ROOT.rglob("*.sh")
+            if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+        ]
     return sorted(path for path in found if path.exists())
 
 

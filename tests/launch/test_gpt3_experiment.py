@@ -1,0 +1,248 @@
+"""The GPT-3 6.7B experiment: what its dry run says, and the whole of it in small, killed on the way."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+
+from mup_megatron.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+HERE = ROOT / "launch" / "gpt3_6.7b"
+RUN = HERE / "run.sh"
+LIMIT_S = 400
+"""Longer than anything here takes on a busy machine; only a fault reaches it."""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """As after `make setup`: the commands of this interpreter are on the PATH. Nothing else that they read is set."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    ours = commands / "mup-megatron"
+    ours.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mup_megatron "$@"\n')
+    ours.chmod(0o755)
+    path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
+    wanted = {"PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH"}
+    kept = {key: value for key, value in os.environ.items() if key in wanted}
+    return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"}
+
+
+def run(environment: dict[str, str], *words: object) -> subprocess.CompletedProcess[str]:
+    command = [str(RUN), *map(str, words)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+
+
+def commands_of(out: str) -> dict[str, list[list[str]]]:
+    """Stage → the commands that a dry run prints for it."""
+    found: dict[str, list[list[str]]] = {}
+    stage = ""
+    for line in out[out.index("\nThe commands") :].splitlines()[2:]:
+        if line.startswith("  "):
+            if words := shlex.split(line, comments=True):
+                found[stage].append(words)
+        elif line:
+            stage = line
+            found[stage] = []
+    return found
+
+
+def words_after(command: list[str], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+# The dry run at full scale
+
+
+def test_the_dry_run_costs_what_the_paper_says(environment: dict[str, str], tmp_path: Path) -> None:
+    done = run(environment, "--dry-run", "--work", tmp_path / "work")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "work").exists()
+    share = 40e6 * (4e9 * 350 + 16e9 * 117) / (6.7e9 * 300e9)
+    assert f"{share:.1%}" == "6.5%"
+    rows = {re.split(r"  +", line)[0]: re.split(r"  +", line)[1:] for line in done.stdout.splitlines()}
+    assert rows["parameters, as the paper rounds them"][-1] == f"{share:.2%}"
+    # Per layer and token 6·12h² for weights and 12·s·h for scores; the readout 6·h·V.
+    proxy, target = (32 * (72 * h**2 + 12 * 2048 * h) + 6 * h * 50304 for h in (256, 4096))
+    assert rows["FLOPs per token"][:2] == [f"{proxy:,}", f"{target:,}"]
+    spent = proxy * (4e9 * 350 + 16e9 * 117)
+    assert rows["search, in all"][-2:] == [f"{spent:.3g}", f"{spent / (target * 300e9):.2%}"]
+    assert rows["stage 1"][0:2] == ["350", "gpt3_6.7b_proxy_40m"]
+    assert rows["stage 2"][0] == "117"
+
+
+def test_the_readme_shows_what_the_dry_run_prints(environment: dict[str, str], tmp_path: Path) -> None:
+    out = run(environment, "--dry-run", "--work", tmp_path / "work").stdout
+    costs = out[: out.index("\nThe commands")].strip()
+    assert f"```\n{costs}\n```" in (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_stages_are_commands_of_the_papers_sizes(environment: dict[str, str], tmp_path: Path) -> None:
+    out = run({**environment, "DATA": "/data/text"}, "--dry-run", "--work", tmp_path / "work").stdout
+    commands = commands_of(out)
+    assert list(commands) == ["prepare", "stage1", "stage2", "transfer", "target", "evaluate", "report"]
+    for stage, tokens in (("stage1", 4e9), ("stage2", 16e9)):
+        command = commands[stage][0]
+        batch = int(words_after(command, "--global-batch-size")) * 2048
+        assert 0 <= tokens - int(words_after(command, "--train-iters")) * batch < batch
+        assert words_after(command, "--data") == "/data/text"
+    assert words_after(commands["stage1"][0], "--trials") == "350"
+    assert words_after(commands["stage2"][0], "--best") == "117"
+    assert words_after(commands["stage2"][0], "--of") == words_after(commands["stage1"][0], "--study")
+    assert commands["transfer"][0] == commands["stage2"][0], "what a lost job has left is run before"
+    assert "TRAIN_TOKENS=300000000000" in commands["target"][0]
+    assert commands["target"][0][-2:] == [str(ROOT / "launch" / "gpt3.sh"), "6.7b"]
+
+
+def test_slurm_gets_a_chain_of_jobs_that_call_the_script_itself(environment: dict[str, str], tmp_path: Path) -> None:
+    settings = {"DATA": "/data/text", "STORAGE": "postgresql://me@db/optuna", "STAGE1_JOBS": "32"}
+    out = run({**environment, **settings}, "--slurm", "--dry-run", "--work", tmp_path / "a folder").stdout
+    commands = commands_of(out)
+    assert commands["prepare"][-1] == ["optuna", "--quiet", "studies", "--storage", settings["STORAGE"]]
+    waits_for = {}
+    for stage in ("stage1", "stage2", "transfer", "target", "evaluate"):
+        (command,) = commands[stage]
+        words = command[command.index("sbatch") :]
+        waits_for[stage] = next((word for word in words if word.startswith("--dependency")), None)
+        if stage != "target":
+            (wrapped,) = (word.removeprefix("--wrap=") for word in words if word.startswith("--wrap"))
+            assert shlex.split(wrapped)[:7] == [
+                str(RUN), "--scale", "full", "--work", str(tmp_path / "a folder"), "--stage", stage
+            ]  # fmt: skip
+    assert waits_for == {
+        "stage1": None,
+        "stage2": "--dependency=afterany:JOB_OF_stage1",
+        "transfer": "--dependency=afterany:JOB_OF_stage2",
+        "target": "--dependency=singleton,afterok:JOB_OF_transfer",
+        "evaluate": "--dependency=afterok:JOB_OF_target",
+    }
+    assert "--array=1-32" in commands["stage1"][0]
+    assert commands["target"][0][-2:] == [str(ROOT / "launch" / "slurm.sh"), "6.7b"]
+    assert "--nodes=16" in commands["target"][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "said"),
+    [
+        (["--scale", "huge"], {}, "--scale huge: choose full or tiny"),
+        (["--stage", "stage3"], {}, "--stage stage3: choose from prepare stage1"),
+        (["--stage"], {}, "--stage: its value is missing"),
+        (["--fast"], {}, "--fast: no such option"),
+        (["--stage", "stage1"], {}, "DATA is not set: the prefix of your training data"),
+        ([], {"DATA": "/data/text"}, "MEGATRON is not set"),
+        (["--slurm", "--stage", "stage1"], {"DATA": "/data/text"}, "STORAGE is not set: jobs on several machines"),
+        (
+            ["--slurm", "--stage", "stage1"],
+            {"DATA": "/data/text", "STORAGE": "sqlite:///a.db"},
+            "STORAGE is not set: jobs on several machines",
+        ),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_done(
+    environment: dict[str, str], tmp_path: Path, words: list[str], settings: dict[str, str], said: str
+) -> None:
+    done = run({**environment, **settings}, "--work", tmp_path / "work", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert not (tmp_path / "work").exists()
+
+
+# The whole experiment in small
+
+
+@pytest.fixture
+def data(environment: dict[str, str], tmp_path: Path) -> Path:
+    """A small text; without DATA the script makes data of its own, which takes longer."""
+    files = sorted(Path(os.__file__).parent.glob("[a-d]*.py"))[:12]
+    command = ["mup-megatron", "data", *map(str, files), "-o", str(tmp_path / "text"), "--tokenizer", "bpe:512"]
+    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=LIMIT_S)
+    return tmp_path / "text"
+
+
+def killed(environment: dict[str, str], sign: str, *words: object) -> None:
+    """Starts the script, and kills it and all that it has started when it says `sign`."""
+    process = subprocess.Popen(
+        [str(RUN), *map(str, words)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if sign in line:
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(LIMIT_S)
+    process.stderr.close()
+    assert sign in said[-1], "".join(said)
+
+
+def assert_complete(work: Path) -> dict[str, dict[str, str]]:
+    """Six trials, the best two of them for longer, and a target with the best one of those; returns the summary."""
+    first, second = (
+        optuna.load_study(study_name=f"tiny-{stage}", storage=f"sqlite:///{work}/results/tiny-{stage}.db")
+        for stage in ("stage1", "stage2")
+    )
+    assert len(first.trials) == 6
+    order = sorted((trial for trial in first.trials if trial.value is not None), key=lambda trial: trial.value or 0.0)
+    assert [trial.params for trial in second.trials] == [trial.params for trial in order[:2]]
+    lengths = [study.best_trial.user_attrs["metrics"]["tokens"] for study in (first, second)]
+    assert lengths == [10240, 40960]
+    recipe = load_recipe(work / "target.recipe.yaml")
+    assert recipe.hyperparameters.lr == second.best_trial.params["lr"]
+    assert recipe.hyperparameters.weight_decay == 0.1
+    assert recipe.provenance["selected_from"]["study"] == "tiny-stage1"
+    with (work / "summary.csv").open() as stream:
+        rows = {row["stage"]: row for row in csv.DictReader(stream)}
+    assert float(rows["tiny-stage1"]["loss"]) == first.best_value
+    assert float(rows["tiny-stage2"]["loss"]) == second.best_value
+    assert rows["target"]["recipe"] == recipe.fingerprint
+    assert json.loads((work / "summary.json").read_text())[2]["loss"] == float(rows["target"]["loss"])
+    return rows
+
+
+def test_all_stages_for_real_killed_on_the_way(environment: dict[str, str], tmp_path: Path, data: Path) -> None:
+    environment["DATA"] = str(data)
+    words = ("--scale", "tiny", "--work", tmp_path / "work")
+    killed(environment, "[1/6] trial", *words)
+    done = run(environment, *words)
+    assert done.returncode == 0, done.stderr
+    rows = assert_complete(tmp_path / "work")
+    # The answer alone on standard output: the table.
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["stage", "tiny-stage1", "tiny-stage2", "target"]
+    assert rows["target"]["recipe"][:12] in done.stdout
+    # What Megatron-LM said last is the target's loss.
+    log = (tmp_path / "work" / "target.log").read_text()
+    (loss,) = re.findall(r"validation loss at iteration 40 on validation set \| lm loss value: (\S+) ", log)
+    assert float(rows["target"]["loss"]) == float(loss) < 6.2, "512 tokens drawn at random would have log 512"
+    assert log.count("mup") > 0
+
+    # An evaluation of the user's own gives the loss instead, and is told where everything is.
+    environment["EVALUATE"] = 'ls "$MODEL" "$RECIPE" "$CHECKPOINTS/latest_checkpointed_iteration.txt" && echo 1.98'
+    done = run(environment, *words, "--stage", "evaluate", "--stage", "report")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split()[-2:] == ["1.9800", rows["target"]["recipe"][:12]]
+
+
+@pytest.mark.slow
+def test_killed_in_the_targets_run_it_goes_on_from_the_checkpoint(
+    environment: dict[str, str], tmp_path: Path, data: Path
+) -> None:
+    environment["DATA"] = str(data)
+    words = ("--scale", "tiny", "--work", tmp_path / "work")
+    killed(environment, "successfully saved checkpoint from iteration      20", *words)
+    done = run(environment, *words, "--stage", "target", "--stage", "report")
+    assert done.returncode == 0, done.stderr
+    assert_complete(tmp_path / "work")
+    log = (tmp_path / "work" / "target.log").read_text()
+    assert re.findall(r"iteration +(\d+)/ +40 \|", log) == ["10", "20", "30", "40"]
+    again = run(environment, *words, "--stage", "target")
+    assert "the target's run is complete" in again.stderr

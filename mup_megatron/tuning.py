@@ -3,15 +3,12 @@
 Knows neither how trials are run (`search/`) nor what the hyperparameters do (`theory/`).
 """
 
-import importlib.metadata
 import itertools
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mup_megatron import __version__
 from mup_megatron.errors import InputError
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Hyperparameters, Recipe, recipe
@@ -88,6 +85,7 @@ class ProxyTraining:
 
     def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> Outcome:
         """Runs one trial, in a process of its own."""
+        from mup_megatron.megatron.versions import installed
         from mup_megatron.training.train import run_training
 
         result = run_training(self.proxy, self.recipe(parameters), self.data, self.options, report=report)
@@ -99,7 +97,7 @@ class ProxyTraining:
                 "train_loss": result.train_loss,
                 "iterations": result.iterations,
                 "tokens": result.tokens,
-                "versions": versions(),
+                "versions": installed(),
             },
         )
 
@@ -225,14 +223,3 @@ def transferred(study: StudyRecord) -> Recipe:
         },
         source=source,
     )
-
-
-def versions() -> dict[str, str]:
-    """What a result was obtained with."""
-    packages = {}
-    for name in ("torch", "megatron-core", "optuna"):
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {"mup-megatron": __version__, "python": platform.python_version(), **packages}

@@ -3,13 +3,18 @@
 Imports nothing of Megatron at import time, so that the CPU runtime can ask before the first `import megatron`.
 """
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import math
+import platform
+import queue
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mup_megatron import __version__
 from mup_megatron.errors import InputError
 
 OLDEST_SUPPORTED = (0, 16)
@@ -31,12 +36,30 @@ def core_version() -> tuple[int, int, int]:
     return int(numbers["MAJOR"]), int(numbers["MINOR"]), int(numbers["PATCH"])
 
 
+def core_version_text() -> str:
+    """`core_version` as people write it, "0.19.0". Raises InputError if there is no Megatron-Core."""
+    return ".".join(map(str, core_version()))
+
+
+def installed() -> dict[str, str]:
+    """What a result was obtained with: the version of this package, of Python, and of what computes; by name.
+
+    Packages that are not installed are left out.
+    """
+    found = {"mup-megatron": __version__, "python": platform.python_version()}
+    for name in ("torch", "optuna"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    with contextlib.suppress(InputError):
+        found["megatron-core"] = core_version_text()
+    return found
+
+
 def require_supported_core() -> None:
     """Raise InputError if Megatron-Core is missing or older than what this package works with."""
-    version = core_version()
-    if version[:2] < OLDEST_SUPPORTED:
-        found, oldest = ".".join(map(str, version)), ".".join(map(str, OLDEST_SUPPORTED))
-        raise InputError(f"Megatron-Core {found} is too old: install megatron-core>={oldest}.")
+    if core_version()[:2] < OLDEST_SUPPORTED:
+        oldest = ".".join(map(str, OLDEST_SUPPORTED))
+        raise InputError(f"Megatron-Core {core_version_text()} is too old: install megatron-core>={oldest}.")
 
 
 def native_mup(config: Any) -> bool:
@@ -60,3 +83,37 @@ def distinct_lr_mults(overrides: Mapping[str, Mapping[str, float]]) -> dict[str,
             lr_mult = math.nextafter(lr_mult, math.inf)
         result[name] = dict(override) if lr_mult == override.get("lr_mult", 1.0) else {**override, "lr_mult": lr_mult}
     return result
+
+
+@contextlib.contextmanager
+def checkpoint_results_in_this_process() -> Iterator[None]:
+    """Lets Megatron's writer of checkpoints pass its results on within this process, where it writes as well.
+
+    It would start a server for them: a second Python that imports the user's script and outlives a killed run. The
+    queue is a private name of `filesystem_async`, the same from 0.16 to 0.19.
+    """
+    filesystem_async: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    before = filesystem_async._results_queue
+    filesystem_async._results_queue = queue.Queue() if before is None else before
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
+
+
+def let_sgd_resume(optimizer: Any) -> None:
+    """Gives SGD the `init_state_fn` that Megatron calls before it loads, to know what there is to load.
+
+    Megatron sets one for each of its other optimizers, and none for SGD, up to 0.19.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.init_state_fn is None:
+            part.init_state_fn = _zero_momenta
+
+
+def _zero_momenta(optimizer: Any, config: Any = None) -> None:
+    import torch
+
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))

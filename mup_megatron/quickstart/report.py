@@ -13,7 +13,6 @@ from typing import Any
 from rich.table import Table
 
 from mup_megatron.quickstart.experiment import Experiment
-from mup_megatron.tuning import versions
 
 MOVED = 0.5
 """Octaves by which an optimum has to move to be called moved: half of the grid's step."""
@@ -131,6 +130,8 @@ def _sentence(found: Comparison) -> str:
 
 def summary(experiment: Experiment) -> dict[str, Any]:
     """The results as plain values. What there is none of because runs diverged is None."""
+    from mup_megatron.megatron.versions import installed
+
     settings = experiment.settings
     rules = {rule: compare(experiment, rule) for rule in ("mup", "standard")}
     return {
@@ -157,7 +158,7 @@ def summary(experiment: Experiment) -> dict[str, Any]:
         },
         "grid": [result.row() for result in experiment.results],
         "caption": caption(experiment),
-        "versions": versions(),
+        "versions": installed(),
     }
 
 

@@ -23,7 +23,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from mup_megatron.errors import InputError
-from mup_megatron.megatron import cpu
+from mup_megatron.megatron import cpu, versions
 from mup_megatron.megatron.guard import require_as_planned
 from mup_megatron.megatron.model import apply_plan, configure
 from mup_megatron.megatron.optimizer import config_overrides
@@ -98,7 +98,7 @@ def build(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions
         config_overrides=config_overrides(chunks, plan, optimizer_config),
         use_gloo_process_groups=False,
     )
-    _let_sgd_resume(optimizer)
+    versions.let_sgd_resume(optimizer)
     config.grad_scale_func = optimizer.scale_loss
     scheduler = _scheduler(optimizer, recipe, options)
     require_as_planned(chunks, plan, optimizer, scheduler, weights=initialize)
@@ -201,19 +201,6 @@ def _optimizer_config(recipe: Recipe, options: TrainingOptions) -> Any:
         params_dtype=torch.bfloat16 if options.bf16 else torch.float32,
         use_distributed_optimizer=options.use_distributed_optimizer,
     )
-
-
-def _let_sgd_resume(optimizer: Any) -> None:
-    """Megatron calls `init_state_fn` before it loads, to know what there is to load, and has none for SGD."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.init_state_fn is None:
-            part.init_state_fn = _zero_momenta
-
-
-def _zero_momenta(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] else ():
-            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def _scheduler(optimizer: Any, recipe: Recipe, options: TrainingOptions) -> Any:

@@ -12,11 +12,9 @@ Importing it imports Megatron: the CPU runtime has to come before.
 import hashlib
 import json
 import os
-import queue
 import random
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,11 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
+from mup_megatron.megatron import versions
 from mup_megatron.megatron.names import raise_together
 from mup_megatron.training.build import Built
 from mup_megatron.training.ranks import is_first, on_first_rank
@@ -70,7 +68,7 @@ def save(root: Path, iteration: int, built: Built, extras: Mapping[str, str]) ->
     """
     staged = on_first_rank(lambda: _staging_folder(root, iteration))
     try:
-        with _results_in_this_process():
+        with versions.checkpoint_results_in_this_process():
             dist_checkpointing.save({**_state(built, is_loading=False), "iteration": iteration}, str(staged))
     except (OSError, RuntimeError, CheckpointException) as error:
         # Megatron tells all ranks of a failed write; one that breaks off elsewhere takes the connection with it.
@@ -80,20 +78,6 @@ def save(root: Path, iteration: int, built: Built, extras: Mapping[str, str]) ->
     on_first_rank(lambda: _write_extras(root, staged, iteration, extras))
     checked = _gathered_digests(root, staged, iteration)
     on_first_rank(lambda: _publish(root, staged, iteration, checked))
-
-
-@contextmanager
-def _results_in_this_process() -> Iterator[None]:
-    """Lets Megatron's writer pass its results on within this process, where it writes as well.
-
-    It would start a server for them: a second Python that imports the user's script and outlives a killed run.
-    """
-    before = filesystem_async._results_queue
-    filesystem_async._results_queue = queue.Queue() if before is None else before
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = before
 
 
 def _staging_folder(root: Path, iteration: int) -> Path:

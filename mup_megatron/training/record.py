@@ -7,18 +7,16 @@
 Every rank has a `Record` and so the rows; only the first rank's writes and speaks.
 """
 
-import importlib.metadata
 import json
-import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import mup_megatron
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
+from mup_megatron.megatron import versions
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan, PlanEntry
@@ -60,12 +58,7 @@ def described(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOpt
             "output_multiplier": plan.output_multiplier,
             "lr_per_role": peak_lr_per_role(plan),
         },
-        "versions": {
-            "mup-megatron": mup_megatron.__version__,
-            "megatron-core": importlib.metadata.version("megatron-core"),
-            "torch": importlib.metadata.version("torch"),
-            "python": platform.python_version(),
-        },
+        "versions": versions.installed(),
     }
 
 

@@ -10,11 +10,11 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mup_megatron.errors import InputError
+from mup_megatron.megatron.versions import core_version_text
 from mup_megatron.training.data import CACHE
 from mup_megatron.training.data.indexed import DataMeta, at, check_prefix, read_index, staging
 from mup_megatron.training.ranks import on_first_rank
@@ -82,7 +82,7 @@ def build_datasets(
         config = _config(prefix, meta, seq_length=seq_length, seed=seed, split=split, path_to_cache=None)
         _require_tokens(prefix, config, wanted)
         settings = [_stamp(prefix), str(prefix), meta.vocab_size, meta.eod, seq_length, wanted, seed, split]
-        key = hashlib.sha256(json.dumps([version("megatron-core"), *settings]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([core_version_text(), *settings]).encode()).hexdigest()[:16]
         indices = cache_dir / "index" / key
         if not indices.is_dir():
             with staging(indices.parent) as folder:

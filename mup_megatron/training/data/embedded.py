@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mup_megatron.errors import InputError
+from mup_megatron.megatron.versions import core_version_text
 from mup_megatron.training.data import CACHE, Progress, silent
 from mup_megatron.training.data.documents import Source, documents, scan
 from mup_megatron.training.data.indexed import DataMeta, check_prefix, staging, write_files
@@ -110,7 +111,7 @@ def _key(sources: tuple[Source, ...], spec: TokenizerSpec, eod_token: str | None
         "python": _PYTHON,
         "corpus": [(source.name, source.sha256) for source in sources],
         "tokenizer": [tokenizer, eod_token],
-        "versions": [version("tokenizers"), version("megatron-core")],
+        "versions": [version("tokenizers"), core_version_text()],
     }
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 

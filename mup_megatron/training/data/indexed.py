@@ -26,6 +26,7 @@ from pydantic import Field
 
 from mup_megatron import __version__
 from mup_megatron.errors import InputError
+from mup_megatron.megatron.versions import core_version_text
 from mup_megatron.training.data import Progress, silent
 from mup_megatron.training.data.documents import Source
 from mup_megatron.training.data.tokenizer import TextTokenizer
@@ -183,7 +184,7 @@ def write_files(
         inputs=tuple(Input(name=s.name, sha256=s.sha256, bytes=s.bytes, documents=s.documents) for s in sources),
         versions={
             "mup-megatron": __version__,
-            "megatron-core": version("megatron-core"),
+            "megatron-core": core_version_text(),
             "tokenizers": version("tokenizers"),
         },
     )

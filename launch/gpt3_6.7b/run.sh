@@ -93,7 +93,7 @@ do_prepare() {
   # What is not searched. The learning rate in it is a placeholder: every trial has its own.
   run mup-megatron recipe --base "$proxy" --lr 0.001 "${unsearched[@]}" -o unsearched.recipe.yaml --force
   # Tables of a database server are made once, before many processes want to.
-  [[ ! $storage =~ ^(postgresql|mysql|mariadb) ]] || run optuna --quiet studies --storage "$storage"
+  [[ ! $storage =~ ^(postgresql|mysql|mariadb) ]] || run optuna --quiet study-names --storage "$storage"
 }
 
 do_stage1() {

@@ -106,7 +106,7 @@ def test_slurm_gets_a_chain_of_jobs_that_call_the_script_itself(environment: dic
     settings = {"DATA": "/data/text", "STORAGE": "postgresql://me@db/optuna", "STAGE1_JOBS": "32"}
     out = run({**environment, **settings}, "--slurm", "--dry-run", "--work", tmp_path / "a folder").stdout
     commands = commands_of(out)
-    assert commands["prepare"][-1] == ["optuna", "--quiet", "studies", "--storage", settings["STORAGE"]]
+    assert commands["prepare"][-1] == ["optuna", "--quiet", "study-names", "--storage", settings["STORAGE"]]
     waits_for = {}
     for stage in ("stage1", "stage2", "transfer", "target", "evaluate"):
         (command,) = commands[stage]

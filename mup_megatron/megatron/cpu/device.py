@@ -84,6 +84,7 @@ def pretend_device() -> None:
     _replace_placement()
     _replace(torch, "compile", _compile)
     _replace(torch.distributed, "all_to_all_single", _with_listed_sizes(torch.distributed.all_to_all_single))
+    _replace_isend()
 
 
 def _replace(owner: ModuleType | type, name: str, value: Any) -> None:
@@ -243,3 +244,22 @@ def _with_listed_sizes(all_to_all_single: Callable[..., Any]) -> Callable[..., A
         return all_to_all_single(output, input, *sizes, group=group, async_op=async_op)
 
     return with_listed_sizes
+
+
+def _replace_isend() -> None:
+    """A send that keeps what it sends until it is sent.
+
+    A pipeline frees its outputs with `tensor.data = …` while they are on their way. The memory of a GPU is not used
+    again before the stream is done with it; the CPU's is, and another tensor's values arrive. A detached tensor shares
+    the memory and keeps it when the original lets go.
+    """
+    distributed = torch.distributed.distributed_c10d
+    original = distributed.isend
+
+    @functools.wraps(original)
+    def isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return original(tensor.detach(), *args, **kwargs)
+
+    # P2POp compares the function that it is given with the one of its module.
+    _replace(distributed, "isend", isend)
+    _replace(torch.distributed, "isend", isend)

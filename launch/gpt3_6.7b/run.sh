@@ -234,7 +234,15 @@ main() {
     if [ "$slurm" = no ] || [ "$stage" = prepare ]; then
       say
       say "$stage"
-      if [ "$stage" = report ]; then do_report; else "do_$stage" >&2; fi
+      case $stage in
+        prepare) do_prepare >&2 ;;
+        stage1) do_stage1 >&2 ;;
+        stage2) do_stage2 >&2 ;;
+        transfer) do_transfer >&2 ;;
+        target) do_target >&2 ;;
+        evaluate) do_evaluate >&2 ;;
+        report) do_report ;;
+      esac
     elif [ "$stage" != report ]; then # the job that evaluates does it
       say
       say "$stage"

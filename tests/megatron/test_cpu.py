@@ -332,3 +332,51 @@ def test_resume_is_bitwise(layout: Layout, tmp_path: Path) -> None:
     """New processes that load a torch_dist checkpoint go on with exactly the losses of those that never stopped."""
     uninterrupted = run_ranks(_save_and_go_on, layout.world_size, layout, tmp_path)
     assert run_ranks(_resume, layout.world_size, layout, tmp_path) == uninterrupted
+
+
+# --- between ranks ----------------------------------------------------------------------------------------------------
+
+
+def _exchange_by_counts() -> list[float]:
+    """As experts do: rank r sends r + 1 rows to each, and says so with tensors."""
+    rank = torch.distributed.get_rank()
+    sent = torch.full((2 * (rank + 1),), float(rank))
+    received = torch.empty(3)
+    torch.distributed.all_to_all_single(received, sent, torch.tensor([1, 2]), torch.tensor([rank + 1] * 2))
+    return received.tolist()
+
+
+def test_an_all_to_all_takes_its_sizes_as_tensors() -> None:
+    assert run_ranks(_exchange_by_counts, 2) == [[0.0, 1.0, 1.0]] * 2
+
+
+def _send_what_is_freed() -> bool:
+    """The receiver is late: by then the sender has freed the memory and used it again."""
+    size = 1 << 16
+    if torch.distributed.get_rank() == 0:
+        sent = torch.full((size,), 1.0)
+        work = torch.distributed.isend(sent, 1)
+        sent.data = torch.empty(1)
+        others = [torch.full((size,), 2.0) for _ in range(8)]
+        torch.distributed.barrier()
+        work.wait()
+        return len(others) == 8
+    torch.distributed.barrier()
+    received = torch.empty(size)
+    torch.distributed.recv(received, 0)
+    return bool((received == 1).all())
+
+
+def test_what_is_sent_stays_until_it_is_sent() -> None:
+    assert run_ranks(_send_what_is_freed, 2) == [True, True]
+
+
+def _route() -> bool:
+    from megatron.core.transformer.moe.moe_utils import router_gating_linear
+
+    tokens, weight = torch.randn(3, 4), torch.randn(2, 4)
+    return torch.equal(router_gating_linear(tokens, weight, None, torch.float32), tokens @ weight.T)
+
+
+def test_a_router_works_without_transformer_engine() -> None:
+    assert run_ranks(_route, 1) == [True]

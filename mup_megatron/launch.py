@@ -7,11 +7,8 @@ GPU, Megatron runs on the CPU.
 """
 
 import itertools
-import os
 import runpy
 import sys
-import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +16,6 @@ from mup_megatron.errors import InputError
 
 BAD_INPUT = 2
 _USAGE = "usage: python -m mup_megatron.launch SCRIPT ARGS… --mup-recipe R.recipe.yaml"
-_OTHERS_SPEAK_AFTER = 5.0
-"""Seconds. What the first rank says ends all of them before; what only another rank knows is said by that one."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,8 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(words)
     except InputError as error:
-        _complain(error)
-        sys.stderr.flush()
+        from mup_megatron.megatron.lm.complaint import complain
+
+        complain(error)
         sys.exit(BAD_INPUT)
 
 
@@ -54,23 +50,29 @@ def _run(words: list[str]) -> None:
     sys.path[0] = str(script.resolve().parent)
     from mup_megatron.megatron.lm import checkpoints, flags, hooks
 
-    active = hooks.install_if_asked(words[1:])
+    hooks.install_if_asked(words[1:])
     with_recipe = any(word.split("=", 1)[0] == flags.RECIPE for word in words[1:])
     if not with_recipe:
         checkpoints.require_plain(words[1:])
     _enable_cpu(words[1:])
-    runpy.run_path(str(script), run_name="__main__")
-    if active and with_recipe:
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    if with_recipe and not flags.wants_help(words[1:]):
         hooks.require_used()
 
 
 def _enable_cpu(words: Sequence[str]) -> None:
     import torch
 
+    from mup_megatron.megatron.lm import flags
+
     if torch.cuda.is_available():
         return
     on_purpose = any(pair == ("--distributed-backend", "gloo") for pair in itertools.pairwise(words))
-    if not (on_purpose or "--distributed-backend=gloo" in words or {"-h", "--help"} & set(words)):
+    if not (on_purpose or "--distributed-backend=gloo" in words or flags.wants_help(words)):
         raise InputError(
             "no GPU was found. To run on the CPU, say so with --distributed-backend gloo; docs/cpu.md lists the other "
             "flags that a CPU run needs."
@@ -78,16 +80,6 @@ def _enable_cpu(words: Sequence[str]) -> None:
     from mup_megatron.megatron import cpu
 
     cpu.enable()
-
-
-def _complain(error: InputError) -> None:
-    if os.environ.get("MUP_MEGATRON_DEBUG"):
-        traceback.print_exc()
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(_OTHERS_SPEAK_AFTER)
-    speaker = "mup-megatron" if rank == "0" else f"mup-megatron, rank {rank}"
-    print(f"{speaker}: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def config_overrides(
     """
     require_base_values(config, plan)
     require_match(model_chunks, plan)
-    by_name = _overrides(plan)
+    by_name = overrides_by_name(plan)
     # By identity, because a predicate sees the stage's own name, which two virtual stages share.
     of_parameter = {id(p): by_name[name] for name, p in named_parameters(model_chunks, tied=plan.tied)}
     distinct = dict.fromkeys(tuple(sorted(override.items())) for override in by_name.values())
@@ -54,7 +54,7 @@ def _selects(of_parameter: Mapping[int, Override], override: Override) -> ParamW
     return ParamWithNamePredicate(name=name, fn=lambda parameter, _: of_parameter.get(id(parameter)) == override)
 
 
-def _overrides(plan: Plan) -> dict[str, Override]:
+def overrides_by_name(plan: Plan) -> dict[str, Override]:
     """Each parameter's override. Computed from the plan alone, so that all ranks agree on the groups."""
     return {**distinct_lr_mults({entry.name: _override(entry, plan) for entry in plan.entries})}
 

@@ -19,17 +19,17 @@ HEAD = "output_layer.weight"
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..+)$")
 
 
-_SAME = (
-    "swiglu",
-    "normalization",
-    "apply_layernorm_1p",
-    "qk_layernorm",
-    "position_embedding_type",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "untie_embeddings_and_output_weights",
-)
-"""What base and target must share: μP compares sizes, not architectures."""
+_SAME = {
+    "swiglu": "swiglu",
+    "normalization": "normalization",
+    "apply_layernorm_1p": "apply_layernorm_1p",
+    "qk_layernorm": "qk_layernorm",
+    "position_embedding_type": "position_embedding_type",
+    "add_bias_linear": "add_bias_linear",
+    "add_qkv_bias": "bias_on_qkv",
+    "untie_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
+}
+"""What base and target must share: key → what it decides. μP compares sizes, not architectures."""
 
 
 def gpt_shapes(base: ModelFile, target: ModelFile) -> tuple[ModelShape, ModelShape]:
@@ -40,8 +40,8 @@ def gpt_shapes(base: ModelFile, target: ModelFile) -> tuple[ModelShape, ModelSha
     Raises:
         InputError: the two differ in architecture; names the key.
     """
-    for key in _SAME:
-        at_base, at_target = getattr(base, key), getattr(target, key)
+    for key, what in _SAME.items():
+        at_base, at_target = getattr(base, what), getattr(target, what)
         if at_base != at_target:
             raise InputError(
                 f"{key} is {at_base} in the recipe's base but {at_target} in the target. "
@@ -103,7 +103,7 @@ def _self_attention(model: ModelFile, name: str, head: Dimension) -> Iterator[Pa
     keys_and_values = 2 * model.query_groups * model.head_size
     # One fused matrix, so one fan_out: all of its rows.
     qkv = Dimension(queries + keys_and_values, infinite=True)
-    yield from _linear(f"{name}.linear_qkv", Kind.WEIGHT, hidden, qkv, bias=model.add_bias_linear or model.add_qkv_bias)
+    yield from _linear(f"{name}.linear_qkv", Kind.WEIGHT, hidden, qkv, bias=model.bias_on_qkv)
     if model.qk_layernorm:
         yield from _norm(model, f"{name}.q_layernorm.", head)
         yield from _norm(model, f"{name}.k_layernorm.", head)

@@ -124,6 +124,11 @@ class ModelFile(Strict):
         return self.max_position_embeddings if self.max_position_embeddings is not None else self.seq_length
 
     @property
+    def bias_on_qkv(self) -> bool:
+        """Whether the projection to queries, keys and values has a bias."""
+        return self.add_bias_linear or self.add_qkv_bias
+
+    @property
     def tied(self) -> bool:
         """Whether the readout is the token embedding."""
         return not self.untie_embeddings_and_output_weights

@@ -160,7 +160,6 @@ def test_the_base_is_named_as_the_target() -> None:
         ("qk_layernorm", True),
         ("position_embedding_type", "rope"),
         ("add_bias_linear", False),
-        ("add_qkv_bias", True),
         ("untie_embeddings_and_output_weights", True),
     ],
 )
@@ -168,6 +167,13 @@ def test_base_and_target_of_different_architecture_are_refused(key: str, value: 
     with pytest.raises(InputError, match=rf"^{key} is .* in the recipe's base but {value} in the target\."):
         gpt_shapes(gpt(1), gpt(2, **{key: value}))
     gpt_shapes(gpt(1, **{key: value}), gpt(2, **{key: value}))
+
+
+def test_a_bias_on_queries_keys_and_values_counts_only_where_not_every_layer_has_one() -> None:
+    gpt_shapes(gpt(1, add_qkv_bias=True), gpt(2))
+    without: dict[str, Any] = {"add_bias_linear": False}
+    with pytest.raises(InputError, match=r"^add_qkv_bias is True in the recipe's base but False in the target"):
+        gpt_shapes(gpt(1, **without, add_qkv_bias=True), gpt(2, **without))
 
 
 def test_gpt3_175b_has_its_number_of_parameters() -> None:

@@ -52,7 +52,12 @@ _GIVEN = "_mup_given"
 
 def asked_for(words: Sequence[str]) -> bool:
     """Whether a command line has one of our flags, or wants to know which there are."""
-    return any(word.split("=", 1)[0] in NAMES or word in ("-h", "--help") for word in words)
+    return wants_help(words) or any(word.split("=", 1)[0] in NAMES for word in words)
+
+
+def wants_help(words: Sequence[str]) -> bool:
+    """Whether a command line asks for help instead of a run."""
+    return "-h" in words or "--help" in words
 
 
 def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -69,7 +74,7 @@ def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         _require_read(values)
         return values, rest
 
-    parser.parse_known_args = parse_and_note  # type: ignore[method-assign, assignment]
+    parser.parse_known_args = parse_and_note  # type: ignore[method-assign]
     return parser
 
 
@@ -156,7 +161,7 @@ def take_over(values: argparse.Namespace, given: frozenset[str], options: Option
         current = getattr(values, setting.dest, setting.value)
         if current == setting.value:
             continue
-        if setting.dest in given:
+        if setting.dest in given and not setting.agrees(current):
             conflicts.append(f"  {_flag(setting.dest)} {current} (recipe: {setting.means})")
         setattr(values, setting.dest, setting.value)
     if conflicts and not options.override:
@@ -197,6 +202,12 @@ class _Setting:
     dest: str
     value: Any
     means: str
+    within: float = 0.0
+    """How far off a given value may be and still mean the same: flags take whole numbers."""
+
+    def agrees(self, current: Any) -> bool:
+        numbers = isinstance(current, int | float) and isinstance(self.value, int | float)
+        return numbers and abs(current - self.value) <= self.within
 
 
 def _settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
@@ -245,21 +256,25 @@ def _schedule(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
     warmup = _whole(s.lr_warmup_fraction * run)
     says = f"lr_warmup_fraction {s.lr_warmup_fraction:g} of the run"
     # Megatron takes the warm-up as a fraction of the decay, or counted; never both.
-    counted = {f"lr_warmup_{u}": getattr(values, f"lr_warmup_{u}", 0) for u in ("iters", "samples")}
-    as_counted = warmup if counted[f"lr_warmup_{unit}"] == warmup and warmup else 0
+    counted = getattr(values, f"lr_warmup_{unit}", 0)
+    as_counted = warmup if counted and abs(counted - warmup) <= _ROUNDED else 0
     fraction = s.lr_warmup_fraction / s.lr_decay_fraction if warmup and not as_counted else None
-    yield _Setting("lr_warmup_fraction", fraction, says)
+    yield _Setting("lr_warmup_fraction", fraction, says, within=_ROUNDED / decay)
     for u in ("iters", "samples"):
-        yield _Setting(f"lr_warmup_{u}", as_counted if u == unit else 0, says)
+        yield _Setting(f"lr_warmup_{u}", as_counted if u == unit else 0, says, within=_ROUNDED if as_counted else 0.0)
     # Megatron's own default is the whole run.
     default = getattr(values, f"lr_decay_{unit}", None) is None and decay == run
-    yield _Setting(
-        f"lr_decay_{unit}", None if default else decay, f"lr_decay_fraction {s.lr_decay_fraction:g} of the run"
-    )
+    says = f"lr_decay_fraction {s.lr_decay_fraction:g} of the run"
+    yield _Setting(f"lr_decay_{unit}", None if default else decay, says, within=_ROUNDED)
     if s.lr_decay_style == "WSD":
         final = _whole(s.lr_wsd_decay_fraction * run)
-        yield _Setting(f"lr_wsd_decay_{unit}", final, f"lr_wsd_decay_fraction {s.lr_wsd_decay_fraction:g} of the run")
+        says = f"lr_wsd_decay_fraction {s.lr_wsd_decay_fraction:g} of the run"
+        yield _Setting(f"lr_wsd_decay_{unit}", final, says, within=_ROUNDED)
         yield _Setting("lr_wsd_decay_style", s.lr_wsd_decay_style, s.lr_wsd_decay_style)
+
+
+_ROUNDED = 0.5
+"""Iterations or samples: a count that was rounded means the fraction."""
 
 
 def _whole(count: float) -> float:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.optimizer import _overrides as overrides_by_name
+from mup_megatron.megatron.optimizer import overrides_by_name
 from mup_megatron.theory import Optimizer, Plan
 
 _VALUES = ("max_lr", "min_lr", "wd_mult", "lr_mult", "eps")

@@ -13,6 +13,7 @@ import wrapt
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.lm import checkpoints, flags
+from mup_megatron.megatron.lm.complaint import complain_when_uncaught
 
 if TYPE_CHECKING:
     from mup_megatron.megatron.lm.run import Run
@@ -21,7 +22,6 @@ Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], A
 
 _installed = False
 _run: "Run | None" = None
-_reached_optimizer = False
 
 
 def install_if_asked(words: Sequence[str]) -> bool:
@@ -32,16 +32,17 @@ def install_if_asked(words: Sequence[str]) -> bool:
     if not _installed:
         for module, wrappers in _PLACES.items():
             wrapt.register_post_import_hook(partial(_wrap, wrappers), module)
+        complain_when_uncaught()
         _installed = True
     return True
 
 
 def require_used() -> None:
     """Raises InputError if a script that was given --mup-recipe came to its end without having met the plug-in."""
-    if not _reached_optimizer:
+    if _run is None or not _run.built:
         raise InputError(
-            "--mup-recipe: the script has ended and never built a model and optimizer through megatron.training, so "
-            "the recipe was not applied. Use a script that calls megatron.training's pretrain, or apply the plan "
+            "--mup-recipe: the script has ended and never built a model through megatron.training, so the recipe was "
+            "not applied. Use a script that calls megatron.training's pretrain, or apply the plan "
             'yourself (README, "In your own Megatron-Core code").'
         )
 
@@ -100,7 +101,7 @@ def _setup_model_and_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: A
         run.configure(configured.transformer)
         configured.pre_wrap_hooks.append(run.applied)
     chunks, optimizer, scheduler = wrapped(*args, **kwargs)
-    run.verify(chunks, optimizer, scheduler, at_start=True)
+    run.stands(chunks, optimizer, scheduler)
     return chunks, optimizer, scheduler
 
 
@@ -111,7 +112,6 @@ def _get_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _get_megatron_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    global _reached_optimizer
     run = _the_run()
     if run is None:
         return wrapped(*args, **kwargs)
@@ -119,7 +119,6 @@ def _get_megatron_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: Any)
     def build(config: Any, model_chunks: Any, config_overrides: Any = None, *rest: Any, **more: Any) -> Any:
         return wrapped(config, model_chunks, run.overrides(config, model_chunks, config_overrides), *rest, **more)
 
-    _reached_optimizer = True
     return build(*args, **kwargs)
 
 

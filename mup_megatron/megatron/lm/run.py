@@ -17,8 +17,8 @@ from mup_megatron.errors import InputError
 from mup_megatron.megatron import guard
 from mup_megatron.megatron.arguments import model_from_values, not_in_model_file
 from mup_megatron.megatron.lm import checkpoints, flags, groups, telemetry
-from mup_megatron.megatron.model import apply_plan, configure
-from mup_megatron.megatron.names import raise_together, unwrapped
+from mup_megatron.megatron.model import applied_plan, apply_plan, configure
+from mup_megatron.megatron.names import gathered, raise_together, unwrapped
 from mup_megatron.megatron.optimizer import config_overrides
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.plan_table import print_plan
@@ -42,9 +42,16 @@ class Run:
     """What was loaded, if anything was."""
     loading_into: Any = None
     """The optimizer that a checkpoint is being loaded into."""
+    built: bool = False
+    """Whether model and optimizer stand."""
     steps: int = 0
     """Since the start of this process."""
     coordinates: telemetry.Coordinates | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether weights came from a checkpoint."""
+        return self.checkpoint is not None
 
     @classmethod
     def begin(cls, values: argparse.Namespace) -> "Run | None":
@@ -74,9 +81,11 @@ class Run:
         """Makes the plan for the model that is about to be built. Collective; does nothing the second time."""
         if self.plan is not None:
             return self.plan
-        self.model = self.provisional.model_copy(update={"vocab_size": values.padded_vocab_size})
+        self.model = self.provisional.model_copy(
+            update={"vocab_size": values.padded_vocab_size, "make_vocab_size_divisible_by": 1}
+        )
         plan = self._plan_for(self.model)
-        fingerprints = _gathered(self.recipe.fingerprint)
+        fingerprints = gathered(self.recipe.fingerprint)
         raise_together(
             [
                 f"--mup-recipe {self.options.recipe}: not the same file on all ranks: fingerprints "
@@ -141,7 +150,7 @@ class Run:
             yield
         self.loading_into = None
         # The schedule has computed learning rates from what the checkpoint said.
-        if self.checkpoint is not None and scheduler is not None:
+        if self.loaded and scheduler is not None:
             scheduler.step(increment=0)
 
     def found(self, values: Any) -> None:
@@ -159,6 +168,23 @@ class Run:
             assert self.plan is not None
             groups.show_as(self.loading_into, before, self.plan)
 
+    def stands(self, chunks: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any) -> None:
+        """Model and optimizer are built, and what there was to load is loaded. Collective.
+
+        Raises:
+            InputError: something is not what the plan says, or the model did not come by a way that the plug-in knows.
+        """
+        raise_together(
+            [
+                "--mup-recipe: the model was built by something else than megatron.training, so the recipe was not "
+                'applied. Apply the plan yourself (README, "In your own Megatron-Core code").'
+                for chunk in chunks
+                if applied_plan(chunk) is None
+            ]
+        )
+        self.verify(chunks, optimizer, scheduler, at_start=True)
+        self.built = True
+
     def _plan_for(self, model: ModelFile) -> Plan:
         try:
             return self.recipe.plan(model)
@@ -173,7 +199,7 @@ class Run:
         """
         assert self.plan is not None
         if self.options.verify:
-            weights = at_start and self.checkpoint is None
+            weights = at_start and not self.loaded
             guard.require_as_planned(chunks, self.plan, optimizer, scheduler, weights=weights)
 
     def stepping(self, iteration: int) -> None:
@@ -193,14 +219,6 @@ class Run:
             telemetry.log_lr_per_role(self.plan, scheduler, iteration)
         if self.coordinates is not None and self.coordinates.measuring:
             self.coordinates.log(iteration)
-
-
-def _gathered(value: Any) -> list[Any]:
-    if not torch.distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def _is_first() -> bool:

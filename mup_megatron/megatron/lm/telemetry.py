@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mup_megatron.megatron.names import unwrapped
+from mup_megatron.megatron.names import gathered, unwrapped
 from mup_megatron.megatron.schedule import lr_per_role
 from mup_megatron.theory import Plan
 
@@ -59,11 +59,9 @@ class Coordinates:
     def log(self, iteration: int) -> None:
         """Puts together what all ranks have seen since `measure`, and writes it. Collective."""
         own = {name: float(torch.stack(seen).mean()) for name, seen in self._squares.items()}
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, own)
         # Each rank of a part sees equally much of it: its share of the batch, the sequence or the vocabulary.
         seen: dict[str, list[float]] = {}
-        for of_rank in gathered:
+        for of_rank in gathered(own):
             for name, square in of_rank.items():
                 seen.setdefault(name, []).append(square)
         _write({f"mup/rms/{name}": math.sqrt(sum(s) / len(s)) for name, s in sorted(seen.items())}, iteration)

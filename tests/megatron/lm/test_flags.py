@@ -9,8 +9,10 @@ import pytest
 from support.lm_arguments import parser_of_megatron
 
 from mup_megatron.errors import InputError
+from mup_megatron.megatron.arguments import flags as flags_of
 from mup_megatron.megatron.lm import flags
-from mup_megatron.recipe import recipe, save_recipe
+from mup_megatron.models.model_file import ModelFile
+from mup_megatron.recipe import load_recipe, recipe, save_recipe
 
 BASE = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 511, "seq_length": 64}
 
@@ -64,7 +66,9 @@ def test_without_a_recipe_there_is_nothing_to_do() -> None:
     assert flags.options_of(parsed([])) is None
 
 
-@pytest.mark.parametrize("word", ["--mup-override", "--mup-print-plan", "--mup-no-verify", "--mup-accept-recipe-change"])
+@pytest.mark.parametrize(
+    "word", ["--mup-override", "--mup-print-plan", "--mup-no-verify", "--mup-accept-recipe-change"]
+)
 def test_a_flag_of_ours_without_a_recipe_is_an_error(word: str) -> None:
     with pytest.raises(InputError, match=f"{word}: does nothing without --mup-recipe"):
         flags.options_of(parsed([word]))
@@ -178,6 +182,19 @@ def test_a_run_counted_in_samples_has_its_schedule_in_samples(tmp_path: Path) ->
     assert (values.lr_decay_samples, values.lr_warmup_samples) == (4000, 800)
     assert values.lr_warmup_fraction is None  # Megatron takes one or the other
     assert values.lr_decay_iters is None
+
+
+def test_counts_that_were_rounded_mean_the_recipes_fractions(tmp_path: Path) -> None:
+    """As `mup-megatron args` prints them; the schedule itself stays unrounded."""
+    schedule = {"lr_decay_style": "WSD", "lr_warmup_fraction": 0.0333, "lr_decay_fraction": 0.7777}
+    path = written(tmp_path, {"lr": 0.1}, schedule={**schedule, "lr_wsd_decay_fraction": 0.1111})
+    given = flags_of(ModelFile(**BASE), load_recipe(path), train_iters=1000)
+    values = taken_over(["--mup-recipe", str(path), *given])
+    assert values.lr_decay_iters == pytest.approx(777.7)
+    assert values.lr_warmup_fraction * values.lr_decay_iters == pytest.approx(33.3)
+    assert values.lr_wsd_decay_iters == pytest.approx(111.1)
+    with pytest.raises(InputError, match="--lr-decay-iters 779"):
+        taken_over(["--mup-recipe", str(path), *given, "--lr-decay-iters", "779"])
 
 
 def test_wsd_has_a_length_of_its_own(tmp_path: Path) -> None:

@@ -1,0 +1,183 @@
+"""A script on Megatron-LM's own training loop with the plug-in: what it trains, at every layout, across a resume."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.lm_recipes import WIDTH, line, recipe_file
+from support.lm_runs import CPU_FLAGS, SCRIPT, Finished, gpt, run_script
+
+pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megatron.training in its wheel")
+
+ROOT = Path(__file__).parents[3]
+ROUNDING = 1e-5
+"""Between layouts, of a loss of about 6, after a few steps of fp32."""
+
+
+def run(folder: Path, words: list[str], ranks: int = 1, *, launcher: bool = True) -> Finished:
+    return run_script(SCRIPT, words, ranks, folder=folder, launcher=launcher).require_success()
+
+
+def mup_megatron(*words: object) -> None:
+    command = [sys.executable, "-m", "mup_megatron", *map(str, words)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+# ---- what it trains -----------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_whose_base_is_the_target_changes_nothing(tmp_path: Path) -> None:
+    """Bitwise, with Megatron's own defaults in the recipe; without a recipe nothing is touched at all."""
+    plain = {"output_multiplier": 1.0, "embedding_multiplier": 1.0, "init_method_std": 0.02, "weight_decay": 0.01}
+    path = recipe_file(tmp_path, width=WIDTH, **plain)
+    own = line(train_iters=4, lr=1e-3, min_lr=0, lr_decay_style="constant")
+    without = run(tmp_path / "plain", own, launcher=False)
+    assert run(tmp_path / "mup", [*line(train_iters=4), "--mup-recipe", str(path)]).losses == without.losses
+    assert run(tmp_path / "none", own).losses == without.losses
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    prefix = tmp_path_factory.mktemp("data") / "corpus"
+    mup_megatron("data", "-o", prefix)
+    return prefix
+
+
+def test_it_trains_as_our_own_loop_does_and_not_as_without(tmp_path: Path, corpus: Path) -> None:
+    vocabulary = json.loads(corpus.with_suffix(".json").read_text())["vocab_size"]
+    schedule = {"lr_decay_style": "cosine", "lr_warmup_fraction": 0.25}
+    path = recipe_file(tmp_path, schedule=schedule)
+    path.write_text(path.read_text().replace("vocab_size: 512", f"vocab_size: {vocabulary}"))
+    target = tmp_path / "target.yaml"
+    target.write_text(
+        f"num_layers: 2\nhidden_size: {WIDTH}\nnum_attention_heads: 4\nvocab_size: {vocabulary}\nseq_length: 32\n"
+        "transformer_impl: local\n"
+    )
+    train = ["--data", str(corpus), "--train-iters", "8", "--global-batch-size", "8", "--micro-batch-size", "2"]
+    mup_megatron("train", target, "--recipe", path, *train, "--split", "9,1,0", "--output", tmp_path / "own")
+    with (tmp_path / "own" / "metrics.csv").open() as stream:
+        expected = {int(row["iteration"]): float(row["loss"]) for row in csv.DictReader(stream)}
+
+    data = ["--data-path", str(corpus), "--split", "9,1,0", "--tokenizer-type", "NullTokenizer"]
+    data += ["--vocab-size", str(vocabulary - 1), "--data-cache-path", str(tmp_path / "cache")]
+    sizes: dict[str, Any] = {"num_layers": 2, "hidden_size": WIDTH, "train_iters": 8}
+    said = {"init_method_std": 0.05, "weight_decay": 0.1, "lr_decay_style": "cosine", "lr_warmup_fraction": 0.25}
+    without = run(tmp_path / "plain", [*gpt(**sizes, **said), *data, *CPU_FLAGS])
+    sizes |= {"lr": None, "min_lr": None, "lr_decay_style": None}
+    found = run(tmp_path / "mup", [*gpt(**sizes), *data, *CPU_FLAGS, "--mup-recipe", str(path)])
+
+    assert found.losses == pytest.approx(expected, rel=ROUNDING)
+    assert abs(found.losses[8] - without.losses[8]) > 1e-2
+
+
+def test_the_plan_is_printed_once_and_no_rank_repeats_it(tmp_path: Path) -> None:
+    words = [*line(tensor_model_parallel_size=2), "--mup-recipe", str(recipe_file(tmp_path)), "--mup-print-plan"]
+    finished = run(tmp_path / "ranks", words, ranks=2)
+    assert "decoder.layers.0-1.mlp.linear_fc1.weight" in finished.out[0]
+    assert "> mup-megatron: recipe" in finished.out[0]
+    assert "mup-megatron" not in finished.out[1]
+    assert "linear_fc1.weight  " not in finished.out[1]
+
+
+# ---- layouts ------------------------------------------------------------------------------------------------------
+
+
+LAYOUTS = {
+    "TP2": (2, {"tensor_model_parallel_size": 2}),
+    "TP2 + SP + distributed optimizer": (
+        2,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "use_distributed_optimizer": True},
+    ),
+    "DP2 + distributed optimizer": (2, {"use_distributed_optimizer": True}),
+    "PP2": (2, {"pipeline_model_parallel_size": 2}),
+    "PP2, interleaved": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
+    "TP2 × PP2 + SP + distributed optimizer": (
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "pipeline_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "use_distributed_optimizer": True,
+        },
+    ),
+}
+SHAPE: dict[str, Any] = {"num_layers": 4, "train_iters": 6}
+
+
+@pytest.fixture(scope="module")
+def first_half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Finished]:
+    """A checkpoint of iteration 3, the recipe, and the whole run of 6 iterations on one process."""
+    folder = tmp_path_factory.mktemp("first_half")
+    path = recipe_file(folder)
+    saving = {"save": folder / "ck", "save_interval": 3, "ckpt_format": "torch_dist", **SHAPE}
+    whole = run(folder / "ranks", [*line(**saving), "--mup-recipe", str(path)])
+    (folder / "ck" / "latest_checkpointed_iteration.txt").write_text("3")
+    return folder / "ck", path, whole
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_goes_on_from_one_process(
+    tmp_path: Path, first_half: tuple[Path, Path, Finished], layout: str
+) -> None:
+    """From equal weights and optimizer state; pipeline stages would draw other weights by themselves."""
+    checkpoint, path, whole = first_half
+    ranks, flags = LAYOUTS[layout]
+    if flags.get("use_distributed_optimizer"):
+        # Megatron cannot load a plain optimizer's state into a distributed one: weights alone, and a new start.
+        start = ["--finetune", "--no-load-optim", "--no-load-rng"]
+        expected = run(tmp_path / "one", [*line(load=checkpoint, **SHAPE), *start, "--mup-recipe", str(path)]).losses
+    else:
+        start, expected = [], {i: whole.losses[i] for i in (4, 5, 6)}
+    found = run(
+        tmp_path / "ranks", [*line(load=checkpoint, **SHAPE, **flags), *start, "--mup-recipe", str(path)], ranks
+    )
+    assert found.losses == pytest.approx(expected, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("form", ["torch", "torch_dist"])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path: Path, form: str) -> None:
+    words = line(
+        train_iters=4, save=tmp_path / "ck", load=tmp_path / "ck", save_interval=2, ckpt_format=form,
+        tensor_model_parallel_size=2, use_distributed_optimizer=True,
+    )  # fmt: skip
+    words += ["--mup-recipe", str(recipe_file(tmp_path))]
+    whole = run(tmp_path / "whole", words, ranks=2)
+    (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("2")
+    rest = run(tmp_path / "rest", words, ranks=2)
+    assert rest.losses == {iteration: whole.losses[iteration] for iteration in (3, 4)}
+
+
+def test_a_recipe_beside_a_checkpoint_is_enough_to_go_on(tmp_path: Path) -> None:
+    saving = line(save=tmp_path / "ck", load=tmp_path / "ck", ckpt_format="torch", train_iters=4, save_interval=2)
+    whole = run(tmp_path / "whole", [*saving, "--mup-recipe", str(recipe_file(tmp_path))])
+    (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("2")
+    copy = tmp_path / "ck" / "iter_0000002" / "mup.recipe.yaml"
+    assert run(tmp_path / "rest", [*saving, "--mup-recipe", str(copy)]).losses == {i: whole.losses[i] for i in (3, 4)}
+
+
+def test_an_accepted_change_of_the_learning_rate_goes_on_with_the_saved_state(tmp_path: Path) -> None:
+    """The group values are the new recipe's, the moments the old run's; Megatron finds groups by their old values."""
+    saving = line(
+        save=tmp_path / "ck",
+        load=tmp_path / "ck",
+        ckpt_format="torch_dist",
+        save_interval=2,
+        use_distributed_optimizer=True,
+    )
+    run(tmp_path / "before", [*saving, "--mup-recipe", str(recipe_file(tmp_path))])
+    longer = [*saving, "--train-iters", "3", "--override-opt-param-scheduler", "--mup-accept-recipe-change"]
+    same = run(tmp_path / "same", [*longer, "--mup-recipe", str(recipe_file(tmp_path))])
+    (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("2")
+    other = run(tmp_path / "other", [*longer, "--mup-recipe", str(recipe_file(tmp_path, "b", lr=3e-3))])
+    assert other.losses == same.losses  # iteration 3 is computed before its update
+    (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("2")
+    further = [*longer, "--train-iters", "4"]
+    there = run(tmp_path / "there", [*further, "--mup-recipe", str(tmp_path / "b.recipe.yaml")])
+    (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("2")
+    here = run(tmp_path / "here", [*further, "--mup-recipe", str(recipe_file(tmp_path))])
+    assert there.losses[4] != here.losses[4]

@@ -1,0 +1,142 @@
+"""A training script in which somebody has made a mistake; MISTAKE in the environment says which one.
+
+Everything else is examples/pretrain.py. Each mistake is one that a real script could hold, and that trains on without a
+word where nobody looks.
+"""
+
+import os
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import megatron.training.training as training
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
+
+
+def after(owner: type, name: str, change: Callable[..., None]) -> None:
+    original = getattr(owner, name)
+
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        change(self)
+        return result
+
+    setattr(owner, name, changed)
+
+
+def attention_ignores_its_scale() -> None:
+    original = DotProductAttention.forward
+
+    def forward(self: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+        own = self.softmax_scale
+        self.softmax_scale = 1.0 / query.shape[-1] ** 0.5
+        try:
+            return original(self, query, key, *args, **kwargs)
+        finally:
+            self.softmax_scale = own
+
+    DotProductAttention.forward = forward
+
+
+def unknown_parameter() -> None:
+    def add(model: Any) -> None:
+        model.decoder.layers[0].mlp.gate = torch.nn.Parameter(torch.ones(3))
+
+    after(GPTModel, "__init__", add)
+
+
+def frozen_parameter() -> None:
+    def freeze(model: Any) -> None:
+        model.decoder.layers[1].mlp.linear_fc1.weight.requires_grad = False
+
+    after(GPTModel, "__init__", freeze)
+
+
+def flattening_scheduler() -> None:
+    def flatten(scheduler: Any) -> None:
+        groups = scheduler.optimizer.param_groups
+        for group in groups:
+            group["lr"] = groups[0]["lr"]
+
+    after(OptimizerParamScheduler, "step", flatten)
+
+
+def scheduler_that_flattens_later() -> None:
+    def flatten(scheduler: Any) -> None:
+        if scheduler.num_steps > 0:
+            for group in scheduler.optimizer.param_groups:
+                group["lr"] = 1e-3
+
+    after(OptimizerParamScheduler, "step", flatten)
+
+
+def own_overrides() -> None:
+    original = training.get_megatron_optimizer_config
+
+    def with_own(args: Any) -> Any:
+        config, overrides = original(args)
+        return config, {**overrides, ParamKey(name="*embedding*"): {"max_lr": 1.0}}
+
+    training.get_megatron_optimizer_config = with_own
+
+
+def lost_group() -> None:
+    original = training.get_optimizer_param_scheduler
+
+    def losing(optimizer: Any) -> Any:
+        scheduler = original(optimizer)
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            part.optimizer.param_groups[-1]["params"] = []
+        return scheduler
+
+    training.get_optimizer_param_scheduler = losing
+
+
+def dropped_multiplier() -> None:
+    original = training.get_optimizer_param_scheduler
+
+    def dropping(optimizer: Any) -> Any:
+        import gc
+
+        for model in gc.get_objects():
+            if isinstance(model, GPTModel) and hasattr(model, "output_layer"):
+                model.output_layer._forward_pre_hooks.clear()
+        return original(optimizer)
+
+    training.get_optimizer_param_scheduler = dropping
+
+
+def weights_drawn_again() -> None:
+    original = training.get_optimizer_param_scheduler
+
+    def drawing(optimizer: Any) -> Any:
+        import gc
+
+        for model in gc.get_objects():
+            if isinstance(model, GPTModel):
+                for name, parameter in model.named_parameters():
+                    if name.endswith("linear_fc1.weight"):
+                        torch.nn.init.normal_(parameter.data, std=0.02)
+        return original(optimizer)
+
+    training.get_optimizer_param_scheduler = drawing
+
+
+def nothing() -> None:
+    pass
+
+
+def never_trains() -> None:
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    globals()[os.environ["MISTAKE"]]()
+    runpy.run_path(str(SCRIPT), run_name="__main__")

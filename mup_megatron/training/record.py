@@ -8,7 +8,6 @@ Every rank has a `Record` and so the rows; only the first rank's writes and spea
 """
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import Any
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
 from mup_megatron.megatron import versions
+from mup_megatron.megatron.schedule import peak_lr_per_role
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.theory import Plan
 from mup_megatron.training import identity as identities
 from mup_megatron.training.identity import Identity
 from mup_megatron.training.logs import Log
@@ -59,28 +59,6 @@ def described(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOpt
             "lr_per_role": peak_lr_per_role(plan),
         },
         "versions": versions.installed(),
-    }
-
-
-def peak_lr_per_role(plan: Plan) -> dict[str, float]:
-    """Each role's peak learning rate; where a role has several, each with its ratio to the base's in the label."""
-    return {label: entry.lr for label, entry in _first_per_lr(plan).items()}
-
-
-def lr_per_role(plan: Plan, scheduler: Any) -> dict[str, float]:
-    """Each role's learning rate at this moment, by Megatron's own schedule; labels as in `peak_lr_per_role`."""
-    return {
-        label: scheduler.get_lr({"max_lr": entry.lr, "min_lr": entry.min_lr})
-        for label, entry in _first_per_lr(plan).items()
-    }
-
-
-def _first_per_lr(plan: Plan) -> dict[str, PlanEntry]:
-    """One parameter for each learning rate of each role."""
-    first = {(entry.role, entry.lr): entry for entry in reversed(plan.entries)}
-    several = [role for role, count in Counter(role for role, _ in first).items() if count > 1]
-    return {
-        f"{role} ×{lr / plan.lr:.3g}" if role in several else str(role): entry for (role, lr), entry in first.items()
     }
 
 

@@ -267,8 +267,8 @@ class _Run:
         return result
 
     def _iteration(self, built: "Built", train_data: Any) -> None:
+        from mup_megatron.megatron.schedule import lr_per_role
         from mup_megatron.training.loop import train_iteration
-        from mup_megatron.training.record import lr_per_role
 
         record, iteration = self.record, len(self.record.rows) + 1
         logged = iteration == self.options.train_iters or iteration % self.options.log_interval == 0

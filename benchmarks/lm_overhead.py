@@ -30,10 +30,11 @@ base: {{num_layers: 2, hidden_size: {width}, num_attention_heads: 4, vocab_size:
 hyperparameters: {{lr: 0.001, weight_decay: 0.1, embedding_multiplier: 2.0, output_multiplier: 2.0}}
 """
 FLAGS = (
-    "--num-attention-heads 4 --micro-batch-size 4 --global-batch-size 4 --eval-iters 0 --eval-interval 1000 --log-interval 1000 "
-    "--mock-data --split 949,50,1 --tokenizer-type NullTokenizer --vocab-size 511 --attention-dropout 0 --hidden-dropout 0 "
-    "--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion "
-    "--no-bias-gelu-fusion --no-bias-dropout-fusion --use-cpu-initialization --distributed-backend gloo --num-workers 0"
+    "--num-attention-heads 4 --micro-batch-size 4 --global-batch-size 4 --attention-dropout 0 --hidden-dropout 0 "
+    "--eval-iters 0 --eval-interval 1000 --log-interval 1000 --mock-data --split 949,50,1 "
+    "--tokenizer-type NullTokenizer --vocab-size 511 --transformer-impl local --no-persist-layer-norm "
+    "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion "
+    "--use-cpu-initialization --distributed-backend gloo --num-workers 0"
 )
 spent: dict[str, list[float]] = defaultdict(list)
 iterations: list[float] = []

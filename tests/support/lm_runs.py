@@ -195,7 +195,12 @@ def _rank_main(
     faulthandler.dump_traceback_later(0.9 * timeout_s, exit=False)
     torch.set_num_threads(1)
     _record_losses(_file(folder, rank, "losses"))
-    _run(script, words, launcher)
+    try:
+        _run(script, words, launcher)
+    except Exception:
+        # As the interpreter ends a script; multiprocessing would tell the error in its own way.
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 def _redirect(descriptor: int, path: Path) -> None:

@@ -159,8 +159,8 @@ class Run:
         Raises:
             InputError: it is of another recipe.
         """
-        if self.model is None:
-            return  # Megatron looks for arguments alone
+        if self.model is None or self.loaded:
+            return  # Megatron looks for arguments alone, or once more
         self.checkpoint = checkpoints.origin(values)
         checkpoints.require_same(self.checkpoint, self.recipe, accept=self.options.accept_recipe_change)
         if self.checkpoint.recipe is not None and self.loading_into is not None:

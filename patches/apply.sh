@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
-# Adds `import mup_megatron.megatron` to pretrain_gpt.py of a Megatron-LM checkout, or takes it out again.
+# Adds the plug-in's lines to a checkout of Megatron-LM or of the fork Megatron-DeepSpeed, or takes them out again.
 #
-#   patches/apply.sh CHECKOUT              add it; where it is there already, nothing is done
-#   patches/apply.sh CHECKOUT --reverse    take it out: the file is then what it was, byte for byte
+#   patches/apply.sh CHECKOUT              add them; where they are already, nothing is done
+#   patches/apply.sh CHECKOUT --reverse    take them out: each file is then what it was, byte for byte
 #   patches/apply.sh CHECKOUT --check      say what would be done, change nothing (with --reverse too)
 #
 # Exit status: 0 done, or nothing to do; 2 it cannot be done, and nothing was changed.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-name=pretrain_gpt.py
 
 fail() {
   printf 'apply.sh: %s\n' "$*" >&2
@@ -43,35 +42,43 @@ command -v git >/dev/null || fail "git is needed: the patches are git's"
 
 info=$checkout/megatron/core/package_info.py
 [ -f "$info" ] || fail "$checkout is no checkout of Megatron-LM: it has no megatron/core/package_info.py"
-[ -f "$checkout/$name" ] || fail "$checkout has no $name"
-file=$(readlink -f "$checkout/$name")
 
 number() { # number NAME: the first `NAME = digits` of package_info.py
   sed -n "s/^$1 *= *\([0-9][0-9]*\).*/\1/p" "$info" | head -n 1
 }
-major=$(number MAJOR) minor=$(number MINOR) micro=$(number PATCH)
-[ -n "$major" ] && [ -n "$minor" ] && [ -n "$micro" ] || fail "$info does not say which version this is"
-version=$major.$minor.$micro
 
-# series, tag, head, head_sum, file_sum: this version's line of expected.txt
+# The fork calls itself by the number of the Megatron-Core that it once took over.
+if grep -qs '^import deepspeed' "$checkout/megatron/arguments.py"; then
+  wanted=deepspeed product=Megatron-DeepSpeed
+else
+  major=$(number MAJOR) minor=$(number MINOR) micro=$(number PATCH)
+  [ -n "$major" ] && [ -n "$minor" ] && [ -n "$micro" ] || fail "$info does not say which version this is"
+  wanted=$major.$minor product="Megatron-LM $major.$minor.$micro"
+fi
 
-known=() found=no
-while read -r series tag head head_sum file_sum; do
+# This checkout's lines of expected.txt: its tag, and for each file: names, heads, head_sums, file_sums
+
+known=() tag='' names=() heads=() head_sums=() file_sums=()
+while read -r series made_on name head head_sum file_sum; do
   case $series in '#'* | '') continue ;; esac
-  known+=("$series")
-  if [ "$series" = "$major.$minor" ]; then
-    found=yes
-    break
-  fi
+  [ "$series" = deepspeed ] || known+=("$series")
+  [ "$series" = "$wanted" ] || continue
+  tag=$made_on
+  names+=("$name") heads+=("$head") head_sums+=("$head_sum") file_sums+=("$file_sum")
 done <"$here/expected.txt"
-[ $found = yes ] || fail "$checkout is Megatron-LM $version, and there are patches for ${known[*]}. The launcher," \
+[ -n "$tag" ] || fail "$checkout is $product, and there are patches for ${known[*]}. The launcher," \
   "python -m mup_megatron.launch, needs none."
-patch=$here/megatron-lm-${tag#core_v}.patch
+if [ "$wanted" = deepspeed ]; then
+  patch=$here/megatron-deepspeed.patch
+else
+  patch=$here/megatron-lm-${tag#core_v}.patch
+fi
 
-# Everything happens on a copy. Git must not take the copy for a part of some repository around it.
+# Everything happens on copies. Git must not take them for a part of some repository around them.
 
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+beside=() # what lies beside the files of the checkout for a moment
+trap 'rm -rf "$work" ${beside[@]+"${beside[@]}"}' EXIT
 unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE
 export GIT_CEILING_DIRECTORIES=${work%/*} GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null
 
@@ -79,70 +86,107 @@ sum() {
   sha256sum | cut -d ' ' -f 1
 }
 
-is_original() { # is_original FILE: are the lines around the place of the patch the known ones, and nothing in between?
-  [ "$(head -n "$head" "$1" | sum)" = "$head_sum" ]
+is_original() { # is_original INDEX FILE: are the lines around the place of the patch the known ones, nothing in between?
+  [ "$(head -n "${heads[$1]}" "$2" | sum)" = "${head_sums[$1]}" ]
 }
 
-patched() { # patched FROM TO [--reverse]: TO becomes FROM with the patch; fails where the patch does not fit
-  local folder
+patched() { # patched INDEX FROM TO [--reverse]: TO becomes FROM with its part of the patch; fails where that does not fit
+  local folder name=${names[$1]}
   folder=$(mktemp -d -p "$work") || return 1
-  cp "$1" "$folder/$name" || return 1
-  git -C "$folder" apply --unidiff-zero "${@:3}" "$patch" 2>/dev/null || return 1
-  mv "$folder/$name" "$2"
+  mkdir -p "$(dirname "$folder/$name")" || return 1
+  cp "$2" "$folder/$name" || return 1
+  git -C "$folder" apply --unidiff-zero --include="$name" "${@:4}" "$patch" 2>/dev/null || return 1
+  ! cmp -s "$2" "$folder/$name" || return 1
+  mv "$folder/$name" "$3"
 }
 
-explain_misfit() { # explain_misfit REASON
-  printf 'apply.sh: %s/%s (Megatron-LM %s) is not what the patch expects: %s. Nothing was changed.\n' \
-    "$checkout" "$name" "$version" "$1" >&2
-  printf 'The launcher, python -m mup_megatron.launch, needs no patch. Or put this in by hand, before the first import of megatron:\n' >&2
-  sed -n '/^+++/d; s/^+\(..*\)/    \1/p' "$patch" >&2
+explain_misfit() { # explain_misfit INDEX REASON
+  printf 'apply.sh: %s/%s (%s) is not what the patch expects: %s. Nothing was changed.\n' \
+    "$checkout" "${names[$1]}" "$product" "$2" >&2
+  if [ "$wanted" = deepspeed ]; then
+    printf 'Put this in by hand, between lines %s and %s of the known file:\n' $((heads[$1] - 1)) "${heads[$1]}" >&2
+  else
+    printf 'The launcher, python -m mup_megatron.launch, needs no patch. Or put this in by hand, before the first import of megatron:\n' >&2
+  fi
+  sed -n "\\|^+++ b/${names[$1]}\$|,/^---/{ /^+++/d; s/^+\(..*\)/    \1/p; }" "$patch" >&2
   exit 2
 }
 
-# What is there
+# What is there: for each file its path, its state, and how to call it
 
-line=$(grep -nE '^[[:space:]]*(import|from)[[:space:]]+mup_megatron' "$file" | head -n 1 | cut -d : -f 1) || line=''
-if is_original "$file"; then
-  [ -z "$line" ] || explain_misfit "it imports mup_megatron in line $line, where this patch does not put it"
-  state=original
-elif patched "$file" "$work/without" --reverse && is_original "$work/without"; then
-  state=patched
-elif [ -n "$line" ]; then
-  explain_misfit "it imports mup_megatron in line $line, and the lines around it are not the known ones"
-else
-  explain_misfit "its first $head lines differ from those of $tag"
-fi
-
-original=$file
-[ $state = original ] || original=$work/without
-if [ "$(sum <"$original")" = "$file_sum" ]; then
-  what="$checkout/$name (Megatron-LM $version, the file of $tag)"
-else
-  what="$checkout/$name (Megatron-LM $version, changed after line $head)"
-fi
-
-# What to do about it
-
-if [ $reverse = yes ]; then
-  [ $state = patched ] || { printf '%s has no patch: nothing to do.\n' "$what"; exit 0; }
-  [ $check = no ] || { printf '%s has the patch, and it can be taken out.\n' "$what"; exit 0; }
-  new=$work/without
-else
-  [ $state = original ] || { printf '%s has the patch already: nothing to do.\n' "$what"; exit 0; }
-  new=$work/with
-  if ! { patched "$file" "$new" && patched "$new" "$work/back" --reverse && cmp -s "$work/back" "$file"; }; then
-    fail "$patch does not go into $file and out again. Nothing was changed."
+files=() states=() whats=()
+for index in "${!names[@]}"; do
+  name=${names[index]}
+  [ -f "$checkout/$name" ] || fail "$checkout has no $name"
+  file=$(readlink -f "$checkout/$name")
+  without=$work/$index.without
+  line=$(grep -nE '^[[:space:]]*(import|from)[[:space:]]+mup_megatron' "$file" | head -n 1 | cut -d : -f 1) || line=''
+  if is_original "$index" "$file"; then
+    [ -z "$line" ] || explain_misfit "$index" "it imports mup_megatron in line $line, where this patch does not put it"
+    state=original
+    without=$file
+  elif patched "$index" "$file" "$without" --reverse && is_original "$index" "$without"; then
+    state=patched
+  elif [ -n "$line" ]; then
+    explain_misfit "$index" "it imports mup_megatron in line $line, and the lines around it are not the known ones"
+  else
+    explain_misfit "$index" "its first ${heads[index]} lines differ from those of $tag"
   fi
-  [ $check = no ] || { printf '%s: the patch fits.\n' "$what"; exit 0; }
-fi
+  if [ "$(sum <"$without")" = "${file_sums[index]}" ]; then
+    what="$checkout/$name ($product, the file of $tag)"
+  else
+    what="$checkout/$name ($product, changed after line ${heads[index]})"
+  fi
+  files+=("$file") states+=("$state") whats+=("$what")
+done
 
-# The new file is complete beside the old one before it takes its place, so there is always one or the other.
-beside=$file.mup-megatron.$$
-trap 'rm -rf "$work" "$beside"' EXIT
-# The copy gives it the old one's mode and owner.
-{ cp -p "$file" "$beside" && cat "$new" >"$beside" && mv -f "$beside" "$file"; } || fail "$file could not be written. Nothing was changed."
-if [ $reverse = yes ]; then
-  printf '%s: the patch is taken out.\n' "$what"
-else
-  printf '%s: import mup_megatron.megatron is added. --reverse takes it out again.\n' "$what"
-fi
+# What to do about it: `todo`, the files that will change. All of it is known to fit before any of it is done.
+
+todo=()
+for index in "${!names[@]}"; do
+  what=${whats[index]}
+  if [ $reverse = yes ]; then
+    [ "${states[index]}" = patched ] || { printf '%s has no patch: nothing to do.\n' "$what"; continue; }
+    [ $check = no ] || { printf '%s has the patch, and it can be taken out.\n' "$what"; continue; }
+    mv "$work/$index.without" "$work/$index.new"
+  else
+    [ "${states[index]}" = original ] || { printf '%s has the patch already: nothing to do.\n' "$what"; continue; }
+    new=$work/$index.new back=$work/$index.back
+    if ! { patched "$index" "${files[index]}" "$new" && patched "$index" "$new" "$back" --reverse &&
+      cmp -s "$back" "${files[index]}"; }; then
+      fail "$patch does not go into ${files[index]} and out again. Nothing was changed."
+    fi
+    [ $check = no ] || { printf '%s: the patch fits.\n' "$what"; continue; }
+  fi
+  todo+=("$index")
+done
+[ ${#todo[@]} -gt 0 ] || exit 0
+
+# Every new file is complete beside the old one before the first takes its place, so there is always one or the other.
+# The old ones stay beside them until all are done: if one cannot be replaced, those before it come back.
+for index in "${todo[@]}"; do
+  file=${files[index]}
+  beside+=("$file.mup-megatron.$$" "$file.mup-megatron.$$.old")
+  # The copy gives it the old one's mode and owner.
+  { cp -p "$file" "$file.mup-megatron.$$" && cat "$work/$index.new" >"$file.mup-megatron.$$" &&
+    { ln "$file" "$file.mup-megatron.$$.old" 2>/dev/null || cp -p "$file" "$file.mup-megatron.$$.old"; }; } ||
+    fail "$file could not be written. Nothing was changed."
+done
+done=()
+for index in "${todo[@]}"; do
+  file=${files[index]}
+  if ! mv -f "$file.mup-megatron.$$" "$file"; then
+    for earlier in ${done[@]+"${done[@]}"}; do
+      mv -f "${files[earlier]}.mup-megatron.$$.old" "${files[earlier]}"
+    done
+    fail "$file could not be written. Nothing was changed."
+  fi
+  done+=("$index")
+done
+for index in "${todo[@]}"; do
+  if [ $reverse = yes ]; then
+    printf '%s: the patch is taken out.\n' "${whats[index]}"
+  else
+    printf '%s: the patch is added. --reverse takes it out again.\n' "${whats[index]}"
+  fi
+done

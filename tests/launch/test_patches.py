@@ -23,9 +23,11 @@ CHECKOUTS = [Path(name) for name in os.environ.get("MEGATRON_LM", "").split(os.p
 
 
 def expected() -> dict[str, tuple[str, int, str, str]]:
-    """Series → tag, lines of the head, their sha256, the file's sha256."""
+    """Series of Megatron-LM → tag, lines of the head, their sha256, the file's sha256."""
     rows = [line.split() for line in (PATCHES / "expected.txt").read_text(encoding="utf-8").splitlines()]
-    return {row[0]: (row[1], int(row[2]), row[3], row[4]) for row in rows if row and row[0] != "#"}
+    rows = [row for row in rows if row and row[0] not in {"#", "deepspeed"}]
+    assert {row[2] for row in rows} == {"pretrain_gpt.py"}
+    return {row[0]: (row[1], int(row[3]), row[4], row[5]) for row in rows}
 
 
 def patch_of(series: str) -> Path:
@@ -41,7 +43,7 @@ def sha256(text: str) -> str:
 
 def test_there_is_a_patch_for_each_version() -> None:
     assert list(expected()) == SERIES
-    assert sorted(PATCHES.glob("*.patch")) == sorted(map(patch_of, SERIES))
+    assert sorted(PATCHES.glob("megatron-lm-*.patch")) == sorted(map(patch_of, SERIES))
 
 
 @pytest.mark.parametrize("series", SERIES)
@@ -84,7 +86,7 @@ class Workplace:
         self.patches = folder / "patches"
         shutil.copytree(PATCHES, self.patches)
         head_sum = sha256("".join(self.original.splitlines(keepends=True)[:head]))
-        rows = [f"{series} {expected()[series][0]} {head} {head_sum} {sha256(self.original)}\n"]
+        rows = [f"{series} {expected()[series][0]} pretrain_gpt.py {head} {head_sum} {sha256(self.original)}\n"]
         (self.patches / "expected.txt").write_text("# comment\n" + "".join(rows))
         self.patch = self.patches / patch_of(series).name
         self.head = head

@@ -1,0 +1,164 @@
+"""The fork's parameters in the plan's terms: global names, and the shape that this rank holds. Changes no model.
+
+The fork has two GPT models. `GPTModel` calls its parameters much as older Megatron-LM did; `GPTModelPipe`, a pipeline
+of DeepSpeed's, by the place of their layer in the whole pipeline.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from mup_megatron.models.gpt import HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS
+from mup_megatron.theory import Plan, PlanEntry
+
+PADDING = "mup_padding_"
+"""How parameters of our own begin, which stand in groups that would be empty on a pipeline stage."""
+
+_LAYER_PARTS = {
+    "self_attention.query_key_value": "self_attention.linear_qkv",
+    "self_attention.dense": "self_attention.linear_proj",
+    "post_attention_layernorm": "pre_mlp_layernorm",
+    "mlp.dense_h_to_4h": "mlp.linear_fc1",
+    "mlp.dense_4h_to_h": "mlp.linear_fc2",
+}
+"""Within a layer: what the fork calls otherwise than Megatron-Core."""
+
+_SPLIT = {
+    "self_attention.linear_qkv.weight": 0,
+    "self_attention.linear_qkv.bias": 0,
+    "self_attention.linear_proj.weight": 1,
+    "mlp.linear_fc1.weight": 0,
+    "mlp.linear_fc1.bias": 0,
+    "mlp.linear_fc2.weight": 1,
+    WORD_EMBEDDINGS: 0,
+    HEAD: 0,
+}
+"""End of a plan's name → the dimension that tensor parallelism splits. By name, because the fork marks a parameter as
+split only while it draws it."""
+
+_EMBEDDING = re.compile(r"^(?:.+\.)?(word|position)_embeddings\.(?:local_embeddings\.)?weight$")
+
+
+def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The GPTModel or GPTModelPipe inside the fork's wrappers (DDP, Float16Module)."""
+    model: Any = chunk
+    while hasattr(model, "module"):
+        model = model.module
+    assert isinstance(model, torch.nn.Module)
+    return model
+
+
+def is_pipe(model: torch.nn.Module) -> bool:
+    """Whether a model that is not wrapped is DeepSpeed's pipeline, which keeps the layers of all stages as `specs`."""
+    return hasattr(model, "specs")
+
+
+def core_names(model: torch.nn.Module) -> dict[str, str]:
+    """{the fork's name: the plan's} for every parameter that a stage of a model holds.
+
+    What the plan has no name for keeps the fork's, so that it is found to be unknown.
+
+    Args:
+        model: a GPTModel or GPTModelPipe, not wrapped.
+    """
+    named = [name for name, _ in model.named_parameters(remove_duplicate=False) if not name.startswith(PADDING)]
+    to_plan = _of_pipe if is_pipe(model) else _of_gpt_model
+    return dict(to_plan(model, named))
+
+
+def named_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
+    """(the fork's name, the plan's, parameter) of everything that this rank trains or should; wrapped or not."""
+    for chunk in chunks:
+        model = unwrapped(chunk)
+        names = core_names(model)
+        for name, parameter in model.named_parameters():
+            if name in names:
+                yield name, names[name], parameter
+
+
+def _of_gpt_model(model: Any, named: Sequence[str]) -> Iterator[tuple[str, str]]:
+    encoder = "language_model.encoder."
+    for name in named:
+        # Where the last stage of a pipeline has a copy of the embedding, it is called without the language model.
+        if embedding := _EMBEDDING.match(name):
+            yield name, _embedding(embedding)
+        elif layer := re.match(rf"{re.escape(encoder)}layers\.(\d+)\.(.+)$", name):
+            # A stage numbers its layers from 0; the layer itself knows its place in the model, from 1.
+            number = model.language_model.encoder.layers[int(layer[1])].layer_number - 1
+            yield name, _in_layer(number, layer[2])
+        elif name.startswith(f"{encoder}final_layernorm."):
+            yield name, "decoder." + name.removeprefix(encoder)
+        else:
+            yield name, HEAD if name == "language_model.output_layer.weight" else name
+
+
+def _of_pipe(model: Any, named: Sequence[str]) -> Iterator[tuple[str, str]]:
+    kinds = [getattr(getattr(spec, "typename", None), "__name__", "") for spec in model.specs]
+    # What comes before the first one is a cast and the embedding; experts would put something behind the last.
+    first = kinds.index("ParallelTransformerLayerPipe")
+    last = first + kinds.count("ParallelTransformerLayerPipe") - 1
+    for name in named:
+        place = re.match(r"(\d+)\.(.+)$", name)
+        if embedding := _EMBEDDING.match(name):
+            yield name, _embedding(embedding)
+        elif place and first <= int(place[1]) <= last:
+            yield name, _in_layer(int(place[1]) - first, place[2])
+        elif place and int(place[1]) > last and place[2] in ("weight", "bias"):
+            yield name, f"decoder.final_layernorm.{place[2]}"
+        else:
+            yield name, HEAD if place and place[2] == "lm_head.weight" else name
+
+
+def _embedding(match: re.Match[str]) -> str:
+    return WORD_EMBEDDINGS if match[1] == "word" else POSITION_EMBEDDINGS
+
+
+def _in_layer(number: int, name: str) -> str:
+    module, _, parameter = name.rpartition(".")
+    return f"decoder.layers.{number}.{_LAYER_PARTS.get(module, module)}.{parameter}"
+
+
+# ---- shapes --------------------------------------------------------------------------------------------------------
+
+
+def stored_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """The shape of a rank's parameter, also where ZeRO-3 has taken it away and left an empty one."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def expected_shape(entry: PlanEntry, fork_name: str, tensor_parallel: int) -> tuple[int, ...]:
+    """The shape that one of `tensor_parallel` ranks holds of a parameter."""
+    shape = list(entry.shape)
+    if entry.padded_to is not None:
+        multiple = entry.padded_to * tensor_parallel
+        shape[0] = -(-shape[0] // multiple) * multiple
+    # Under sequence parallelism each rank holds the embeddings of its own positions.
+    dimension = 0 if ".local_embeddings." in fork_name else _split_dimension(entry.name)
+    if dimension is not None:
+        shape[dimension] //= tensor_parallel
+    return tuple(shape)
+
+
+def _split_dimension(name: str) -> int | None:
+    return next((dimension for end, dimension in _SPLIT.items() if name.endswith(end)), None)
+
+
+def mismatches(chunks: Sequence[torch.nn.Module], plan: Plan, tensor_parallel: int) -> list[str]:
+    """What this rank holds that the plan does not know, or with another shape; one sentence each."""
+    problems = []
+    for fork_name, name, parameter in named_parameters(chunks):
+        if name not in plan.by_name:
+            problems.append(
+                f"{fork_name}: the model has this parameter, the plan has not. Only the fork's GPTModel and "
+                "GPTModelPipe with ordinary layers are supported."
+            )
+            continue
+        found, expected = stored_shape(parameter), expected_shape(plan[name], fork_name, tensor_parallel)
+        if found != expected:
+            problems.append(
+                f"{fork_name}: a rank holds the shape {found}; by the plan ({name}) it would be {expected}. "
+                "Is the model another one than the command line says?"
+            )
+    return problems

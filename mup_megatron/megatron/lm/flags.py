@@ -190,6 +190,11 @@ def _refuse(values: argparse.Namespace) -> None:
         "perform_rl_step": "only pre-training has been looked at",
     }
     found = [f"{_flag(dest)}: {reason}. Drop it." for dest, reason in reasons.items() if getattr(values, dest, False)]
+    if getattr(values, "step_batch_size_schedule", None) is not None and getattr(values, "train_samples", None) is None:
+        found.append(
+            "--step-batch-size-schedule: with --train-iters Megatron would measure the run, and with it the learning "
+            "rate's schedule, in batches of --micro-batch-size × data-parallel size. Give --train-samples."
+        )
     if found:
         raise InputError("\n".join(found))
 

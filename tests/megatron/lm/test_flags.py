@@ -160,6 +160,18 @@ def test_what_the_plan_cannot_reach_is_refused_even_so(recipe_file: Path, word: 
         taken_over(["--mup-recipe", str(recipe_file), "--mup-override", word])
 
 
+def test_a_changing_batch_needs_a_run_that_is_counted_in_samples(recipe_file: Path) -> None:
+    """Megatron measures iterations in batches of the wrong size then, and the schedule would end early."""
+    changing = ["--mup-recipe", str(recipe_file), "--step-batch-size-schedule", "0:4 24:8"]
+    with pytest.raises(InputError, match=r"--step-batch-size-schedule.*--train-samples"):
+        taken_over(changing)
+    values = flags.add_to(parser_of_megatron()).parse_args([*changing, "--train-samples", "64"])
+    given, options = flags.take_given(values), flags.options_of(values)
+    assert options is not None
+    flags.take_over(values, given, options)
+    assert values.lr_decay_iters is None
+
+
 # ---- the schedule -------------------------------------------------------------------------------------------------
 
 

@@ -69,7 +69,8 @@ class Run:
         model = model_from_values(vars(values), vocab_size=values.vocab_size or 1, source=_SOURCE)
         run = cls(recipe, options, model)
         run._plan_for(model)
-        for name in not_in_model_file(vars(values)):
+        # With --use-checkpoint-args the checkpoint's arguments are among the values by now.
+        for name in not_in_model_file({**vars(values), "use_checkpoint_args": False}):
             _say(f"{name}: a model file has no key for it. Take care that the recipe's base was tuned with it as well.")
         return run
 

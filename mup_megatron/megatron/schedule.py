@@ -1,22 +1,21 @@
-"""The learning rates of a plan along Megatron's schedule, role by role: what logs show. Changes nothing."""
+"""The learning rates of a plan along its schedule, role by role: what logs show."""
 
 from collections import Counter
-from typing import Any
 
 from mup_megatron.theory import Plan, PlanEntry
 
 
 def peak_lr_per_role(plan: Plan) -> dict[str, float]:
     """Each role's peak learning rate; where a role has several, each with its ratio to the base's in the label."""
-    return {label: entry.lr for label, entry in _first_per_lr(plan).items()}
+    return lr_per_role(plan, plan.lr)
 
 
-def lr_per_role(plan: Plan, scheduler: Any) -> dict[str, float]:
-    """Each role's learning rate at this moment, by Megatron's own schedule; labels as in `peak_lr_per_role`."""
-    return {
-        label: scheduler.get_lr({"max_lr": entry.lr, "min_lr": entry.min_lr})
-        for label, entry in _first_per_lr(plan).items()
-    }
+def lr_per_role(plan: Plan, base_lr: float) -> dict[str, float]:
+    """Each role's learning rate when the base's is `base_lr`: peak and floor have one ratio to the base's.
+
+    Labels as in `peak_lr_per_role`.
+    """
+    return {label: base_lr * (entry.lr / plan.lr) for label, entry in _first_per_lr(plan).items()}
 
 
 def _first_per_lr(plan: Plan) -> dict[str, PlanEntry]:

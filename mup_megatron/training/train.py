@@ -273,7 +273,7 @@ class _Run:
         record, iteration = self.record, len(self.record.rows) + 1
         logged = iteration == self.options.train_iters or iteration % self.options.log_interval == 0
         lr = built.scheduler.get_lr({})
-        lrs = lr_per_role(self.plan, built.scheduler) if logged else None
+        lrs = lr_per_role(self.plan, lr) if logged else None
         problem = record.problem is not None
         measured = train_iteration(built, train_data, iteration - 1, self.sizes, problem=problem)
         if measured.problems:

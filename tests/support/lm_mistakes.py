@@ -77,6 +77,18 @@ def scheduler_that_flattens_later() -> None:
     after(OptimizerParamScheduler, "step", flatten)
 
 
+def overriding_as_on_the_main_branch() -> None:
+    """After 0.19, with --override-opt-param-scheduler, a load writes the schedule's rates into every group."""
+    original = OptimizerParamScheduler.load_state_dict
+
+    def load(self: Any, state: Any) -> None:
+        original(self, state)
+        for group in self.optimizer.param_groups:
+            group["max_lr"], group["min_lr"] = self.max_lr, self.min_lr
+
+    OptimizerParamScheduler.load_state_dict = load
+
+
 def own_overrides() -> None:
     original = training.get_megatron_optimizer_config
 

@@ -61,12 +61,12 @@ def require_same(found: Origin, wanted: Recipe, *, accept: bool) -> None:
     """Raises InputError unless a checkpoint is of the run's recipe, or the change is accepted."""
     if accept or found.fingerprint == wanted.fingerprint:
         return
-    remedy = "If you mean it, give --mup-accept-recipe-change."
+    remedy = "If you mean it, give --mup-accept-recipe-change{}."
     if found.recipe is None:
         raise InputError(
             "--load: the checkpoint was trained without a recipe, so its weights and optimizer are not those of the "
             f"plan; this run's recipe is {wanted.fingerprint}. Begin a new run with an empty --load and --save. "
-            f"{remedy}"
+            f"{remedy.format(' --no-load-optim')}"
         )
     lines = [f"  {key}: {before} there, {now} here" for key, before, now in _differences(found.recipe, wanted)]
     raise InputError(
@@ -75,10 +75,19 @@ def require_same(found: Origin, wanted: Recipe, *, accept: bool) -> None:
                 f"--load: the checkpoint was trained with another recipe: its fingerprint is {found.fingerprint}, "
                 f"this run's is {wanted.fingerprint}. What differs:",
                 *lines,
-                f"Give the checkpoint's recipe ({SIDECAR} in its folder). {remedy}",
+                f"Give the checkpoint's recipe ({SIDECAR} in its folder). {remedy.format('')}",
             ]
         )
     )
+
+
+def require_matching_optimizer(found: Origin) -> None:
+    """Raises InputError if the optimizer's state would be loaded from a checkpoint of plain Megatron."""
+    if found.recipe is None:
+        raise InputError(
+            "--mup-accept-recipe-change: the checkpoint was trained without a recipe, so its optimizer has other "
+            "groups of parameters. Take the weights alone and begin with a new optimizer: add --no-load-optim."
+        )
 
 
 def _differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
@@ -111,7 +120,6 @@ def require_plain(words: Sequence[str]) -> None:
     parser.add_argument("--load")
     parser.add_argument("--pretrained-checkpoint")
     parser.add_argument("--ckpt-step")
-    parser.add_argument("--non-persistent-ckpt-type")
     try:
         values, _ = parser.parse_known_args(list(words))
     except SystemExit:  # a flag without its value: Megatron says so better

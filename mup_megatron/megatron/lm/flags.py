@@ -5,12 +5,14 @@ Works on an argparse parser and the values that it parsed; imports nothing of Me
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mup_megatron.errors import InputError
+from mup_megatron.megatron.lm.complaint import NodeError
 from mup_megatron.recipe import Recipe, load_recipe
 
 _OWN: dict[str, dict[str, Any]] = {
@@ -67,10 +69,10 @@ def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     def parse_and_note(args: Any = None, namespace: Any = None, **more: Any) -> Any:
         values, rest = parse(args, namespace, **more)
-        absent = object()
-        probe = argparse.Namespace(**dict.fromkeys(vars(values), absent))
-        parse(args, probe, **more)  # a default is not put where there is a value
-        setattr(values, _GIVEN, frozenset(key for key, value in vars(probe).items() if value is not absent))
+        words = sys.argv[1:] if args is None else args
+        # Whole names only: Megatron's parser takes no abbreviations.
+        actions = (parser._option_string_actions.get(word.split("=", 1)[0]) for word in words)
+        setattr(values, _GIVEN, frozenset(action.dest for action in actions if action is not None))
         _require_read(values)
         return values, rest
 
@@ -137,6 +139,10 @@ def options_of(values: argparse.Namespace) -> Options | None:
     interval = values.mup_coordinates_interval
     if interval is not None and interval < 1:
         raise InputError(f"--mup-coordinates-interval {interval}: not a number of iterations. Give 1 or more.")
+    if interval is not None and not (getattr(values, "tensorboard_dir", None) or getattr(values, "wandb_project", "")):
+        raise InputError(
+            "--mup-coordinates-interval: there is nowhere to log to. Give --tensorboard-dir or --wandb-project."
+        )
     return Options(
         recipe=Path(values.mup_recipe),
         override=values.mup_override,
@@ -154,7 +160,10 @@ def take_over(values: argparse.Namespace, given: frozenset[str], options: Option
         InputError: a flag says something else and there is no --mup-override, or asks for what no plan can be
             combined with; lists all of them.
     """
-    recipe = load_recipe(options.recipe)
+    try:
+        recipe = load_recipe(options.recipe)
+    except InputError as error:
+        raise NodeError(f"--mup-recipe: {error}") from None
     _refuse(values)
     conflicts = []
     for setting in _settings(recipe, values):

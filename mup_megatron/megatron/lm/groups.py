@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.optimizer import overrides_by_name
+from mup_megatron.megatron.optimizer import overrides_by_name, parts_of
 from mup_megatron.theory import Optimizer, Plan
 
 _VALUES = ("max_lr", "min_lr", "wd_mult", "lr_mult", "eps")
@@ -13,7 +13,7 @@ _VALUES = ("max_lr", "min_lr", "wd_mult", "lr_mult", "eps")
 
 
 def _groups(optimizer: Any) -> Iterator[dict[str, Any]]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts_of(optimizer):
         yield from part.param_groups
 
 

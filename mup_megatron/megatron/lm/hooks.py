@@ -32,7 +32,8 @@ def install_if_asked(words: Sequence[str]) -> bool:
     if not _installed:
         for module, wrappers in _PLACES.items():
             wrapt.register_post_import_hook(partial(_wrap, wrappers), module)
-        complain_when_uncaught()
+        if not flags.wants_help(words):
+            complain_when_uncaught()
         _installed = True
     return True
 
@@ -50,8 +51,10 @@ def require_used() -> None:
 def _wrap(wrappers: Mapping[str, Wrapper], module: ModuleType) -> None:
     for name, wrapper in wrappers.items():
         current = getattr(module, name, None)
+        if current is None:
+            assert module.__name__ == "megatron.training.initialize", f"{module.__name__} has no {name}"
         # `initialize` has the functions of `arguments` under its own name: wrapped already, or from before.
-        if current is not None and not isinstance(current, wrapt.FunctionWrapper):
+        elif getattr(current, "_self_wrapper", None) is not wrapper:
             setattr(module, name, wrapt.FunctionWrapper(current, wrapper))
 
 
@@ -107,8 +110,14 @@ def _setup_model_and_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: A
 
 def _get_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     run = _the_run()
-    chunks = wrapped(*args, **kwargs)
-    return chunks if run is None else run.applied(chunks)
+    if run is None:
+        return wrapped(*args, **kwargs)
+    from megatron.training import get_args
+
+    run.prepare(get_args())  # an evaluation builds its model without an optimizer
+    chunks = run.applied(wrapped(*args, **kwargs))
+    run.verify(chunks, None, None, at_start=False)
+    return chunks
 
 
 def _get_megatron_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -141,7 +150,9 @@ def _load_base_checkpoint(wrapped: Any, instance: Any, args: Any, kwargs: Any) -
     result = wrapped(*args, **kwargs)
     state = result[0]
     if _run is not None and state is not None:
-        _run.found(state.get("args"))
+        from megatron.training import get_args
+
+        _run.found(state.get("args"), get_args())
     return result
 
 

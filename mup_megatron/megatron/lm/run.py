@@ -43,7 +43,7 @@ class Run:
     loading_into: Any = None
     """The optimizer that a checkpoint is being loaded into."""
     built: bool = False
-    """Whether model and optimizer stand."""
+    """Whether a model has been made what the plan says."""
     steps: int = 0
     """Since the start of this process."""
     coordinates: telemetry.Coordinates | None = None
@@ -118,6 +118,7 @@ class Run:
         apply_plan(chunks, self.plan, initialize=config.perform_initialization)
         if self.options.coordinates_interval is not None:
             self.coordinates = telemetry.Coordinates(chunks)
+        self.built = True
         return chunks
 
     def overrides(self, config: Any, chunks: Sequence[torch.nn.Module], given: Any) -> Mapping[Any, Any]:
@@ -154,20 +155,21 @@ class Run:
         if self.loaded and scheduler is not None:
             scheduler.step(increment=0)
 
-    def found(self, values: Any) -> None:
-        """A checkpoint is about to be loaded that was written with these arguments.
+    def found(self, saved: Any, values: argparse.Namespace) -> None:
+        """A checkpoint is about to be loaded that was written with the arguments `saved`.
 
         Raises:
             InputError: it is of another recipe.
         """
         if self.model is None or self.loaded:
             return  # Megatron looks for arguments alone, or once more
-        self.checkpoint = checkpoints.origin(values)
+        self.checkpoint = checkpoints.origin(saved)
         checkpoints.require_same(self.checkpoint, self.recipe, accept=self.options.accept_recipe_change)
-        if self.checkpoint.recipe is not None and self.loading_into is not None:
-            before = self.checkpoint.recipe.plan(self.model)
+        if self.loading_into is not None and not (values.no_load_optim or values.finetune):
+            checkpoints.require_matching_optimizer(self.checkpoint)
             assert self.plan is not None
-            groups.show_as(self.loading_into, before, self.plan)
+            assert self.checkpoint.recipe is not None
+            groups.show_as(self.loading_into, self.checkpoint.recipe.plan(self.model), self.plan)
 
     def stands(self, chunks: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any) -> None:
         """Model and optimizer are built, and what there was to load is loaded. Collective.
@@ -184,7 +186,6 @@ class Run:
             ]
         )
         self.verify(chunks, optimizer, scheduler, at_start=True)
-        self.built = True
 
     def _plan_for(self, model: ModelFile) -> Plan:
         try:
@@ -217,7 +218,7 @@ class Run:
             self.verify(chunks, optimizer, scheduler, at_start=False)
         iteration = values.curr_iteration + 1
         if iteration % values.tensorboard_log_interval == 0:
-            telemetry.log_lr_per_role(self.plan, scheduler, iteration)
+            telemetry.log_lr_per_role(self.plan, optimizer, iteration)
         if self.coordinates is not None and self.coordinates.measuring:
             self.coordinates.log(iteration)
 

@@ -10,24 +10,33 @@ from typing import Any
 import torch
 
 from mup_megatron.megatron.names import gathered, unwrapped
+from mup_megatron.megatron.optimizer import parts_of
 from mup_megatron.megatron.schedule import lr_per_role
 from mup_megatron.theory import Plan
 
 
-def log_lr_per_role(plan: Plan, scheduler: Any, iteration: int) -> None:
-    """The learning rate of each role at this moment, on the rank that has the writers."""
-    _write({f"mup/lr/{role}": lr for role, lr in lr_per_role(plan, scheduler).items()}, iteration)
+def log_lr_per_role(plan: Plan, optimizer: Any, iteration: int) -> None:
+    """The learning rate of each role at this moment, on the rank that has the writers; by what its groups hold."""
+    if not _writers():
+        return
+    group = parts_of(optimizer)[0].param_groups[0]
+    base = group["lr"] * (plan.lr / group["max_lr"])
+    _write({f"mup/lr/{role}": lr for role, lr in lr_per_role(plan, base).items()}, iteration)
+
+
+def _writers() -> list[Any]:
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+    return [writer for writer in (get_tensorboard_writer(), get_wandb_writer()) if writer is not None]
 
 
 def _write(values: Mapping[str, float], iteration: int) -> None:
-    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
-
-    board, wandb = get_tensorboard_writer(), get_wandb_writer()
-    if board is not None:
-        for name, value in values.items():
-            board.add_scalar(name, value, iteration)
-    if wandb is not None:
-        wandb.log(dict(values), iteration)
+    for writer in _writers():
+        if hasattr(writer, "add_scalar"):
+            for name, value in values.items():
+                writer.add_scalar(name, value, iteration)
+        else:
+            writer.log(dict(values), iteration)
 
 
 class Coordinates:

@@ -91,6 +91,20 @@ def test_an_interval_is_a_number_of_iterations(recipe_file: Path) -> None:
         flags.options_of(parsed(["--mup-recipe", str(recipe_file), "--mup-coordinates-interval", "0"]))
 
 
+def test_coordinates_need_somewhere_to_go(recipe_file: Path) -> None:
+    with pytest.raises(InputError, match="nowhere to log to"):
+        flags.options_of(parsed(["--mup-recipe", str(recipe_file), "--mup-coordinates-interval", "5"]))
+
+
+def test_a_scripts_own_flags_may_be_of_any_kind(recipe_file: Path) -> None:
+    parser = flags.add_to(parser_of_megatron())
+    parser.add_argument("--tag", action="append")
+    parser.add_argument("-v", action="count", default=0)
+    values = parser.parse_args(["--mup-recipe", str(recipe_file), "--tag", "a", "--tag=b", "-v", "--lr", "0.1"])
+    assert (values.tag, values.v) == (["a", "b"], 1)
+    assert flags.take_given(values) == {"mup_recipe", "tag", "v", "lr"}
+
+
 # ---- the recipe against the line ----------------------------------------------------------------------------------
 
 

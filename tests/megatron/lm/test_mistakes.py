@@ -11,6 +11,9 @@ import pytest
 from support.lm_recipes import line, recipe_file
 from support.lm_runs import SCRIPT, Finished, run_script
 
+from mup_megatron.errors import InputError
+from mup_megatron.megatron.lm import complaint
+
 pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megatron.training in its wheel")
 
 MISTAKEN = Path(__file__).parents[2] / "support" / "lm_mistakes.py"
@@ -115,7 +118,20 @@ def test_all_ranks_stop_together_and_one_speaks(run: Run) -> None:
     words = line(tensor_model_parallel_size=2)
     finished = run(words, mistake="attention_ignores_its_scale", ranks=2)
     require_stopped(finished, "core_attention")
-    assert "core_attention" in finished.err[1]  # after some seconds, in which torchrun would have ended it
+    assert "mup-megatron" not in finished.err[1]
+
+
+def test_what_is_wrong_on_another_machine_alone_is_told_by_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(complaint.time, "sleep", lambda seconds: None)
+    for rank, local_rank, speaks in (("0", "0", True), ("8", "0", True), ("9", "1", False)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        complaint.complain(complaint.NodeError("r.yaml: no such file"))
+        assert ("r.yaml: no such file" in capsys.readouterr().err) == speaks
+        complaint.complain(InputError("--lr: no"))
+        assert ("--lr: no" in capsys.readouterr().err) == (rank == "0")
 
 
 # ---- in a checkpoint ----------------------------------------------------------------------------------------------
@@ -146,11 +162,17 @@ def test_a_checkpoint_of_a_recipe_without_the_plug_ins_flags(run: Run, tmp_path:
 def test_a_checkpoint_of_plain_megatron(run: Run, tmp_path: Path) -> None:
     plain = saving(tmp_path / "ck", lr=1e-3, lr_decay_style="constant", min_lr=0)
     run(plain, with_recipe=False).require_success()
-    require_stopped(run(saving(tmp_path / "ck", train_iters=3)), "trained without a recipe")
+    further = saving(tmp_path / "ck", train_iters=3)
+    require_stopped(run(further), "trained without a recipe.*--mup-accept-recipe-change --no-load-optim")
+    accepted = [*further, "--mup-accept-recipe-change"]
+    require_stopped(run(accepted), "add --no-load-optim")
+    assert set(run([*accepted, "--no-load-optim"]).require_success().losses) == {3}
 
 
-def test_overriding_the_schedule_leaves_the_groups_to_the_plan(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mistake", [None, "overriding_as_on_the_main_branch"])
+def test_overriding_the_schedule_leaves_the_groups_to_the_plan(run: Run, tmp_path: Path, mistake: str | None) -> None:
     whole = run(saving(tmp_path / "whole", train_iters=4)).require_success()
     run(saving(tmp_path / "ck", train_iters=2)).require_success()
-    rest = run([*saving(tmp_path / "ck", train_iters=4), "--override-opt-param-scheduler"]).require_success()
+    longer = [*saving(tmp_path / "ck", train_iters=4), "--override-opt-param-scheduler"]
+    rest = run(longer, mistake=mistake).require_success()
     assert {i: rest.losses[i] for i in (3, 4)} == {i: whole.losses[i] for i in (3, 4)}

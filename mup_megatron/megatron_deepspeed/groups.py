@@ -30,11 +30,7 @@ class GroupValues:
     def of(cls, entry: PlanEntry, plan: Plan) -> "GroupValues":
         """What a parameter needs, relative to the base's values that the optimizer is configured with."""
         decay = entry.weight_decay / plan.weight_decay if plan.weight_decay else 1.0
-        return cls(
-            lr_mult=entry.lr / plan.lr,
-            wd_mult=0.0 if entry.kind.is_vector else decay,
-            eps=entry.eps,
-        )
+        return cls(lr_mult=entry.lr / plan.lr, wd_mult=decay, eps=entry.eps)
 
     def as_keys(self) -> dict[str, float]:
         """The keys of a group."""

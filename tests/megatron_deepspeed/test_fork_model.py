@@ -73,6 +73,14 @@ def test_the_forward_pass_is_that_of_the_plan(kind: Any, shape: Any, layout: Lay
     torch.testing.assert_close(model(tokens_of(target)), expected, rtol=1e-11, atol=1e-12)
 
 
+def test_the_readout_is_scaled_in_one_place(tmp_path: Path) -> None:
+    untied = {"untie_embeddings_and_output_weights": True}
+    model, _ = built(GPTModel, gpt(2, **untied), recipe_for(gpt(1, **untied)), tmp_path)
+    assert not model.get_submodule("language_model.output_layer")._forward_pre_hooks  # the fork uses its weight alone
+    pipe, _ = built(GPTModelPipe, gpt(2, **untied), recipe_for(gpt(1, **untied)), tmp_path)
+    assert len(pipe.get_submodule("5.lm_head")._forward_pre_hooks) == 1
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_weights_own_multiplier_acts_on_the_weight_and_not_on_its_bias(kind: Any, tmp_path: Path) -> None:
     own = (PerParameter(match="*.linear_fc2.weight", multiplier=3.0),)

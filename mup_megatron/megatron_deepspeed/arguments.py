@@ -26,6 +26,8 @@ _REFUSED = {
     "Drop it and give --train-iters or --train-samples",
     "lr_warmup_tokens": "the warm-up is the recipe's. Drop it",
     "lr_decay_tokens": "the decay is the recipe's. Drop it",
+    "mup_coordinates_interval": "not available in the fork Megatron-DeepSpeed. Drop it",
+    "mup_no_verify": "nothing is compared in the fork Megatron-DeepSpeed, so there is nothing to leave out. Drop it",
 }
 """Argument → why a run with a recipe cannot have it, and what to do."""
 

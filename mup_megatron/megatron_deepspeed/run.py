@@ -60,17 +60,11 @@ def _begin(values: argparse.Namespace) -> None:
     global _run
     _run = None
     given = flags.take_given(values)
+    if values.mup_recipe is not None:
+        arguments.refuse(values)
     options = flags.options_of(values)
     if options is None:
         return
-    if options.coordinates_interval is not None:
-        raise InputError("--mup-coordinates-interval: not available in the fork Megatron-DeepSpeed. Drop it.")
-    if not options.verify:
-        raise InputError(
-            "--mup-no-verify: nothing is compared in the fork Megatron-DeepSpeed, so there is nothing to leave out. "
-            "Drop it."
-        )
-    arguments.refuse(values)
     recipe = flags.take_over(values, given, options)
     arguments.refuse_recipe(recipe)
     # The fork writes its arguments into every checkpoint.

@@ -360,3 +360,18 @@ def test_in_ci_a_skip_for_something_missing_is_a_failure(
     }
     assert found == expected, done.stdout
     assert done.returncode == (1 if changes else 0)
+
+
+# Documents
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: path.name)
+def test_a_row_of_a_table_has_a_cell_under_every_heading(path: Path) -> None:
+    bars = 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("|"):
+            bars = 0
+            continue
+        found = len(re.findall(r"(?<!\\)\|", line))
+        bars = bars or found
+        assert found == bars, line

@@ -6,25 +6,26 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from mup_megatron.cli.options import FILE, answer_console, force_option, require_new
+from mup_megatron.cli.options import FILE, FlagsCommand, answer_console, force_option, require_new
 from mup_megatron.megatron.arguments import words_of_launch
-from mup_megatron.megatron.lm.native import NativeRecipe, recipe_from_native
+from mup_megatron.megatron.arguments.native import NativeRecipe, recipe_from_native
 from mup_megatron.recipe import save_recipe
 
 
-@click.command()
+@click.command(cls=FlagsCommand)
 @click.option("-o", "--output", type=FILE, metavar="R",
               help="Where to write the recipe. Without it, the recipe is on standard output and the table on standard "
               "error.")  # fmt: skip
 @force_option
-@click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="-- FLAGS… | SCRIPT.sh [FLAGS…]")
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="FLAGS… | SCRIPT.sh [FLAGS…]")
 def command(output: Path | None, force: bool, flags: tuple[str, ...]) -> None:
     """The recipe of a launch line that has --use-mup, and a table of what differs on the line's own model.
 
-    A launch script is read and not run. Flags after a script count as if they stood at the end of its line.
+    A launch script is read and not run. Flags after a script count as if they stood at the end of its line. Behind a
+    `--`, no word is an option of this command.
     """
     if not flags:
-        raise click.UsageError("give Megatron's flags, or a launch script: mup-megatron from-native -- FLAGS…")
+        raise click.UsageError("give Megatron's flags, or a launch script: mup-megatron from-native FLAGS…")
     words, source = words_of_launch(flags)
     native = recipe_from_native(words, source=source)
     if output is None:

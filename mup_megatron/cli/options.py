@@ -1,5 +1,6 @@
 """Options and printing that several commands share."""
 
+import difflib
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,27 @@ FILE = click.Path(path_type=Path)
 target_argument = click.argument("target", type=FILE, metavar="TARGET.yaml")
 recipe_option = click.option("--recipe", "recipe_path", type=FILE, required=True, metavar="R", help="The recipe file.")
 force_option = click.option("--force", is_flag=True, help="Replace files that exist.")
+
+
+class FlagsCommand(click.Command):
+    """A command that takes Megatron-LM's flags as they are, before, between and after its own options.
+
+    Behind a `--` nothing is its own. A misspelt option of its own is an error, and not taken for a flag of Megatron's.
+    """
+
+    ignore_unknown_options = True
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """What is left over, as of any command."""
+        own = [name for param in self.get_params(ctx) for name in param.opts if name.startswith("-")]
+        for word in args[: args.index("--")] if "--" in args else args:
+            name = word.partition("=")[0]
+            # 0.75: what --forse and --out reach, and no flag of Megatron's. Nor has Megatron a short one.
+            close = difflib.get_close_matches(name, own, cutoff=0.75) if name.startswith("--") else []
+            short = len(word) > 1 and word[0] == "-" and word[1].isalpha() and word[:2] not in own
+            if (close and name not in own) or short:
+                raise click.NoSuchOption(name, possibilities=close, ctx=ctx)
+        return super().parse_args(ctx, args)
 
 
 def answer_console() -> Console:

@@ -45,6 +45,16 @@ def test_a_launch_script_is_read(run: Command, here: Path) -> None:
     assert run("from-native", "--", "run.sh").out == run("from-native", "--", *FLAGS).out
 
 
+def test_flags_need_no_dashes_before_them(run: Command, here: Path) -> None:
+    (here / "run.sh").write_text(f"python pretrain_gpt.py {' '.join(FLAGS)} --lr $LR\n")
+    expected = run("from-native", "--", *FLAGS)
+    assert expected.code == 0
+    assert run("from-native", *FLAGS) == expected
+    assert run("from-native", "run.sh", "--lr", "1e-3") == expected
+    assert run("from-native", "run.sh", "--lr", "1e-3", "-o", "from.yaml").out.splitlines()[0] == "from.yaml"
+    assert (here / "from.yaml").read_text() == expected.out
+
+
 def test_nothing_differs_at_the_base(run: Command, here: Path) -> None:
     assert "On this model every number is native's." in run("from-native", "--", *FLAGS, "--hidden-size", "32",
                                                             "--num-attention-heads", "1").err  # fmt: skip
@@ -54,6 +64,7 @@ def test_nothing_differs_at_the_base(run: Command, here: Path) -> None:
     ("words", "said"),
     [
         ([], "give Megatron's flags, or a launch script"),
+        ([*FLAGS, "--forse"], "No such option '--forse'. Did you mean '--force'?"),
         (["--", *FLAGS[:12]], "flags: --use-mup is missing"),
         (["--", *FLAGS, "--optimizer", "muon"], "flags: --optimizer muon: a recipe knows adam and sgd"),
     ],

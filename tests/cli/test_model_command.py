@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 from support.commands import Command, contents
+from support.lm_arguments import parser_of_megatron
 
+from mup_megatron.cli.model import command
 from mup_megatron.models.model_file import load_model_file
 
 FLAGS = (
@@ -23,6 +25,30 @@ def test_a_launch_script_is_as_good(run: Command, here: Path) -> None:
     assert run("model", "--from-args", "--", "run.sh") == (0, YAML, "")
     changed = run("model", "--from-args", "--", "run.sh", "--num-layers", "3").out
     assert changed == YAML.replace("num_layers: 2", "num_layers: 3")
+
+
+def test_flags_need_no_dashes_before_them(run: Command, here: Path) -> None:
+    """An error message advises to add a flag after the script: so it works there, with or without `--`."""
+    assert run("model", "--from-args", *FLAGS) == (0, YAML, "")
+    (here / "run.sh").write_text(f"python pretrain_gpt.py {' '.join(FLAGS)} --vocab-size $V\n")
+    assert "or add --vocab-size with its value after the script" in run("model", "--from-args", "run.sh").err
+    assert run("model", "--from-args", "run.sh", "--vocab-size", "300") == (0, YAML, "")
+    assert run("model", "--from-args", "run.sh", "--", "--vocab-size=300") == (0, YAML, "")
+
+
+@pytest.mark.parametrize("own", [["-o", "m.yaml"], ["-om.yaml"], ["--output", "m.yaml"], ["--output=m.yaml"]])
+def test_options_of_our_own_stand_before_between_or_after_flags(run: Command, here: Path, own: list[str]) -> None:
+    for words in ([*own, "--from-args", *FLAGS], ["--from-args", *FLAGS[:4], *own, *FLAGS[4:]],
+                  [*FLAGS, "--from-args", *own]):  # fmt: skip
+        assert run("model", *words, "--force") == (0, "m.yaml\n", "")
+        assert (here / "m.yaml").read_text() == YAML
+        (here / "m.yaml").write_text("")
+
+
+def test_no_flag_of_megatrons_is_taken_for_a_misspelt_option() -> None:
+    for action in parser_of_megatron()._actions:
+        for name in set(action.option_strings) - {"-h", "--help"}:
+            assert command.make_context("model", ["--from-args", name]).params["flags"] == (name,)
 
 
 def test_written_to_a_file_once(run: Command, here: Path) -> None:
@@ -50,6 +76,10 @@ def test_what_a_model_file_cannot_say_is_a_warning(run: Command, here: Path) -> 
         (["--", *FLAGS], "give Megatron's flags, or a launch script"),
         (["--from-args", "--", *FLAGS[2:]], "flags: missing: --num-layers. Give it."),
         (["--from-args", "--", *FLAGS, "--num-experts", "8"], "flags: --num-experts: models with experts are not"),
+        (["--from-args", *FLAGS, "--forse"], "No such option '--forse'. Did you mean '--force'?"),
+        (["--from-args", "--outptu=m.yaml", *FLAGS], "No such option '--outptu'. Did you mean '--output'?"),
+        (["--from-arg", *FLAGS], "No such option '--from-arg'. Did you mean '--from-args'?"),
+        (["--from-args", "-O", "m.yaml", *FLAGS], "No such option '-O'."),
         (["--from-args", "--", "none.sh"], "none.sh: cannot be read (No such file or directory)"),
     ],
 )

@@ -350,7 +350,7 @@ def test_what_validation_fills_in_changes_nothing() -> None:
 
 def test_neither_torch_nor_megatron_is_needed() -> None:
     program = (
-        "import sys, mup_megatron.megatron.lm.native\n"
+        "import sys, mup_megatron.megatron.arguments.native\n"
         "import mup_megatron.cli.args, mup_megatron.cli.model, mup_megatron.cli.from_native\n"
         "print(sorted({'torch', 'megatron'} & {name.split('.')[0] for name in sys.modules}))"
     )
@@ -446,6 +446,12 @@ COMMANDS = [
     "if true; then\n  python x.py {} --hidden-size 16\nfi",
     "H=16\nif true; then H=16; fi\npython x.py {} --hidden-size $H",
     "A='{} --hidden-size 16'\nif true; then A+=' --bf16'; fi\npython x.py $A",
+    "A='{} --hidden-size 16'\nif true; then A=\"$A --fp8-format hybrid\"; fi\npython x.py $A",
+    "A='{} --hidden-size 16'\ntrue && A=\"--fp8-format hybrid ${{A}}\"\npython x.py $A",
+    "A='{} --hidden-size 16'\nif true; then A=$A' --bf16'; fi\nexport A=\"$A --swiglu\"\npython x.py $A",
+    'A=({} --hidden-size 16)\nif true; then A=("${{A[@]}}" --bf16); fi\npython x.py ${{A[@]}}',
+    "A=({} --hidden-size 16)\nif true; then A=(--bf16 ${{A[@]}}); fi\npython x.py ${{A[@]}}",
+    'A=({} --hidden-size 16)\nif true; then A=("${{A[@]}}"); fi\npython x.py ${{A[@]}}',
     "(H=16 python x.py {} --hidden-size 16) 2>&1",
     "true &&\n  python x.py {} --hidden-size 16 | cat",
     "P=--hidden\npython x.py {} ${{P}}-size=16 --normalization \"RMS\"'Norm'",
@@ -485,6 +491,14 @@ def test_a_file_that_only_sets_a_variable_is_read_too(script: Script) -> None:
         ("python x.py --num-layers '$N'", "what $N stands for"),
         ("if $A; then\nB=(--swiglu)\nfi\npython x.py --num-layers 2 ${B[@]}", "--swiglu ${B[@]} in line 2"),
         ("B='--bf16'\nif $A; then\nB+=' --swiglu'\nfi\npython x.py --num-layers 2 $B", "--swiglu $B in line 3"),
+        ("A='--num-layers 2'\nif $B; then\nA=\"$A --swiglu\"\nfi\npython x.py $A", "--swiglu $A in line 3"),
+        ("A='--num-layers 2'\n$B &&\nA=\"--swiglu ${A:-}\"\npython x.py $A", "--swiglu $A in line 3"),
+        ("A=(--num-layers 2)\nif $B; then\nA=(${A[@]} --swiglu)\nfi\npython x.py ${A[@]}", "--swiglu $A in line 3"),
+        ('if $B; then A=--swiglu; fi\nA="$A --bf16"\npython x.py --num-layers 2 $A', "--swiglu $A in line 1"),
+        ('if $B; then A=--swiglu; fi\n$B && C+=" $A"\npython x.py --num-layers 2 $C', "--swiglu $C in line 2"),
+        ("if $B; then\nA='--num-layers 2'; fi\npython x.py $A", "--num-layers $A in line 2"),
+        ("A='--num-layers 2'\n$B && A=\"\\$A --bf16\"\npython x.py $A", "They may be in $A (line 2)"),
+        ("A='--num-layers 2'\n$B && A=\"$AB --bf16\"\npython x.py $A", "They may be in $A (line 2)"),
         ("python x.py --num-layers 2 $MODEL_ARGS", "They may be in $MODEL_ARGS, which is not known here"),
     ],
 )
@@ -506,6 +520,12 @@ def test_a_flag_after_the_script_settles_what_it_leaves_open(script: Script) -> 
     assert model_from_flags(words, source=source).num_layers == 6
 
 
+def test_flags_that_are_appended_under_a_condition_leave_the_rest_known(script: Script) -> None:
+    path = script(f'A="{" ".join(REQUIRED)}"\nif $B; then A="$A --swiglu"; fi\npython x.py $A')
+    words, source = words_of_launch([str(path), "--swiglu"])
+    assert model_from_flags(words, source=source) == model_of("--swiglu")
+
+
 def test_flags_are_no_script() -> None:
     assert words_of_launch(REQUIRED) == (REQUIRED, "flags")
     assert words_of_launch(["pretrain_gpt.py", *REQUIRED])[0][1:] == REQUIRED
@@ -514,7 +534,16 @@ def test_flags_are_no_script() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("echo hello", "no command with a model's flags"),
+        (
+            "echo hello",
+            r"no command with a model's flags, such as --num-layers, was found\. Give the script that starts",
+        ),
+        ('\npython x.py $A --bf16 "$@"', r"was found\. They may be in \$A \(line 2\), \$@ \(line 2\), which"),
+        ("A=--bf16\nif $B; then\nA=$C\nfi\ntorchrun $X ${A} --save $Y", r"in \$X \(line 5\), \$\{A\} \(line 3\), \$Y"),
+        (
+            "A=$(cat x)\neval python x.py $A",
+            r"They may be in \$\(cat…\) \(line 1\), which cannot be read off the script",
+        ),
         ("python a.py --num-layers 2\npython b.py --num-layers 3", "two commands describe different models"),
     ],
 )

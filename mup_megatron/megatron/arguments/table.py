@@ -298,9 +298,10 @@ def _value(flag: Flag, text: str | None) -> Any:
     variable = unresolved(text)
     if variable is not None:
         line = getattr(text, "line", None)
+        added = flag.name if flag.parse is None else f"{flag.name} with its value"
         raise InputError(
             f"{flag.name} {text}{f' in line {line}' if line else ''}: what {variable} stands for is not known here. "
-            f"Write the value itself, or add {flag.name} with its value after the script."
+            f"Write the value itself, or add {added} after the script."
         )
     if flag.parse is None:
         raise InputError(f"{flag.name}: takes no value, found '{text}'. Write the flag alone.")

@@ -1,18 +1,18 @@
 """The Megatron flags in a bash launch script, read and never executed.
 
-Follows assignments, arrays, `+=` and `${A:-default}` from top to bottom, and functions where they are written. It is no
-shell: what comes from a condition, a loop, the environment, the script's own arguments or another program's output
-stays as it is written there, and is an error where the model depends on it.
+Follows assignments, arrays, `+=` (also as `A="$A …"`) and `${A:-default}` from top to bottom, and functions where they
+are written. It is no shell: what comes from a condition, a loop, the environment, the script's own arguments or another
+program's output stays as it is written there, and is an error where the model depends on it.
 """
 
 import bisect
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments.table import MODEL
+from mup_megatron.megatron.arguments.table import MODEL, unresolved
 
 _MODEL_FLAGS = {flag.name: flag for flag in MODEL}
 
@@ -52,7 +52,7 @@ def words_of_script(path: Path) -> list[str]:
     Variables that the script sets are put in; others stay, as `$NAME`, and `model_from_flags` refuses them where they
     matter. Each word knows its line.
 
-    Flags of the model in a variable that is set under a condition come as `--flag=$NAME`.
+    Flags of the model that a variable gets under a condition come as `--flag=$NAME`.
 
     Raises:
         InputError: the file cannot be read, has no such command, or several that differ.
@@ -232,6 +232,7 @@ _EXPANSION = re.compile(
     rf"|(?P<plain>[A-Za-z_]\w*))|{_SUBSTITUTION}|\$[\d@*#?!$-]|\\(?P<escaped>[$`\"\\])",
     re.DOTALL,
 )
+_LAUNCHERS = frozenset({"torchrun", "python", "python3", "srun", "mpirun", "eval"})
 _Value = tuple[Word, ...] | Word
 
 
@@ -240,11 +241,13 @@ class _Reader:
 
     def __init__(self) -> None:
         self._values: dict[str, _Value] = {}
-        self._unknown: set[str] = set()
-        """Variables that have been set, to what cannot be read off."""
+        self._unknown: dict[str, int] = {}
+        """Variables that have been set, to what cannot be read off, and the first line where."""
         self._conditional_flags: dict[str, list[tuple[str, int]]] = {}
         """The flags of the model that a variable gets under a condition, and the line where."""
         self._found: list[list[Word]] = []
+        self._unread: dict[str, int] = {}
+        """Where something was started without: what its flags can be in, and the line that this comes from."""
 
     def take(self, command: _Command) -> None:
         """Carries out assignments, and keeps a command that has flags of a model."""
@@ -269,29 +272,51 @@ class _Reader:
         match = self._assignment(word)
         assert match is not None
         name, appends = match[1], bool(match[2])
-        new: _Value
-        if word.array is not None:
-            new = tuple(expanded for element in word.array for expanded in self._expanded(element))
-        else:
-            pieces = _without_prefix(word.pieces, len(name) + len(match[2]) + 1)
-            new = Word("".join(self._text(piece) for piece in pieces), word.line)
-        if conditional or (appends and name in self._unknown):
-            self._assign_conditionally(name, new, appends=appends, line=word.line)
+        whole = replace(word, pieces=tuple(_without_prefix(word.pieces, len(name) + len(match[2]) + 1)))
+        added = whole if appends else _beside_itself(whole, name)
+        if added is not None and (conditional or name in self._unknown):
+            self._append_conditionally(name, self._assigned(added), word.line)
             return
-        if not appends:
+        new = self._assigned(whole)
+        if conditional:
+            self._replace_conditionally(name, new, word.line)
+            return
+        if added is None:
             self._conditional_flags.pop(name, None)
-            self._unknown.discard(name)
+            self._unknown.pop(name, None)
         self._values[name] = _joined(self._values.get(name), new) if appends else new
 
-    def _assign_conditionally(self, name: str, new: _Value, *, appends: bool, line: int) -> None:
-        names = [word.partition("=")[0] for word in _split(new)]
-        flags = [(flag, line) for flag in names if flag in _MODEL_FLAGS]
+    def _assigned(self, word: _Token) -> _Value:
+        """What a variable gets from the part of an assignment after `=`."""
+        if word.array is not None:
+            return tuple(expanded for element in word.array for expanded in self._expanded(element))
+        return Word("".join(self._text(piece) for piece in word.pieces), word.line)
+
+    def _append_conditionally(self, name: str, new: _Value, line: int) -> None:
+        flags = self._flags_of_the_model(new, line)
+        if not flags:
+            # What is not about the model may be there or not: the rest of the variable stays known.
+            return
+        self._conditional_flags.setdefault(name, []).extend(flags)
+        old = self._values.get(name)
+        if old is None:
+            self._unknown.setdefault(name, line)
+            return
+        words = tuple(Word(f"{flag}=${name}", line) for flag, _ in flags)
+        self._values[name] = (*old, *words) if isinstance(old, tuple) else Word(" ".join((old, *words)), old.line)
+
+    def _replace_conditionally(self, name: str, new: _Value, line: int) -> None:
+        if self._values.get(name) == new:
+            return
+        flags = self._flags_of_the_model(new, line)
         if flags:
             self._conditional_flags.setdefault(name, []).extend(flags)
-        # What is not about the model may be appended or not: the rest of the variable stays known.
-        if (flags or not appends) and self._values.get(name) != new:
-            self._values.pop(name, None)
-            self._unknown.add(name)
+        self._values.pop(name, None)
+        self._unknown.setdefault(name, line)
+
+    def _flags_of_the_model(self, value: _Value, line: int) -> list[tuple[str, int]]:
+        names = [said.partition("=")[0] for word in _split(value) for said in self._said(word)]
+        return [(name, line) for name in names if name in _MODEL_FLAGS]
 
     def _text(self, piece: _Piece) -> str:
         """A piece as one text: what an assignment gets."""
@@ -355,32 +380,76 @@ class _Reader:
         flat = [part for word in words for part in (_split(word) if re.search(r"\s--\w", word) else (word,))]
         scripts = [index for index, word in enumerate(flat) if word.endswith(".py")]
         after = flat[scripts[0] + 1 :] if scripts else flat
+        after = [said for word in after for said in self._said(word)]
         if any(word.partition("=")[0] in _MODEL_FLAGS for word in after):
             self._found.append(after)
+        elif scripts or not _LAUNCHERS.isdisjoint(flat):
+            for word in after:
+                if unresolved(word) == word:
+                    self._unread.setdefault(str(word), self._unknown.get(_variable(word), word.line))
 
     def launch(self, source: str) -> list[Word]:
         """The words of the one command that has flags of a model."""
         if not self._found:
             # A file for other scripts to read, which sets a variable and starts nothing.
-            self._found = [list(_split(value)) for value in self._values.values() if "--num-layers" in _split(value)]
+            self._found = [
+                [said for word in words for said in self._said(word)]
+                for words in map(_split, self._values.values())
+                if "--num-layers" in words
+            ]
         if not self._found:
             raise InputError(
                 f"{source}: no command with a model's flags, such as --num-layers, was found. "
-                "Give the script that starts the training, or the flags after `--`."
+                f"{self._where_they_may_be()}"
             )
         first, *others = self._found
         for other in others:
             if _about_the_model(other) != _about_the_model(first):
                 raise InputError(
                     f"{source}: two commands describe different models, with flags from lines {first[0].line} and "
-                    f"{other[0].line}. Give the flags of one of them after `--`."
+                    f"{other[0].line}. Give the flags of one of them in the script's place."
                 )
-        return [said for word in first for said in (self._conditional(word) or [word])]
+        return first
 
-    def _conditional(self, word: Word) -> list[Word]:
-        """For a variable that gets flags under a condition: these flags, with the variable as their unknown value."""
-        name = re.fullmatch(r"\$\{?(\w+)(?:\[[@*]\])?\}?", word)
-        return [Word(f"{flag}={word}", line) for flag, line in self._conditional_flags.get(name[1] if name else "", ())]
+    def _where_they_may_be(self) -> str:
+        if not self._unread:
+            return "Give the script that starts the training, or the flags in its place."
+        places = ", ".join(f"{word} (line {line})" for word, line in self._unread.items())
+        return f"They may be in {places}, which cannot be read off the script. Give the flags in its place."
+
+    def _said(self, word: Word) -> list[Word]:
+        """The word; or, for a variable that gets flags under a condition, these, with the variable as unknown value."""
+        name = _variable(word)
+        flags = self._conditional_flags.get(name, ())
+        if word.startswith("-"):
+            # The mark of such a flag beside what else the variable has. A text's words have lost their lines.
+            lines = [line for flag, line in flags if word == f"{flag}=${name}"]
+            return [Word(word, lines[0])] if lines else [word]
+        return [Word(f"{flag}={word}", line) for flag, line in flags] or [word]
+
+
+def _variable(word: str) -> str:
+    """The name of the variable that a word, or the value of its flag, is as a whole; else nothing."""
+    found = re.fullmatch(r"(?:--[\w-]+=)?\$\{?(\w+)(?:\[[@*]\])?\}?", word)
+    return found[1] if found else ""
+
+
+def _beside_itself(word: _Token, name: str) -> _Token | None:
+    """What is assigned beside the variable's own value: `A="$A …"`, `A="… $A"`, `A=("${A[@]}" …)`; else None."""
+    itself = rf"(?<!\\)\$(?:{name}(?!\w)|\{{{name}(?:\[[@*]\])?(?::?-)?\}})"
+    if word.array is not None:
+        for index, element in enumerate(word.array):
+            text = element.pieces[0].text if len(element.pieces) == 1 and element.pieces[0].expands else ""
+            if index in (0, len(word.array) - 1) and re.fullmatch(itself, text):
+                return replace(word, array=word.array[:index] + word.array[index + 1 :])
+        return None
+    pieces = [piece for piece in word.pieces if piece.text]
+    for index, pattern in ((0, rf"\A{itself}"), (-1, rf"{itself}\Z")) if pieces else ():
+        rest, found = re.subn(pattern, "", pieces[index].text)
+        if found and pieces[index].expands:
+            pieces[index] = replace(pieces[index], text=rest)
+            return replace(word, pieces=tuple(pieces))
+    return None
 
 
 def _leading(pieces: Sequence[_Piece]) -> Iterator[str]:

@@ -107,6 +107,11 @@ def refuse_native(config: Any) -> None:
 def _problems(model: torch.nn.Module, plan: Plan) -> list[str]:
     from megatron.core.fp8_utils import is_float8tensor
 
+    if not hasattr(model, "decoder"):
+        return [
+            f"the model is a {type(model).__name__}, and a plan is for Megatron-Core's GPTModel. BERT, T5, hybrid and "
+            "multimodal models are not supported yet."
+        ]
     config: Any = model.config
     problems = []
     if model in _applied:

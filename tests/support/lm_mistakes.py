@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import megatron.training.arguments as arguments
 import megatron.training.training as training
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -139,6 +140,52 @@ def weights_drawn_again() -> None:
         return original(optimizer)
 
     training.get_optimizer_param_scheduler = drawing
+
+
+def after_parsing(**values: Any) -> None:
+    original = arguments.parse_and_validate_args
+
+    def parse(*args: Any, **kwargs: Any) -> Any:
+        parsed = original(*args, **kwargs)
+        vars(parsed).update(values)
+        return parsed
+
+    arguments.parse_and_validate_args = parse
+
+
+def betas_after_parsing() -> None:
+    after_parsing(adam_beta2=0.5)
+
+
+def clipping_after_parsing() -> None:
+    after_parsing(clip_grad=0.01)
+
+
+def schedule_after_parsing() -> None:
+    after_parsing(lr_decay_style="cosine")
+
+
+def defaults_of_its_own() -> None:
+    original = arguments.parse_and_validate_args
+
+    def parse(*args: Any, args_defaults: Any, **kwargs: Any) -> Any:
+        own = {"lr_decay_iters": 1, "lr_warmup_fraction": 0.5, "start_weight_decay": 0.5}
+        return original(*args, args_defaults={**args_defaults, **own}, **kwargs)
+
+    arguments.parse_and_validate_args = parse
+
+
+def another_kind_of_model() -> None:
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    class Wrapping(MegatronModule):
+        def __init__(self, model: Any) -> None:
+            super().__init__(model.config)
+            self.gpt = model
+
+    original = GPTModelBuilder.build_model
+    GPTModelBuilder.build_model = lambda self, *args, **kwargs: Wrapping(original(self, *args, **kwargs))
 
 
 def nothing() -> None:

@@ -20,7 +20,13 @@ def line(**changes: Any) -> list[str]:
     ]
 
 
-def a_recipe(*, width: int = BASE_WIDTH, schedule: dict[str, Any] | None = None, **hyperparameters: Any) -> Recipe:
+def a_recipe(
+    *,
+    width: int = BASE_WIDTH,
+    schedule: dict[str, Any] | None = None,
+    parametrization: dict[str, Any] | None = None,
+    **hyperparameters: Any,
+) -> Recipe:
     """A recipe for the model of `line`, whose multipliers all act."""
     return recipe(
         {
@@ -41,6 +47,7 @@ def a_recipe(*, width: int = BASE_WIDTH, schedule: dict[str, Any] | None = None,
                 **hyperparameters,
             },
             "schedule": schedule or {"lr_decay_style": "constant"},
+            "parametrization": parametrization or {},
         },
         source="test",
     )

@@ -108,10 +108,19 @@ def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 # ---- beside it -----------------------------------------------------------------------------------------------------
 
 
-def write_sidecar(folder: str, given: Recipe) -> None:
-    """Puts the recipe beside a checkpoint that has been written, on the first rank, and if it lies in a folder."""
-    if os.environ.get("RANK", "0") == "0" and os.path.isdir(folder):
+def write_sidecar(folder: str | None, given: Recipe) -> str | None:
+    """Puts the recipe into a folder of checkpoints, on the first rank.
+
+    Returns why that could not be done. It is no reason to end a run: the recipe is in the checkpoint as well.
+    """
+    if folder is None or os.environ.get("RANK", "0") != "0":
+        return None
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         write_atomically(Path(folder) / SIDECAR, given.to_yaml())
+    except (InputError, OSError) as error:
+        return str(error)
+    return None
 
 
 def require_plain(words: Sequence[str]) -> None:
@@ -125,13 +134,19 @@ def require_plain(words: Sequence[str]) -> None:
     except SystemExit:  # a flag without its value: Megatron says so better
         return
     for flag, root in (("--load", values.load), ("--pretrained-checkpoint", values.pretrained_checkpoint)):
-        if root is None or (folder := _current(Path(root), values.ckpt_step)) is None:
-            continue
-        if (folder / SIDECAR).exists():
+        beside = _sidecar(Path(root), values.ckpt_step) if root else None
+        if beside is not None:
             raise InputError(
-                f"{flag} {root}: this checkpoint was trained with a recipe ({folder / SIDECAR}), and without it every "
-                f"parameter would go on with another learning rate and scale. Give --mup-recipe {folder / SIDECAR}."
+                f"{flag} {root}: this checkpoint was trained with a recipe ({beside}), and without it every parameter "
+                f"would go on with another learning rate and scale. Give --mup-recipe {beside}."
             )
+
+
+def _sidecar(root: Path, step: str | None) -> Path | None:
+    """The recipe beside the checkpoint that would be loaded, or the one that the folder's last run had."""
+    current = _current(root, step)
+    folders = [current, root] if current is not None else [root]
+    return next((folder / SIDECAR for folder in folders if (folder / SIDECAR).exists()), None)
 
 
 def _current(root: Path, step: str | None) -> Path | None:

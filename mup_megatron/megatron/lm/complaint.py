@@ -1,9 +1,11 @@
 """How a user's mistake is told: in one sentence, by one rank."""
 
+import hashlib
 import os
 import sys
 import time
 import traceback
+from datetime import timedelta
 from types import TracebackType
 
 from mup_megatron.errors import InputError
@@ -12,27 +14,45 @@ DEBUG = "MUP_MEGATRON_DEBUG"
 """Environment variable: set, the traceback is shown as well."""
 
 _PATIENCE_S = 1.0
-"""torchrun ends all ranks as soon as one has left: the first one has to have spoken by then."""
-_PATIENCE_OF_A_NODE_S = 5.0
-
-
-class NodeError(InputError):
-    """What may be wrong on one machine alone: a file that the others can read. Every other mistake is all ranks'."""
+"""torchrun ends all ranks as soon as one has left: the one that speaks has to have spoken by then."""
 
 
 def complain(error: InputError) -> None:
-    """Says on standard error what is wrong, on the first rank. Another speaks only of its own machine."""
+    """Says on standard error what is wrong, on one rank; two ranks with different things to say both speak."""
     if os.environ.get(DEBUG):
         traceback.print_exception(error)
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"mup-megatron: {error}", file=sys.stderr, flush=True)
-    elif isinstance(error, NodeError) and os.environ.get("LOCAL_RANK", "0") == "0":
-        # Had the first rank the same to say, it would have ended this one by then, unless that is on another machine.
-        time.sleep(_PATIENCE_OF_A_NODE_S)
-        print(f"mup-megatron, rank {rank}: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(_PATIENCE_S)
+    if _has_the_word(str(error)):
+        rank = os.environ.get("RANK", "0")
+        print(f"mup-megatron{'' if rank == '0' else f', rank {rank}'}: {error}", file=sys.stderr, flush=True)
+    time.sleep(0.0 if _alone() else _PATIENCE_S)
+
+
+def _alone() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def _has_the_word(text: str) -> bool:
+    """Whether this rank is the one to say it."""
+    from torch import distributed
+
+    if _alone():
+        return True
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0  # after the ranks have met, all of them raise the same
+    # Before, who comes first to the store where torchrun's ranks meet. It need not be the first rank: torchrun may end
+    # that one while it still starts, or what is wrong may be wrong on one machine alone.
+    said = hashlib.sha256(text.encode()).hexdigest()
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = distributed.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=5),
+        )
+        return bool(store.add(f"mup-megatron/{attempt}/{said}", 1) == 1)
+    except (KeyError, ValueError, RuntimeError):  # no store yet: twice is better than never
+        return True
 
 
 def complain_when_uncaught() -> None:

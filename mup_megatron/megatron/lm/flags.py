@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.lm.complaint import NodeError
 from mup_megatron.recipe import Recipe, load_recipe
 
 _OWN: dict[str, dict[str, Any]] = {
@@ -126,6 +125,8 @@ def options_of(values: argparse.Namespace) -> Options | None:
     Raises:
         InputError: flags of ours without --mup-recipe, beside Megatron's own μP, or with a value that makes no sense.
     """
+    if getattr(values, "mup_recipe", None) == "":
+        raise InputError("--mup-recipe: no path. Is the variable set that it comes from?")
     if getattr(values, "mup_recipe", None) is None:
         others = [name for name in NAMES if getattr(values, name[2:].replace("-", "_"), None)]
         if others:
@@ -163,8 +164,10 @@ def take_over(values: argparse.Namespace, given: frozenset[str], options: Option
     try:
         recipe = load_recipe(options.recipe)
     except InputError as error:
-        raise NodeError(f"--mup-recipe: {error}") from None
+        raise InputError(f"--mup-recipe: {error}") from None
     _refuse(values)
+    if recipe.parametrization.optimizer == "sgd" and getattr(values, "use_distributed_optimizer", False):
+        raise InputError("--use-distributed-optimizer: Megatron's works with Adam, and the recipe is SGD's. Drop it.")
     conflicts = []
     for setting in _settings(recipe, values):
         current = getattr(values, setting.dest, setting.value)
@@ -184,6 +187,11 @@ def take_over(values: argparse.Namespace, given: frozenset[str], options: Option
             )
         )
     return recipe
+
+
+def owned(recipe: Recipe, values: argparse.Namespace) -> frozenset[str]:
+    """The arguments of Megatron's that a recipe decides."""
+    return frozenset(setting.dest for setting in _settings(recipe, values))
 
 
 def _flag(dest: str) -> str:
@@ -263,7 +271,7 @@ def _schedule(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
     s = recipe.schedule
     unit = "samples" if getattr(values, "train_samples", None) else "iters"
     run = getattr(values, f"train_{unit}", None)
-    if run is None:
+    if not run:
         raise InputError("--train-iters: missing, so the length of the recipe's schedule is not known. Give it.")
     yield _Setting("lr_decay_style", s.lr_decay_style, s.lr_decay_style)
     decay = _whole(s.lr_decay_fraction * run)

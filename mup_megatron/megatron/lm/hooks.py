@@ -4,15 +4,16 @@ The functions are replaced in Megatron's modules when these are imported, or at 
 only if a command line asks for it. Nothing of Megatron is imported here: the CPU runtime has to come before.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import wrapt
 
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.lm import checkpoints, flags
+from mup_megatron.megatron.lm import flags
 from mup_megatron.megatron.lm.complaint import complain_when_uncaught
 
 if TYPE_CHECKING:
@@ -77,15 +78,19 @@ def _add_megatron_arguments(wrapped: Any, instance: Any, args: Any, kwargs: Any)
 
 
 def _validate_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    global _run
     from mup_megatron.megatron.lm.run import Run
 
-    values = args[0]
-    _run = Run.begin(values)
-    result = wrapped(*args, **kwargs)
-    if _run is not None:
+    def validate(values: Any, defaults: Mapping[str, Any] = MappingProxyType({}), *rest: Any, **more: Any) -> Any:
+        global _run
+        _run = Run.begin(values)
+        if _run is None:
+            return wrapped(values, defaults, *rest, **more)
+        # Megatron takes a script's defaults where a value is None, which may be what the recipe means.
+        result = wrapped(values, {k: v for k, v in defaults.items() if k not in _run.owned}, *rest, **more)
         _run.sign(values)
-    return result
+        return result
+
+    return validate(*args, **kwargs)
 
 
 # ---- model and optimizer -------------------------------------------------------------------------------------------
@@ -104,7 +109,7 @@ def _setup_model_and_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: A
         run.configure(configured.transformer)
         configured.pre_wrap_hooks.append(run.applied)
     chunks, optimizer, scheduler = wrapped(*args, **kwargs)
-    run.stands(chunks, optimizer, scheduler)
+    run.stands(chunks, optimizer, scheduler, get_args())
     return chunks, optimizer, scheduler
 
 
@@ -125,8 +130,13 @@ def _get_megatron_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: Any)
     if run is None:
         return wrapped(*args, **kwargs)
 
+    from mup_megatron.megatron.versions import let_sgd_resume
+
     def build(config: Any, model_chunks: Any, config_overrides: Any = None, *rest: Any, **more: Any) -> Any:
-        return wrapped(config, model_chunks, run.overrides(config, model_chunks, config_overrides), *rest, **more)
+        overrides = run.overrides(config, model_chunks, config_overrides)
+        optimizer = wrapped(config, model_chunks, overrides, *rest, **more)
+        let_sgd_resume(optimizer)
+        return optimizer
 
     return build(*args, **kwargs)
 
@@ -157,15 +167,18 @@ def _load_base_checkpoint(wrapped: Any, instance: Any, args: Any, kwargs: Any) -
 
 
 def _save_checkpoint(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    result = wrapped(*args, **kwargs)
     run = _the_run()
-    if run is not None:
-        from megatron.training import get_args
-        from megatron.training.checkpointing import get_checkpoint_name
+    if run is None:
+        return wrapped(*args, **kwargs)
+    from megatron.training import get_args
+    from megatron.training.checkpointing import get_checkpoint_name
 
-        iteration = args[0] if args else kwargs["iteration"]
-        folder = get_checkpoint_name(get_args().save, iteration, return_base_dir=True)
-        checkpoints.write_sidecar(folder, run.recipe)
+    values = get_args()
+    run.leave_recipe(values.save)  # before, so that no checkpoint is ever without
+    result = wrapped(*args, **kwargs)
+    folder = get_checkpoint_name(values.save, args[0] if args else kwargs["iteration"], return_base_dir=True)
+    if os.path.isdir(folder):
+        run.leave_recipe(folder)
     return result
 
 

@@ -16,7 +16,7 @@ from megatron.core.optimizer import get_standard_config_overrides
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import guard
 from mup_megatron.megatron.arguments import model_from_values, not_in_model_file
-from mup_megatron.megatron.lm import checkpoints, flags, groups, telemetry
+from mup_megatron.megatron.lm import checkpoints, flags, groups, telemetry, whole
 from mup_megatron.megatron.model import applied_plan, apply_plan, configure
 from mup_megatron.megatron.names import gathered, raise_together, unwrapped
 from mup_megatron.megatron.optimizer import config_overrides
@@ -36,6 +36,8 @@ class Run:
     options: flags.Options
     provisional: ModelFile
     """The model, with a vocabulary that Megatron knows only once it has read the tokenizer."""
+    owned: frozenset[str]
+    """Megatron's arguments that the recipe decides."""
     model: ModelFile | None = None
     plan: Plan | None = None
     checkpoint: checkpoints.Origin | None = None
@@ -67,7 +69,7 @@ class Run:
         recipe = flags.take_over(values, given, options)
         # Only the padding depends on the vocabulary, so nothing else can go wrong later.
         model = model_from_values(vars(values), vocab_size=values.vocab_size or 1, source=_SOURCE)
-        run = cls(recipe, options, model)
+        run = cls(recipe, options, model, flags.owned(recipe, values))
         run._plan_for(model)
         # With --use-checkpoint-args the checkpoint's arguments are among the values by now.
         for name in not_in_model_file({**vars(values), "use_checkpoint_args": False}):
@@ -163,15 +165,28 @@ class Run:
         """
         if self.model is None or self.loaded:
             return  # Megatron looks for arguments alone, or once more
-        self.checkpoint = checkpoints.origin(saved)
-        checkpoints.require_same(self.checkpoint, self.recipe, accept=self.options.accept_recipe_change)
-        if self.loading_into is not None and not (values.no_load_optim or values.finetune):
-            checkpoints.require_matching_optimizer(self.checkpoint)
-            assert self.plan is not None
-            assert self.checkpoint.recipe is not None
-            groups.show_as(self.loading_into, self.checkpoint.recipe.plan(self.model), self.plan)
+        problems = []
+        try:
+            self.checkpoint = checkpoints.origin(saved)
+            checkpoints.require_same(self.checkpoint, self.recipe, accept=self.options.accept_recipe_change)
+            if self.loading_into is not None and not (values.no_load_optim or values.finetune):
+                checkpoints.require_matching_optimizer(self.checkpoint)
+                assert self.plan is not None
+                assert self.checkpoint.recipe is not None
+                groups.show_as(self.loading_into, self.checkpoint.recipe.plan(self.model), self.plan)
+        except InputError as error:
+            problems.append(str(error))
+        raise_together(problems)  # each rank may have a disk of its own
 
-    def stands(self, chunks: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any) -> None:
+    def leave_recipe(self, folder: str | None) -> None:
+        """Puts the recipe beside checkpoints, for people and for a launcher that is given no recipe."""
+        problem = checkpoints.write_sidecar(folder, self.recipe)
+        if problem is not None:
+            _say(f"warning: {problem} The recipe is in the checkpoint itself all the same.")
+
+    def stands(
+        self, chunks: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any, values: argparse.Namespace
+    ) -> None:
         """Model and optimizer are built, and what there was to load is loaded. Collective.
 
         Raises:
@@ -186,6 +201,8 @@ class Run:
             ]
         )
         self.verify(chunks, optimizer, scheduler, at_start=True)
+        if self.options.verify:
+            raise_together(whole.problems(self.recipe, values, optimizer, scheduler))
 
     def _plan_for(self, model: ModelFile) -> Plan:
         try:
@@ -217,7 +234,7 @@ class Run:
         if self.steps & (self.steps - 1) == 0:
             self.verify(chunks, optimizer, scheduler, at_start=False)
         iteration = values.curr_iteration + 1
-        if iteration % values.tensorboard_log_interval == 0:
+        if values.tensorboard_log_interval and iteration % values.tensorboard_log_interval == 0:
             telemetry.log_lr_per_role(self.plan, optimizer, iteration)
         if self.coordinates is not None and self.coordinates.measuring:
             self.coordinates.log(iteration)

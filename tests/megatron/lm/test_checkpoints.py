@@ -98,9 +98,16 @@ def test_the_copy_beside_a_checkpoint_is_the_recipe(saved: Path) -> None:
     assert load_recipe(saved / "iter_0000010" / checkpoints.SIDECAR) == a_recipe()
 
 
-def test_a_checkpoint_that_is_no_folder_gets_no_copy(tmp_path: Path) -> None:
-    checkpoints.write_sidecar(str(tmp_path / "elsewhere"), a_recipe())
-    assert not (tmp_path / "elsewhere").exists()
+def test_a_copy_that_cannot_be_written_is_told_and_no_reason_to_stop(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("a file")
+    assert "elsewhere" in str(checkpoints.write_sidecar(str(tmp_path / "elsewhere"), a_recipe()))
+    assert checkpoints.write_sidecar(None, a_recipe()) is None  # a run that saves nothing
+
+
+def test_the_copy_of_the_folder_speaks_for_a_checkpoint_without_one(saved: Path) -> None:
+    (saved / "iter_0000010" / checkpoints.SIDECAR).rename(saved / checkpoints.SIDECAR)
+    with pytest.raises(InputError, match=r"Give --mup-recipe .*/mup.recipe.yaml"):
+        checkpoints.require_plain(["--load", str(saved)])
 
 
 def test_only_the_first_rank_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

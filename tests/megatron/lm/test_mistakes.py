@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from support.lm_recipes import line, recipe_file
 from support.lm_runs import SCRIPT, Finished, run_script
 
@@ -39,13 +40,13 @@ def run(tmp_path: Path) -> Run:
 
 
 def require_stopped(finished: Finished, *patterns: str) -> None:
-    """It ended with status 2 before the second iteration, and the first rank alone said why, in one message."""
+    """It ended with status 2 before the second iteration, and one rank said why, in one message."""
     assert set(finished.codes) == {2}, finished.err[0][-2000:]
     assert set(finished.losses) <= {1}
-    said = finished.err[0]
+    said = "".join(finished.err)
     for pattern in patterns:
         assert re.search(pattern, said), said[-2000:]
-    assert said.count("mup-megatron: ") == 1
+    assert len(re.findall(r"^mup-megatron[:,]", said, re.MULTILINE)) == 1
     assert "Traceback" not in said
 
 
@@ -103,10 +104,19 @@ def test_the_script_without_a_mistake_trains(run: Run) -> None:
         ("dropped_multiplier", "output_layer"),
         ("weights_drawn_again", "linear_fc1.weight.*0.02"),
         ("never_trains", "never built a model"),
+        ("betas_after_parsing", r"Adam's betas: \(0\.9, 0\.5\) in the optimizer, \(0\.9, 0\.999\) in the recipe"),
+        ("clipping_after_parsing", "clip_grad: 0.01 in the optimizer, 1.0 in the recipe"),
+        ("schedule_after_parsing", "lr_decay_style: cosine in the schedule, constant by the recipe"),
+        ("another_kind_of_model", "the model is a Wrapping, and a plan is for Megatron-Core's GPTModel"),
     ],
 )
 def test_a_mistake_in_the_script_is_stopped(run: Run, mistake: str, pattern: str) -> None:
     require_stopped(run(line(), mistake=mistake), pattern)
+
+
+def test_defaults_of_the_script_do_not_come_between(run: Run) -> None:
+    """Megatron puts them where a value is None, which may be what the recipe means."""
+    assert run(line(), mistake="defaults_of_its_own").require_success().losses == run(line()).require_success().losses
 
 
 def test_who_wants_no_verification_gets_none(run: Run) -> None:
@@ -121,17 +131,28 @@ def test_all_ranks_stop_together_and_one_speaks(run: Run) -> None:
     assert "mup-megatron" not in finished.err[1]
 
 
-def test_what_is_wrong_on_another_machine_alone_is_told_by_it(
+def test_before_the_ranks_meet_the_first_to_come_speaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(complaint.time, "sleep", lambda seconds: None)
-    for rank, local_rank, speaks in (("0", "0", True), ("8", "0", True), ("9", "1", False)):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
-        complaint.complain(complaint.NodeError("r.yaml: no such file"))
-        assert ("r.yaml: no such file" in capsys.readouterr().err) == speaks
-        complaint.complain(InputError("--lr: no"))
-        assert ("--lr: no" in capsys.readouterr().err) == (rank == "0")
+    """It need not be the first rank, which may start later, or may be on a machine where nothing is wrong."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for key, value in {"WORLD_SIZE": "16", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}.items():
+        monkeypatch.setenv(key, value)
+
+    def said(rank: int, text: str) -> str:
+        monkeypatch.setenv("RANK", str(rank))
+        complaint.complain(InputError(text))
+        return capsys.readouterr().err
+
+    assert said(8, "--lr: no") == "mup-megatron, rank 8: --lr: no\n"
+    assert said(0, "--lr: no") == ""
+    assert said(9, "r.yaml: no such file") == "mup-megatron, rank 9: r.yaml: no such file\n"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert said(0, "--lr: no") == "mup-megatron: --lr: no\n"
+
+
+def test_ranks_that_have_not_met_say_it_once(run: Run) -> None:
+    require_stopped(run([*line(tensor_model_parallel_size=2), "--lr", "0.5"], ranks=2), "--lr 0.5")
 
 
 # ---- in a checkpoint ----------------------------------------------------------------------------------------------
@@ -157,6 +178,20 @@ def test_a_checkpoint_of_a_recipe_without_the_plug_ins_flags(run: Run, tmp_path:
     run(saving(tmp_path / "ck")).require_success()
     plain = saving(tmp_path / "ck", lr=1e-3, lr_decay_style="constant", min_lr=0)
     require_stopped(run(plain, with_recipe=False), "trained with a recipe.*mup.recipe.yaml")
+
+
+def test_nor_where_the_copy_beside_it_is_lost(run: Run, tmp_path: Path) -> None:
+    run(saving(tmp_path / "ck")).require_success()
+    (tmp_path / "ck" / "iter_0000002" / "mup.recipe.yaml").unlink()
+    plain = saving(tmp_path / "ck", lr=1e-3, lr_decay_style="constant", min_lr=0)
+    require_stopped(run(plain, with_recipe=False), "trained with a recipe.*ck/mup.recipe.yaml")
+
+
+def test_a_schedule_that_a_checkpoint_brings_along(run: Run, tmp_path: Path) -> None:
+    linear = ["--mup-recipe", str(recipe_file(tmp_path, "linear", schedule={"lr_decay_style": "linear"}))]
+    run([*saving(tmp_path / "ck"), *linear], with_recipe=False).require_success()
+    longer = [*saving(tmp_path / "ck", train_iters=4), *linear, "--use-checkpoint-opt_param-scheduler"]
+    require_stopped(run(longer, with_recipe=False), r"the end of the decay: 16 in the schedule, 32 by the recipe")
 
 
 def test_a_checkpoint_of_plain_megatron(run: Run, tmp_path: Path) -> None:

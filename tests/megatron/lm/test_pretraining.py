@@ -166,3 +166,16 @@ def test_an_accepted_change_of_the_learning_rate_goes_on_with_the_saved_state(tm
     (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("2")
     here = run(tmp_path / "here", [*further, "--mup-recipe", str(recipe_file(tmp_path))])
     assert there.losses[4] != here.losses[4]
+
+
+def test_a_recipe_for_sgd_is_resumed_as_well(tmp_path: Path) -> None:
+    """Megatron cannot resume SGD by itself: it has no idea what there is to load."""
+    recipe = recipe_file(tmp_path, parametrization={"optimizer": "sgd"}, lr=0.01)
+    words = [
+        *line(save=tmp_path / "ck", load=tmp_path / "ck", train_iters=4, save_interval=2),
+        "--mup-recipe",
+        str(recipe),
+    ]
+    whole = run(tmp_path / "whole", words)
+    (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("2")
+    assert run(tmp_path / "rest", words).losses == {i: whole.losses[i] for i in (3, 4)}

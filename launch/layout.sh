@@ -15,6 +15,10 @@ require() { # require NAME MEANING: a variable that the user has to set
   [ -n "${!1:-}" ] || fail "$1 is not set: $2"
 }
 
+require_count() { # require_count NAME VALUE: what the user has set is a count that arithmetic can work with
+  [[ $2 =~ ^[1-9][0-9]{0,17}$ ]] || fail "$1=$2 is not a whole number above 0. Write it with digits alone, such as 16"
+}
+
 # read_layout SIZE: sets NODES TP PP VPP MICRO GLOBAL RECOMPUTE, and WORLD DP TRAIN_ITERS, which follow from them and
 # from NNODES where that asks for another number of nodes.
 read_layout() {
@@ -31,6 +35,8 @@ read_layout() {
   [ $found = yes ] || fail "which size? '${1:-}' is none of:$sizes"
 
   NODES=${NNODES:-$NODES}
+  require_count NNODES "$NODES"
+  require_count TRAIN_TOKENS "$TRAIN_TOKENS"
   WORLD=$((NODES * GPUS_PER_NODE))
   [ $((WORLD % (TP * PP))) -eq 0 ] ||
     fail "$NODES nodes are $WORLD GPUs, which tensor parallel $TP times pipeline parallel $PP does not divide"

@@ -497,8 +497,8 @@ def test_a_file_that_only_sets_a_variable_is_read_too(script: Script) -> None:
         ('if $B; then A=--swiglu; fi\nA="$A --bf16"\npython x.py --num-layers 2 $A', "--swiglu $A in line 1"),
         ('if $B; then A=--swiglu; fi\n$B && C+=" $A"\npython x.py --num-layers 2 $C', "--swiglu $C in line 2"),
         ("if $B; then\nA='--num-layers 2'; fi\npython x.py $A", "--num-layers $A in line 2"),
-        ("A='--num-layers 2'\n$B && A=\"\\$A --bf16\"\npython x.py $A", "They may be in $A (line 2)"),
-        ("A='--num-layers 2'\n$B && A=\"$AB --bf16\"\npython x.py $A", "They may be in $A (line 2)"),
+        ("A='--num-layers 2'\n$B && A=\"\\$A --bf16\"\npython x.py $A", "--num-layers $A in line 2"),
+        ("A='--num-layers 2'\n$B && A=\"$AB --bf16\"\npython x.py $A", "--num-layers $A in line 2"),
         ("python x.py --num-layers 2 $MODEL_ARGS", "They may be in $MODEL_ARGS, which is not known here"),
     ],
 )
@@ -506,6 +506,122 @@ def test_what_the_model_depends_on_and_cannot_be_read_off_is_named(script: Scrip
     with pytest.raises(InputError) as raised:
         model_from_flags(words_of_script(script(text)), source="run.sh")
     assert said in str(raised.value)
+
+
+TORCHRUN = "torchrun x.py --num-layers 2 --num-attention-heads 4 --seq-length 8 --vocab-size 9 --hidden-size"
+
+
+@pytest.mark.parametrize(
+    ("between", "why"),
+    [
+        ("source ./cluster.sh", "line 2 (source ./cluster.sh) may set it"),
+        (". ./cluster.sh", "line 2 (. ./cluster.sh) may set it"),
+        ("[ -f cluster.sh ] && source ./cluster.sh", "line 2 (source ./cluster.sh) may set it"),
+        ("command source ./cluster.sh", "line 2 (command source) may set it"),
+        ('eval "$SETTINGS"', "line 2 (eval $SETTINGS) may set it"),
+        ('let "H=H*2"', "line 2 (let H=H*2) may set it"),
+        ("let H++", "line 2 (let H++) may set it"),
+        ("(( H *= 2 ))", "line 2 ((( H *= 2 ))) may set it"),
+        ("((H<<=1))", "may set it"),
+        ("echo $((H *= 2))", "may set it"),
+        ("for ((H=1; H<3; H++)); do true; done", "may set it"),
+        ("for ((i=1; i<3; i++)); do H=$((H*2)); done", "not known here"),
+        ("read -r H <<< 2048", "line 2 (read -r) may set it"),
+        ("read -r -a H < <(echo 2048)", "may set it"),
+        ('read -r "$NAME" <<< 2048', "may set it"),
+        ("printf -v H %d 2048", "line 2 (printf -v) may set it"),
+        ("printf -vH %d 2048", "may set it"),
+        ("unset H", "line 2 (unset H) may set it"),
+        ("mapfile -t H < sizes", "may set it"),
+        ("readarray -t H < sizes", "may set it"),
+        ("while getopts h: H; do true; done", "may set it"),
+        ("H[0]=2048", "may set it"),
+        ("export $(grep -v '#' .env | xargs)", "may set it"),
+        ('declare "H=2048"', "may set it"),
+        ("declare -i H=1024*2", "may set it"),
+        ("declare -n R=H\nR=2048", "may set it"),
+        ("if $B; then H+=0; fi", "what $H stands for"),
+        ("$B && H=${H}0", "what $H stands for"),
+        ("unset H; $B && : ${H:=4096}", "may set it"),
+        ("(H=2048)", "what $H stands for"),
+        ("H=2048 | cat", "what $H stands for"),
+        ("true | H=2048", "what $H stands for"),
+        ("true |\nH=2048", "what $H stands for"),
+        ("{ H=2048; W=1; } | cat", "what $H stands for"),
+        ("$B && { W=1; H=2048; }", "what $H stands for"),
+        ("H=2048 &", "what $H stands for"),
+        ("f() { H=2048; }; f", "line 2 (H=2048) may set it"),
+        ("f() { H=2048; }\nH=512\nf", "line 2 (H=2048) may set it"),
+        ("function f {\n  export H=2048\n}\nH=512\nif f; then true; fi", "line 3 (H=2048) may set it"),
+        ("f() { source ./cluster.sh; }\nH=512\nf", "line 2 (source ./cluster.sh) may set it"),
+        ("f() {\n  local H=2048\n}\nf", "line 3 (H=2048) may set it"),
+        ("f()\n(\n  H=2048\n)", "line 4 (H=2048) may set it"),
+        ("f() { eval x; }\nH=512\n$F", "line 2 (eval x) may set it"),
+    ],
+)
+def test_what_may_have_changed_a_variable_is_named(script: Script, between: str, why: str) -> None:
+    path = script(f"H=1024\n{between}\n{TORCHRUN} $H\n")
+    with pytest.raises(InputError) as raised:
+        model_from_flags(words_of_script(path), source="run.sh")
+    assert "--hidden-size $H" in str(raised.value)
+    assert why in str(raised.value)
+    words, source = words_of_launch([str(path), "--hidden-size", "64"])
+    assert model_from_flags(words, source=source).hidden_size == 64
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "H=1024; main() { T $H; }; H=2048; main",
+        "H=1024\nmain() {\n  T $H\n}\nfor H in 1 2; do main; done",
+        "H=1024\nmain() {\n  T $H\n}\nsource ./cluster.sh\nmain",
+        "H=1024\nf() { H=2048; }\nmain() {\n  H=64\n  f\n  T $H\n}\nmain",
+        "H=1024\nmain() { T $H; H=2048; }\nmain; main",
+        "H=1024\nfor i in 1 2; do T $H; H=2048; done",
+        "source ./cluster.sh\nT ${H:-1024}",
+        "source ./cluster.sh\nH+=0\nT $H",
+    ],
+)
+def test_a_command_sees_as_unknown_what_is_set_before_it_runs(script: Script, text: str) -> None:
+    with pytest.raises(InputError, match=r"--hidden-size \$.*: what \$.* stands for is not known here"):
+        model_from_flags(words_of_script(script(text.replace("T ", f"{TORCHRUN} "))), source="run.sh")
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        "f() { G=2048; }; f",
+        "source ./cluster.sh; H=1024",
+        "unset G; read -r G <<< 2; let G=H*2; (( G = H )); printf '%s' -v; mapfile -t G < x",
+        "(( H == 2048 )) || [ $((H <= 4096)) = 1 ]",
+        "export H; readonly H",
+        "declare H=1024",
+        "main() { true; }; main",
+        "(cd x; G=2) | cat",
+        "cat <<'END-OF' > x\nH=4096\nEND-OF",
+        "cat <<-END > x\n\tH=4096\n\tEND",
+        "cat <<END > x\n\tEND\nH=4096\nEND",
+        'cat <<"A B" > x\nH=4096\nA B',
+        "cat <<A <<'B.C' > x\nH=4096\nA\nH=4096\nB.C",
+        "case $X in\n source) G=1 ;;\n eval) G=2 ;;\nesac",
+    ],
+)
+def test_what_does_not_change_a_variable_leaves_it_known(script: Script, between: str) -> None:
+    words = words_of_script(script(f"H=1024\n{between}\n{TORCHRUN} $H\n"))
+    assert model_from_flags(words, source="run.sh").hidden_size == 1024
+
+
+def test_a_function_that_is_never_called_sets_nothing(script: Script) -> None:
+    with pytest.raises(InputError, match=r"line 2 \(H=4096\) may set it"):
+        model_from_flags(words_of_script(script(f"H=1024\nf() {{ H=4096; }}\n{TORCHRUN} $H")), source="run.sh")
+    words = words_of_script(script(f"f() {{ H=4096; }}\nH=1024\n{TORCHRUN} $H"))
+    assert model_from_flags(words, source="run.sh").hidden_size == 1024
+
+
+@pytest.mark.parametrize("change", ["if $B; then A=--bf16; fi", "source ./cluster.sh", "A+=x; f() { A=; }; f"])
+def test_flags_that_a_variable_may_have_lost_are_not_known(script: Script, change: str) -> None:
+    with pytest.raises(InputError, match=r"--swiglu \$A in line 2: what \$A stands for is not known"):
+        model_from_flags(words_of_script(script(f"A='--swiglu '\n{change}\n{TORCHRUN} 64 $A")), source="run.sh")
 
 
 def test_what_the_model_does_not_depend_on_may_be_unknown(script: Script) -> None:

@@ -2,13 +2,16 @@
 
 Follows assignments, arrays, `+=` (also as `A="$A …"`) and `${A:-default}` from top to bottom, and functions where they
 are written. It is no shell: what comes from a condition, a loop, the environment, the script's own arguments or another
-program's output stays as it is written there, and is an error where the model depends on it.
+program's output stays as it is written there, and is an error where the model depends on it. So is what another file
+(`source`), `eval`, `read`, arithmetic, or a function that is called may have set. Not seen is what a function or a trap
+of another file sets when it is called later.
 """
 
 import bisect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from mup_megatron.errors import InputError
@@ -18,14 +21,16 @@ _MODEL_FLAGS = {flag.name: flag for flag in MODEL}
 
 
 class Word(str):
-    """A word of a script, and the line that it comes from."""
+    """A word of a script, the line that it comes from, and why its variable is unknown, if it is."""
 
     line: int
+    why: str
 
-    def __new__(cls, text: str, line: int) -> "Word":
+    def __new__(cls, text: str, line: int, why: str = "") -> "Word":
         """The text as a string that knows its line, counted from 1."""
         word = super().__new__(cls, text)
         word.line = line
+        word.why = why
         return word
 
 
@@ -62,9 +67,9 @@ def words_of_script(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InputError(f"{path}: cannot be read ({reason}). Give the path of a launch script.") from None
-    reader = _Reader()
-    for command in _commands(_Lexer(text).tokens()):
-        reader.take(command)
+    commands = _Commands(_Lexer(text).tokens())
+    reader = _Reader(commands.all(), commands.functions)
+    reader.read()
     return [*reader.launch(str(path))]
 
 
@@ -92,10 +97,16 @@ class _Token:
     @property
     def plain(self) -> str:
         """The text of a word in which nothing is quoted; else nothing."""
-        return "" if any(piece.quoted for piece in self.pieces) else "".join(piece.text for piece in self.pieces)
+        return "" if any(piece.quoted for piece in self.pieces) else self.text
+
+    @property
+    def text(self) -> str:
+        """The text of a word without its quotes."""
+        return "".join(piece.text for piece in self.pieces)
 
 
 _BLANK = re.compile(r"(?:[ \t\r]|\\\r?\n)+|#[^\n]*")
+_ARITHMETIC = re.compile(r"\(\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\)")
 _OPERATOR = re.compile(r"\n|;;&|;;|;&|&&|\|\||\|&|&>>|&>|\d*(?:<<<|<<-?|>&|<&|>>|[<>])|[;&|()]")
 """With the descriptor that a redirection may begin with, as in `2>&1`."""
 _SUBSTITUTION = r"\$\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)|`[^`]*`|\$\{(?:[^{}]|\{[^{}]*\})*\}"
@@ -104,7 +115,6 @@ _PIECE = re.compile(
        | (?P<bare>{_SUBSTITUTION} | \$\w* | [^\s;&|<>()'"\\`$]+ | \S)""",
     re.DOTALL | re.VERBOSE,
 )
-_HEREDOC = re.compile(r"[ \t]*['\"\\]?(\w+)")
 _ARRAY = re.compile(r"[A-Za-z_]\w*\+?=")
 
 
@@ -118,18 +128,20 @@ class _Lexer:
 
     def tokens(self) -> Iterator[_Token]:
         """All of them, in order."""
-        delimiters: list[str] = []
+        ends: list[str] = []
+        heredoc = ""
         while (token := self._next()) is not None:
             yield token
-            if token.operator in ("<<", "<<-"):
-                delimiter = _HEREDOC.match(self._text, self._position)
-                delimiters += [delimiter[1]] if delimiter else []
-            elif token.operator == "\n" and delimiters:
-                for delimiter_ in delimiters:
-                    end = re.compile(rf"^\t*{delimiter_}\r?$|\Z", re.MULTILINE).search(self._text, self._position)
+            if heredoc and not token.operator:
+                tabs = r"\t*" if heredoc == "<<-" else ""
+                ends.append(rf"^{tabs}{re.escape(token.text)}\r?$|\Z")
+            heredoc = token.operator if token.operator in ("<<", "<<-") else ""
+            if token.operator == "\n":
+                for pattern in ends:
+                    end = re.compile(pattern, re.MULTILINE).search(self._text, self._position)
                     assert end is not None
                     self._position = end.end()
-                delimiters = []
+                ends = []
 
     def _next(self) -> _Token | None:
         while blank := _BLANK.match(self._text, self._position):
@@ -137,6 +149,9 @@ class _Lexer:
         if self._position == len(self._text):
             return None
         line = bisect.bisect_left(self._line_ends, self._position) + 1
+        if arithmetic := _ARITHMETIC.match(self._text, self._position):
+            self._position = arithmetic.end()
+            return _Token(line, pieces=(_Piece(arithmetic[0], expands=False, quoted=False),))
         if operator := _OPERATOR.match(self._text, self._position):
             self._position = operator.end()
             return _Token(line, operator[0].lstrip("0123456789"))
@@ -168,59 +183,149 @@ class _Lexer:
 # ---- commands ------------------------------------------------------------------------------------------------------
 
 _REDIRECTIONS = {"<", ">", ">>", "<<", "<<-", "<<<", "&>", "&>>", ">&", "<&"}
-_OPENING = {"if": "fi", "while": "done", "until": "done", "for": "done", "select": "done", "case": "esac"}
-_BETWEEN = {"then", "else", "elif", "do", "!", "time", "{", "}"}
+_OPENING = {"if": "fi", "while": "done", "until": "done", "for": "done", "select": "done", "case": "esac", "{": "}"}
+_BETWEEN = {"then", "else", "elif", "do", "!", "time"}
 
 
 @dataclass(frozen=True, slots=True)
 class _Command:
-    """The words of one simple command, and whether it runs under a condition or repeatedly."""
+    """The words of one simple command, and where it stands."""
 
     words: tuple[_Token, ...]
     conditional: bool
+    """It may not run, or repeatedly, or in a shell of its own, as in `(…)` and `… | …`. In a function: once called."""
+    function: int
+    """The outermost function that it is in, counted from 1; 0 is none."""
+    loops: tuple[int, ...]
+    """The loops that it is in, counted likewise."""
+
+    @property
+    def line(self) -> int:
+        """Where it begins."""
+        return self.words[0].line
 
 
-def _commands(tokens: Iterator[_Token]) -> Iterator[_Command]:
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A construct that has begun: the word that ends it, and how many commands came before it."""
+
+    end: str
+    before: int
+    conditional: bool
+    function: int = 0
+    loop: int = 0
+
+
+class _Commands:
     """Simple commands in textual order. Redirections' targets are left out; functions are taken where they stand."""
-    open_: list[str] = []
-    words: list[_Token] = []
-    chained = False
-    redirected = False
-    for token in (*tokens, _Token(0, "\n")):
-        if not token.operator:
-            words += [] if redirected else [token]
-            redirected = False
-        elif token.operator in _REDIRECTIONS:
-            redirected = True
+
+    def __init__(self, tokens: Iterator[_Token]) -> None:
+        self._tokens = [*tokens, _Token(0, "\n")]
+        self.functions: set[str] = set()
+        """The names of the script's functions."""
+        self._found: list[_Command] = []
+        self._open: list[_Open] = []
+        self._words: list[_Token] = []
+        self._chained = False
+        """The command comes after `&&`, `||` or `|`."""
+        self._after_subshell = False
+        """What follows on the line may belong to a command that has a `<(…)`."""
+        self._defines = False
+        """A function's name has been read, its body comes next."""
+        self._constructs = 0
+
+    def all(self) -> list[_Command]:
+        """All of them."""
+        redirected = False
+        named_at = -1
+        for index, token in enumerate(self._tokens):
+            if not token.operator:
+                self._words += [] if redirected else [token]
+                redirected = False
+            elif token.operator in _REDIRECTIONS:
+                redirected = True
+            elif token.operator == "(" and self._words and self._tokens[index + 1].operator == ")":
+                self._define(self._words.pop())
+                named_at, redirected = index + 1, False
+            elif index != named_at:
+                self._separate(token.operator)
+                redirected = False
+        return self._found
+
+    def _define(self, name: _Token) -> None:
+        self.functions.add(name.text)
+        self._defines = True
+
+    def _separate(self, operator: str) -> None:
+        words = self._words
+        chained = operator in ("&&", "||", "|", "|&") or (self._chained and not words and operator == "\n")
+        if operator == ")" and words and self._closes("esac") and words[0].plain not in ("case", "esac"):
+            words.clear()  # a pattern
+        in_own_shell = operator in ("|", "|&", "&")
+        self._take_keywords(in_own_shell)
+        if words:
+            outermost = next((i for i, open_ in enumerate(self._open) if open_.function), 0)
+            conditional = any(open_.conditional for open_ in self._open[outermost:])
+            self._found.append(
+                _Command(
+                    tuple(words),
+                    conditional or self._chained or self._after_subshell or in_own_shell,
+                    self._open[outermost].function if self._open else 0,
+                    tuple(open_.loop for open_ in self._open if open_.loop),
+                )
+            )
+            words.clear()
+        if operator == "(":
+            self._begin("(", ")")
+        self._after_subshell = operator == ")" and self._closes(")")
+        if self._after_subshell:
+            self._open.pop()
+        self._chained = chained
+
+    def _closes(self, end: str) -> bool:
+        return bool(self._open) and self._open[-1].end == end
+
+    def _begin(self, keyword: str, end: str) -> None:
+        self._constructs += 1
+        conditional = keyword != "{"
+        function = 0
+        if self._defines and not any(open_.function for open_ in self._open):
+            function = self._constructs
         else:
-            continued = chained and not words and token.operator == "\n"
-            _take_keywords(words, open_)
-            if words:
-                yield _Command(tuple(words), conditional=bool(open_) or chained)
-            words, redirected = [], False
-            chained = continued or token.operator in ("&&", "||")
+            conditional = conditional or self._chained or self._defines
+        self._defines = False
+        loop = self._constructs if end == "done" else 0
+        self._open.append(_Open(end, len(self._found), conditional, function, loop))
 
-
-def _take_keywords(words: list[_Token], open_: list[str]) -> None:
-    """Takes a command's keywords off it, and keeps account of the constructs that are open."""
-    while words:
-        first = words[0].plain
-        if first in ("for", "select", "case"):
-            open_.append(_OPENING[first])
-            words[1:] = words[1:2] if first != "case" else []
-            del words[:1]
-            # The loop's variable is set, to what cannot be known.
-            words[:] = [_Token(word.line, pieces=(_Piece(f"{word.plain}=$", True, False),)) for word in words]
-            return
-        if first in _OPENING:
-            open_.append(_OPENING[first])
-        elif open_ and first == open_[-1]:
-            open_.pop()
-        elif first == "function":
-            del words[1:2]
-        elif first not in _BETWEEN:
-            return
-        del words[0]
+    def _take_keywords(self, in_own_shell: bool) -> None:
+        """Takes a command's keywords off it, and keeps account of the constructs that are open."""
+        words = self._words
+        while words:
+            first = words[0].plain
+            if first in _OPENING:
+                self._begin(first, _OPENING[first])
+                if first == "case":
+                    words.clear()
+                elif first in ("for", "select"):
+                    words[:] = words[1:2]
+                    if words and not words[0].plain.startswith("(("):
+                        # The loop's variable is set, to what cannot be known.
+                        words[0] = _Token(words[0].line, pieces=(_Piece(f"{words[0].plain}=$", True, False),))
+                    return
+                else:
+                    del words[0]
+                continue
+            if first and self._closes(first):
+                ended = self._open.pop()
+                if in_own_shell and not ended.function:
+                    self._found[ended.before :] = [
+                        replace(command, conditional=True) for command in self._found[ended.before :]
+                    ]
+            elif first == "function" and len(words) > 1:
+                self._define(words.pop(1))
+            elif first not in _BETWEEN and first != "function":
+                return
+            del words[0]
 
 
 # ---- variables -----------------------------------------------------------------------------------------------------
@@ -232,54 +337,151 @@ _EXPANSION = re.compile(
     rf"|(?P<plain>[A-Za-z_]\w*))|{_SUBSTITUTION}|\$[\d@*#?!$-]|\\(?P<escaped>[$`\"\\])",
     re.DOTALL,
 )
+_NAME = re.compile(r"([A-Za-z_]\w*)(?:\[.*|\+?=.*)?", re.DOTALL)
+_OPERATED = r"(?:[-+*/%&|^]|<<|>>)?=(?!=)|\+\+|--"
+_SET_BY_ARITHMETIC = re.compile(
+    rf"(?:\+\+|--)\s*(?P<before>[A-Za-z_]\w*)|(?P<name>[A-Za-z_]\w*)(?:\[[^\]]*\])?\s*(?:{_OPERATED})"
+    rf"|(?P<any>\$\{{?\w+\}}?\s*(?:{_OPERATED})|(?:\+\+|--)\s*\$)"
+)
+_SET_BY_DEFAULT = re.compile(r"\$\{([A-Za-z_]\w*):?=")
 _LAUNCHERS = frozenset({"torchrun", "python", "python3", "srun", "mpirun", "eval"})
+_ANY = "$"
+"""Stands for every variable."""
 _Value = tuple[Word, ...] | Word
+_Reason = tuple[int, str]
+"""The line where a variable became unknown, and why where that is not plain to see."""
+_State = tuple[dict[str, _Value], dict[str, _Reason], _Reason | None, dict[str, list[tuple[str, int]]]]
 
 
 class _Reader:
     """What is known of a script's variables so far, and its commands that have flags of a model."""
 
-    def __init__(self) -> None:
+    def __init__(self, commands: Sequence[_Command], functions: Set[str]) -> None:
+        self._commands = commands
+        self._functions = functions
         self._values: dict[str, _Value] = {}
-        self._unknown: dict[str, int] = {}
-        """Variables that have been set, to what cannot be read off, and the first line where."""
+        self._unknown: dict[str, _Reason] = {}
+        """Variables that have been set, to what cannot be read off, and the first place where."""
+        self._others_unknown: _Reason | None = None
+        """Set where any variable may have been set; then those that `_values` lacks are unknown."""
+        self._special: set[str] = set()
+        """Variables to which an assignment means something else: other variables' names, integers, upper case."""
         self._conditional_flags: dict[str, list[tuple[str, int]]] = {}
         """The flags of the model that a variable gets under a condition, and the line where."""
+        self._conditional = False
         self._found: list[list[Word]] = []
         self._unread: dict[str, int] = {}
         """Where something was started without: what its flags can be in, and the line that this comes from."""
 
-    def take(self, command: _Command) -> None:
+    def read(self) -> None:
+        """Takes all commands. A function's see what is known where it stands and nothing else sets."""
+        loops: set[int] = set()
+        inside = 0
+        outside = self._state()
+        for index, command in enumerate(self._commands):
+            if command.function != inside:
+                if inside:
+                    self._leave(inside, outside)
+                inside, outside = command.function, self._state()
+                if inside:
+                    self._may_have_run([c for i, c in enumerate(self._commands) if c.function or i > index])
+            for loop in set(command.loops) - loops:
+                loops.add(loop)
+                self._may_have_run([c for c in self._commands if loop in c.loops])
+            self._take(command)
+        if inside:
+            self._leave(inside, outside)
+
+    def _state(self) -> _State:
+        flags = {name: [*flags] for name, flags in self._conditional_flags.items()}
+        return {**self._values}, {**self._unknown}, self._others_unknown, flags
+
+    def _leave(self, function: int, outside: _State) -> None:
+        self._values, self._unknown, self._others_unknown, self._conditional_flags = outside
+        self._may_have_run([command for command in self._commands if command.function == function])
+
+    def _take(self, command: _Command) -> None:
         """Carries out assignments, and keeps a command that has flags of a model."""
-        words = list(command.words)
-        if words[0].plain in _DECLARATIONS:
-            words = [word for word in words[1:] if not word.plain.startswith("-")]
-            assignments = [word for word in words if self._assignment(word)]
-        else:
-            assignments = [word for word in words if self._assignment(word)]
-            if len(assignments) < len(words):  # assignments before a command are for that command alone
-                self._keep([expanded for word in words for expanded in self._expanded(word)])
-                return
+        self._conditional = command.conditional
+        assignments, others = self._parts(command)
+        fields: list[Word] = []
+        if others and others[0].plain not in _DECLARATIONS:
+            fields = [expanded for word in others for expanded in self._expanded(word)]
+            self._keep(fields)
         for word in assignments:
             self._assign(word, conditional=command.conditional)
+        self._set_otherwise(command, fields or [word.text for word in others])
+        called = {str(field) for field in fields} & self._functions or any("$" in field for field in fields[:1])
+        if called:
+            self._may_have_run([command for command in self._commands if command.function])
+
+    def _may_have_run(self, commands: Sequence[_Command]) -> None:
+        """What these commands set is not known, in whatever order and however often they run."""
+        self._conditional = True
+        for command in commands:
+            assignments, others = self._parts(command)
+            for word in assignments:
+                self._assign(word, conditional=True, once=False)
+            self._set_otherwise(command, [word.text for word in others])
+
+    def _parts(self, command: _Command) -> tuple[list[_Token], list[_Token]]:
+        """The assignments that a command is for, and its other words. Those before a command are for that alone."""
+        words = command.words
+        assignments = [word for word in words if self._assignment(word)]
+        if words[0].plain in _DECLARATIONS:
+            plain = not any(re.match(r"[-+].*[inluc]", word.plain) for word in words[1:])
+            return assignments, [word for word in words if not (plain and self._assignment(word))]
+        return (assignments, []) if len(assignments) == len(words) else ([], [*words])
+
+    def _set_otherwise(self, command: _Command, words: Sequence[str]) -> None:
+        texts = [token.text for word in command.words for token in (word, *(word.array or ()))]
+        why = f"line {command.line} ({' '.join(texts[:2])}) may set it"
+        names = _set_by(words) | _set_by_expansion(texts)
+        if self._conditional:  # else it is known, see _value
+            names |= {name for text in texts for name in _SET_BY_DEFAULT.findall(text)}
+        if words and words[0] in _DECLARATIONS and any(re.match(r"[-+].*[inluc]", word) for word in words[1:]):
+            self._special |= names
+        if _ANY in names:
+            self._others_unknown = (command.line, why)
+            names = {*names, *self._values} - {_ANY}
+        for name in sorted(names):
+            self._forget(name, command.line, why)
+
+    def _forget(self, name: str, line: int, why: str = "") -> None:
+        old = self._values.pop(name, None)
+        if old is not None:
+            self._add_conditional_flags(name, self._flags_of_the_model(old, line))
+        self._unknown.setdefault(name, (line, why))
+
+    def _reason(self, name: str) -> _Reason | None:
+        """Where a variable has become unknown; None where it is known or was never set."""
+        return None if name in self._values else self._unknown.get(name, self._others_unknown)
 
     @staticmethod
     def _assignment(word: _Token) -> re.Match[str] | None:
         first = word.pieces[0]
         return None if first.quoted else _ASSIGNMENT.match("".join(_leading(word.pieces)))
 
-    def _assign(self, word: _Token, *, conditional: bool) -> None:
+    def _assign(self, word: _Token, *, conditional: bool, once: bool = True) -> None:
         match = self._assignment(word)
         assert match is not None
         name, appends = match[1], bool(match[2])
         whole = replace(word, pieces=tuple(_without_prefix(word.pieces, len(name) + len(match[2]) + 1)))
         added = whole if appends else _beside_itself(whole, name)
-        if added is not None and (conditional or name in self._unknown):
+        if name in self._special:
+            why = f"line {word.line} ({word.text}) may set it"
+            self._others_unknown = (word.line, why)
+            for other in [*self._values]:
+                self._forget(other, word.line, why)
+            return
+        if added is not None and (conditional or self._reason(name) is not None):
             self._append_conditionally(name, self._assigned(added), word.line)
             return
         new = self._assigned(whole)
         if conditional:
-            self._replace_conditionally(name, new, word.line)
+            if not (once and self._values.get(name) == new):
+                self._add_conditional_flags(name, self._flags_of_the_model(new, word.line))
+                self._forget(name, word.line, "" if once else f"line {word.line} ({word.text}) may set it")
             return
         if added is None:
             self._conditional_flags.pop(name, None)
@@ -294,25 +496,19 @@ class _Reader:
 
     def _append_conditionally(self, name: str, new: _Value, line: int) -> None:
         flags = self._flags_of_the_model(new, line)
-        if not flags:
-            # What is not about the model may be there or not: the rest of the variable stays known.
-            return
-        self._conditional_flags.setdefault(name, []).extend(flags)
+        self._add_conditional_flags(name, flags)
         old = self._values.get(name)
-        if old is None:
-            self._unknown.setdefault(name, line)
+        if old is None or not _stands_apart(new):
+            self._forget(name, line)
             return
-        words = tuple(Word(f"{flag}=${name}", line) for flag, _ in flags)
+        # What is not about the model may be there or not: the rest of the variable stays known.
+        marks = [f"{flag}=${name}" for flag, _ in flags]
+        words = tuple(Word(mark, line) for mark in marks if mark not in _split(old))
         self._values[name] = (*old, *words) if isinstance(old, tuple) else Word(" ".join((old, *words)), old.line)
 
-    def _replace_conditionally(self, name: str, new: _Value, line: int) -> None:
-        if self._values.get(name) == new:
-            return
-        flags = self._flags_of_the_model(new, line)
-        if flags:
-            self._conditional_flags.setdefault(name, []).extend(flags)
-        self._values.pop(name, None)
-        self._unknown.setdefault(name, line)
+    def _add_conditional_flags(self, name: str, flags: Sequence[tuple[str, int]]) -> None:
+        known = self._conditional_flags.setdefault(name, []) if flags else []
+        known += [flag for flag in flags if flag[0] not in {flag_ for flag_, _ in known}]
 
     def _flags_of_the_model(self, value: _Value, line: int) -> list[tuple[str, int]]:
         names = [said.partition("=")[0] for word in _split(value) for said in self._said(word)]
@@ -331,10 +527,10 @@ class _Reader:
         name = match["braced"] or match["plain"]
         value = self._values.get(name) if name else None
         operator = match["operator"] or ""
-        unset = value is None and name not in self._unknown
+        unset = value is None and self._reason(name or "") is None
         if operator and (unset or (":" in operator and value is not None and not any(_words(value)))):
             default = Word(self._text(_Piece(match["default"].strip("\"'"), expands=True, quoted=True)), 0)
-            if "=" in operator:
+            if "=" in operator and not self._conditional:
                 self._values[name] = default
             return default
         if value is None:
@@ -380,13 +576,14 @@ class _Reader:
         flat = [part for word in words for part in (_split(word) if re.search(r"\s--\w", word) else (word,))]
         scripts = [index for index, word in enumerate(flat) if word.endswith(".py")]
         after = flat[scripts[0] + 1 :] if scripts else flat
-        after = [said for word in after for said in self._said(word)]
+        after = [self._explained(said) for word in after for said in self._said(word)]
         if any(word.partition("=")[0] in _MODEL_FLAGS for word in after):
             self._found.append(after)
         elif scripts or not _LAUNCHERS.isdisjoint(flat):
             for word in after:
                 if unresolved(word) == word:
-                    self._unread.setdefault(str(word), self._unknown.get(_variable(word), word.line))
+                    reason = self._reason(_variable(word)) if _variable(word) else None
+                    self._unread.setdefault(str(word), reason[0] if reason else word.line)
 
     def launch(self, source: str) -> list[Word]:
         """The words of the one command that has flags of a model."""
@@ -417,6 +614,10 @@ class _Reader:
         places = ", ".join(f"{word} (line {line})" for word, line in self._unread.items())
         return f"They may be in {places}, which cannot be read off the script. Give the flags in its place."
 
+    def _explained(self, word: Word) -> Word:
+        reasons = [self._reason(name) for name in re.findall(r"\$\{?([A-Za-z_]\w*)", word)]
+        return Word(word, word.line, next((reason[1] for reason in reasons if reason), word.why))
+
     def _said(self, word: Word) -> list[Word]:
         """The word; or, for a variable that gets flags under a condition, these, with the variable as unknown value."""
         name = _variable(word)
@@ -426,6 +627,69 @@ class _Reader:
             lines = [line for flag, line in flags if word == f"{flag}=${name}"]
             return [Word(word, lines[0])] if lines else [word]
         return [Word(f"{flag}={word}", line) for flag, line in flags] or [word]
+
+
+def _set_by(words: Sequence[str]) -> set[str]:
+    """The variables that a command sets otherwise than by assignments; with `_ANY` where it can be any."""
+    names = set()
+    for index, word in enumerate(words):
+        element = re.match(r"([A-Za-z_]\w*)\[.*\]\+?=", word, re.DOTALL)
+        names |= {element[1]} if element else set()
+        if not element and not _ASSIGNMENT.match(word) and word not in ("builtin", "command"):
+            command, *given = words[index:]
+            return names | _set_by_command(command, given)
+    return names
+
+
+def _set_by_command(command: str, given: Sequence[str]) -> set[str]:
+    match command:
+        case "source" | "." | "eval":
+            return {_ANY}
+        case "let":
+            return _set_by_arithmetic(" ; ".join(given))
+        case "read" | "mapfile" | "readarray" | "getopts" | "unset":
+            default = {"read": {"REPLY"}, "mapfile": {"MAPFILE"}, "readarray": {"MAPFILE"}}.get(command, set())
+            return default.union(*map(_target, given))
+        case "printf" | "wait":
+            option = "-v" if command == "printf" else "-p"
+            found = [after for word, after in pairwise(given) if word == option]
+            found += [word[2:] for word in given if word.startswith(option)]
+            return set().union(*map(_target, found))
+        case "export" | "readonly":
+            # A name alone keeps its value.
+            return set().union(*(_target(word) for word in given if "=" in word or "$" in word or "`" in word))
+        case "local" | "declare" | "typeset":
+            return set().union(*map(_target, given))
+    return _set_by_arithmetic(command) if command.startswith("((") else set()
+
+
+def _target(word: str) -> set[str]:
+    """The variable that an argument names, if it can be one."""
+    name = _NAME.fullmatch(word)
+    if name:
+        return {name[1]}
+    return {_ANY} if re.match(r"[\w-]*[$`]", word) else set()
+
+
+def _set_by_arithmetic(text: str) -> set[str]:
+    found = _SET_BY_ARITHMETIC.finditer(text)
+    return {_ANY if match["any"] else match["before"] or match["name"] for match in found}
+
+
+def _set_by_expansion(texts: Sequence[str]) -> set[str]:
+    """What arithmetic in a command's words sets, as `$((A = 2))` does."""
+    names: set[str] = set()
+    for text in texts:
+        for expression in re.findall(r"\$\(\((.*?)\)\)", text, re.DOTALL):
+            names |= _set_by_arithmetic(expression)
+    return names
+
+
+def _stands_apart(added: _Value) -> bool:
+    """Whether what a variable gets beside its value are flags of their own, which leave those it had as they are."""
+    text = " ".join(_words(added))
+    apart = isinstance(added, tuple) or text != text.strip()
+    return not text.strip() or (apart and text.strip().startswith(("-", "$")))
 
 
 def _variable(word: str) -> str:

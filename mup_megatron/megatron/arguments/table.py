@@ -273,7 +273,7 @@ def parsed(words: Sequence[str], known: Sequence[Flag]) -> dict[str, Any]:
             continue
         if equals:
             # A part of a script's word knows its line no more.
-            given[flag] = _Located(attached, getattr(word, "line", None))
+            given[flag] = _Located(attached, getattr(word, "line", None), getattr(word, "why", ""))
         elif flag.parse is None:
             given[flag] = None
         elif index + 1 < len(words) and not words[index + 1].startswith("--"):
@@ -285,10 +285,12 @@ def parsed(words: Sequence[str], known: Sequence[Flag]) -> dict[str, Any]:
 
 class _Located(str):
     line: int | None
+    why: str
 
-    def __new__(cls, text: str, line: int | None) -> "_Located":
+    def __new__(cls, text: str, line: int | None, why: str) -> "_Located":
         located = super().__new__(cls, text)
         located.line = line
+        located.why = why
         return located
 
 
@@ -297,10 +299,11 @@ def _value(flag: Flag, text: str | None) -> Any:
         return not flag.default
     variable = unresolved(text)
     if variable is not None:
-        line = getattr(text, "line", None)
+        line, why = getattr(text, "line", None), getattr(text, "why", "")
         added = flag.name if flag.parse is None else f"{flag.name} with its value"
         raise InputError(
-            f"{flag.name} {text}{f' in line {line}' if line else ''}: what {variable} stands for is not known here. "
+            f"{flag.name} {text}{f' in line {line}' if line else ''}: what {variable} stands for is not known here"
+            f"{f', because {why}' if why else ''}. "
             f"Write the value itself, or add {added} after the script."
         )
     if flag.parse is None:

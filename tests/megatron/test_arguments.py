@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -515,6 +516,7 @@ TORCHRUN = "torchrun x.py --num-layers 2 --num-attention-heads 4 --seq-length 8 
     ("between", "why"),
     [
         ("source ./cluster.sh", "line 2 (source ./cluster.sh) may set it"),
+        ("source ./cluster.sh; H=${H:-2048}", "line 2 (source ./cluster.sh) may set it"),
         (". ./cluster.sh", "line 2 (. ./cluster.sh) may set it"),
         ("[ -f cluster.sh ] && source ./cluster.sh", "line 2 (source ./cluster.sh) may set it"),
         ("command source ./cluster.sh", "line 2 (command source) may set it"),
@@ -563,7 +565,7 @@ def test_what_may_have_changed_a_variable_is_named(script: Script, between: str,
     path = script(f"H=1024\n{between}\n{TORCHRUN} $H\n")
     with pytest.raises(InputError) as raised:
         model_from_flags(words_of_script(path), source="run.sh")
-    assert "--hidden-size $H" in str(raised.value)
+    assert re.search(r"--hidden-size \$\{?H", str(raised.value))
     assert why in str(raised.value)
     words, source = words_of_launch([str(path), "--hidden-size", "64"])
     assert model_from_flags(words, source=source).hidden_size == 64

@@ -615,7 +615,9 @@ class _Reader:
         return f"They may be in {places}, which cannot be read off the script. Give the flags in its place."
 
     def _explained(self, word: Word) -> Word:
-        reasons = [self._reason(name) for name in re.findall(r"\$\{?([A-Za-z_]\w*)", word)]
+        # After H=${H:-1}, H is set and its word still says ${H:-1}: there what any variable may have become is why.
+        names = re.findall(r"\$\{?([A-Za-z_]\w*)", word)
+        reasons = [self._reason(name) or self._others_unknown for name in names]
         return Word(word, word.line, next((reason[1] for reason in reasons if reason), word.why))
 
     def _said(self, word: Word) -> list[Word]:

@@ -6,7 +6,6 @@ is a model.
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.lm import checkpoints, flags
+from mup_megatron.megatron.lm.complaint import is_first, say
 from mup_megatron.megatron_deepspeed import arguments, groups
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.plan_table import print_plan
@@ -113,12 +113,12 @@ def apply_to_model(chunks: Sequence[torch.nn.Module], args: argparse.Namespace) 
     drawn = Drawn(args.init_method_std, args.num_layers, args.tensor_model_parallel_size)
     apply_plan(chunks, run.plan, drawn, initialize=args.perform_initialization)
     for name in arguments.notes(args):
-        _say(f"{name}: a model file has no key for it. Take care that the recipe's base was tuned with it as well.")
-    _say(
+        say(f"{name}: a model file has no key for it. Take care that the recipe's base was tuned with it as well.")
+    say(
         f"recipe {run.options.recipe} (fingerprint {run.recipe.fingerprint[:12]}) from width "
         f"{run.recipe.base.hidden_size} to {run.model.hidden_size}."
     )
-    if run.options.print_plan and _is_first():
+    if run.options.print_plan and is_first():
         print_plan(run.plan, brief=True)
 
 
@@ -244,12 +244,3 @@ def require_same_recipe(state: dict[str, Any], optimizer: Any, scheduler: Any) -
     if changed and scheduler is not None:
         # It has computed learning rates from what the groups held in the checkpoint.
         scheduler.step(0, scheduler.num_tokens)
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _say(text: str) -> None:
-    if _is_first():
-        print(f"> mup-megatron: {text}", flush=True)

@@ -6,7 +6,6 @@ and for a launcher that must not load a checkpoint to know, lies in the checkpoi
 
 import argparse
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
+from mup_megatron.megatron.lm.complaint import is_first
 from mup_megatron.recipe import Recipe, recipe
 
 SIDECAR = "mup.recipe.yaml"
@@ -113,7 +113,7 @@ def write_sidecar(folder: str | None, given: Recipe) -> str | None:
 
     Returns why that could not be done. It is no reason to end a run: the recipe is in the checkpoint as well.
     """
-    if folder is None or os.environ.get("RANK", "0") != "0":
+    if folder is None or not is_first():
         return None
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)

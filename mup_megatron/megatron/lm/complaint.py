@@ -1,4 +1,4 @@
-"""How a user's mistake is told: in one sentence, by one rank."""
+"""What the plug-in says to a user: remarks of the first rank, and a mistake in one sentence, by one rank."""
 
 import hashlib
 import os
@@ -15,6 +15,17 @@ DEBUG = "MUP_MEGATRON_DEBUG"
 
 _PATIENCE_S = 1.0
 """torchrun ends all ranks as soon as one has left: the one that speaks has to have spoken by then."""
+
+
+def is_first() -> bool:
+    """Whether this is the first rank; known before the ranks have joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """A remark on standard output, among Megatron's own."""
+    if is_first():
+        print(f"> mup-megatron: {text}", flush=True)
 
 
 def complain(error: InputError) -> None:

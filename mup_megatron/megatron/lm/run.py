@@ -5,7 +5,6 @@ One for each process, because Megatron-LM's arguments, model and optimizer are. 
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.megatron import guard
 from mup_megatron.megatron.arguments import model_from_values, not_in_model_file
 from mup_megatron.megatron.lm import checkpoints, flags, groups, telemetry, whole
+from mup_megatron.megatron.lm.complaint import is_first, say
 from mup_megatron.megatron.model import applied_plan, apply_plan, configure
 from mup_megatron.megatron.names import gathered, raise_together, unwrapped
 from mup_megatron.megatron.optimizer import config_overrides
@@ -73,7 +73,7 @@ class Run:
         run._plan_for(model)
         # With --use-checkpoint-args the checkpoint's arguments are among the values by now.
         for name in not_in_model_file({**vars(values), "use_checkpoint_args": False}):
-            _say(f"{name}: a model file has no key for it. Take care that the recipe's base was tuned with it as well.")
+            say(f"{name}: a model file has no key for it. Take care that the recipe's base was tuned with it as well.")
         return run
 
     def sign(self, values: argparse.Namespace) -> None:
@@ -99,12 +99,12 @@ class Run:
         )
         self.plan = plan
         changed = sum(entry.lr != plan.lr for entry in plan.entries)
-        _say(
+        say(
             f"recipe {self.options.recipe} (fingerprint {self.recipe.fingerprint[:12]}) from width "
             f"{self.recipe.base.hidden_size} to {self.model.hidden_size}: {changed} of {len(plan.entries)} parameters "
             "get a learning rate of their own."
         )
-        if self.options.print_plan and _is_first():
+        if self.options.print_plan and is_first():
             print_plan(plan, brief=True)
         return plan
 
@@ -182,7 +182,7 @@ class Run:
         """Puts the recipe beside checkpoints, for people and for a launcher that is given no recipe."""
         problem = checkpoints.write_sidecar(folder, self.recipe)
         if problem is not None:
-            _say(f"warning: {problem} The recipe is in the checkpoint itself all the same.")
+            say(f"warning: {problem} The recipe is in the checkpoint itself all the same.")
 
     def stands(
         self, chunks: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any, values: argparse.Namespace
@@ -238,12 +238,3 @@ class Run:
             telemetry.log_lr_per_role(self.plan, optimizer, iteration)
         if self.coordinates is not None and self.coordinates.measuring:
             self.coordinates.log(iteration)
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # known before the ranks have joined
-
-
-def _say(text: str) -> None:
-    if _is_first():
-        print(f"> mup-megatron: {text}", flush=True)

@@ -5,10 +5,11 @@ Not the rules (`theory/`) and not the search for good values (`search/`).
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
 from mup_megatron import theory
 from mup_megatron.errors import InputError
@@ -108,11 +109,65 @@ class Training(Strict):
     seq_length: Annotated[int, Field(gt=0)] | None = None
 
 
+class HuggingFaceBase(Strict):
+    """A base as a Hugging Face configuration: `model_type` and that library's own keys, those left out at its
+    defaults.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    model_type: Annotated[str, Field(min_length=1)]
+    architectures: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """The model's class; that of the target, if it is not said."""
+
+
+class ModuleParameter(Strict):
+    """One parameter of a base that is any torch module."""
+
+    shape: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
+    grows: Annotated[tuple[bool, ...], Field(strict=False)]
+    """For each dimension, whether it grows with width."""
+    init_std: NotNegative | None = None
+    init_value: float | None = None
+    """The constant at which it starts; one of the two."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ModuleParameter":
+        if len(self.shape) != len(self.grows):
+            raise ValueError(f"shape has {len(self.shape)} dimensions and grows {len(self.grows)}. Give one for each.")
+        if (self.init_std is None) == (self.init_value is None):
+            raise ValueError("give either init_std or init_value.")
+        return self
+
+
+class ModuleBase(Strict):
+    """A base as any torch module: what it takes to compare a wider one with it."""
+
+    parameters: Annotated[dict[str, ModuleParameter], Field(min_length=1)]
+    head_size: Annotated[int, Field(gt=0)] | None = None
+    """Of attention, where the module has attentions whose scale can be read."""
+    softmax_scale: Positive | None = None
+
+
+def _kind_of_base(content: object) -> str:
+    if isinstance(content, HuggingFaceBase) or (isinstance(content, Mapping) and "model_type" in content):
+        return "(huggingface)"
+    if isinstance(content, ModuleBase) or (isinstance(content, Mapping) and "parameters" in content):
+        return "(module)"
+    return "(megatron)"
+
+
 class Recipe(Strict):
     """What is transferred from a base to any target."""
 
     version: Literal[1] = 1
-    base: ModelFile
+    base: Annotated[
+        Annotated[ModelFile, Tag("(megatron)")]
+        | Annotated[HuggingFaceBase, Tag("(huggingface)")]
+        | Annotated[ModuleBase, Tag("(module)")],
+        Discriminator(_kind_of_base),
+    ]
+    """Told apart by `model_type` and `parameters`, of which a model file of Megatron's has neither."""
     hyperparameters: Hyperparameters
     schedule: Schedule = Schedule()
     per_parameter: Annotated[tuple[PerParameter, ...], Field(strict=False)] = ()
@@ -128,14 +183,36 @@ class Recipe(Strict):
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def plan(self, target: ModelFile) -> theory.Plan:
-        """What every parameter of `target` gets.
+        """What every parameter of a Megatron-Core `target` gets.
 
         Raises:
             InputError: target and base differ in more than size, or an override matches nothing.
         """
-        base_shape, target_shape = gpt_shapes(self.base, target)
+        return self.plan_for_shapes(*gpt_shapes(self.megatron_base, target))
+
+    @property
+    def megatron_base(self) -> ModelFile:
+        """The base of a recipe for Megatron-Core.
+
+        Raises:
+            InputError: the base is a model of another library.
+        """
+        if not isinstance(self.base, ModelFile):
+            kind = "Hugging Face configuration" if isinstance(self.base, HuggingFaceBase) else "torch module"
+            raise InputError(
+                f"the recipe's base is a {kind}, and the target is one of Megatron-Core. Tune a base that is a model "
+                f"file."
+            )
+        return self.base
+
+    def plan_for_shapes(self, base: theory.ModelShape, target: theory.ModelShape) -> theory.Plan:
+        """What every parameter of `target` gets, from shapes in the rules' own terms.
+
+        Raises:
+            InputError: the shapes do not fit each other, or an override matches nothing.
+        """
         try:
-            return self._plan(base_shape, target_shape)
+            return self._plan(base, target)
         except theory.PlanError as error:
             raise InputError(str(error)) from None
 

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from mup_megatron.errors import InputError
 
@@ -16,7 +16,10 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """Base of every file's content: immutable, unknown keys refused, no silent conversions, only finite numbers."""
+    """Base of every file's content: immutable, unknown keys refused, no silent conversions, only finite numbers.
+
+    Where a field takes one of several models, their pydantic tags are written in parentheses.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -36,7 +39,7 @@ def validated(model: type[ModelT], content: object, *, source: str) -> ModelT:
 
 
 def _problem(model: type[BaseModel], content: object, error: dict[str, Any]) -> str:
-    location = [str(part) for part in error["loc"]]
+    location = [str(part) for part in error["loc"] if not _is_tag(part)]
     key = ".".join(location)
     found = error.get("input")
     prefix = f"{key}: " if key else ""
@@ -57,13 +60,23 @@ def _problem(model: type[BaseModel], content: object, error: dict[str, Any]) -> 
             return f"{prefix}{message}, found {reprlib.repr(found)}. Correct this value."
 
 
+def _is_tag(part: int | str) -> bool:
+    """Whether a part of a location is no key, but says which of several models the content was taken for."""
+    return isinstance(part, str) and part.startswith("(") and part.endswith(")")
+
+
+def _tag(annotation: Any) -> str | None:
+    return next((item.tag for item in getattr(annotation, "__metadata__", ()) if isinstance(item, Tag)), None)
+
+
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """The keys that are allowed at a place inside a file."""
     here: Any = model
     for part in location:
-        if isinstance(part, int) or not (isinstance(here, type) and issubclass(here, BaseModel)):
+        if isinstance(part, int) or _is_tag(part) or not (isinstance(here, type) and issubclass(here, BaseModel)):
             continue
         annotation: Any = here.model_fields[part].annotation if part in here.model_fields else None
         inner = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
-        here = inner[0] if inner else annotation
+        tagged = [a.__origin__ for a in getattr(annotation, "__args__", ()) if _tag(a) in location]
+        here = (tagged or inner or [annotation])[0]
     return list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []

@@ -7,7 +7,6 @@ inference as well. Nothing is hooked where a multiplier is 1, so that a plan at 
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,32 +15,11 @@ from mup_megatron.errors import InputError
 from mup_megatron.megatron.names import named_parameters, raise_together, require_match, unwrapped
 from mup_megatron.megatron.versions import native_mup
 from mup_megatron.models.gpt import POSITION_EMBEDDINGS, WORD_EMBEDDINGS
+from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
 from mup_megatron.theory import Kind, Plan, PlanEntry
 
 _applied: "weakref.WeakKeyDictionary[torch.nn.Module, Plan]" = weakref.WeakKeyDictionary()
 _EMBEDDINGS = {WORD_EMBEDDINGS, POSITION_EMBEDDINGS}
-
-
-@dataclass(frozen=True, slots=True)
-class ScaledInput:
-    """Forward pre-hook: multiplies a module's input, and so its weight but not its bias."""
-
-    factor: float
-
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The module's arguments with the first one scaled."""
-        return (args[0] * self.factor, *args[1:])
-
-
-@dataclass(frozen=True, slots=True)
-class ScaledOutput:
-    """Forward hook: multiplies a module's output."""
-
-    factor: float
-
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """The module's output, scaled."""
-        return output * self.factor
 
 
 def configure(config: Any, plan: Plan) -> None:

@@ -116,7 +116,7 @@ def apply_to_model(chunks: Sequence[torch.nn.Module], args: argparse.Namespace) 
         say(f"{name}: a model file has no key for it. Take care that the recipe's base was tuned with it as well.")
     say(
         f"recipe {run.options.recipe} (fingerprint {run.recipe.fingerprint[:12]}) from width "
-        f"{run.recipe.base.hidden_size} to {run.model.hidden_size}."
+        f"{run.recipe.megatron_base.hidden_size} to {run.model.hidden_size}."
     )
     if run.options.print_plan and is_first():
         print_plan(run.plan, brief=True)

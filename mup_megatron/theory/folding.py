@@ -29,11 +29,11 @@ def fold(plan: Plan, names: Collection[str] | None = None) -> Plan:
         PlanError: a name that the plan does not know.
     """
     chosen = {entry.name for entry in plan.entries} | {READOUT} if names is None else set(names)
-    if not plan.tied and chosen & {READOUT, plan.readout}:
+    if plan.readout is not None and not plan.tied and chosen & {READOUT, plan.readout}:
         chosen |= {READOUT, plan.readout}
     factors = {name: plan[name].multiplier for name in chosen - {READOUT}}
     output = plan.output_multiplier
-    if plan.tied:
+    if plan.tied and plan.readout is not None:
         output /= factors.get(plan.readout, 1.0)
     if READOUT in chosen:
         if plan.tied:
@@ -64,7 +64,7 @@ def unfold(plan: Plan) -> Plan:
     """The plan with every folded multiplier back in its place, to rounding."""
     entries = tuple(_moved(entry, 1.0 / entry.folded, plan.optimizer) for entry in plan.entries)
     scale = plan.softmax_scale * (plan[plan.query_norms[0]].folded if plan.query_norms else 1.0)
-    output = plan.output_multiplier * plan[plan.readout].folded
+    output = plan.output_multiplier * (1.0 if plan.readout is None else plan[plan.readout].folded)
     if plan.tied:
         output *= plan[plan.readout_norm[0]].folded
     return replace(plan, entries=entries, softmax_scale=scale, output_multiplier=output)

@@ -60,13 +60,18 @@ class ModelShape:
     hidden_size: int
     """Size of the readout's input."""
     head_size: int
+    """Of attention; 1 where there is none, which leaves every rule of attention at the identity."""
     num_layers: int
-    readout: str
-    """Name of the weight that computes the logits: a tied model's token embedding."""
-    readout_norm: tuple[str, ...]
+    readout: str | None
+    """Name of the weight that computes the logits: a tied model's token embedding. None without a readout."""
+    readout_norm: tuple[str, ...] = ()
     """Gain and bias of the norm before the readout: where a tied readout's multiplier can be folded."""
-    query_norms: tuple[str, ...]
+    query_norms: tuple[str, ...] = ()
     """Gains and biases of the norms of queries: where the scale of attention can be folded."""
+    stock_softmax_scale: float | None = None
+    """What its attention multiplies logits by if nothing is said; None for 1/√head_size."""
+    stock_readout_scale: float = 1.0
+    """What it multiplies the readout's input by, if nothing is said (T5: 1/√hidden_size)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +104,8 @@ class PlanEntry:
     """Which rule gave these values, with the override that changed them."""
     padded_to: int | None = None
     """The first dimension is a vocabulary, padded to a multiple of this times the tensor parallelism; here without."""
+    library_std: float | None = None
+    """The std with which its library draws it at this shape; None for a constant, and for Megatron's models."""
     folded: float = 1.0
     """The multiplier that `folding.fold` moved into the weight: stored weight = folded · weight + fold_offset."""
     fold_offset: float = 0.0
@@ -123,11 +130,16 @@ class Plan:
     output_multiplier: float
     """On the readout's input; α_out/r_in, also where the readout is the embedding."""
     num_layers: int
-    readout: str
-    """Name of the weight that computes the logits: a tied model's token embedding."""
+    readout: str | None
+    """Name of the weight that computes the logits: a tied model's token embedding. None without a readout."""
     readout_norm: tuple[str, ...]
     query_norms: tuple[str, ...]
     entries: tuple[PlanEntry, ...]
+    stock_softmax_scale: float | None = None
+    """What attention multiplies logits by if nothing is said; None for 1/√head_size."""
+    stock_readout_ratio: float = 1.0
+    """What the model itself multiplies the readout's input by, relative to the base: a part of `output_multiplier` that
+    needs no doing."""
 
     @cached_property
     def by_name(self) -> Mapping[str, PlanEntry]:
@@ -147,7 +159,7 @@ class Plan:
     @property
     def tied(self) -> bool:
         """Whether the readout is the token embedding."""
-        return self[self.readout].kind is Kind.EMBEDDING
+        return self.readout is not None and self[self.readout].kind is Kind.EMBEDDING
 
     @property
     def embedding_multiplier(self) -> float:
@@ -157,7 +169,8 @@ class Plan:
     @property
     def changes_softmax_scale(self) -> bool:
         """Whether attention needs to be told another scale than the one it uses by itself."""
-        return self.softmax_scale != default_softmax_scale(self.head_size)
+        stock = self.stock_softmax_scale
+        return self.softmax_scale != (default_softmax_scale(self.head_size) if stock is None else stock)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` gives the same plan back, bit by bit."""
@@ -194,6 +207,8 @@ _MODEL_KEYS = (
     "readout",
     "readout_norm",
     "query_norms",
+    "stock_softmax_scale",
+    "stock_readout_ratio",
 )
 
 
@@ -208,26 +223,23 @@ def build_plan(
 ) -> Plan:
     """What every parameter of `target` gets, if `hyperparameters` were tuned at `base`.
 
-    Layers are matched by name without their index, so depth may differ.
+    Parameters are matched by name, and else by the name without layer indices, so depth may differ.
 
     Raises:
         PlanError: a parameter of the target has no counterpart in the base, an override matches nothing or asks for
             something that its tensor does not have. Names the parameter.
     """
     overrides = tuple(overrides)
-    counterparts = _by_family(base.parameters)
+    at_base = {parameter.name: parameter for parameter in base.parameters}
+    families = _by_family(base.parameters)
     standard = parametrization.rule is Rule.STANDARD
     h = hyperparameters
     entries = []
     for parameter in target.parameters:
-        counterpart = counterparts.get(_family(parameter.name))
-        if counterpart is None:
-            raise PlanError(
-                f"{parameter.name}: the base has no such parameter, so its width ratio is unknown. "
-                "Give the base the target's architecture."
-            )
+        counterpart = at_base.get(parameter.name) or _of_family(families, parameter)
         r = Ratios(1.0, 1.0) if standard else ratios(counterpart, parameter)
-        entry = _entry(parameter, r, h, parametrization, num_layers=target.num_layers)
+        std_at_base = counterpart.init_std
+        entry = _entry(parameter, r, h, parametrization, num_layers=target.num_layers, std_at_base=std_at_base)
         entries.append(_overridden(entry, parameter, overrides))
     _require_all_used(overrides, target.parameters)
     # A tied readout has no row of its own; what it computes is the output role all the same.
@@ -245,6 +257,7 @@ def build_plan(
             base_head_size=target.head_size if standard else base.head_size,
             head_size=target.head_size,
             alpha=h.attention_multiplier,
+            stock=(target if standard else base).stock_softmax_scale,
         ),
         head_size=target.head_size,
         output_multiplier=output,
@@ -253,6 +266,8 @@ def build_plan(
         readout_norm=target.readout_norm,
         query_norms=target.query_norms,
         entries=tuple(entries),
+        stock_softmax_scale=target.stock_softmax_scale,
+        stock_readout_ratio=1.0 if standard else target.stock_readout_scale / base.stock_readout_scale,
     )
 
 
@@ -262,10 +277,19 @@ def _entry_from_json(content: Mapping[str, Any]) -> PlanEntry:
 
 
 def _entry(
-    parameter: Parameter, r: Ratios, h: Hyperparameters, parametrization: Parametrization, *, num_layers: int
+    parameter: Parameter,
+    r: Ratios,
+    h: Hyperparameters,
+    parametrization: Parametrization,
+    *,
+    num_layers: int,
+    std_at_base: float | None,
 ) -> PlanEntry:
     role, kind, optimizer = parameter.role, parameter.kind, parametrization.optimizer
-    std = rules.init_std(role, kind, r, sigma=h.init_method_std, num_layers=num_layers)
+    if std_at_base is None:
+        std = rules.init_std(role, kind, r, sigma=h.init_method_std, num_layers=num_layers)
+    else:
+        std = rules.carried_init_std(role, r, std_at_base=std_at_base)
     return PlanEntry(
         name=parameter.name,
         role=role,
@@ -274,7 +298,7 @@ def _entry(
         fan_in=parameter.fan_in.size,
         fan_out=parameter.fan_out.size,
         width_ratio=r.r_in,
-        init_std=None if kind.is_vector else std,
+        init_std=None if parameter.init_value is not None else std,
         init_value=parameter.init_value,
         multiplier=rules.multiplier(role, kind, r, embedding=h.embedding_multiplier, output=h.output_multiplier),
         lr=rules.learning_rate(role, optimizer, r, eta=h.lr),
@@ -286,6 +310,7 @@ def _entry(
         ),
         rule=f"{parametrization.rule}.{optimizer}.{role}" + (".residual" if kind is Kind.RESIDUAL else ""),
         padded_to=parameter.padded_to,
+        library_std=parameter.init_std,
     )
 
 
@@ -328,13 +353,26 @@ def _family(name: str) -> str:
     return _LAYER_INDEX.sub(".*", name)
 
 
-def _by_family(parameters: Iterable[Parameter]) -> dict[str, Parameter]:
-    families: dict[str, Parameter] = {}
+def _by_family(parameters: Iterable[Parameter]) -> dict[str, list[Parameter]]:
+    families: dict[str, list[Parameter]] = {}
     for parameter in parameters:
-        first = families.setdefault(_family(parameter.name), parameter)
-        if (first.fan_in, first.fan_out) != (parameter.fan_in, parameter.fan_out):
-            raise PlanError(
-                f"{parameter.name}: the base has layers of different sizes (compare {first.name}), so no width ratio "
-                "is defined. Give the base layers of one size."
-            )
+        families.setdefault(_family(parameter.name), []).append(parameter)
     return families
+
+
+def _of_family(families: Mapping[str, list[Parameter]], parameter: Parameter) -> Parameter:
+    """What the base has for a parameter of a layer that it has not."""
+    alike = families.get(_family(parameter.name))
+    if not alike:
+        raise PlanError(
+            f"{parameter.name}: the base has no such parameter, so its width ratio is unknown. "
+            "Give the base the target's architecture."
+        )
+    first = alike[0]
+    for other in alike:
+        if (first.fan_in, first.fan_out) != (other.fan_in, other.fan_out):
+            raise PlanError(
+                f"{other.name}: the base has layers of different sizes (compare {first.name}), so no width ratio "
+                "is defined. Give the base layers of one size, or the target's depth."
+            )
+    return first

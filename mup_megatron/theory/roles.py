@@ -65,14 +65,18 @@ class Parameter:
     fan_in: Dimension
     fan_out: Dimension
     init_value: float | None = None
-    """The constant that it starts at; None for what is drawn at random. Exactly vectors have one."""
+    """The constant that it starts at; None for what is drawn at random."""
+    init_std: float | None = None
+    """The std with which its library draws it at this shape, already with the tuned scale; only the base's is used.
+    None for a constant, and for what is drawn as Megatron does, from the tuned σ."""
     name_at_base: str | None = None
     """What the base calls it, where that differs: the name that a recipe's patterns mean."""
     padded_to: int | None = None
     """The first dimension is a vocabulary, padded to a multiple of this times the tensor parallelism; here without."""
 
     def __post_init__(self) -> None:
-        assert (self.init_value is not None) == self.kind.is_vector, self.name
+        assert self.init_value is None or self.init_std is None, self.name
+        assert not self.kind.is_vector or (self.init_value, self.init_std) != (None, None), self.name
 
     @property
     def role(self) -> Role:

@@ -146,6 +146,11 @@ def init_std(role: Role, kind: Kind, r: Ratios, *, sigma: float, num_layers: int
     return std / math.sqrt(2.0 * num_layers) if kind is Kind.RESIDUAL else std
 
 
+def carried_init_std(role: Role, r: Ratios, *, std_at_base: float) -> float:
+    """The std of a library's own initial draw: what it is at the base, carried to the target by the role's power."""
+    return std_at_base * INIT_STD[role](r)
+
+
 def multiplier(role: Role, kind: Kind, r: Ratios, *, embedding: float, output: float) -> float:
     """The forward multiplier: α_in for embeddings, α_out/r_in for the readout, 1 elsewhere (TP5 Table 8)."""
     tuned = {Kind.EMBEDDING: embedding, Kind.HEAD: output}.get(kind, 1.0)
@@ -176,8 +181,13 @@ def weight_decay(role: Role, kind: Kind, optimizer: Optimizer, r: Ratios, *, lam
     return lam * compensation(r) * WEIGHT_DECAY[optimizer][role](r)
 
 
-def softmax_scale(*, base_head_size: int, head_size: int, alpha: float) -> float:
-    """The scale of attention logits, α·√d_base/d: 1/d in the head size (TP5 §5, Def. 4.1), 1/√d at the base's."""
+def softmax_scale(*, base_head_size: int, head_size: int, alpha: float, stock: float | None = None) -> float:
+    """The scale of attention logits, α·√d_base/d: 1/d in the head size (TP5 §5, Def. 4.1), 1/√d at the base's.
+
+    `stock` is what a library uses at the base where that is not 1/√d_base; it then falls as 1/d from there.
+    """
     if head_size == base_head_size:
-        return alpha * default_softmax_scale(head_size)
+        return alpha * (default_softmax_scale(head_size) if stock is None else stock)
+    if stock is not None:
+        return alpha * stock * base_head_size / head_size
     return alpha * math.sqrt(base_head_size) / head_size

@@ -274,27 +274,27 @@ def _no_readout_multiplier(run: Run) -> None:
 
 
 def _multiplied_twice(run: Run) -> None:
-    from mup_megatron.megatron.model import ScaledOutput
+    from mup_megatron.modules.hooks import ScaledOutput
 
     _embedding(run).register_forward_hook(ScaledOutput(3.0))
 
 
 def _another_multiplier(run: Run) -> None:
-    from mup_megatron.megatron.model import ScaledInput
+    from mup_megatron.modules.hooks import ScaledInput
 
     _no_readout_multiplier(run)
     run.chunks[0].module.output_layer.register_forward_pre_hook(ScaledInput(2.0))
 
 
 def _on_the_wrong_side(run: Run) -> None:
-    from mup_megatron.megatron.model import ScaledOutput
+    from mup_megatron.modules.hooks import ScaledOutput
 
     _no_readout_multiplier(run)
     run.chunks[0].module.output_layer.register_forward_hook(ScaledOutput(0.5))
 
 
 def _multiplier_too_many(run: Run) -> None:
-    from mup_megatron.megatron.model import ScaledInput
+    from mup_megatron.modules.hooks import ScaledInput
 
     run.chunks[0].module.decoder.layers[3].mlp.linear_fc2.register_forward_pre_hook(ScaledInput(2.0))
 

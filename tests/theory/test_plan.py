@@ -272,8 +272,16 @@ def test_a_parameter_that_the_base_lacks_is_named() -> None:
 
 def test_a_base_whose_layers_differ_is_refused() -> None:
     base = _shape(_matrix("layers.0.weight"), _matrix("layers.1.weight", fan_in=16))
+    deeper = _shape(*base.parameters, _matrix("layers.2.weight"))
     with pytest.raises(PlanError, match=r"layers\.1\.weight: the base has layers of different sizes"):
-        build_plan(base, base, TUNED, parametrization=Parametrization())
+        build_plan(base, deeper, TUNED, parametrization=Parametrization())
+
+
+def test_layers_of_different_sizes_are_matched_one_by_one_at_equal_depth() -> None:
+    base = _shape(_matrix("layers.0.weight"), _matrix("layers.1.weight", fan_in=16))
+    target = _shape(_matrix("layers.0.weight", fan_in=32), _matrix("layers.1.weight", fan_in=32))
+    plan = build_plan(base, target, TUNED, parametrization=Parametrization())
+    assert [entry.width_ratio for entry in plan.entries] == [4.0, 2.0]
 
 
 def test_a_name_that_the_plan_does_not_know_is_an_error_that_names_it() -> None:

@@ -1,0 +1,13 @@
+"""Hugging Face models: a plan from two configurations, applied to a live model. It holds no theory.
+
+plan = plan_for(model, load_recipe(path))
+apply_plan(model, plan)
+optimizer = torch.optim.AdamW(param_groups(model.named_parameters(), plan))
+"""
+
+from mup_megatron.huggingface.configs import base_content
+from mup_megatron.huggingface.plan import TESTED, plan_for
+from mup_megatron.modules.apply import Initialize, apply_plan
+from mup_megatron.modules.groups import Form, param_groups
+
+__all__ = ["TESTED", "Form", "Initialize", "apply_plan", "base_content", "param_groups", "plan_for"]

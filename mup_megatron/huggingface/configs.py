@@ -1,0 +1,197 @@
+"""Hugging Face configurations: which keys are widths, which are depths, and what base and target must share.
+
+No model is built here. To support a family whose configuration names a width in another way, add its key to `WIDTHS`.
+"""
+
+import copy
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from mup_megatron.errors import InputError
+from mup_megatron.recipe import HuggingFaceBase
+
+HEADS = frozenset(
+    "num_attention_heads n_head num_heads num_key_value_heads encoder_attention_heads decoder_attention_heads".split()
+)
+HEAD_SIZES = frozenset({"head_dim", "d_kv"})
+WIDTHS = frozenset(
+    "hidden_size n_embd d_model embedding_size hidden_sizes word_embed_proj_dim intermediate_size n_inner ffn_dim d_ff "
+    "encoder_ffn_dim decoder_ffn_dim pooler_output_size".split()
+)
+DEPTHS = frozenset(
+    "num_hidden_layers n_layer num_layers num_decoder_layers encoder_layers decoder_layers depths layer_types "
+    "max_window_layers stage_names out_features out_indices".split()
+)
+FIXED = frozenset(
+    "vocab_size type_vocab_size n_positions max_position_embeddings num_labels image_size patch_size num_channels "
+    "relative_attention_num_buckets".split()
+)
+"""Sizes that do not grow. A position table of another length is found by its shape; rotary positions have none."""
+
+_MAY_DIFFER = re.compile(
+    r".*_token_id|.*dropout.*|.*pdrop|.*layerdrop|use_cache|_.*|architectures|transformers_version|dtype|torch_dtype"
+    r"|output_.*|return_dict.*|id2label|label2id|problem_type|chunk_size_feed_forward|gradient_checkpointing"
+    r"|initializer_range|init_std|rope_parameters|rope_theta|rope_scaling|sliding_window|use_sliding_window"
+    r"|max_position_embeddings|n_positions|image_size|task_specific_params|relative_attention_max_distance|name_or_path"
+)
+"""Keys that say nothing of widths, or that the recipe decides itself. Where one changes a shape, the shape is found."""
+
+
+_DEFAULT_LABELS = 2
+
+
+def config_of_base(base: HuggingFaceBase) -> PretrainedConfig:
+    """The configuration that a recipe's base describes.
+
+    Raises:
+        InputError: `model_type` is none of the installed transformers', or it does not have one of the keys.
+    """
+    own = {key: value for key, value in base.model_dump().items() if key not in {"model_type", "architectures"}}
+    return config_from(base.model_type, own, architectures=base.architectures, source="base")
+
+
+def config_from(
+    model_type: str, own: Mapping[str, Any], *, architectures: tuple[str, ...] = (), source: str
+) -> PretrainedConfig:
+    """A configuration from its type and keys; `source` names them in messages.
+
+    Raises:
+        InputError: as `config_of_base`.
+    """
+    try:
+        defaults = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise InputError(
+            f"{source}.model_type: {model_type!r} is no model type of the installed transformers. Correct it, or "
+            f"install "
+            "a release that has it."
+        ) from None
+    known = {*defaults.to_dict(), *defaults.attribute_map, "tie_word_embeddings", "is_decoder", "num_labels"}
+    for key in own:
+        if key not in known and not _MAY_DIFFER.fullmatch(key):
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean '{near[0]}'?" if near else f"See {type(defaults).__name__} for its keys."
+            raise InputError(f"{source}.{key}: unknown key of model type {model_type}. {hint}")
+    try:
+        config = AutoConfig.for_model(model_type, **own)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"{source}: not a possible {model_type} configuration: {error}. Correct it.") from None
+    config.architectures = list(architectures) or None
+    return config
+
+
+def require_comparable(base: PretrainedConfig, target: PretrainedConfig) -> None:
+    """Raises InputError where two configurations differ in something else than widths and depths; names the key."""
+    if base.model_type != target.model_type:
+        raise InputError(
+            f"model_type is {base.model_type} in the recipe's base but {target.model_type} in the target. "
+            f"Hyperparameters "
+            "transfer between widths of one architecture: tune a base that has the target's."
+        )
+    for key in sorted(differing(base, target)):
+        if key in WIDTHS | HEADS | HEAD_SIZES | DEPTHS or _MAY_DIFFER.fullmatch(key):
+            continue
+        values = (base.to_dict().get(key), target.to_dict().get(key))
+        if key not in FIXED and _is_size(values[0]) and _is_size(values[1]):
+            continue  # a width of a family that is not listed here: `widened` compares it
+        raise InputError(
+            f"{key} is {values[0]} in the recipe's base but {values[1]} in the target. Hyperparameters transfer "
+            f"between "
+            "widths of one architecture: give the base the target's."
+        )
+    if base.num_labels != target.num_labels:
+        raise InputError(
+            f"num_labels is {base.num_labels} in the recipe's base but {target.num_labels} in the target. Give the "
+            f"base "
+            "the target's."
+        )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def differing(base: PretrainedConfig, target: PretrainedConfig) -> set[str]:
+    """The keys in which two configurations differ."""
+    one, other = base.to_dict(), target.to_dict()
+    return {key for key in {*one, *other} if one.get(key) != other.get(key)}
+
+
+def at_depth_of(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedConfig:
+    """The base with the target's depth, so that every layer of the target has its counterpart.
+
+    A library's own scaling of initial weights with depth is then the target's.
+    """
+    return _changed(base, {key: getattr(target, key) for key in DEPTHS if key in target.to_dict()})
+
+
+def widened(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedConfig:
+    """The base with every width doubled: what has another size then, grows with width.
+
+    The size of heads grows where it differs between base and target; else their number does.
+    """
+    own = base.to_dict()
+    head_grows = head_size(base) != head_size(target)
+    grow = set(WIDTHS) | (set(HEAD_SIZES) if head_grows else set(HEADS))
+    unlisted = {
+        key
+        for key in differing(base, target) - WIDTHS - HEADS - HEAD_SIZES - DEPTHS - FIXED
+        if _is_size(own.get(key)) and not _MAY_DIFFER.fullmatch(key)
+    }
+    return _changed(base, {key: _doubled(own[key]) for key in grow | unlisted if own.get(key) is not None})
+
+
+def head_size(config: PretrainedConfig) -> int | None:
+    """The size of attention's heads; None where a configuration has none."""
+    for key in HEAD_SIZES:
+        if isinstance(size := getattr(config, key, None), int):
+            return size
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
+
+
+def reference_std(config: PretrainedConfig) -> float:
+    """The std that a recipe's `init_method_std` stands for at the base: the configuration's own, else 0.02.
+
+    A library's draws that do not follow from it (T5, ResNet) are in proportion to it all the same.
+    """
+    for key in ("initializer_range", "init_std"):
+        if isinstance(std := getattr(config, key, None), float) and std > 0:
+            return std
+    return 0.02
+
+
+def readout_scale(config: PretrainedConfig) -> float:
+    """What a model multiplies its readout's input by, of itself: T5 with a tied readout has 1/√d_model."""
+    return float(config.hidden_size) ** -0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
+
+
+def base_content(config: PretrainedConfig) -> dict[str, Any]:
+    """A configuration as the `base` of a recipe: everything that is not a default, without what has no meaning
+    there.
+    """
+    kept = {
+        key: value
+        for key, value in config.to_diff_dict().items()
+        if not _MAY_DIFFER.fullmatch(key) or key in {"initializer_range", "init_std"} or key in FIXED
+    }
+    classes = {"architectures": list(config.architectures)} if config.architectures else {}
+    labels = (
+        {"num_labels": config.num_labels} if "num_labels" not in kept and config.num_labels != _DEFAULT_LABELS else {}
+    )
+    return {**classes, **kept, **labels, "model_type": config.model_type}
+
+
+def _doubled(value: Any) -> Any:
+    return [2 * item for item in value] if isinstance(value, list | tuple) else 2 * value
+
+
+def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
+    changed = copy.deepcopy(config)
+    for key, value in changes.items():
+        setattr(changed, key, value)
+    return changed

@@ -1,0 +1,129 @@
+"""A recipe and a Hugging Face model or configuration → a plan. Models are built on the meta device alone."""
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mup_megatron.errors import InputError
+from mup_megatron.huggingface import configs
+from mup_megatron.modules.attention import attention_of
+from mup_megatron.modules.shapes import Built, Facts, base_parameters, model_shapes
+from mup_megatron.recipe import HuggingFaceBase, Recipe
+from mup_megatron.theory import Plan
+
+TESTED = frozenset("gpt2 gpt_neox llama mistral qwen2 qwen3 bert vit resnet opt t5".split())
+"""Model types whose every parameter, draw and attention scale the tests look at."""
+
+_log = logging.getLogger(__name__)
+
+
+def plan_for(target: PreTrainedModel | PretrainedConfig, recipe: Recipe) -> Plan:
+    """What every parameter of a Hugging Face model gets, by the names of `model.named_parameters()`.
+
+    Args:
+        target: the model, of which only class and configuration are read, or a configuration with `architectures`.
+        recipe: its base is a configuration of the same model type.
+
+    Raises:
+        InputError: base and target are no widths of one architecture, or something about the model cannot be known.
+    """
+    base = recipe.base
+    if not isinstance(base, HuggingFaceBase):
+        raise InputError(
+            "the recipe's base is not a Hugging Face configuration, and the target is. Give the recipe a base with a "
+            "model_type; `mup-megatron recipe --base config.json` writes one."
+        )
+    config: PretrainedConfig = copy.deepcopy(target if isinstance(target, PretrainedConfig) else target.config)
+    at_base = configs.config_of_base(base)
+    configs.require_comparable(at_base, config)
+    if config.model_type not in TESTED:
+        _log.warning(
+            "model type %s is not among those that were tested. Its plan follows from comparing configurations; look "
+            "at it "
+            "with `mup-megatron explain`, and make a coordinate check before a large run.",
+            config.model_type,
+        )
+    model_class = _class_of(target, at_base)
+    small = configs.at_depth_of(at_base, config)
+    built = Built.of(_factory(model_class, config))
+    base_built = Built.of(_factory(model_class, small))
+    _require_no_embedding_scale(base_built.module, built.module)
+    scale = recipe.hyperparameters.init_method_std / configs.reference_std(at_base)
+    facts = Facts(
+        num_layers=_num_layers(config),
+        readout=_readout(built.module),
+        base_attention=attention_of(base_built.module),
+        base_readout_scale=configs.readout_scale(small),
+        target_readout_scale=configs.readout_scale(config),
+    )
+    wider = Built.of(_factory(model_class, configs.widened(small, config)))
+    parameters = base_parameters(base_built, wider, init_scale=scale)
+    return recipe.plan_for_shapes(*model_shapes(built, parameters, facts))
+
+
+def _class_of(target: PreTrainedModel | PretrainedConfig, base: PretrainedConfig) -> type[PreTrainedModel]:
+    if isinstance(target, PreTrainedModel):
+        return type(target)
+    names = target.architectures or base.architectures
+    if not names:
+        raise InputError(
+            "architectures: neither the target's configuration nor the recipe's base says which class of model it is. "
+            "Add for example architectures: [GPT2LMHeadModel]."
+        )
+    found = getattr(transformers, names[0], None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise InputError(f"architectures: {names[0]} is no model class of the installed transformers. Correct it.")
+    return found
+
+
+def _factory(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Callable[[], torch.nn.Module]:
+    def build() -> torch.nn.Module:
+        constructor: Callable[[PretrainedConfig], Any] = model_class
+        try:
+            model = constructor(copy.deepcopy(config))
+        except (ValueError, TypeError, AssertionError) as error:
+            raise InputError(f"{model_class.__name__} cannot be built from the configuration: {error}.") from None
+        # What it skips where the default device is meta.
+        with torch.device("cpu"):
+            model.initialize_weights()
+        assert isinstance(model, torch.nn.Module)
+        return model
+
+    return build
+
+
+def _readout(model: Any) -> str | None:
+    """The weight behind `get_output_embeddings`, by its first name: that of a tied embedding."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return None
+    return next((name for name, parameter in model.named_parameters() if parameter is head.weight), None)
+
+
+def _num_layers(config: PretrainedConfig) -> int:
+    layers = getattr(config, "num_hidden_layers", None)
+    return layers if isinstance(layers, int) else sum(getattr(config, "depths", [1]))
+
+
+def _require_no_embedding_scale(base: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Raises InputError if a model multiplies its embeddings by something that grows with width, as Gemma does."""
+    at_base = dict(base.named_modules())
+    for name, module in target.named_modules():
+        scale = getattr(module, "embed_scale", None)
+        if scale is not None and not _same(scale, getattr(at_base.get(name), "embed_scale", None)):
+            raise InputError(
+                f"{name}: {type(module).__name__} multiplies embeddings by a factor that grows with width "
+                f"(embed_scale), "
+                "which μP has no place for. Choose a model without, or set scale_embedding to false."
+            )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return False  # on the meta device it has no value
+    return bool(one == other)

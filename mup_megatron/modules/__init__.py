@@ -1,0 +1,23 @@
+"""The adapter to any `torch.nn.Module`: its shapes, a plan for it, and applying that plan. It holds no theory.
+
+    recipe base     mup_megatron.modules.module_base(small_model, wider_model)
+    plan            mup_megatron.modules.plan_for_module(large_model, recipe)
+    live module     mup_megatron.modules.apply_plan(model, plan)
+    optimizer       torch.optim.AdamW(mup_megatron.modules.param_groups(model.named_parameters(), plan))
+
+Hugging Face models have their own way to a plan (`huggingface/`), since their configurations say what grows.
+"""
+
+from mup_megatron.modules.apply import Initialize, applied_plan, apply_plan
+from mup_megatron.modules.groups import Form, param_groups
+from mup_megatron.modules.plan import module_base, plan_for_module
+
+__all__ = [
+    "Form",
+    "Initialize",
+    "applied_plan",
+    "apply_plan",
+    "module_base",
+    "param_groups",
+    "plan_for_module",
+]

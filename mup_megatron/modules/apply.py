@@ -1,0 +1,216 @@
+"""A plan → a live torch module: initial weights, multipliers, attention scale. Holds no theory.
+
+What the library drew is multiplied, never drawn again, so that seeds give what they gave before; and nothing is touched
+where nothing changes, so that a plan at its base leaves a module as it is. Under ZeRO-3 each parameter is put together
+for the moment.
+"""
+
+import contextlib
+import math
+import weakref
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from mup_megatron.errors import InputError
+from mup_megatron.modules.attention import attention_modules, scale_attribute
+from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
+from mup_megatron.theory import Kind, Plan, PlanEntry
+
+_applied: "weakref.WeakKeyDictionary[torch.nn.Module, Plan]" = weakref.WeakKeyDictionary()
+
+
+class Initialize(StrEnum):
+    """What happens to the weights."""
+
+    RESCALE = "rescale"
+    """What the library drew is multiplied to the plan's std."""
+    REDRAW = "redraw"
+    """Weights are drawn anew, for a module whose own initialisation did not take place (`deepspeed.zero.Init`)."""
+    KEEP = "keep"
+    """They are left alone: they are loaded, or about to be."""
+
+
+def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = Initialize.RESCALE) -> None:
+    """Makes a freshly built module what the plan says. Under ZeRO-3 every rank has to call it.
+
+    Call it once, on the module that the plan was made for, before the optimizer is built.
+
+    Args:
+        model: not wrapped. Its parameters may be partitioned by `deepspeed.zero.Init`.
+        plan: with the names of `model.named_parameters()`.
+        initialize: what happens to the weights.
+
+    Raises:
+        InputError: the module cannot be made what the plan says; before anything is changed.
+    """
+    require_match(model, plan)
+    if model in _applied:
+        raise InputError("a plan was applied to this model already. Build the model anew, or apply one plan only.")
+    _require_scalable(model, plan)
+    if initialize is Initialize.RESCALE:
+        _require_drawn(model, plan)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _initialize(parameter, plan[name], initialize)
+    _set_attention_scale(model, plan)
+    _hook_multipliers(model, plan)
+    _applied[model] = plan
+
+
+def applied_plan(model: torch.nn.Module) -> Plan | None:
+    """The plan that was applied to a module, if any was."""
+    return _applied.get(model)
+
+
+def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """A parameter's shape, also where ZeRO-3 has left nothing of it on this rank."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def require_match(model: torch.nn.Module, plan: Plan) -> None:
+    """Raises InputError unless module and plan have the same parameters and shapes."""
+    held = {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
+    problems = [f"{name}: the model has this parameter, the plan has not." for name in held if name not in plan.by_name]
+    problems += [
+        f"{e.name}: the plan has this parameter, the model has not." for e in plan.entries if e.name not in held
+    ]
+    problems += [
+        f"{entry.name}: the model's shape is {held[entry.name]}, the plan's {entry.shape}."
+        for entry in plan.entries
+        if entry.name in held and held[entry.name] != entry.shape
+    ]
+    if problems:
+        more = f" And {len(problems) - 5} more like this." if len(problems) > 5 else ""
+        raise InputError("\n".join(problems[:5]) + more + " Make the plan from the model that is trained.")
+
+
+# ---- initial weights -----------------------------------------------------------------------------------------------
+
+
+def _factor(entry: PlanEntry) -> float:
+    """What the library's draw is multiplied by."""
+    if entry.init_std is None or entry.library_std is None or entry.init_std == entry.library_std:
+        return 1.0
+    return entry.init_std / entry.library_std
+
+
+def _require_drawn(model: torch.nn.Module, plan: Plan) -> None:
+    """Raises InputError if weights that are to be multiplied are not what the library draws: loaded, or changed
+    since.
+    """
+    wrong = []
+    for name, parameter in model.named_parameters():
+        entry = plan[name]
+        if _factor(entry) == 1.0:
+            continue
+        with whole(parameter, change=False), torch.no_grad():
+            found = parameter.detach().float().square().mean().sqrt().item()
+        assert entry.library_std is not None
+        # Six standard errors of the root mean square of so many draws, and half precision's rounding.
+        allowed = entry.library_std * (6.0 / math.sqrt(2.0 * math.prod(entry.shape)) + 4e-3)
+        if abs(found - entry.library_std) > allowed:
+            wrong.append(f"{name} has a root mean square of {found:.4g}, drawn would be {entry.library_std:.4g}")
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise InputError(
+            f"{wrong[0]}{more}: these weights are not as the library draws them, so they cannot be rescaled. If they "
+            f"were "
+            'loaded, say `initialize: "keep"`; if the model was built inside deepspeed.zero.Init, where the library\'s '
+            'draw does not happen, say `initialize: "redraw"`.'
+        )
+
+
+def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, how: Initialize) -> None:
+    if how is Initialize.RESCALE and _factor(entry) != 1.0:
+        with whole(parameter):
+            parameter.mul_(_factor(entry))
+    elif how is Initialize.REDRAW:
+        with whole(parameter):
+            if entry.init_std is None:
+                assert entry.init_value is not None
+                parameter.fill_(entry.init_value)
+            else:
+                parameter.normal_(0.0, entry.init_std)
+
+
+@contextlib.contextmanager
+def whole(parameter: torch.nn.Parameter, *, change: bool = True) -> Iterator[None]:
+    """Within it a parameter is whole that ZeRO-3 keeps in pieces; with `change`, what the first rank makes of it
+    stays.
+    """
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    context: Any = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if change else None)
+    with context:
+        yield
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def _require_scalable(model: torch.nn.Module, plan: Plan) -> None:
+    if not plan.changes_softmax_scale:
+        return
+    found = list(attention_modules(model))
+    if not found:
+        raise InputError(
+            f"the plan's attention scale is {plan.softmax_scale:g}, and the model has no attention that says its "
+            f"scale. "
+            "Use attention_multiplier 1 and a base of the target's head size, or give the attention module a float "
+            "`scaling` and an integer `head_dim`."
+        )
+    for name, module, attention in found:
+        if attention.scale is None:
+            raise InputError(
+                f"{name}: {type(module).__name__} has no scale to set and would go on with 1/√head_dim. Use "
+                "attention_multiplier 1 and a base of the target's head size, or an attention with a `scaling`."
+            )
+
+
+def _set_attention_scale(model: torch.nn.Module, plan: Plan) -> None:
+    if not plan.changes_softmax_scale:
+        return
+    stock = stock_softmax_scale(plan)
+    for _, module, attention in attention_modules(model):
+        key = scale_attribute(module)
+        assert key is not None
+        # A layer may have a scale of its own, as with GPT-2's scale_attn_by_inverse_layer_idx.
+        own = 1.0 if attention.scale is None else attention.scale / stock
+        setattr(module, key, plan.softmax_scale if own == 1.0 else plan.softmax_scale * own)
+
+
+def stock_softmax_scale(plan: Plan) -> float:
+    """What attention uses where nothing is said."""
+    return 1.0 / math.sqrt(plan.head_size) if plan.stock_softmax_scale is None else plan.stock_softmax_scale
+
+
+# ---- multipliers ---------------------------------------------------------------------------------------------------
+
+
+def _hook_multipliers(model: torch.nn.Module, plan: Plan) -> None:
+    for module, entry in _owners(model, plan):
+        if isinstance(module, torch.nn.Embedding):
+            if entry.multiplier != 1.0:
+                module.register_forward_hook(ScaledOutput(entry.multiplier))
+            continue
+        factor = plan.output_multiplier if entry.kind is Kind.EMBEDDING else entry.multiplier
+        if entry.name == plan.readout:
+            factor /= plan.stock_readout_ratio
+        if factor != 1.0:
+            module.register_forward_pre_hook(ScaledInput(factor))
+
+
+def _owners(model: torch.nn.Module, plan: Plan) -> Iterator[tuple[torch.nn.Module, PlanEntry]]:
+    """(module, entry) of each weight in each module that uses it: a tied table's twice."""
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            entry = plan[name_of[id(parameter)]]
+            if not entry.kind.is_vector:
+                yield module, entry

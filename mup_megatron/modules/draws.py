@@ -1,0 +1,155 @@
+"""With which std a module draws its initial weights, read off by building it on the meta device.
+
+Every operation that writes into a tensor is watched while the module is built, so that any initialiser made of torch's
+own draws is understood, at any size, without allocating anything. Not a list of initialisers.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How a tensor starts: at a constant, at random around 0 with a std, or in a way that is not understood."""
+
+    value: float | None = None
+    std: float | None = None
+
+    @property
+    def understood(self) -> bool:
+        """Whether it is a constant or a draw with a known std."""
+        return (self.value, self.std) != (None, None)
+
+    def times(self, factor: float) -> "Draw":
+        """The draw after multiplication."""
+        return Draw(
+            value=None if self.value is None else self.value * factor,
+            std=None if self.std is None else self.std * abs(factor),
+        )
+
+    def plus(self, term: float) -> "Draw":
+        """The draw after addition; around another mean than 0 it is not understood."""
+        return Draw() if self.value is None else Draw(value=self.value + term)
+
+
+_UNKNOWN = Draw()
+
+
+def build_on_meta(build: Callable[[], ModuleT]) -> tuple[ModuleT, Mapping[str, Draw]]:
+    """What `build` returns, with all its tensors on the meta device, and each parameter's initial draw by name.
+
+    Args:
+        build: makes the module and initialises its weights. What it raises is not caught.
+    """
+    with _Recorder() as recorder, _watched_trunc_normal(recorder), torch.device("meta"), torch.no_grad():
+        module = build()
+    return module, {name: recorder.draw_of(parameter) for name, parameter in module.named_parameters()}
+
+
+class _Recorder(TorchDispatchMode):
+    """Follows what is written into whole tensors, by their storage: a Parameter shares that of what it was made of."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._draws: dict[int, Draw] = {}
+        # Kept alive, so that no storage takes another's place.
+        self._storages: list[torch.UntypedStorage] = []
+
+    def draw_of(self, tensor: torch.Tensor) -> Draw:
+        """The last draw into a tensor."""
+        return self._draws.get(tensor.untyped_storage()._cdata, _UNKNOWN)
+
+    def note(self, tensor: torch.Tensor, draw: Draw) -> None:
+        """Remembers what a tensor was filled with; a part of a tensor, as a row for padding, says nothing of it."""
+        storage = tensor.untyped_storage()
+        if tensor.numel() * tensor.element_size() < storage.nbytes():
+            return
+        if storage._cdata not in self._draws:
+            self._storages.append(storage)
+        self._draws[storage._cdata] = draw
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self._follow(func.overloadpacket.__name__, result, args, kwargs or {})
+        return result
+
+    def _follow(self, name: str, result: torch.Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        source = self.draw_of(args[0]) if args and isinstance(args[0], torch.Tensor) else _UNKNOWN
+        match name.removesuffix("_like").removesuffix("_").removeprefix("new_"):
+            case "zero" | "zeros":
+                self.note(result, Draw(value=0.0))
+            case "ones":
+                self.note(result, Draw(value=1.0))
+            case "randn":
+                self.note(result, Draw(std=1.0))
+            case "rand":
+                self.note(result, _UNKNOWN)  # its mean is not 0
+            case "empty":
+                self.note(result, _UNKNOWN)
+            case "fill" | "full":
+                value = _number(args[1] if len(args) > 1 else kwargs.get("value"))
+                self.note(result, _UNKNOWN if value is None else Draw(value=value))
+            case "normal":
+                mean, std = (float(x) for x in (*args[1:3], *(0.0, 1.0)[len(args[1:3]) :]))
+                self.note(result, Draw(std=std) if mean == 0.0 else _UNKNOWN)
+            case "uniform":
+                low, high = (float(x) for x in (*args[1:3], *(0.0, 1.0)[len(args[1:3]) :]))
+                self.note(result, Draw(std=(high - low) / math.sqrt(12.0)) if low == -high else _UNKNOWN)
+            case "mul" | "div":
+                factor = _number(args[1])
+                self.note(result, _UNKNOWN if not factor else source.times(factor if "mul" in name else 1.0 / factor))
+            case "add" | "sub":
+                term = _number(args[1])
+                self.note(result, _UNKNOWN if term is None else source.plus(term if "add" in name else -term))
+            case "copy":
+                self.note(result, self.draw_of(args[1]))
+            case "clone" | "_to_copy":
+                self.note(result, source)
+            case "detach" | "alias" | "view" | "expand" | "t" | "transpose" | "clamp" | "requires_grad":
+                pass
+            case _ if result.untyped_storage()._cdata in self._draws and name.endswith("_"):
+                self.note(result, _UNKNOWN)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+class _watched_trunc_normal:  # noqa: N801
+    """While it is entered, torch's truncated normal draw, which does nothing on the meta device, is recorded as
+    well.
+    """
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder = recorder
+        self._original: Callable[..., torch.Tensor] = torch.nn.init._no_grad_trunc_normal_
+
+    def __enter__(self) -> None:
+        def noted(
+            tensor: torch.Tensor, mean: float, std: float, a: float, b: float, generator: Any = None
+        ) -> torch.Tensor:
+            known = mean == 0.0 and a == -b
+            self._recorder.note(tensor, Draw(std=std * truncated_std(b / std)) if known else _UNKNOWN)
+            return tensor
+
+        torch.nn.init._no_grad_trunc_normal_ = noted
+
+    def __exit__(self, *_: object) -> None:
+        torch.nn.init._no_grad_trunc_normal_ = self._original
+
+
+def truncated_std(bound: float) -> float:
+    """The std of a standard normal that is cut off at ±bound."""
+    inside = math.erf(bound / math.sqrt(2.0))
+    density = math.exp(-bound * bound / 2.0) / math.sqrt(2.0 * math.pi)
+    return math.sqrt(1.0 - 2.0 * bound * density / inside)

@@ -1,0 +1,62 @@
+"""A recipe and a factory of any torch module → a plan. Allocates nothing."""
+
+from collections.abc import Callable
+
+import torch
+
+from mup_megatron.errors import InputError
+from mup_megatron.modules.attention import Attention, attention_of
+from mup_megatron.modules.shapes import Built, Facts, base_parameters, model_shapes
+from mup_megatron.recipe import ModuleBase, Recipe
+from mup_megatron.theory import Plan
+
+REFERENCE_STD = 0.02
+"""A module's own initialisation is what a recipe's `init_method_std` of this much stands for; others are in
+proportion."""
+
+
+def module_base(base: Callable[[], torch.nn.Module], wider: Callable[[], torch.nn.Module]) -> ModuleBase:
+    """The `base` of a recipe for any torch module.
+
+    Args:
+        base: builds the module at which hyperparameters are tuned.
+        wider: builds one of the same kind in which every side that grows with width has another size: the target, or
+            one that is twice as wide.
+
+    Raises:
+        InputError: the two have other parameters, or a parameter's initial draw is not understood.
+    """
+    built = Built.of(base)
+    attention = attention_of(built.module)
+    return ModuleBase(
+        parameters=base_parameters(built, Built.of(wider)),
+        head_size=None if attention is None else attention.head_size,
+        softmax_scale=None if attention is None else attention.scale,
+    )
+
+
+def plan_for_module(target: Callable[[], torch.nn.Module], recipe: Recipe, *, readout: str | None = None) -> Plan:
+    """What every parameter of a torch module gets.
+
+    Args:
+        target: builds the module that is trained; called on the meta device.
+        recipe: its base is what `module_base` gave.
+        readout: name of the weight that computes the model's output, where it is not the last one with a fixed output.
+
+    Raises:
+        InputError: the recipe is for another kind of model, or parameters cannot be classified; names them.
+    """
+    base = recipe.base
+    if not isinstance(base, ModuleBase):
+        raise InputError(
+            "the recipe's base is not a torch module. Make one with mup_megatron.modules.module_base, or give a model "
+            "of the recipe's kind."
+        )
+    scale = recipe.hyperparameters.init_method_std / REFERENCE_STD
+    parameters = {
+        name: own if own.init_std is None else own.model_copy(update={"init_std": own.init_std * scale})
+        for name, own in base.parameters.items()
+    }
+    attention = None if base.head_size is None else Attention(base.head_size, base.softmax_scale)
+    facts = Facts(readout=readout, base_attention=attention)
+    return recipe.plan_for_shapes(*model_shapes(Built.of(target), parameters, facts))

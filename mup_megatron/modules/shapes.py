@@ -1,0 +1,284 @@
+"""Any `torch.nn.Module` in the terms of the rules: what each parameter is, which of its sides grow, how it is drawn.
+
+Which sides grow is not guessed from sizes: it is seen by comparing the base with a wider model of the same kind. Which
+side of a weight is fan_in is known from the layer that it belongs to. Nothing is allocated: models are on the meta
+device.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from mup_megatron.errors import InputError
+from mup_megatron.modules.attention import Attention, attention_of
+from mup_megatron.modules.draws import Draw, build_on_meta
+from mup_megatron.recipe import ModuleParameter
+from mup_megatron.theory import Dimension, Kind, ModelShape, Parameter
+
+_LAYER_INDEX = re.compile(r"\.\d+(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A module on the meta device, with the initial draw of each of its parameters by name."""
+
+    module: torch.nn.Module
+    draws: Mapping[str, Draw]
+
+    @classmethod
+    def of(cls, factory: Callable[[], torch.nn.Module]) -> "Built":
+        """What a factory builds, allocating nothing."""
+        return cls(*build_on_meta(factory))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each parameter's shape by name."""
+        return {name: tuple(parameter.shape) for name, parameter in self.module.named_parameters()}
+
+
+def base_parameters(base: Built, *wider: Built, init_scale: float = 1.0) -> dict[str, ModuleParameter]:
+    """What a recipe has to know of each parameter at the base: its shape, which sides grow, its initial draw.
+
+    Args:
+        base: the module at which every multiplier is 1.
+        wider: modules of the same kind; a side grows if one of these has another size there.
+        init_scale: what the tuning multiplied the library's draws by.
+
+    Raises:
+        InputError: a wider module has other parameters, or a draw is not understood; names them.
+    """
+    shapes = base.shapes
+    for other in wider:
+        _require_alike(shapes, other.shapes)
+    unknown = [name for name, draw in base.draws.items() if not draw.understood]
+    if unknown:
+        raise InputError(
+            f"{_listed(unknown)}: how it is drawn is not understood, so its std at the base is unknown. Initialise it "
+            "with torch.nn.init's normal_, uniform_, trunc_normal_, kaiming_* or xavier_* around 0, or with a constant."
+        )
+    found = {}
+    for name, shape in shapes.items():
+        draw = base.draws[name]
+        found[name] = ModuleParameter(
+            shape=shape,
+            grows=tuple(any(other.shapes[name][d] != size for other in wider) for d, size in enumerate(shape)),
+            init_std=None if draw.std is None else draw.std * init_scale,
+            init_value=draw.value,
+        )
+    return found
+
+
+def _require_alike(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> None:
+    for name in (*one, *other):
+        if name not in one or name not in other:
+            raise InputError(
+                f"{name}: only one of base and target has this parameter. Compare models of one architecture, which "
+                "differ in width alone."
+            )
+        if len(one[name]) != len(other[name]):
+            raise InputError(
+                f"{name}: it has {len(one[name])} dimensions in one model and {len(other[name])} in the other."
+            )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
+
+
+# ---- base and target → the shapes that the rules compare -----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known of a model beside its parameters."""
+
+    num_layers: int = 1
+    readout: str | None = None
+    """The weight of the model's own readout; None to find it: the last weight outside of layers with a fixed output."""
+    base_attention: Attention | None = None
+    """Of the base. None: of the target's head size."""
+    base_readout_scale: float = 1.0
+    target_readout_scale: float = 1.0
+
+
+def model_shapes(target: Built, base: Mapping[str, ModuleParameter], facts: Facts) -> tuple[ModelShape, ModelShape]:
+    """(base, target) as `theory.build_plan` takes them.
+
+    Args:
+        target: the model that is trained.
+        base: by name in the target, or by the name of the same parameter in another layer.
+        facts: what else is known.
+
+    Raises:
+        InputError: parameters that cannot be classified or that the base lacks, all of them by name.
+    """
+    at_base = {name: found for name in target.shapes if (found := _counterpart(name, base)) is not None}
+    missing = [name for name in target.shapes if name not in at_base]
+    if missing:
+        raise InputError(
+            f"{_listed(missing)}: the recipe's base has no such parameter, so its width ratio is unknown. Give the "
+            f"base "
+            "the target's architecture."
+        )
+    _require_base_is_not_more(target, at_base, base)
+    pairs = _parameters(target, at_base)
+    attention = attention_of(target.module)
+    readout = facts.readout or next((p.name for p, _ in reversed(pairs) if p.kind is Kind.HEAD), None)
+    of_base = facts.base_attention or attention
+
+    def shape(parameters: tuple[Parameter, ...], own: Attention | None, readout_scale: float) -> ModelShape:
+        width = next(
+            (p.fan_out if p.kind is Kind.EMBEDDING else p.fan_in for p in parameters if p.name == readout), None
+        )
+        return ModelShape(
+            parameters=parameters,
+            hidden_size=1 if width is None else width.size,
+            head_size=1 if own is None else own.head_size,
+            num_layers=facts.num_layers,
+            readout=readout,
+            stock_softmax_scale=None if own is None else own.scale,
+            stock_readout_scale=readout_scale,
+        )
+
+    return (
+        shape(tuple(of_base for of_base, _ in pairs), of_base, facts.base_readout_scale),
+        shape(tuple(of_target for _, of_target in pairs), attention, facts.target_readout_scale),
+    )
+
+
+def _counterpart(name: str, base: Mapping[str, ModuleParameter]) -> ModuleParameter | None:
+    if name in base:
+        return base[name]
+    family = _LAYER_INDEX.sub(".*", name)
+    alike = [parameter for other, parameter in base.items() if _LAYER_INDEX.sub(".*", other) == family]
+    if alike and all(other == alike[0] for other in alike):
+        return alike[0]
+    return None
+
+
+def _require_base_is_not_more(
+    target: Built, at_base: Mapping[str, ModuleParameter], base: Mapping[str, ModuleParameter]
+) -> None:
+    families = {_LAYER_INDEX.sub(".*", name) for name in target.shapes}
+    surplus = [name for name in base if _LAYER_INDEX.sub(".*", name) not in families]
+    if surplus:
+        raise InputError(
+            f"{_listed(surplus)}: the recipe's base has it and the target has not. Give the base the target's "
+            f"architecture."
+        )
+    for name, shape in target.shapes.items():
+        own = at_base[name]
+        if len(own.shape) != len(shape):
+            raise InputError(f"{name}: it has {len(own.shape)} dimensions in the recipe's base and {len(shape)} here.")
+        for size, base_size, grows in zip(shape, own.shape, own.grows, strict=True):
+            if size != base_size and not grows:
+                raise InputError(
+                    f"{name}: a side that does not grow with width has size {base_size} in the recipe's base and "
+                    f"{size} "
+                    "in the target (a vocabulary, a number of positions or classes). Give the base the target's."
+                )
+    of_base, of_target = (
+        sum(map(math.prod, shapes)) for shapes in ((own.shape for own in at_base.values()), target.shapes.values())
+    )
+    if of_base > of_target:
+        raise InputError(
+            f"the recipe's base has {of_base:,} parameters at the target's depth, and the target {of_target:,}. A "
+            f"base is "
+            "the smaller of the two: were they exchanged?"
+        )
+
+
+# ---- one parameter -------------------------------------------------------------------------------------------------
+
+
+def _parameters(target: Built, at_base: Mapping[str, ModuleParameter]) -> list[tuple[Parameter, Parameter]]:
+    """(at the base, at the target) of each parameter, under the target's name."""
+    module_of = {
+        id(parameter): (module, prefix, attribute)
+        for prefix, module in target.module.named_modules()
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    } | _embeddings(target.module)
+    found, unclear = [], []
+    for name, live in target.module.named_parameters():
+        module, prefix, attribute = module_of[id(live)]
+        base, draw = at_base[name], target.draws[name]
+        layer = any(isinstance(target.module.get_submodule(part), torch.nn.ModuleList) for part in _ancestors(prefix))
+        seen = _Seen(name, module, attribute, base.grows, layer)
+        parameters = _classified(seen, base.shape), _classified(seen, tuple(live.shape))
+        if parameters[0] is None or parameters[1] is None:
+            unclear.append(f"{name} {tuple(live.shape)}")
+            continue
+        drawn = replace(parameters[1], init_value=draw.value, init_std=draw.std)
+        found.append((replace(parameters[0], init_value=base.init_value, init_std=base.init_std), drawn))
+    if unclear:
+        raise InputError(
+            f"{_listed(unclear)}: which side is fan_in cannot be known from the layer that it belongs to. Linear "
+            f"layers, "
+            "convolutions, embeddings, norms, biases and tables with one growing side are supported; experts in one "
+            "tensor are not."
+        )
+    return found
+
+
+def _embeddings(model: torch.nn.Module) -> dict[int, tuple[torch.nn.Module, str, str]]:
+    """Tables, by the identity of their weight: one that is the readout as well counts as an embedding."""
+    return {id(m.weight): (m, name, "weight") for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A parameter in its place, but for its size."""
+
+    name: str
+    module: torch.nn.Module
+    """The layer that it belongs to."""
+    attribute: str
+    grows: tuple[bool, ...]
+    in_layer: bool
+    """It belongs to one of several layers, and so is no model's readout or input."""
+
+
+def _classified(seen: _Seen, shape: tuple[int, ...]) -> Parameter | None:
+    """What a parameter is; None where it is not known. Its draw is filled in later."""
+    sides = [Dimension(size, infinite=grows) for size, grows in zip(shape, seen.grows, strict=True)]
+    one = Dimension(1, infinite=False)
+
+    def parameter(kind: Kind, fan_in: Dimension, fan_out: Dimension) -> Parameter:
+        return Parameter(name=seen.name, kind=kind, shape=shape, fan_in=fan_in, fan_out=fan_out, init_value=0.0)
+
+    if len(shape) <= 1:
+        is_gain = seen.attribute == "weight" or ("Norm" in type(seen.module).__name__ and seen.attribute != "bias")
+        return parameter(Kind.GAIN if is_gain else Kind.BIAS, one, sides[0] if sides else one)
+    if isinstance(seen.module, torch.nn.Embedding):
+        return parameter(Kind.WEIGHT if seen.in_layer else Kind.EMBEDDING, sides[0], sides[1])
+    order = _linear_sides(seen.module, seen.attribute)
+    if order is not None:
+        fan_out, fan_in = (sides[d] for d in order)
+        reads_out = fan_in.infinite and not fan_out.infinite and not seen.in_layer
+        # A convolution sums over its kernel as well.
+        summed = Dimension(fan_in.size * math.prod(shape[2:]), fan_in.infinite)
+        return parameter(Kind.HEAD if reads_out else Kind.WEIGHT, summed, fan_out)
+    if not any(seen.grows[:-1]):  # a table of positions, a class token: looked up or added
+        return parameter(Kind.WEIGHT, Dimension(math.prod(shape[:-1]), infinite=False), sides[-1])
+    return None
+
+
+def _linear_sides(module: torch.nn.Module, attribute: str) -> tuple[int, int] | None:
+    """Which dimensions of a weight are fan_out and fan_in; None where it is not known."""
+    if isinstance(module, torch.nn.MultiheadAttention) and attribute.endswith("proj_weight"):
+        return 0, 1
+    if attribute != "weight":
+        return None
+    if isinstance(module, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
+        return 0, 1
+    # Hugging Face's linear layer of GPT-2, whose weight is transposed; known by name: transformers may be absent.
+    return (1, 0) if type(module).__name__ == "Conv1D" and {"nx", "nf"} <= vars(module).keys() else None

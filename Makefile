@@ -7,7 +7,7 @@ PYTEST ?=
 
 STAMP := $(VENV)/.complete
 RUN := $(VENV)/bin
-PACKAGES := .[megatron,wandb,dev]
+PACKAGES := .[megatron,deepspeed,hf,wandb,dev]
 
 # A PYTHON that is asked for and is not the one the environment stands on makes it stale.
 ifneq ($(PYTHON),)

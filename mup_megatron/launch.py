@@ -1,9 +1,11 @@
 """`python -m mup_megatron.launch SCRIPT ARGS…`: runs an unmodified Megatron-LM script with the plug-in's flags.
 
     torchrun --nproc-per-node 8 -m mup_megatron.launch pretrain_gpt.py … --mup-recipe gpt3.recipe.yaml
+    deepspeed --module mup_megatron.launch --deepspeed train.py … --deepspeed_config ds.json
 
-Without a flag of ours the script runs as it is, unless it would go on from a checkpoint of a recipe. Where there is no
-GPU, Megatron runs on the CPU.
+Without a flag of ours a Megatron-LM script runs as it is, unless it would go on from a checkpoint of a recipe. Where
+there is no GPU, Megatron runs on the CPU. With --deepspeed it is a script that trains with DeepSpeed, and every engine
+in it that trains must have the "mup" entry in its configuration.
 """
 
 import itertools
@@ -15,7 +17,11 @@ from pathlib import Path
 from mup_megatron.errors import InputError
 
 BAD_INPUT = 2
-_USAGE = "usage: python -m mup_megatron.launch SCRIPT ARGS… --mup-recipe R.recipe.yaml"
+_DEEPSPEED = "--deepspeed"
+_USAGE = (
+    "usage: python -m mup_megatron.launch SCRIPT ARGS… --mup-recipe R.recipe.yaml, or for DeepSpeed: python -m "
+    f"mup_megatron.launch {_DEEPSPEED} SCRIPT ARGS…"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,19 +41,51 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(words: list[str]) -> None:
+    # The deepspeed launcher puts its own word before those of a module.
+    own = [word for word in words[:1] if word.startswith(("--local_rank=", "--local-rank="))]
+    if words[len(own) :][:1] == [_DEEPSPEED]:
+        _run_with_deepspeed(words[len(own) + 1 :], own)
+    else:
+        _run_megatron_lm(words)
+
+
+def _run_with_deepspeed(words: list[str], of_launcher: list[str]) -> None:
+    from mup_megatron.deepspeed import hooks
+
+    _become(words, of_launcher)
+    hooks.require_entry()
+    _execute(sys.argv[0])
+    hooks.require_used()
+
+
+def _become(words: list[str], before: Sequence[str] = ()) -> None:
+    """Makes the process look as Python makes it for a script: its neighbours are found, a checkout among them."""
+    if not words or words[0].startswith("-"):
+        raise InputError(f"the first argument is the script. {_USAGE}")
+    script = Path(words[0])
+    if not script.is_file():
+        raise InputError(f"{script}: no such script. {_USAGE}")
+    sys.argv = [str(script), *before, *words[1:]]
+    sys.path[0] = str(script.resolve().parent)
+
+
+def _execute(script: str) -> None:
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def _run_megatron_lm(words: list[str]) -> None:
     if not words or words[0].startswith("-"):
         if not words or words[0] not in ("-h", "--help"):
-            raise InputError(f"the first argument is the script. {_USAGE}")
+            _become(words)
         from mup_megatron.megatron.lm import flags
 
         print(f"{_USAGE}\n\n{flags.help_text()}\nAll other flags are the script's own.")
         return
-    script = Path(words[0])
-    if not script.is_file():
-        raise InputError(f"{script}: no such script. {_USAGE}")
-    # As Python itself does for a script: its neighbours are found, a Megatron-LM checkout among them.
-    sys.argv = [str(script), *words[1:]]
-    sys.path[0] = str(script.resolve().parent)
+    _become(words)
     from mup_megatron.megatron.lm import checkpoints, flags, hooks
 
     hooks.install_if_asked(words[1:])
@@ -55,11 +93,7 @@ def _run(words: list[str]) -> None:
     if not with_recipe:
         checkpoints.require_plain(words[1:])
     _enable_cpu(words[1:])
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise
+    _execute(sys.argv[0])
     if with_recipe and not flags.wants_help(words[1:]):
         hooks.require_used()
 

@@ -25,7 +25,8 @@ COLUMNS = (
     "weight_decay",
     "rule",
 )
-_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..+)$")
+_LAYER = re.compile(r"^([^0-9]*?\.)(\d+)(\..+)$")
+"""The first number of a name that has one is its layer."""
 
 
 def print_plan(plan: Plan, *, brief: bool) -> None:

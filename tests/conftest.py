@@ -12,6 +12,10 @@ TESTS = Path(__file__).parent
 ADAPTER_FOLDERS = {"theory", "models", "megatron", "training"}
 IN_CI = "MUP_MEGATRON_CI" in os.environ
 
+# DeepSpeed looks for an accelerator when it is imported, and the CPU runtime of Megatron pretends that there is one.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

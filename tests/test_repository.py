@@ -152,7 +152,7 @@ def test_pins_fit_every_machine(path: Path) -> None:
 @pytest.mark.parametrize("path", CONSTRAINTS, ids=lambda path: path.stem)
 def test_pins_lie_in_the_declared_ranges(path: Path) -> None:
     pinned = pins(path)
-    for requirement in requirements("megatron", "wandb", "dev"):
+    for requirement in requirements("megatron", "deepspeed", "hf", "wandb", "dev"):
         if requirement.name != "triton":
             assert Version(pinned[canonicalize_name(requirement.name)]) in requirement.specifier, str(requirement)
 

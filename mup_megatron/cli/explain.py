@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mup_megatron.cli.options import load_planned, recipe_option, target_argument
+from mup_megatron.cli.options import load_plan, recipe_option, target_argument
 from mup_megatron.plan_table import COLUMNS, print_plan
 from mup_megatron.theory import Plan
 
@@ -18,8 +18,11 @@ from mup_megatron.theory import Plan
 @click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
 @click.option("--brief", is_flag=True, help="The table shows layers that are alike as one.")
 def command(target: Path, recipe_path: Path, form: str, brief: bool) -> None:
-    """What every parameter of TARGET gets from a recipe: role, init std, multiplier, LR, eps, weight decay."""
-    _, _, plan = load_planned(target, recipe_path)
+    """What every parameter of TARGET gets from a recipe: role, init std, multiplier, LR, eps, weight decay.
+
+    TARGET is a model file, or a Hugging Face configuration: its config.json or the folder of that.
+    """
+    _, plan = load_plan(target, recipe_path)
     match form:
         case "json":
             click.echo(json.dumps(plan.to_json(), indent=2))

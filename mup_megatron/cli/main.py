@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "train a target on Megatron-Core with a recipe",
     "args": "a model file and a recipe as Megatron-LM's flags",
     "model": "Megatron-LM's flags, or a launch script, as a model file",
+    "ds-config": "a DeepSpeed configuration for a recipe, or whether one goes with it",
     "from-native": "a launch line with Megatron's own μP as a recipe, and where its numbers differ",
 }
 
@@ -56,7 +57,7 @@ class _Commands(click.Group):
 )
 @click.version_option(__version__, prog_name="mup-megatron")
 def group() -> None:
-    """Tune a small model, train a large one with the same hyperparameters (μP) on Megatron-Core."""
+    """Tune a small model, train a large one with the same hyperparameters (μP), on Megatron-Core or DeepSpeed."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from mup_megatron.errors import InputError
 from mup_megatron.models.model_file import ModelFile, load_model_file
 from mup_megatron.recipe import Recipe, load_recipe
+from mup_megatron.targets import plan_for_file
 from mup_megatron.theory import Plan
 
 FILE = click.Path(path_type=Path)
@@ -67,6 +68,21 @@ def load_planned(target: Path, recipe_path: Path) -> tuple[ModelFile, Recipe, Pl
     try:
         return model, recipe, recipe.plan(model)
     except InputError as error:
+        raise InputError(f"{recipe_path} for {target}: {error}") from None
+
+
+def load_plan(target: Path, recipe_path: Path) -> tuple[Recipe, Plan]:
+    """The recipe, and the plan that follows from it for a target of any kind.
+
+    Raises:
+        InputError: as `load_planned`.
+    """
+    recipe = load_recipe(recipe_path)
+    try:
+        return recipe, plan_for_file(target, recipe)
+    except InputError as error:
+        if str(error).startswith(str(target)):  # what is wrong with the file itself
+            raise
         raise InputError(f"{recipe_path} for {target}: {error}") from None
 
 

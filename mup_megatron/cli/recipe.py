@@ -9,7 +9,8 @@ from pydantic.fields import FieldInfo
 
 from mup_megatron import recipe as recipes
 from mup_megatron.cli.options import FILE, force_option, require_new
-from mup_megatron.models.model_file import ModelFile, load_model_file
+from mup_megatron.models.model_file import ModelFile, model_file
+from mup_megatron.targets import hugging_face_config, is_hugging_face, read_target
 from mup_megatron.yaml_io import dump_yaml
 
 _SECTIONS: dict[str, type[BaseModel]] = {
@@ -20,7 +21,12 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 
 
 @click.command()
-@click.option("--base", type=FILE, metavar="MODEL.yaml", help="Model file of the shape at which the values were tuned.")
+@click.option(
+    "--base",
+    type=FILE,
+    metavar="MODEL.yaml",
+    help="The shape at which the values were tuned: a model file, or a Hugging Face config.json.",
+)
 @click.option("-o", "--output", type=FILE, metavar="R", help="Where to write; standard output by default.")
 @click.option("--defaults", is_flag=True, help="Print every key of a recipe with its default, and do nothing else.")
 @force_option
@@ -35,7 +41,7 @@ def command(base: Path | None, output: Path | None, defaults: bool, force: bool,
         if values[key] is None:
             raise click.UsageError(f"--{key.replace('_', '-')} is missing: it has no default.")
     given = {key: value for key, value in values.items() if value is not None}
-    content: dict[str, Any] = {"base": load_model_file(base).model_dump(mode="json")}
+    content: dict[str, Any] = {"base": _base(base)}
     for section, model in _SECTIONS.items():
         content[section] = {key: given[key] for key in model.model_fields if key in given}
     recipe = recipes.recipe(content, source="recipe")
@@ -45,6 +51,15 @@ def command(base: Path | None, output: Path | None, defaults: bool, force: bool,
         require_new(output, force=force)
         recipes.save_recipe(recipe, output)
         click.echo(output)
+
+
+def _base(path: Path) -> dict[str, Any]:
+    content = read_target(path)
+    if not is_hugging_face(content):
+        return model_file(content, source=str(path)).model_dump(mode="json")
+    from mup_megatron.huggingface.configs import base_content
+
+    return base_content(hugging_face_config(content, source=str(path)))
 
 
 def _option(key: str, field: FieldInfo) -> click.Option:

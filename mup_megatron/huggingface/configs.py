@@ -3,13 +3,15 @@
 No model is built here. To support a family whose configuration names a width in another way, add its key to `WIDTHS`.
 """
 
+import contextlib
 import copy
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import logging
 
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import HuggingFaceBase
@@ -42,6 +44,18 @@ _MAY_DIFFER = re.compile(
 
 
 _DEFAULT_LABELS = 2
+_STDS = ("initializer_range", "init_std")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' remarks on configurations, such as token ids beyond a small vocabulary: no model is run."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def config_of_base(base: HuggingFaceBase) -> PretrainedConfig:
@@ -55,12 +69,17 @@ def config_of_base(base: HuggingFaceBase) -> PretrainedConfig:
 
 
 def config_from(
-    model_type: str, own: Mapping[str, Any], *, architectures: tuple[str, ...] = (), source: str
+    model_type: str,
+    own: Mapping[str, Any],
+    *,
+    architectures: tuple[str, ...] = (),
+    source: str,
+    strict: bool = True,
 ) -> PretrainedConfig:
     """A configuration from its type and keys; `source` names them in messages.
 
     Raises:
-        InputError: as `config_of_base`.
+        InputError: as `config_of_base`; unknown keys only with `strict`.
     """
     try:
         defaults = AutoConfig.for_model(model_type)
@@ -71,13 +90,14 @@ def config_from(
             "a release that has it."
         ) from None
     known = {*defaults.to_dict(), *defaults.attribute_map, "tie_word_embeddings", "is_decoder", "num_labels"}
-    for key in own:
+    for key in own if strict else ():
         if key not in known and not _MAY_DIFFER.fullmatch(key):
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"Did you mean '{near[0]}'?" if near else f"See {type(defaults).__name__} for its keys."
             raise InputError(f"{source}.{key}: unknown key of model type {model_type}. {hint}")
     try:
-        config = AutoConfig.for_model(model_type, **own)
+        with quiet():
+            config = AutoConfig.for_model(model_type, **own)
     except (TypeError, ValueError, AssertionError) as error:
         raise InputError(f"{source}: not a possible {model_type} configuration: {error}. Correct it.") from None
     config.architectures = list(architectures) or None
@@ -116,17 +136,19 @@ def _is_size(value: Any) -> bool:
 
 
 def differing(base: PretrainedConfig, target: PretrainedConfig) -> set[str]:
-    """The keys in which two configurations differ."""
+    """The keys in which two configurations differ; not those that their type does not have, as old files may."""
     one, other = base.to_dict(), target.to_dict()
-    return {key for key in {*one, *other} if one.get(key) != other.get(key)}
+    return {key for key in one if one[key] != other.get(key)}
 
 
 def at_depth_of(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedConfig:
     """The base with the target's depth, so that every layer of the target has its counterpart.
 
-    A library's own scaling of initial weights with depth is then the target's.
+    A library's own scaling of initial weights with depth is then the target's. So are the ids of tokens, one of which
+    may be a row of zeros in the embedding.
     """
-    return _changed(base, {key: getattr(target, key) for key in DEPTHS if key in target.to_dict()})
+    own = target.to_dict()
+    return _changed(base, {key: own[key] for key in own if key in DEPTHS or key.endswith("_token_id")})
 
 
 def widened(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedConfig:
@@ -159,7 +181,7 @@ def reference_std(config: PretrainedConfig) -> float:
 
     A library's draws that do not follow from it (T5, ResNet) are in proportion to it all the same.
     """
-    for key in ("initializer_range", "init_std"):
+    for key in _STDS:
         if isinstance(std := getattr(config, key, None), float) and std > 0:
             return std
     return 0.02
@@ -174,10 +196,11 @@ def base_content(config: PretrainedConfig) -> dict[str, Any]:
     """A configuration as the `base` of a recipe: everything that is not a default, without what has no meaning
     there.
     """
+    known = AutoConfig.for_model(config.model_type).to_dict()
     kept = {
         key: value
         for key, value in config.to_diff_dict().items()
-        if not _MAY_DIFFER.fullmatch(key) or key in {"initializer_range", "init_std"} or key in FIXED
+        if key in known and (not _MAY_DIFFER.fullmatch(key) or key in FIXED or key in _STDS)
     }
     classes = {"architectures": list(config.architectures)} if config.architectures else {}
     labels = (

@@ -85,7 +85,8 @@ def _factory(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Ca
     def build() -> torch.nn.Module:
         constructor: Callable[[PretrainedConfig], Any] = model_class
         try:
-            model = constructor(copy.deepcopy(config))
+            with configs.quiet():
+                model = constructor(copy.deepcopy(config))
         except (ValueError, TypeError, AssertionError) as error:
             raise InputError(f"{model_class.__name__} cannot be built from the configuration: {error}.") from None
         # What it skips where the default device is meta.

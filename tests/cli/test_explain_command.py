@@ -243,3 +243,46 @@ def test_the_largest_model_needs_no_torch_and_no_weights(run: Command, here: Pat
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert len(done.stdout.splitlines()) - 1 == rows["175b"]
     assert done.stderr == ""
+
+
+# ---- Hugging Face --------------------------------------------------------------------------------------------------
+
+GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 64, "n_positions": 32, "n_layer": 2}
+
+
+def test_a_hugging_face_configuration_is_a_target_as_file_and_as_folder(run: Command, here: Path) -> None:
+    (here / "small.json").write_text(json.dumps({**GPT2, "n_embd": 32, "n_head": 2}))
+    (here / "large").mkdir()
+    # What a published config.json may have beside what the installed transformers knows.
+    large = {**GPT2, "n_embd": 128, "n_head": 8, "n_ctx": 32, "torch_dtype": "float32"}
+    (here / "large" / "config.json").write_text(json.dumps(large))
+    assert run("recipe", "--base", "small.json", "--lr", 0.004, "-o", "gpt2.yaml").code == 0
+    as_folder = run("explain", "large", "--recipe", "gpt2.yaml", "--format", "json")
+    assert (as_folder.code, as_folder.err) == (0, "")
+    rows = {row["name"]: row for row in json.loads(as_folder.out)["parameters"]}
+    assert rows["transformer.h.1.mlp.c_fc.weight"]["lr"] == 0.001
+    assert rows["transformer.h.1.mlp.c_fc.weight"]["fan_in"] == 128
+    as_file = run("explain", "large/config.json", "--recipe", "gpt2.yaml", "--format", "json")
+    assert as_file.out == as_folder.out
+    assert "transformer.h.0-1.mlp.c_fc.weight" in run("explain", "large", "--recipe", "gpt2.yaml", "--brief").out
+
+
+@pytest.mark.parametrize(
+    ("base", "target", "message"),
+    [
+        (GPT2, {"num_layers": 1}, "no model_type, and the recipe's base is a Hugging Face gpt2"),
+        (GPT2, {**GPT2, "vocab_size": 80}, "vocab_size is 64 in the recipe's base but 80 in the target"),
+        (GPT2, {"model_type": "gpt9"}, "'gpt9' is no model type of the installed transformers"),
+        ({**GPT2, "n_embed": 32}, GPT2, "base.n_embed: unknown key of model type gpt2. Did you mean 'n_embd'?"),
+        ({**GPT2, "n_embd": 1536}, GPT2, "were they exchanged?"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    run: Command, here: Path, base: dict[str, Any], target: dict[str, Any], message: str
+) -> None:
+    write(here / "gpt2.yaml", {"base": base, "hyperparameters": {"lr": 0.004}})
+    (here / "target.json").write_text(json.dumps(target))
+    code, out, err = run("explain", "target.json", "--recipe", "gpt2.yaml")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1

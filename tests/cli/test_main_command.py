@@ -72,7 +72,7 @@ def test_debug_shows_where_it_happened_and_the_same_answer(run: Command, here: P
     code, out, err = run(*words, "nowhere.yaml", "--recipe", "r.yaml")
     assert (code, out) == (2, "")
     assert err.startswith("Traceback (most recent call last):")
-    assert "in load_model_file" in err
+    assert "in read_target" in err
     assert err.endswith("mup-megatron: nowhere.yaml: no such file. Check the path.\n")
 
 

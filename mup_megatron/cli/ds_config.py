@@ -1,0 +1,84 @@
+"""`ds-config`: a DeepSpeed configuration for a recipe, or whether an existing one goes with it."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import click
+
+from mup_megatron.cli.options import FILE, force_option, load_plan, recipe_option, require_new
+from mup_megatron.deepspeed.config import Settings, configuration, problems
+from mup_megatron.errors import InputError
+from mup_megatron.files import write_atomically
+from mup_megatron.modules.groups import members, values
+from mup_megatron.recipe import HuggingFaceBase, Recipe
+from mup_megatron.theory import Plan
+
+NO = 1
+
+
+@click.command()
+@click.argument("target", type=FILE, metavar="TARGET")
+@recipe_option
+@click.option("-o", "--output", type=FILE, metavar="DS.json", help="Where to write; standard output by default.")
+@click.option("--check", "existing", type=FILE, metavar="DS.json", help="Check this configuration and write none.")
+@click.option("--train-iters", type=click.IntRange(1), metavar="N",
+              help="Length of the run in steps; without it, no scheduler is written.")  # fmt: skip
+@click.option("--global-batch-size", type=click.IntRange(1), metavar="N", help="Default: auto, the Trainer's.")
+@click.option("--micro-batch-size", type=click.IntRange(1), metavar="N", help="Per process. Default: auto.")
+@click.option("--zero-stage", type=click.Choice(["0", "1", "2", "3"]), default="1", show_default=True)
+@click.option("--bf16", is_flag=True, help="Train in bf16.")
+@click.option("--offload-optimizer", is_flag=True, help="Optimizer states on the CPU.")
+@click.option("--offload-parameters", is_flag=True, help="Parameters on the CPU; ZeRO stage 3.")
+@force_option
+def command(
+    target: Path, recipe_path: Path, output: Path | None, existing: Path | None, force: bool, **options: Any
+) -> int:
+    """A DeepSpeed configuration that trains TARGET with a recipe.
+
+    TARGET is a Hugging Face configuration (config.json or its folder) or a model file. With --check, exit code 1 and a
+    line for each thing that does not go with the recipe.
+    """
+    recipe, plan = load_plan(target, recipe_path)
+    if existing is not None:
+        if output is not None:
+            raise click.UsageError("--check writes nothing: drop -o.")
+        return _check(existing, recipe, plan)
+    settings = Settings(**{**options, "zero_stage": int(options["zero_stage"])})
+    # A Hugging Face model says itself what it is.
+    named = None if isinstance(recipe.base, HuggingFaceBase) else str(target)
+    text = json.dumps(configuration(recipe, path=str(recipe_path), target=named, settings=settings), indent=2) + "\n"
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        require_new(output, force=force)
+        write_atomically(output, text)
+        click.echo(output)
+    return 0
+
+
+def _check(path: Path, recipe: Recipe, plan: Plan) -> int:
+    found = problems(_read(path), recipe, plan)
+    for problem in found:
+        click.echo(f"{path}: {problem}")
+    if not found:
+        groups = members(plan)
+        click.echo(f"{path}: goes with the recipe. {len(groups)} parameter groups:")
+        for name, own in values(plan).items():
+            eps = "" if own.eps is None else f"  eps {own.eps:.6g}"
+            click.echo(f"  lr {own.lr:<12.6g} weight_decay {own.weight_decay:<8.6g}{eps}  {len(groups[name])} × {name}")
+    return NO if found else 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. Check the path.") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}). Correct the file.") from None
+    if not isinstance(content, dict):
+        raise InputError(f'{path}: expected an object, found {type(content).__name__}. Write {{"key": value, …}}.')
+    return cast(dict[str, Any], content)

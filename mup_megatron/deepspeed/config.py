@@ -1,0 +1,161 @@
+"""A recipe → a DeepSpeed configuration with the `"mup"` entry, and whether an existing one goes with a recipe.
+
+What a configuration may say beside the entry is in `entry.py` and `schedulers.py`, which the live engine asks as well.
+"""
+
+import contextlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mup_megatron.deepspeed import entry as entries
+from mup_megatron.deepspeed.entry import AUTO, KEY
+from mup_megatron.errors import InputError
+from mup_megatron.modules.groups import values
+from mup_megatron.recipe import Recipe
+from mup_megatron.theory import Plan
+
+_SHORTEST_WARMUP = 2
+"""DeepSpeed's warm-ups take at least this many steps, the first of them at 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a configuration says that no recipe does."""
+
+    train_iters: int | None = None
+    """Length of the run in optimizer steps: the recipe's schedule is in fractions of it. None: no "scheduler"."""
+    global_batch_size: int | None = None
+    """None: the Trainer's or Accelerate's, as is the micro-batch size."""
+    micro_batch_size: int | None = None
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    bf16: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
+def configuration(recipe: Recipe, *, path: str, target: str | None, settings: Settings) -> dict[str, Any]:
+    """A configuration that trains with a recipe.
+
+    Args:
+        recipe: decides the optimizer, its values, the schedule and the clipping.
+        path: where the recipe's file is.
+        target: what the engine needs to know of the model, for the entry's `target`.
+        settings: the rest.
+
+    Raises:
+        InputError: DeepSpeed has no scheduler for the recipe's schedule, or the settings contradict each other.
+    """
+    adam = recipe.parametrization.optimizer == "adam"
+    kind = "AdamW" if adam else "SGD"
+    # The values are the recipe's. They are written out for those who read the file; the engine compares them.
+    optimizer = {"type": kind, "params": entries.optimizer_params(kind, {}, recipe)}
+    scheduler = None if settings.train_iters is None else _scheduler(recipe, settings.train_iters)
+    return {
+        **_batches(settings),
+        "optimizer": optimizer,
+        **({} if scheduler is None else {"scheduler": scheduler}),
+        "gradient_clipping": recipe.hyperparameters.clip_grad,
+        "zero_optimization": _zero(settings),
+        **({"bf16": {"enabled": True}} if settings.bf16 else {}),
+        KEY: {"recipe": path, **({} if target is None else {"target": target})},
+    }
+
+
+def _batches(settings: Settings) -> dict[str, Any]:
+    if settings.global_batch_size is None:
+        keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        own = {} if settings.micro_batch_size is None else {keys[1]: settings.micro_batch_size}
+        return dict.fromkeys(keys, AUTO) | own
+    micro = settings.micro_batch_size
+    if micro is None:
+        return {"train_batch_size": settings.global_batch_size}
+    if settings.global_batch_size % micro:
+        raise InputError(
+            f"--micro-batch-size {micro} does not divide --global-batch-size {settings.global_batch_size}. Choose a "
+            f"divisor."
+        )
+    return {"train_batch_size": settings.global_batch_size, "train_micro_batch_size_per_gpu": micro}
+
+
+def _zero(settings: Settings) -> dict[str, Any]:
+    if settings.offload_parameters and settings.zero_stage != 3:
+        raise InputError("--offload-parameters: only ZeRO stage 3 can. Give --zero-stage 3.")
+    if settings.offload_optimizer and settings.zero_stage == 0:
+        raise InputError("--offload-optimizer: ZeRO stage 0 cannot. Give --zero-stage 1, 2 or 3.")
+    return {
+        "stage": settings.zero_stage,
+        **({"offload_optimizer": {"device": "cpu"}} if settings.offload_optimizer else {}),
+        **({"offload_param": {"device": "cpu"}} if settings.offload_parameters else {}),
+    }
+
+
+def _scheduler(recipe: Recipe, train_iters: int) -> dict[str, Any] | None:
+    """The recipe's schedule in DeepSpeed's terms; None where the learning rate is constant from the first step on."""
+    schedule, h = recipe.schedule, recipe.hyperparameters
+    warmup = max(round(schedule.lr_warmup_fraction * train_iters), _SHORTEST_WARMUP)
+    ramp = {"warmup_num_steps": warmup, "warmup_type": "linear"}
+    decay = {"total_num_steps": round(schedule.lr_decay_fraction * train_iters), **ramp}
+    match schedule.lr_decay_style:
+        case "constant":
+            return {"type": "WarmupLR", "params": ramp} if schedule.lr_warmup_fraction else None
+        case "linear" if h.min_lr == 0.0:
+            return {"type": "WarmupDecayLR", "params": decay}
+        case "cosine":
+            return {"type": "WarmupCosineLR", "params": {**decay, "cos_min_ratio": h.min_lr / h.lr}}
+    what = f"{schedule.lr_decay_style}{' with a min_lr above 0' if schedule.lr_decay_style == 'linear' else ''}"
+    raise InputError(
+        f"schedule: DeepSpeed has no scheduler for {what}. Leave out --train-iters and hand a torch scheduler to "
+        "deepspeed.initialize as lr_scheduler, or name one of Hugging Face's in its Trainer; it is checked at start."
+    )
+
+
+def problems(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> list[str]:
+    """What of a configuration does not go with a recipe, each in a sentence; nothing where all does."""
+    found = []
+    for check in (_entry_problem, _feature_problem, _optimizer_problem, _clipping_problem, _scheduler_problem):
+        try:
+            check(content, recipe, plan)
+        except InputError as error:
+            found += str(error).splitlines()
+    return found
+
+
+def _entry_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> None:
+    if entries.entry_of(content) is None:
+        raise InputError(f'"{KEY}": missing, so DeepSpeed would train without μP. Write "{KEY}": {{"recipe": "…"}}.')
+
+
+def _feature_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> None:
+    entries.require_supported(content)
+
+
+def _optimizer_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> None:
+    section = _section(content, "optimizer")
+    entries.optimizer_params(section.get("type"), section.get("params"), recipe)
+
+
+def _clipping_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> None:
+    entries.gradient_clipping(content.get("gradient_clipping"), recipe)
+
+
+def _scheduler_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> None:
+    # DeepSpeed's log goes to the standard output that it finds when it is imported, where answers are.
+    with contextlib.redirect_stdout(sys.stderr):
+        from mup_megatron.deepspeed.schedulers import rewritten
+
+    section = dict(_section(content, "scheduler"))
+    if not section:
+        return
+    # What the Trainer fills in says nothing of ratios, and is looked at when it is there.
+    params = dict(section.get("params") or {})
+    later = {key: 2 for key in ("total_num_steps", "warmup_num_steps") if params.get(key) == AUTO}
+    rewritten({**section, "params": params | later}, plan, [group.lr for group in values(plan).values()])
+
+
+def _section(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = content.get(key) or {}
+    if not isinstance(section, Mapping):
+        raise InputError(f'"{key}" is {type(section).__name__}, not an object. Correct it.')
+    return section

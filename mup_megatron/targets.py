@@ -1,0 +1,76 @@
+"""A target's file, whatever kind of model it describes → its plan: a model file, or a Hugging Face configuration.
+
+Transformers is imported only for a configuration of its own.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mup_megatron.errors import InputError
+from mup_megatron.models.model_file import model_file
+from mup_megatron.recipe import HuggingFaceBase, ModuleBase, Recipe
+from mup_megatron.theory import Plan
+from mup_megatron.yaml_io import read_yaml
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+CONFIG_FILE = "config.json"
+
+
+def plan_for_file(path: Path, recipe: Recipe) -> Plan:
+    """What every parameter of the model that a file describes gets.
+
+    Args:
+        path: a model file; or a Hugging Face configuration: its `config.json`, the folder of that, or YAML with a
+            `model_type`.
+        recipe: its base says which of the two it has to be.
+
+    Raises:
+        InputError: the file is not right, or it does not fit the recipe.
+    """
+    content = read_target(path)
+    if is_hugging_face(content):
+        from mup_megatron.huggingface.plan import plan_for
+
+        return plan_for(hugging_face_config(content, source=str(path)), recipe)
+    if isinstance(recipe.base, HuggingFaceBase):
+        raise InputError(
+            f"{path}: no model_type, and the recipe's base is a Hugging Face {recipe.base.model_type}. Give the "
+            f"target's "
+            "configuration."
+        )
+    if isinstance(recipe.base, ModuleBase):
+        raise InputError(
+            f"{path}: the recipe is for a torch module, which no file describes. Use "
+            f"mup_megatron.modules.plan_for_module."
+        )
+    return recipe.plan(model_file(content, source=str(path)))
+
+
+def read_target(path: Path) -> object:
+    """The content of a target's file, or of the configuration in a folder.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return read_yaml(path / CONFIG_FILE if path.is_dir() else path)
+
+
+def is_hugging_face(content: object) -> bool:
+    """Whether a file's content is a Hugging Face configuration."""
+    return isinstance(content, Mapping) and "model_type" in content
+
+
+def hugging_face_config(content: Any, *, source: str) -> "PretrainedConfig":
+    """A configuration as transformers reads it, which passes over keys that it does not know.
+
+    Raises:
+        InputError: the installed transformers has no such model type, or the sizes are impossible.
+    """
+    from mup_megatron.huggingface.configs import config_from
+
+    own = {key: value for key, value in content.items() if key not in {"model_type", "architectures"}}
+    classes = tuple(content.get("architectures") or ())
+    return config_from(content["model_type"], own, architectures=classes, source=source, strict=False)

@@ -5,54 +5,14 @@ step, so the ratios hold during warm-up, at the peak and at the floor. An absolu
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from mup_megatron.errors import InputError
-from mup_megatron.megatron_deepspeed.names import PADDING, named_parameters, unwrapped
-from mup_megatron.theory import Plan, PlanEntry
-
-Group = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class GroupValues:
-    """What the fork's optimizer and scheduler read from a group."""
-
-    lr_mult: float
-    wd_mult: float
-    eps: float | None
-    """None for SGD."""
-
-    @classmethod
-    def of(cls, entry: PlanEntry, plan: Plan) -> "GroupValues":
-        """What a parameter needs, relative to the base's values that the optimizer is configured with."""
-        decay = entry.weight_decay / plan.weight_decay if plan.weight_decay else 1.0
-        return cls(lr_mult=entry.lr / plan.lr, wd_mult=decay, eps=entry.eps)
-
-    def as_keys(self) -> dict[str, float]:
-        """The keys of a group."""
-        eps = {} if self.eps is None else {"eps": self.eps}
-        return {"lr_mult": self.lr_mult, "wd_mult": self.wd_mult, **eps}
-
-
-def members(plan: Plan) -> dict[str, tuple[str, ...]]:
-    """Name of a group → the parameters of the whole model that belong into it, in the plan's order.
-
-    From the plan alone, so that all ranks agree on the groups and their order. A group is called after its first
-    parameter: unique, and the same in a recipe that differs in numbers only.
-    """
-    found: dict[GroupValues, list[str]] = {}
-    for entry in plan.entries:
-        found.setdefault(GroupValues.of(entry, plan), []).append(entry.name)
-    return {f"mup {names[0]}": tuple(names) for names in found.values()}
-
-
-def values(plan: Plan) -> dict[str, GroupValues]:
-    """Name of a group → what it holds."""
-    return {group: GroupValues.of(plan[names[0]], plan) for group, names in members(plan).items()}
+from mup_megatron.megatron_deepspeed.names import named_parameters, unwrapped
+from mup_megatron.modules.groups import Form, Group, members, values
+from mup_megatron.modules.groups import param_groups as groups_of
+from mup_megatron.theory import Plan
 
 
 def param_groups(chunks: Sequence[torch.nn.Module], plan: Plan, *, every_group: bool) -> list[Group]:
@@ -61,32 +21,10 @@ def param_groups(chunks: Sequence[torch.nn.Module], plan: Plan, *, every_group: 
     Args:
         chunks: what this rank holds, wrapped or not.
         plan: for the whole model.
-        every_group: give a group of which this rank holds nothing one element of its own. DeepSpeed's pipeline has one
-            collective for each group under ZeRO-1, and hangs where a stage lacks one. The element is registered on the
-            model, because DeepSpeed looks for the name of everything that is in a group when it saves.
+        every_group: give a group of which this rank holds nothing one element of its own, for DeepSpeed's pipeline.
     """
-    group_of = {name: group for group, names in members(plan).items() for name in names}
-    held: dict[str, list[torch.nn.Parameter]] = {group: [] for group in members(plan)}
-    for _, name, parameter in named_parameters(chunks):
-        held[group_of[name]].append(parameter)
-    if every_group:
-        for index, parameters in enumerate(held.values()):
-            if not parameters:
-                parameters.append(_padding(unwrapped(chunks[0]), index))
-    by_name = values(plan)
-    return [
-        {"name": group, "params": parameters, **by_name[group].as_keys()}
-        for group, parameters in held.items()
-        if parameters
-    ]
-
-
-def _padding(model: torch.nn.Module, index: int) -> torch.nn.Parameter:
-    """One element that stays 0: nothing computes with it, so it has no gradient."""
-    like = next(model.parameters())
-    parameter = torch.nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
-    model.register_parameter(f"{PADDING}{index}", parameter)
-    return parameter
+    held = ((name, parameter) for _, name, parameter in named_parameters(chunks))
+    return groups_of(held, plan, form=Form.RATIO, pad_on=unwrapped(chunks[0]) if every_group else None)
 
 
 def problems(chunks: Sequence[torch.nn.Module], plan: Plan, given: Iterable[Group]) -> list[str]:
@@ -122,7 +60,7 @@ def restore(groups: Iterable[Group], plan: Plan) -> None:
                 f"--load: the optimizer has a group {group.get('name')!r} now, which is not the plan's. Load the "
                 "weights alone with --finetune."
             )
-        group.update(by_name[group["name"]].as_keys())
+        group.update(by_name[group["name"]].as_keys(plan, Form.RATIO))
 
 
 def tell_apart_the_same(before: Plan, now: Plan) -> bool:

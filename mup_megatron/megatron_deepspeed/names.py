@@ -11,10 +11,8 @@ from typing import Any
 import torch
 
 from mup_megatron.models.gpt import HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS
+from mup_megatron.modules.groups import PADDING
 from mup_megatron.theory import Plan, PlanEntry
-
-PADDING = "mup_padding_"
-"""How parameters of our own begin, which stand in groups that would be empty on a pipeline stage."""
 
 _LAYER_PARTS = {
     "self_attention.query_key_value": "self_attention.linear_qkv",

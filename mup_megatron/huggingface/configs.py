@@ -6,12 +6,13 @@ No model is built here. To support a family whose configuration names a width in
 import contextlib
 import copy
 import difflib
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import HuggingFaceBase
@@ -50,12 +51,12 @@ _STDS = ("initializer_range", "init_std")
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' remarks on configurations, such as token ids beyond a small vocabulary: no model is run."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        transformers_logging.set_verbosity(before)
 
 
 def config_of_base(base: HuggingFaceBase) -> PretrainedConfig:

@@ -16,6 +16,7 @@ from mup_megatron.megatron.lm import checkpoints, flags
 from mup_megatron.megatron.lm.complaint import is_first, say
 from mup_megatron.megatron_deepspeed import arguments, groups
 from mup_megatron.models.model_file import ModelFile
+from mup_megatron.modules.groups import Group
 from mup_megatron.plan_table import print_plan
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Optimizer, Plan
@@ -158,8 +159,8 @@ def scale_head_input(x: torch.Tensor) -> torch.Tensor:
 
 
 def param_groups(
-    modules: Sequence[torch.nn.Module], given: list[groups.Group], adam: type[torch.optim.Optimizer]
-) -> list[groups.Group]:
+    modules: Sequence[torch.nn.Module], given: list[Group], adam: type[torch.optim.Optimizer]
+) -> list[Group]:
     """The plan's groups in place of the fork's: name, params, lr_mult, wd_mult, eps. Collective.
 
     In the plan's order, the same on every rank; none is missing on a stage of DeepSpeed's pipeline.

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import huggingface_hub.errors
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -45,6 +46,21 @@ _MAY_DIFFER = re.compile(
 
 
 _DEFAULT_LABELS = 2
+
+REFUSALS: tuple[type[Exception], ...] = (
+    TypeError,
+    ValueError,
+    AssertionError,
+    getattr(huggingface_hub.errors, "StrictDataclassError", ValueError),  # absent from older releases
+)
+"""What transformers raises where values do not fit together."""
+
+
+def in_a_line(error: Exception) -> str:
+    """What an error says, within a sentence."""
+    return " ".join(str(error.__cause__ or error).split()).rstrip(".")
+
+
 _STDS = ("initializer_range", "init_std")
 
 
@@ -99,8 +115,10 @@ def config_from(
     try:
         with quiet():
             config = AutoConfig.for_model(model_type, **own)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"{source}: not a possible {model_type} configuration: {error}. Correct it.") from None
+    except REFUSALS as error:
+        raise InputError(
+            f"{source}: not a possible {model_type} configuration: {in_a_line(error)}. Correct it."
+        ) from None
     config.architectures = list(architectures) or None
     return config
 
@@ -114,6 +132,14 @@ def require_comparable(base: PretrainedConfig, target: PretrainedConfig) -> None
             "transfer between widths of one architecture: tune a base that has the target's."
         )
     for key in sorted(differing(base, target)):
+        one: Any = getattr(base, key, None)
+        other: Any = getattr(target, key, None)
+        staged = key in WIDTHS | {"depths"} and isinstance(one, list | tuple) and isinstance(other, list | tuple)
+        if staged and len(one) != len(other):
+            raise InputError(
+                f"{key} has {len(one)} stages in the recipe's base but {len(other)} in the target. Give the base as "
+                "many."
+            )
         if key in WIDTHS | HEADS | HEAD_SIZES | DEPTHS or _MAY_DIFFER.fullmatch(key):
             continue
         values = (base.to_dict().get(key), target.to_dict().get(key))

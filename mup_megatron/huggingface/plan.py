@@ -53,6 +53,7 @@ def plan_for(target: PreTrainedModel | PretrainedConfig, recipe: Recipe) -> Plan
     built = Built.of(_factory(model_class, config))
     base_built = Built.of(_factory(model_class, small))
     _require_no_embedding_scale(base_built.module, built.module)
+    _require_known_scale(at_base, config, built.module)
     scale = recipe.hyperparameters.init_method_std / configs.reference_std(at_base)
     facts = Facts(
         num_layers=_num_layers(config),
@@ -87,8 +88,11 @@ def _factory(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Ca
         try:
             with configs.quiet():
                 model = constructor(copy.deepcopy(config))
-        except (ValueError, TypeError, AssertionError) as error:
-            raise InputError(f"{model_class.__name__} cannot be built from the configuration: {error}.") from None
+        except configs.REFUSALS as error:
+            raise InputError(
+                f"{model_class.__name__} cannot be built from the configuration: {configs.in_a_line(error)}. "
+                "Correct it."
+            ) from None
         # What it skips where the default device is meta.
         with torch.device("cpu"):
             model.initialize_weights()
@@ -109,6 +113,16 @@ def _readout(model: Any) -> str | None:
 def _num_layers(config: PretrainedConfig) -> int:
     layers = getattr(config, "num_hidden_layers", None)
     return layers if isinstance(layers, int) else sum(getattr(config, "depths", [1]))
+
+
+def _require_known_scale(base: PretrainedConfig, target: PretrainedConfig, model: torch.nn.Module) -> None:
+    """Raises InputError if heads grow in size, and attention hides its scale."""
+    one, other = configs.head_size(base), configs.head_size(target)
+    if one != other and attention_of(model) is None:
+        raise InputError(
+            f"the size of heads is {one} in the recipe's base and {other} in the target, and the attention of "
+            f"{type(model).__name__} has no scale that can be set. Let the number of heads grow, and keep their size."
+        )
 
 
 def _require_no_embedding_scale(base: torch.nn.Module, target: torch.nn.Module) -> None:

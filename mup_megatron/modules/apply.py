@@ -17,6 +17,7 @@ import torch
 from mup_megatron.errors import InputError
 from mup_megatron.modules.attention import attention_modules, scale_attribute
 from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
+from mup_megatron.modules.shapes import linear_sides
 from mup_megatron.theory import Kind, Plan, PlanEntry
 
 _applied: "weakref.WeakKeyDictionary[torch.nn.Module, Plan]" = weakref.WeakKeyDictionary()
@@ -50,6 +51,7 @@ def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = I
     if model in _applied:
         raise InputError("a plan was applied to this model already. Build the model anew, or apply one plan only.")
     _require_scalable(model, plan)
+    _require_multipliable(model, plan)
     if initialize is Initialize.RESCALE:
         _require_drawn(model, plan)
     with torch.no_grad():
@@ -193,24 +195,47 @@ def stock_softmax_scale(plan: Plan) -> float:
 # ---- multipliers ---------------------------------------------------------------------------------------------------
 
 
+def _require_multipliable(model: torch.nn.Module, plan: Plan) -> None:
+    for module, attribute, entry in _owners(model, plan):
+        if _multiplier(module, entry, plan) != 1.0 and not _is_layer(module, attribute):
+            raise InputError(
+                f"{entry.name}: {type(module).__name__} has no place for a multiplier of this weight. Take it out of "
+                "per_parameter, or give the weight init_mult and lr_mult instead."
+            )
+
+
 def _hook_multipliers(model: torch.nn.Module, plan: Plan) -> None:
-    for module, entry in _owners(model, plan):
-        if isinstance(module, torch.nn.Embedding):
-            if entry.multiplier != 1.0:
-                module.register_forward_hook(ScaledOutput(entry.multiplier))
+    for module, _, entry in _owners(model, plan):
+        factor = _multiplier(module, entry, plan)
+        if factor == 1.0:
             continue
-        factor = plan.output_multiplier if entry.kind is Kind.EMBEDDING else entry.multiplier
-        if entry.name == plan.readout:
-            factor /= plan.stock_readout_ratio
-        if factor != 1.0:
+        if isinstance(module, torch.nn.Embedding):
+            module.register_forward_hook(ScaledOutput(factor))
+        else:
             module.register_forward_pre_hook(ScaledInput(factor))
 
 
-def _owners(model: torch.nn.Module, plan: Plan) -> Iterator[tuple[torch.nn.Module, PlanEntry]]:
-    """(module, entry) of each weight in each module that uses it: a tied table's twice."""
+def _multiplier(module: torch.nn.Module, entry: PlanEntry, plan: Plan) -> float:
+    """What has to be multiplied where a module uses a weight: a table that is the readout as well has two factors."""
+    if isinstance(module, torch.nn.Embedding):
+        return entry.multiplier
+    factor = plan.output_multiplier if entry.kind is Kind.EMBEDDING else entry.multiplier
+    return factor / plan.stock_readout_ratio if entry.name == plan.readout else factor
+
+
+def _is_layer(module: torch.nn.Module, attribute: str) -> bool:
+    """Whether a module's own call multiplies its first input by a weight, or looks it up."""
+    # Torch's attention multiplies three inputs by one weight, and never calls the layer that holds another one.
+    if isinstance(module, torch.nn.MultiheadAttention | torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    return isinstance(module, torch.nn.Embedding) or linear_sides(module, attribute) is not None
+
+
+def _owners(model: torch.nn.Module, plan: Plan) -> Iterator[tuple[torch.nn.Module, str, PlanEntry]]:
+    """(module, attribute, entry) of each weight in each module that uses it: a tied table's twice."""
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
+        for attribute, parameter in module.named_parameters(recurse=False):
             entry = plan[name_of[id(parameter)]]
             if not entry.kind.is_vector:
-                yield module, entry
+                yield module, attribute, entry

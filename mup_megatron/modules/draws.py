@@ -5,11 +5,13 @@ own draws is understood, at any size, without allocating anything. Not a list of
 """
 
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
@@ -38,6 +40,14 @@ class Draw:
         """The draw after addition; around another mean than 0 it is not understood."""
         return Draw() if self.value is None else Draw(value=self.value + term)
 
+    def cut_off(self, low: float, high: float) -> "Draw":
+        """The draw with what lies outside of two bounds moved to them: as it was if next to nothing does."""
+        reach = abs(self.value) if self.value is not None else _FAR * (self.std or 0.0)
+        return self if low <= -reach and reach <= high else Draw()
+
+
+_FAR = 4.0
+"""Beyond so many standard deviations a normal draw has nothing that matters for its std."""
 
 _UNKNOWN = Draw()
 
@@ -48,7 +58,8 @@ def build_on_meta(build: Callable[[], ModuleT]) -> tuple[ModuleT, Mapping[str, D
     Args:
         build: makes the module and initialises its weights. What it raises is not caught.
     """
-    with _Recorder() as recorder, _watched_trunc_normal(recorder), torch.device("meta"), torch.no_grad():
+    recorder = _Recorder()
+    with recorder, _watched_trunc_normal(recorder), torch.device("meta"), _WatchedSkips(recorder), torch.no_grad():
         module = build()
     return module, {name: recorder.draw_of(parameter) for name, parameter in module.named_parameters()}
 
@@ -67,10 +78,13 @@ class _Recorder(TorchDispatchMode):
         return self._draws.get(tensor.untyped_storage()._cdata, _UNKNOWN)
 
     def note(self, tensor: torch.Tensor, draw: Draw) -> None:
-        """Remembers what a tensor was filled with; a part of a tensor, as a row for padding, says nothing of it."""
+        """Remembers what a tensor was filled with; a few zeros, as a row for padding, say nothing of the whole."""
         storage = tensor.untyped_storage()
-        if tensor.numel() * tensor.element_size() < storage.nbytes():
-            return
+        part = tensor.numel() * tensor.element_size() / max(storage.nbytes(), 1)
+        if part < 1:
+            if draw == self.draw_of(tensor) or (draw.value == 0.0 and part < 0.5):
+                return
+            draw = _UNKNOWN
         if storage._cdata not in self._draws:
             self._storages.append(storage)
         self._draws[storage._cdata] = draw
@@ -79,11 +93,20 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self._follow(func.overloadpacket.__name__, result, args, kwargs or {})
+        understood = isinstance(result, torch.Tensor) and self._follow(
+            func.overloadpacket.__name__, func._overloadname, result, args, kwargs or {}
+        )
+        if not understood:
+            for tensor in _written(func, args, kwargs or {}):
+                self.note(tensor, _UNKNOWN)
         return result
 
-    def _follow(self, name: str, result: torch.Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _follow(
+        self, name: str, overload: str, result: torch.Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> bool:
+        """Notes what an operation wrote into its result; False for an operation that is not known."""
+        if "out" in kwargs:
+            return False
         source = self.draw_of(args[0]) if args and isinstance(args[0], torch.Tensor) else _UNKNOWN
         match name.removesuffix("_like").removesuffix("_").removeprefix("new_"):
             case "zero" | "zeros":
@@ -99,26 +122,71 @@ class _Recorder(TorchDispatchMode):
             case "fill" | "full":
                 value = _number(args[1] if len(args) > 1 else kwargs.get("value"))
                 self.note(result, _UNKNOWN if value is None else Draw(value=value))
-            case "normal":
-                mean, std = (float(x) for x in (*args[1:3], *(0.0, 1.0)[len(args[1:3]) :]))
+            case "normal" if name == "normal_" or overload == "float_float":
+                given = args[1:3] if name == "normal_" else args[:2]
+                mean, std = (float(x) for x in (*given, *(0.0, 1.0)[len(given) :]))
                 self.note(result, Draw(std=std) if mean == 0.0 else _UNKNOWN)
             case "uniform":
                 low, high = (float(x) for x in (*args[1:3], *(0.0, 1.0)[len(args[1:3]) :]))
                 self.note(result, Draw(std=(high - low) / math.sqrt(12.0)) if low == -high else _UNKNOWN)
-            case "mul" | "div":
+            case "mul" | "div" if not kwargs:
                 factor = _number(args[1])
                 self.note(result, _UNKNOWN if not factor else source.times(factor if "mul" in name else 1.0 / factor))
-            case "add" | "sub":
+            case "add" | "sub" if not kwargs:
                 term = _number(args[1])
                 self.note(result, _UNKNOWN if term is None else source.plus(term if "add" in name else -term))
             case "copy":
                 self.note(result, self.draw_of(args[1]))
             case "clone" | "_to_copy":
                 self.note(result, source)
-            case "detach" | "alias" | "view" | "expand" | "t" | "transpose" | "clamp" | "requires_grad":
+            case "clamp" if overload == "default":
+                bounds = [_number(x) for x in (*args[1:3], None, None)]
+                low = -math.inf if bounds[0] is None else bounds[0]
+                self.note(result, source.cut_off(low, math.inf if bounds[1] is None else bounds[1]))
+            case "detach":
                 pass
-            case _ if result.untyped_storage()._cdata in self._draws and name.endswith("_"):
-                self.note(result, _UNKNOWN)
+            case _:
+                return False
+        return True
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors that an operation writes into, by its schema."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            several = value if isinstance(value, list | tuple) else (value,)
+            yield from (tensor for tensor in several if isinstance(tensor, torch.Tensor))
+
+
+class _WatchedSkips(TorchFunctionMode):
+    """Notices the initialisers of torch that leave a tensor alone because it is on the meta device: they ask.
+
+    Without it their tensor would still count as drawn the way it was before.
+    """
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func == _IS_META and _asking_module() == torch.nn.init.__name__:
+            self._recorder.note(args[0], _UNKNOWN)
+        return func(*args, **(kwargs or {}))
+
+
+_IS_META: Any = vars(torch._C.TensorBase)["is_meta"].__get__
+
+
+def _asking_module() -> str | None:
+    """The module whose code called torch, from within a function mode."""
+    frame = sys._getframe(2)
+    # Where the caller has put torch.device around it, that goes first.
+    while frame.f_globals.get("__name__") in ("torch.utils._device", "torch.overrides") and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_globals.get("__name__")
 
 
 def _number(value: Any) -> float | None:
@@ -150,6 +218,8 @@ class _watched_trunc_normal:  # noqa: N801
 
 def truncated_std(bound: float) -> float:
     """The std of a standard normal that is cut off at ±bound."""
+    if bound < 0.01:  # all but uniform, and the difference below would be lost in rounding
+        return bound * math.sqrt((1.0 - 2.0 * bound * bound / 15.0) / 3.0)
     inside = math.erf(bound / math.sqrt(2.0))
     density = math.exp(-bound * bound / 2.0) / math.sqrt(2.0 * math.pi)
     return math.sqrt(1.0 - 2.0 * bound * density / inside)

@@ -260,7 +260,7 @@ def _classified(seen: _Seen, shape: tuple[int, ...]) -> Parameter | None:
         return parameter(Kind.GAIN if is_gain else Kind.BIAS, one, sides[0] if sides else one)
     if isinstance(seen.module, torch.nn.Embedding):
         return parameter(Kind.WEIGHT if seen.in_layer else Kind.EMBEDDING, sides[0], sides[1])
-    order = _linear_sides(seen.module, seen.attribute)
+    order = linear_sides(seen.module, seen.attribute)
     if order is not None:
         fan_out, fan_in = (sides[d] for d in order)
         reads_out = fan_in.infinite and not fan_out.infinite and not seen.in_layer
@@ -272,7 +272,7 @@ def _classified(seen: _Seen, shape: tuple[int, ...]) -> Parameter | None:
     return None
 
 
-def _linear_sides(module: torch.nn.Module, attribute: str) -> tuple[int, int] | None:
+def linear_sides(module: torch.nn.Module, attribute: str) -> tuple[int, int] | None:
     """Which dimensions of a weight are fan_out and fan_in; None where it is not known."""
     if isinstance(module, torch.nn.MultiheadAttention) and attribute.endswith("proj_weight"):
         return 0, 1

@@ -130,7 +130,8 @@ def test_fan_in_and_fan_out_mixed_up_are_noticed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_attention_of_the_square_root_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "softmax_scale", lambda *, base_head_size, head_size, alpha, stock: alpha / head_size**0.5)
+    square_root = lambda *, head_size, alpha, **_: alpha / head_size**0.5  # noqa: E731
+    monkeypatch.setattr(rules, "softmax_scale", square_root)
     assert disagreements("all sides alike", 2, "adam") == set()
     assert disagreements("head size grows", 2, "adam") == {"model.softmax_scale"}
 

@@ -101,8 +101,8 @@ class Run:
         changed = sum(entry.lr != plan.lr for entry in plan.entries)
         say(
             f"recipe {self.options.recipe} (fingerprint {self.recipe.fingerprint[:12]}) from width "
-            f"{self.recipe.megatron_base.hidden_size} to {self.model.hidden_size}: {changed} of {len(plan.entries)} parameters "
-            "get a learning rate of their own."
+            f"{self.recipe.megatron_base.hidden_size} to {self.model.hidden_size}: {changed} of {len(plan.entries)} "
+            "parameters get a learning rate of their own."
         )
         if self.options.print_plan and is_first():
             print_plan(plan, brief=True)

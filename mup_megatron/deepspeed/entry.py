@@ -1,0 +1,184 @@
+"""The `"mup"` entry of a DeepSpeed configuration, and what the rest of the configuration may say beside it.
+
+Plain values in, plain values out. Nothing of DeepSpeed is imported; what happens with a live engine is in `run.py`.
+"""
+
+from collections.abc import Mapping, MutableMapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from mup_megatron.errors import InputError
+from mup_megatron.modules.apply import Initialize
+from mup_megatron.recipe import Recipe
+from mup_megatron.validation import Strict, validated
+
+KEY = "mup"
+AUTO = "auto"
+"""What the Hugging Face Trainer and Accelerate fill in; here the recipe does."""
+
+_VALUES = ("lr", "betas", "eps", "weight_decay", "momentum")
+"""Of an optimizer: what a recipe says."""
+
+_ADAM = ("adam", "adamw")
+_MOVED = {"muadam": "AdamW", "muadamw": "AdamW", "musgd": "SGD"}
+"""DeepSpeed's optimizers through microsoft/mup, and what stands in their place."""
+
+
+class Entry(Strict):
+    """The content of `"mup"`."""
+
+    recipe: Annotated[str, Field(min_length=1)]
+    """Path of the recipe."""
+    target: Annotated[str, Field(min_length=1)] | None = None
+    """What the model is, where that can't be read off it: see `run.plan_for`."""
+    readout: Annotated[str, Field(min_length=1)] | None = None
+    """Name of the weight that computes a torch module's output, where it is tied to an embedding."""
+    initialize: bool | Literal["rescale", "redraw", "keep"] = True
+    """What happens to the weights: see `modules.Initialize`. True: "rescale"; false: "keep", for weights that were
+    loaded."""
+    guard: bool = True
+    """Compare the live engine with the plan: at start, after each load, and at each step."""
+    accept_recipe_change: bool = False
+    """Go on from a checkpoint that was trained with another recipe."""
+
+    @property
+    def how_to_initialize(self) -> Initialize:
+        """What happens to the weights."""
+        if isinstance(self.initialize, bool):
+            return Initialize.RESCALE if self.initialize else Initialize.KEEP
+        return Initialize(self.initialize)
+
+
+def entry_of(config: Mapping[str, Any]) -> Entry | None:
+    """The entry of a configuration; None without one.
+
+    Raises:
+        InputError: an unknown key, a wrong type.
+    """
+    return validated(Entry, config[KEY], source=f'"{KEY}"') if KEY in config else None
+
+
+# ---- optimizer -----------------------------------------------------------------------------------------------------
+
+
+def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe: Recipe) -> dict[str, Any]:
+    """The optimizer's params, with what is absent or "auto" filled in from the recipe.
+
+    Args:
+        name: the entry's type.
+        params: the entry's params.
+        recipe: what they have to agree with.
+
+    Raises:
+        InputError: another optimizer than the recipe's, or values that say something else.
+    """
+    wanted = _wanted(recipe)
+    adam = recipe.parametrization.optimizer == "adam"
+    if name is None:
+        raise InputError(
+            f'"optimizer": missing, so DeepSpeed would not make one. Write "optimizer": {{"type": '
+            f'"{"AdamW" if adam else "SGD"}"}}; the recipe fills in the values.'
+        )
+    if name.lower() in _MOVED:
+        raise InputError(
+            f'"optimizer": {name} is μP through microsoft/mup, which would be applied on top of the recipe. Write '
+            f'"type": "{_MOVED[name.lower()]}" and drop set_base_shapes, MuReadout and mup.init from the script: the '
+            "recipe's base says the same."
+        )
+    if not (name.lower() in _ADAM if adam else name.lower() == "sgd"):
+        raise InputError(
+            f'"optimizer": the rules for {name} are not those that the recipe was made with '
+            f'(parametrization.optimizer {recipe.parametrization.optimizer}). Write "type": '
+            f'"{"AdamW" if adam else "SGD"}", or give a recipe for {name}.'
+        )
+    given = {key: value for key, value in (params or {}).items() if value != AUTO}
+    coupled = name.lower() == "adam" and given.get("adam_w_mode", True) is False
+    if coupled and recipe.hyperparameters.weight_decay > 0:
+        raise InputError(
+            '"optimizer": Adam with "adam_w_mode": false adds weight decay to the gradient, which the recipe\'s '
+            'decoupled weight_decay does not mean. Write "type": "AdamW".'
+        )
+    for key in _VALUES:
+        if key in given and key not in wanted:
+            raise InputError(f'"optimizer.params.{key}": {name} has no such value. Remove it.')
+        if key in given and not _same(given[key], wanted[key]):
+            raise InputError(_other_value(f"optimizer.params.{key}", given[key], wanted[key]))
+    return {**given, **wanted}
+
+
+def _wanted(recipe: Recipe) -> dict[str, Any]:
+    h = recipe.hyperparameters
+    if recipe.parametrization.optimizer == "adam":
+        betas = [h.adam_beta1, h.adam_beta2]
+        return {"lr": h.lr, "betas": betas, "eps": h.adam_eps, "weight_decay": h.weight_decay}
+    return {"lr": h.lr, "momentum": h.sgd_momentum, "weight_decay": h.weight_decay}
+
+
+def gradient_clipping(given: Any, recipe: Recipe) -> float:
+    """The threshold of the gradient norm. `given` is None where the configuration has no such key.
+
+    Raises:
+        InputError: the configuration says something else than the recipe.
+    """
+    wanted = recipe.hyperparameters.clip_grad
+    if given is not None and given != AUTO and not _same(given, wanted):
+        raise InputError(_other_value("gradient_clipping", given, wanted))
+    return wanted
+
+
+def _same(given: Any, wanted: Any) -> bool:
+    if isinstance(wanted, list):
+        values = list(given) if isinstance(given, list | tuple) else [given]
+        return len(values) == len(wanted) and all(map(_same, values, wanted))
+    return isinstance(given, int | float) and float(given) == wanted
+
+
+def _other_value(key: str, given: Any, wanted: Any) -> str:
+    return f'"{key}" is {given} and the recipe says {wanted}. Remove the key or write "{AUTO}": the recipe decides.'
+
+
+# ---- the rest ------------------------------------------------------------------------------------------------------
+
+
+def require_supported(config: Mapping[str, Any]) -> None:
+    """Raises InputError for features under which parameters or their groups are not what a plan can be applied to."""
+    zero = _section(config, "zero_optimization")
+    offload = _section(zero, "offload_optimizer")
+    wrong = {
+        "hybrid_engine": _section(config, "hybrid_engine").get("enabled", False),
+        "tensor_parallel.autotp_size": _section(config, "tensor_parallel").get("autotp_size", 0) > 1,
+        "expert_parallel": _section(config, "expert_parallel").get("enabled", False),
+        "zero_optimization.zenflow": bool(zero.get("zenflow")),
+        "zero_optimization.offload_optimizer.super_offload": offload.get("super_offload", False),
+        # Its second optimizer has a copy of group 0 that no schedule reaches.
+        "zero_optimization.offload_optimizer.ratio": offload.get("ratio", 1.0) != 1.0,
+    }
+    for key, found in wrong.items():
+        if found:
+            raise InputError(f'"{key}" is not supported together with "{KEY}". Remove it.')
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    content = config.get(key)
+    return content if isinstance(content, Mapping) else {}
+
+
+def drop_auto(config: MutableMapping[str, Any]) -> None:
+    """Takes out every "auto" that the recipe fills in, before the Trainer or Accelerate fill in values of their own.
+
+    Nothing without an entry.
+    """
+    if KEY not in config:
+        return
+    _drop(config, ("gradient_clipping",))
+    for section, keys in (("optimizer", _VALUES), ("scheduler", ("warmup_min_lr", "warmup_max_lr"))):
+        content = _section(config, section).get("params")
+        if isinstance(content, MutableMapping):
+            _drop(content, keys)
+
+
+def _drop(content: MutableMapping[str, Any], keys: tuple[str, ...]) -> None:
+    for key in keys:
+        if content.get(key) == AUTO:
+            del content[key]

@@ -1,0 +1,75 @@
+"""The parameters of a model under DeepSpeed: by the plan's names, with global shapes, as groups for an optimizer.
+
+A plan's names are those of `named_parameters()` of the model without wrappers. In DeepSpeed's pipeline these are global
+already: a stage calls its layers by their place in the whole model, and `tied_modules.KEY` is the same on every stage.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from mup_megatron.modules.groups import PADDING, Form, Group
+from mup_megatron.modules.groups import param_groups as groups_of
+from mup_megatron.theory import Plan
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DeepSpeed's engine, torch's data parallelism or `torch.compile`."""
+    inner: Any = model
+    while True:
+        if type(inner).__name__ == "OptimizedModule" and hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif _is_wrapper(inner):
+            inner = inner.module
+        else:
+            assert isinstance(inner, torch.nn.Module)
+            return inner
+
+
+def _is_wrapper(model: Any) -> bool:
+    engine = sys.modules.get("deepspeed.runtime.engine")
+    wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+    return isinstance(model, wrappers if engine is None else (*wrappers, engine.DeepSpeedEngine))
+
+
+def is_pipeline(model: torch.nn.Module) -> bool:
+    """Whether it is a stage of DeepSpeed's pipeline."""
+    module = sys.modules.get("deepspeed.runtime.pipe.module")
+    return module is not None and isinstance(unwrapped(model), module.PipelineModule)
+
+
+def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(the plan's name, parameter) of what this rank holds, each once. What only pads a group is left out."""
+    for name, parameter in unwrapped(model).named_parameters():
+        if not name.rpartition(".")[2].startswith(PADDING):
+            yield name, parameter
+
+
+def global_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """The shape before ZeRO-3 partitioned it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def param_groups(
+    model: torch.nn.Module, plan: Plan, *, form: Form = Form.ABSOLUTE, pad: bool | None = None
+) -> list[Group]:
+    """Groups in the plan's order for `deepspeed.initialize(model_parameters=…)` or any torch optimizer.
+
+    To be made before `deepspeed.initialize`: afterwards the engine's groups hold flat buffers. Frozen parameters are
+    left out.
+
+    Args:
+        model: wrapped or not; of a pipeline, this rank's stage.
+        plan: for the whole model.
+        form: absolute values for DeepSpeed and torch, ratios for the fork Megatron-DeepSpeed.
+        pad: give a group of which this rank holds nothing one element of its own, so that every stage of a pipeline
+            has the same groups. Without it a pipeline under ZeRO-1 hangs. None: where the model is a pipeline.
+
+    Raises:
+        InputError: a parameter that the plan does not know, by name.
+    """
+    inner = unwrapped(model)
+    padded = is_pipeline(inner) if pad is None else pad
+    return groups_of(named_parameters(inner), plan, form=form, pad_on=inner if padded else None)

@@ -1,0 +1,71 @@
+"""`python -m mup_megatron.launch --deepspeed SCRIPT`: a plain script trains by the recipe of its configuration, or
+not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.ds_models import ds_config, recipe_for, write
+
+SCRIPT = """
+import json, os, sys
+import deepspeed, torch
+from support.ds_models import build, train_engine
+deepspeed.init_distributed("gloo")
+assert "mup_megatron.deepspeed" in sys.modules
+config = json.load(open(sys.argv[-1]))
+if config:
+    engine, *_ = deepspeed.initialize(model=build("gpt2", 4), config=config)
+    print("lrs", sorted({group["lr"] for group in engine.optimizer.param_groups}), sys.argv[1:-1])
+    train_engine(engine, "gpt2", range(1))
+torch.distributed.destroy_process_group()
+"""
+
+
+def launch(folder: Path, config: object, *before: str) -> subprocess.CompletedProcess[str]:
+    (folder / "train.py").write_text(SCRIPT)
+    (folder / "ds.json").write_text(json.dumps(config))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "mup_megatron.launch", *before, "--deepspeed", "train.py", "ds.json"]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_the_entry_alone_is_enough_also_behind_the_launchers_own_word(tmp_path: Path) -> None:
+    recipe = write(recipe_for("gpt2"), tmp_path)
+    done = launch(tmp_path, ds_config() | {"mup": {"recipe": recipe}}, "--local_rank=0")
+    assert done.returncode == 0, done.stderr
+    assert "lrs [0.001, 0.004] ['--local_rank=0']" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            ds_config() | {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}},
+            '"mup": missing in the config',
+        ),
+        ({}, 'the script built no engine with a "mup" entry'),
+    ],
+    ids=["no entry", "no engine"],
+)
+def test_a_script_that_would_train_without_a_recipe_is_stopped(
+    tmp_path: Path, config: dict[str, object], message: str
+) -> None:
+    done = launch(tmp_path, config)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

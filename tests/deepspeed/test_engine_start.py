@@ -1,0 +1,245 @@
+"""How an engine starts with an entry: however it is made, and with one sentence for what is wrong."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.ds_models import build, config, ds_config, recipe_for, write
+from support.ds_ranks import run_ranks
+
+from mup_megatron.deepspeed.entry import Entry, drop_auto, entry_of, gradient_clipping, optimizer_params
+from mup_megatron.deepspeed.versions import require_supported
+from mup_megatron.errors import InputError
+from mup_megatron.modules.apply import Initialize
+from mup_megatron.recipe import Recipe
+
+
+def _constructed_directly(recipe_path: str) -> bool:
+    import deepspeed
+    from deepspeed import DeepSpeedConfig, DeepSpeedEngine, initialize
+
+    import mup_megatron.deepspeed
+
+    config = ds_config() | {"mup": {"recipe": recipe_path}}
+    imported_before, *_ = initialize(model=build("gpt2"), config=config)
+    deepspeed.comm.barrier()
+    own = DeepSpeedConfig(config)
+    direct = DeepSpeedEngine(None, build("gpt2"), config=config, config_class=own)
+    return None not in map(mup_megatron.deepspeed.plan_of, (imported_before, direct))
+
+
+def test_an_engine_is_reached_however_it_is_made(tmp_path: Path) -> None:
+    assert run_ranks(_constructed_directly, 1, write(recipe_for("gpt2"), tmp_path)) == [True]
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+ADAM = {"type": "AdamW", "params": {"torch_adam": True}}
+
+
+def _adam(**params: Any) -> dict[str, Any]:
+    return {"optimizer": {"type": "AdamW", "params": {"torch_adam": True, **params}}}
+
+
+BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": (
+        {"mup": {"recipe": "R", "recipie": "x"}},
+        r'"mup": recipie: unknown key. Did you mean \'recipe\'\?',
+    ),
+    "no recipe": ({"mup": {"target": None}}, r'"mup": recipe: missing'),
+    "no such recipe": ({"mup": {"recipe": "none.yaml"}}, "none.yaml"),
+    "no optimizer": ({"optimizer": None}, r'"optimizer": missing.*"type": "AdamW"'),
+    "MuAdam": ({"optimizer": {"type": "MuAdam"}}, r'MuAdam is μP.*"type": "AdamW"'),
+    "MuAdamW": ({"optimizer": {"type": "MuAdamW"}}, r'MuAdamW is μP.*"type": "AdamW"'),
+    "MuSGD": ({"optimizer": {"type": "MuSGD"}}, r'MuSGD is μP.*"type": "SGD"'),
+    "Lamb": ({"optimizer": {"type": "Lamb"}}, "the rules for Lamb are not those"),
+    "OneBitAdam": ({"optimizer": {"type": "OneBitAdam"}}, "the rules for OneBitAdam are not those"),
+    "Lion": ({"optimizer": {"type": "Lion"}}, "the rules for Lion are not those"),
+    "Muon": ({"optimizer": {"type": "Muon"}}, "the rules for Muon are not those"),
+    "SGD": ({"optimizer": {"type": "SGD"}}, "the rules for SGD are not those"),
+    "coupled decay": ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, '"type": "AdamW"'),
+    "lr": (_adam(lr=0.1), r'"optimizer.params.lr" is 0.1 and the recipe says 0.004'),
+    "betas": (_adam(betas=[0.9, 0.999]), r'"optimizer.params.betas" is \[0.9, 0.999\] and the recipe says'),
+    "eps": (_adam(eps=1e-8), r'"optimizer.params.eps"'),
+    "weight decay": (_adam(weight_decay=0.0), r'"optimizer.params.weight_decay" is 0.0'),
+    "momentum": (_adam(momentum=0.9), r'"optimizer.params.momentum": AdamW has no such value'),
+    "clipping": ({"gradient_clipping": 1.0}, r'"gradient_clipping" is 1.0 and the recipe says 0.7'),
+    "tensor parallelism": ({"tensor_parallel": {"autotp_size": 2}}, r'"tensor_parallel.autotp_size" is not supported'),
+    "another head": ({"mup": {"recipe": "LLAMA"}}, "llama"),
+    "another vocabulary": ({"mup": {"recipe": "VOCABULARY"}}, "vocab_size"),
+    "more parameters": ({"mup": {"recipe": "MORE"}}, "tie_word_embeddings|lm_head"),
+    "a schedule that flattens": (
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}},
+        "warmup_max_lr is 0.1, and the recipe's lr is 0.004",
+    ),
+    "a schedule of objects": ({"scheduler": {"type": "LambdaLR", "params": {}}}, "LambdaLR"),
+}
+
+
+def _messages(configs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """What deepspeed.initialize says to each configuration, on every rank."""
+    import deepspeed
+
+    import mup_megatron.deepspeed  # noqa: F401
+
+    found = {}
+    for name, content in configs.items():
+        try:
+            deepspeed.initialize(model=build("gpt2", 2), config=content)
+            message = "no error"
+        except InputError as error:
+            message = str(error)
+        everywhere: list[str] = [""] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, message)
+        found[name] = everywhere
+    return found
+
+
+@pytest.fixture(scope="module")
+def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    folder = tmp_path_factory.mktemp("recipes")
+    plain = recipe_for("gpt2")
+    base = config("gpt2").to_dict()
+
+    def with_base(**changes: Any) -> Recipe:
+        content = plain.model_dump(mode="json")
+        content["base"] = {**content["base"], **changes}
+        return Recipe.model_validate(content)
+
+    assert base["tie_word_embeddings"]
+    paths = {
+        "R": write(plain, folder),
+        "LLAMA": write(recipe_for("llama"), folder, "llama.yaml"),
+        "VOCABULARY": write(with_base(vocab_size=64), folder, "vocabulary.yaml"),
+        "MORE": write(with_base(tie_word_embeddings=False), folder, "more.yaml"),
+    }
+    configs = {}
+    for name, (changes, _) in BAD_CONFIGS.items():
+        content = ds_config(world_size=2, mup={"recipe": "R"}) | changes
+        if content["optimizer"] is None:
+            del content["optimizer"]
+        content["mup"] = {**content["mup"]}
+        if content["mup"].get("recipe") in paths:
+            content["mup"]["recipe"] = paths[content["mup"]["recipe"]]
+        configs[name] = content
+    return run_ranks(_messages, 2, configs)[0]
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_a_bad_configuration_gets_one_sentence_on_every_rank(name: str, messages: dict[str, list[str]]) -> None:
+    first, second = messages[name]
+    assert re.search(BAD_CONFIGS[name][1], first), first
+    assert first == second
+    assert "\n" not in first
+
+
+def _called_badly(recipe_path: str) -> dict[str, str]:
+    import deepspeed
+    from deepspeed.runtime.lr_schedules import WarmupLR
+
+    import mup_megatron.deepspeed  # noqa: F401
+
+    def message(**arguments: Any) -> str:
+        model = arguments.pop("model", None) or build("gpt2", 2)
+        content = ds_config() | {"mup": {"recipe": recipe_path}}
+        given = {key: value(model) if callable(value) else value for key, value in arguments.items()}
+        try:
+            deepspeed.initialize(model=model, config=content, **given)
+        except InputError as error:
+            return str(error)
+        return "no error"
+
+    def all_but_one(model: Any) -> Any:
+        return list(model.parameters())[1:]
+
+    def flattening(model: Any) -> Any:
+        return lambda optimizer: WarmupLR(optimizer, warmup_max_lr=0.004, warmup_num_steps=2)
+
+    def floor(model: Any) -> Any:
+        return lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=10, eta_min=1e-4)
+
+    def of_another(model: Any) -> Any:
+        other = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.004)
+        return WarmupLR(other, warmup_num_steps=2)
+
+    return {
+        "client optimizer": message(optimizer=lambda model: torch.optim.AdamW(model.parameters())),
+        "client callable": message(optimizer=lambda model: torch.optim.AdamW),
+        "own values": message(
+            model_parameters=lambda model: [{"params": list(model.parameters()), "weight_decay": 0.1}]
+        ),
+        "left out": message(model_parameters=all_but_one),
+        "flattening": message(lr_scheduler=flattening),
+        "floor": message(lr_scheduler=floor),
+        "of another optimizer": message(lr_scheduler=of_another),
+        "a generator": message(model_parameters=lambda model: model.parameters()),
+        "a module": message(model=torch.nn.Linear(2, 2)),
+    }
+
+
+def test_a_bad_call_gets_one_sentence(tmp_path: Path) -> None:
+    found = run_ranks(_called_badly, 1, write(recipe_for("gpt2"), tmp_path))[0]
+    assert "was given an optimizer of its own" in found["client optimizer"]
+    assert "was given an optimizer of its own" in found["client callable"]
+    assert "group 0 has values of its own (weight_decay 0.1)" in found["own values"]
+    assert "transformer.wte.weight: not among model_parameters" in found["left out"]
+    assert "WarmupLR has warmup_max_lr 0.004" in found["flattening"]
+    assert "eta_min" in found["floor"]
+    assert "was made for" in found["of another optimizer"]
+    assert found["a generator"] == "no error"
+    assert "a Linear has no configuration" in found["a module"]
+
+
+def test_an_old_deepspeed_is_refused() -> None:
+    with pytest.raises(InputError, match=r"DeepSpeed 0\.18\.9 is older than supported\. Install 0\.19 or newer\."):
+        require_supported("0.18.9")
+    require_supported("0.19.0+cpu")
+    require_supported("1.0")
+    require_supported()
+
+
+# ---- the entry, without an engine ----------------------------------------------------------------------------------
+
+
+def test_an_entry_is_what_it_says() -> None:
+    assert entry_of({"optimizer": {}}) is None
+    assert entry_of({"mup": {"recipe": "r"}}) == Entry(recipe="r", target=None, initialize=True, guard=True)
+    assert Entry(recipe="r").how_to_initialize is Initialize.RESCALE
+    assert Entry(recipe="r", initialize=False).how_to_initialize is Initialize.KEEP
+    assert Entry(recipe="r", initialize="redraw").how_to_initialize is Initialize.REDRAW
+
+
+def test_what_is_absent_or_auto_is_the_recipes() -> None:
+    recipe = recipe_for("gpt2")
+    wanted = {"lr": 0.004, "betas": [0.9, 0.95], "eps": 1e-7, "weight_decay": 0.1}
+    assert optimizer_params("AdamW", None, recipe) == wanted
+    auto = dict.fromkeys(wanted, "auto") | {"torch_adam": True}
+    assert optimizer_params("adamw", auto, recipe) == wanted | {"torch_adam": True}
+    assert optimizer_params("Adam", dict(wanted), recipe) == wanted
+    sgd = recipe_for("gpt2", optimizer="sgd", sgd_momentum=0.8)
+    assert optimizer_params("SGD", {}, sgd) == {"lr": 0.004, "momentum": 0.8, "weight_decay": 0.1}
+    without_decay = recipe_for("gpt2", weight_decay=0.0)
+    assert optimizer_params("Adam", {"adam_w_mode": False}, without_decay)["adam_w_mode"] is False
+    assert [gradient_clipping(given, recipe) for given in (None, "auto", 0.7)] == [0.7, 0.7, 0.7]
+
+
+def test_auto_is_taken_out_before_others_fill_it_in() -> None:
+    content: dict[str, Any] = {
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "eps": 1e-8, "betas": "auto", "weight_decay": "auto"}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
+    }
+    before = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
+    drop_auto(content)
+    assert content == before
+    content["mup"] = {"recipe": "r"}
+    drop_auto(content)
+    assert content == {
+        "train_batch_size": "auto",
+        "optimizer": {"type": "AdamW", "params": {"eps": 1e-8}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+        "mup": {"recipe": "r"},
+    }

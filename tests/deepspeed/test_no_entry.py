@@ -1,0 +1,87 @@
+"""Nothing changes without an entry, nor at the base; and an entry that had no effect does not stay unseen.
+
+Nothing of the plug-in is imported at the top: the ranks import this module.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.ds_models import build, ds_config, recipe_for, train_engine, write
+from support.ds_ranks import run_ranks
+
+from mup_megatron.errors import InputError
+
+STEPS = range(4)
+
+# ---- nothing changes -----------------------------------------------------------------------------------------------
+
+
+def _split(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay and no decay, as the plan has them."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    return [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _runs(recipe_path: str, zero: int) -> dict[str, list[float]]:
+    import deepspeed
+
+    assert "mup_megatron.deepspeed" not in sys.modules
+    params = {"torch_adam": True, "lr": 0.003, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+    given = {"gradient_clipping": 0.5, "optimizer": {"type": "AdamW", "params": params}}
+
+    def train(entry: dict[str, Any], *, groups: bool) -> list[float]:
+        model = build("gpt2")
+        parameters = _split(model, 0.1) if groups else None
+        config = ds_config(zero, world_size=2, **given) | entry
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+        losses = train_engine(engine, "gpt2", STEPS)
+        engine.destroy()
+        return losses
+
+    found = {"not imported": train({}, groups=True)}
+    import mup_megatron.deepspeed  # noqa: F401
+
+    found["imported"] = train({}, groups=True)
+    found["at the base"] = train({"mup": {"recipe": recipe_path}}, groups=False)
+    return found
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_nothing_changes_without_an_entry_nor_at_the_base(zero: int, tmp_path: Path) -> None:
+    ones = {"embedding_multiplier": 1.0, "output_multiplier": 1.0, "init_method_std": 0.02}
+    recipe = recipe_for("gpt2", lr=0.003, adam_eps=1e-8, clip_grad=0.5, **ones)
+    found = run_ranks(_runs, 2, write(recipe, tmp_path), zero)[0]
+    assert len(set(found["not imported"])) == len(STEPS)
+    assert found["imported"] == found["not imported"]
+    assert found["at the base"] == found["not imported"]
+
+
+def test_importing_it_does_not_import_deepspeed() -> None:
+    code = "import sys, mup_megatron.deepspeed; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- an engine that the hooks did not reach ------------------------------------------------------------------------
+
+
+def _import_too_late(recipe_path: str) -> str:
+    import deepspeed
+
+    assert "mup_megatron.deepspeed" not in sys.modules
+    config = ds_config(optimizer={"type": "AdamW", "params": {"torch_adam": True}}, mup={"recipe": recipe_path})
+    engine, *_ = deepspeed.initialize(model=build("gpt2"), config=config)
+    try:
+        import mup_megatron.deepspeed  # noqa: F401
+    except InputError as error:
+        return str(error)
+    assert engine is not None
+    return ""
+
+
+def test_an_entry_that_had_no_effect_is_found_by_a_late_import(tmp_path: Path) -> None:
+    assert "had no effect" in run_ranks(_import_too_late, 1, write(recipe_for("gpt2"), tmp_path))[0]

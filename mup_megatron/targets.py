@@ -55,7 +55,8 @@ def read_target(path: Path) -> object:
     Raises:
         InputError: it cannot be read.
     """
-    return read_yaml(path / CONFIG_FILE if path.is_dir() else path)
+    inside = path / CONFIG_FILE
+    return read_yaml(inside if inside.is_file() else path)
 
 
 def is_hugging_face(content: object) -> bool:

@@ -11,7 +11,7 @@ from mup_megatron.deepspeed.config import Settings, configuration, problems
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
 from mup_megatron.modules.groups import members, values
-from mup_megatron.recipe import HuggingFaceBase, Recipe
+from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 
 NO = 1
@@ -45,9 +45,7 @@ def command(
             raise click.UsageError("--check writes nothing: drop -o.")
         return _check(existing, recipe, plan)
     settings = Settings(**{**options, "zero_stage": int(options["zero_stage"])})
-    # A Hugging Face model says itself what it is.
-    named = None if isinstance(recipe.base, HuggingFaceBase) else str(target)
-    text = json.dumps(configuration(recipe, path=str(recipe_path), target=named, settings=settings), indent=2) + "\n"
+    text = json.dumps(configuration(recipe, path=str(recipe_path), settings=settings), indent=2) + "\n"
     if output is None:
         click.echo(text, nl=False)
     else:

@@ -35,13 +35,12 @@ class Settings:
     offload_parameters: bool = False
 
 
-def configuration(recipe: Recipe, *, path: str, target: str | None, settings: Settings) -> dict[str, Any]:
+def configuration(recipe: Recipe, *, path: str, settings: Settings) -> dict[str, Any]:
     """A configuration that trains with a recipe.
 
     Args:
         recipe: decides the optimizer, its values, the schedule and the clipping.
         path: where the recipe's file is.
-        target: what the engine needs to know of the model, for the entry's `target`.
         settings: the rest.
 
     Raises:
@@ -59,7 +58,7 @@ def configuration(recipe: Recipe, *, path: str, target: str | None, settings: Se
         "gradient_clipping": recipe.hyperparameters.clip_grad,
         "zero_optimization": _zero(settings),
         **({"bf16": {"enabled": True}} if settings.bf16 else {}),
-        KEY: {"recipe": path, **({} if target is None else {"target": target})},
+        KEY: {"recipe": path},
     }
 
 

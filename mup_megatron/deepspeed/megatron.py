@@ -13,6 +13,8 @@
         model=module, model_parameters=megatron.param_groups(module, plan), config=...
     )
 
+With a "mup" entry in the configuration the groups need not be handed over, and the engine is guarded.
+
 Both get initial weights, multipliers and attention scale from the adapter for Megatron, and have its names, so that
 a run is the same as Megatron's own. No theory here, and no training loop. Importing it imports Megatron and DeepSpeed:
 without a GPU the CPU runtime and DS_ACCELERATOR=cpu have to come before. Megatron's process groups have to be there,
@@ -36,6 +38,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.spec_utils import build_module
 
+from mup_megatron.deepspeed.names import prepared
+from mup_megatron.deepspeed.pipeline import count_once
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import cpu, names
 from mup_megatron.megatron.model import apply_plan
@@ -102,6 +106,7 @@ def prepare(model: torch.nn.Module, plan: Plan, *, initialize: bool = True) -> N
     _add_up_gradients(model, config)
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         model.register_forward_pre_hook(_require_mpu)
+    prepared(model, plan, named_parameters)
 
 
 def param_groups(model: torch.nn.Module, plan: Plan, *, form: Form = Form.ABSOLUTE) -> list[Group]:
@@ -263,7 +268,8 @@ def pipeline_module(
     _stages[pipeline] = stage
     apply_plan([stage], plan, initialize=initialize)
     _add_up_gradients(stage, config)
-    _count_once(pipeline)
+    count_once(pipeline)
+    prepared(pipeline, plan, named_parameters)
     if config.sequence_parallel:
         _whole_between_stages(pipeline)
     return pipeline
@@ -400,20 +406,6 @@ class _Stage(torch.nn.Module):
 
 
 _stages: "weakref.WeakKeyDictionary[torch.nn.Module, _Stage]" = weakref.WeakKeyDictionary()
-
-
-def _count_once(pipeline: PipelineModule) -> None:
-    """Marks what the norm of the gradients counts on this stage, for ZeRO 0.
-
-    There DeepSpeed counts, on all but the first of the ranks that share a model, only what is marked as model-parallel:
-    it would leave out the later stages, and count a tied weight twice.
-    """
-    first = pipeline.mpu().get_tensor_model_parallel_rank() == 0
-    for parameter in pipeline.parameters():
-        if parameter.ds_pipe_replicated:
-            parameter.tensor_model_parallel = False
-        elif first:
-            parameter.model_parallel = True
 
 
 def _whole_between_stages(pipeline: PipelineModule) -> None:

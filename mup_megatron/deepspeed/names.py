@@ -5,7 +5,8 @@ already: a stage calls its layers by their place in the whole model, and `tied_m
 """
 
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,9 +41,29 @@ def is_pipeline(model: torch.nn.Module) -> bool:
     return module is not None and isinstance(unwrapped(model), module.PipelineModule)
 
 
+Named = Callable[[torch.nn.Module, Plan], Iterator[tuple[str, torch.nn.Parameter]]]
+
+_prepared: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[Plan, Named]]" = weakref.WeakKeyDictionary()
+
+
+def prepared(model: torch.nn.Module, plan: Plan, named: Named) -> None:
+    """Notes that a plan was applied to a model, and how its parameters get the plan's names if not by their own."""
+    _prepared[model] = plan, named
+
+
+def prepared_plan(model: torch.nn.Module) -> Plan | None:
+    """The plan of `prepared`."""
+    return _prepared[model][0] if model in _prepared else None
+
+
 def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """(the plan's name, parameter) of what this rank holds, each once. What only pads a group is left out."""
-    for name, parameter in unwrapped(model).named_parameters():
+    inner = unwrapped(model)
+    own = inner.named_parameters()
+    if inner in _prepared:
+        plan, named = _prepared[inner]
+        own = named(inner, plan)
+    for name, parameter in own:
         if not name.rpartition(".")[2].startswith(PADDING):
             yield name, parameter
 

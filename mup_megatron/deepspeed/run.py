@@ -7,20 +7,26 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from mup_megatron.deepspeed import checkpoints, guard, versions
+from mup_megatron.deepspeed import checkpoints, guard, pipeline, versions
 from mup_megatron.deepspeed import entry as entries
-from mup_megatron.deepspeed.names import global_shape, is_pipeline, named_parameters, param_groups, unwrapped
+from mup_megatron.deepspeed.names import (
+    global_shape,
+    is_pipeline,
+    named_parameters,
+    param_groups,
+    prepared_plan,
+    unwrapped,
+)
 from mup_megatron.deepspeed.ranks import gathered, raise_together, say
 from mup_megatron.errors import InputError
 from mup_megatron.models.model_file import load_model_file
-from mup_megatron.modules.apply import apply_plan
+from mup_megatron.modules.apply import Initialize, applied_plan, apply_plan
 from mup_megatron.modules.groups import Group, members
 from mup_megatron.modules.plan import plan_for_module
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, Recipe, load_recipe
@@ -102,7 +108,10 @@ def plan_for(model: torch.nn.Module, recipe: Recipe, target: str | None = None, 
     if isinstance(recipe.base, ModuleBase):
         return plan_for_module(_factory(target), recipe, readout=readout)
     if target is None:
-        raise InputError('the recipe is for Megatron-Core models. Write the path of the model file as "target".')
+        raise InputError(
+            "the recipe is for Megatron-Core models, which are prepared before: call mup_megatron.deepspeed.megatron."
+            "prepare(model, plan), or build them with its pipeline_module."
+        )
     return recipe.plan(load_model_file(Path(target)))
 
 
@@ -121,20 +130,14 @@ def _factory(target: str | None) -> Callable[[], torch.nn.Module]:
     return function
 
 
-def _require_match(model: torch.nn.Module, plan: Plan, *, split: bool) -> None:
-    """Raises InputError unless model and plan have the same parameters. Collective.
-
-    Args:
-        model: this rank's.
-        plan: for the whole model.
-        split: the model is tensor-parallel, so shapes are a shard's.
-    """
+def _require_match(model: torch.nn.Module, plan: Plan) -> None:
+    """Raises InputError unless all ranks together have the plan's parameters, and no other. Collective."""
     held = {name: global_shape(parameter) for name, parameter in named_parameters(model)}
     problems = []
     for name, shape in held.items():
         if name not in plan.by_name:
             problems.append(f"{name}: the plan has no such parameter. Make the plan from the model that is trained.")
-        elif not split and shape != plan[name].shape:
+        elif shape != plan[name].shape:
             problems.append(
                 f'{name}: its shape is {list(shape)} and the plan\'s {list(plan[name].shape)}. Correct "target".'
             )
@@ -176,11 +179,21 @@ def begin(arguments: MutableMapping[str, Any]) -> Run | None:
     if len(set(gathered(fingerprint))) > 1:
         raise InputError(f"{entry.recipe}: not the same file on all ranks. Put one recipe where all of them read it.")
     model = arguments["model"]
-    plan = _planned(model, recipe, entry)
-    _require_match(model, plan, split=arguments.get("mpu") is not None and not is_pipeline(model))
+    plan = applied_by(unwrapped(model))
+    if plan is None:
+        plan = _planned(model, recipe, entry)
+        _require_match(model, plan)
+        _apply(model, plan, entry, trains=optimizer_params is not None)
+    elif plan.fingerprint != recipe.fingerprint:
+        raise InputError(
+            f"{entry.recipe}: its fingerprint is {recipe.fingerprint[:12]}, and a plan of the recipe "
+            f"{plan.fingerprint[:12]} was applied to the model before. Use one recipe."
+        )
+    if optimizer_params is None:
+        say('no "optimizer" in the configuration, so this engine cannot train: multipliers alone are applied.')
+        return None
     raise_together(_caller_problems(arguments, model, plan))
 
-    _apply(model, plan, entry)
     groups = [{**group, PEAK: group["lr"]} for group in param_groups(model, plan)]
     peaks = [group[PEAK] for group in groups]
     _remark(model, plan, recipe, entry)
@@ -204,53 +217,33 @@ def require_no_training(arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _apply(model: torch.nn.Module, plan: Plan, entry: entries.Entry) -> None:
-    """Initial weights, multipliers and the scale of attention. Collective."""
+def applied_by(model: torch.nn.Module) -> Plan | None:
+    """The plan that the script has applied to a model itself, through whichever of the adapters."""
+    return prepared_plan(model) or applied_plan(model)
+
+
+def _apply(model: torch.nn.Module, plan: Plan, entry: entries.Entry, *, trains: bool) -> None:
+    """Initial weights, multipliers and the scale of attention. Collective.
+
+    An engine that does not train has weights that were loaded, or gets them later.
+    """
     inner = unwrapped(model)
     held = dict(named_parameters(inner))
     problems = []
     try:
         # A stage of a pipeline has its share of the plan.
         share = replace(plan, entries=tuple(own for own in plan.entries if own.name in held))
-        apply_plan(inner, share, initialize=entry.how_to_initialize)
+        apply_plan(inner, share, initialize=entry.how_to_initialize if trains else Initialize.KEEP)
         if is_pipeline(inner):
-            _scale_tied_readout(inner, plan)
-            _count_once(inner)
+            pipeline.scale_tied_readout(inner, plan)
+            pipeline.count_once(inner)
     except InputError as error:
         problems.append(str(error))
     raise_together(problems)
 
 
-def _scale_tied_readout(stage: Any, plan: Plan) -> None:
-    """A tied readout in DeepSpeed's pipeline is a function of the embedding module, not a module of its own."""
-    readout = dict(named_parameters(stage)).get(plan.readout or "")
-    if readout is None or not plan.tied or plan.output_multiplier == 1.0:
-        return
-    tied = [module for module in stage.tied_modules.values() if any(p is readout for p in module.parameters())]
-    for index, function in enumerate(stage.forward_funcs):
-        if isinstance(function, partial) and any(argument is module for argument in function.args for module in tied):
-            stage.forward_funcs[index] = partial(_scaled_readout, function, plan.output_multiplier)
-
-
-def _count_once(stage: Any) -> None:
-    """Marks what the norm of the gradients counts on this stage, for ZeRO 0.
-
-    There DeepSpeed counts, on all but the first stage, only what is marked as model-parallel: it would clip by the norm
-    of the first stage alone.
-    """
-    if stage.mpu().get_tensor_model_parallel_rank() == 0:
-        for parameter in stage.parameters():
-            parameter.model_parallel = not getattr(parameter, "ds_pipe_replicated", False)
-
-
-def _scaled_readout(function: Callable[[Any], Any], factor: float, inputs: Any) -> Any:
-    """A tied layer's function; token ids mean that it looks up embeddings."""
-    first, *rest = inputs if isinstance(inputs, tuple) else (inputs,)
-    scaled = factor * first if first.is_floating_point() else first
-    return function((scaled, *rest) if isinstance(inputs, tuple) else scaled)
-
-
-def _settings(config: Any, arguments: Mapping[str, Any]) -> tuple[entries.Entry, Recipe, dict[str, Any], float]:
+def _settings(config: Any, arguments: Mapping[str, Any]) -> tuple[entries.Entry, Recipe, dict[str, Any] | None, float]:
+    """Entry, recipe, the optimizer's values (None without an optimizer), and the threshold of clipping."""
     content = config._param_dict
     entry = entries.entry_of(content)
     assert entry is not None
@@ -263,7 +256,8 @@ def _settings(config: Any, arguments: Mapping[str, Any]) -> tuple[entries.Entry,
         )
     entries.require_supported(content)
     recipe = load_recipe(Path(entry.recipe))
-    params = entries.optimizer_params(content.get("optimizer", {}).get("type"), config.optimizer_params, recipe)
+    name = content.get("optimizer", {}).get("type")
+    params = None if name is None else entries.optimizer_params(name, config.optimizer_params, recipe)
     return entry, recipe, params, entries.gradient_clipping(content.get("gradient_clipping"), recipe)
 
 

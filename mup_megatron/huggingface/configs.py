@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import huggingface_hub.errors
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -46,14 +45,6 @@ _MAY_DIFFER = re.compile(
 
 
 _DEFAULT_LABELS = 2
-
-REFUSALS: tuple[type[Exception], ...] = (
-    TypeError,
-    ValueError,
-    AssertionError,
-    getattr(huggingface_hub.errors, "StrictDataclassError", ValueError),  # absent from older releases
-)
-"""What transformers raises where values do not fit together."""
 
 
 def in_a_line(error: Exception) -> str:
@@ -115,7 +106,7 @@ def config_from(
     try:
         with quiet():
             config = AutoConfig.for_model(model_type, **own)
-    except REFUSALS as error:
+    except Exception as error:  # its checks of itself raise more than ValueError
         raise InputError(
             f"{source}: not a possible {model_type} configuration: {in_a_line(error)}. Correct it."
         ) from None

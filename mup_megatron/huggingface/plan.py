@@ -88,7 +88,7 @@ def _factory(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Ca
         try:
             with configs.quiet():
                 model = constructor(copy.deepcopy(config))
-        except configs.REFUSALS as error:
+        except (ValueError, TypeError, AssertionError) as error:
             raise InputError(
                 f"{model_class.__name__} cannot be built from the configuration: {configs.in_a_line(error)}. "
                 "Correct it."

@@ -48,15 +48,19 @@ def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = I
         InputError: the module cannot be made what the plan says; before anything is changed.
     """
     require_match(model, plan)
-    if model in _applied:
-        raise InputError("a plan was applied to this model already. Build the model anew, or apply one plan only.")
+    if model in _applied or any(map(_is_scaled, model.modules())):
+        raise InputError(
+            "a plan was applied to this model already, or to the one that it is a copy of. Build the model anew, or "
+            "apply one plan only."
+        )
     _require_scalable(model, plan)
     _require_multipliable(model, plan)
     if initialize is Initialize.RESCALE:
         _require_drawn(model, plan)
+    padding = {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            _initialize(parameter, plan[name], initialize)
+            _initialize(parameter, plan[name], initialize, padding.get(id(parameter)))
     _set_attention_scale(model, plan)
     _hook_multipliers(model, plan)
     _applied[model] = plan
@@ -125,7 +129,7 @@ def _require_drawn(model: torch.nn.Module, plan: Plan) -> None:
         )
 
 
-def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, how: Initialize) -> None:
+def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, how: Initialize, padding: int | None) -> None:
     if how is Initialize.RESCALE and _factor(entry) != 1.0:
         with whole(parameter):
             parameter.mul_(_factor(entry))
@@ -136,6 +140,8 @@ def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, how: Initialize
                 parameter.fill_(entry.init_value)
             else:
                 parameter.normal_(0.0, entry.init_std)
+                if padding is not None:
+                    parameter[padding].zero_()
 
 
 @contextlib.contextmanager
@@ -213,6 +219,11 @@ def _hook_multipliers(model: torch.nn.Module, plan: Plan) -> None:
             module.register_forward_hook(ScaledOutput(factor))
         else:
             module.register_forward_pre_hook(ScaledInput(factor))
+
+
+def _is_scaled(module: torch.nn.Module) -> bool:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(isinstance(hook, ScaledInput | ScaledOutput) for hook in hooks)
 
 
 def _multiplier(module: torch.nn.Module, entry: PlanEntry, plan: Plan) -> float:

@@ -59,7 +59,7 @@ def build_on_meta(build: Callable[[], ModuleT]) -> tuple[ModuleT, Mapping[str, D
         build: makes the module and initialises its weights. What it raises is not caught.
     """
     recorder = _Recorder()
-    with recorder, _watched_trunc_normal(recorder), torch.device("meta"), _WatchedSkips(recorder), torch.no_grad():
+    with recorder, _watched_trunc_normal(recorder), torch.device("meta"), _WatchedCalls(recorder), torch.no_grad():
         module = build()
     return module, {name: recorder.draw_of(parameter) for name, parameter in module.named_parameters()}
 
@@ -159,10 +159,11 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ite
             yield from (tensor for tensor in several if isinstance(tensor, torch.Tensor))
 
 
-class _WatchedSkips(TorchFunctionMode):
-    """Notices the initialisers of torch that leave a tensor alone because it is on the meta device: they ask.
+class _WatchedCalls(TorchFunctionMode):
+    """Notices what does not get as far as an operation on a tensor.
 
-    Without it their tensor would still count as drawn the way it was before.
+    Initialisers of torch that leave a tensor alone because it is on the meta device: they ask. Without this their
+    tensor would still count as drawn the way it was before. And a number that becomes a tensor.
     """
 
     def __init__(self, recorder: _Recorder) -> None:
@@ -174,7 +175,11 @@ class _WatchedSkips(TorchFunctionMode):
     ) -> Any:
         if func == _IS_META and _asking_module() == torch.nn.init.__name__:
             self._recorder.note(args[0], _UNKNOWN)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        # By its name: who pretends that there is a GPU puts functions of their own in the place of torch's.
+        if getattr(func, "__name__", "") == "tensor" and args and (value := _number(args[0])) is not None:
+            self._recorder.note(result, Draw(value=value))
+        return result
 
 
 _IS_META: Any = vars(torch._C.TensorBase)["is_meta"].__get__

@@ -24,12 +24,15 @@ def module_base(base: Callable[[], torch.nn.Module], wider: Callable[[], torch.n
             one that is twice as wide.
 
     Raises:
-        InputError: the two have other parameters, or a parameter's initial draw is not understood.
+        InputError: the two have other parameters or no other size, or a parameter's initial draw is not understood.
     """
     built = Built.of(base)
     attention = attention_of(built.module)
+    parameters = base_parameters(built, Built.of(wider))
+    if not any(any(parameter.grows) for parameter in parameters.values()):
+        raise InputError("wider: it has every size of the base. Let it build a module that is wider.")
     return ModuleBase(
-        parameters=base_parameters(built, Built.of(wider)),
+        parameters=parameters,
         head_size=None if attention is None else attention.head_size,
         softmax_scale=None if attention is None else attention.scale,
     )

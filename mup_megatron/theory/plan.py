@@ -242,10 +242,11 @@ def build_plan(
         entry = _entry(parameter, r, h, parametrization, num_layers=target.num_layers, std_at_base=std_at_base)
         entries.append(_overridden(entry, parameter, overrides))
     _require_all_used(overrides, target.parameters)
+    _require_multiplied(h, target)
     # A tied readout has no row of its own; what it computes is the output role all the same.
     readout = Ratios(1.0, 1.0) if standard else Ratios(target.hidden_size / base.hidden_size, 1.0)
     tied_output = rules.multiplier(Role.OUTPUT, Kind.HEAD, readout, embedding=1.0, output=h.output_multiplier)
-    output = next((entry.multiplier for entry in entries if entry.kind is Kind.HEAD), tied_output)
+    output = next((entry.multiplier for entry in entries if _is_own_readout(entry, target)), tied_output)
     return Plan(
         fingerprint=fingerprint,
         optimizer=parametrization.optimizer,
@@ -269,6 +270,22 @@ def build_plan(
         stock_softmax_scale=target.stock_softmax_scale,
         stock_readout_ratio=1.0 if standard else target.stock_readout_scale / base.stock_readout_scale,
     )
+
+
+def _is_own_readout(entry: PlanEntry, shape: ModelShape) -> bool:
+    return entry.kind is Kind.HEAD and entry.name == shape.readout
+
+
+def _require_multiplied(h: Hyperparameters, shape: ModelShape) -> None:
+    """Raises PlanError for a multiplier of something that the model has not."""
+    embeds = any(parameter.kind is Kind.EMBEDDING for parameter in shape.parameters)
+    for key, value, there in (
+        ("embedding_multiplier", h.embedding_multiplier, embeds),
+        ("output_multiplier", h.output_multiplier, shape.readout is not None),
+    ):
+        if value != 1.0 and not there:
+            what = "embedding" if key == "embedding_multiplier" else "readout"
+            raise PlanError(f"{key} is {value:g}, and the model has no {what} that it could act on. Set it to 1.")
 
 
 def _entry_from_json(content: Mapping[str, Any]) -> PlanEntry:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.ds_models import build, config, ds_config, recipe_for, write
+from support.ds_models import build, config, ds_config, recipe_for, train_engine, write
 from support.ds_ranks import run_ranks
 
 from mup_megatron.deepspeed.entry import Entry, drop_auto, entry_of, gradient_clipping, optimizer_params
@@ -34,6 +34,33 @@ def test_an_engine_is_reached_however_it_is_made(tmp_path: Path) -> None:
     assert run_ranks(_constructed_directly, 1, write(recipe_for("gpt2"), tmp_path)) == [True]
 
 
+def _without_optimizer(recipe: str) -> list[str]:
+    import deepspeed
+
+    import mup_megatron.deepspeed
+    from mup_megatron.modules.apply import applied_plan
+
+    content = {key: value for key, value in ds_config(mup={"recipe": recipe}).items() if key != "optimizer"}
+    model = build("gpt2", 4)
+    drawn = model.transformer.wte.weight.detach().clone()
+    engine, *_ = deepspeed.initialize(model=model, config=content)
+    assert mup_megatron.deepspeed.plan_of(engine) is None
+    assert applied_plan(model) is not None
+    assert torch.equal(engine.module.transformer.wte.weight, drawn)
+    # What was applied once, as before a Trainer's evaluation, is not applied again.
+    deepspeed.initialize(model=model, config=content)
+    try:
+        train_engine(engine, "gpt2", range(1))
+    except (AssertionError, RuntimeError, AttributeError) as error:
+        return [str(error)]
+    return []
+
+
+def test_an_engine_without_an_optimizer_has_the_multipliers_and_does_not_train(tmp_path: Path) -> None:
+    (said,) = run_ranks(_without_optimizer, 1, write(recipe_for("gpt2"), tmp_path))
+    assert len(said) == 1, "DeepSpeed itself refuses to step"
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 ADAM = {"type": "AdamW", "params": {"torch_adam": True}}
@@ -50,7 +77,6 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no recipe": ({"mup": {"target": None}}, r'"mup": recipe: missing'),
     "no such recipe": ({"mup": {"recipe": "none.yaml"}}, "none.yaml"),
-    "no optimizer": ({"optimizer": None}, r'"optimizer": missing.*"type": "AdamW"'),
     "MuAdam": ({"optimizer": {"type": "MuAdam"}}, r'MuAdam is μP.*"type": "AdamW"'),
     "MuAdamW": ({"optimizer": {"type": "MuAdamW"}}, r'MuAdamW is μP.*"type": "AdamW"'),
     "MuSGD": ({"optimizer": {"type": "MuSGD"}}, r'MuSGD is μP.*"type": "SGD"'),
@@ -118,8 +144,6 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     configs = {}
     for name, (changes, _) in BAD_CONFIGS.items():
         content = ds_config(world_size=2, mup={"recipe": "R"}) | changes
-        if content["optimizer"] is None:
-            del content["optimizer"]
         content["mup"] = {**content["mup"]}
         if content["mup"].get("recipe") in paths:
             content["mup"]["recipe"] = paths[content["mup"]["recipe"]]

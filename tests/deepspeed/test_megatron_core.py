@@ -26,8 +26,12 @@ ENGINE = [
     *(Case(tp=2, zero=zero, sequence_parallel=True) for zero in (0, 2)),
     *(Case(shape="untied", tp=tp, zero=1) for tp in (1, 2)),
     Case(shape="untied", tp=2, zero=2, sequence_parallel=True),
+    Case(tp=2, zero=1, entry=True),
 ]
-PIPELINE = [Case(shape=shape, stages=2, zero=zero) for shape in SHAPES for zero in (0, 1)]
+PIPELINE = [
+    *(Case(shape=shape, stages=2, zero=zero) for shape in SHAPES for zero in (0, 1)),
+    Case(stages=2, zero=1, entry=True),
+]
 SPLITS = [
     Case(shape=shape, stages=2, zero=1, split=(first, LAYERS))
     for shape, splits in (("tied", (1, 6)), ("untied", range(1, LAYERS)))

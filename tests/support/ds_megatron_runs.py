@@ -18,7 +18,7 @@ from support.stock import Layout
 from support.training_runs import VOCABULARY, options
 
 from mup_megatron.models.model_file import ModelFile
-from mup_megatron.recipe import Recipe
+from mup_megatron.recipe import Recipe, save_recipe
 from mup_megatron.theory import Plan
 from mup_megatron.training import ranks
 from mup_megatron.training.train import run_training
@@ -134,6 +134,8 @@ class Case:
     """Whether DeepSpeed's pipeline sends a part of each tensor-parallel rank's activations; its default."""
     mpu: bool = True
     bf16: bool = False
+    entry: bool = False
+    """The configuration has a "mup" entry, and no groups are handed over."""
     plug_in: bool = True
     weights_of_pipeline: bool = False
     """A GPTModel that starts from what the pipeline draws: there each layer has a seed of its own."""
@@ -198,6 +200,7 @@ def _trained(case: Case, data: Path, cache: Path) -> Result:
 def _run(case: Case, data: Path, cache: Path) -> Result:
     import deepspeed
 
+    import mup_megatron.deepspeed
     from mup_megatron.deepspeed import megatron
 
     deepspeed.utils.logger.setLevel("ERROR")
@@ -210,11 +213,12 @@ def _run(case: Case, data: Path, cache: Path) -> Result:
         BREAKS[case.broken](model, groups)
     engine, optimizer, _, _ = deepspeed.initialize(
         model=model,
-        model_parameters=groups,
+        model_parameters=None if case.entry else groups,
         mpu=None if case.stages or not case.mpu else megatron.mpu(),
         lr_scheduler=lambda basic: torch.optim.lr_scheduler.LambdaLR(basic, lr_share),
-        config=_engine_config(case, recipe),
+        config=_engine_config(case, recipe) | (_entry(recipe, cache) if case.entry else {}),
     )
+    assert (mup_megatron.deepspeed.plan_of(engine) is not None) == case.entry
     dataset = _dataset(target, data, cache)
     losses, norms, live = [], [], []
     for step in range(STEPS):
@@ -284,6 +288,12 @@ def _engine_config(case: Case, recipe: Recipe) -> dict[str, Any]:
         "pipeline": {"pipe_partitioned": case.partitioned, "grad_partitioned": case.partitioned},
         "steps_per_print": None,
     }
+
+
+def _entry(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    path = folder.parent / f"{recipe.fingerprint}.{torch.distributed.get_rank()}.recipe.yaml"
+    save_recipe(recipe, path)
+    return {"mup": {"recipe": str(path)}}
 
 
 def _dataset(target: ModelFile, data: Path, cache: Path) -> Any:

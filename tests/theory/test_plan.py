@@ -259,8 +259,18 @@ def _matrix(name: str, fan_in: int = 8) -> Parameter:
 
 
 TUNED = Hyperparameters(
-    **{field.name: HYPERPARAMETERS[field.name] for field in dataclasses.fields(Hyperparameters)},
+    **{field.name: HYPERPARAMETERS[field.name] for field in dataclasses.fields(Hyperparameters)}
+    | {"embedding_multiplier": 1.0},
 )
+
+
+@pytest.mark.parametrize("key", ["embedding_multiplier", "output_multiplier"])
+def test_a_multiplier_of_what_the_model_has_not_is_refused(key: str) -> None:
+    shape = dataclasses.replace(_shape(_matrix("layers.0.weight")), readout=None)
+    tuned = dataclasses.replace(TUNED, output_multiplier=1.0)
+    assert build_plan(shape, shape, tuned, parametrization=Parametrization()).readout is None
+    with pytest.raises(PlanError, match=rf"{key} is 2, and the model has no .* Set it to 1\."):
+        build_plan(shape, shape, dataclasses.replace(tuned, **{key: 2.0}), parametrization=Parametrization())
 
 
 def test_a_parameter_that_the_base_lacks_is_named() -> None:

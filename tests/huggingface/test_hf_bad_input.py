@@ -1,0 +1,261 @@
+"""What a user can do wrong with Hugging Face models: a sentence that names key and remedy, before anything changes."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.hf_families import POSITIONS, VOCABULARY, config, recipe_at
+from support.hf_models import built, with_class, with_heads_growing
+from torch import nn
+from transformers import PretrainedConfig
+
+from mup_megatron.errors import InputError
+from mup_megatron.huggingface import apply_plan, plan_for
+from mup_megatron.models.model_file import ModelFile
+from mup_megatron.modules import module_base, plan_for_module
+from mup_megatron.recipe import Recipe, recipe
+
+
+def _refused(make: Callable[[], object], *words: str) -> str:
+    with pytest.raises(InputError) as raised:
+        make()
+    message = str(raised.value)
+    for word in words:
+        assert word in message, message
+    assert "\n" not in message
+    assert message.rstrip().endswith((".", "?")), message
+    assert "  " not in message, message
+    return message
+
+
+def _llama(width: int = 64, **changes: Any) -> PretrainedConfig:
+    return with_class("llama", config("llama", width, **changes))
+
+
+def _recipe(**base: Any) -> Recipe:
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "hidden_size": 32, "intermediate_size": 96}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    content = {"model_type": "llama", **sizes, **layers}
+    return recipe({"base": content | base, "hyperparameters": {"lr": 0.01}}, source="r.yaml")
+
+
+def test_the_recipe_of_these_tests_is_accepted() -> None:
+    assert len(plan_for(_llama(), _recipe()).entries) == 21
+
+
+# ---- another architecture ------------------------------------------------------------------------------------------
+
+
+def test_another_model_type() -> None:
+    target = with_class("gpt2", config("gpt2", 64))
+    _refused(lambda: plan_for(target, _recipe()), "model_type is llama", "but gpt2 in the target")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocab_size", 65),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("tie_word_embeddings", True),
+        ("mlp_bias", True),
+    ],
+)
+def test_a_key_that_is_no_width(key: str, value: object) -> None:
+    _refused(lambda: plan_for(_llama(**{key: value}), _recipe()), f"{key} is ", f"but {value} in the target", "base")
+
+
+def test_another_number_of_classes() -> None:
+    base, target = config("vit", 32), with_class("vit", config("vit", 64, num_labels=11))
+    _refused(lambda: plan_for(target, recipe_at(base)), "num_labels is 10", "11")
+
+
+def test_another_number_of_patches() -> None:
+    base, target = config("vit", 32), with_class("vit", config("vit", 64, image_size=32))
+    _refused(
+        lambda: plan_for(target, recipe_at(base)), "vit.embeddings.position_embeddings", "17", "65", "Give the base"
+    )
+
+
+def test_another_number_of_positions() -> None:
+    base, target = config("gpt2", 32), with_class("gpt2", config("gpt2", 64, n_positions=16))
+    _refused(lambda: plan_for(target, recipe_at(base)), "transformer.wpe.weight", "32", "16")
+    assert plan_for(_llama(max_position_embeddings=16), _recipe()).entries  # rotary positions have no table
+
+
+def test_other_stages() -> None:
+    target = with_class("resnet", config("resnet", 64, hidden_sizes=[64, 128, 256], depths=[1, 1, 1]))
+    _refused(lambda: plan_for(target, recipe_at(config("resnet", 32))), "depths has 2 stages", "3 in the target")
+    fewer = with_class("resnet", config("resnet", 64, hidden_sizes=[64], depths=[1]))
+    _refused(lambda: plan_for(fewer, recipe_at(config("resnet", 32))), "depths has 2 stages", "1 in the target")
+
+
+def test_base_and_target_exchanged() -> None:
+    _refused(lambda: plan_for(_llama(32), _recipe(hidden_size=64, num_attention_heads=4)), "exchanged?")
+
+
+def test_a_base_with_more_parameters() -> None:
+    _refused(lambda: plan_for(_llama(64), _recipe(intermediate_size=4000)), "parameters", "exchanged?")
+
+
+# ---- keys ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("hiden_size", "'hidden_size'"),
+        ("num_atention_heads", "'num_attention_heads'"),
+        ("n_embd_", ""),
+        ("zzz", "LlamaConfig"),
+    ],
+)
+def test_an_unknown_key(key: str, hint: str) -> None:
+    _refused(lambda: plan_for(_llama(), _recipe(**{key: 4})), f"base.{key}: unknown key of model type llama", hint)
+
+
+def test_an_unknown_model_type() -> None:
+    _refused(lambda: plan_for(_llama(), _recipe(model_type="lama")), "base.model_type: 'lama'")
+
+
+def test_an_impossible_base() -> None:
+    _refused(lambda: plan_for(_llama(), _recipe(num_attention_heads=3)), "3")
+    _refused(lambda: plan_for(_llama(), _recipe(hidden_size="wide")), "hidden_size")
+
+
+def test_no_architectures() -> None:
+    target = config("llama", 64)
+    _refused(lambda: plan_for(target, _recipe()), "architectures: ", "GPT2LMHeadModel")
+    assert plan_for(target, _recipe(architectures=["LlamaForCausalLM"])) is not None
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLMs", "AutoConfig", "LlamaConfig", "Trainer"])
+def test_architectures_that_are_none(name: str) -> None:
+    target = config("llama", 64)
+    target.architectures = [name]
+    _refused(lambda: plan_for(target, _recipe()), f"architectures: {name} is no model class")
+
+
+def test_an_override_that_matches_nothing() -> None:
+    own = recipe_at(config("llama", 32), per_parameter=[{"match": "transformer.*", "lr_mult": 2.0}])
+    _refused(lambda: plan_for(_llama(), own), "per_parameter[0] 'transformer.*' matches no parameter")
+
+
+# ---- models that have no plan --------------------------------------------------------------------------------------
+
+
+def test_experts() -> None:
+    def mixtral(width: int) -> PretrainedConfig:
+        return transformers.MixtralConfig(
+            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=width // 16,
+            num_key_value_heads=1, vocab_size=64, num_local_experts=4, architectures=["MixtralForCausalLM"],
+        )  # fmt: skip
+
+    message = _refused(lambda: plan_for(mixtral(64), recipe_at(mixtral(32))), "experts")
+    assert re.match(r"model\.layers\.0\.\S+", message)
+
+
+@pytest.mark.parametrize("kind", ["GemmaConfig", "Gemma2Config"])
+def test_embeddings_that_grow_with_width(kind: str) -> None:
+    def gemma(width: int) -> PretrainedConfig:
+        return getattr(transformers, kind)(
+            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=width // 16,
+            num_key_value_heads=1, head_dim=16, vocab_size=64, architectures=[kind.replace("Config", "ForCausalLM")],
+        )  # fmt: skip
+
+    _refused(lambda: plan_for(gemma(64), recipe_at(gemma(32))), "model.embed_tokens", "embed_scale")
+
+
+def test_bart_may_scale_its_embedding_or_not() -> None:
+    def bart(width: int, scale: bool) -> PretrainedConfig:
+        own = {"encoder_layers": 1, "decoder_layers": 1, "vocab_size": 64, "max_position_embeddings": 32}
+        heads = {f"{side}_attention_heads": width // 16 for side in ("encoder", "decoder")}
+        ffn = {f"{side}_ffn_dim": 2 * width for side in ("encoder", "decoder")}
+        return transformers.BartConfig(
+            d_model=width, scale_embedding=scale, **own, **heads, **ffn, architectures=["BartForConditionalGeneration"]
+        )
+
+    _refused(lambda: plan_for(bart(64, True), recipe_at(bart(32, True))), "embed_scale", "scale_embedding")
+    assert plan_for(bart(64, False), recipe_at(bart(32, False))).tied
+
+
+_DEBERTA = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+HIDDEN_SCALES: dict[str, tuple[str, dict[str, int]]] = {
+    "DebertaV2Config": ("DebertaV2ForMaskedLM", _DEBERTA),
+    "BloomConfig": ("BloomForCausalLM", {"hidden_size": 64, "n_layer": 1, "n_head": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN_SCALES)
+def test_attention_that_hides_its_scale_must_not_have_larger_heads(kind: str) -> None:
+    architecture, own = HIDDEN_SCALES[kind]
+
+    def at(ratio: int, heads: int) -> PretrainedConfig:
+        head_key = next(key for key in ("num_attention_heads", "n_head") if key in own)
+        return getattr(transformers, kind)(
+            **own | {"vocab_size": 64, "hidden_size": 64 * ratio, head_key: heads}, architectures=[architecture]
+        )
+
+    _refused(lambda: plan_for(at(2, 4), recipe_at(at(1, 4))), "head", "scale")
+    assert plan_for(at(2, 8), recipe_at(at(1, 4))).entries
+
+
+# ---- the wrong kind of recipe --------------------------------------------------------------------------------------
+
+
+def _megatron() -> Recipe:
+    model = ModelFile(num_layers=1, hidden_size=32, num_attention_heads=2, seq_length=8, vocab_size=64)
+    return recipe({"base": model.model_dump(mode="json"), "hyperparameters": {"lr": 0.01}}, source="r.yaml")
+
+
+def _of_module() -> Recipe:
+    base = module_base(lambda: nn.Linear(4, 8), lambda: nn.Linear(4, 16))
+    return recipe({"base": base.model_dump(mode="json"), "hyperparameters": {"lr": 0.01}}, source="r.yaml")
+
+
+@pytest.mark.parametrize("make", [_megatron, _of_module])
+def test_a_recipe_for_another_library(make: Callable[[], Recipe]) -> None:
+    _refused(lambda: plan_for(_llama(), make()), "not a Hugging Face configuration")
+
+
+def test_a_hugging_face_recipe_for_another_library() -> None:
+    target = _megatron().base
+    assert isinstance(target, ModelFile)
+    _refused(lambda: _recipe().plan(target), "Hugging Face configuration", "Megatron-Core")
+    _refused(lambda: plan_for_module(lambda: nn.Linear(4, 8), _recipe()), "not a torch module")
+
+
+# ---- applying ------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_applied_once() -> None:
+    model = built("llama", _llama())
+    plan = plan_for(model, _recipe())
+    apply_plan(model, plan)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    _refused(lambda: apply_plan(model, plan), "applied to this model already")
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_a_plan_for_another_model() -> None:
+    plan = plan_for(_llama(), _recipe())
+    with pytest.raises(InputError, match=r"the model's shape is \(64, 128\), the plan's \(64, 64\)"):
+        apply_plan(built("llama", _llama(128)), plan)
+    with pytest.raises(InputError, match=r"model\.layers\.2\..*the plan has not"):
+        apply_plan(built("llama", _llama(n=3)), plan)
+    with pytest.raises(InputError, match=r"model\.layers\.1\..*the model has not"):
+        apply_plan(built("llama", _llama(n=1)), plan)
+
+
+def test_attention_that_cannot_be_told_is_refused_before_anything_changes() -> None:
+    target = with_class("gpt2", with_heads_growing("gpt2", 128))
+    model = built("gpt2", target)
+    plan = plan_for(model, recipe_at(with_heads_growing("gpt2", 64)))
+    for block in model.transformer.h:
+        del block.attn.scaling
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    _refused(lambda: apply_plan(model, plan), "attention scale")
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())

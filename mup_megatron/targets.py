@@ -38,8 +38,7 @@ def plan_for_file(path: Path, recipe: Recipe) -> Plan:
     if isinstance(recipe.base, HuggingFaceBase):
         raise InputError(
             f"{path}: no model_type, and the recipe's base is a Hugging Face {recipe.base.model_type}. Give the "
-            f"target's "
-            "configuration."
+            "target's configuration."
         )
     if isinstance(recipe.base, ModuleBase):
         raise InputError(

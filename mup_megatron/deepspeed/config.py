@@ -39,7 +39,8 @@ def configuration(recipe: Recipe, *, path: str, settings: Settings) -> dict[str,
     """A configuration that trains with a recipe.
 
     Args:
-        recipe: decides the optimizer, its values, the schedule and the clipping.
+        recipe: decides the optimizer, its values, the schedule and the clipping. Its numbers are written out for those
+            who read the file, and compared by the engine.
         path: where the recipe's file is.
         settings: the rest.
 
@@ -48,14 +49,18 @@ def configuration(recipe: Recipe, *, path: str, settings: Settings) -> dict[str,
     """
     adam = recipe.parametrization.optimizer == "adam"
     kind = "AdamW" if adam else "SGD"
-    # The values are the recipe's. They are written out for those who read the file; the engine compares them.
-    optimizer = {"type": kind, "params": entries.optimizer_params(kind, {}, recipe)}
+    params = entries.optimizer_params(kind, {}, recipe)
+    clipping: float | str = recipe.hyperparameters.clip_grad
+    if settings.global_batch_size is None:
+        # The Trainer compares numbers with its own arguments. What is left open the recipe fills in, not the Trainer.
+        params, clipping = dict.fromkeys(params, AUTO), AUTO
+    optimizer = {"type": kind, "params": params}
     scheduler = None if settings.train_iters is None else _scheduler(recipe, settings.train_iters)
     return {
         **_batches(settings),
         "optimizer": optimizer,
         **({} if scheduler is None else {"scheduler": scheduler}),
-        "gradient_clipping": recipe.hyperparameters.clip_grad,
+        "gradient_clipping": clipping,
         "zero_optimization": _zero(settings),
         **({"bf16": {"enabled": True}} if settings.bf16 else {}),
         KEY: {"recipe": path},

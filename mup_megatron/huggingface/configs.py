@@ -94,8 +94,7 @@ def config_from(
     except ValueError:
         raise InputError(
             f"{source}.model_type: {model_type!r} is no model type of the installed transformers. Correct it, or "
-            f"install "
-            "a release that has it."
+            "install a release that has it."
         ) from None
     known = {*defaults.to_dict(), *defaults.attribute_map, "tie_word_embeddings", "is_decoder", "num_labels"}
     for key in own if strict else ():
@@ -119,8 +118,7 @@ def require_comparable(base: PretrainedConfig, target: PretrainedConfig) -> None
     if base.model_type != target.model_type:
         raise InputError(
             f"model_type is {base.model_type} in the recipe's base but {target.model_type} in the target. "
-            f"Hyperparameters "
-            "transfer between widths of one architecture: tune a base that has the target's."
+            "Hyperparameters transfer between widths of one architecture: tune a base that has the target's."
         )
     for key in sorted(differing(base, target)):
         one: Any = getattr(base, key, None)
@@ -138,14 +136,12 @@ def require_comparable(base: PretrainedConfig, target: PretrainedConfig) -> None
             continue  # a width of a family that is not listed here: `widened` compares it
         raise InputError(
             f"{key} is {values[0]} in the recipe's base but {values[1]} in the target. Hyperparameters transfer "
-            f"between "
-            "widths of one architecture: give the base the target's."
+            "between widths of one architecture: give the base the target's."
         )
     if base.num_labels != target.num_labels:
         raise InputError(
             f"num_labels is {base.num_labels} in the recipe's base but {target.num_labels} in the target. Give the "
-            f"base "
-            "the target's."
+            "base the target's."
         )
 
 

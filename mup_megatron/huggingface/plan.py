@@ -44,8 +44,7 @@ def plan_for(target: PreTrainedModel | PretrainedConfig, recipe: Recipe) -> Plan
     if config.model_type not in TESTED:
         _log.warning(
             "model type %s is not among those that were tested. Its plan follows from comparing configurations; look "
-            "at it "
-            "with `mup-megatron explain`, and make a coordinate check before a large run.",
+            "at it with `mup-megatron explain`, and make a coordinate check before a large run.",
             config.model_type,
         )
     model_class = _class_of(target, at_base)
@@ -118,7 +117,8 @@ def _num_layers(config: PretrainedConfig) -> int:
 def _require_known_scale(base: PretrainedConfig, target: PretrainedConfig, model: torch.nn.Module) -> None:
     """Raises InputError if heads grow in size, and attention hides its scale."""
     one, other = configs.head_size(base), configs.head_size(target)
-    if one != other and attention_of(model) is None:
+    attention = attention_of(model)
+    if one != other and (attention is None or attention.scale is None):
         raise InputError(
             f"the size of heads is {one} in the recipe's base and {other} in the target, and the attention of "
             f"{type(model).__name__} has no scale that can be set. Let the number of heads grow, and keep their size."
@@ -133,8 +133,7 @@ def _require_no_embedding_scale(base: torch.nn.Module, target: torch.nn.Module) 
         if scale is not None and not _same(scale, getattr(at_base.get(name), "embed_scale", None)):
             raise InputError(
                 f"{name}: {type(module).__name__} multiplies embeddings by a factor that grows with width "
-                f"(embed_scale), "
-                "which μP has no place for. Choose a model without, or set scale_embedding to false."
+                "(embed_scale), which μP has no place for. Choose a model without, or set scale_embedding to false."
             )
 
 

@@ -98,9 +98,10 @@ def require_match(model: torch.nn.Module, plan: Plan) -> None:
 
 def _factor(entry: PlanEntry) -> float:
     """What the library's draw is multiplied by."""
-    if entry.init_std is None or entry.library_std is None or entry.init_std == entry.library_std:
+    if entry.init_std is None:
         return 1.0
-    return entry.init_std / entry.library_std
+    assert entry.library_std is not None, entry.name
+    return 1.0 if entry.init_std == entry.library_std else entry.init_std / entry.library_std
 
 
 def _require_drawn(model: torch.nn.Module, plan: Plan) -> None:
@@ -113,7 +114,10 @@ def _require_drawn(model: torch.nn.Module, plan: Plan) -> None:
         if _factor(entry) == 1.0:
             continue
         with whole(parameter, change=False), torch.no_grad():
-            found = parameter.detach().float().square().mean().sqrt().item()
+            # In one pass: a copy in fp32 of the largest embedding may not fit.
+            precise = torch.float64 if parameter.dtype is torch.float64 else torch.float32
+            norm = torch.linalg.vector_norm(parameter.detach(), dtype=precise).item()
+        found = norm / math.sqrt(math.prod(entry.shape))
         assert entry.library_std is not None
         # Six standard errors of the root mean square of so many draws, and half precision's rounding.
         allowed = entry.library_std * (6.0 / math.sqrt(2.0 * math.prod(entry.shape)) + 4e-3)
@@ -169,9 +173,8 @@ def _require_scalable(model: torch.nn.Module, plan: Plan) -> None:
     if not found:
         raise InputError(
             f"the plan's attention scale is {plan.softmax_scale:g}, and the model has no attention that says its "
-            f"scale. "
-            "Use attention_multiplier 1 and a base of the target's head size, or give the attention module a float "
-            "`scaling` and an integer `head_dim`."
+            "scale. Use attention_multiplier 1 and a base of the target's head size, or give the attention module a "
+            "float `scaling` and an integer `head_dim`."
         )
     for name, module, attention in found:
         if attention.scale is None:

@@ -1,8 +1,8 @@
 """Where a module's attentions keep the scale of their logits.
 
-An attention that can be told its scale is a module whose class is called one, with a float `scaling` and the size of
-its heads: so it is in every Hugging Face model, for all of its back ends. Torch's own `MultiheadAttention` has no
-place for a scale.
+An attention is a module whose class is called one and that has the size of its heads. It can be told its scale if it
+has a float `scaling` too: so it is in most Hugging Face models, for all of their back ends, and not in torch's own
+`MultiheadAttention`.
 """
 
 from collections.abc import Iterator
@@ -32,10 +32,8 @@ def attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Mo
         if "Attention" not in type(module).__name__:
             continue
         head_size = next((size for key in _HEAD_SIZES if isinstance(size := getattr(module, key, None), int)), None)
-        if head_size is None:
-            continue
-        key = scale_attribute(module)
-        if key is not None or isinstance(module, torch.nn.MultiheadAttention):
+        if head_size is not None:
+            key = scale_attribute(module)
             yield name, module, Attention(head_size, None if key is None else float(getattr(module, key)))
 
 

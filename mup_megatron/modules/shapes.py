@@ -6,7 +6,6 @@ device.
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -16,9 +15,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.modules.attention import Attention, attention_of
 from mup_megatron.modules.draws import Draw, build_on_meta
 from mup_megatron.recipe import ModuleParameter
-from mup_megatron.theory import Dimension, Kind, ModelShape, Parameter
-
-_LAYER_INDEX = re.compile(r"\.\d+(?=\.|$)")
+from mup_megatron.theory import Dimension, Kind, ModelShape, Parameter, family_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,25 +47,30 @@ def base_parameters(base: Built, *wider: Built, init_scale: float = 1.0) -> dict
     Raises:
         InputError: a wider module has other parameters, or a draw is not understood; names them.
     """
-    shapes = base.shapes
-    for other in wider:
-        _require_alike(shapes, other.shapes)
-    unknown = [name for name, draw in base.draws.items() if not draw.understood]
-    if unknown:
-        raise InputError(
-            f"{_listed(unknown)}: how it is drawn is not understood, so its std at the base is unknown. Initialise it "
-            "with torch.nn.init's normal_, uniform_, trunc_normal_, kaiming_* or xavier_* around 0, or with a constant."
-        )
+    shapes, wide = base.shapes, [other.shapes for other in wider]
+    for other in wide:
+        _require_alike(shapes, other)
+    _require_understood(base)
     found = {}
     for name, shape in shapes.items():
         draw = base.draws[name]
         found[name] = ModuleParameter(
             shape=shape,
-            grows=tuple(any(other.shapes[name][d] != size for other in wider) for d, size in enumerate(shape)),
+            grows=tuple(any(other[name][d] != size for other in wide) for d, size in enumerate(shape)),
             init_std=None if draw.std is None else draw.std * init_scale,
             init_value=draw.value,
         )
     return found
+
+
+def _require_understood(built: Built) -> None:
+    """Raises InputError for draws that are not understood: at base and target alike the std has to be known."""
+    unknown = [name for name, draw in built.draws.items() if not draw.understood]
+    if unknown:
+        raise InputError(
+            f"{_listed(unknown)}: how it is drawn is not understood, so its std is unknown. Initialise it with "
+            "torch.nn.init's normal_, uniform_, trunc_normal_, kaiming_* or xavier_* around 0, or with a constant."
+        )
 
 
 def _require_alike(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> None:
@@ -116,13 +118,14 @@ def model_shapes(target: Built, base: Mapping[str, ModuleParameter], facts: Fact
     Raises:
         InputError: parameters that cannot be classified or that the base lacks, all of them by name.
     """
-    at_base = {name: found for name in target.shapes if (found := _counterpart(name, base)) is not None}
+    _require_understood(target)
+    families = _by_family(base)
+    at_base = {name: found for name in target.shapes if (found := _counterpart(name, base, families)) is not None}
     missing = [name for name in target.shapes if name not in at_base]
     if missing:
         raise InputError(
             f"{_listed(missing)}: the recipe's base has no such parameter, so its width ratio is unknown. Give the "
-            f"base "
-            "the target's architecture."
+            "base the target's architecture."
         )
     _require_base_is_not_more(target, at_base, base)
     pairs = _parameters(target, at_base)
@@ -150,21 +153,28 @@ def model_shapes(target: Built, base: Mapping[str, ModuleParameter], facts: Fact
     )
 
 
-def _counterpart(name: str, base: Mapping[str, ModuleParameter]) -> ModuleParameter | None:
+def _by_family(base: Mapping[str, ModuleParameter]) -> dict[str, list[ModuleParameter]]:
+    families: dict[str, list[ModuleParameter]] = {}
+    for name, parameter in base.items():
+        families.setdefault(family_of(name), []).append(parameter)
+    return families
+
+
+def _counterpart(
+    name: str, base: Mapping[str, ModuleParameter], families: Mapping[str, list[ModuleParameter]]
+) -> ModuleParameter | None:
+    """What the base has for a parameter: of the same name, or of other layers where these are all alike."""
     if name in base:
         return base[name]
-    family = _LAYER_INDEX.sub(".*", name)
-    alike = [parameter for other, parameter in base.items() if _LAYER_INDEX.sub(".*", other) == family]
-    if alike and all(other == alike[0] for other in alike):
-        return alike[0]
-    return None
+    alike = families.get(family_of(name), [])
+    return alike[0] if alike and all(other == alike[0] for other in alike) else None
 
 
 def _require_base_is_not_more(
     target: Built, at_base: Mapping[str, ModuleParameter], base: Mapping[str, ModuleParameter]
 ) -> None:
-    families = {_LAYER_INDEX.sub(".*", name) for name in target.shapes}
-    surplus = [name for name in base if _LAYER_INDEX.sub(".*", name) not in families]
+    families = {family_of(name) for name in target.shapes}
+    surplus = [name for name in base if family_of(name) not in families]
     if surplus:
         raise InputError(
             f"{_listed(surplus)}: the recipe's base has it and the target has not. Give the base the target's "
@@ -178,8 +188,8 @@ def _require_base_is_not_more(
             if size != base_size and not grows:
                 raise InputError(
                     f"{name}: a side that does not grow with width has size {base_size} in the recipe's base and "
-                    f"{size} "
-                    "in the target (a vocabulary, a number of positions or classes). Give the base the target's."
+                    f"{size} in the target (a vocabulary, a number of positions or classes). Give the base the "
+                    "target's."
                 )
     of_base, of_target = (
         sum(map(math.prod, shapes)) for shapes in ((own.shape for own in at_base.values()), target.shapes.values())
@@ -187,8 +197,7 @@ def _require_base_is_not_more(
     if of_base > of_target:
         raise InputError(
             f"the recipe's base has {of_base:,} parameters at the target's depth, and the target {of_target:,}. A "
-            f"base is "
-            "the smaller of the two: were they exchanged?"
+            "base is the smaller of the two: were they exchanged?"
         )
 
 
@@ -217,9 +226,8 @@ def _parameters(target: Built, at_base: Mapping[str, ModuleParameter]) -> list[t
     if unclear:
         raise InputError(
             f"{_listed(unclear)}: which side is fan_in cannot be known from the layer that it belongs to. Linear "
-            f"layers, "
-            "convolutions, embeddings, norms, biases and tables with one growing side are supported; experts in one "
-            "tensor are not."
+            "layers, convolutions, embeddings, norms, biases and tables with one growing side are supported; experts "
+            "in one tensor are not."
         )
     return found
 

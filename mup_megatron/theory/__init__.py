@@ -12,6 +12,7 @@ from mup_megatron.theory.plan import (
     Plan,
     PlanEntry,
     build_plan,
+    family_of,
 )
 from mup_megatron.theory.roles import Dimension, Kind, Parameter, Role
 from mup_megatron.theory.rules import Optimizer, Rule
@@ -31,4 +32,5 @@ __all__ = [
     "Role",
     "Rule",
     "build_plan",
+    "family_of",
 ]

@@ -239,6 +239,11 @@ def build_plan(
         counterpart = at_base.get(parameter.name) or _of_family(families, parameter)
         r = Ratios(1.0, 1.0) if standard else ratios(counterpart, parameter)
         std_at_base = counterpart.init_std
+        if (std_at_base is None) != (parameter.init_std is None):
+            raise PlanError(
+                f"{parameter.name}: it starts at a constant in one of base and target and is drawn at random in the "
+                "other. Initialise both alike."
+            )
         entry = _entry(parameter, r, h, parametrization, num_layers=target.num_layers, std_at_base=std_at_base)
         entries.append(_overridden(entry, parameter, overrides))
     _require_all_used(overrides, target.parameters)
@@ -365,7 +370,7 @@ def _require_all_used(overrides: tuple[Override, ...], parameters: Iterable[Para
             )
 
 
-def _family(name: str) -> str:
+def family_of(name: str) -> str:
     """A name without its layer index: what is the same at every depth."""
     return _LAYER_INDEX.sub(".*", name)
 
@@ -373,13 +378,13 @@ def _family(name: str) -> str:
 def _by_family(parameters: Iterable[Parameter]) -> dict[str, list[Parameter]]:
     families: dict[str, list[Parameter]] = {}
     for parameter in parameters:
-        families.setdefault(_family(parameter.name), []).append(parameter)
+        families.setdefault(family_of(parameter.name), []).append(parameter)
     return families
 
 
 def _of_family(families: Mapping[str, list[Parameter]], parameter: Parameter) -> Parameter:
     """What the base has for a parameter of a layer that it has not."""
-    alike = families.get(_family(parameter.name))
+    alike = families.get(family_of(parameter.name))
     if not alike:
         raise PlanError(
             f"{parameter.name}: the base has no such parameter, so its width ratio is unknown. "

@@ -67,8 +67,8 @@ class Parameter:
     init_value: float | None = None
     """The constant that it starts at; None for what is drawn at random."""
     init_std: float | None = None
-    """The std with which its library draws it at this shape, already with the tuned scale; only the base's is used.
-    None for a constant, and for what is drawn as Megatron does, from the tuned σ."""
+    """The std with which its library draws it at this shape; the base's already with the tuned scale. None for a
+    constant, and for what is drawn as Megatron does, from the tuned σ."""
     name_at_base: str | None = None
     """What the base calls it, where that differs: the name that a recipe's patterns mean."""
     padded_to: int | None = None

@@ -146,3 +146,17 @@ def test_a_recipe_of_another_library_is_refused(run: Command, gpt2: Path) -> Non
     code, _, err = run("ds-config", "large.json", "--recipe", "r.yaml")
     assert code == 2
     assert "r.yaml for large.json: the recipe's base is not a Hugging Face configuration" in err
+
+
+def test_the_trainer_takes_what_is_left_open_to_it(run: Command, gpt2: Path) -> None:
+    from transformers import TrainingArguments
+
+    content = configuration(run, "--zero-stage", "2")
+    assert content["gradient_clipping"] == content["optimizer"]["params"]["lr"] == "auto"
+    (gpt2 / "ds.json").write_text(json.dumps(content))
+    # With numbers in their place it would refuse its own defaults: another learning rate, betas, eps, weight decay.
+    arguments = TrainingArguments(output_dir=str(gpt2 / "out"), deepspeed=str(gpt2 / "ds.json"), use_cpu=True)
+    trainer_config = arguments.hf_deepspeed_config
+    trainer_config.trainer_config_finalize(arguments, None, 10)
+    assert trainer_config.mismatches == []
+    assert checked(run, gpt2 / "checked.json", content)[0] == 0

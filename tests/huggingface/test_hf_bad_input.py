@@ -257,5 +257,17 @@ def test_attention_that_cannot_be_told_is_refused_before_anything_changes() -> N
     for block in model.transformer.h:
         del block.attn.scaling
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    _refused(lambda: apply_plan(model, plan), "attention scale")
+    _refused(lambda: apply_plan(model, plan), "GPT2Attention has no scale to set")
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_attentions_of_which_only_some_can_be_told_are_refused() -> None:
+    """BigBirdPegasus: its decoder has a scale, the block-sparse attention of its encoder has none to set."""
+    own = transformers.BigBirdPegasusConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
+        scale_embedding=False, architectures=["BigBirdPegasusForConditionalGeneration"],
+    )  # fmt: skip
+    model = transformers.BigBirdPegasusForConditionalGeneration(own)
+    plan = plan_for(model, recipe_at(own, hyperparameters={"attention_multiplier": 2.0}))
+    _refused(lambda: apply_plan(model, plan), "has no scale to set")

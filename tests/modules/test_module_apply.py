@@ -37,7 +37,8 @@ def _refused(make: Callable[[], object], *words: str) -> None:
 def test_multipliers_act_on_weights_and_not_on_biases(kind: str, training: bool) -> None:
     """In evaluation torch's transformer layers have a way around their own submodules."""
     make = MODULES[kind]
-    plan = plan_of(make, 4, hyperparameters={"output_multiplier": 2.0})
+    embedding = {"embedding_multiplier": 3.0} if kind == "transformer" else {}
+    plan = plan_of(make, 4, hyperparameters={"output_multiplier": 2.0, **embedding})
     model = make(4).double().train(training)
     apply_plan(model, plan)
     plain = make(4).double().train(training)

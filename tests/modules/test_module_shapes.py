@@ -12,7 +12,7 @@ from torch import nn
 
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, module_base, param_groups, plan_for_module
-from mup_megatron.recipe import ModuleBase, Recipe, load_recipe, recipe, save_recipe
+from mup_megatron.recipe import Hyperparameters, ModuleBase, Recipe, load_recipe, recipe, save_recipe
 from mup_megatron.theory import Kind, Optimizer, Role, rules
 from mup_megatron.theory.rules import ONE, Power
 
@@ -328,3 +328,30 @@ def test_a_base_that_is_larger() -> None:
 
 def test_nothing_that_grows() -> None:
     _refused(lambda: module_base(lambda: mlp(2), lambda: mlp(2)), "wider")
+
+
+def test_a_draw_that_only_the_target_has_not_understood_is_refused() -> None:
+    class Odd(torch.nn.Linear):
+        def reset_parameters(self) -> None:
+            super().reset_parameters()
+            if self.in_features > 16:
+                with torch.no_grad():
+                    self.weight.copy_(torch.rand_like(self.weight))
+
+    base = module_base(lambda: Odd(8, 8), lambda: Odd(16, 16))
+    recipe = Recipe(base=base, hyperparameters=Hyperparameters(lr=0.1))
+    with pytest.raises(InputError, match="weight: how it is drawn is not understood"):
+        plan_for_module(lambda: Odd(32, 32), recipe)
+
+
+def test_a_constant_at_the_base_that_the_target_draws_is_refused() -> None:
+    class Odd(torch.nn.Linear):
+        def reset_parameters(self) -> None:
+            super().reset_parameters()
+            if self.in_features <= 16:
+                torch.nn.init.zeros_(self.weight)
+
+    base = module_base(lambda: Odd(8, 8), lambda: Odd(16, 16))
+    recipe = Recipe(base=base, hyperparameters=Hyperparameters(lr=0.1))
+    with pytest.raises(InputError, match="weight: it starts at a constant in one of base and target"):
+        plan_for_module(lambda: Odd(32, 32), recipe)

@@ -72,5 +72,9 @@ def hugging_face_config(content: Any, *, source: str) -> "PretrainedConfig":
     from mup_megatron.huggingface.configs import config_from
 
     own = {key: value for key, value in content.items() if key not in {"model_type", "architectures"}}
-    classes = tuple(content.get("architectures") or ())
-    return config_from(content["model_type"], own, architectures=classes, source=source, strict=False)
+    classes = content.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise InputError(f"{source}: architectures is {classes!r}, not a list of names. Write [GPT2LMHeadModel].")
+    if not isinstance(content["model_type"], str):
+        raise InputError(f"{source}: model_type is {content['model_type']!r}, not a name. Write for example gpt2.")
+    return config_from(content["model_type"], own, architectures=tuple(classes), source=source, strict=False)

@@ -7,13 +7,14 @@ import contextlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from mup_megatron.deepspeed import entry as entries
 from mup_megatron.deepspeed.entry import AUTO, KEY
 from mup_megatron.errors import InputError
 from mup_megatron.modules.groups import values
-from mup_megatron.recipe import Recipe
+from mup_megatron.recipe import Recipe, load_recipe
 from mup_megatron.theory import Plan
 
 _SHORTEST_WARMUP = 2
@@ -127,8 +128,16 @@ def problems(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> list[str
 
 
 def _entry_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> None:
-    if entries.entry_of(content) is None:
+    entry = entries.entry_of(content)
+    if entry is None:
         raise InputError(f'"{KEY}": missing, so DeepSpeed would train without μP. Write "{KEY}": {{"recipe": "…"}}.')
+    named = load_recipe(Path(entry.recipe))
+    if named.fingerprint != recipe.fingerprint:
+        raise InputError(
+            f'"{KEY}": {entry.recipe} is another recipe (fingerprint {named.fingerprint[:12]}) than the one that this '
+            f"is "
+            f"checked against ({recipe.fingerprint[:12]}). Name that one."
+        )
 
 
 def _feature_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> None:
@@ -159,7 +168,7 @@ def _scheduler_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -
 
 
 def _section(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    section = content.get(key) or {}
+    section = {} if content.get(key) is None else content[key]
     if not isinstance(section, Mapping):
         raise InputError(f'"{key}" is {type(section).__name__}, not an object. Correct it.')
     return section

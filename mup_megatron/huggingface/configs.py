@@ -17,6 +17,9 @@ from transformers.utils import logging as transformers_logging
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import HuggingFaceBase
 
+_COUNTS = re.compile("vocab|position|length|^max_|^num_|_num_")
+"""What a key has in its name that is a size and no width, where it is not listed below."""
+
 HEADS = frozenset(
     "num_attention_heads n_head num_heads num_key_value_heads encoder_attention_heads decoder_attention_heads".split()
 )
@@ -132,7 +135,7 @@ def require_comparable(base: PretrainedConfig, target: PretrainedConfig) -> None
         if key in WIDTHS | HEADS | HEAD_SIZES | DEPTHS or _MAY_DIFFER.fullmatch(key):
             continue
         values = (base.to_dict().get(key), target.to_dict().get(key))
-        if key not in FIXED and _is_size(values[0]) and _is_size(values[1]):
+        if key not in FIXED and _is_size(values[0]) and _is_size(values[1]) and not _COUNTS.search(key):
             continue  # a width of a family that is not listed here: `widened` compares it
         raise InputError(
             f"{key} is {values[0]} in the recipe's base but {values[1]} in the target. Hyperparameters transfer "
@@ -176,7 +179,7 @@ def widened(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedConfi
     unlisted = {
         key
         for key in differing(base, target) - WIDTHS - HEADS - HEAD_SIZES - DEPTHS - FIXED
-        if _is_size(own.get(key)) and not _MAY_DIFFER.fullmatch(key)
+        if _is_size(own.get(key)) and not _MAY_DIFFER.fullmatch(key) and not _COUNTS.search(key)
     }
     return _changed(base, {key: _doubled(own[key]) for key in grow | unlisted if own.get(key) is not None})
 

@@ -19,6 +19,8 @@ from mup_megatron.theory import Plan
 TESTED = frozenset("gpt2 gpt_neox llama mistral qwen2 qwen3 bert vit resnet opt t5".split())
 """Model types whose every parameter, draw and attention scale the tests look at."""
 
+_HIDDEN_FACTORS = {"ctrl": "its embeddings", "udop": "its readout's input", "esm": "its queries"}
+
 _log = logging.getLogger(__name__)
 
 
@@ -38,6 +40,11 @@ def plan_for(target: PreTrainedModel | PretrainedConfig, recipe: Recipe) -> Plan
             "the recipe's base is not a Hugging Face configuration, and the target is. Give the recipe a base with a "
             "model_type; `mup-megatron recipe --base config.json` writes one."
         )
+    if not isinstance(target, PretrainedConfig | PreTrainedModel):
+        raise InputError(
+            f"a {type(target).__name__} is no model of Hugging Face's. Give that which it has inside, or the "
+            f"configuration."
+        )
     config: PretrainedConfig = copy.deepcopy(target if isinstance(target, PretrainedConfig) else target.config)
     at_base = configs.config_of_base(base)
     configs.require_comparable(at_base, config)
@@ -53,6 +60,7 @@ def plan_for(target: PreTrainedModel | PretrainedConfig, recipe: Recipe) -> Plan
     base_built = Built.of(_factory(model_class, small))
     _require_no_embedding_scale(base_built.module, built.module)
     _require_known_scale(at_base, config, built.module)
+    _require_no_hidden_factor(config)
     scale = recipe.hyperparameters.init_method_std / configs.reference_std(at_base)
     facts = Facts(
         num_layers=_num_layers(config),
@@ -76,8 +84,12 @@ def _class_of(target: PreTrainedModel | PretrainedConfig, base: PretrainedConfig
             "Add for example architectures: [GPT2LMHeadModel]."
         )
     found = getattr(transformers, names[0], None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel):
         raise InputError(f"architectures: {names[0]} is no model class of the installed transformers. Correct it.")
+    if found.config_class is not None and not isinstance(target, found.config_class):
+        raise InputError(
+            f"architectures: {names[0]} is no model of model_type {target.model_type}. Correct one of them."
+        )
     return found
 
 
@@ -87,7 +99,7 @@ def _factory(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Ca
         try:
             with configs.quiet():
                 model = constructor(copy.deepcopy(config))
-        except (ValueError, TypeError, AssertionError) as error:
+        except (ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
             raise InputError(
                 f"{model_class.__name__} cannot be built from the configuration: {configs.in_a_line(error)}. "
                 "Correct it."
@@ -122,6 +134,16 @@ def _require_known_scale(base: PretrainedConfig, target: PretrainedConfig, model
         raise InputError(
             f"the size of heads is {one} in the recipe's base and {other} in the target, and the attention of "
             f"{type(model).__name__} has no scale that can be set. Let the number of heads grow, and keep their size."
+        )
+
+
+def _require_no_hidden_factor(config: PretrainedConfig) -> None:
+    """Raises InputError for models whose code multiplies by a power of the width where no attribute says so."""
+    if config.model_type in _HIDDEN_FACTORS:
+        raise InputError(
+            f"model type {config.model_type}: its code multiplies by a power of the width "
+            f"({_HIDDEN_FACTORS[config.model_type]}), "
+            "which μP has no place for. Choose another model."
         )
 
 

@@ -9,6 +9,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -17,8 +18,19 @@ import torch
 from mup_megatron.errors import InputError
 from mup_megatron.modules.attention import attention_modules, scale_attribute
 from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
-from mup_megatron.modules.shapes import linear_sides
+from mup_megatron.modules.shapes import TABLES, linear_sides
 from mup_megatron.theory import Kind, Plan, PlanEntry
+
+_MARK = "_mup_applied"
+"""On a model, not on its tensors: it goes with copies and pickles, to which the plan is applied just as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    fingerprint: str
+    scales: dict[str, float | None]
+    """Of each attention, as the plan has left it."""
+
 
 _applied: "weakref.WeakKeyDictionary[torch.nn.Module, Plan]" = weakref.WeakKeyDictionary()
 
@@ -48,7 +60,7 @@ def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = I
         InputError: the module cannot be made what the plan says; before anything is changed.
     """
     require_match(model, plan)
-    if model in _applied or any(map(_is_scaled, model.modules())):
+    if hasattr(model, _MARK) or any(map(_is_scaled, model.modules())):
         raise InputError(
             "a plan was applied to this model already, or to the one that it is a copy of. Build the model anew, or "
             "apply one plan only."
@@ -64,6 +76,8 @@ def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = I
     _set_attention_scale(model, plan)
     _hook_multipliers(model, plan)
     _applied[model] = plan
+    scales = {name: attention.scale for name, _, attention in attention_modules(model)}
+    setattr(model, _MARK, _Mark(plan.fingerprint, scales))
 
 
 def applied_plan(model: torch.nn.Module) -> Plan | None:
@@ -205,6 +219,12 @@ def stock_softmax_scale(plan: Plan) -> float:
 
 
 def _require_multipliable(model: torch.nn.Module, plan: Plan) -> None:
+    readers = [module for module, _, entry in _owners(model, plan) if entry.name == plan.readout]
+    if plan.output_multiplier != plan.stock_readout_ratio and readers and all(isinstance(m, TABLES) for m in readers):
+        raise InputError(
+            f"{plan.readout}: the readout is tied, and no layer of the model computes it, so its multiplier has no "
+            "place. Make it a Linear that shares the embedding's weight."
+        )
     for module, attribute, entry in _owners(model, plan):
         if _multiplier(module, entry, plan) != 1.0 and not _is_layer(module, attribute):
             raise InputError(
@@ -218,10 +238,33 @@ def _hook_multipliers(model: torch.nn.Module, plan: Plan) -> None:
         factor = _multiplier(module, entry, plan)
         if factor == 1.0:
             continue
-        if isinstance(module, torch.nn.Embedding):
+        if isinstance(module, TABLES):
             module.register_forward_hook(ScaledOutput(factor))
         else:
             module.register_forward_pre_hook(ScaledInput(factor))
+
+
+def require_applied(model: torch.nn.Module, plan: Plan) -> None:
+    """Raises InputError unless a model still is what `apply_plan` made of it, but for the values of its weights.
+
+    Something may have been replaced since: a readout or an embedding of another size, an attention.
+    """
+    require_match(model, plan)
+    for module, _, entry in _owners(model, plan):
+        factor = _multiplier(module, entry, plan)
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if factor != 1.0 and not any(getattr(hook, "factor", None) == factor for hook in hooks):
+            raise InputError(
+                f"{entry.name}: its multiplier {factor:g} is gone: the layer was replaced after the plan was applied. "
+                "Change the model first, and apply the plan then."
+            )
+    mark: _Mark = getattr(model, _MARK)
+    wrong = [name for name, _, found in attention_modules(model) if mark.scales.get(name) != found.scale]
+    if wrong:
+        raise InputError(
+            f"{wrong[0]}: its attention scale is not the plan's {plan.softmax_scale:g}: it was replaced after the "
+            "plan was applied. Change the model first, and apply the plan then."
+        )
 
 
 def _is_scaled(module: torch.nn.Module) -> bool:
@@ -231,7 +274,7 @@ def _is_scaled(module: torch.nn.Module) -> bool:
 
 def _multiplier(module: torch.nn.Module, entry: PlanEntry, plan: Plan) -> float:
     """What has to be multiplied where a module uses a weight: a table that is the readout as well has two factors."""
-    if isinstance(module, torch.nn.Embedding):
+    if isinstance(module, TABLES):
         return entry.multiplier
     factor = plan.output_multiplier if entry.kind is Kind.EMBEDDING else entry.multiplier
     return factor / plan.stock_readout_ratio if entry.name == plan.readout else factor
@@ -242,7 +285,7 @@ def _is_layer(module: torch.nn.Module, attribute: str) -> bool:
     # Torch's attention multiplies three inputs by one weight, and never calls the layer that holds another one.
     if isinstance(module, torch.nn.MultiheadAttention | torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
-    return isinstance(module, torch.nn.Embedding) or linear_sides(module, attribute) is not None
+    return isinstance(module, TABLES) or linear_sides(module, attribute) is not None
 
 
 def _owners(model: torch.nn.Module, plan: Plan) -> Iterator[tuple[torch.nn.Module, str, PlanEntry]]:

@@ -1,14 +1,18 @@
 """A recipe and a factory of any torch module → a plan. Allocates nothing."""
 
+import logging
+import re
 from collections.abc import Callable
 
 import torch
 
 from mup_megatron.errors import InputError
-from mup_megatron.modules.attention import Attention, attention_of
+from mup_megatron.modules.attention import Attention, attention_modules, attention_of
 from mup_megatron.modules.shapes import Built, Facts, base_parameters, model_shapes
 from mup_megatron.recipe import ModuleBase, Recipe
-from mup_megatron.theory import Plan
+from mup_megatron.theory import Kind, Plan
+
+_log = logging.getLogger(__name__)
 
 REFERENCE_STD = 0.02
 """A module's own initialisation is what a recipe's `init_method_std` of this much stands for; others are in
@@ -61,5 +65,30 @@ def plan_for_module(target: Callable[[], torch.nn.Module], recipe: Recipe, *, re
         for name, own in base.parameters.items()
     }
     attention = None if base.head_size is None else Attention(base.head_size, base.softmax_scale)
-    facts = Facts(readout=readout, base_attention=attention)
-    return recipe.plan_for_shapes(*model_shapes(Built.of(target), parameters, facts))
+    built = Built.of(target)
+    shapes = model_shapes(built, parameters, Facts(readout=readout, base_attention=attention))
+    kinds = {parameter.name: parameter.kind for parameter in shapes[1].parameters}
+    if readout is not None and kinds[shapes[1].readout or ""] not in (Kind.HEAD, Kind.EMBEDDING):
+        raise InputError(
+            f"readout {readout}: it is no weight from a growing side to a fixed one, and no tied table. Name the "
+            "weight that computes the model's output, or none."
+        )
+    _warn_of_unread_attention(built.module)
+    return recipe.plan_for_shapes(*shapes)
+
+
+def _warn_of_unread_attention(model: torch.nn.Module) -> None:
+    """Says which attentions go on with a scale of their own: nobody can see whether their heads grow."""
+    read = {name for name, _, _ in attention_modules(model)}
+    parents = {".".join(name.split(".")[:n]) for name in read for n in range(name.count(".") + 1)}
+    unread = [
+        name
+        for name, module in model.named_modules()
+        if name not in read | parents and re.search("Attention|Attn", type(module).__name__)
+    ]
+    if unread:
+        _log.warning(
+            "%s: an attention without `head_dim` and `scaling`, whose scale can be neither seen nor set. Keep the "
+            "size of its heads, or give it both.",
+            unread[0],
+        )

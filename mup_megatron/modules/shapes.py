@@ -128,9 +128,10 @@ def model_shapes(target: Built, base: Mapping[str, ModuleParameter], facts: Fact
             "base the target's architecture."
         )
     _require_base_is_not_more(target, at_base, base)
-    pairs = _parameters(target, at_base)
+    named = _tied_readout(target.module) if facts.readout is None else _own_name(target.module, facts.readout)
+    pairs = _parameters(target, at_base, named)
     attention = attention_of(target.module)
-    readout = facts.readout or next((p.name for p, _ in reversed(pairs) if p.kind is Kind.HEAD), None)
+    readout = named or next((p.name for p, _ in reversed(pairs) if p.kind is Kind.HEAD), None)
     of_base = facts.base_attention or attention
 
     def shape(parameters: tuple[Parameter, ...], own: Attention | None, readout_scale: float) -> ModelShape:
@@ -151,6 +152,24 @@ def model_shapes(target: Built, base: Mapping[str, ModuleParameter], facts: Fact
         shape(tuple(of_base for of_base, _ in pairs), of_base, facts.base_readout_scale),
         shape(tuple(of_target for _, of_target in pairs), attention, facts.target_readout_scale),
     )
+
+
+def _own_name(model: torch.nn.Module, name: str) -> str:
+    """The name that a parameter has in the plan; a tied one has a name in each of its modules.
+
+    Raises:
+        InputError: the model has no such parameter.
+    """
+    found = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    if found is None:
+        raise InputError(f"readout {name}: the model has no such parameter. Give one of model.named_parameters().")
+    return next(own for own, parameter in model.named_parameters() if parameter is found)
+
+
+def _tied_readout(model: torch.nn.Module) -> str | None:
+    """The table that a linear layer uses as its weight, if there is one."""
+    linear = {id(m.weight) for m in model.modules() if linear_sides(m, "weight") is not None}
+    return next((n for n, p in model.named_parameters() if id(p) in linear and id(p) in _embeddings(model)), None)
 
 
 def _by_family(base: Mapping[str, ModuleParameter]) -> dict[str, list[ModuleParameter]]:
@@ -201,10 +220,16 @@ def _require_base_is_not_more(
         )
 
 
+TABLES = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+_ADDED = ("embed", "token", "pos", "query", "latent", "prompt")
+
+
 # ---- one parameter -------------------------------------------------------------------------------------------------
 
 
-def _parameters(target: Built, at_base: Mapping[str, ModuleParameter]) -> list[tuple[Parameter, Parameter]]:
+def _parameters(
+    target: Built, at_base: Mapping[str, ModuleParameter], readout: str | None
+) -> list[tuple[Parameter, Parameter]]:
     """(at the base, at the target) of each parameter, under the target's name."""
     module_of = {
         id(parameter): (module, prefix, attribute)
@@ -216,7 +241,7 @@ def _parameters(target: Built, at_base: Mapping[str, ModuleParameter]) -> list[t
         module, prefix, attribute = module_of[id(live)]
         base, draw = at_base[name], target.draws[name]
         layer = any(isinstance(target.module.get_submodule(part), torch.nn.ModuleList) for part in _ancestors(prefix))
-        seen = _Seen(name, module, attribute, base.grows, layer)
+        seen = _Seen(name, module, attribute, base.grows, layer and name != readout, draw)
         parameters = _classified(seen, base.shape), _classified(seen, tuple(live.shape))
         if parameters[0] is None or parameters[1] is None:
             unclear.append(f"{name} {tuple(live.shape)}")
@@ -226,15 +251,15 @@ def _parameters(target: Built, at_base: Mapping[str, ModuleParameter]) -> list[t
     if unclear:
         raise InputError(
             f"{_listed(unclear)}: which side is fan_in cannot be known from the layer that it belongs to. Linear "
-            "layers, convolutions, embeddings, norms, biases and tables with one growing side are supported; experts "
-            "in one tensor are not."
+            "layers, convolutions, embeddings, norms, biases, and parameters of one's own whose names say that they "
+            "are embeddings, tokens or positions are supported; experts in one tensor are not."
         )
     return found
 
 
 def _embeddings(model: torch.nn.Module) -> dict[int, tuple[torch.nn.Module, str, str]]:
     """Tables, by the identity of their weight: one that is the readout as well counts as an embedding."""
-    return {id(m.weight): (m, name, "weight") for name, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
+    return {id(m.weight): (m, name, "weight") for name, m in model.named_modules() if isinstance(m, TABLES)}
 
 
 def _ancestors(name: str) -> list[str]:
@@ -253,6 +278,19 @@ class _Seen:
     grows: tuple[bool, ...]
     in_layer: bool
     """It belongs to one of several layers, and so is no model's readout or input."""
+    draw: Draw
+
+    @property
+    def is_added(self) -> bool:
+        """A parameter of a module's own that is looked up or added, by its name: what else it could be, as a readout
+        that is no layer, its shape does not say.
+        """
+        return not self.is_torchs and any(word in self.name.lower() for word in _ADDED)
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether its layer is one of torch's own."""
+        return type(self.module).__module__.startswith("torch.nn")
 
 
 def _classified(seen: _Seen, shape: tuple[int, ...]) -> Parameter | None:
@@ -264,10 +302,17 @@ def _classified(seen: _Seen, shape: tuple[int, ...]) -> Parameter | None:
         return Parameter(name=seen.name, kind=kind, shape=shape, fan_in=fan_in, fan_out=fan_out, init_value=0.0)
 
     if len(shape) <= 1:
+        # A bias of a layer, or of a norm; a vector of a module's own could be a readout of one output.
+        of_layer = "Norm" in type(seen.module).__name__ or linear_sides(seen.module, "weight") is not None
+        known = of_layer or seen.is_torchs or seen.is_added
+        if seen.draw.std is not None and not known and any(seen.grows):
+            return None
         is_gain = seen.attribute == "weight" or ("Norm" in type(seen.module).__name__ and seen.attribute != "bias")
         return parameter(Kind.GAIN if is_gain else Kind.BIAS, one, sides[0] if sides else one)
-    if isinstance(seen.module, torch.nn.Embedding):
-        return parameter(Kind.WEIGHT if seen.in_layer else Kind.EMBEDDING, sides[0], sides[1])
+    if isinstance(seen.module, TABLES):
+        # A table inside attention is no embedding of what comes in.
+        inside = seen.in_layer or "relative" in seen.name
+        return parameter(Kind.WEIGHT if inside else Kind.EMBEDDING, sides[0], sides[1])
     order = linear_sides(seen.module, seen.attribute)
     if order is not None:
         fan_out, fan_in = (sides[d] for d in order)
@@ -275,7 +320,7 @@ def _classified(seen: _Seen, shape: tuple[int, ...]) -> Parameter | None:
         # A convolution sums over its kernel as well.
         summed = Dimension(fan_in.size * math.prod(shape[2:]), fan_in.infinite)
         return parameter(Kind.HEAD if reads_out else Kind.WEIGHT, summed, fan_out)
-    if not any(seen.grows[:-1]):  # a table of positions, a class token: looked up or added
+    if not any(seen.grows[:-1]) and (seen.is_added or not seen.grows[-1]):
         return parameter(Kind.WEIGHT, Dimension(math.prod(shape[:-1]), infinite=False), sides[-1])
     return None
 

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mup_megatron.complaint import BAD_INPUT, complain
 from mup_megatron.errors import InputError
 
-BAD_INPUT = 2
 _DEEPSPEED = "--deepspeed"
 _USAGE = (
     "usage: python -m mup_megatron.launch SCRIPT ARGS… --mup-recipe R.recipe.yaml, or for DeepSpeed: python -m "
@@ -34,8 +34,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(words)
     except InputError as error:
-        from mup_megatron.megatron.lm.complaint import complain
-
         complain(error)
         sys.exit(BAD_INPUT)
 

@@ -4,21 +4,19 @@ The recipe travels in the client state, which every rank's file of model states 
 universal checkpoint copies. A copy for people lies in the checkpoint's folder.
 """
 
-import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mup_megatron import origin as origins
 from mup_megatron.errors import InputError
-from mup_megatron.files import write_atomically
-from mup_megatron.recipe import Recipe, recipe
+from mup_megatron.origin import SIDECAR
+from mup_megatron.recipe import Recipe
 
-SIDECAR = "mup.recipe.yaml"
-KEY = "mup"
-"""In the client state."""
+KEY = "mup_megatron"
+"""In the client state, which is the user's: so it is not the entry's short name."""
 
 
 @dataclass(frozen=True)
@@ -31,29 +29,44 @@ class Origin:
 
 
 def client_state(given: Recipe) -> dict[str, Any]:
-    """What goes into the client state. As text, so that nothing of this package is needed to read it."""
-    return {KEY: {"fingerprint": given.fingerprint, "recipe": json.dumps(given.model_dump(mode="json"))}}
+    """What goes into the client state."""
+    return {KEY: {"fingerprint": given.fingerprint, "recipe": origins.packed(given)}}
 
 
 def origin(load_dir: str | Path, tag: str | None, *, universal: bool) -> Origin | None:
     """The recipe of the checkpoint that is about to be loaded; None where there is no checkpoint.
 
     Raises:
-        InputError: it has a recipe that cannot be read.
+        InputError: it cannot be read, or its recipe.
     """
     folder = _folder(Path(load_dir), tag, universal=universal)
     states = sorted(folder.glob("*mp_rank_*model_states.pt")) if folder is not None else []
     if folder is None or not states:
         return None  # DeepSpeed says so better
-    # Mapped, not read: of the weights only their sizes are looked at.
-    content = torch.load(states[0], map_location="cpu", mmap=True, weights_only=False).get(KEY)
+    content = _client_state(states[0])
     if content is None:
         return Origin(folder, None)
+    text = content.get("recipe") if isinstance(content, dict) else None
+    return Origin(folder, origins.unpacked(text, source=f"{folder}: the checkpoint's recipe"))
+
+
+def _client_state(states: Path) -> Any:
+    """What stands under our key in a file of model states."""
     try:
-        values = json.loads(content["recipe"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder}: the checkpoint's recipe cannot be read ({error}). Use another one.") from None
-    return Origin(folder, recipe(values, source=f"{folder}: the checkpoint's recipe"))
+        return _loaded(states).get(KEY)
+    except Exception as error:  # torch and pickle raise whatever they like
+        raise InputError(
+            f"{states}: the checkpoint cannot be read ({type(error).__name__}: {error}), so nobody can tell its "
+            "recipe. Use another one."
+        ) from error
+
+
+def _loaded(states: Path) -> Any:
+    try:
+        # Mapped, not read: of the weights only their sizes are looked at.
+        return torch.load(states, map_location="cpu", mmap=True, weights_only=False)
+    except RuntimeError:  # of the format before zip files, which can't be mapped
+        return torch.load(states, map_location="cpu", weights_only=False)
 
 
 def _folder(load_dir: Path, tag: str | None, *, universal: bool) -> Path | None:
@@ -73,17 +86,19 @@ def require_same(found: Origin, wanted: Recipe, *, accept: bool, optimizer: bool
         optimizer: the optimizer's state is to be loaded, not the weights alone.
     """
     if found.recipe is None:
-        # Its optimizer has other groups, so its state cannot be taken over whatever is accepted.
-        if optimizer:
+        # Its optimizer has other groups, so its state cannot be taken over whatever is accepted; and under the plan's
+        # multipliers its weights are another function.
+        if optimizer or not accept:
             raise InputError(
-                f"{found.folder}: the checkpoint was trained without a recipe, so its optimizer has other groups than "
-                "the plan. Take the weights alone with load_module_only=True, or begin anew."
+                f"{found.folder}: the checkpoint was trained without a recipe, so its weights and its optimizer's "
+                "groups are not those of the plan. Begin anew, or, if you mean it, take the weights alone with "
+                'load_module_only=True and "accept_recipe_change": true in "mup".'
             )
         return
     if accept or found.recipe.fingerprint == wanted.fingerprint:
         return
     differences = ", ".join(
-        f"{key} {before} there and {now} here" for key, before, now in _differences(found.recipe, wanted)
+        f"{key} {before} there and {now} here" for key, before, now in origins.differences(found.recipe, wanted)
     )
     raise InputError(
         f"{found.folder}: the checkpoint was trained with another recipe ({differences}). Give its recipe ({SIDECAR} "
@@ -99,27 +114,3 @@ def require_plain(found: Origin) -> None:
             f'with another learning rate and scale. Write "mup": {{"recipe": "{found.folder / SIDECAR}"}} into the '
             "configuration."
         )
-
-
-def write_sidecar(folder: Path, given: Recipe) -> str | None:
-    """Puts the recipe into a checkpoint's folder. Returns why that could not be done: no reason to end a run."""
-    try:
-        write_atomically(folder / SIDECAR, given.to_yaml())
-    except (InputError, OSError) as error:
-        return str(error)
-    return None
-
-
-def _differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
-    left, right = (dict(_flat(r.model_dump(mode="json", exclude={"training", "provenance"}))) for r in (before, now))
-    for key in {**left, **right}:
-        if left.get(key) != right.get(key):
-            yield key, left.get(key), right.get(key)
-
-
-def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(content, Mapping) and content:
-        for key, value in content.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, content

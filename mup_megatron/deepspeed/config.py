@@ -145,7 +145,7 @@ def _feature_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> 
 
 
 def _optimizer_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> None:
-    section = _section(content, "optimizer")
+    section = entries.section(content, "optimizer")
     entries.optimizer_params(section.get("type"), section.get("params"), recipe)
 
 
@@ -158,17 +158,10 @@ def _scheduler_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -
     with contextlib.redirect_stdout(sys.stderr):
         from mup_megatron.deepspeed.schedulers import rewritten
 
-    section = dict(_section(content, "scheduler"))
+    section = dict(entries.section(content, "scheduler"))
     if not section:
         return
     # What the Trainer fills in says nothing of ratios, and is looked at when it is there.
     params = dict(section.get("params") or {})
     later = {key: 2 for key in ("total_num_steps", "warmup_num_steps") if params.get(key) == AUTO}
     rewritten({**section, "params": params | later}, plan, [group.lr for group in values(plan).values()])
-
-
-def _section(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    section = {} if content.get(key) is None else content[key]
-    if not isinstance(section, Mapping):
-        raise InputError(f'"{key}" is {type(section).__name__}, not an object. Correct it.')
-    return section

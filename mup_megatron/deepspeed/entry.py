@@ -20,6 +20,9 @@ AUTO = "auto"
 _VALUES = ("lr", "betas", "eps", "weight_decay", "momentum")
 """Of an optimizer: what a recipe says."""
 
+_OTHER_RULES = ("amsgrad", "maximize", "nesterov")
+"""Options that make another optimizer of it."""
+
 _ADAM = ("adam", "adamw")
 _MOVED = {"muadam": "AdamW", "muadamw": "AdamW", "musgd": "SGD"}
 """DeepSpeed's optimizers through microsoft/mup, and what stands in their place."""
@@ -56,7 +59,19 @@ def entry_of(config: Mapping[str, Any]) -> Entry | None:
     Raises:
         InputError: an unknown key, a wrong type.
     """
-    return validated(Entry, config[KEY], source=f'"{KEY}"') if KEY in config else None
+    return validated(Entry, config[KEY], source=f'"{KEY}"') if has_entry(config) else None
+
+
+def has_entry(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration has the entry.
+
+    Raises:
+        InputError: it has one that is written otherwise, which nobody would read.
+    """
+    for key in config:
+        if isinstance(key, str) and key != KEY and key.lower() == KEY:
+            raise InputError(f'"{key}": the entry is written "{KEY}". Correct it.')
+    return KEY in config
 
 
 # ---- optimizer -----------------------------------------------------------------------------------------------------
@@ -99,6 +114,9 @@ def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe:
             '"optimizer": Adam with "adam_w_mode": false adds weight decay to the gradient, which the recipe\'s '
             'decoupled weight_decay does not mean. Write "type": "AdamW".'
         )
+    for key in _OTHER_RULES:
+        if given.get(key):
+            raise InputError(f'"optimizer.params.{key}": the recipe was made for {name} without it. Remove it.')
     for key in _VALUES:
         if key in given and key not in wanted:
             raise InputError(f'"optimizer.params.{key}": {name} has no such value. Remove it.')
@@ -143,12 +161,12 @@ def _other_value(key: str, given: Any, wanted: Any) -> str:
 
 def require_supported(config: Mapping[str, Any]) -> None:
     """Raises InputError for features under which parameters or their groups are not what a plan can be applied to."""
-    zero = _section(config, "zero_optimization")
-    offload = _section(zero, "offload_optimizer")
+    zero = section(config, "zero_optimization")
+    offload = section(zero, "offload_optimizer")
     wrong = {
-        "hybrid_engine": _section(config, "hybrid_engine").get("enabled", False),
-        "tensor_parallel.autotp_size": _section(config, "tensor_parallel").get("autotp_size", 0) > 1,
-        "expert_parallel": _section(config, "expert_parallel").get("enabled", False),
+        "hybrid_engine": section(config, "hybrid_engine").get("enabled", False),
+        "tensor_parallel.autotp_size": section(config, "tensor_parallel").get("autotp_size", 0) > 1,
+        "expert_parallel": section(config, "expert_parallel").get("enabled", False),
         "zero_optimization.zenflow": bool(zero.get("zenflow")),
         "zero_optimization.offload_optimizer.super_offload": offload.get("super_offload", False),
         # Its second optimizer has a copy of group 0 that no schedule reaches.
@@ -159,9 +177,16 @@ def require_supported(config: Mapping[str, Any]) -> None:
             raise InputError(f'"{key}" is not supported together with "{KEY}". Remove it.')
 
 
-def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    content = config.get(key)
-    return content if isinstance(content, Mapping) else {}
+def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A part of a configuration, empty where it is not there.
+
+    Raises:
+        InputError: it is something else than an object.
+    """
+    content = config.get(key) or {}
+    if not isinstance(content, Mapping):
+        raise InputError(f'"{key}" is {type(content).__name__}, not an object. Correct it.')
+    return content
 
 
 def drop_auto(config: MutableMapping[str, Any]) -> None:
@@ -172,10 +197,10 @@ def drop_auto(config: MutableMapping[str, Any]) -> None:
     if KEY not in config:
         return
     _drop(config, ("gradient_clipping",))
-    for section, keys in (("optimizer", _VALUES), ("scheduler", ("warmup_min_lr", "warmup_max_lr"))):
-        content = _section(config, section).get("params")
+    for key, values in (("optimizer", _VALUES), ("scheduler", ("warmup_min_lr", "warmup_max_lr"))):
+        content = section(config, key).get("params")
         if isinstance(content, MutableMapping):
-            _drop(content, keys)
+            _drop(content, values)
 
 
 def _drop(content: MutableMapping[str, Any], keys: tuple[str, ...]) -> None:

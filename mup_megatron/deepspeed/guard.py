@@ -17,7 +17,8 @@ from mup_megatron.theory import Plan, PlanEntry
 SHOWN = 5
 """How many problems a message describes; the rest is counted."""
 
-_RATIO_TOLERANCE = 1e-6
+CLOSE = 1e-6
+"""Relative difference up to which learning rates of a run agree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def _factor(plan: Plan, live: Mapping[str, LiveValues]) -> float:
 
 
 def _differences(entry: PlanEntry, values: LiveValues, factor: float) -> Iterator[str]:
-    if not math.isclose(values.lr, entry.lr * factor, rel_tol=_RATIO_TOLERANCE):
+    if not math.isclose(values.lr, entry.lr * factor, rel_tol=CLOSE):
         yield f"{entry.name}: the learning rate should be {entry.lr * factor:.6g} and is {values.lr:.6g}"
     if values.weight_decay != entry.weight_decay:
         yield f"{entry.name}: weight_decay should be {entry.weight_decay:.6g} and is {values.weight_decay:.6g}"
@@ -108,18 +109,28 @@ def _summary(found: Sequence[str]) -> list[str]:
     ]
 
 
-def group_problem(groups: Sequence[Mapping[str, Any]], planned: Sequence[Mapping[str, Any]]) -> str | None:
-    """What is wrong with the present values of groups, but for their learning rates; cheap enough for every step."""
+def group_problem(
+    groups: Sequence[Mapping[str, Any]], planned: Sequence[Mapping[str, Any]], moments: Mapping[str, Any]
+) -> str | None:
+    """What is wrong with the present values of groups, but for their learning rates; cheap enough for every step.
+
+    Args:
+        groups: the live optimizer's.
+        planned: what they should be.
+        moments: betas or momentum of all of them, where no schedule drives them.
+    """
     if len(groups) != len(planned):
         return (
             f'"mup": the optimizer has {len(groups)} groups of parameters instead of the {len(planned)} of the plan. '
             "Do not add or remove groups."
         )
     for group, plan in zip(groups, planned, strict=True):
-        for key in ("weight_decay", "eps"):
-            if group.get(key) != plan.get(key):
+        wanted = {"weight_decay": plan.get("weight_decay"), "eps": plan.get("eps"), **moments}
+        for key, value in wanted.items():
+            found = tuple(group[key]) if key == "betas" else group.get(key)
+            if found != value:
                 return (
-                    f'"mup": {key} of the group "{plan["name"]}" should be {plan.get(key)} and is {group.get(key)}. '
+                    f'"mup": {key} of the group "{plan["name"]}" should be {value} and is {found}. '
                     "Something changed it during the run: take it out, or say it in the recipe."
                 )
     return None

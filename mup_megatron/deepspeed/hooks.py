@@ -7,6 +7,7 @@ passed on unchanged.
 
 import gc
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import ModuleType
@@ -14,7 +15,9 @@ from typing import Any
 
 import wrapt
 
-from mup_megatron.deepspeed.entry import KEY, drop_auto
+from mup_megatron.complaint import complain_when_uncaught
+from mup_megatron.deepspeed import versions
+from mup_megatron.deepspeed.entry import KEY, drop_auto, has_entry
 from mup_megatron.errors import InputError
 
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -23,6 +26,8 @@ _installed = False
 _required = False
 """The launcher was told that the script trains by a recipe."""
 _used = False
+_missing: list[str] = []
+"""Places that the installed packages do not have. That matters to an engine with an entry, and to no other."""
 
 
 def require_entry() -> None:
@@ -32,12 +37,12 @@ def require_entry() -> None:
 
 
 def require_used() -> None:
-    """Raises InputError if no engine with an entry was built."""
+    """Raises InputError if no engine with an entry was built, nor one of a model with a plan."""
     if not _used:
+        versions.require_complete(_missing)
         raise InputError(
             f'--deepspeed: the script built no engine with a "{KEY}" entry, so nothing was trained by a recipe. Does '
-            f"it "
-            "call deepspeed.initialize?"
+            "it call deepspeed.initialize?"
         )
 
 
@@ -50,6 +55,7 @@ def install() -> None:
     global _installed
     if _installed:
         return
+    _require_none_built(sys.modules.get("deepspeed.runtime.engine"))
     for module, places in _PLACES.items():
         wrapt.register_post_import_hook(partial(_wrap, places), module)
     _installed = True
@@ -57,15 +63,19 @@ def install() -> None:
 
 def _wrap(places: Mapping[str, Mapping[str, Wrapper]], module: ModuleType) -> None:
     for class_name, methods in places.items():
-        owner = getattr(module, class_name)
-        if class_name == "DeepSpeedEngine":
-            _require_none_built(owner)
+        owner = getattr(module, class_name, None)
         for name, wrapper in methods.items():
-            setattr(owner, name, wrapt.FunctionWrapper(getattr(owner, name), wrapper))
+            if hasattr(owner, name):
+                setattr(owner, name, wrapt.FunctionWrapper(getattr(owner, name), wrapper))
+            else:
+                _missing.append(f"{module.__name__}.{class_name}.{name}")
 
 
-def _require_none_built(engine: type[Any]) -> None:
+def _require_none_built(module: ModuleType | None) -> None:
     """An engine may have been built before this package was imported: DeepSpeed passed over its entry in silence."""
+    engine = getattr(module, "DeepSpeedEngine", None)
+    if engine is None:
+        return
     for thing in gc.get_objects():
         # Not isinstance, which wakes modules that load themselves lazily.
         if issubclass(type(thing), engine) and KEY in getattr(vars(thing).get("_config"), "_param_dict", {}):
@@ -81,17 +91,41 @@ def _require_none_built(engine: type[Any]) -> None:
 def _init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from mup_megatron.deepspeed import run
 
-    bound = inspect.signature(wrapped).bind(*args, **kwargs)
     global _used
-    planned = run.begin(bound.arguments)
-    if planned is None:
-        if _required:
+    bound = inspect.signature(wrapped).bind(*args, **kwargs)
+    if not _has_entry(bound.arguments):
+        if _required and run.applied_by(bound.arguments["model"]) is not None:
+            _used = True
+        elif _required:
             run.require_no_training(bound.arguments)
         return wrapped(*args, **kwargs)
+    complain_when_uncaught(leave=True)
+    versions.require_complete(_missing)
     _used = True
+    planned = run.begin(bound.arguments)
+    if planned is None:
+        return wrapped(*args, **kwargs)
     wrapped(*bound.args, **bound.kwargs)
     run.built(instance, planned)
     return None
+
+
+def _has_entry(arguments: Mapping[str, Any]) -> bool:
+    """Whether an engine's configuration has the entry.
+
+    Raises:
+        InputError: it matters and cannot be seen.
+    """
+    content = getattr(arguments.get("config_class"), "_param_dict", None)
+    if content is not None:
+        return has_entry(content)
+    given = arguments.get("config")
+    if _required or (isinstance(given, Mapping) and KEY in given):
+        raise InputError(
+            f'"{KEY}": the engine was given no config_class, where the entry is looked for. Call '
+            "deepspeed.initialize, or give DeepSpeedEngine config_class=DeepSpeedConfig(config)."
+        )
+    return False
 
 
 def _take_model_step(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -68,11 +68,6 @@ def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
             yield name, parameter
 
 
-def global_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """The shape before ZeRO-3 partitioned it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def param_groups(
     model: torch.nn.Module, plan: Plan, *, form: Form = Form.ABSOLUTE, pad: bool | None = None
 ) -> list[Group]:

@@ -5,18 +5,27 @@ from functools import partial
 from typing import Any
 
 from mup_megatron.deepspeed.names import named_parameters
+from mup_megatron.modules.shapes import TABLES
 from mup_megatron.theory import Plan
 
 
-def scale_tied_readout(stage: Any, plan: Plan) -> None:
-    """A tied readout in DeepSpeed's pipeline is a function of the embedding module, not a module of its own."""
+def scale_tied_readout(stage: Any, plan: Plan) -> bool:
+    """Scales a tied readout that is a function of the embedding module, not a module of its own.
+
+    Returns:
+        Whether it is one, so that no module is to be looked for: also where another stage computes it.
+    """
     readout = dict(named_parameters(stage)).get(plan.readout or "")
-    if readout is None or not plan.tied or plan.output_multiplier == 1.0:
-        return
+    if readout is None or not plan.tied:
+        return False
+    owners = [m for m in stage.modules() if any(p is readout for p in m.parameters(recurse=False))]
+    if not all(isinstance(module, TABLES) for module in owners):
+        return False
     tied = [module for module in stage.tied_modules.values() if any(p is readout for p in module.parameters())]
     for index, function in enumerate(stage.forward_funcs):
         if isinstance(function, partial) and any(argument is module for argument in function.args for module in tied):
             stage.forward_funcs[index] = partial(_scaled_readout, function, plan.output_multiplier)
+    return True
 
 
 def _scaled_readout(function: Callable[[Any], Any], factor: float, inputs: Any) -> Any:

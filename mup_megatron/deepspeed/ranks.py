@@ -20,11 +20,16 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def raise_together(problems: Iterable[str]) -> None:
-    """Raises one InputError, the same on every rank, if there is a problem on any of them. Collective."""
+def raise_together(problems: Iterable[str], *, cause: BaseException | None = None) -> None:
+    """Raises one InputError, the same on every rank, if there is a problem on any of them. Collective.
+
+    Args:
+        problems: this rank's, in sentences.
+        cause: of this rank's, shown with its traceback.
+    """
     everywhere = dict.fromkeys(problem for of_rank in gathered(list(problems)) for problem in of_rank)
     if everywhere:
-        raise InputError("\n".join(everywhere))
+        raise InputError("\n".join(everywhere)) from cause
 
 
 def say(text: str) -> None:

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 from mup_megatron.deepspeed import checkpoints, guard, pipeline, versions
 from mup_megatron.deepspeed import entry as entries
 from mup_megatron.deepspeed.names import (
-    global_shape,
     is_pipeline,
     named_parameters,
     param_groups,
@@ -25,11 +24,12 @@ from mup_megatron.deepspeed.names import (
 )
 from mup_megatron.deepspeed.ranks import gathered, raise_together, say
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import load_model_file
-from mup_megatron.modules.apply import Initialize, applied_plan, apply_plan
+from mup_megatron.modules.apply import Initialize, applied_plan, apply_plan, require_applied, whole_shape
 from mup_megatron.modules.groups import Group, members
 from mup_megatron.modules.plan import plan_for_module
+from mup_megatron.origin import write_sidecar
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, Recipe, load_recipe
+from mup_megatron.targets import plan_for_file
 from mup_megatron.theory import Plan
 
 if TYPE_CHECKING:  # it imports DeepSpeed
@@ -54,6 +54,8 @@ class Run:
     planned: tuple[Mapping[str, Any], ...]
     """The groups of this rank's optimizer without their parameters, in its order."""
     watch: "RatioWatch"
+    frozen: tuple[torch.nn.Parameter, ...]
+    """What the optimizer does not have, because it was not trainable."""
 
     @property
     def peaks(self) -> list[float]:
@@ -62,6 +64,8 @@ class Run:
 
 
 _runs: "WeakKeyDictionary[Any, Run]" = WeakKeyDictionary()
+_not_initialized: "WeakSet[torch.nn.Module]" = WeakSet()
+"""Models with multipliers whose weights an engine without an optimizer has left alone."""
 
 
 def run_of(engine: Any) -> Run | None:
@@ -85,34 +89,31 @@ def plan_for(model: torch.nn.Module, recipe: Recipe, target: str | None = None, 
         model: wrapped or not; of a pipeline, this rank's stage.
         recipe: what is transferred. Its base decides how the model is looked at.
         target: what the whole model is, where that can't be read off it: `package.module:function` that builds it, for
-            any torch module; a Hugging Face configuration; a model file. None: a Hugging Face model says it itself.
+            any torch module; else the path of a Hugging Face configuration or of a model file. None: a Hugging Face
+            model says it itself.
         readout: name of the weight that computes a torch module's output, where it is tied to an embedding.
 
     Raises:
         InputError: model and recipe are not of one architecture.
     """
-    if isinstance(recipe.base, HuggingFaceBase):
-        from mup_megatron import huggingface
-
-        if target is None:
-            inner: Any = unwrapped(model)
-            if not hasattr(getattr(inner, "config", None), "model_type"):
-                raise InputError(
-                    f"the recipe is for a Hugging Face model, and a {type(inner).__name__} has no configuration of "
-                    'one. Write the path of the configuration as "target".'
-                )
-            return huggingface.plan_for(inner, recipe)
-        from transformers import AutoConfig
-
-        return huggingface.plan_for(AutoConfig.from_pretrained(target), recipe)
     if isinstance(recipe.base, ModuleBase):
         return plan_for_module(_factory(target), recipe, readout=readout)
-    if target is None:
+    if target is not None:
+        return plan_for_file(Path(target), recipe)
+    if not isinstance(recipe.base, HuggingFaceBase):
         raise InputError(
             "the recipe is for Megatron-Core models, which are prepared before: call mup_megatron.deepspeed.megatron."
             "prepare(model, plan), or build them with its pipeline_module."
         )
-    return recipe.plan(load_model_file(Path(target)))
+    inner: Any = unwrapped(model)
+    if not hasattr(getattr(inner, "config", None), "model_type"):
+        raise InputError(
+            f"the recipe is for a Hugging Face model, and a {type(inner).__name__} has no configuration of one. Write "
+            'the path of the configuration as "target".'
+        )
+    from mup_megatron import huggingface
+
+    return huggingface.plan_for(inner, recipe)
 
 
 def _factory(target: str | None) -> Callable[[], torch.nn.Module]:
@@ -132,7 +133,7 @@ def _factory(target: str | None) -> Callable[[], torch.nn.Module]:
 
 def _require_match(model: torch.nn.Module, plan: Plan) -> None:
     """Raises InputError unless all ranks together have the plan's parameters, and no other. Collective."""
-    held = {name: global_shape(parameter) for name, parameter in named_parameters(model)}
+    held = {name: whole_shape(parameter) for name, parameter in named_parameters(model)}
     problems = []
     for name, shape in held.items():
         if name not in plan.by_name:
@@ -154,20 +155,18 @@ def _require_match(model: torch.nn.Module, plan: Plan) -> None:
 
 
 def begin(arguments: MutableMapping[str, Any]) -> Run | None:
-    """Makes the model what the plan says, and the engine's arguments too. Collective; None without an entry.
+    """Makes the model what the plan says, and the engine's arguments too. Collective; None where it cannot train.
 
     Args:
-        arguments: of the engine's construction, by name. Changed in place; what the user handed over is not, but for
-            the model.
+        arguments: of the construction of an engine with an entry, by name. Changed in place; what the user handed
+            over is not, but for the model.
 
     Raises:
         InputError: configuration, recipe and model do not go together.
     """
     from mup_megatron.deepspeed import schedulers
 
-    config = arguments.get("config_class")
-    if config is None or entries.KEY not in config._param_dict:
-        return None
+    config = arguments["config_class"]
     problems = []
     try:
         entry, recipe, optimizer_params, clipping = _settings(config, arguments)
@@ -179,16 +178,15 @@ def begin(arguments: MutableMapping[str, Any]) -> Run | None:
     if len(set(gathered(fingerprint))) > 1:
         raise InputError(f"{entry.recipe}: not the same file on all ranks. Put one recipe where all of them read it.")
     model = arguments["model"]
-    plan = applied_by(unwrapped(model))
+    plan = applied_by(model)
     if plan is None:
         plan = _planned(model, recipe, entry)
         _require_match(model, plan)
         _apply(model, plan, entry, trains=optimizer_params is not None)
-    elif plan.fingerprint != recipe.fingerprint:
-        raise InputError(
-            f"{entry.recipe}: its fingerprint is {recipe.fingerprint[:12]}, and a plan of the recipe "
-            f"{plan.fingerprint[:12]} was applied to the model before. Use one recipe."
-        )
+    else:
+        raise_together(_applied_problems(model, plan, recipe, entry, trains=optimizer_params is not None))
+        if is_pipeline(model) and prepared_plan(unwrapped(model)) is None:
+            plan = _planned(model, recipe, entry)  # what was applied is this stage's share
     if optimizer_params is None:
         say('no "optimizer" in the configuration, so this engine cannot train: multipliers alone are applied.')
         return None
@@ -203,23 +201,47 @@ def begin(arguments: MutableMapping[str, Any]) -> Run | None:
         config.scheduler_params = _scheduler(config, plan, peaks)
     arguments["model_parameters"] = groups
     planned = tuple({key: value for key, value in group.items() if key != "params"} for group in groups)
-    return Run(recipe, entry, plan, planned, schedulers.RatioWatch(plan.lr, peaks))
+    frozen = tuple(parameter for _, parameter in named_parameters(model) if not parameter.requires_grad)
+    return Run(recipe, entry, plan, planned, schedulers.RatioWatch(plan.lr, peaks), frozen)
 
 
 def require_no_training(arguments: Mapping[str, Any]) -> None:
-    """Raises InputError if an engine without an entry is to train: it has an optimizer."""
+    """Raises InputError if an engine without an entry and without a plan is to train: it has an optimizer."""
     content = arguments["config_class"]._param_dict
     if arguments.get("optimizer") is not None or content.get("optimizer"):
         raise InputError(
             f'"{entries.KEY}": missing in the configuration, so this engine would train without μP. Write '
-            f'"{entries.KEY}": '
-            '{"recipe": "…"}, or start the script without mup_megatron.launch.'
+            f'"{entries.KEY}": {{"recipe": "…"}}, or start the script without mup_megatron.launch.'
         )
 
 
 def applied_by(model: torch.nn.Module) -> Plan | None:
     """The plan that the script has applied to a model itself, through whichever of the adapters."""
-    return prepared_plan(model) or applied_plan(model)
+    inner = unwrapped(model)
+    return prepared_plan(inner) or applied_plan(inner)
+
+
+def _applied_problems(
+    model: torch.nn.Module, plan: Plan, recipe: Recipe, entry: entries.Entry, *, trains: bool
+) -> list[str]:
+    """Why a model to which a plan was applied before cannot be taken as it is, if it cannot."""
+    inner = unwrapped(model)
+    if plan.fingerprint != recipe.fingerprint:
+        return [
+            f"{entry.recipe}: its fingerprint is {recipe.fingerprint[:12]}, and a plan of the recipe "
+            f"{plan.fingerprint[:12]} was applied to the model before. Use one recipe."
+        ]
+    if trains and inner in _not_initialized and entry.how_to_initialize is not Initialize.KEEP:
+        return [
+            "an engine without an optimizer was built on this model before, and left its initial weights alone. Build "
+            'the engine that trains first, or the model anew; weights that were loaded take "initialize": "keep".'
+        ]
+    if prepared_plan(inner) is None:
+        try:
+            require_applied(inner, plan)
+        except InputError as error:
+            return [str(error)]
+    return []
 
 
 def _apply(model: torch.nn.Module, plan: Plan, entry: entries.Entry, *, trains: bool) -> None:
@@ -233,9 +255,12 @@ def _apply(model: torch.nn.Module, plan: Plan, entry: entries.Entry, *, trains: 
     try:
         # A stage of a pipeline has its share of the plan.
         share = replace(plan, entries=tuple(own for own in plan.entries if own.name in held))
+        if is_pipeline(inner) and pipeline.scale_tied_readout(inner, plan):
+            share = replace(share, output_multiplier=plan.stock_readout_ratio)
         apply_plan(inner, share, initialize=entry.how_to_initialize if trains else Initialize.KEEP)
+        if not trains:
+            _not_initialized.add(inner)
         if is_pipeline(inner):
-            pipeline.scale_tied_readout(inner, plan)
             pipeline.count_once(inner)
     except InputError as error:
         problems.append(str(error))
@@ -256,20 +281,33 @@ def _settings(config: Any, arguments: Mapping[str, Any]) -> tuple[entries.Entry,
         )
     entries.require_supported(content)
     recipe = load_recipe(Path(entry.recipe))
-    name = content.get("optimizer", {}).get("type")
+    name = entries.section(content, "optimizer").get("type")
     params = None if name is None else entries.optimizer_params(name, config.optimizer_params, recipe)
     return entry, recipe, params, entries.gradient_clipping(content.get("gradient_clipping"), recipe)
 
 
 def _planned(model: torch.nn.Module, recipe: Recipe, entry: entries.Entry) -> Plan:
-    problems, plan = [], None
+    problems, plan, cause = [], None, None
     try:
-        plan = plan_for(model, recipe, entry.target, readout=entry.readout)
+        plan = _plan_by(entry, model, recipe)
     except InputError as error:
         problems.append(f"{entry.recipe}: {error}")
-    raise_together(problems)
+        cause = error.__cause__
+    raise_together(problems, cause=cause)
     assert plan is not None
     return plan
+
+
+def _plan_by(entry: entries.Entry, model: torch.nn.Module, recipe: Recipe) -> Plan:
+    """As `plan_for`. A mistake in what "target" names is an InputError too: the other ranks have to hear of it."""
+    try:
+        return plan_for(model, recipe, entry.target, readout=entry.readout)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f'no plan could be made of "target" {entry.target} ({type(error).__name__}: {error}). Correct it.'
+        ) from error
 
 
 def _caller_problems(arguments: MutableMapping[str, Any], model: torch.nn.Module, plan: Plan) -> list[str]:
@@ -344,6 +382,8 @@ def built(engine: Any, run: Run) -> None:
     _runs[engine] = run
     problems = []
     scheduler = engine.lr_scheduler
+    if getattr(scheduler, "cycle_momentum", False) and engine.client_lr_scheduler is not None:
+        say(f"{type(scheduler).__name__} drives beta1 or momentum as well, over the recipe's (cycle_momentum).")
     if scheduler is not None and engine.client_lr_scheduler is not None:
         try:
             schedulers.require_proportional(scheduler, run.peaks)
@@ -368,9 +408,24 @@ def stepping(engine: Any, run: Run) -> None:
     if not run.entry.guard:
         return
     groups = engine.optimizer.param_groups
-    problem = guard.group_problem(groups, run.planned) or run.watch.check([group["lr"] for group in groups])
+    problem = guard.group_problem(groups, run.planned, _moments(engine, run))
+    problem = problem or run.watch.check([group["lr"] for group in groups])
+    if problem is None and any(parameter.requires_grad for parameter in run.frozen):
+        problem = (
+            '"mup": a parameter that was frozen when the engine was built is trainable now, and the optimizer does not '
+            "have it. Build the engine anew."
+        )
     if problem is not None:
         raise InputError(problem)
+
+
+def _moments(engine: Any, run: Run) -> dict[str, Any]:
+    """The recipe's betas or momentum; nothing where a schedule drives them."""
+    if getattr(engine.lr_scheduler, "cycle_momentum", False):
+        return {}
+    h = run.recipe.hyperparameters
+    adam = run.recipe.parametrization.optimizer == "adam"
+    return {"betas": (h.adam_beta1, h.adam_beta2)} if adam else {"momentum": h.sgd_momentum}
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
@@ -389,39 +444,60 @@ def loading(engine: Any, load_dir: str, tag: str | None, *, optimizer: bool) -> 
     Raises:
         InputError: the checkpoint is of another recipe.
     """
+    from mup_megatron.deepspeed import schedulers
+
     run = run_of(engine)
+    if run is None:
+        _require_plain(engine, load_dir, tag)
+        yield
+        return
     problems, found = [], None
     try:
         found = checkpoints.origin(load_dir, tag, universal=engine.load_universal_checkpoint())
-        if found is not None and run is not None:
+        if found is not None:
             checkpoints.require_same(found, run.recipe, accept=run.entry.accept_recipe_change, optimizer=optimizer)
             if optimizer:
                 _require_same_groups(engine, run, found)
-        elif found is not None and engine.optimizer is not None:
-            checkpoints.require_plain(found)
     except InputError as error:
         problems.append(str(error))
     raise_together(problems)
-    if run is None:
-        yield
-        return
     before = [_kept(group) for group in engine.optimizer.param_groups]
-    base_lrs = getattr(engine.lr_scheduler, "base_lrs", None)
+    held = schedulers.held_learning_rates(engine.lr_scheduler)
     yield
     same = found is None or found.recipe is None or found.recipe.fingerprint == run.recipe.fingerprint
     reapply(engine.optimizer.param_groups, before, keep=("betas", "momentum") if same else ())
     _separate_steps(engine.optimizer)
-    if base_lrs is not None:
-        engine.lr_scheduler.base_lrs = base_lrs
+    schedulers.restore_learning_rates(held)
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = engine.gradient_clipping()
     verify(engine, run)
 
 
+def _require_plain(engine: Any, load_dir: str, tag: str | None) -> None:
+    """For an engine without an entry. Not collective, and what cannot be read is DeepSpeed's to load or to refuse."""
+    plan = applied_by(engine)
+    if engine.optimizer is None and plan is None:
+        return
+    try:
+        found = checkpoints.origin(load_dir, tag, universal=engine.load_universal_checkpoint())
+    except (InputError, OSError, UnicodeError):
+        return
+    if found is None:
+        return
+    if plan is None:
+        checkpoints.require_plain(found)
+    elif found.recipe is not None and found.recipe.fingerprint != plan.fingerprint:
+        raise InputError(
+            f"{found.folder}: it was trained with another recipe (fingerprint {found.recipe.fingerprint[:12]}) than "
+            f"the one whose plan was applied to the model ({plan.fingerprint[:12]}), and would be another function "
+            "under its multipliers. Apply the plan of that recipe."
+        )
+
+
 def _require_same_groups(engine: Any, run: Run, found: checkpoints.Origin) -> None:
     if found.recipe is None or found.recipe.fingerprint == run.recipe.fingerprint:
         return
-    before = plan_for(engine, found.recipe, run.entry.target, readout=run.entry.readout)
+    before = _plan_by(run.entry, engine, found.recipe)
     if tuple(members(before).items()) != tuple(members(run.plan).items()):
         raise InputError(
             f"{found.folder}: under its recipe the parameters fall into other groups than under this run's, so the "
@@ -475,6 +551,6 @@ def saved(engine: Any, save_dir: str, tag: str | None) -> None:
     if run is None or engine.global_rank != 0:
         return
     folder = Path(save_dir) / (f"global_step{engine.global_steps}" if tag is None else str(tag))
-    problem = checkpoints.write_sidecar(folder, run.recipe)
+    problem = write_sidecar(folder, run.recipe)
     if problem is not None:
         say(f"warning: {problem} The recipe is in the checkpoint itself all the same.")

@@ -31,20 +31,16 @@ from typing import Any
 import torch
 from deepspeed.runtime import lr_schedules
 
+from mup_megatron.deepspeed.entry import AUTO
+from mup_megatron.deepspeed.guard import CLOSE
 from mup_megatron.errors import InputError
 from mup_megatron.theory import Plan
-
-CLOSE = 1e-6
-"""Relative difference up to which learning rates of a run agree."""
 
 SAME = 1e-7
 """The same for numbers that somebody wrote: what is accepted passes the live check."""
 
 NEGLIGIBLE = 1e-12
 """Part of a group's peak below which a learning rate is rounding, left where a decay to 0 cancels."""
-
-AUTO = "auto"
-"""What Hugging Face writes for a value that is known later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -434,6 +430,40 @@ def _said(values: Sequence[Any]) -> str:
 
 def _listed(values: Sequence[Any]) -> str:
     return f"[{', '.join(f'{float(value):.9g}' for value in values)}]"
+
+
+# ---- loading a scheduler's state -----------------------------------------------------------------------------------
+
+_STARTS = ("base_lrs", "_init_lrs")
+"""Where torch's and Hugging Face's schedulers keep what they found in the groups when they were made."""
+
+Held = list[tuple[Any, dict[str, Any]]]
+
+
+def held_learning_rates(scheduler: object | None) -> Held:
+    """Each part of a scheduler with the learning rates that it was made with, which loading a state may replace.
+
+    What lies in the optimizer's groups is not among it.
+    """
+    return [
+        (part, {name: copy.copy(vars(part)[name]) for name in _holding(part) if name in vars(part)})
+        for part in ([] if scheduler is None else _parts(scheduler))
+    ]
+
+
+def restore_learning_rates(held: Held) -> None:
+    """Gives them back. Where the schedule stands stays what was loaded."""
+    for part, own in held:
+        for name, value in own.items():
+            setattr(part, name, value)
+
+
+def _holding(scheduler: object) -> Iterator[str]:
+    yield from _STARTS
+    if _is_known(scheduler):
+        rule = _RULES[type(scheduler).__name__]
+        for parameter in filter(None, (rule.peak, *rule.scaled)):
+            yield rule.attributes.get(parameter, parameter)
 
 
 # ---- trying a scheduler out ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ not."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,24 @@ from support.ds_models import build, train_engine
 deepspeed.init_distributed("gloo")
 assert "mup_megatron.deepspeed" in sys.modules
 config = json.load(open(sys.argv[-1]))
-if config:
+how = config.pop("how", None)
+if how == "evaluation":
+    del config["optimizer"]
+    model = build("gpt2", 4)
+    deepspeed.initialize(model=model, config=config)
+elif how == "by hand":
+    from pathlib import Path
+    from mup_megatron.deepspeed import param_groups, plan_for
+    from mup_megatron.modules import apply_plan
+    from mup_megatron.recipe import load_recipe
+    model = build("gpt2", 4)
+    plan = plan_for(model, load_recipe(Path(config.pop("by"))))
+    apply_plan(model, plan)
+    del config["optimizer"]
+    config["zero_allow_untested_optimizer"] = True
+    optimizer = torch.optim.AdamW(param_groups(model, plan))
+    deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+elif config:
     engine, *_ = deepspeed.initialize(model=build("gpt2", 4), config=config)
     print("lrs", sorted({group["lr"] for group in engine.optimizer.param_groups}), sys.argv[1:-1])
     train_engine(engine, "gpt2", range(1))
@@ -51,6 +69,16 @@ def test_the_entry_alone_is_enough_also_behind_the_launchers_own_word(tmp_path: 
     assert "lrs [0.001, 0.004] ['--local_rank=0']" in done.stdout
 
 
+def test_a_script_that_only_evaluates_by_a_recipe_has_used_it(tmp_path: Path) -> None:
+    done = launch(tmp_path, ds_config() | {"mup": {"recipe": write(recipe_for("gpt2"), tmp_path)}, "how": "evaluation"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_script_that_applies_the_plan_itself_has_used_it(tmp_path: Path) -> None:
+    done = launch(tmp_path, ds_config() | {"by": write(recipe_for("gpt2"), tmp_path), "how": "by hand"})
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -69,3 +97,41 @@ def test_a_script_that_would_train_without_a_recipe_is_stopped(
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+PLAIN = """
+import json, sys
+import deepspeed, torch
+import mup_megatron.deepspeed
+from support.ds_models import build
+deepspeed.init_distributed("gloo")
+deepspeed.initialize(model=build("gpt2", 4), config=json.load(open("ds.json")))
+"""
+
+
+def test_without_the_launcher_one_rank_says_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(PLAIN)
+    content = ds_config(world_size=2) | {"mup": {"recipe": "none.recipe.yaml"}}
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    logs = tmp_path / "logs"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--redirects=3"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, f"--log-dir={logs}", "train.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    said = [path.read_text() for path in sorted(logs.rglob("stderr.log"))]
+    assert len(said) == 2, done.stderr
+    assert "Traceback" not in "".join(said), said
+    assert len(re.findall("^mup-megatron: none.recipe.yaml: ", "".join(said), re.MULTILINE)) == 1, said
+    assert re.search(r"exitcode\s*: 2 ", done.stderr), done.stderr

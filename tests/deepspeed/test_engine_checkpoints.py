@@ -1,5 +1,6 @@
 """Checkpoints: what the plan gave the groups survives every way of loading, and another recipe's are refused."""
 
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,10 @@ def _edited(root: str, recipes: dict[str, str]) -> dict[str, Any]:
         attempt(f"{zero} other groups", _engine(zero, recipes["groups"], accept_recipe_change=True), f"mup{zero}")
         attempt(f"{zero} of none", _engine(zero, recipes["same"]), f"plain{zero}")
         attempt(f"{zero} of none, weights", _engine(zero, recipes["same"]), f"plain{zero}", load_module_only=True)
+        accepting = _engine(zero, recipes["same"], accept_recipe_change=True)
+        attempt(f"{zero} of none, accepted", accepting, f"plain{zero}")
+        accepting = _engine(zero, recipes["same"], accept_recipe_change=True)
+        attempt(f"{zero} of none, weights, accepted", accepting, f"plain{zero}", load_module_only=True)
         attempt(f"{zero} other, weights", _engine(zero, other), f"mup{zero}", load_module_only=True)
         attempt(f"{zero} no entry", _engine(zero, None), f"mup{zero}")
         attempt(f"{zero} nothing there", _engine(zero, recipes["same"]), "nothing")
@@ -202,10 +207,94 @@ def test_another_recipe_is_refused_or_takes_over(
         for name in ("accepted", "accepted, universal"):
             assert _require_planned(found[f"{zero} {name}"], other_plan) == pytest.approx(factor)
         assert "fall into other groups" in found[f"{zero} other groups"]
-        assert "was trained without a recipe" in found[f"{zero} of none"]
-        _require_planned(found[f"{zero} of none, weights"], plan)
+        for name in ("of none", "of none, weights", "of none, accepted"):
+            assert "was trained without a recipe" in found[f"{zero} {name}"]
+            assert '"accept_recipe_change": true' in found[f"{zero} {name}"]
+        _require_planned(found[f"{zero} of none, weights, accepted"], plan)
         assert "was trained with a recipe, and without it" in found[f"{zero} no entry"]
         _require_planned(found[f"{zero} nothing there"], plan)
+
+
+def _with_a_schedule_of_the_script(recipes: list[str], folder: str) -> list[list[dict[str, float]]]:
+    """Name → learning rate after each step of a run, and of one with another recipe that goes on from its third."""
+    import deepspeed
+
+    def engine(recipe_path: str) -> Any:
+        content = ds_config(1) | {"mup": {"recipe": recipe_path, "accept_recipe_change": True}}
+        return deepspeed.initialize(model=build("gpt2", WIDTH), config=content, lr_scheduler=_in_two_parts)[0]
+
+    def trained(engine: Any, steps: range) -> list[dict[str, float]]:
+        found = []
+        for step in steps:
+            train_engine(engine, "gpt2", [step])
+            found.append({name: own.lr for name, own in live_values(engine).items()})
+        return found
+
+    first, second = map(engine, recipes)
+    trained(first, BEFORE)
+    first.save_checkpoint(folder)
+    second.load_checkpoint(folder)
+    return [trained(own, AFTER) for own in (first, second)]
+
+
+def _in_two_parts(optimizer: Any) -> Any:
+    from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
+
+    parts = [LinearLR(optimizer, total_iters=2), LambdaLR(optimizer, _decay)]
+    return SequentialLR(optimizer, parts, milestones=[2])
+
+
+def _decay(step: int) -> float:
+    return 0.9**step
+
+
+def test_another_recipe_takes_over_a_schedule_of_the_script(tmp_path: Path) -> None:
+    recipes = [write(recipe_for("gpt2", lr=lr), tmp_path, f"{lr}.yaml") for lr in (0.004, 0.001)]
+    first, second = run_ranks(_with_a_schedule_of_the_script, 1, recipes, str(tmp_path / "ck"))[0]
+    for old, new in zip(first, second, strict=True):
+        assert {name: 4 * lr for name, lr in new.items()} == pytest.approx(old)
+
+
+# ---- an engine without an entry ------------------------------------------------------------------------------------
+
+
+def _plain_loads(root: str, recipe_path: str) -> dict[str, str]:
+    """What an engine without an entry says to checkpoints that DeepSpeed itself takes, or refuses in its own words."""
+    from mup_megatron.modules.apply import applied_plan
+
+    engine = _engine(0, None)
+    engine.save_checkpoint(f"{root}/own", tag="t", client_state={"mup": {"mine": 1}})
+    states = Path(root, "own", "t", "mp_rank_00_model_states.pt")
+    content = torch.load(states, weights_only=False)
+    torch.save(content, states, _use_new_zipfile_serialization=False)
+    found = {}
+
+    def attempt(name: str, engine: Any, folder: str) -> None:
+        try:
+            _, state = engine.load_checkpoint(f"{root}/{folder}", tag="t")
+            found[name] = str(state.get("mup"))
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+
+    attempt("not a zip", engine, "own")
+    attempt("not a zip, with an entry", _engine(0, recipe_path, accept_recipe_change=True), "own")
+    planned = _engine(0, recipe_path)
+    planned.save_checkpoint(f"{root}/planned", tag="t")
+    attempt("of a recipe", engine, "planned")
+    assert applied_plan(planned.module) is not None
+    states.write_bytes(b"nothing")
+    attempt("broken", engine, "own")
+    attempt("broken, with an entry", _engine(0, recipe_path), "own")
+    return found
+
+
+def test_without_an_entry_deepspeed_decides_what_it_can_read(tmp_path: Path) -> None:
+    found = run_ranks(_plain_loads, 1, str(tmp_path), write(recipe_for("gpt2"), tmp_path))[0]
+    assert found["not a zip"] == "{'mine': 1}"
+    assert "was trained without a recipe" in found["not a zip, with an entry"]
+    assert "was trained with a recipe, and without it" in found["of a recipe"]
+    assert not found["broken"].startswith("InputError")
+    assert re.match("InputError: .*mp_rank_00_model_states.pt: .*cannot be read", found["broken, with an entry"])
 
 
 def _edited_plainly(root: str) -> dict[str, LiveValues]:

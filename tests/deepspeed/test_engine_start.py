@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from support import ds_pipeline
 from support.ds_models import build, config, ds_config, recipe_for, train_engine, write
 from support.ds_ranks import run_ranks
 
 from mup_megatron.deepspeed.entry import Entry, drop_auto, entry_of, gradient_clipping, optimizer_params
+from mup_megatron.deepspeed.entry import require_supported as require_features
 from mup_megatron.deepspeed.versions import require_supported
 from mup_megatron.errors import InputError
 from mup_megatron.modules.apply import Initialize
@@ -58,7 +60,86 @@ def _without_optimizer(recipe: str) -> list[str]:
 
 def test_an_engine_without_an_optimizer_has_the_multipliers_and_does_not_train(tmp_path: Path) -> None:
     (said,) = run_ranks(_without_optimizer, 1, write(recipe_for("gpt2"), tmp_path))
-    assert len(said) == 1, "DeepSpeed itself refuses to step"
+    assert said == ["must provide optimizer during init in order to use backward"]
+
+
+def _with_a_target(recipe_path: str, targets: dict[str, str]) -> dict[str, list[str]]:
+    """What the ranks say to each "target"; "" where an engine is built."""
+    import deepspeed
+
+    import mup_megatron.deepspeed  # noqa: F401
+
+    found = {}
+    for name, target in targets.items():
+        content = ds_config(world_size=2) | {"mup": {"recipe": recipe_path, "target": target}}
+        try:
+            deepspeed.initialize(model=build("gpt2", 2), config=content)[0].destroy()
+            said = ""
+        except InputError as error:
+            said = str(error)
+        everywhere: list[str] = [""] * 2
+        torch.distributed.all_gather_object(everywhere, said)
+        found[name] = everywhere
+    return found
+
+
+def test_a_target_is_read_as_the_command_line_reads_it(tmp_path: Path) -> None:
+    for name, width in (("right", 2), ("other", 4)):
+        config("gpt2", width).save_pretrained(tmp_path / name)
+    (tmp_path / "no model type").mkdir()
+    (tmp_path / "no model type" / "config.json").write_text("{}")
+    targets = {name: str(tmp_path / name) for name in ("right", "other", "no model type", "none")}
+    targets["file"] = str(tmp_path / "right" / "config.json")
+    found = run_ranks(_with_a_target, 2, write(recipe_for("gpt2"), tmp_path), targets)[0]
+    assert found["right"] == found["file"] == ["", ""]
+    assert "its shape is" in found["other"][0]
+    assert "no model_type" in found["no model type"][0]
+    assert "none" in found["none"][0]
+    assert all(first == second for first, second in found.values())
+
+
+def failing_on_the_second_rank() -> torch.nn.Module:
+    """A target's factory with a mistake of its own."""
+    if torch.distributed.get_rank() == 1:
+        raise ValueError("no such file on this machine")
+    return torch.nn.Linear(2, 2)
+
+
+def _with_a_failing_factory(recipe_path: str) -> str:
+    import deepspeed
+
+    import mup_megatron.deepspeed  # noqa: F401
+
+    entry = {"recipe": recipe_path, "target": f"{__name__}:failing_on_the_second_rank"}
+    try:
+        deepspeed.initialize(model=torch.nn.Linear(2, 2), config=ds_config(world_size=2) | {"mup": entry})
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_a_mistake_in_a_targets_factory_on_one_rank_ends_all(tmp_path: Path) -> None:
+    path = write(ds_pipeline.recipe_for(tied=False), tmp_path)
+    first, second = run_ranks(_with_a_failing_factory, 2, path, collective_s=20)
+    assert first == second
+    assert "ValueError: no such file on this machine" in first
+
+
+def _without_a_configuration(recipe_path: str) -> str:
+    from deepspeed import DeepSpeedEngine
+
+    import mup_megatron.deepspeed  # noqa: F401
+
+    try:
+        DeepSpeedEngine(None, build("gpt2"), config=ds_config() | {"mup": {"recipe": recipe_path}})
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_an_engine_whose_entry_cannot_be_seen_is_refused(tmp_path: Path) -> None:
+    (said,) = run_ranks(_without_a_configuration, 1, write(recipe_for("gpt2"), tmp_path))
+    assert "config_class" in said
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
@@ -92,6 +173,20 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "weight decay": (_adam(weight_decay=0.0), r'"optimizer.params.weight_decay" is 0.0'),
     "momentum": (_adam(momentum=0.9), r'"optimizer.params.momentum": AdamW has no such value'),
     "clipping": ({"gradient_clipping": 1.0}, r'"gradient_clipping" is 1.0 and the recipe says 0.7'),
+    "hybrid engine": ({"hybrid_engine": {"enabled": True}}, r'"hybrid_engine" is not supported'),
+    "experts": ({"expert_parallel": {"enabled": True}}, r'"expert_parallel" is not supported'),
+    "zenflow": (
+        {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}},
+        r'"zero_optimization.zenflow" is not supported',
+    ),
+    "super offload": (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+        r'"zero_optimization.offload_optimizer.super_offload" is not supported',
+    ),
+    "a ratio of offload": (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        r'"zero_optimization.offload_optimizer.ratio" is not supported',
+    ),
     "tensor parallelism": ({"tensor_parallel": {"autotp_size": 2}}, r'"tensor_parallel.autotp_size" is not supported'),
     "another head": ({"mup": {"recipe": "LLAMA"}}, "llama"),
     "another vocabulary": ({"mup": {"recipe": "VOCABULARY"}}, "vocab_size"),
@@ -216,12 +311,20 @@ def test_a_bad_call_gets_one_sentence(tmp_path: Path) -> None:
     assert "a Linear has no configuration" in found["a module"]
 
 
-def test_an_old_deepspeed_is_refused() -> None:
-    with pytest.raises(InputError, match=r"DeepSpeed 0\.18\.9 is older than supported\. Install 0\.19 or newer\."):
-        require_supported("0.18.9")
-    require_supported("0.19.0+cpu")
-    require_supported("1.0")
-    require_supported()
+@pytest.mark.parametrize("version", ["0.18.9", "0.20.0", "1.0", "1", "unknown"])
+def test_another_deepspeed_is_refused(version: str) -> None:
+    with pytest.raises(InputError, match=rf"DeepSpeed {version} is not supported\. Install 0\.19\."):
+        require_supported(version)
+
+
+def test_a_supported_deepspeed_is_not() -> None:
+    for version in ("0.19.0+cpu", "0.19rc1", "0.19.8", None):
+        require_supported(version)
+
+
+def test_a_section_that_is_none_is_named() -> None:
+    with pytest.raises(InputError, match='"zero_optimization" is int, not an object'):
+        require_features({"zero_optimization": 2})
 
 
 # ---- the entry, without an engine ----------------------------------------------------------------------------------
@@ -267,3 +370,77 @@ def test_auto_is_taken_out_before_others_fill_it_in() -> None:
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
         "mup": {"recipe": "r"},
     }
+
+
+# ---- between two engines, and during the run -----------------------------------------------------------------------
+
+
+def _changed_during_the_run(recipe: str) -> dict[str, str]:
+    """What is done to a model or an optimizer after it was planned → what is said."""
+    import deepspeed
+
+    import mup_megatron.deepspeed  # noqa: F401
+    from mup_megatron.huggingface import apply_plan, plan_for
+    from mup_megatron.recipe import load_recipe
+
+    content = ds_config(mup={"recipe": recipe})
+    said = {}
+
+    def attempt(name: str, act: Any) -> None:
+        try:
+            act()
+            said[name] = ""
+        except InputError as error:
+            said[name] = str(error)
+
+    def stepped(change: Any, **before: bool) -> Any:
+        def act() -> None:
+            model = build("gpt2", 4)
+            model.transformer.wpe.weight.requires_grad_(before.get("trainable", True))
+            engine, *_ = deepspeed.initialize(model=model, config=content)
+            train_engine(engine, "gpt2", range(1))
+            change(engine)
+            train_engine(engine, "gpt2", range(1))
+
+        return act
+
+    def without_an_optimizer_first() -> None:
+        model = build("gpt2", 4)
+        deepspeed.initialize(model=model, config={k: v for k, v in content.items() if k != "optimizer"})
+        deepspeed.initialize(model=model, config=content)
+
+    def resized() -> None:
+        model = build("llama", 4)
+        apply_plan(model, plan_for(model, load_recipe(Path(recipe).parent / "llama.yaml")))
+        model.resize_token_embeddings(56)
+        deepspeed.initialize(model=model, config=ds_config(mup={"recipe": str(Path(recipe).parent / "llama.yaml")}))
+
+    attempt("nothing", stepped(lambda engine: None))
+    attempt("betas", stepped(lambda engine: engine.optimizer.param_groups[0].update(betas=(0.5, 0.5))))
+    attempt("unfrozen", stepped(lambda e: e.module.transformer.wpe.weight.requires_grad_(True), trainable=False))
+    attempt("engine without optimizer", without_an_optimizer_first)
+    attempt("resized", resized)
+    return said
+
+
+def test_what_is_changed_after_the_plan_was_applied_is_noticed(tmp_path: Path) -> None:
+    path = write(recipe_for("gpt2"), tmp_path)
+    write(recipe_for("llama"), tmp_path, "llama.yaml")
+    (said,) = run_ranks(_changed_during_the_run, 1, path)
+    assert said.pop("nothing") == ""
+    assert re.search(r"betas of the group .* should be \(0\.9, 0\.95\) and is \(0\.5, 0\.5\)", said.pop("betas"))
+    assert "was frozen when the engine was built is trainable now" in said.pop("unfrozen")
+    assert "left its initial weights alone" in said.pop("engine without optimizer")
+    assert "the model's shape is (56, 128)" in said.pop("resized")
+    assert said == {}
+
+
+@pytest.mark.parametrize("key", ["amsgrad", "maximize"])
+def test_options_that_make_another_optimizer_are_refused(key: str) -> None:
+    with pytest.raises(InputError, match=rf'"optimizer.params.{key}": the recipe was made for AdamW without it'):
+        optimizer_params("AdamW", {key: True}, recipe_for("gpt2"))
+
+
+def test_an_entry_that_is_written_otherwise_is_no_entry_and_no_silence() -> None:
+    with pytest.raises(InputError, match='"MuP": the entry is written "mup"'):
+        entry_of({"MuP": {"recipe": "r.yaml"}})

@@ -3,6 +3,7 @@
 Nothing of the plug-in is imported at the top: the ranks import this module.
 """
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -69,19 +70,61 @@ def test_importing_it_does_not_import_deepspeed() -> None:
 # ---- an engine that the hooks did not reach ------------------------------------------------------------------------
 
 
-def _import_too_late(recipe_path: str) -> str:
+def _import_too_late(recipe_path: str) -> list[str]:
     import deepspeed
+
+    said = []
 
     assert "mup_megatron.deepspeed" not in sys.modules
     config = ds_config(optimizer={"type": "AdamW", "params": {"torch_adam": True}}, mup={"recipe": recipe_path})
     engine, *_ = deepspeed.initialize(model=build("gpt2"), config=config)
-    try:
-        import mup_megatron.deepspeed  # noqa: F401
-    except InputError as error:
-        return str(error)
-    assert engine is not None
-    return ""
+    for _ in range(2):  # a notebook's cell is run again
+        try:
+            import mup_megatron.deepspeed
+
+            said.append("")
+        except InputError as error:
+            said.append(str(error))
+    del engine
+    gc.collect()
+    import mup_megatron.deepspeed
+
+    engine, *_ = deepspeed.initialize(model=build("gpt2"), config=config)
+    method = type(engine).__init__
+    said.append(str([hasattr(method, "__wrapped__"), hasattr(method.__wrapped__, "_self_wrapper")]))
+    said.append(str(mup_megatron.deepspeed.plan_of(engine) is not None))
+    return said
 
 
 def test_an_entry_that_had_no_effect_is_found_by_a_late_import(tmp_path: Path) -> None:
-    assert "had no effect" in run_ranks(_import_too_late, 1, write(recipe_for("gpt2"), tmp_path))[0]
+    (said,) = run_ranks(_import_too_late, 1, write(recipe_for("gpt2"), tmp_path))
+    assert "had no effect" in said[0]
+    assert said[1] == said[0]
+    assert said[2:] == ["[True, False]", "True"]
+
+
+# ---- another release -----------------------------------------------------------------------------------------------
+
+
+def _in_another_release(recipe_path: str) -> tuple[bool, str]:
+    """Whether an engine without an entry is built, and what one with an entry says."""
+    import accelerate.utils.dataclasses
+    import deepspeed
+
+    assert "mup_megatron.deepspeed" not in sys.modules
+    del accelerate.utils.dataclasses.DeepSpeedPlugin.deepspeed_config_process
+    import mup_megatron.deepspeed  # noqa: F401
+
+    plain = deepspeed.initialize(model=build("gpt2"), config=ds_config())
+    try:
+        deepspeed.initialize(model=build("gpt2"), config=ds_config() | {"mup": {"recipe": recipe_path}})
+    except InputError as error:
+        return plain is not None, str(error)
+    return plain is not None, ""
+
+
+def test_a_missing_method_of_another_release_matters_to_an_entry_alone(tmp_path: Path) -> None:
+    ((built, said),) = run_ranks(_in_another_release, 1, write(recipe_for("gpt2"), tmp_path))
+    assert built
+    assert "DeepSpeedPlugin.deepspeed_config_process" in said
+    assert "accelerate" in said

@@ -1,6 +1,7 @@
 """DeepSpeed's pipeline of two stages: as one process, for any split of the layers, without a hang."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def _reference(plan: Plan | None, *, tied: bool) -> list[float]:
     model = ds_pipeline.drawn(4, tied=tied)
     h, groups = HYPERPARAMETERS, model.parameters()
     if plan is not None:
-        apply_plan(model, plan)
+        # The tied readout is no layer, so the model multiplies itself.
+        apply_plan(model, replace(plan, output_multiplier=1.0) if tied else plan)
         model.output_multiplier = plan.output_multiplier
         groups = param_groups(model.named_parameters(), plan)  # type: ignore[assignment]
     optimizer = torch.optim.AdamW(

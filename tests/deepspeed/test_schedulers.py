@@ -24,7 +24,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, get_scheduler
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from mup_megatron.deepspeed.schedulers import RatioWatch, drives_betas, require_proportional, rewritten
+from mup_megatron.deepspeed.schedulers import (
+    RatioWatch,
+    drives_betas,
+    held_learning_rates,
+    require_proportional,
+    restore_learning_rates,
+    rewritten,
+)
 from mup_megatron.errors import InputError
 from mup_megatron.modules.groups import values
 from mup_megatron.recipe import PerParameter
@@ -712,3 +719,75 @@ def test_who_drives_betas_by_default_is_known(name: str) -> None:
     assert drives_betas(name, {})
     assert not drives_betas(name, {"cycle_momentum": False})
     assert not drives_betas("WarmupLR", {})
+
+
+# ---- loading the state of one that held other learning rates -------------------------------------------------------
+
+HOLDING: dict[str, Callable[[Any, list[float]], Any]] = {
+    "LambdaLR": lambda o, lrs: LambdaLR(o, _halving),
+    "SequentialLR": lambda o, lrs: torch_schedules.SequentialLR(
+        o, [torch_schedules.LinearLR(o, total_iters=3), LambdaLR(o, _halving)], milestones=[3]
+    ),
+    "ChainedScheduler of one in another": lambda o, lrs: torch_schedules.ChainedScheduler(
+        [
+            torch_schedules.ConstantLR(o, total_iters=2),
+            torch_schedules.SequentialLR(
+                o, [torch_schedules.LinearLR(o, total_iters=3), LambdaLR(o, _halving)], milestones=[3]
+            ),
+        ]
+    ),
+    "CyclicLR": lambda o, lrs: torch_schedules.CyclicLR(
+        o, [lr / 10 for lr in lrs], list(lrs), step_size_up=4, cycle_momentum=False
+    ),
+    "ReduceLROnPlateau": lambda o, lrs: torch_schedules.ReduceLROnPlateau(
+        o, patience=0, min_lr=[lr / 5 for lr in lrs], eps=0.0
+    ),
+    "GreedyLR": lambda o, lrs: get_scheduler(
+        SchedulerType.GREEDY,
+        o,
+        scheduler_specific_kwargs={
+            "min_lr": [lr / 5 for lr in lrs],
+            "max_lr": [2 * lr for lr in lrs],
+            "eps": 0.0,
+            "patience": 1,
+            "smooth": False,
+            "reset_start": 4,
+        },
+    ),
+    "WarmupLR": lambda o, lrs: lr_schedules.WarmupLR(o, warmup_max_lr=list(lrs), warmup_num_steps=4),
+    "WarmupCosineLR": lambda o, lrs: lr_schedules.WarmupCosineLR(o, total_num_steps=9, warmup_num_steps=3),
+    "OneCycle": lambda o, lrs: lr_schedules.OneCycle(
+        o, [lr / 10 for lr in lrs], list(lrs), cycle_first_step_size=5, cycle_momentum=False
+    ),
+    "LRRangeTest": lambda o, lrs: lr_schedules.LRRangeTest(o, list(lrs), 2),
+}
+
+
+def _halving(step: int) -> float:
+    return 0.5**step
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_a_loaded_schedule_goes_on_from_this_runs_learning_rates(name: str) -> None:
+    """Both schedules take the same steps, so that the factor between their learning rates stays the same."""
+
+    def step(scheduler: Any) -> list[float]:
+        scheduler.optimizer.step()
+        scheduler.step(*([1.0] if name in ("ReduceLROnPlateau", "GreedyLR") else []))
+        return [group["lr"] for group in scheduler.optimizer.param_groups]
+
+    before, now = ([own * lr for own in (1.0, 0.25)] for lr in (0.004, 0.001))
+    first, second = (HOLDING[name](_optimizer(lrs), lrs) for lrs in (before, now))
+    for _ in range(2):
+        step(first)
+    held = held_learning_rates(second)
+    second.load_state_dict(first.state_dict())
+    restore_learning_rates(held)
+    for old, new in zip(first.optimizer.param_groups, second.optimizer.param_groups, strict=True):
+        new["lr"] = old["lr"] / 4
+    for _ in range(10):
+        assert [4 * lr for lr in step(second)] == pytest.approx(step(first))
+
+
+def test_no_schedule_holds_nothing() -> None:
+    restore_learning_rates(held_learning_rates(None))

@@ -81,9 +81,11 @@ def build(family: str, width: int = 1) -> transformers.PreTrainedModel:
 
 def recipe_for(family: str, *, base: int = 1, optimizer: str = "adam", **changes: Any) -> Recipe:
     """A recipe tuned at a width, with HYPERPARAMETERS but for `changes`."""
+    # A ResNet has no embedding that a multiplier could act on.
+    own = {"embedding_multiplier": 1.0} if family == "resnet" else {}
     content = {
         "base": base_content(config(family, base)),
-        "hyperparameters": {**HYPERPARAMETERS, **changes},
+        "hyperparameters": {**HYPERPARAMETERS, **own, **changes},
         "parametrization": {"optimizer": optimizer},
     }
     return recipe(content, source="test")

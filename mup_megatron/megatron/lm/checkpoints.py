@@ -5,18 +5,17 @@ and for a launcher that must not load a checkpoint to know, lies in the checkpoi
 """
 
 import argparse
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mup_megatron import origin as origins
+from mup_megatron.complaint import is_first
 from mup_megatron.errors import InputError
-from mup_megatron.files import write_atomically
-from mup_megatron.megatron.lm.complaint import is_first
-from mup_megatron.recipe import Recipe, recipe
+from mup_megatron.origin import SIDECAR
+from mup_megatron.recipe import Recipe
 
-SIDECAR = "mup.recipe.yaml"
 _TRACKER = "latest_checkpointed_iteration.txt"
 _FINGERPRINT = "mup_fingerprint"
 _CONTENT = "mup_recipe_content"
@@ -37,8 +36,7 @@ class Origin:
 def sign(values: argparse.Namespace, given: Recipe) -> None:
     """Puts a recipe among Megatron's arguments."""
     setattr(values, _FINGERPRINT, given.fingerprint)
-    # As text: plain in every format, and one line where Megatron prints its arguments.
-    setattr(values, _CONTENT, json.dumps(given.model_dump(mode="json")))
+    setattr(values, _CONTENT, origins.packed(given))
 
 
 def origin(values: Any) -> Origin:
@@ -50,11 +48,8 @@ def origin(values: Any) -> Origin:
     fingerprint = getattr(values, _FINGERPRINT, None)
     if fingerprint is None:
         return Origin(None, None)
-    try:
-        content = json.loads(getattr(values, _CONTENT))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"the checkpoint's recipe {fingerprint} cannot be read ({error}). Use another one.") from None
-    return Origin(fingerprint, recipe(content, source="the checkpoint's recipe"))
+    content = getattr(values, _CONTENT, None)
+    return Origin(fingerprint, origins.unpacked(content, source=f"the checkpoint's recipe {fingerprint}"))
 
 
 def require_same(found: Origin, wanted: Recipe, *, accept: bool) -> None:
@@ -68,7 +63,7 @@ def require_same(found: Origin, wanted: Recipe, *, accept: bool) -> None:
             f"plan; this run's recipe is {wanted.fingerprint}. Begin a new run with an empty --load and --save. "
             f"{remedy.format(' --no-load-optim')}"
         )
-    lines = [f"  {key}: {before} there, {now} here" for key, before, now in _differences(found.recipe, wanted)]
+    lines = [f"  {key}: {before} there, {now} here" for key, before, now in origins.differences(found.recipe, wanted)]
     raise InputError(
         "\n".join(
             [
@@ -90,21 +85,6 @@ def require_matching_optimizer(found: Origin) -> None:
         )
 
 
-def _differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
-    left, right = (dict(_flat(r.model_dump(mode="json", exclude={"training", "provenance"}))) for r in (before, now))
-    for key in {**left, **right}:
-        if left.get(key) != right.get(key):
-            yield key, left.get(key), right.get(key)
-
-
-def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(content, Mapping) and content:
-        for key, value in content.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, content
-
-
 # ---- beside it -----------------------------------------------------------------------------------------------------
 
 
@@ -115,12 +95,7 @@ def write_sidecar(folder: str | None, given: Recipe) -> str | None:
     """
     if folder is None or not is_first():
         return None
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(folder) / SIDECAR, given.to_yaml())
-    except (InputError, OSError) as error:
-        return str(error)
-    return None
+    return origins.write_sidecar(Path(folder), given)
 
 
 def require_plain(words: Sequence[str]) -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from mup_megatron.complaint import complain_when_uncaught
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.lm import flags
-from mup_megatron.megatron.lm.complaint import complain_when_uncaught
 
 if TYPE_CHECKING:
     from mup_megatron.megatron.lm.run import Run

@@ -12,8 +12,8 @@ import torch
 from support.lm_recipes import line, recipe_file
 from support.lm_runs import SCRIPT, Finished, run_script
 
+from mup_megatron import complaint
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.lm import complaint
 
 pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megatron.training in its wheel")
 

@@ -1,5 +1,6 @@
 """What the plug-in says to a user: remarks of the first rank, and a mistake in one sentence, by one rank."""
 
+import functools
 import hashlib
 import os
 import sys
@@ -13,6 +14,9 @@ from mup_megatron.errors import InputError
 DEBUG = "MUP_MEGATRON_DEBUG"
 """Environment variable: set, the traceback is shown as well."""
 
+BAD_INPUT = 2
+"""Status of a process that ends with a user's mistake."""
+
 _PATIENCE_S = 1.0
 """torchrun ends all ranks as soon as one has left: the one that speaks has to have spoken by then."""
 
@@ -23,7 +27,7 @@ def is_first() -> bool:
 
 
 def say(text: str) -> None:
-    """A remark on standard output, among Megatron's own."""
+    """A remark on standard output, by the first rank."""
     if is_first():
         print(f"> mup-megatron: {text}", flush=True)
 
@@ -66,14 +70,21 @@ def _has_the_word(text: str) -> bool:
         return True
 
 
-def complain_when_uncaught() -> None:
-    """Lets the interpreter tell a mistake that ends a script in the same way; everything else as before."""
+@functools.cache  # once is enough
+def complain_when_uncaught(*, leave: bool = False) -> None:
+    """Lets the interpreter tell a mistake that ends a script in the same way; everything else as before.
+
+    Args:
+        leave: with BAD_INPUT; else with the interpreter's own status.
+    """
     before = sys.excepthook
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, InputError):
-            complain(error)
-        else:
+        if not isinstance(error, InputError):
             before(kind, error, trace)
+            return
+        complain(error)
+        if leave and not hasattr(sys, "ps1"):  # a session at the prompt goes on
+            sys.exit(BAD_INPUT)
 
     sys.excepthook = tell

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 ADAPTER_FOLDERS = {"theory", "models", "megatron", "training"}
+_LONGEST_COMPILATION_S = 600
 IN_CI = "MUP_MEGATRON_CI" in os.environ
 
 # DeepSpeed looks for an accelerator when it is imported, and the CPU runtime of Megatron pretends that there is one.
@@ -21,6 +23,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if TESTS in item.path.parents and item.path.relative_to(TESTS).parts[0] in ADAPTER_FOLDERS:
             item.add_marker(pytest.mark.adapter)
+
+
+def pytest_configure() -> None:
+    """Removes what a process left that was killed while torch compiled an extension: all others wait for it for ever."""
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    for lock in Path(cache).glob("**/lock"):
+        if time.time() - lock.stat().st_mtime > _LONGEST_COMPILATION_S:
+            lock.unlink(missing_ok=True)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
-    """Removes what a process left that was killed while torch compiled an extension: all others wait for it for ever."""
+    """Removes what a process left that was killed while torch compiled an extension: all others wait for it."""
     cache = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     for lock in Path(cache).glob("**/lock"):
         if time.time() - lock.stat().st_mtime > _LONGEST_COMPILATION_S:

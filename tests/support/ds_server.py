@@ -22,16 +22,16 @@ torch.set_num_threads(1)
 def main() -> None:
     """Imports, and forks until standard input ends."""
     import deepspeed
-    import deepspeed.comm.torch
     import deepspeed.pipe
     import transformers
+    from deepspeed.comm.torch import build_shm_op
 
     transformers.logging.set_verbosity_error()
     deepspeed.utils.logger.setLevel("ERROR")
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what ranks print goes where their complaints go
     # Compiled or found once, and inherited: a rank that is killed meanwhile would leave a lock for which all wait.
-    deepspeed.comm.torch.build_shm_op()
+    build_shm_op()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them here
     while header := sys.stdin.buffer.read(8):
         request = sys.stdin.buffer.read(int.from_bytes(header, "big"))

@@ -57,7 +57,7 @@ def best(losses: Losses) -> float:
     """The learning rate with the lowest loss."""
     finite = {lr: loss for lr, loss in losses.items() if math.isfinite(loss)}
     if not finite:
-        raise SystemExit("every run diverged: give more --steps")
+        raise SystemExit("every run of the small model diverged: lower the learning rates")
     return min(finite, key=lambda lr: finite[lr])
 
 
@@ -121,9 +121,10 @@ def sentence(experiment: Experiment, outcome: Outcome) -> str:
     """The result in words, whatever it is."""
 
     def said(losses: Losses) -> str:
-        loss, lowest = losses[outcome.tuned], losses[best(losses)]
+        loss = losses[outcome.tuned]
         if not math.isfinite(loss):
             return "diverges"
+        lowest = losses[best(losses)]
         at = "the best that was tried" if loss == lowest else f"the best is {lowest:.3f} at {best(losses):.3g}"
         return f"has a loss of {loss:.3f} ({at})"
 

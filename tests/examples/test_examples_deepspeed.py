@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -21,16 +22,29 @@ FOLDERS = {"deepspeed_gpt2": ("gpt2", "n_embd"), "trainer_llama": ("llama", "hid
 each_folder = pytest.mark.parametrize("folder", FOLDERS)
 
 
-def run(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command on the CPU, in the root of the repository; what it prints, and that it ended well."""
+def run(*words: str | Path, **environment: str) -> str:
+    """What a command says, on the CPU and in the root of the repository. It has to end well, in five minutes."""
+    with started(*words, **environment) as process:
+        return ended(process)
+
+
+def started(*words: str | Path, **environment: str) -> "subprocess.Popen[str]":
     own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        words, cwd=ROOT, env={**os.environ, "PATH": path, **own},
-        capture_output=True, text=True, timeout=300, check=False,
+    return subprocess.Popen(
+        words, cwd=ROOT, env={**os.environ, "PATH": path, **own}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+
+
+def ended(process: "subprocess.Popen[str]") -> str:
+    try:
+        said, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # launchers then end their own processes
+        raise
+    assert process.returncode == 0, said
+    return said
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -46,7 +60,7 @@ def read(path: Path) -> dict[str, Any]:
 def test_two_widths_make_a_table_and_a_picture(
     name: str, small: int, wide: int, tried: tuple[int, int], tmp_path: Path
 ) -> None:
-    done = run(sys.executable, EXAMPLES / f"{name}_two_widths.py", "--steps", "2", "--output", tmp_path)
+    said = run(sys.executable, EXAMPLES / f"{name}_two_widths.py", "--steps", "2", "--output", tmp_path)
     with (tmp_path / f"{name}_two_widths.csv").open(encoding="utf-8") as file:
         header, *rows = csv.reader(file)
     assert header == ["learning rate", f"width {small}", f"width {wide} μP", f"width {wide} standard"]
@@ -57,8 +71,8 @@ def test_two_widths_make_a_table_and_a_picture(
     assert tuned in at_wide
     assert float(tuned[1]) == min(float(row[1]) for row in at_small)
     assert any(row[2] != row[3] for row in at_wide)  # μP does something there
-    assert all(cell in done.stdout for row in rows for cell in row)
-    assert f"that was best at width {small}" in done.stdout
+    assert all(cell in said for row in rows for cell in row)
+    assert f"that was best at width {small}" in said
     assert (tmp_path / f"{name}_two_widths.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -131,23 +145,26 @@ def words_of(name: str, within: str = "") -> list[str]:
 
 @each_folder
 def test_the_script_trains_with_the_entry_and_without(folder: str, tmp_path: Path) -> None:
-    done = run(EXAMPLES / folder / "run.sh", "--steps", "3", PROCESSES="1", WIDTHS="64", OUTPUT=str(tmp_path))
-    found = re.findall(r"^(\S+\.json) +width 64: mean loss of the last .* steps (\S+)$", done.stdout, re.MULTILINE)
-    said = dict(found)
-    assert said.keys() == {"ds.json", "ds_mup.json"}
-    assert "goes with the recipe. 3 parameter groups" in done.stdout
+    said = run(EXAMPLES / folder / "run.sh", "--steps", "3", PROCESSES="1", WIDTHS="64", OUTPUT=str(tmp_path))
+    loss = losses(said)
+    assert loss.keys() == {("ds", 64), ("ds_mup", 64)}
+    assert "goes with the recipe. 3 parameter groups" in said
     assert "fingerprint" not in (tmp_path / "ds_64.log").read_text(encoding="utf-8")
     assert "fingerprint" in (tmp_path / "ds_mup_64.log").read_text(encoding="utf-8")
     # The width is the recipe's own: only what the JSON can't say, GPT-2's multipliers, makes a difference.
-    assert (said["ds.json"] == said["ds_mup.json"]) == (folder == "trainer_llama")
+    assert (loss["ds", 64] == loss["ds_mup", 64]) == (folder == "trainer_llama")
+
+
+def losses(said: str) -> dict[tuple[str, int], float]:
+    """(Configuration, width) → loss, of what run.sh prints."""
+    found = re.findall(r"^(ds\w*)\.json +width (\d+): mean loss .* (\S+)$", said, re.MULTILINE)
+    return {(config, int(width)): float(loss) for config, width, loss in found}
 
 
 @pytest.mark.slow
 @each_folder
 def test_the_wider_model_is_better(folder: str, tmp_path: Path) -> None:
-    done = run(EXAMPLES / folder / "run.sh", OUTPUT=str(tmp_path))
-    found = re.findall(r"^(ds\w*)\.json +width (\d+): .* (\S+)$", done.stdout, re.MULTILINE)
-    loss = {(config, int(width)): float(value) for config, width, value in found}
+    loss = losses(run(EXAMPLES / folder / "run.sh", OUTPUT=str(tmp_path)))
     assert len(loss) == 4
     assert loss["ds_mup", 256] < loss["ds_mup", 64] - 0.02
     assert loss["ds_mup", 256] < loss["ds", 256] - 0.02
@@ -165,8 +182,8 @@ SETTINGS = {
 
 def test_the_launch_script_s_command_line_and_configuration(tmp_path: Path) -> None:
     own = {"HOSTFILE": "launch/hostfile", "ZERO_STAGE": "1", "MICRO_BATCH": "4", "DATA": "some where"}
-    done = run("launch/deepspeed.sh", "--dry-run", "--steps", "5", OUTPUT=str(tmp_path), **SETTINGS, **own)
-    assert shlex.split(done.stdout.splitlines()[-1]) == [
+    said = run("launch/deepspeed.sh", "--dry-run", "--steps", "5", OUTPUT=str(tmp_path), **SETTINGS, **own)
+    assert shlex.split(said.splitlines()[-1]) == [
         "deepspeed", "--hostfile", "launch/hostfile", "--master_port", "29500",
         "--module", "mup_megatron.launch", "--deepspeed", "examples/deepspeed_gpt2/train.py",
         "--model", SETTINGS["MODEL"], "--deepspeed_config", str(tmp_path / "ds.json"), "--data", "some where",
@@ -198,9 +215,9 @@ def test_what_is_not_set_is_named(changes: dict[str, str], complaint: str, tmp_p
 @pytest.mark.slow
 def test_the_deepspeed_launcher_starts_two_processes(tmp_path: Path) -> None:
     own = {**SETTINGS, "MASTER_PORT": free_port(), "SLOTS": "2", "OUTPUT": str(tmp_path)}
-    done = run("launch/deepspeed.sh", "--steps", "2", **own)
-    assert trained(done.stdout + done.stderr)
-    assert "dist_world_size=2" in done.stdout + done.stderr
+    said = run("launch/deepspeed.sh", "--steps", "2", **own)
+    assert trained(said)
+    assert "dist_world_size=2" in said
 
 
 @pytest.mark.slow
@@ -213,22 +230,15 @@ def test_two_nodes_of_a_hostfile_without_ssh(tmp_path: Path) -> None:
         "HOSTFILE": str(hostfile),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
     }
-    with subprocess.Popen(
-        ["launch/deepspeed.sh", "--steps", "2"],
-        cwd=ROOT, env={**os.environ, **own, "NODE_RANK": "1", "OUTPUT": str(tmp_path / "1")},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    ) as other:  # fmt: skip
-        try:
-            done = run("launch/deepspeed.sh", "--steps", "2", **own, NODE_RANK="0", OUTPUT=str(tmp_path / "0"))
-            assert other.wait(timeout=60) == 0
-        finally:
-            if other.poll() is None:
-                os.killpg(other.pid, 9)
-    assert trained(done.stdout + done.stderr)
-    assert "nnodes=2" in done.stdout + done.stderr
+    nodes = [
+        started("launch/deepspeed.sh", "--steps", "2", **own, NODE_RANK=str(rank), OUTPUT=str(tmp_path / str(rank)))
+        for rank in (0, 1)
+    ]
+    with nodes[0], nodes[1]:
+        said, _ = map(ended, nodes)
+    assert trained(said)
+    assert "nnodes=2" in said
 
 
 def trained(text: str) -> bool:

@@ -43,7 +43,7 @@ def plan_for(target: PreTrainedModel | PretrainedConfig, recipe: Recipe) -> Plan
     if not isinstance(target, PretrainedConfig | PreTrainedModel):
         raise InputError(
             f"a {type(target).__name__} is no model of Hugging Face's. Give that which it has inside, or the "
-            f"configuration."
+            "configuration."
         )
     config: PretrainedConfig = copy.deepcopy(target if isinstance(target, PretrainedConfig) else target.config)
     at_base = configs.config_of_base(base)
@@ -142,8 +142,7 @@ def _require_no_hidden_factor(config: PretrainedConfig) -> None:
     if config.model_type in _HIDDEN_FACTORS:
         raise InputError(
             f"model type {config.model_type}: its code multiplies by a power of the width "
-            f"({_HIDDEN_FACTORS[config.model_type]}), "
-            "which μP has no place for. Choose another model."
+            f"({_HIDDEN_FACTORS[config.model_type]}), which μP has no place for. Choose another model."
         )
 
 

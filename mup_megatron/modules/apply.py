@@ -9,7 +9,6 @@ import contextlib
 import math
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -22,15 +21,9 @@ from mup_megatron.modules.shapes import TABLES, linear_sides
 from mup_megatron.theory import Kind, Plan, PlanEntry
 
 _MARK = "_mup_applied"
-"""On a model, not on its tensors: it goes with copies and pickles, to which the plan is applied just as well."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    fingerprint: str
-    scales: dict[str, float | None]
-    """Of each attention, as the plan has left it."""
-
+"""Attribute of a model, not of its tensors: the scale of each of its attentions, by name, as the plan has left it. It
+goes with copies and pickles, to which the plan is applied just as well.
+"""
 
 _applied: "weakref.WeakKeyDictionary[torch.nn.Module, Plan]" = weakref.WeakKeyDictionary()
 
@@ -76,8 +69,7 @@ def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = I
     _set_attention_scale(model, plan)
     _hook_multipliers(model, plan)
     _applied[model] = plan
-    scales = {name: attention.scale for name, _, attention in attention_modules(model)}
-    setattr(model, _MARK, _Mark(plan.fingerprint, scales))
+    setattr(model, _MARK, {name: attention.scale for name, _, attention in attention_modules(model)})
 
 
 def applied_plan(model: torch.nn.Module) -> Plan | None:
@@ -258,8 +250,8 @@ def require_applied(model: torch.nn.Module, plan: Plan) -> None:
                 f"{entry.name}: its multiplier {factor:g} is gone: the layer was replaced after the plan was applied. "
                 "Change the model first, and apply the plan then."
             )
-    mark: _Mark = getattr(model, _MARK)
-    wrong = [name for name, _, found in attention_modules(model) if mark.scales.get(name) != found.scale]
+    scales: dict[str, float | None] = getattr(model, _MARK)
+    wrong = [name for name, _, found in attention_modules(model) if scales.get(name) != found.scale]
     if wrong:
         raise InputError(
             f"{wrong[0]}: its attention scale is not the plan's {plan.softmax_scale:g}: it was replaced after the "

@@ -41,7 +41,9 @@ def command(base: Path | None, output: Path | None, defaults: bool, force: bool,
         if values[key] is None:
             raise click.UsageError(f"--{key.replace('_', '-')} is missing: it has no default.")
     given = {key: value for key, value in values.items() if value is not None}
-    content: dict[str, Any] = {"base": _base(base)}
+    shape, implied = _base(base)
+    content: dict[str, Any] = {"base": shape}
+    given = {**implied, **given}
     for section, model in _SECTIONS.items():
         content[section] = {key: given[key] for key in model.model_fields if key in given}
     recipe = recipes.recipe(content, source="recipe")
@@ -53,13 +55,16 @@ def command(base: Path | None, output: Path | None, defaults: bool, force: bool,
         click.echo(output)
 
 
-def _base(path: Path) -> dict[str, Any]:
+def _base(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The shape in a file, and the hyperparameters that it implies if nothing else is said."""
     content = read_target(path)
     if not is_hugging_face(content):
-        return model_file(content, source=str(path)).model_dump(mode="json")
-    from mup_megatron.huggingface.configs import base_content
+        return model_file(content, source=str(path)).model_dump(mode="json"), {}
+    from mup_megatron.huggingface.configs import base_content, reference_std
 
-    return base_content(hugging_face_config(content, source=str(path)))
+    config = hugging_face_config(content, source=str(path))
+    # With the default in its place, a base that is drawn otherwise would be rescaled without a word.
+    return base_content(config), {"init_method_std": reference_std(config)}
 
 
 def _option(key: str, field: FieldInfo) -> click.Option:

@@ -1,5 +1,6 @@
 """`recipe`: by hand, every key; and the list of defaults."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,11 @@ def test_bad_values_write_nothing(run: Command, here: Path, words: list[str], sa
     assert (code, out) == (2, "")
     assert said in err
     assert contents(here) == before
+
+
+def test_a_hugging_face_base_is_drawn_with_its_own_std_unless_another_is_said(run: Command, here: Path) -> None:
+    content = {"model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 1, "initializer_range": 0.05}
+    (here / "config.json").write_text(json.dumps(content))
+    for words, expected in (((), 0.05), (("--init-method-std", 0.03), 0.03)):
+        written: Any = parse_yaml(run("recipe", "--base", "config.json", "--lr", 0.01, *words).out, source="recipe")
+        assert written["hyperparameters"]["init_method_std"] == expected

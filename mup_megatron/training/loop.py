@@ -41,7 +41,7 @@ def train_iteration(built: Built, dataset: Any, iteration: int, sizes: BatchSize
     for chunk in built.chunks:
         chunk.zero_grad_buffer()
     built.optimizer.zero_grad()
-    losses = _forward_backward(built, dataset, iteration, sizes, forward_only=False)
+    losses = forward_backward(built, dataset, iteration, sizes, forward_only=False)
     updated, grad_norm, _ = built.optimizer.step()
     assert updated  # only fp16's loss scaling skips an update
     grad_norm = float(grad_norm)
@@ -56,7 +56,7 @@ def validation_loss(built: Built, dataset: Any, iterations: int, sizes: BatchSiz
         chunk.eval()
     with torch.no_grad():
         shares = [
-            _share_of_mean(_forward_backward(built, dataset, iteration, sizes, forward_only=True))
+            _share_of_mean(forward_backward(built, dataset, iteration, sizes, forward_only=True))
             for iteration in range(iterations)
         ]
     for chunk in built.chunks:
@@ -64,7 +64,7 @@ def validation_loss(built: Built, dataset: Any, iterations: int, sizes: BatchSiz
     return _summed(math.fsum(shares))[0] / iterations
 
 
-def _forward_backward(
+def forward_backward(
     built: Built, dataset: Any, iteration: int, sizes: BatchSizes, *, forward_only: bool
 ) -> list[torch.Tensor]:
     """The loss of each micro-batch, on the last pipeline stage; nothing on the others."""

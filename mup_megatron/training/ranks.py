@@ -112,7 +112,7 @@ def joined(*, tensor: int, pipeline: int, virtual_stages: int | None, seed: int)
             distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel(tensor, pipeline, virtual_stages, create_gloo_process_groups=False)
-        _seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+        seed_all(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
         yield
     finally:
         parallel_state.destroy_model_parallel()
@@ -120,7 +120,8 @@ def joined(*, tensor: int, pipeline: int, virtual_stages: int | None, seed: int)
             distributed.destroy_process_group()
 
 
-def _seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
+    """Seeds every generator that a run draws from, Megatron's for tensor-parallel ranks too."""
     import numpy as np
     import torch
     from megatron.core import tensor_parallel

@@ -1,0 +1,15 @@
+"""A verdict before the money is spent: live models of several widths, trained for a few steps and compared with a
+correct reference of the same shape.
+
+    family.py         the models of a target's shape that are trained, and the recipe under stress
+    measuring.py      trains one of them and measures it; replay.py reads η, ε and λ from how weights moved
+    reference.py      the correct runs, in plain torch; cache.py keeps them
+    megatron_subject.py, modules.py, hugging_face.py, launch_line.py      what is checked
+    comparison.py     what of it is off, beyond seeds
+    causes.py         which mistake looks like that
+    wider.py, transfer.py      the loss over widths, the basin of the learning rate
+    judge.py, run.py  all of it together: a Verdict; report.py and picture.py tell it
+    mutants.py        deliberate mistakes, to see that they are found
+
+It reads live models and optimizers and compares them with what the plan says. It changes no user's run.
+"""

@@ -1,0 +1,43 @@
+"""References and controls, kept on disk: they depend on architecture and recipe alone, and are the slower half."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from mup_megatron.check.measurements import Measured
+from mup_megatron.files import write_atomically
+
+FOLDER = Path("results/check/references")
+_WHAT_COUNTS = ("batches", "measurements", "measuring", "plain_gpt", "reference", "replay")
+
+
+def cached(folder: Path | None, facts: object, make: Callable[[], Measured]) -> Measured:
+    """What `make` gives, or gave before for the same facts; a file that cannot be read is made anew.
+
+    Args:
+        folder: None keeps nothing.
+        facts: plain values, everything that the measurement follows from but this package's code and torch.
+        make: measures.
+    """
+    if folder is None:
+        return make()
+    content = json.dumps([_code(), version("torch"), facts], sort_keys=True)
+    path = folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
+    try:
+        return Measured.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        measured = make()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(measured.to_json()))
+        return measured
+
+
+@cache
+def _code() -> str:
+    """Changes whenever the code that measures or that makes plans does."""
+    package = Path(__file__).parents[1]
+    files = [package / "check" / f"{name}.py" for name in _WHAT_COUNTS] + sorted((package / "theory").glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -1,0 +1,230 @@
+"""The subject's measurements against the reference's: slopes over width, levels, and what of it is off. Plain numbers.
+
+For one quantity of one tensor at one time, log(value) over log(width) is a straight line: its slope says how the value
+follows width, its level how large it is. Both are compared with those of the correct reference, which at finite width
+has slopes of its own, and never with 0. What seeds alone explain is told from what a mistake does by the spread of the
+seeds within each width, pooled over both sides; curvature, which both sides share, is not taken for noise.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import NormalDist, fmean, median
+
+from mup_megatron.check.measurements import Key, Measured, Quantity
+
+
+class Kind(StrEnum):
+    """In which way a measurement is off."""
+
+    SLOPE = "slope"
+    LEVEL = "level"
+
+
+@dataclass(frozen=True, slots=True)
+class Slope:
+    """A slope of log(value) over log(width)."""
+
+    value: float
+    half_width: float
+    """Of its 95% confidence interval, from the seeds."""
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} ± {self.half_width:.2f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """What is not called a mistake even where no noise explains it."""
+
+    slope: float
+    level: float
+
+
+TOLERANCES: dict[Quantity, Tolerance] = {
+    # Draws: a mistake is a power of width, of two, or of the depth.
+    Quantity.INITIAL: Tolerance(0.05, 0.05),
+    Quantity.ACTIVATION: Tolerance(0.10, 0.10),
+    # Read from movement to about 1e-3.
+    Quantity.LEARNING_RATE: Tolerance(0.02, 0.02),
+    Quantity.EPS: Tolerance(0.05, 0.10),
+    Quantity.WEIGHT_DECAY: Tolerance(0.03, 0.03),
+    # What follows from all the others, through many layers and steps.
+    Quantity.GRADIENT: Tolerance(0.15, 0.20),
+    Quantity.UPDATE: Tolerance(0.15, 0.20),
+    Quantity.SPECTRAL: Tolerance(0.15, 0.20),
+    Quantity.OVERLAP: Tolerance(0.05, 0.10),
+    Quantity.LOSS: Tolerance(0.05, 0.05),
+}
+
+CONFIDENCE = 1e-7
+"""A right measurement is taken for a wrong one this often, if seeds are normal: a check makes some 10³ comparisons."""
+
+_FLOOR = {
+    Quantity.LEARNING_RATE: 1e-3,
+    Quantity.EPS: 1e-3,
+    Quantity.WEIGHT_DECAY: 0.02,
+    Quantity.INITIAL: 1e-3,
+}
+"""Relative to the reference's median at the same width: what is as good as 0, so that 0 can be compared."""
+_LEAST_SPREAD = 0.003
+"""Seeds that agree to rounding do not make a difference of a thousandth significant."""
+_LEAST_OVERLAP = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One measurement at all widths, of subject and reference."""
+
+    key: Key
+    subject: Slope
+    reference: Slope
+    slope: float
+    """The subject's less the reference's."""
+    slope_error: float
+    """Its standard error."""
+    level: float
+    """Mean over widths of log(subject/reference)."""
+    level_error: float
+    deviations: Mapping[int, float]
+    """Width → log(subject/reference), seeds averaged."""
+    off: Kind | None
+    """None: within what seeds and tolerance allow."""
+
+    @property
+    def factor(self) -> float:
+        """How many times the reference's value the subject has, over all widths."""
+        return math.exp(self.level)
+
+
+Comparison = Mapping[Key, Compared]
+
+
+def compare(subject: Measured, reference: Measured) -> dict[Key, Compared]:
+    """Everything that both have measured, at the widths that both have."""
+    widths = [width for width in subject.widths if width in set(reference.widths)]
+    floors = {width: _floors(reference, width) for width in widths}
+    found = {}
+    for key in sorted(subject.keys() & reference.keys()):
+        sides = [
+            {w: [_log(run.values[key], key, floors[w]) for run in side.at(w)] for w in widths}
+            for side in (subject, reference)
+        ]
+        found[key] = _compared(key, *sides)
+    return found
+
+
+def _floors(reference: Measured, width: int) -> dict[Quantity, float]:
+    floors = {}
+    for quantity, share in _FLOOR.items():
+        values = [value for run in reference.at(width) for key, value in run.values.items() if key.quantity is quantity]
+        # What is as good as 0, a vector's weight decay for one, is not among those whose median is meant.
+        there = [value for value in values if value > 0.01 * max(values)]
+        floors[quantity] = share * median(there) if there else 1e-30
+    return floors
+
+
+def _log(value: float, key: Key, floors: Mapping[Quantity, float]) -> float:
+    if key.quantity is Quantity.OVERLAP:
+        return math.log(max(value, _LEAST_OVERLAP))
+    return math.log(max(value, 0.0) + floors.get(key.quantity, 1e-30))
+
+
+def _compared(key: Key, subject: Mapping[int, list[float]], reference: Mapping[int, list[float]]) -> Compared:
+    widths = list(subject)
+    x = [math.log(width) for width in widths]
+    spread, freedom = _pooled([*subject.values(), *reference.values()])
+    slopes, variances, level_variances = [], [], []
+    for side in (subject, reference):
+        means = [fmean(side[w]) for w in widths]
+        centre = fmean(x)
+        square = sum((xi - centre) ** 2 for xi in x)
+        weights = [(xi - centre) / square for xi in x] if square else [0.0] * len(x)
+        slopes.append(sum(weight * mean for weight, mean in zip(weights, means, strict=True)))
+        counts = [len(side[w]) for w in widths]
+        variances.append(sum(weight**2 * spread**2 / n for weight, n in zip(weights, counts, strict=True)))
+        level_variances.append(sum(spread**2 / n for n in counts) / len(widths) ** 2)
+    deviations = {w: fmean(subject[w]) - fmean(reference[w]) for w in widths}
+    slope, slope_error = slopes[0] - slopes[1], math.sqrt(sum(variances))
+    level, level_error = fmean(deviations.values()), math.sqrt(sum(level_variances))
+    t = t_quantile(1 - CONFIDENCE, freedom)
+    tolerance = TOLERANCES[key.quantity]
+    off = None
+    if abs(slope) - t * slope_error > tolerance.slope:
+        off = Kind.SLOPE
+    elif abs(level) - t * level_error > tolerance.level:
+        off = Kind.LEVEL
+    half = [t_quantile(0.975, freedom) * math.sqrt(variance) for variance in variances]
+    sides = [Slope(value, width) for value, width in zip(slopes, half, strict=True)]
+    return Compared(key, sides[0], sides[1], slope, slope_error, level, level_error, deviations, off)
+
+
+def _pooled(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
+    """Standard deviation within groups, and its degrees of freedom."""
+    freedom = max(1, sum(len(group) - 1 for group in groups))
+    squares = sum((value - fmean(group)) ** 2 for group in groups for value in group)
+    return max(_LEAST_SPREAD, math.sqrt(squares / freedom)), freedom
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """Of Student's distribution, by the Cornish-Fisher expansion (Abramowitz & Stegun 26.7.5)."""
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    result: float = z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
+    return result
+
+
+# ---- findings ------------------------------------------------------------------------------------------------------
+
+ORDER = (
+    Quantity.INITIAL,
+    Quantity.ACTIVATION,
+    Quantity.LEARNING_RATE,
+    Quantity.EPS,
+    Quantity.WEIGHT_DECAY,
+    Quantity.GRADIENT,
+    Quantity.UPDATE,
+    Quantity.SPECTRAL,
+    Quantity.OVERLAP,
+    Quantity.LOSS,
+)
+"""From causes to consequences."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A measurement that is off."""
+
+    compared: Compared
+    kind: Kind
+
+    @property
+    def key(self) -> Key:
+        """What was measured."""
+        return self.compared.key
+
+    @property
+    def sentence(self) -> str:
+        """In words: where, what was expected, what was found."""
+        c, key = self.compared, self.key
+        when = "before training" if key.step == 0 else f"after {key.step} step{'s' if key.step > 1 else ''}"
+        where = f"{key.name}: {key.quantity}, {when}"
+        if self.kind is Kind.SLOPE:
+            return f"{where}: slope over width {c.subject}, expected {c.reference}"
+        return f"{where}: {c.factor:.3g} times what is expected, at every width"
+
+
+def findings(comparison: Comparison) -> list[Finding]:
+    """What is off, causes before consequences, and of each kind the earliest first."""
+    off = [Finding(compared, compared.off) for compared in comparison.values() if compared.off is not None]
+    return sorted(off, key=lambda finding: (ORDER.index(finding.key.quantity), finding.key.step, -_size(finding)))
+
+
+def _size(finding: Finding) -> float:
+    c = finding.compared
+    return abs(c.slope if finding.kind is Kind.SLOPE else c.level)

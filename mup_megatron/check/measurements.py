@@ -1,0 +1,126 @@
+"""What is measured in one short training run, by name: plain numbers, nothing of torch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+
+class Quantity(StrEnum):
+    """Kinds of measurement. Each is one number for one parameter or activation at one time."""
+
+    INITIAL = "initial weight"
+    """RMS of a weight before the first step."""
+    ACTIVATION = "activation"
+    """RMS of a module's output (of attention logits: the softmax's input) before the first step."""
+    UPDATE = "activation update"
+    """RMS of how far that output is from where it started, on the same batch."""
+    GRADIENT = "gradient"
+    """RMS of a gradient as the optimizer saw it: reduced over ranks and clipped."""
+    LEARNING_RATE = "learning rate"
+    """η as the movement of a weight in one step betrays it: see `replay.py`. Likewise the next two."""
+    EPS = "eps"
+    WEIGHT_DECAY = "weight decay"
+    SPECTRAL = "spectral norm of the update"
+    """‖W_t - W_0‖₂ / √(fan_out/fan_in) (SC, Condition 1)."""
+    OVERLAP = "overlap"
+    """⟨W_t, W_0⟩ / ‖W_0‖², which weight decay alone would make ∏(1 - ηλ) (WA)."""
+    LOSS = "loss"
+    """Of the training batch of a step."""
+
+
+COORDINATES = (Quantity.ACTIVATION, Quantity.UPDATE)
+"""What a classical coordinate check looks at."""
+
+
+class Key(NamedTuple):
+    """Which number: of what, where, and after how many steps."""
+
+    quantity: Quantity
+    name: str
+    """Of a parameter or module, global, in the target's terms; "loss" for the loss."""
+    step: int
+    """How many steps had been taken; for what belongs to a step, including it."""
+
+
+Values = Mapping[Key, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One model of one width from one seed, trained for a few steps and measured."""
+
+    width: int
+    seed: int
+    values: Values
+    losses: tuple[float, ...]
+    problem: str | None = None
+    """Why nothing can be concluded from it: where it became non-finite, or that it is not deterministic."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` gives the same run back."""
+        values = [[key.quantity.value, key.name, key.step, value] for key, value in self.values.items()]
+        return {
+            "width": self.width,
+            "seed": self.seed,
+            "values": values,
+            "losses": list(self.losses),
+            "problem": self.problem,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Run":
+        """The run that `to_json` wrote."""
+        values = {Key(Quantity(quantity), name, step): value for quantity, name, step, value in content["values"]}
+        return cls(content["width"], content["seed"], values, tuple(content["losses"]), content["problem"])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All runs of one way to build a model: the subject, the reference or the control."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def widths(self) -> list[int]:
+        """In rising order."""
+        return sorted({run.width for run in self.runs})
+
+    @property
+    def problems(self) -> list[str]:
+        """Why nothing can be concluded from some of the runs."""
+        return [f"width {run.width}, seed {run.seed}: {run.problem}" for run in self.runs if run.problem is not None]
+
+    def at(self, width: int) -> list[Run]:
+        """The runs of one width."""
+        return [run for run in self.runs if run.width == width]
+
+    def keys(self) -> set[Key]:
+        """What every run has measured."""
+        return set.intersection(*(set(run.values) for run in self.runs)) if self.runs else set()
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain values."""
+        return [run.to_json() for run in self.runs]
+
+    @classmethod
+    def from_json(cls, content: Sequence[Mapping[str, Any]]) -> "Measured":
+        """What `to_json` wrote."""
+        return cls(tuple(Run.from_json(run) for run in content))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How each run is trained and when it is measured."""
+
+    steps: int
+    recorded: tuple[int, ...]
+    """After how many steps activations and weights are compared with those at the start."""
+    batch_size: int = 4
+    spectral: bool = field(default=True)
+    """Whether spectral norms are taken, after the last step."""
+
+    def fingerprint(self) -> str:
+        """Changes whenever the protocol does."""
+        return json.dumps([self.steps, list(self.recorded), self.batch_size, self.spectral])

@@ -1,0 +1,97 @@
+"""Slopes, levels and what is called off, on measurements made up from a known law and known noise."""
+
+import math
+import random
+
+import pytest
+
+from mup_megatron.check.comparison import ORDER, Finding, Kind, Slope, compare, findings, t_quantile
+from mup_megatron.check.measurements import Key, Measured, Quantity, Run
+
+WIDTHS = (32, 64, 128, 256)
+UPDATE = Key(Quantity.UPDATE, "decoder.layers.0", 3)
+
+
+def measured(
+    *, slope: float, level: float = 0.0, spread: float = 0.05, seeds: int = 3, key: Key = UPDATE, draw: int = 0
+) -> Measured:
+    """value = exp(level) · width^slope, with log-normal noise."""
+    noise = random.Random(draw)
+    return Measured(
+        tuple(
+            Run(w, s, {key: math.exp(level + slope * math.log(w) + noise.gauss(0, spread))}, (1.0,))
+            for w in WIDTHS
+            for s in range(seeds)
+        )
+    )
+
+
+def test_a_slope_is_found_with_its_interval() -> None:
+    covered = 0
+    for draw in range(200):
+        found = compare(measured(slope=-0.4, draw=draw), measured(slope=-0.4, draw=1000 + draw))[UPDATE].subject
+        covered += abs(found.value + 0.4) <= found.half_width
+    assert covered == pytest.approx(190, abs=10)
+
+
+def test_the_reference_is_what_counts_and_not_zero() -> None:
+    # A correct readout's update shrinks with width.
+    assert compare(measured(slope=-0.4), measured(slope=-0.4, draw=1))[UPDATE].off is None
+    assert compare(measured(slope=0.0), measured(slope=-0.4, draw=1))[UPDATE].off is Kind.SLOPE
+
+
+def test_a_level_that_is_off_at_every_width_is_found() -> None:
+    found = compare(measured(slope=0.0, level=math.log(2)), measured(slope=0.0, draw=1))[UPDATE]
+    assert found.off is Kind.LEVEL
+    assert found.factor == pytest.approx(2.0, rel=0.1)
+    assert f"{found.factor:.3g} times what is expected" in Finding(found, Kind.LEVEL).sentence
+
+
+def test_a_difference_that_seeds_explain_is_none() -> None:
+    noisy = compare(measured(slope=0.2, spread=0.5), measured(slope=0.0, spread=0.5, draw=1))[UPDATE]
+    assert noisy.off is None
+
+
+def test_curvature_that_both_sides_share_is_not_noise() -> None:
+    def curved(extra: float, draw: int) -> Measured:
+        runs = measured(slope=extra, spread=0.01, draw=draw).runs
+        return Measured(
+            tuple(Run(r.width, r.seed, {UPDATE: r.values[UPDATE] * (1 + 20 / r.width)}, (1.0,)) for r in runs)
+        )
+
+    assert compare(curved(0.0, 0), curved(0.0, 1))[UPDATE].off is None
+    assert compare(curved(0.25, 0), curved(0.0, 1))[UPDATE].off is Kind.SLOPE
+
+
+def test_values_of_zero_are_compared_and_differ_from_others() -> None:
+    def runs(vector: float) -> Measured:
+        keys = {Key(Quantity.WEIGHT_DECAY, "w", 3): 0.1, Key(Quantity.WEIGHT_DECAY, "b", 3): vector}
+        return Measured(tuple(Run(w, s, keys, (1.0,)) for w in WIDTHS for s in range(3)))
+
+    assert not findings(compare(runs(-1e-7), runs(1e-7)))
+    [found] = findings(compare(runs(0.1), runs(0.0)))
+    assert found.key.name == "b"
+
+
+def test_what_only_one_side_has_is_not_compared() -> None:
+    other = Key(Quantity.UPDATE, "elsewhere", 3)
+    assert set(compare(measured(slope=0, key=other), measured(slope=0))) == set()
+
+
+def test_causes_come_before_consequences() -> None:
+    keys = [Key(quantity, "x", 3) for quantity in reversed(ORDER)]
+    subject = Measured(tuple(Run(w, s, dict.fromkeys(keys, w**2.0), (1.0,)) for w in WIDTHS for s in (0, 1)))
+    reference = Measured(tuple(Run(w, s, dict.fromkeys(keys, 1.0), (1.0,)) for w in WIDTHS for s in (0, 1)))
+    assert tuple(finding.key.quantity for finding in findings(compare(subject, reference))) == ORDER
+
+
+@pytest.mark.parametrize(
+    ("probability", "freedom", "expected"),
+    [(0.975, 20, 2.0860), (0.975, 5, 2.5706), (0.9995, 20, 3.8495), (0.975, 1000, 1.9623)],
+)
+def test_quantiles_of_students_distribution(probability: float, freedom: int, expected: float) -> None:
+    assert t_quantile(probability, freedom) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_slope_in_words() -> None:
+    assert str(Slope(0.984, 0.051)) == "+0.98 ± 0.05"

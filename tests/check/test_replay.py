@@ -1,0 +1,92 @@
+"""η, ε and λ read from the movement of a weight, against torch's own optimizers, which are told them."""
+
+import pytest
+import torch
+
+from mup_megatron.check.replay import SAMPLE, AdamReplay, Fitted, SGDReplay, sample
+
+STEPS = 6
+
+
+def adam(*, lr: float, eps: float, decay: float, size: int = 500, shards: int = 1, vector: bool = False) -> Fitted:
+    """What the last of some steps of torch's AdamW betrays, put together from shards."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.zeros(size) if vector else 0.05 * torch.randn(size, generator=generator)
+    parameter = torch.nn.Parameter(weight)
+    optimizer = torch.optim.AdamW([parameter], lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=decay)
+    replays = [AdamReplay(0.9, 0.95) for _ in range(shards)]
+    for _ in range(STEPS):
+        parameter.grad = 1e-3 * torch.randn(size, generator=generator)
+        before = parameter.detach().clone()
+        optimizer.step()
+        parts = [x.chunk(shards) for x in (parameter.grad, before, parameter.detach() - before)]
+        for replay, gradient, part, _ in zip(replays, *parts, strict=True):
+            replay.observe(gradient, part)
+    sums = sum(replay.sums(b, m) for replay, b, m in zip(replays, parts[1], parts[2], strict=True))
+    return AdamReplay.fitted(sums)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lr", [1e-4, 3e-3])
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+@pytest.mark.parametrize("decay", [0.0, 0.1, 20.0])
+def test_adams_values_are_read_back(lr: float, eps: float, decay: float) -> None:
+    found = adam(lr=lr, eps=eps, decay=decay)
+    assert found.lr == pytest.approx(lr, rel=1e-3)
+    assert found.eps == pytest.approx(eps, rel=0.02)
+    assert found.weight_decay == pytest.approx(decay, rel=1e-2, abs=1e-2)
+
+
+def test_shards_add_up_to_the_whole() -> None:
+    whole, split = adam(lr=1e-3, eps=1e-4, decay=1.0), adam(lr=1e-3, eps=1e-4, decay=1.0, shards=3)
+    assert (split.lr, split.eps) == pytest.approx((whole.lr, whole.eps), rel=1e-6)
+
+
+def test_a_vector_that_starts_at_zero() -> None:
+    found = adam(lr=1e-3, eps=1e-4, decay=0.0, vector=True)
+    assert found.lr == pytest.approx(1e-3, rel=1e-3)
+    assert found.weight_decay == pytest.approx(0.0, abs=1e-2)
+
+
+def test_a_wrong_beta_is_noticed_as_another_rate() -> None:
+    # The replay is told which betas to expect; an optimizer with others moves weights otherwise.
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(500, generator=generator))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-3, betas=(0.5, 0.95), eps=1e-4, weight_decay=0.0)
+    replay = AdamReplay(0.9, 0.95)
+    for _ in range(STEPS):
+        parameter.grad = 1e-3 * torch.randn(500, generator=generator)
+        before = parameter.detach().clone()
+        optimizer.step()
+        replay.observe(parameter.grad, before)
+    found = AdamReplay.fitted(replay.sums(before, parameter.detach() - before))
+    assert abs(found.lr / 1e-3 - 1) > 0.05
+
+
+def test_a_weight_that_does_not_move_has_a_rate_of_zero() -> None:
+    replay = AdamReplay(0.9, 0.95)
+    replay.observe(torch.randn(10), torch.randn(10))
+    assert AdamReplay.fitted(replay.sums(torch.randn(10), torch.zeros(10))) == Fitted(0.0, None, None)
+
+
+@pytest.mark.parametrize(("lr", "decay"), [(0.1, 0.0), (0.01, 0.5)])
+def test_sgds_values_are_read_back(lr: float, decay: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(300, generator=generator))
+    optimizer = torch.optim.SGD([parameter], lr=lr, momentum=0.9, weight_decay=decay)
+    replay = SGDReplay(0.9)
+    for _ in range(STEPS):
+        parameter.grad = torch.randn(300, generator=generator)
+        before = parameter.detach().clone()
+        optimizer.step()
+        replay.observe(parameter.grad, before)
+    found = SGDReplay.fitted(replay.sums(before, parameter.detach() - before))
+    assert found.lr == pytest.approx(lr, rel=1e-4)
+    assert found.weight_decay == pytest.approx(decay, abs=1e-3)
+
+
+def test_large_tensors_are_sampled_and_small_ones_are_not() -> None:
+    assert sample(torch.zeros(10)) == slice(None)
+    indices = sample(torch.zeros(300, 200))
+    assert isinstance(indices, torch.Tensor)
+    assert len(indices) == SAMPLE
+    assert torch.equal(indices, sample(torch.zeros(300, 200)))

@@ -1,0 +1,277 @@
+"""A check of a Megatron-Core target from beginning to end: its family of models, who trains them, the verdict."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from mup_megatron.check import cache, levels
+from mup_megatron.check.family import models_for, stressed, widths_for
+from mup_megatron.check.judge import Facts, Measure, Sides, judge
+from mup_megatron.check.measurements import Measured, Protocol, Quantity, Run
+from mup_megatron.check.mutants import Context, Mutant
+from mup_megatron.check.transfer import at_rate, learning_rates, transfer
+from mup_megatron.check.verdict import Level, Section, Verdict
+from mup_megatron.models.model_file import ModelFile
+from mup_megatron.recipe import Recipe
+from mup_megatron.theory import Optimizer, Rule
+from mup_megatron.training import ranks
+from mup_megatron.training.options import TrainingOptions, require_possible
+
+if TYPE_CHECKING:
+    from mup_megatron.check.megatron_subject import MegatronTrainee
+
+Report = Callable[[str, int, int], None]
+"""(what is trained, how many models are done, of how many)."""
+
+EPS_SHARE = 0.1
+"""The eps of a check, relative to the gradients: it acts, and Adam is Adam still."""
+_PILOT = Protocol(steps=3, recorded=(3,), spectral=False)
+
+ONE_PROCESS = TrainingOptions(train_iters=1, global_batch_size=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What is trained in a check: the models of a target's shape, and the recipe under stress."""
+
+    recipe: Recipe
+    """As its user knows it."""
+    models: dict[int, ModelFile]
+    """Width → model, as it can be built here."""
+    cache: Path | None
+
+    def at(self, protocol: Protocol) -> Recipe:
+        """The recipe under stress for runs of this length."""
+        return stressed(self.recipe, steps=protocol.steps, eps=self._eps())
+
+    def correct(self, protocol: Protocol, rule: Rule = Rule.MUP) -> Recipe:
+        """Likewise with the rules that are right, or with none."""
+        return _with_rule(self.at(protocol), rule)
+
+    def reference(self, protocol: Protocol, *, rule: Rule = Rule.MUP, report: Report | None = None) -> Measured:
+        """The correct runs, or those in standard parametrization: from the cache, or trained. One process."""
+        recipe = self.correct(protocol, rule)
+        count = levels.REFERENCE_SEEDS if rule is Rule.MUP else levels.CONTROL_SEEDS
+        seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + count)
+        what = "reference" if rule is Rule.MUP else "control"
+        facts = [recipe.fingerprint, self._shapes(), protocol.fingerprint(), list(seeds)]
+        return cache.cached(self.cache, facts, lambda: _references(self.models, recipe, protocol, seeds, what, report))
+
+    def _shapes(self) -> list[object]:
+        return [model.model_dump(mode="json") for model in self.models.values()]
+
+    def _eps(self) -> float | None:
+        """A share of the gradients, relative to the base as the rule for eps has it."""
+        if self.recipe.parametrization.optimizer != Optimizer.ADAM.value:
+            return None
+        recipe = _with_rule(stressed(self.recipe, steps=_PILOT.steps), Rule.MUP)
+        width, model = next(iter(self.models.items()))
+        plan = recipe.plan(model)
+        facts = ["pilot", recipe.fingerprint, model.model_dump(mode="json")]
+        seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + 1)
+        [run] = cache.cached(
+            self.cache, facts, lambda: _references({width: model}, recipe, _PILOT, seeds, "pilot", None)
+        ).runs
+        at_base = [
+            value * plan.adam_eps / entry.eps
+            for key, value in run.values.items()
+            if key.quantity is Quantity.GRADIENT and (entry := plan[key.name]).eps is not None and value > 0
+        ]
+        return EPS_SHARE * median(at_base) if at_base else None
+
+
+def _with_rule(recipe: Recipe, rule: Rule) -> Recipe:
+    own = recipe.parametrization.model_copy(update={"rule": rule.value})
+    return recipe.model_copy(update={"parametrization": own})
+
+
+def _references(
+    models: dict[int, ModelFile],
+    recipe: Recipe,
+    protocol: Protocol,
+    seeds: Sequence[int],
+    what: str,
+    report: Report | None,
+) -> Measured:
+    from mup_megatron.check.measuring import measure
+    from mup_megatron.check.reference import Reference
+
+    runs: list[Run] = []
+    for index, (width, model) in enumerate(models.items()):
+        plan = recipe.plan(model)
+        for seed in seeds:
+            trainee = Reference(
+                model,
+                recipe,
+                plan,
+                seed=levels.run_seed(seed, index),
+                steps=protocol.steps,
+                batch_size=protocol.batch_size,
+            )
+            runs.append(measure(trainee, protocol, width=width, seed=seed))
+            if report is not None:
+                report(what, len(runs), len(models) * len(seeds))
+    return Measured(tuple(runs))
+
+
+def check_megatron(
+    target: ModelFile,
+    recipe: Recipe,
+    *,
+    level: Level = Level.QUICK,
+    widths: Sequence[int] | None = None,
+    seeds: int = levels.SEEDS,
+    first_seed: int = 1,
+    layout: TrainingOptions = ONE_PROCESS,
+    mutant: Mutant | None = None,
+    references: Path | None = cache.FOLDER,
+    report: Report | None = None,
+) -> Verdict:
+    """A verdict on a target that is trained on Megatron-Core with a recipe. Collective under torchrun.
+
+    Args:
+        target: what is to be trained.
+        recipe: with which it is.
+        level: how much is looked at.
+        widths: hidden sizes of the models; by default `family.widths_for`.
+        seeds: of each width.
+        first_seed: the first of them.
+        layout: parallel sizes and the optimizer's sharding, as of the run to come.
+        mutant: a deliberate mistake, to see what it looks like.
+        references: folder of references that were measured before; None keeps none.
+        report: called on every rank as models are done.
+
+    Raises:
+        InputError: a model of a width cannot be built, or the layout is not possible.
+    """
+    begun = time.monotonic()
+    ranks.enable_cpu()
+    from mup_megatron.training.build import available_model
+
+    chosen = list(widths) if widths is not None else widths_for(target, recipe, levels.WIDTHS)
+    models = {w: available_model(m, layout) for w, m in models_for(target, recipe, chosen).items()}
+    family = Family(recipe=recipe, models=models, cache=references)
+    world = ranks.world_size()
+    possible = replace(layout, train_iters=levels.EARLY.steps, global_batch_size=levels.EARLY.batch_size)
+    for model in models.values():
+        require_possible(model, recipe, possible, world)
+    with ranks.joined(
+        tensor=layout.tensor_model_parallel_size,
+        pipeline=layout.pipeline_model_parallel_size,
+        virtual_stages=layout.virtual_stages(target),
+        seed=first_seed,
+    ):
+        subject = _subject(family, range(first_seed, first_seed + seeds), layout, world, mutant, report)
+
+        def measured(rule: Rule) -> Measure:
+            return lambda protocol: ranks.on_first_rank(lambda: family.reference(protocol, rule=rule, report=report))
+
+        early = ranks.on_first_rank(lambda: family.correct(levels.EARLY))
+        transferred = partial(_transfer, family, first_seed, layout, world, mutant, report)
+        verdict = judge(
+            Sides(subject=subject, reference=measured(Rule.MUP), control=measured(Rule.STANDARD)),
+            Facts(recipe=early, plans={w: early.plan(m) for w, m in models.items()}, models=models),
+            level=level,
+            fingerprint=recipe.fingerprint,
+            extra=[transferred] if level is Level.FULL else [],
+            remarks=_remarks(target, models, mutant),
+        )
+    return replace(verdict, seconds=time.monotonic() - begun)
+
+
+def _subject(
+    family: Family,
+    seeds: Sequence[int],
+    layout: TrainingOptions,
+    world: int,
+    mutant: Mutant | None,
+    report: Report | None,
+) -> Measure:
+    def measured(protocol: Protocol) -> Measured:
+        from mup_megatron.check.measuring import measure
+
+        recipe = ranks.on_first_rank(lambda: family.at(protocol))
+        runs: list[Run] = []
+        for width in family.models:
+            for seed in seeds:
+                trainee = _started(family, recipe, width, seed, protocol, layout, world, mutant)
+                runs.append(measure(trainee, protocol, width=width, seed=seed))
+                if report is not None:
+                    report("subject", len(runs), len(family.models) * len(seeds))
+        return Measured(tuple(runs))
+
+    return measured
+
+
+def _started(
+    family: Family,
+    recipe: Recipe,
+    width: int,
+    seed: int,
+    protocol: Protocol,
+    layout: TrainingOptions,
+    world: int,
+    mutant: Mutant | None,
+) -> "MegatronTrainee":
+    """One model of the subject, freshly built, with its mistake."""
+    from mup_megatron.check.megatron_subject import build_megatron
+
+    model = family.models[width]
+    context = Context(base=recipe.megatron_base, target=model, recipe=recipe, width=width)
+    right = recipe.plan(model)
+    plan = right if mutant is None or mutant.plan is None else mutant.plan(right, context)
+    return build_megatron(
+        model,
+        recipe,
+        plan,
+        seed=levels.run_seed(seed, list(family.models).index(width)),
+        protocol=protocol,
+        layout=layout,
+        world_size=world,
+        tamper=None if mutant is None else mutant.tamper(plan, context),
+    )
+
+
+def _transfer(
+    family: Family,
+    first_seed: int,
+    layout: TrainingOptions,
+    world: int,
+    mutant: Mutant | None,
+    report: Report | None,
+) -> Section:
+    """The basins of the learning rate at three of the widths."""
+    recipe = ranks.on_first_rank(lambda: family.at(levels.LATE))
+    widths = [*family.models]
+    chosen = sorted({widths[0], widths[len(widths) // 2], widths[-1]})
+    rates = learning_rates(recipe.hyperparameters.lr, levels.TRANSFER_RATES)
+    seeds = range(first_seed, first_seed + levels.TRANSFER_SEEDS)
+    done = 0
+
+    def start(width: int, seed: int, lr: float) -> "MegatronTrainee":
+        return _started(family, at_rate(recipe, lr), width, seed, levels.LATE, layout, world, mutant)
+
+    def tell(_line: str) -> None:
+        nonlocal done
+        done += 1
+        if report is not None:
+            report("transfer", done, max(done, len(chosen) * len(rates)))
+
+    result = transfer(start, chosen, rates, seeds, levels.LATE.steps, report=tell)
+    return Section(name="transfer", outcome=result.outcome, lines=result.lines, rows=result.rows)
+
+
+def _remarks(target: ModelFile, models: dict[int, ModelFile], mutant: Mutant | None) -> list[str]:
+    remarks = []
+    some = next(iter(models.values()))
+    if mutant is not None:
+        remarks.append(f"With a deliberate mistake: {mutant.what}")
+    if target.attention_dropout or target.hidden_dropout:
+        remarks.append("Dropout is off in the check, so that differences are not its own.")
+    if some.transformer_impl != target.transformer_impl:
+        remarks.append("No GPU, so no Transformer Engine: the models are built with transformer_impl local.")
+    return remarks

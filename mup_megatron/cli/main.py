@@ -23,6 +23,7 @@ COMMANDS = {
     "data": "text to Megatron's indexed format",
     "sweep": "search hyperparameters on a proxy",
     "transfer": "the best trial of a study as a recipe",
+    "check": "a verdict on a target and its recipe before the run is paid for",
     "train": "train a target on Megatron-Core with a recipe",
     "args": "a model file and a recipe as Megatron-LM's flags",
     "model": "Megatron-LM's flags, or a launch script, as a model file",

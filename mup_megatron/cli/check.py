@@ -1,0 +1,255 @@
+"""`check`: a verdict on a target and its recipe before the run is paid for."""
+
+import itertools
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from mup_megatron.cli.options import FILE, load_plan, recipe_option, target_argument
+from mup_megatron.errors import InputError
+from mup_megatron.files import write_atomically
+from mup_megatron.models.model_file import ModelFile, load_model_file
+from mup_megatron.recipe import Recipe
+from mup_megatron.targets import CONFIG_FILE, hugging_face_config, is_hugging_face, read_target
+
+if TYPE_CHECKING:
+    from mup_megatron.check.mutants import Mutant
+    from mup_megatron.check.verdict import Verdict
+
+FAILED = 1
+RESULTS = Path("results/check")
+SEEDS = 3
+
+
+def _widths(_: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Hidden sizes from a text with commas between them."""
+    if value is None:
+        return None
+    try:
+        widths = tuple(int(word) for word in value.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is no list of hidden sizes. Give some like 32,64,128.", param=param
+        ) from None
+    if len(widths) < 2 or widths[0] < 1 or any(second <= first for first, second in itertools.pairwise(widths)):
+        raise click.BadParameter(f"{value}: a slope needs several hidden sizes that rise, like 32,64,128.", param=param)
+    return widths
+
+
+@click.command()
+@target_argument
+@recipe_option
+@click.option(
+    "--level",
+    type=click.Choice(["quick", "standard", "full"]),
+    default="quick",
+    show_default=True,
+    help="quick: coordinates, gradients and updates. standard: late steps and whether wider is better as well. full: "
+    "whether the learning rate transfers as well.",
+)
+@click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write the verdict there too.")
+@click.option(
+    "--output",
+    type=FILE,
+    metavar="DIR",
+    help="Verdict, measurements and picture. [default: results/check/, in a folder named after target and recipe]",
+)
+@click.option(
+    "--widths",
+    callback=_widths,
+    metavar="W,W,…",
+    help="Hidden sizes to train. [default: four, doubling from the least of 32 or more that keeps whole heads]",
+)
+@click.option("--seeds", type=click.IntRange(2), default=SEEDS, show_default=True, help="Runs at each width.")
+@click.option("--seed", type=click.IntRange(0, 2**31), default=1, show_default=True, help="The first of them.")
+@click.option(
+    "--tensor-model-parallel-size", type=click.IntRange(1), default=1, show_default=True, help="As of the run."
+)
+@click.option(
+    "--pipeline-model-parallel-size", type=click.IntRange(1), default=1, show_default=True, help="As of the run."
+)
+@click.option("--sequence-parallel", is_flag=True, help="As of the run.")
+@click.option(
+    "--deepspeed", type=FILE, metavar="JSON", help="Check the engine that this configuration makes. [Hugging Face]"
+)
+@click.option("--mutant", "mutant_name", metavar="NAME", help="Make a deliberate mistake, to see what it looks like.")
+@click.option("--fresh", is_flag=True, help="Measure the reference anew; neither use nor keep a cached one.")
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    target: Path,
+    recipe_path: Path,
+    level: str,
+    json_file: Path | None,
+    output: Path | None,
+    widths: tuple[int, ...] | None,
+    seeds: int,
+    seed: int,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    sequence_parallel: bool,
+    deepspeed: Path | None,
+    mutant_name: str | None,
+    fresh: bool,
+) -> None:
+    """Say whether TARGET with a recipe will train as μP promises, before its run is paid for.
+
+    TARGET is a model file, or a Hugging Face configuration: its config.json, or the folder of that.
+
+    Small models of the target's shape are built at several widths as the run would build them, trained for a few steps
+    and compared with a correct reference. Minutes on a CPU. In one process, or in the layout of the run to come:
+    torchrun --nproc-per-node 2 -m mup_megatron check TARGET.yaml …
+
+    Exit code 0: pass. 1: fail, or no verdict. 2: bad input.
+    """
+    from mup_megatron.training.ranks import is_first_process
+
+    recipe, _ = load_plan(target, recipe_path)
+    chosen: dict[str, Any] = {"widths": widths, "seeds": seeds, "first_seed": seed}
+    parallel = {
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+        "pipeline_model_parallel_size": pipeline_model_parallel_size,
+        "sequence_parallel": sequence_parallel,
+    }
+    check: Callable[..., Verdict]
+    if is_hugging_face(read_target(target)):
+        _require_default(parallel | {"mutant": mutant_name}, "for a model file, and the target is none")
+        check = _of_hugging_face(target, recipe, deepspeed)
+    else:
+        _require_default({"deepspeed": deepspeed}, "for a Hugging Face configuration, and the target is none")
+        check = _of_megatron(target, recipe, parallel, mutant_name, fresh=fresh)
+    if output is None:
+        suffix = "" if mutant_name is None else f"-{mutant_name}"
+        of = target.resolve().parent if target.name == CONFIG_FILE else target.resolve()
+        output = RESULTS / f"{of.stem}-{recipe.fingerprint[:12]}{suffix}"
+    for folder in (output, *([] if json_file is None else [json_file.parent])):
+        _make(folder)
+    with _Told(is_first_process()) as told:
+        verdict = check(level, report=told, **chosen)
+    if is_first_process():
+        answer(verdict, target, recipe_path, output, json_file)
+    context.exit(0 if verdict.passed else FAILED)
+
+
+def _of_megatron(
+    target: Path, recipe: Recipe, parallel: Mapping[str, Any], mutant_name: str | None, *, fresh: bool
+) -> Callable[..., "Verdict"]:
+    """What checks a model file."""
+    from mup_megatron.check.cache import FOLDER
+    from mup_megatron.check.run import check_megatron
+    from mup_megatron.check.verdict import Level
+    from mup_megatron.training.options import TrainingOptions
+
+    model = load_model_file(target)
+    layout = TrainingOptions(train_iters=1, global_batch_size=1, **parallel)
+    mutant = None if mutant_name is None else _mutant(mutant_name, model, recipe)
+    references = None if fresh else FOLDER
+    return lambda level, **more: check_megatron(
+        model, recipe, level=Level(level), layout=layout, mutant=mutant, references=references, **more
+    )
+
+
+def _of_hugging_face(target: Path, recipe: Recipe, deepspeed: Path | None) -> Callable[..., "Verdict"]:
+    """What checks a Hugging Face configuration."""
+    from mup_megatron.check.hugging_face import check_hugging_face
+    from mup_megatron.check.verdict import Level
+
+    config = hugging_face_config(read_target(target), source=str(target))
+    return lambda level, **more: check_hugging_face(config, recipe, deepspeed=deepspeed, level=Level(level), **more)
+
+
+def _require_default(given: Mapping[str, Any], what: str) -> None:
+    for name, value in given.items():
+        if value not in (None, False, 1):
+            raise InputError(f"--{name.replace('_', '-')} is {what}. Leave it out.")
+
+
+def answer(verdict: "Verdict", target: Path, recipe_path: Path, output: Path, json_file: Path | None) -> None:
+    """Writes the files of a verdict, and its text on standard output.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    from mup_megatron.check import picture, report
+
+    title = f"{target} with {recipe_path}"
+    verdict_json = report.verdict_json(verdict, title=title)
+    files: dict[Path, str | bytes] = {
+        output / "check.png": picture.png(verdict, title=f"{target.name} with {recipe_path.name}"),
+        output / "verdict.json": verdict_json,
+        output / "comparison.csv": report.comparison_csv(verdict),
+        output / "measurements.csv": report.measurements_csv(verdict),
+    }
+    files |= {
+        output / f"{section.name.replace(' ', '-')}.csv": report.section_csv(section)
+        for section in verdict.sections
+        if section.rows
+    }
+    if json_file is not None:
+        files[json_file] = verdict_json
+    for path, content in files.items():
+        write_atomically(path, content)
+    click.echo(report.text(verdict, title=title, files=list(files)), nl=False)
+
+
+def _mutant(name: str, model: ModelFile, recipe: Recipe) -> "Mutant":
+    from mup_megatron.check.family import stressed
+    from mup_megatron.check.levels import EARLY
+    from mup_megatron.check.mutants import MUTANTS, Context
+
+    stress = stressed(recipe, steps=EARLY.steps, eps=recipe.hyperparameters.adam_eps)
+    context = Context(base=recipe.megatron_base, target=model, recipe=stress, width=model.hidden_size)
+    fitting = {mutant.name: mutant for mutant in MUTANTS.values() if mutant.when(context)}
+    if name in fitting:
+        return fitting[name]
+    wrong = "that mistake changes nothing for this target and recipe" if name in MUTANTS else "there is no such mistake"
+    known = "\n".join(f"  {mutant.name}: {mutant.what}" for mutant in fitting.values())
+    raise InputError(f"--mutant {name}: {wrong}. Choose one of\n{known}")
+
+
+def _make(folder: Path) -> None:
+    """The folder of results: what cannot be written is better known before the check than after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: not a folder to write to ({error.strerror}). Choose another place.") from None
+
+
+class _Told:
+    """Progress on standard error: a bar on a terminal, else a line at each quarter. Nothing if it is not to speak."""
+
+    def __init__(self, speaks: bool) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            # A refreshing thread would be one more thread beside those that train.
+            auto_refresh=False,
+            disable=not (speaks and sys.stderr.isatty()),
+        )
+        self._lines = speaks and not sys.stderr.isatty()
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "_Told":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Takes in that so many models of `total` are trained and measured."""
+        if self._lines and (done == total or done % max(1, total // 4) == 0):
+            click.echo(f"{what}: {done} of {total} models", err=True)
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total)
+        self._bar.update(self._tasks[what], completed=done, total=total)
+        self._bar.refresh()

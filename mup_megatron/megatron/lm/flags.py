@@ -43,6 +43,11 @@ _OWN: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "Every N iterations, log the root mean square of each layer's output to TensorBoard and wandb.",
     },
+    "--mup-observe": {
+        "type": str,
+        "metavar": "MODULE:ARGUMENT",
+        "help": "Let a module look on while the run trains; `mup-megatron check -- LINE` runs the line with it.",
+    },
 }
 NAMES = tuple(_OWN)
 RECIPE = "--mup-recipe"
@@ -117,6 +122,7 @@ class Options:
     verify: bool
     accept_recipe_change: bool
     coordinates_interval: int | None
+    observe: str | None = None
 
 
 def options_of(values: argparse.Namespace) -> Options | None:
@@ -151,6 +157,7 @@ def options_of(values: argparse.Namespace) -> Options | None:
         verify=not values.mup_no_verify,
         accept_recipe_change=values.mup_accept_recipe_change,
         coordinates_interval=interval,
+        observe=values.mup_observe,
     )
 
 

@@ -191,10 +191,10 @@ def _train_step(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(*args, **kwargs)
     from megatron.training import get_args
 
-    _, _, chunks, optimizer, scheduler = args[:5]
-    run.stepping(get_args().curr_iteration + 1)
-    result = wrapped(*args, **kwargs)
-    run.stepped(chunks, optimizer, scheduler, get_args())
+    forward_step, iterators, chunks, optimizer, scheduler = args[:5]
+    iterators = run.stepping(get_args().curr_iteration + 1, iterators)
+    result = wrapped(forward_step, iterators, *args[2:], **kwargs)
+    run.stepped(chunks, optimizer, scheduler, get_args(), result[0])
     return result
 
 

@@ -16,7 +16,7 @@ from mup_megatron.complaint import is_first, say
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import guard
 from mup_megatron.megatron.arguments import model_from_values, not_in_model_file
-from mup_megatron.megatron.lm import checkpoints, flags, groups, telemetry, whole
+from mup_megatron.megatron.lm import checkpoints, flags, groups, observing, telemetry, whole
 from mup_megatron.megatron.model import applied_plan, apply_plan, configure
 from mup_megatron.megatron.names import gathered, raise_together, unwrapped
 from mup_megatron.megatron.optimizer import config_overrides
@@ -49,6 +49,7 @@ class Run:
     steps: int = 0
     """Since the start of this process."""
     coordinates: telemetry.Coordinates | None = None
+    observer: observing.Observer | None = None
 
     @property
     def loaded(self) -> bool:
@@ -203,6 +204,17 @@ class Run:
         self.verify(chunks, optimizer, scheduler, at_start=True)
         if self.options.verify:
             raise_together(whole.problems(self.recipe, values, optimizer, scheduler))
+        if self.options.observe is not None:
+            assert self.model is not None
+            scene = observing.Scene(
+                chunks=chunks,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                model=self.model,
+                recipe=self.recipe,
+                values=values,
+            )
+            self.observer = observing.observer(self.options.observe, scene)
 
     def _plan_for(self, model: ModelFile) -> Plan:
         try:
@@ -221,13 +233,21 @@ class Run:
             weights = at_start and not self.loaded
             guard.require_as_planned(chunks, self.plan, optimizer, scheduler, weights=weights)
 
-    def stepping(self, iteration: int) -> None:
-        """An iteration is about to begin."""
+    def stepping(self, iteration: int, iterators: Any) -> Any:
+        """An iteration is about to begin; returns the iterators of data that it reads."""
         interval = self.options.coordinates_interval
         if self.coordinates is not None and interval is not None:
             self.coordinates.measure(iteration % interval == 0)
+        return iterators if self.observer is None else self.observer.stepping(iterators)
 
-    def stepped(self, chunks: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any, values: Any) -> None:
+    def stepped(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: Any,
+        scheduler: Any,
+        values: Any,
+        losses: Mapping[str, Any],
+    ) -> None:
         """An iteration is over. Looks again after the first ones, then ever more rarely."""
         assert self.plan is not None
         self.steps += 1
@@ -238,3 +258,5 @@ class Run:
             telemetry.log_lr_per_role(self.plan, optimizer, iteration)
         if self.coordinates is not None and self.coordinates.measuring:
             self.coordinates.log(iteration)
+        if self.observer is not None:
+            self.observer.stepped(losses)

@@ -1,0 +1,344 @@
+"""A check of a Hugging Face configuration: its family of models at small widths, in plain torch or under DeepSpeed.
+
+Depth, the size of heads and every ratio of widths are the target's; what base and target share stays fixed. Vocabulary
+and positions, which no rule depends on, are cut in both.
+"""
+
+import copy
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import distributed, nn
+from transformers import PretrainedConfig
+
+from mup_megatron.check import levels
+from mup_megatron.check.family import SMALLEST
+from mup_megatron.check.modules import (
+    LENGTH,
+    VOCABULARY,
+    Report,
+    Task,
+    check_modules,
+    prepare_by_plan,
+    warm_up_and_decay,
+)
+from mup_megatron.check.verdict import Level, Verdict
+from mup_megatron.errors import InputError
+from mup_megatron.huggingface import configs
+from mup_megatron.recipe import HuggingFaceBase, Recipe, save_recipe
+
+_WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "embedding_size")
+_DROPOUT = re.compile(r".*dropout.*|.*pdrop|.*layerdrop")
+_POSITIONS = ("max_position_embeddings", "n_positions")
+_PRECISIONS = ("fp16", "bf16", "amp", "data_types")
+_SHORT = {"total_num_steps": 1.0, "warmup_num_steps": 0.25, "cycle_first_step_size": 0.5, "cycle_second_step_size": 0.5}
+"""Keys of DeepSpeed's schedulers that are numbers of steps → their part of a run of the check."""
+_RATES = ("warmup_min_lr", "warmup_max_lr", "cycle_min_lr", "cycle_max_lr", "lr_range_test_min_lr")
+
+
+def check_hugging_face(
+    config: PretrainedConfig,
+    recipe: Recipe,
+    *,
+    deepspeed: Path | None = None,
+    level: Level = Level.QUICK,
+    widths: Sequence[int] | None = None,
+    seeds: int = levels.SEEDS,
+    first_seed: int = 1,
+    report: Report | None = None,
+) -> Verdict:
+    """A verdict on a configuration that is trained with a recipe. Collective under torchrun, with DeepSpeed.
+
+    Args:
+        config: what is to be trained; as `targets.hugging_face_config` reads it.
+        recipe: with which it is; its base is a configuration too.
+        deepspeed: the configuration of the engine that is checked, with a "mup" entry. None: plain torch.
+        level: how much is looked at.
+        widths: of the models, in the configuration's own key for it; by default `widths_for`.
+        seeds: of each width.
+        first_seed: the first of them.
+        report: called as models are done.
+
+    Raises:
+        InputError: no model of a width can be built, or configuration and recipe do not go together.
+    """
+    if not isinstance(recipe.base, HuggingFaceBase):
+        raise InputError(
+            "the recipe's base is not a Hugging Face configuration, and the target is. Give the recipe a base with a "
+            "model_type; `mup-megatron recipe --base config.json` writes one."
+        )
+    base = configs.config_of_base(recipe.base)
+    configs.require_comparable(base, config)
+    model_class = _class_of(config, base)
+    small, cut = _cut(config, base, recipe)
+    chosen = list(widths) if widths is not None else widths_for(config, base, levels.WIDTHS)
+
+    def factory(width: int) -> nn.Module:
+        constructor: Callable[[PretrainedConfig], nn.Module] = model_class
+        with configs.quiet():
+            return constructor(at_width(small, base, width))
+
+    remarks = ["Dropout is off in the check, so that differences are not its own."] if _drops(config) else []
+    prepare, schedule = prepare_by_plan, warm_up_and_decay
+    if deepspeed is None:
+        return check_modules(
+            factory, cut, widths=chosen, level=level, seeds=seeds, first_seed=first_seed, remarks=remarks, report=report
+        )
+    content = _deepspeed_content(deepspeed, recipe)
+    if any(key in content for key in _PRECISIONS):
+        remarks.append("The engine of the check computes in single precision, so that differences are not rounding.")
+    with _ranks(), tempfile.TemporaryDirectory() as folder:
+        engines = _Engines(content, Path(folder), recipe)
+        prepare, schedule = engines.prepare, engines.schedule
+        return check_modules(
+            factory,
+            cut,
+            widths=chosen,
+            prepare=prepare,
+            schedule=schedule,
+            level=level,
+            seeds=seeds,
+            first_seed=first_seed,
+            remarks=remarks,
+            report=report,
+        )
+
+
+# ---- the family ----------------------------------------------------------------------------------------------------
+
+
+def width_of(config: PretrainedConfig) -> int:
+    """A configuration's width, in its own key for it."""
+    own = config.to_dict()
+    found: int | None = next((own[key] for key in _WIDTH_KEYS if isinstance(own.get(key), int)), None)
+    if found is None:
+        raise InputError(f"model type {config.model_type}: none of {', '.join(_WIDTH_KEYS)} says how wide it is.")
+    return found
+
+
+def _grown(config: PretrainedConfig, base: PretrainedConfig) -> dict[str, Any]:
+    """The keys that grow with width, with the target's values: those that differ from the base's, or all of them where
+    the base is as wide.
+    """
+    own, other = config.to_dict(), base.to_dict()
+    as_wide = width_of(config) == width_of(base)
+    sizes_grow = configs.head_size(config) != configs.head_size(base)
+    keys = configs.WIDTHS | (configs.HEAD_SIZES if sizes_grow else configs.HEADS)
+    grown = {
+        key: value
+        for key, value in own.items()
+        if key in keys and value is not None and (as_wide or value != other.get(key))
+    }
+    # A configuration may leave its head size to be computed, and its number of heads then keeps it.
+    return {key: value for key, value in grown.items() if isinstance(value, int | list | tuple)}
+
+
+def widths_for(config: PretrainedConfig, base: PretrainedConfig, count: int) -> list[int]:
+    """The widths of a check: small multiples of the least that keeps whole heads."""
+    unit = _unit(config, base)
+    smallest = -(-SMALLEST // unit) * unit
+    return [smallest * 2**i for i in range(count)]
+
+
+def _unit(config: PretrainedConfig, base: PretrainedConfig) -> int:
+    """The width with the least number of whole heads and groups."""
+    own, grown, width = config.to_dict(), _grown(config, base), width_of(config)
+    counts = [value for key, value in grown.items() if key in configs.HEADS and isinstance(value, int)]
+    shared = [own[key] for key in configs.HEADS - set(grown) if isinstance(own.get(key), int)]
+    if counts and shared:
+        # A number of groups that does not grow has to divide the number of heads.
+        return Fraction(width * math.lcm(*shared), max(counts)).numerator
+    return width // math.gcd(width, *counts)
+
+
+def at_width(config: PretrainedConfig, base: PretrainedConfig, width: int) -> PretrainedConfig:
+    """The configuration at another width.
+
+    Raises:
+        InputError: heads would not be whole; says what would fit.
+    """
+    unit = _unit(config, base)
+    if width < unit or width % unit:
+        raise InputError(f"--widths {width}: whole heads and groups of the target need multiples of {unit}.")
+    whole = width_of(config)
+
+    def scaled(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [scaled(item) for item in value]
+        return max(1, round(value * width / whole))
+
+    changed = copy.deepcopy(config)
+    for key, value in _grown(config, base).items():
+        setattr(changed, key, scaled(value))
+    return changed
+
+
+def _cut(config: PretrainedConfig, base: PretrainedConfig, recipe: Recipe) -> tuple[PretrainedConfig, Recipe]:
+    """Target and recipe with a small vocabulary, few positions and no dropout."""
+    assert isinstance(recipe.base, HuggingFaceBase)
+    own = config.to_dict()
+    changes: dict[str, Any] = {key: min(own[key], 2 * LENGTH) for key in _POSITIONS if isinstance(own.get(key), int)}
+    vocabulary = own.get("vocab_size")
+    if isinstance(vocabulary, int):
+        changes["vocab_size"] = min(vocabulary, VOCABULARY)
+    small = copy.deepcopy(config)
+    for key, value in changes.items():
+        setattr(small, key, value)
+    for key, value in own.items():
+        if _DROPOUT.fullmatch(key) and isinstance(value, int | float) and not isinstance(value, bool):
+            setattr(small, key, 0.0)
+        if key.endswith("_token_id") and isinstance(value, int) and value >= changes.get("vocab_size", value + 1):
+            setattr(small, key, 0)
+    there = base.to_dict()
+    at_base = {key: min(value, there[key]) for key, value in changes.items() if isinstance(there.get(key), int)}
+    cut_base = recipe.base.model_copy(update=at_base)
+    return small, recipe.model_copy(update={"base": cut_base})
+
+
+def _drops(config: PretrainedConfig) -> bool:
+    return any(
+        _DROPOUT.fullmatch(key) and isinstance(value, int | float) and value > 0
+        for key, value in config.to_dict().items()
+    )
+
+
+def _class_of(config: PretrainedConfig, base: PretrainedConfig) -> Any:
+    names = config.architectures or base.architectures
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        raise InputError(
+            f"architectures: {(names or ['nothing'])[0]} says no model class of the installed transformers. Add for "
+            "example architectures: [GPT2LMHeadModel]."
+        )
+    return found
+
+
+# ---- DeepSpeed -----------------------------------------------------------------------------------------------------
+
+
+def _deepspeed_content(path: Path, recipe: Recipe) -> dict[str, Any]:
+    """The content of a DeepSpeed configuration, which has to fit the recipe as it is.
+
+    Raises:
+        InputError: it is no JSON object, has no "mup" entry, or says something else than the recipe.
+    """
+    from mup_megatron.deepspeed import entry
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a JSON file that can be read ({error}). Correct it.") from None
+    if not isinstance(content, dict) or not entry.has_entry(content):
+        raise InputError(
+            f'{path}: no "{entry.KEY}" entry, so an engine would train without μP. Write "{entry.KEY}": '
+            '{"recipe": "…"}; `mup-megatron ds-config` does.'
+        )
+    entry.entry_of(content)
+    entry.require_supported(content)
+    optimizer = entry.section(content, "optimizer")
+    entry.optimizer_params(optimizer.get("type"), optimizer.get("params"), recipe)
+    entry.gradient_clipping(content.get("gradient_clipping"), recipe)
+    return content
+
+
+class _Engines:
+    """Makes the engine of each run, with the recipe of the check in place of the user's."""
+
+    def __init__(self, content: Mapping[str, Any], folder: Path, recipe: Recipe) -> None:
+        self._content, self._folder, self._lr = content, folder, recipe.hyperparameters.lr
+
+    def prepare(self, model: nn.Module, task: Task) -> Any:
+        """The engine of one run."""
+        import deepspeed
+
+        import mup_megatron.deepspeed  # noqa: F401  # takes its place in the engine
+
+        path = self._folder / f"{task.recipe.fingerprint}.{os.environ.get('RANK', '0')}.recipe.yaml"
+        save_recipe(task.recipe, path)
+        engine, *_ = deepspeed.initialize(model=model, config=self._config(path, task))
+        return engine
+
+    def schedule(self, step: int, steps: int) -> float:
+        """What the configuration's scheduler does with one learning rate."""
+        scheduler = self._scheduler(steps, self._lr)
+        if scheduler is None:
+            return 1.0
+        from deepspeed.runtime import lr_schedules
+
+        kind = getattr(lr_schedules, scheduler["type"], None) or getattr(torch.optim.lr_scheduler, scheduler["type"])
+        group = {"params": [nn.Parameter(torch.zeros(1))], "lr": self._lr}
+        optimizer = torch.optim.AdamW([group])
+        params = scheduler["params"]
+        for key in ("warmup_max_lr", "cycle_max_lr"):
+            params.setdefault(key, self._lr) if key.partition("_")[0] in scheduler["type"].lower() else None
+        made = kind(optimizer, **params)
+        for _ in range(step):
+            optimizer.step()
+            made.step()
+        return float(optimizer.param_groups[0]["lr"]) / self._lr
+
+    def _scheduler(self, steps: int, lr: float) -> dict[str, Any] | None:
+        own = self._content.get("scheduler")
+        if not own:
+            return None
+        params = {key: value for key, value in dict(own.get("params") or {}).items() if value != "auto"}
+        for key in [key for key in _SHORT if key in params or (key == "total_num_steps" and "Decay" in own["type"])]:
+            params[key] = max(1, round(_SHORT[key] * steps))
+        for key in [key for key in _RATES if isinstance(params.get(key), int | float)]:
+            params[key] *= lr / self._lr
+        return {"type": own["type"], "params": params}
+
+    def _config(self, recipe: Path, task: Task) -> dict[str, Any]:
+        size, ranks = levels.EARLY.batch_size, distributed.get_world_size()
+        if size % ranks:
+            raise InputError(
+                f"{ranks} processes: a check's batch of {size} has to be shared out among them. Use fewer."
+            )
+        from mup_megatron.deepspeed import entry
+
+        content = {key: value for key, value in copy.deepcopy(dict(self._content)).items() if key not in _PRECISIONS}
+        for key in ("gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu", "scheduler"):
+            content.pop(key, None)
+        optimizer = content["optimizer"]
+        own = ("lr", "betas", "eps", "weight_decay", "momentum")
+        optimizer["params"] = {k: v for k, v in dict(optimizer.get("params") or {}).items() if k not in own}
+        scheduler = self._scheduler(task.steps, task.recipe.hyperparameters.lr)
+        return {
+            **content,
+            **({} if scheduler is None else {"scheduler": scheduler}),
+            "train_batch_size": size,
+            "train_micro_batch_size_per_gpu": size // ranks,
+            "gradient_accumulation_steps": 1,
+            "steps_per_print": 10**9,
+            entry.KEY: {**content[entry.KEY], "recipe": str(recipe), "initialize": True, "target": None},
+        }
+
+
+@contextmanager
+def _ranks() -> Iterator[None]:
+    """The process group of a run: torchrun's, the one that is there, or one process by itself."""
+    own = not distributed.is_initialized()
+    if own:
+        for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            os.environ.setdefault(key, value)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if os.environ["WORLD_SIZE"] == "1":
+            store = distributed.HashStore()  # type: ignore[attr-defined]
+            distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        else:
+            distributed.init_process_group(backend)
+    try:
+        yield
+    finally:
+        if own:
+            distributed.destroy_process_group()

@@ -1,0 +1,469 @@
+"""A check of any torch module, of a Hugging Face model, of a DeepSpeed engine: whatever a script makes of a plan.
+
+The reference has the model's code in common with what is checked, so what is wrong in that code shows in neither. Hence
+bounds beside the comparison that hold for every model in μP: see `BOUNDS`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mup_megatron.check import batches, levels
+from mup_megatron.check.comparison import Compared, Finding, Kind, Slope, compare
+from mup_megatron.check.family import FLOOR, stressed
+from mup_megatron.check.judge import Facts, Sides, judge
+from mup_megatron.check.measurements import Measured, Protocol, Quantity, Run
+from mup_megatron.check.measuring import measure
+from mup_megatron.check.module_reference import carry_out, optimizer_for
+from mup_megatron.check.module_trainee import LOGITS, Batch, EngineTrainee, Loss, ModuleTrainee, blocks
+from mup_megatron.check.report import text
+from mup_megatron.check.verdict import Level, Outcome, Section, Verdict
+from mup_megatron.errors import InputError
+from mup_megatron.modules import apply_plan, param_groups, plan_for_module
+from mup_megatron.modules.attention import attention_modules
+from mup_megatron.recipe import HuggingFaceBase, Recipe
+from mup_megatron.theory import Plan, Rule
+from mup_megatron.training.ranks import on_first_rank
+
+Factory = Callable[[int], nn.Module]
+"""Width → the bare model, as its library draws it."""
+Schedule = Callable[[int, int], float]
+"""(step, steps) → the learning rate's part of its peak."""
+Report = Callable[[str, int, int], None]
+"""(what is trained, how many models are done, of how many)."""
+
+BOUNDS = (-0.5, 0.25)
+"""Slopes over width of how far training moves a block's output or an attention logit. Neither may vanish nor grow in
+μP; a factor of √width that the rules do not know makes ½. The room is for what finite widths do by themselves."""
+EPS_SHARE = 0.1
+"""The eps of a check, relative to the gradients: it acts, and Adam is Adam still."""
+_PILOT = Protocol(steps=3, recorded=(3,), spectral=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One run, as it is told to the script that is checked."""
+
+    plan: Plan
+    """The right one."""
+    recipe: Recipe
+    """The one that is checked, with values at which mistakes show."""
+    width: int
+    seed: int
+    steps: int
+
+
+Prepare = Callable[[nn.Module, Task], Any]
+"""What a script makes of a bare model: it applies the plan and returns an optimizer, (optimizer, scheduler), or a
+DeepSpeed engine; None where there is nothing to train."""
+
+
+def prepare_by_plan(model: nn.Module, task: Task) -> torch.optim.Optimizer | None:
+    """What `mup_megatron.modules` makes of a model."""
+    apply_plan(model, task.plan)
+    groups = param_groups(model.named_parameters(), task.plan)
+    h = task.recipe.hyperparameters
+    if not groups:
+        return None
+    if task.recipe.parametrization.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=h.lr, momentum=h.sgd_momentum)
+    return torch.optim.AdamW(groups, lr=h.lr, betas=(h.adam_beta1, h.adam_beta2))
+
+
+def warm_up_and_decay(step: int, steps: int) -> float:
+    """Linear from 0 over the first quarter of a run, then linear to a tenth."""
+    warm = steps / 4
+    return step / warm if step <= warm else 1 + (FLOOR - 1) * (step - warm) / (steps - warm)
+
+
+def check_modules(
+    factory: Factory,
+    recipe: Recipe,
+    *,
+    widths: Sequence[int],
+    batch: Batch | None = None,
+    loss: Loss | None = None,
+    prepare: Prepare = prepare_by_plan,
+    schedule: Schedule = warm_up_and_decay,
+    readout: str | None = None,
+    level: Level = Level.QUICK,
+    seeds: int = levels.SEEDS,
+    first_seed: int = 1,
+    remarks: Sequence[str] = (),
+    report: Report | None = None,
+) -> Verdict:
+    """A verdict on what a script makes of a model. Collective, if there are ranks.
+
+    Args:
+        factory: builds the bare model of a width. With random layers such as dropout there is no verdict.
+        recipe: what is transferred; its base is a torch module or a Hugging Face configuration.
+        widths: of the models, at least three, over a range of four or more.
+        batch: (step, width) → what `loss` takes; by default tokens, for Hugging Face's language models.
+        loss: (model, batch) → loss; by default `model(**batch).loss`.
+        prepare: what is checked. By default what `mup_megatron.modules` does.
+        schedule: that the learning rate is to follow. The check sees to it, unless `prepare` returns a scheduler of its
+            own or an engine.
+        readout: as in `plan_for_module`.
+        level: how much is looked at.
+        seeds: of each width.
+        first_seed: the first of them.
+        remarks: to be told with the verdict.
+        report: called as models are done.
+
+    Raises:
+        InputError: a model cannot be built, no plan can be made for it, or nobody says what it learns.
+    """
+    begun = time.monotonic()
+    chosen = sorted(set(widths))
+    if len(chosen) < 3:
+        raise InputError(
+            f"widths {list(widths)}: a slope over width takes at least three. Give for example 64 128 256."
+        )
+    models = {width: built(factory, width, seed=first_seed) for width in chosen}
+    family = ModuleFamily(
+        factory=factory,
+        recipe=recipe,
+        widths=tuple(chosen),
+        batch=batch or default_batch(models),
+        loss=loss or default_loss,
+        schedule=schedule,
+        readout=readout,
+        report=report,
+    )
+    found: dict[Protocol, Measured] = {}
+
+    def subject(protocol: Protocol) -> Measured:
+        seen = range(first_seed, first_seed + seeds)
+        found[protocol] = family.subject(protocol, prepare, seen)
+        return found[protocol]
+
+    early = on_first_rank(lambda: family.stressed(levels.EARLY))
+    verdict = judge(
+        Sides(subject=subject, reference=family.reference, control=family.control),
+        Facts(recipe=early, plans={w: family.plan(w, early) for w in chosen}, models=None),
+        level=level,
+        fingerprint=recipe.fingerprint,
+        remarks=(*remarks, *_frozen(models[chosen[0]])),
+    )
+    hidden = Attentions(family.head_sizes, frozenset(name for name, _, _ in attention_modules(models[chosen[0]])))
+    verdict = within_bounds(blamed(verdict), list(found.values())[-1], blocks(models[chosen[0]]), hidden)
+    return replace(verdict, seconds=time.monotonic() - begun)
+
+
+def assert_mup(model_factory: Factory, recipe: Recipe, **options: Any) -> None:
+    """Raises AssertionError unless a model passes; its message is the verdict. For tests.
+
+    Args:
+        model_factory: width → the bare model.
+        recipe: what is transferred.
+        options: of `check_modules`; `widths` at least.
+    """
+    verdict = check_modules(model_factory, recipe, **options)
+    if not verdict.passed:
+        raise AssertionError(text(verdict, title="the model", files=()))
+
+
+def _frozen(model: nn.Module) -> list[str]:
+    names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    return [f"Frozen as it is built, and not checked: {', '.join(names[:5])}."] if names else []
+
+
+# ---- models and batches --------------------------------------------------------------------------------------------
+
+
+def built(factory: Factory, width: int, *, seed: int) -> nn.Module:
+    """A bare model, always the same for a seed.
+
+    Raises:
+        InputError: the factory failed.
+    """
+    torch.manual_seed(seed)
+    try:
+        return factory(width)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"width {width}: the model cannot be built ({type(error).__name__}: {error}). Choose widths that fit the "
+            "model, for example multiples of its head size."
+        ) from error
+
+
+VOCABULARY = 256
+LENGTH = 32
+
+
+def default_batch(models: Mapping[int, nn.Module]) -> Batch:
+    """Tokens for Hugging Face's language models, pictures for its image classifiers.
+
+    Raises:
+        InputError: it is neither.
+    """
+    model: Any = next(iter(models.values()))
+    config, name = getattr(model, "config", None), type(model).__name__
+    size = levels.EARLY.batch_size
+    if config is not None and any(part in name for part in ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration")):
+        positions = getattr(config, "max_position_embeddings", None) or LENGTH
+        length = min(LENGTH, positions)
+
+        def texts(step: int, _width: int) -> dict[str, Tensor]:
+            ids = batches.tokens(min(VOCABULARY, config.vocab_size), length, size, seed=0, step=step)[:, 1:]
+            return {"input_ids": ids, "labels": ids.clone()}
+
+        return texts
+    if config is not None and "ImageClassification" in name:
+        side = getattr(config, "image_size", 32)
+
+        def pictures(step: int, _width: int) -> dict[str, Tensor]:
+            generator = torch.Generator().manual_seed(step + 1)
+            labels = torch.randint(config.num_labels, (size,), generator=generator)
+            noise = torch.randn(size, config.num_channels, side, side, generator=generator)
+            return {"pixel_values": noise + labels.view(-1, 1, 1, 1) / config.num_labels, "labels": labels}
+
+        return pictures
+    raise InputError(
+        f"{name}: what it learns from is not known. Give `batch` (step, width) and `loss` (model, batch) to the check."
+    )
+
+
+def default_loss(model: Any, batch: Any) -> Tensor:
+    """What Hugging Face's models compute."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+# ---- who is trained ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleFamily:
+    """The models of a check, and what all of its sides have in common."""
+
+    factory: Factory
+    recipe: Recipe
+    """As its user knows it."""
+    widths: tuple[int, ...]
+    batch: Batch
+    loss: Loss
+    schedule: Schedule
+    readout: str | None
+    report: Report | None
+    head_sizes: dict[int, dict[str, int]] = field(default_factory=dict)
+    """Width → attention logits → the size of their heads, as the subject's runs have shown."""
+    _eps: list[float | None] = field(default_factory=list)
+
+    def stressed(self, protocol: Protocol) -> Recipe:
+        """The recipe with values at which mistakes show within a protocol's steps."""
+        if not self._eps:
+            self._eps.append(self._eps_at_base())
+        return stressed(self.recipe, steps=protocol.steps, eps=self._eps[0])
+
+    def plan(self, width: int, recipe: Recipe) -> Plan:
+        """What the model of a width gets."""
+        if isinstance(recipe.base, HuggingFaceBase):
+            from mup_megatron.huggingface.plan import plan_for
+
+            model: Any = built(self.factory, width, seed=0)
+            return plan_for(model, recipe)
+        return plan_for_module(lambda: built(self.factory, width, seed=0), recipe, readout=self.readout)
+
+    def subject(self, protocol: Protocol, prepare: Prepare, seeds: Sequence[int]) -> Measured:
+        """What a script makes of the models. Collective."""
+        recipe = on_first_rank(lambda: self.stressed(protocol))
+        plans = {width: self.plan(width, recipe) for width in self.widths}
+        runs: list[Run] = []
+        for width, seed in product(self.widths, seeds):
+            model = built(self.factory, width, seed=seed)
+            task = Task(plan=plans[width], recipe=recipe, width=width, seed=seed, steps=protocol.steps)
+            trainee = self._trainee(model, prepare(model, task), task)
+            runs.append(measure(trainee, protocol, width=width, seed=seed))
+            self.head_sizes[width] = trainee.head_sizes()
+            trainee.close()
+            self._tell("subject", len(runs), len(self.widths) * len(seeds))
+        return Measured(tuple(runs))
+
+    def reference(self, protocol: Protocol) -> Measured:
+        """The correct runs."""
+        seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + levels.REFERENCE_SEEDS)
+        return on_first_rank(
+            lambda: self._correct(self.stressed(protocol), protocol, Rule.MUP, self.widths, seeds, "reference")
+        )
+
+    def control(self, protocol: Protocol) -> Measured:
+        """The correct runs of standard parametrization."""
+        seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + levels.CONTROL_SEEDS)
+        return on_first_rank(
+            lambda: self._correct(self.stressed(protocol), protocol, Rule.STANDARD, self.widths, seeds, "control")
+        )
+
+    def _correct(
+        self,
+        recipe: Recipe,
+        protocol: Protocol,
+        rule: Rule,
+        widths: Sequence[int],
+        seeds: Sequence[int],
+        what: str,
+    ) -> Measured:
+        own = recipe.parametrization.model_copy(update={"rule": rule.value})
+        recipe = recipe.model_copy(update={"parametrization": own})
+        runs: list[Run] = []
+        for width in widths:
+            plan = self.plan(width, recipe)
+            for seed in seeds:
+                model = built(self.factory, width, seed=seed)
+                carry_out(model, plan, seed=seed)
+                task = Task(plan=plan, recipe=recipe, width=width, seed=seed, steps=protocol.steps)
+                trainee = self._trainee(model, optimizer_for(model, recipe, plan), task, alone=True)
+                runs.append(measure(trainee, protocol, width=width, seed=seed))
+                self._tell(what, len(runs), len(widths) * len(seeds))
+        return Measured(tuple(runs))
+
+    def _trainee(
+        self, model: nn.Module, prepared: Any, task: Task, *, alone: bool = False
+    ) -> ModuleTrainee | EngineTrainee:
+        if hasattr(prepared, "backward") and hasattr(prepared, "module"):
+            return EngineTrainee(prepared, task.recipe, width=task.width, batch=self.batch, loss=self.loss)
+        optimizer, scheduler = prepared if isinstance(prepared, tuple) else (prepared, None)
+        if scheduler is None and optimizer is not None:
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step, task.steps))
+        return ModuleTrainee(
+            model,
+            optimizer,
+            task.recipe,
+            width=task.width,
+            batch=self.batch,
+            loss=self.loss,
+            scheduler=scheduler,
+            alone=alone,
+        )
+
+    def _eps_at_base(self) -> float | None:
+        """A share of the gradients, relative to the base as the rule for eps has it."""
+        if self.recipe.parametrization.optimizer != "adam":
+            return None
+        recipe = stressed(self.recipe, steps=_PILOT.steps)
+        width = self.widths[0]
+        plan = self.plan(width, recipe)
+        [run] = self._correct(recipe, _PILOT, Rule.MUP, [width], [levels.FIRST_REFERENCE_SEED], "pilot").runs
+        at_base = [
+            value * plan.adam_eps / entry.eps
+            for key, value in run.values.items()
+            if key.quantity is Quantity.GRADIENT and (entry := plan[key.name]).eps is not None and value > 0
+        ]
+        return EPS_SHARE * median(at_base) if at_base else None
+
+    def _tell(self, what: str, done: int, of: int) -> None:
+        if self.report is not None:
+            self.report(what, done, of)
+
+
+# ---- what holds for every model ------------------------------------------------------------------------------------
+
+
+def blamed(verdict: Verdict) -> Verdict:
+    """The verdict, with what is the model's own fault said so: the reference has its code too."""
+    if verdict.outcome is not Outcome.NO_VERDICT or not verdict.subject.problems or not verdict.reference.problems:
+        return verdict
+    at_start = "not finite before the first step"
+    problem = verdict.subject.problems[0]
+    if at_start not in problem or not all(at_start in found for found in verdict.reference.problems):
+        return verdict
+    where = next(run.problem for run in verdict.subject.runs if run.problem is not None)
+    section = replace(
+        verdict.sections[0],
+        outcome=Outcome.FAIL,
+        lines=(problem, "It is so with the right initial weights as well: the model's own code is at fault."),
+    )
+    culprit = where.partition(":")[0]
+    return replace(verdict, outcome=Outcome.FAIL, culprit=culprit, sections=(section, *verdict.sections[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Attentions:
+    """What is known of a model's attentions."""
+
+    head_sizes: Mapping[int, Mapping[str, int]]
+    """Width → attention logits → the size of their heads."""
+    planned: frozenset[str]
+    """Modules whose scale a plan sets."""
+
+    def growth(self, name: str) -> float:
+        """Exponent of width with which the heads of some logits grow; 0 where a plan sees to their scale."""
+        sizes = {width: of_width[name] for width, of_width in self.head_sizes.items() if name in of_width}
+        if len(sizes) < 2 or name.partition(f".{LOGITS}")[0] in self.planned:
+            return 0.0
+        low, high = min(sizes), max(sizes)
+        return math.log(sizes[high] / sizes[low]) / math.log(high / low)
+
+
+def within_bounds(verdict: Verdict, subject: Measured, block_names: Sequence[str], attentions: Attentions) -> Verdict:
+    """The verdict with one more section: what holds for every model in μP, whatever the reference does.
+
+    Blocks and attention logits move alike at all widths. Logits of heads that grow shrink before training: a sum of d
+    independent products, times 1/d. With 1/√d, which is in many a model's code, they do not, and grow as soon as
+    queries and keys are no longer independent.
+
+    Args:
+        verdict: so far.
+        subject: of its runs, the longest.
+        block_names: modules that are blocks.
+        attentions: their heads.
+    """
+    if any(section.name == "training" for section in verdict.sections):
+        return verdict
+    own = compare(subject, subject)
+    last = max(key.step for key in own if key.quantity is Quantity.UPDATE)
+    named = set(block_names)
+    lines, found = [], []
+    moving = [
+        c
+        for key, c in own.items()
+        if key.quantity is Quantity.UPDATE and key.step == last and (key.name in named or LOGITS in key.name)
+    ]
+    if moving:
+        low, high = BOUNDS
+        found += [_finding(c, (low + high) / 2, (high - low) / 2) for c in moving if _outside(c.subject, low, high)]
+        lines.append(
+            f"how far {last} steps move {len(moving)} blocks and attention logits: slopes over width from {low:+g} to "
+            f"{high:+g} are allowed"
+        )
+    starting = [
+        (c, growth)
+        for key, c in own.items()
+        if key.quantity is Quantity.ACTIVATION and LOGITS in key.name and (growth := attentions.growth(key.name)) > 0
+    ]
+    for compared, growth in starting:
+        if _outside(compared.subject, -math.inf, -growth / 4):
+            found.append(_finding(compared, -growth / 2, 0.0))
+    if len(starting) and any(finding.key.quantity is Quantity.ACTIVATION for finding in found):
+        lines.append(
+            "Heads grow with width, and their logits do not shrink before training: 1/√(head size) is in the model's "
+            "code, where μP has 1/(head size). Give the attention a float `scaling` and an integer `head_dim`, which a "
+            "plan then sets, or let the number of heads grow instead of their size."
+        )
+    if not lines:
+        return verdict
+    outcome = Outcome.FAIL if found else Outcome.PASS
+    sections = (*verdict.sections, Section(name="bounds", outcome=outcome, lines=tuple(lines), findings=tuple(found)))
+    if not found or verdict.outcome is Outcome.FAIL:
+        return replace(verdict, sections=sections)
+    return replace(verdict, sections=sections, outcome=Outcome.FAIL, culprit=found[0].key.name)
+
+
+def _outside(slope: Slope, low: float, high: float) -> bool:
+    """Whether a slope certainly is."""
+    return slope.value - slope.half_width > high or slope.value + slope.half_width < low
+
+
+def _finding(compared: Compared, expected: float, around: float) -> Finding:
+    """A slope that is not what it has to be."""
+    off = replace(compared, reference=Slope(expected, around), slope=compared.subject.value - expected, off=Kind.SLOPE)
+    return Finding(off, Kind.SLOPE)

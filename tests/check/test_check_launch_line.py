@@ -1,0 +1,196 @@
+"""A check of a launch line: what is run in its place, and the verdict on what Megatron-LM's own loop then trains."""
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.lm_recipes import FROM_RECIPE, WIDTH, a_recipe
+from support.lm_runs import CPU_FLAGS, SCRIPT, gpt, run_script
+
+from mup_megatron.check.launch_line import Batch, Ended, Line, batch_for, check_launch_line
+from mup_megatron.check.measurements import Quantity
+from mup_megatron.check.verdict import Outcome, Verdict
+from mup_megatron.errors import InputError
+
+START = ["torchrun", "--nproc-per-node", "1", "-m", "mup_megatron.launch"]
+OWN_DATA = (
+    "--data-path 0.3 /data/a 0.7 /data/b --tokenizer-type GPT2BPETokenizer --vocab-file v.json --merge-file m".split()
+)
+LOGS = "--save /runs/a --save-interval 500 --load /runs/a --tensorboard-dir tb --wandb-project p".split()
+
+
+def _line(start: Sequence[str] = START, script: Path = SCRIPT, **changes: Any) -> list[str]:
+    """As a user has it for the run to come: own data, checkpoints and logs."""
+    sizes = {"num_layers": 2, "hidden_size": WIDTH, "train_iters": 500, "seq_length": 64, "max_position_embeddings": 64}
+    own = {"save_interval": 500, "bf16": True, **FROM_RECIPE}
+    return [*start, str(script), *gpt(**{**sizes, **own, **changes}), *OWN_DATA, *LOGS, *CPU_FLAGS]
+
+
+def _measuring(words: Sequence[str]) -> list[str]:
+    line = Line.of(words)
+    model = line.model().model_copy(
+        update={"hidden_size": 32, "ffn_hidden_size": 128, "kv_channels": 8, "seq_length": 32}
+    )
+    return line.measuring(model, Path("r.yaml"), Path("order.json"), seed=7, batch=Batch(8, 4), steps=8)
+
+
+def _values(words: Sequence[str]) -> dict[str, str]:
+    """Flag → the value that counts, which is the last one."""
+    following = [*words[1:], ""]
+    return {word: value for word, value in zip(words, following, strict=True) if word.startswith("--")}
+
+
+# ---- the line ------------------------------------------------------------------------------------------------------
+
+
+def test_launcher_script_and_parallel_layout_stay_as_they_are() -> None:
+    words = _measuring(_line(tensor_model_parallel_size=2, sequence_parallel=True, custom="mine"))
+
+    assert words[: len(START) + 1] == [*START, str(SCRIPT)]
+    values = _values(words)
+    assert values["--tensor-model-parallel-size"] == "2"
+    assert "--sequence-parallel" in values
+    assert values["--custom"] == "mine"
+
+
+def test_sizes_length_and_recipe_are_those_of_the_check() -> None:
+    values = _values(_measuring([*_line(), "--mup-recipe", "own.yaml"]))
+
+    assert values["--hidden-size"] == "32"
+    assert values["--train-iters"] == "8"
+    assert values["--seq-length"] == "32"
+    assert (values["--global-batch-size"], values["--micro-batch-size"]) == ("8", "4")
+    assert values["--mup-recipe"] == "r.yaml"
+    assert values["--seed"] == "7"
+
+
+def test_nothing_is_read_or_written_that_is_the_users() -> None:
+    words = _measuring(_line())
+
+    gone = ("/data", "/runs", "--save", "--load", "--tensorboard", "--wandb", "v.json", "--bf16", "GPT2BPETokenizer")
+    assert [word for word in words if word.startswith(gone)] == []
+    assert "--mock-data" in words
+
+
+@pytest.mark.parametrize(
+    ("start", "count"),
+    [
+        (["torchrun", "--nproc-per-node", "8", "--nnodes=2"], 16),
+        (["torchrun", "--nproc_per_node=4", "-m", "mup_megatron.launch"], 4),
+        (["python", "-m", "mup_megatron.launch"], 1),
+    ],
+)
+def test_the_number_of_processes_is_read_from_the_launcher(start: list[str], count: int) -> None:
+    assert Line.of([*start, "pretrain_gpt.py", "--num-layers", "2"]).world_size == count
+
+
+@pytest.mark.parametrize(
+    ("values", "world", "batch"),
+    [
+        ({}, 1, Batch(8, 8)),
+        ({"tensor_model_parallel_size": 2}, 4, Batch(8, 4)),
+        ({"pipeline_model_parallel_size": 4}, 8, Batch(8, 1)),
+        ({}, 16, Batch(16, 1)),
+        ({}, 3, Batch(9, 3)),
+    ],
+)
+def test_the_batch_is_one_that_the_layout_can_share_out(values: dict[str, object], world: int, batch: Batch) -> None:
+    assert batch_for(8, values, world) == batch
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["run.sh"], "a shell script hides"),
+        (["torchrun", "--nproc-per-node", "8"], "there is no script in it"),
+        ([], "there is no script in it"),
+    ],
+)
+def test_a_line_without_a_script_is_refused(words: list[str], what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        check_launch_line(words, a_recipe())
+
+
+def test_processes_that_cannot_be_laid_out_are_refused() -> None:
+    with pytest.raises(InputError, match="needs a multiple of 4"):
+        batch_for(8, {"tensor_model_parallel_size": 4}, 2)
+
+
+def test_a_line_that_fails_is_told_with_its_last_words_and_how_it_was_run() -> None:
+    with pytest.raises(InputError, match="code 3") as error:
+        check_launch_line(_line(), a_recipe(), references=None, execute=lambda _: Ended(3, "CUDA: no luck"))
+
+    assert "CUDA: no luck" in str(error.value)
+    assert shlex.join(START) in str(error.value)
+
+
+def test_a_line_that_never_met_the_plug_in_is_told_so() -> None:
+    with pytest.raises(InputError, match="without having trained with the plug-in"):
+        check_launch_line(_line(), a_recipe(), references=None, execute=lambda _: Ended(0, ""))
+
+
+# ---- the verdict ---------------------------------------------------------------------------------------------------
+
+
+def _run(folder: Path, ranks: int) -> Callable[[Sequence[str]], Ended]:
+    """What torchrun would do."""
+    count = iter(range(1000))
+
+    def execute(words: Sequence[str]) -> Ended:
+        at = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        done = run_script(Path(words[at]), words[at + 1 :], ranks, folder=folder / str(next(count)), launcher=True)
+        return Ended(max(map(abs, done.codes)), done.err[0])
+
+    return execute
+
+
+def _check(folder: Path, words: Sequence[str], ranks: int = 1, **more: Any) -> Verdict:
+    pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megatron.training in its wheel")
+    return check_launch_line(
+        words, a_recipe(**more), widths=(32, 64, 128), references=None, execute=_run(folder, ranks)
+    )
+
+
+def test_a_right_line_passes_and_its_movements_are_read(tmp_path: Path) -> None:
+    verdict = _check(tmp_path, _line())
+
+    assert verdict.outcome is Outcome.PASS, json.dumps(verdict.to_json()["sections"], indent=1)[:5000]
+    read = {key.name for key in verdict.comparison if key.quantity is Quantity.LEARNING_RATE}
+    assert {"embedding.word_embeddings.weight", "decoder.layers.1.mlp.linear_fc2.weight"} <= read
+    assert any(key.quantity is Quantity.UPDATE and "scale_mask_softmax" in key.name for key in verdict.comparison)
+
+
+_WRONG = """
+import sys
+sys.path.insert(0, {folder!r})
+import pretrain as script
+from megatron.core.models.gpt import GPTModel
+
+original = GPTModel.forward
+
+def forward(self, *args, **kwargs):
+    # A layer of the user's own, which a recipe does not know: scores that grow with width.
+    if not hasattr(self, "changed"):
+        self.changed = True
+        for layer in self.decoder.layers:
+            attention = layer.self_attention.core_attention
+            attention.softmax_scale *= (self.config.hidden_size / 32) ** 0.5
+    return original(self, *args, **kwargs)
+
+GPTModel.forward = forward
+if __name__ == "__main__":
+    script.main()
+"""
+
+
+def test_what_the_users_own_script_does_wrong_fails_and_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "own_script.py"
+    script.write_text(_WRONG.format(folder=str(SCRIPT.parent)))
+
+    verdict = _check(tmp_path, [*_line(script=script), "--mup-no-verify"])
+
+    assert verdict.outcome is Outcome.FAIL
+    assert any("scale_mask_softmax" in finding.key.name for s in verdict.sections for finding in s.findings)

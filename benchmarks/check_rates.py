@@ -148,9 +148,9 @@ def _jobs(part: str, mutants: Sequence[str], results: Sequence[dict[str, Any]]) 
         case "tune":
             return [Job(part, a, None, "quick", 10 * i) for a in TUNING for i in range(TUNE_SEEDS)]
         case "quick-correct":
-            return [_correct(part, i, "quick") for i in range(CORRECT_QUICK)]
+            return _correct(part, "quick", CORRECT_QUICK)
         case "standard-correct":
-            return [_correct(part, i, "standard") for i in range(CORRECT_STANDARD)]
+            return _correct(part, "standard", CORRECT_STANDARD)
         case "quick-mutants":
             return [job for name in mutants for job in _wrong(part, name, "quick", MUTANT_QUICK)]
         case _:
@@ -159,9 +159,15 @@ def _jobs(part: str, mutants: Sequence[str], results: Sequence[dict[str, Any]]) 
             return [job for name in missed for job in _wrong(part, name, "standard", MUTANT_STANDARD)]
 
 
-def _correct(part: str, index: int, level: str) -> Job:
-    architecture = list(REPORT)[index % len(REPORT)]
-    return Job(part, architecture, None, level, _seed(part, architecture, index))
+def _correct(part: str, level: str, count: int) -> list[Job]:
+    """So many that differ: two seeds may coincide."""
+    jobs: dict[Job, None] = {}
+    index = 0
+    while len(jobs) < count:
+        architecture = list(REPORT)[index % len(REPORT)]
+        jobs[Job(part, architecture, None, level, _seed(part, architecture, index))] = None
+        index += 1
+    return list(jobs)
 
 
 def _wrong(part: str, name: str, level: str, count: int) -> list[Job]:
@@ -176,11 +182,16 @@ def _seed(*what: object) -> int:
     return FIRST_SEED + 10 * (zlib.crc32(repr(what).encode()) % 800)
 
 
+_WHAT_COUNTS = (
+    "batches causes comparison family judge levels measurements measuring megatron_subject mutants plain_gpt reference "
+    "replay run verdict wider"
+).split()
+
+
 def _code() -> str:
     """Changes whenever a check could come out otherwise."""
     package = Path(mup_megatron.__file__).parent
-    told = {"report.py", "picture.py", "cache.py"}
-    files = [f for name in ("check", "theory") for f in sorted((package / name).glob("*.py")) if f.name not in told]
+    files = [package / "check" / f"{name}.py" for name in _WHAT_COUNTS] + sorted((package / "theory").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -264,6 +275,9 @@ def _check(job: Job, output: Path) -> dict[str, Any]:
     }
 
 
+_RIGHT: dict[tuple[object, ...], dict[str, Any]] = {}
+
+
 def counts(mutant: Mutant, architecture: Architecture, output: Path) -> float:
     """How far the farthest weight is from where the correct run has it after 20 steps, relative to its tensor."""
     from mup_megatron.check.run import Family
@@ -274,7 +288,11 @@ def counts(mutant: Mutant, architecture: Architecture, output: Path) -> float:
     model = available_model(family.at_width(architecture.target, architecture.recipe, width), _one_process())
     of_one = Family(recipe=architecture.recipe, models={width: model}, cache=output / "references")
     with ranks.joined(tensor=1, pipeline=1, virtual_stages=None, seed=1):
-        right, wrong = (_weights_after(model, of_one.at(COUNTED), width, m) for m in (None, mutant))
+        # By what the recipe says, because a mistake is made on several seeds of one architecture.
+        key = (architecture.recipe.fingerprint, width, str(architecture.target))
+        if key not in _RIGHT:
+            _RIGHT[key] = _weights_after(model, of_one.at(COUNTED), width, None)
+        right, wrong = _RIGHT[key], _weights_after(model, of_one.at(COUNTED), width, mutant)
     return max(
         float((wrong[name] - weight).abs().max() / weight.abs().max().clamp(min=1e-12))
         for name, weight in right.items()

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean, pstdev
+from statistics import fmean, median
 
 from mup_megatron.check import levels
 from mup_megatron.check.comparison import Compared, Comparison
@@ -151,6 +151,7 @@ DIRECT = (
     Quantity.WEIGHT_DECAY,
 )
 """In causal order."""
+_OPTIMIZER = (Quantity.LEARNING_RATE, Quantity.EPS, Quantity.WEIGHT_DECAY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,11 @@ class Observation:
 def _observed(comparison: Comparison, at: Mapping[int, AtWidth]) -> list[Observation]:
     """Everything direct, in causal order, without what only follows from something else that is off."""
     plan = next(iter(at.values())).plan
-    keys = [key for key in comparison if key.quantity in DIRECT and not _follows(key, comparison, plan)]
+    keys = [
+        key
+        for key in comparison
+        if key.quantity in DIRECT and not _follows(key, comparison, plan) and not _is_rounding(key)
+    ]
     steps: dict[tuple[Quantity, str], int] = {}
     for key in keys:
         steps[key.quantity, key.name] = steps.get((key.quantity, key.name), 0) + 1
@@ -184,6 +189,13 @@ def _observed(comparison: Comparison, at: Mapping[int, AtWidth]) -> list[Observa
         for width in at
         if width in comparison[key].deviations
     ]
+
+
+def _is_rounding(key: Key) -> bool:
+    """Whether it is read from a bias of keys, which moves all logits of a query alike: softmax does not see it, so but
+    for rotary embeddings its gradient is rounding, and steps made of rounding say nothing of the optimizer.
+    """
+    return key.quantity in _OPTIMIZER and key.name.endswith("k_layernorm.bias")
 
 
 def _deviation(compared: Compared, width: int) -> float:
@@ -994,9 +1006,6 @@ def _whatever(at: Mapping[int, AtWidth], observed: Sequence[Observation]) -> lis
     return found
 
 
-_OPTIMIZER = (Quantity.LEARNING_RATE, Quantity.EPS, Quantity.WEIGHT_DECAY)
-
-
 def _absorbing(names: Iterable[str], quantities: Sequence[Quantity]) -> Predict:
     chosen = frozenset(names)
     return lambda key, _: ANY if key.quantity in quantities and key.name in chosen else 0.0
@@ -1133,14 +1142,15 @@ def _without_rate(comparison: Comparison, at: Mapping[int, AtWidth]) -> list[str
 def _of_gradients(comparison: Comparison, off: Sequence[Compared]) -> Cause:
     step = min(c.key.step for c in off)
     then = [c for key, c in comparison.items() if key.quantity is Quantity.GRADIENT and key.step == step]
-    levels_then = [c.level for c in then]
-    culprit = max((c for c in off if c.key.step == step), key=lambda c: abs(c.level) + abs(c.slope)).key.name
-    if len(then) > 1 and pstdev(levels_then) < 0.25 * abs(fmean(levels_then)):
+    usual = median(c.level for c in then)
+    alike = [c for c in then if abs(c.level - usual) < 0.25 * abs(usual)]
+    if len(then) > 1 and len(alike) > 0.8 * len(then):
         sentence = (
-            f"all gradients are {math.exp(fmean(levels_then)):.2g} times what they should be, and what they are taken "
+            f"all gradients are {math.exp(usual):.2g} times what they should be, and what they are taken "
             "of is right. Compare clip_grad with the recipe's; else look for a loss that is averaged otherwise."
         )
-        return Cause("clipping", sentence, culprit, 1.0)
+        return Cause("clipping", sentence, alike[0].key.name, 1.0)
+    culprit = max((c for c in off if c.key.step == step), key=lambda c: abs(c.level) + abs(c.slope)).key.name
     sentence = (
         f"{culprit}: its gradient is off, and weights, activations and the optimizer's numbers are right. Look for "
         "what acts on gradients alone: detach, a hook, a custom backward, a reduction over ranks."

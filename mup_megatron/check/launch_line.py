@@ -106,9 +106,40 @@ class Line:
             return int(os.environ.get("WORLD_SIZE", "1"))
         return _count(given.get("nproc-per-node", "1")) * _count(given.get("nnodes", "1"))
 
-    def values(self) -> dict[str, object]:
-        """Megatron's arguments as this line gives them."""
-        return values_from_flags([*self._kept(), *_DATA], source=_SOURCE)
+    @property
+    def tensor_parallel(self) -> int:
+        """How many ranks share a layer."""
+        return self._whole("--tensor-model-parallel-size")
+
+    @property
+    def pipeline_parallel(self) -> int:
+        """How many stages there are."""
+        return self._whole("--pipeline-model-parallel-size")
+
+    def _whole(self, flag: str) -> int:
+        value = "1"
+        for word, following in zip(self.flags, (*self.flags[1:], ""), strict=True):
+            if word.partition("=")[0] == flag:
+                value = word.partition("=")[2] or following
+        if not value.isdigit() or int(value) < 1:
+            raise InputError(f"{_SOURCE}: {flag} {value}: not a number of ranks. Give one of 1 or more.")
+        return int(value)
+
+    def batch(self, size: int) -> "Batch":
+        """The least batch of `size` or more that the layout can share out: a micro-batch for each pipeline stage.
+
+        Raises:
+            InputError: the processes cannot be laid out so.
+        """
+        model, world = self.pipeline_parallel * self.tensor_parallel, self.world_size
+        if world % model:
+            raise InputError(
+                f"{_SOURCE} starts {world} process{'es' if world > 1 else ''}, and its tensor × pipeline parallelism "
+                f"needs a multiple of {model}. Give both as of the run to come."
+            )
+        share = world // self.tensor_parallel
+        micro = -(-size // share)
+        return Batch(micro * share, micro)
 
     def model(self) -> ModelFile:
         """What it trains, with the vocabulary of the check.
@@ -116,7 +147,8 @@ class Line:
         Raises:
             InputError: it is no model that is supported, or its flags leave it open.
         """
-        return model_from_values(self.values(), vocab_size=_VOCABULARY, source=_SOURCE)
+        values = values_from_flags([*self._kept(), *_DATA], source=_SOURCE)
+        return model_from_values(values, vocab_size=_VOCABULARY, source=_SOURCE)
 
     def measuring(
         self, model: ModelFile, recipe: Path, order: Path, *, seed: int, batch: "Batch", steps: int
@@ -189,22 +221,18 @@ class Batch:
     micro: int
 
 
-def batch_for(size: int, values: dict[str, object], world_size: int) -> Batch:
-    """The least batch of `size` or more that the layout can share out: a micro-batch for each pipeline stage.
-
-    Raises:
-        InputError: the processes cannot be laid out so.
-    """
-    pipeline = int(str(values.get("pipeline_model_parallel_size") or 1))
-    model = pipeline * int(str(values.get("tensor_model_parallel_size") or 1))
-    if world_size % model:
-        raise InputError(
-            f"{_SOURCE} starts {world_size} process{'es' if world_size > 1 else ''}, and its tensor × pipeline "
-            f"parallelism needs a multiple of {model}. Give both as of the run to come."
-        )
-    share = world_size // model * pipeline
-    micro = -(-size // share)
-    return Batch(micro * share, micro)
+def _widths(target: ModelFile, recipe: Recipe, tensor: int) -> list[int]:
+    """Those of `widths_for`, or the next that tensor-parallel ranks can share."""
+    widths = widths_for(target, recipe, WIDTHS)
+    while True:
+        try:
+            for model in models_for(target, recipe, widths).values():
+                model.require_tensor_parallel(tensor)
+            return widths
+        except InputError:
+            if widths[0] > target.hidden_size:
+                raise
+            widths = [2 * width for width in widths]
 
 
 def check_launch_line(
@@ -240,10 +268,11 @@ def check_launch_line(
     # The reference has its norms outside, as local layers do, and so have the names of what is measured.
     target = line.model().model_copy(update={"transformer_impl": "local"})
     recipe_here = _local(recipe)
-    models = models_for(
-        target, recipe_here, list(widths) if widths is not None else widths_for(target, recipe_here, WIDTHS)
-    )
-    batch = batch_for(levels.EARLY.batch_size, line.values(), line.world_size)
+    chosen = list(widths) if widths is not None else _widths(target, recipe_here, line.tensor_parallel)
+    models = models_for(target, recipe_here, chosen)
+    for model in models.values():
+        model.require_tensor_parallel(line.tensor_parallel)
+    batch = line.batch(levels.EARLY.batch_size)
     family = Family(recipe=recipe_here, models=models, cache=references)
 
     def protocol_of(protocol: Protocol) -> Protocol:

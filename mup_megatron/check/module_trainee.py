@@ -1,8 +1,8 @@
 """Any torch module in training, for a check: what is seen of it, and one step at a time. Plain torch and DeepSpeed.
 
 What is looked at is found by a forward pass: every module that holds a weight and gives a tensor, every block of a list
-of layers, and the logits of every attention, which belong to no module. They are read off the calls of softmax and of
-torch's fused attention.
+of layers, what it adds to its input, and the logits of every attention, which belong to no module. They are read off
+the calls of softmax and of torch's fused attention.
 """
 
 import math
@@ -28,6 +28,8 @@ Loss = Callable[[Any, Any], Tensor]
 """(model or engine, batch) → loss."""
 
 LOGITS = "attention_logits"
+ADDED = "added"
+"""What a block adds to its input: in a residual stream the sum of all hides what one adds."""
 _SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 _MASKED_BELOW = -1e4
@@ -262,11 +264,12 @@ def blocks(model: nn.Module) -> list[str]:
 
 
 class Sight(TorchFunctionMode):
-    """Within it, attention logits pass through modules of their own, one for each call, so that hooks see them."""
+    """Within it, attention logits and what blocks add pass through modules of their own, so that hooks see them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model = model
+        self._blocks = frozenset(blocks(model))
         self._taps: dict[str, nn.Module] = {}
         self._inside: list[str] = []
         self._calls: Counter[str] = Counter()
@@ -279,7 +282,7 @@ class Sight(TorchFunctionMode):
         self._inside, self._calls, self._summed = [], Counter(), {}
         for name, module in self._model.named_modules():
             self._hooks.append(module.register_forward_pre_hook(self._entering(name)))
-            self._hooks.append(module.register_forward_hook(self._leaving))
+            self._hooks.append(module.register_forward_hook(self._leaving(name)))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -304,7 +307,7 @@ class Sight(TorchFunctionMode):
         return result
 
     def seen(self, forward: Callable[[], None]) -> list[tuple[str, nn.Module, At]]:
-        """What gives a tensor in a forward pass: modules with weights, blocks, attention logits. In their order."""
+        """What gives a tensor in a forward pass: modules with weights, blocks and what they add, attention logits."""
         wanted = {
             name for name, module in self._model.named_modules() if name and any(True for _ in module.parameters(False))
         }
@@ -341,8 +344,15 @@ class Sight(TorchFunctionMode):
     def _entering(self, name: str) -> Callable[..., None]:
         return lambda _module, _args: self._inside.append(name)
 
-    def _leaving(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self._inside.pop()
+    def _leaving(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._inside.pop()
+            result = output[0] if isinstance(output, tuple) and output else output
+            both = isinstance(result, Tensor) and args and isinstance(args[0], Tensor)
+            if name in self._blocks and both and result.shape == args[0].shape and result.is_floating_point():
+                self._taps.setdefault(f"{name}.{ADDED}", nn.Identity())(result - args[0])
+
+        return hook
 
 
 def _fused_logits(query: Tensor, key: Tensor, *_rest: Any, scale: float | None = None, **_others: Any) -> Tensor:

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from statistics import median
 from typing import Any
 
@@ -24,6 +23,7 @@ from mup_megatron.check.measuring import measure
 from mup_megatron.check.module_reference import carry_out, optimizer_for
 from mup_megatron.check.module_trainee import LOGITS, Batch, EngineTrainee, Loss, ModuleTrainee, blocks
 from mup_megatron.check.report import text
+from mup_megatron.check.transfer import at_rate, learning_rates, transfer
 from mup_megatron.check.verdict import Level, Outcome, Section, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, param_groups, plan_for_module
@@ -40,7 +40,7 @@ Report = Callable[[str, int, int], None]
 """(what is trained, how many models are done, of how many)."""
 
 BOUNDS = (-0.5, 0.25)
-"""Slopes over width of how far training moves a block's output or an attention logit. Neither may vanish nor grow in
+"""Slopes over width of how far training moves what is computed inside of blocks. Neither may vanish nor grow in
 μP; a factor of √width that the rules do not know makes ½. The room is for what finite widths do by themselves."""
 EPS_SHARE = 0.1
 """The eps of a check, relative to the gradients: it acts, and Adam is Adam still."""
@@ -150,6 +150,7 @@ def check_modules(
         Facts(recipe=early, plans={w: family.plan(w, early) for w in chosen}, models=None),
         level=level,
         fingerprint=recipe.fingerprint,
+        extra=[lambda: family.transfer(prepare, first_seed)] if level is Level.FULL else [],
         remarks=(*remarks, *_frozen(models[chosen[0]])),
     )
     hidden = Attentions(family.head_sizes, frozenset(name for name, _, _ in attention_modules(models[chosen[0]])))
@@ -277,17 +278,51 @@ class ModuleFamily:
     def subject(self, protocol: Protocol, prepare: Prepare, seeds: Sequence[int]) -> Measured:
         """What a script makes of the models. Collective."""
         recipe = on_first_rank(lambda: self.stressed(protocol))
-        plans = {width: self.plan(width, recipe) for width in self.widths}
         runs: list[Run] = []
-        for width, seed in product(self.widths, seeds):
-            model = built(self.factory, width, seed=seed)
-            task = Task(plan=plans[width], recipe=recipe, width=width, seed=seed, steps=protocol.steps)
-            trainee = self._trainee(model, prepare(model, task), task)
-            runs.append(measure(trainee, protocol, width=width, seed=seed))
-            self.head_sizes[width] = trainee.head_sizes()
-            trainee.close()
-            self._tell("subject", len(runs), len(self.widths) * len(seeds))
+        for width in self.widths:
+            plan = self.plan(width, recipe)
+            for seed in seeds:
+                trainee = self._started(prepare, recipe, plan, width, seed, protocol.steps)
+                runs.append(measure(trainee, protocol, width=width, seed=seed))
+                self.head_sizes[width] = trainee.head_sizes()
+                trainee.close()
+                self._tell("subject", len(runs), len(self.widths) * len(seeds))
         return Measured(tuple(runs))
+
+    def transfer(self, prepare: Prepare, first_seed: int) -> Section:
+        """The basins of the learning rate at three of the widths. Collective."""
+        recipe = on_first_rank(lambda: self.stressed(levels.LATE))
+        chosen = sorted({self.widths[0], self.widths[len(self.widths) // 2], self.widths[-1]})
+        rates = learning_rates(recipe.hyperparameters.lr, levels.TRANSFER_RATES)
+        seeds = range(first_seed, first_seed + levels.TRANSFER_SEEDS)
+        running: list[ModuleTrainee | EngineTrainee] = []
+        done = 0
+
+        def start(width: int, seed: int, lr: float) -> ModuleTrainee | EngineTrainee:
+            while running:
+                running.pop().close()
+            own = at_rate(recipe, lr)
+            plan = self.plan(width, own)
+            running.append(self._started(prepare, own, plan, width, seed, levels.LATE.steps))
+            return running[0]
+
+        def tell(_line: str) -> None:
+            nonlocal done
+            done += 1
+            self._tell("transfer", done, max(done, len(chosen) * len(rates)))
+
+        result = transfer(start, chosen, rates, seeds, levels.LATE.steps, report=tell)
+        while running:
+            running.pop().close()
+        return Section(name="transfer", outcome=result.outcome, lines=result.lines, rows=result.rows)
+
+    def _started(
+        self, prepare: Prepare, recipe: Recipe, plan: Plan, width: int, seed: int, steps: int
+    ) -> ModuleTrainee | EngineTrainee:
+        """One model of the subject, as a script makes it."""
+        model = built(self.factory, width, seed=levels.run_seed(seed, self.widths.index(width)))
+        task = Task(plan=plan, recipe=recipe, width=width, seed=seed, steps=steps)
+        return self._trainee(model, prepare(model, task), task)
 
     def reference(self, protocol: Protocol) -> Measured:
         """The correct runs."""
@@ -318,8 +353,9 @@ class ModuleFamily:
         for width in widths:
             plan = self.plan(width, recipe)
             for seed in seeds:
-                model = built(self.factory, width, seed=seed)
-                carry_out(model, plan, seed=seed)
+                own_seed = levels.run_seed(seed, self.widths.index(width))
+                model = built(self.factory, width, seed=own_seed)
+                carry_out(model, plan, seed=own_seed)
                 task = Task(plan=plan, recipe=recipe, width=width, seed=seed, steps=protocol.steps)
                 trainee = self._trainee(model, optimizer_for(model, recipe, plan), task, alone=True)
                 runs.append(measure(trainee, protocol, width=width, seed=seed))
@@ -407,7 +443,7 @@ class Attentions:
 def within_bounds(verdict: Verdict, subject: Measured, block_names: Sequence[str], attentions: Attentions) -> Verdict:
     """The verdict with one more section: what holds for every model in μP, whatever the reference does.
 
-    Blocks and attention logits move alike at all widths. Logits of heads that grow shrink before training: a sum of d
+    What blocks compute and attention logits move alike at all widths. Logits of heads that grow shrink before training: a sum of d
     independent products, times 1/d. With 1/√d, which is in many a model's code, they do not, and grow as soon as
     queries and keys are no longer independent.
 
@@ -421,18 +457,19 @@ def within_bounds(verdict: Verdict, subject: Measured, block_names: Sequence[str
         return verdict
     own = compare(subject, subject)
     last = max(key.step for key in own if key.quantity is Quantity.UPDATE)
-    named = set(block_names)
     lines, found = [], []
     moving = [
         c
         for key, c in own.items()
-        if key.quantity is Quantity.UPDATE and key.step == last and (key.name in named or LOGITS in key.name)
+        if key.quantity is Quantity.UPDATE
+        and key.step == last
+        and (_inside(key.name, block_names) or LOGITS in key.name)
     ]
     if moving:
         low, high = BOUNDS
         found += [_finding(c, (low + high) / 2, (high - low) / 2) for c in moving if _outside(c.subject, low, high)]
         lines.append(
-            f"how far {last} steps move {len(moving)} blocks and attention logits: slopes over width from {low:+g} to "
+            f"how far {last} steps move {len(moving)} activations of blocks: slopes over width from {low:+g} to "
             f"{high:+g} are allowed"
         )
     starting = [
@@ -456,6 +493,11 @@ def within_bounds(verdict: Verdict, subject: Measured, block_names: Sequence[str
     if not found or verdict.outcome is Outcome.FAIL:
         return replace(verdict, sections=sections)
     return replace(verdict, sections=sections, outcome=Outcome.FAIL, culprit=found[0].key.name)
+
+
+def _inside(name: str, block_names: Sequence[str]) -> bool:
+    """Whether a module is a block, or a part of one."""
+    return any(name == block or name.startswith(f"{block}.") for block in block_names)
 
 
 def _outside(slope: Slope, low: float, high: float) -> bool:

@@ -499,7 +499,8 @@ _LIBRARY = (
     Mutant(
         name="one-width-ratio",
         what="The ratio of hidden sizes is used for every tensor, whatever its own sides.",
-        cause=("one-width-ratio",),
+        # Where key/value groups alone grow otherwise, these two are one and the same.
+        cause=("one-width-ratio", "eps-by-fan-in"),
         plan=_one_ratio,
         when=_several_ratios,
     ),
@@ -624,7 +625,8 @@ _LIBRARY = (
     Mutant(
         name="eps-by-fan-in",
         what="Adam's eps is divided by the ratio of fan_in instead of fan_out.",
-        cause=("eps-by-fan-in",),
+        # Where key/value groups alone grow otherwise, these two are one and the same.
+        cause=("eps-by-fan-in", "one-width-ratio"),
         optimizer=_eps(_hidden, lambda _e, r, _c: r.r_out / r.r_in),
         when=lambda c: _adam(c) and _sides_differ(c),
     ),

@@ -10,11 +10,11 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from mup_megatron.cli.options import FILE, load_plan, recipe_option, target_argument
+from mup_megatron.cli.options import FILE, load_plan, recipe_option
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
 from mup_megatron.models.model_file import ModelFile, load_model_file
-from mup_megatron.recipe import Recipe
+from mup_megatron.recipe import Recipe, load_recipe
 from mup_megatron.targets import CONFIG_FILE, hugging_face_config, is_hugging_face, read_target
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 FAILED = 1
 RESULTS = Path("results/check")
-SEEDS = 3
 
 
 def _widths(_: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -42,7 +41,8 @@ def _widths(_: click.Context, param: click.Parameter, value: str | None) -> tupl
 
 
 @click.command()
-@target_argument
+@click.argument("target", type=FILE, metavar="TARGET.yaml")
+@click.argument("rest_of_line", nargs=-1, type=click.UNPROCESSED, metavar="| -- LAUNCH LINE")
 @recipe_option
 @click.option(
     "--level",
@@ -65,7 +65,7 @@ def _widths(_: click.Context, param: click.Parameter, value: str | None) -> tupl
     metavar="W,W,…",
     help="Hidden sizes to train. [default: four, doubling from the least of 32 or more that keeps whole heads]",
 )
-@click.option("--seeds", type=click.IntRange(2), default=SEEDS, show_default=True, help="Runs at each width.")
+@click.option("--seeds", type=click.IntRange(2), help="Runs at each width. [default: 3; of a launch line 2]")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=1, show_default=True, help="The first of them.")
 @click.option(
     "--tensor-model-parallel-size", type=click.IntRange(1), default=1, show_default=True, help="As of the run."
@@ -84,12 +84,13 @@ def command(
     context: click.Context,
     /,
     target: Path,
+    rest_of_line: tuple[str, ...],
     recipe_path: Path,
     level: str,
     json_file: Path | None,
     output: Path | None,
     widths: tuple[int, ...] | None,
-    seeds: int,
+    seeds: int | None,
     seed: int,
     tensor_model_parallel_size: int,
     pipeline_model_parallel_size: int,
@@ -100,7 +101,8 @@ def command(
 ) -> None:
     """Say whether TARGET with a recipe will train as μP promises, before its run is paid for.
 
-    TARGET is a model file, or a Hugging Face configuration: its config.json, or the folder of that.
+    TARGET is a model file, or a Hugging Face configuration: its config.json, or the folder of that. Or, behind a `--`,
+    what starts Megatron-LM: mup-megatron check --recipe R -- torchrun … -m mup_megatron.launch pretrain_gpt.py FLAGS…
 
     Small models of the target's shape are built at several widths as the run would build them, trained for a few steps
     and compared with a correct reference. Minutes on a CPU. In one process, or in the layout of the run to come:
@@ -110,18 +112,27 @@ def command(
     """
     from mup_megatron.training.ranks import is_first_process
 
-    recipe, _ = load_plan(target, recipe_path)
-    chosen: dict[str, Any] = {"widths": widths, "seeds": seeds, "first_seed": seed}
+    chosen: dict[str, Any] = {"widths": widths, "first_seed": seed}
+    if seeds is not None:
+        chosen["seeds"] = seeds
     parallel = {
         "tensor_model_parallel_size": tensor_model_parallel_size,
         "pipeline_model_parallel_size": pipeline_model_parallel_size,
         "sequence_parallel": sequence_parallel,
     }
     check: Callable[..., Verdict]
-    if is_hugging_face(read_target(target)):
+    if rest_of_line:
+        recipe = load_recipe(recipe_path)
+        given = parallel | {"deepspeed": deepspeed, "mutant": mutant_name}
+        _require_default(given, "not for a launch line, which says itself how it runs")
+        check = _of_launch_line([str(target), *rest_of_line], recipe, fresh=fresh)
+        target = Path("launch-line")
+    elif is_hugging_face(read_target(target)):
+        recipe, _ = load_plan(target, recipe_path)
         _require_default(parallel | {"mutant": mutant_name}, "for a model file, and the target is none")
         check = _of_hugging_face(target, recipe, deepspeed)
     else:
+        recipe, _ = load_plan(target, recipe_path)
         _require_default({"deepspeed": deepspeed}, "for a Hugging Face configuration, and the target is none")
         check = _of_megatron(target, recipe, parallel, mutant_name, fresh=fresh)
     if output is None:
@@ -162,6 +173,16 @@ def _of_hugging_face(target: Path, recipe: Recipe, deepspeed: Path | None) -> Ca
 
     config = hugging_face_config(read_target(target), source=str(target))
     return lambda level, **more: check_hugging_face(config, recipe, deepspeed=deepspeed, level=Level(level), **more)
+
+
+def _of_launch_line(words: list[str], recipe: Recipe, *, fresh: bool) -> Callable[..., "Verdict"]:
+    """What checks the model that a launch line builds."""
+    from mup_megatron.check.cache import FOLDER
+    from mup_megatron.check.launch_line import check_launch_line
+    from mup_megatron.check.verdict import Level
+
+    references = None if fresh else FOLDER
+    return lambda level, **more: check_launch_line(words, recipe, level=Level(level), references=references, **more)
 
 
 def _require_default(given: Mapping[str, Any], what: str) -> None:

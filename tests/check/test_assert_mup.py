@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from support.small_nets import OPTIONS, Net, recipe_for
+from torch import nn
 
-from mup_megatron.check.modules import assert_mup
+from mup_megatron.check.modules import Task, assert_mup
+from mup_megatron.modules import apply_plan, param_groups
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = "mup_megatron.check.pytest_plugin"
@@ -34,8 +36,15 @@ def test_wrong(assert_mup):
 
 
 def test_a_model_that_fails_says_the_verdict() -> None:
-    with pytest.raises(AssertionError, match=r"(?s)^FAIL .*learning rate.*blocks\.0\.up\.weight|blocks\.0\.up\.weight"):
-        assert_mup(Net, recipe_for(), prepare=lambda model, _task: torch.optim.AdamW(model.parameters()), **OPTIONS)
+    with pytest.raises(AssertionError, match=r"(?s)\AFAIL the model: .*up\.weight: learning rate"):
+        assert_mup(Net, recipe_for(), prepare=_one_rate, **OPTIONS)
+
+
+def _one_rate(model: nn.Module, task: Task) -> torch.optim.Optimizer:
+    """The right model with the base's learning rate for all of it."""
+    apply_plan(model, task.plan)
+    groups = param_groups(model.named_parameters(), task.plan)
+    return torch.optim.AdamW([{**group, "lr": task.plan.lr} for group in groups], betas=(0.9, 0.95))
 
 
 def test_the_plug_in_gives_pytest_the_fixture(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from support.lm_recipes import FROM_RECIPE, WIDTH, a_recipe
 from support.lm_runs import CPU_FLAGS, SCRIPT, gpt, run_script
 
-from mup_megatron.check.launch_line import Batch, Ended, Line, batch_for, check_launch_line
+from mup_megatron.check.launch_line import Batch, Ended, Line, check_launch_line
 from mup_megatron.check.measurements import Quantity
 from mup_megatron.check.verdict import Outcome, Verdict
 from mup_megatron.errors import InputError
@@ -70,7 +70,7 @@ def test_sizes_length_and_recipe_are_those_of_the_check() -> None:
 def test_nothing_is_read_or_written_that_is_the_users() -> None:
     words = _measuring(_line())
 
-    gone = ("/data", "/runs", "--save", "--load", "--tensorboard", "--wandb", "v.json", "--bf16", "GPT2BPETokenizer")
+    gone = ("/data", "/runs", "--save", "--load", "--tensorboard", "--wandb", "--vocab-file", "--bf16", "GPT2")
     assert [word for word in words if word.startswith(gone)] == []
     assert "--mock-data" in words
 
@@ -87,18 +87,22 @@ def test_the_number_of_processes_is_read_from_the_launcher(start: list[str], cou
     assert Line.of([*start, "pretrain_gpt.py", "--num-layers", "2"]).world_size == count
 
 
+def _in_layout(world: int, **layout: int) -> Line:
+    return Line.of(_line(["torchrun", f"--nproc-per-node={world}"], **layout))
+
+
 @pytest.mark.parametrize(
-    ("values", "world", "batch"),
+    ("world", "layout", "batch"),
     [
-        ({}, 1, Batch(8, 8)),
-        ({"tensor_model_parallel_size": 2}, 4, Batch(8, 4)),
-        ({"pipeline_model_parallel_size": 4}, 8, Batch(8, 1)),
-        ({}, 16, Batch(16, 1)),
-        ({}, 3, Batch(9, 3)),
+        (1, {}, Batch(8, 8)),
+        (4, {"tensor_model_parallel_size": 2}, Batch(8, 4)),
+        (8, {"pipeline_model_parallel_size": 4}, Batch(8, 1)),
+        (16, {}, Batch(16, 1)),
+        (3, {}, Batch(9, 3)),
     ],
 )
-def test_the_batch_is_one_that_the_layout_can_share_out(values: dict[str, object], world: int, batch: Batch) -> None:
-    assert batch_for(8, values, world) == batch
+def test_the_batch_is_one_that_the_layout_can_share_out(world: int, layout: dict[str, int], batch: Batch) -> None:
+    assert _in_layout(world, **layout).batch(8) == batch
 
 
 @pytest.mark.parametrize(
@@ -116,7 +120,25 @@ def test_a_line_without_a_script_is_refused(words: list[str], what: str) -> None
 
 def test_processes_that_cannot_be_laid_out_are_refused() -> None:
     with pytest.raises(InputError, match="needs a multiple of 4"):
-        batch_for(8, {"tensor_model_parallel_size": 4}, 2)
+        _in_layout(2, tensor_model_parallel_size=4).batch(8)
+
+
+def test_widths_are_such_that_tensor_parallel_ranks_can_share_them() -> None:
+    trained: list[str] = []
+
+    def execute(words: Sequence[str]) -> Ended:
+        trained.append(_values(words)["--num-attention-heads"])
+        return Ended(1, "")
+
+    with pytest.raises(InputError, match="code 1"):
+        check_launch_line(
+            _line(["torchrun", "--nproc-per-node=2"], tensor_model_parallel_size=2),
+            a_recipe(),
+            references=None,
+            execute=execute,
+        )
+
+    assert trained == ["2"]
 
 
 def test_a_line_that_fails_is_told_with_its_last_words_and_how_it_was_run() -> None:
@@ -147,15 +169,24 @@ def _run(folder: Path, ranks: int) -> Callable[[Sequence[str]], Ended]:
     return execute
 
 
-def _check(folder: Path, words: Sequence[str], ranks: int = 1, **more: Any) -> Verdict:
+Check = Callable[..., Verdict]
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
+    """Runs a line on so many ranks; all checks share their references."""
     pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megatron.training in its wheel")
-    return check_launch_line(
-        words, a_recipe(**more), widths=(32, 64, 128), references=None, execute=_run(folder, ranks)
-    )
+    references = tmp_path_factory.mktemp("references")
+
+    def checked(folder: Path, words: Sequence[str], ranks: int = 1) -> Verdict:
+        execute = _run(folder, ranks)
+        return check_launch_line(words, a_recipe(), widths=(64, 128), references=references, execute=execute)
+
+    return checked
 
 
-def test_a_right_line_passes_and_its_movements_are_read(tmp_path: Path) -> None:
-    verdict = _check(tmp_path, _line())
+def test_a_right_line_passes_and_its_movements_are_read(check: Check, tmp_path: Path) -> None:
+    verdict = check(tmp_path, _line())
 
     assert verdict.outcome is Outcome.PASS, json.dumps(verdict.to_json()["sections"], indent=1)[:5000]
     read = {key.name for key in verdict.comparison if key.quantity is Quantity.LEARNING_RATE}
@@ -186,11 +217,22 @@ if __name__ == "__main__":
 """
 
 
-def test_what_the_users_own_script_does_wrong_fails_and_is_named(tmp_path: Path) -> None:
+def test_what_the_users_own_script_does_wrong_fails_and_is_named(check: Check, tmp_path: Path) -> None:
     script = tmp_path / "own_script.py"
     script.write_text(_WRONG.format(folder=str(SCRIPT.parent)))
 
-    verdict = _check(tmp_path, [*_line(script=script), "--mup-no-verify"])
+    verdict = check(tmp_path, [*_line(script=script), "--mup-no-verify"])
 
     assert verdict.outcome is Outcome.FAIL
     assert any("scale_mask_softmax" in finding.key.name for s in verdict.sections for finding in s.findings)
+
+
+def test_the_layout_of_the_line_is_what_is_checked(check: Check, tmp_path: Path) -> None:
+    """Two tensor-parallel ranks of which each updates its shards: what they move adds up to one verdict."""
+    start = ["torchrun", "--nproc-per-node", "2", "-m", "mup_megatron.launch"]
+    words = _line(start, tensor_model_parallel_size=2, sequence_parallel=True)
+
+    verdict = check(tmp_path, words, ranks=2)
+
+    assert verdict.outcome is Outcome.PASS
+    assert {key.quantity for key in verdict.comparison} >= {Quantity.LEARNING_RATE, Quantity.UPDATE, Quantity.SPECTRAL}

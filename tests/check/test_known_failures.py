@@ -19,6 +19,11 @@ from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, param_groups
 
 
+@pytest.fixture(autouse=True)
+def _references(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_nets.keep_references(monkeypatch)
+
+
 def _findings(verdict: Verdict, quantity: Quantity) -> dict[str, float]:
     """Name → the subject's slope less the reference's, of what was found of a quantity."""
     found: dict[str, float] = {}
@@ -137,6 +142,24 @@ def test_a_width_that_cannot_be_built_is_named() -> None:
         check_modules(factory, recipe_for(), **OPTIONS)
 
 
+@pytest.mark.parametrize("where", ["inside a block", "on what a block adds"])
+def test_a_power_of_width_in_the_code_is_found_though_the_reference_shares_it(where: str) -> None:
+    def factory(width: int) -> nn.Module:
+        net, factor = Net(width), (width / 32) ** 0.5
+        if where == "inside a block":
+            net.blocks[1].up.register_forward_pre_hook(lambda _module, args: (args[0] * factor,))
+        else:
+            net.blocks[1].register_forward_hook(lambda _module, args, out: args[0] + factor * (out - args[0]))
+        return net
+
+    verdict = check_modules(factory, recipe_for(), **OPTIONS)
+    assert verdict.outcome is Outcome.FAIL
+    assert [section.name for section in verdict.sections if section.outcome is Outcome.FAIL] == ["bounds"]
+    found = set(_findings(verdict, Quantity.UPDATE))
+    assert "blocks.1.added" in found
+    assert all(name.startswith("blocks.1") for name in found)
+
+
 # ---- DeepSpeed -----------------------------------------------------------------------------------------------------
 
 Found = tuple[Outcome, str | None, dict[str, float], str]
@@ -182,7 +205,7 @@ def _mu_adam_under_zero_init(kind: str) -> Found:
 
 
 def test_deepspeeds_mu_adam_loses_its_ratios_under_zero_init() -> None:
-    outcome, _, found, told = run_ranks(_mu_adam_under_zero_init, 1, "MuAdamW")[0]
+    outcome, _, found, told = run_ranks(_mu_adam_under_zero_init, 1, "MuAdamW", timeout_s=600)[0]
     assert outcome is Outcome.FAIL
     hidden = {name for name in found if name.startswith("blocks.") and name.endswith(("up.weight", "down.weight"))}
     assert set(found) == hidden
@@ -207,7 +230,7 @@ def _scheduler_with_one_maximum() -> Found:
 
 
 def test_a_scheduler_with_one_maximum_flattens_the_groups() -> None:
-    outcome, culprit, found, _ = run_ranks(_scheduler_with_one_maximum, 1)[0]
+    outcome, culprit, found, _ = run_ranks(_scheduler_with_one_maximum, 1, timeout_s=600)[0]
     assert outcome is Outcome.FAIL
     assert culprit in found
     assert found["blocks.0.up.weight"] == pytest.approx(1.0, abs=0.05)

@@ -1,15 +1,20 @@
 """Small torch modules for checks, and what is wrong with some of them. Widths 32, 64 and 128 are enough for all."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mup_megatron.check import batches
+from mup_megatron.check.measurements import Measured, Protocol
+from mup_megatron.check.modules import ModuleFamily
 from mup_megatron.modules import module_base
 from mup_megatron.recipe import Recipe
+from mup_megatron.theory import Rule
 
 VOCABULARY = 32
 LENGTH = 8
@@ -93,3 +98,27 @@ def loss(model: Any, tokens: Tensor) -> Tensor:
 
 
 OPTIONS: dict[str, Any] = {"widths": WIDTHS, "batch": batch, "loss": loss}
+
+
+_kept: dict[Any, Measured] = {}
+
+
+def keep_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets checks of the same model share their correct runs: a test's time is mostly theirs."""
+    train = ModuleFamily._correct
+
+    def kept(
+        self: ModuleFamily,
+        recipe: Recipe,
+        protocol: Protocol,
+        rule: Rule,
+        widths: Sequence[int],
+        seeds: Sequence[int],
+        what: str,
+    ) -> Measured:
+        key = (self.factory, self.schedule, recipe.fingerprint, protocol, rule, tuple(widths), tuple(seeds))
+        if key not in _kept:
+            _kept[key] = train(self, recipe, protocol, rule, widths, seeds, what)
+        return _kept[key]
+
+    monkeypatch.setattr(ModuleFamily, "_correct", kept)

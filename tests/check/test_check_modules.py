@@ -1,0 +1,255 @@
+"""Right models pass, in torch and under DeepSpeed's engine at every stage of ZeRO; and what is seen of them."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support import ds_models, small_nets
+from support.ds_ranks import run_ranks
+from support.small_nets import OPTIONS, Mixer, Net, recipe_for
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from mup_megatron.check.hugging_face import at_width, check_hugging_face, widths_for
+from mup_megatron.check.measurements import Quantity
+from mup_megatron.check.module_trainee import ModuleTrainee, Sight
+from mup_megatron.check.modules import Task, check_modules
+from mup_megatron.check.report import text
+from mup_megatron.check.verdict import Level, Outcome, Verdict
+from mup_megatron.errors import InputError
+from mup_megatron.modules import apply_plan, param_groups
+
+
+@pytest.fixture(autouse=True)
+def _references(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_nets.keep_references(monkeypatch)
+
+
+def _passes(verdict: Verdict) -> None:
+    assert verdict.outcome is Outcome.PASS, text(verdict, title="it", files=())
+
+
+# ---- right models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_model_that_is_made_by_its_plan_passes(optimizer: str) -> None:
+    hyperparameters = {"lr": 0.1, "weight_decay": 0.0} if optimizer == "sgd" else {"output_multiplier": 2.0}
+    verdict = check_modules(Net, recipe_for(optimizer=optimizer, hyperparameters=hyperparameters), **OPTIONS)
+    _passes(verdict)
+    rates = {key.name for key in verdict.comparison if key.quantity is Quantity.LEARNING_RATE}
+    assert rates == {name for name, _ in Net(32).named_parameters()}
+
+
+def test_the_late_steps_of_a_right_model_pass() -> None:
+    verdict = check_modules(Net, recipe_for(), level=Level.STANDARD, seeds=2, **OPTIONS)
+    _passes(verdict)
+    assert [section.name for section in verdict.sections][2:] == ["late steps", "wider is better", "bounds"]
+
+
+def test_what_is_frozen_when_built_is_left_out_and_said() -> None:
+    def factory(width: int) -> nn.Module:
+        net = Net(width)
+        net.embedding.weight.requires_grad_(False)
+        return net
+
+    verdict = check_modules(factory, recipe_for(), **OPTIONS)
+    _passes(verdict)
+    assert verdict.remarks == ("Frozen as it is built, and not checked: embedding.weight.",)
+
+
+# ---- DeepSpeed -----------------------------------------------------------------------------------------------------
+
+
+def _under_deepspeed(stage: int) -> tuple[Outcome, str, set[str]]:
+    import deepspeed
+
+    def prepare(model: nn.Module, task: Task) -> Any:
+        apply_plan(model, task.plan)
+        h = task.recipe.hyperparameters
+        params = {"torch_adam": True, "lr": h.lr, "betas": [h.adam_beta1, h.adam_beta2]}
+        content = {
+            "train_batch_size": small_nets.BATCH,
+            "gradient_clipping": h.clip_grad,
+            "steps_per_print": 10**9,
+            "optimizer": {"type": "AdamW", "params": params},
+            "zero_optimization": {"stage": stage},
+        }
+        groups = param_groups(model.named_parameters(), task.plan)
+        return deepspeed.initialize(model=model, model_parameters=groups, config=content)[0]
+
+    # Clipping acts on every step.
+    recipe = recipe_for(hyperparameters={"clip_grad": 0.05})
+    verdict = check_modules(Net, recipe, prepare=prepare, schedule=lambda _step, _steps: 1.0, seeds=2, **OPTIONS)
+    rates = {key.name for key in verdict.comparison if key.quantity is Quantity.LEARNING_RATE}
+    return verdict.outcome, text(verdict, title="it", files=()), rates
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (2, 1), (3, 1)])
+def test_an_engine_passes_at_every_stage(stage: int, ranks: int) -> None:
+    found = run_ranks(_under_deepspeed, ranks, stage, timeout_s=600)
+    for outcome, told, rates in found:
+        assert outcome is Outcome.PASS, told
+        assert rates == {name for name, _ in Net(32).named_parameters()}
+
+
+# ---- Hugging Face --------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_passes_in_plain_torch() -> None:
+    config = ds_models.config("gpt2", 4)
+    config.n_layer, config.resid_pdrop = 1, 0.1
+    verdict = check_hugging_face(config, ds_models.recipe_for("gpt2", lr=0.01), widths=[32, 64, 128])
+    _passes(verdict)
+    assert any("Dropout is off" in remark for remark in verdict.remarks)
+    seen = {key.name for key in verdict.comparison if key.quantity is Quantity.UPDATE}
+    assert {"transformer.h.0", "transformer.h.0.attn.attention_logits", "lm_head"} <= seen
+
+
+def _entry(path: str, recipe_path: str) -> tuple[Outcome, str]:
+    from mup_megatron.recipe import load_recipe
+
+    config = ds_models.config("llama", 4)
+    config.num_hidden_layers = 1
+    verdict = check_hugging_face(config, load_recipe(Path(recipe_path)), deepspeed=Path(path), widths=[32, 64, 128])
+    return verdict.outcome, text(verdict, title="it", files=())
+
+
+def test_a_configuration_passes_with_the_entry_and_a_schedule_of_deepspeeds(tmp_path: Path) -> None:
+    recipe_path = ds_models.write(ds_models.recipe_for("llama", lr=0.01), tmp_path)
+    content = {
+        "mup": {"recipe": recipe_path},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+        "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 5000, "warmup_num_steps": 100}},
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": True},
+        "train_micro_batch_size_per_gpu": 32,
+    }
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    outcome, told = run_ranks(_entry, 1, str(path), recipe_path, timeout_s=600)[0]
+    assert outcome is Outcome.PASS, told
+    assert "single precision" in told
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", "not a JSON file"),
+        ({"optimizer": {"type": "AdamW"}}, 'no "mup" entry'),
+        ({"mup": {"recipe": "x"}, "optimizer": {"type": "AdamW", "params": {"lr": 0.5}}}, "optimizer.params.lr"),
+        ({"mup": {"recipe": "x"}, "optimizer": {"type": "MuAdam"}}, "microsoft/mup"),
+    ],
+)
+def test_a_deepspeed_file_that_does_not_fit_the_recipe_is_refused(content: Any, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(InputError, match=complaint):
+        check_hugging_face(ds_models.config("gpt2", 4), ds_models.recipe_for("gpt2"), deepspeed=path)
+
+
+def _llama(width: int, heads: int, groups: int, ffn: int) -> transformers.PretrainedConfig:
+    return transformers.LlamaConfig(
+        hidden_size=width, num_attention_heads=heads, num_key_value_heads=groups, intermediate_size=ffn
+    )
+
+
+def test_a_family_has_the_targets_ratios() -> None:
+    base, target = _llama(256, 4, 1, 688), _llama(4096, 64, 16, 11008)
+    assert widths_for(target, base, 4) == [256, 512, 1024, 2048]
+    small = at_width(target, base, 512)
+    assert (small.num_attention_heads, small.num_key_value_heads, small.intermediate_size) == (8, 2, 1376)
+    assert small.num_hidden_layers == target.num_hidden_layers
+
+
+def test_what_base_and_target_share_stays_fixed() -> None:
+    base, target = _llama(256, 4, 2, 1024), _llama(4096, 64, 2, 1024)
+    assert widths_for(target, base, 3) == [128, 256, 512]
+    small = at_width(target, base, 128)
+    assert (small.num_attention_heads, small.num_key_value_heads, small.intermediate_size) == (2, 2, 1024)
+
+
+def test_a_width_without_whole_heads_is_refused() -> None:
+    base, target = _llama(256, 4, 4, 1024), _llama(4096, 64, 64, 4096)
+    with pytest.raises(InputError, match="multiples of 64"):
+        at_width(target, base, 96)
+
+
+# ---- what is said of what is missing -------------------------------------------------------------------------------
+
+
+def test_a_model_of_which_nobody_says_what_it_learns_is_refused() -> None:
+    with pytest.raises(InputError, match="batch"):
+        check_modules(Net, recipe_for(), widths=[32, 64, 128])
+
+
+def test_two_widths_are_refused() -> None:
+    with pytest.raises(InputError, match="at least three"):
+        check_modules(Net, recipe_for(), **OPTIONS | {"widths": [32, 64]})
+
+
+# ---- what is seen --------------------------------------------------------------------------------------------------
+
+
+def test_every_layer_and_block_and_the_logits_are_seen() -> None:
+    net = Net(32, mixes=True)
+    trainee = ModuleTrainee(net, None, recipe_for(mixes=True), width=32, batch=small_nets.batch, loss=small_nets.loss)
+    seen = [name for name, _, _ in trainee.modules()]
+    layers = [f"blocks.{i}.{name}" for i in range(2) for name in ("norm", "up", "down", "mixer.q", "mixer.o")]
+    assert set(seen) > {"embedding", "blocks.0", "blocks.1", "norm", "readout", *layers}
+    assert {"blocks.0.mixer.attention_logits", "blocks.1.mixer.attention_logits"} < set(seen)
+    assert "blocks" not in seen
+    assert "blocks.0.mixer" not in seen
+    assert trainee.head_sizes() == {f"blocks.{i}.mixer.attention_logits": 16 for i in range(2)}
+
+
+def _logits(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    sight, found = Sight(model), {}
+
+    def forward() -> None:
+        with sight:
+            model(x)
+
+    taps = [(name, module) for name, module, at in sight.seen(forward) if at == "input"]
+    for name, module in taps:
+        module.register_forward_pre_hook(lambda _m, args, name=name: found.update({name: args[0]}))
+    forward()
+    return found
+
+
+def test_logits_of_written_out_attention_are_those_before_the_mask() -> None:
+    torch.manual_seed(0)
+    mixer, x = Mixer(32), torch.randn(2, 5, 32)
+    q, k = (f(x).unflatten(-1, (2, 16)).transpose(1, 2) for f in (mixer.q, mixer.k))
+    expected = (q @ k.transpose(-2, -1) / math.sqrt(16)).tril()
+    assert torch.allclose(_logits(mixer, x)["attention_logits"], expected, atol=1e-6)
+
+
+class _Fused(nn.Module):
+    """Four heads that share two groups, with a scale of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = x[:, :2]
+        return scaled_dot_product_attention(x, keys, keys, is_causal=True, scale=0.3, enable_gqa=True)
+
+
+def test_logits_of_fused_attention_have_its_scale_and_groups() -> None:
+    x = torch.randn(2, 4, 5, 8)
+    keys = x[:, [0, 0, 1, 1]]
+    assert torch.allclose(_logits(_Fused(), x)["attention_logits"], 0.3 * x @ keys.transpose(-2, -1), atol=1e-6)
+
+
+def test_the_heads_of_an_einsum_are_seen() -> None:
+    class Summed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bhqd,bhkd->bhqk", x, x).softmax(-1)
+
+    net = Summed()
+    sight = Sight(net)
+    with sight:
+        net(torch.randn(2, 3, 5, 7))
+    assert sight.head_sizes == {"attention_logits": 7}

@@ -1076,21 +1076,44 @@ def _common_rate(observed: Sequence[Observation]) -> list[Hypothesis]:
     return [Hypothesis("learning-rate-schedule", sentence, predict, prior=0.97)]
 
 
+DRIFTING = 0.15
+"""The share of tensors for which eps or weight decay are read rightly at first and wrongly later, if betas differ."""
+
+
 def _other_optimizer(observed: Sequence[Observation]) -> list[Hypothesis]:
-    """What is read from the steps makes no sense for most tensors, in more than one way."""
+    """What is read from the steps makes no sense: a right eps or weight decay becomes a wrong one as steps are taken,
+    or most tensors are off in more than one way.
+    """
+    off: dict[tuple[Quantity, str], set[int]] = {}
+    measured: dict[tuple[Quantity, str], set[int]] = {}
+    for o in observed:
+        if o.key.quantity in _OPTIMIZER:
+            measured.setdefault((o.key.quantity, o.key.name), set()).add(o.key.step)
+            if o.deviation != 0:
+                off.setdefault((o.key.quantity, o.key.name), set()).add(o.key.step)
+    # A learning rate drifts where the schedule is wrong, too.
+    drifting = {
+        name
+        for (quantity, name), steps in off.items()
+        if quantity is not Quantity.LEARNING_RATE and min(measured[quantity, name]) < min(steps)
+    }
+    names = {name for _, name in measured}
     broken = 0
     for quantity in _OPTIMIZER:
-        of_kind = {o.key.name: False for o in observed if o.key.quantity is quantity}
-        of_kind |= {o.key.name: True for o in observed if o.key.quantity is quantity and o.deviation != 0}
-        broken += bool(of_kind) and sum(of_kind.values()) >= 0.5 * len(of_kind)
-    if broken < 2:
+        of_kind = [name for kind, name in measured if kind is quantity]
+        broken += bool(of_kind) and sum((quantity, name) in off for name in of_kind) >= 0.5 * len(of_kind)
+    if len(drifting) >= DRIFTING * len(names) > 0:
+        prior = 0.97
+    elif broken >= 2:
+        prior = 0.6
+    else:
         return []
     sentence = (
-        "the steps are not those of the recipe's optimizer: learning rate, eps and weight decay come out differently "
-        "for most tensors. Compare betas, momentum, and the kind of optimizer and of weight decay with the recipe's."
+        "the steps are not those of the recipe's optimizer: learning rate, eps and weight decay make no sense of them. "
+        "Compare betas, momentum, and the kind of optimizer and of weight decay with the recipe's."
     )
     predict: Predict = lambda key, _: ANY if key.quantity in _OPTIMIZER else 0.0  # noqa: E731
-    return [Hypothesis("optimizer-differs", sentence, predict, prior=0.6)]
+    return [Hypothesis("optimizer-differs", sentence, predict, prior)]
 
 
 # ---- where no hypothesis fits --------------------------------------------------------------------------------------

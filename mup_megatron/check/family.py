@@ -24,15 +24,25 @@ MOVEMENT = 0.125
 """How far one step at the peak moves a hidden weight, in units of its initial std, at least."""
 
 
-def widths_for(target: ModelFile, recipe: Recipe, count: int) -> list[int]:
-    """The hidden sizes of a check: small multiples of the least that keeps whole heads and groups.
+def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel: int = 1) -> list[int]:
+    """The hidden sizes of a check: small multiples of the least that keeps whole heads and groups, and that so many
+    tensor-parallel ranks can share.
 
     Raises:
-        InputError: the target's own width is too small for so many, or no width keeps its ratios.
+        InputError: not even a model of the target's width can be shared so.
     """
     unit = _unit(target, recipe)
     smallest = -(-SMALLEST // unit) * unit
-    return [smallest * 2**i for i in range(count)]
+    while True:
+        widths = [smallest * 2**i for i in range(count)]
+        try:
+            for model in models_for(target, recipe, widths).values():
+                model.require_tensor_parallel(tensor_parallel)
+            return widths
+        except InputError:
+            if smallest > target.hidden_size:
+                raise
+            smallest *= 2
 
 
 def _unit(target: ModelFile, recipe: Recipe) -> int:

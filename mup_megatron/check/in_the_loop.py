@@ -6,18 +6,17 @@ could not be compared. Importing it imports Megatron.
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
-from torch import nn
 
 from mup_megatron.check.in_order import Order, result_of
 from mup_megatron.check.measurements import Run
-from mup_megatron.check.measuring import _Recorder
+from mup_megatron.check.measuring import Recorder
 from mup_megatron.check.megatron_subject import MegatronTrainee
 from mup_megatron.files import write_atomically
 from mup_megatron.megatron.lm.observing import Scene
@@ -26,12 +25,6 @@ from mup_megatron.training.build import Built
 from mup_megatron.training.data.dataset import global_batch
 from mup_megatron.training.options import BatchSizes
 from mup_megatron.training.ranks import is_first
-
-_OF_TRANSFORMER_ENGINE = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
-"""Norms that Transformer Engine has inside of the layer that follows, under the names that they have outside."""
 
 
 def observe(argument: str, scene: Scene) -> "Observed":
@@ -54,7 +47,7 @@ class Observed:
         )
         built = Built(config, scene.chunks, scene.optimizer, scene.scheduler)
         self._trainee = _Trainee(built, scene.model, scene.recipe, seed=values.seed, sizes=sizes)
-        self._recorder = _Recorder(self._trainee, self._order.protocol)
+        self._recorder = Recorder(self._trainee, self._order.protocol)
         self._losses: list[float] = []
         self._end_if(self._recorder.start())
 
@@ -94,11 +87,6 @@ class Observed:
 class _Trainee(MegatronTrainee):
     """Whose steps are taken by somebody else."""
 
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """By the names that they have without Transformer Engine, which those of the reference are."""
-        for name, parameter in super().parameters():
-            yield _without_transformer_engine(name), parameter
-
     def micro_batches(self, step: int) -> list[dict[str, torch.Tensor]]:
         """This rank's, in a step counted from 0."""
         return global_batch(
@@ -109,12 +97,6 @@ class _Trainee(MegatronTrainee):
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
             data_parallel_size=self._sizes.data_parallel,
         )
-
-
-def _without_transformer_engine(name: str) -> str:
-    for inside, outside in _OF_TRANSFORMER_ENGINE.items():
-        name = name.replace(inside, outside)
-    return name
 
 
 def _causal_mask(values: Any) -> dict[str, torch.Tensor]:

@@ -221,20 +221,6 @@ class Batch:
     micro: int
 
 
-def _widths(target: ModelFile, recipe: Recipe, tensor: int) -> list[int]:
-    """Those of `widths_for`, or the next that tensor-parallel ranks can share."""
-    widths = widths_for(target, recipe, WIDTHS)
-    while True:
-        try:
-            for model in models_for(target, recipe, widths).values():
-                model.require_tensor_parallel(tensor)
-            return widths
-        except InputError:
-            if widths[0] > target.hidden_size:
-                raise
-            widths = [2 * width for width in widths]
-
-
 def check_launch_line(
     words: Sequence[str],
     recipe: Recipe,
@@ -268,7 +254,11 @@ def check_launch_line(
     # The reference has its norms outside, as local layers do, and so have the names of what is measured.
     target = line.model().model_copy(update={"transformer_impl": "local"})
     recipe_here = _local(recipe)
-    chosen = list(widths) if widths is not None else _widths(target, recipe_here, line.tensor_parallel)
+    chosen = (
+        list(widths)
+        if widths is not None
+        else widths_for(target, recipe_here, WIDTHS, tensor_parallel=line.tensor_parallel)
+    )
     models = models_for(target, recipe_here, chosen)
     for model in models.values():
         model.require_tensor_parallel(line.tensor_parallel)

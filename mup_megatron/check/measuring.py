@@ -56,7 +56,7 @@ def measure(trainee: Trainee, protocol: measurements.Protocol, *, width: int, se
         width: that it has.
         seed: that it was built with.
     """
-    recorder = _Recorder(trainee, protocol)
+    recorder = Recorder(trainee, protocol)
     problem = recorder.start()
     losses: list[float] = []
     for step in range(protocol.steps if problem is None else 0):
@@ -71,7 +71,11 @@ def measure(trainee: Trainee, protocol: measurements.Protocol, *, width: int, se
     return Run(width, seed, values, tuple(losses), problem)
 
 
-class _Recorder:
+class Recorder:
+    """Measures a model whose steps somebody else takes: `start`, then `before_step` and `after_step` around each, then
+    `values`. Collective in all that it does.
+    """
+
     def __init__(self, trainee: Trainee, protocol: measurements.Protocol) -> None:
         self._trainee = trainee
         self._protocol = protocol

@@ -25,6 +25,12 @@ from mup_megatron.training.build import Built, build
 from mup_megatron.training.loop import forward_backward, train_iteration
 from mup_megatron.training.options import BatchSizes, TrainingOptions, batch_sizes
 
+_OF_TRANSFORMER_ENGINE = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Norms that Transformer Engine has inside of the layer that follows, under the names that they have outside."""
+
 
 @dataclass(frozen=True)
 class _Length:
@@ -79,7 +85,8 @@ class MegatronTrainee:
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """By global name, each once. The last stage's copy of a tied embedding counts as the embedding that it is."""
-        return dict(named_parameters(self._built.chunks, tied=self._tied)).items()
+        found = dict(named_parameters(self._built.chunks, tied=self._tied))
+        return {_without_transformer_engine(name): parameter for name, parameter in found.items()}.items()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Reduced over ranks and clipped."""
@@ -116,6 +123,12 @@ class MegatronTrainee:
     def gathered(self, value: Any) -> list[Any]:
         """The values of all ranks."""
         return gathered(value)
+
+
+def _without_transformer_engine(name: str) -> str:
+    for inside, outside in _OF_TRANSFORMER_ENGINE.items():
+        name = name.replace(inside, outside)
+    return name
 
 
 def build_megatron(

@@ -443,9 +443,9 @@ class Attentions:
 def within_bounds(verdict: Verdict, subject: Measured, block_names: Sequence[str], attentions: Attentions) -> Verdict:
     """The verdict with one more section: what holds for every model in μP, whatever the reference does.
 
-    What blocks compute and attention logits move alike at all widths. Logits of heads that grow shrink before training: a sum of d
-    independent products, times 1/d. With 1/√d, which is in many a model's code, they do not, and grow as soon as
-    queries and keys are no longer independent.
+    What blocks compute and attention logits move alike at all widths. Logits of heads that grow shrink before training:
+    a sum of d independent products, times 1/d. With 1/√d, which is in many a model's code, they do not, and grow as
+    soon as queries and keys are no longer independent.
 
     Args:
         verdict: so far.

@@ -44,6 +44,11 @@ class Family:
     """Width → model, as it can be built here."""
     cache: Path | None
 
+    @property
+    def plain(self) -> dict[int, ModelFile]:
+        """The same, with norms that are layers of their own, as the reference's are: the names of measurements."""
+        return {w: model.model_copy(update={"transformer_impl": "local"}) for w, model in self.models.items()}
+
     def at(self, protocol: Protocol) -> Recipe:
         """The recipe under stress for runs of this length."""
         return stressed(self.recipe, steps=protocol.steps, eps=self._eps())
@@ -59,17 +64,17 @@ class Family:
         seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + count)
         what = "reference" if rule is Rule.MUP else "control"
         facts = [recipe.fingerprint, self._shapes(), protocol.fingerprint(), list(seeds)]
-        return cache.cached(self.cache, facts, lambda: _references(self.models, recipe, protocol, seeds, what, report))
+        return cache.cached(self.cache, facts, lambda: _references(self.plain, recipe, protocol, seeds, what, report))
 
     def _shapes(self) -> list[object]:
-        return [model.model_dump(mode="json") for model in self.models.values()]
+        return [model.model_dump(mode="json") for model in self.plain.values()]
 
     def _eps(self) -> float | None:
         """A share of the gradients, relative to the base as the rule for eps has it."""
         if self.recipe.parametrization.optimizer != Optimizer.ADAM.value:
             return None
         recipe = _with_rule(stressed(self.recipe, steps=_PILOT.steps), Rule.MUP)
-        width, model = next(iter(self.models.items()))
+        width, model = next(iter(self.plain.items()))
         plan = recipe.plan(model)
         facts = ["pilot", recipe.fingerprint, model.model_dump(mode="json")]
         seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + 1)
@@ -152,7 +157,11 @@ def check_megatron(
     ranks.enable_cpu()
     from mup_megatron.training.build import available_model
 
-    chosen = list(widths) if widths is not None else widths_for(target, recipe, levels.WIDTHS)
+    chosen = (
+        list(widths)
+        if widths is not None
+        else widths_for(target, recipe, levels.WIDTHS, tensor_parallel=layout.tensor_model_parallel_size)
+    )
     models = {w: available_model(m, layout) for w, m in models_for(target, recipe, chosen).items()}
     family = Family(recipe=recipe, models=models, cache=references)
     world = ranks.world_size()
@@ -174,7 +183,7 @@ def check_megatron(
         transferred = partial(_transfer, family, first_seed, layout, world, mutant, report)
         verdict = judge(
             Sides(subject=subject, reference=measured(Rule.MUP), control=measured(Rule.STANDARD)),
-            Facts(recipe=early, plans={w: early.plan(m) for w, m in models.items()}, models=models),
+            Facts(recipe=early, plans={w: early.plan(m) for w, m in family.plain.items()}, models=family.plain),
             level=level,
             fingerprint=recipe.fingerprint,
             extra=[transferred] if level is Level.FULL else [],

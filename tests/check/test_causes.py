@@ -535,6 +535,17 @@ def test_steps_that_are_not_those_of_the_optimizer() -> None:
     assert _best(PLAIN, _compared(PLAIN, value=other))[0] == "optimizer-differs"
 
 
+def test_an_eps_that_is_right_at_first_and_gone_later_is_another_beta() -> None:
+    some = {entry.name for entry in PLAIN.plans[32].entries[::3]}
+
+    def drifting(key: Key, _: int, x: float) -> float:
+        if key.name in some and key.step > 3:
+            return {EPS: 0.0, LR: 0.9 * x}.get(key.quantity, x)
+        return x
+
+    assert _best(PLAIN, _compared(PLAIN, value=drifting))[0] == "optimizer-differs"
+
+
 def test_what_moves_otherwise_for_no_reason_is_named() -> None:
     comparison = _compared(PLAIN, value=_where(Quantity.OVERLAP, FC1, lambda _: 0.5))
 

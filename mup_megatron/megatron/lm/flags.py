@@ -46,7 +46,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "--mup-observe": {
         "type": str,
         "metavar": "MODULE:ARGUMENT",
-        "help": "Let a module look on while the run trains; `mup-megatron check -- LINE` runs the line with it.",
+        "help": "Let a module look on while the run trains, as `mup-megatron check --recipe R -- LINE` does.",
     },
 }
 NAMES = tuple(_OWN)

@@ -82,13 +82,19 @@ def check_hugging_face(
     model_class = _class_of(config, base)
     small, cut = _cut(config, base, recipe)
     chosen = list(widths) if widths is not None else widths_for(config, base, levels.WIDTHS)
+    remarks = ["Dropout is off in the check, so that differences are not its own."] if _drops(config) else []
+    if min(chosen) < width_of(base):
+        cut = _narrowed(cut, at_width(small, base, min(chosen)), _grown(config, base))
+        remarks.append(
+            f"The base is {width_of(base)} wide; in the check it is as wide as the narrowest model, {min(chosen)}: a "
+            "plan leads from a base to what is wider."
+        )
 
     def factory(width: int) -> nn.Module:
         constructor: Callable[[PretrainedConfig], nn.Module] = model_class
         with configs.quiet():
             return constructor(at_width(small, base, width))
 
-    remarks = ["Dropout is off in the check, so that differences are not its own."] if _drops(config) else []
     prepare, schedule = prepare_by_plan, warm_up_and_decay
     if deepspeed is None:
         return check_modules(
@@ -203,6 +209,13 @@ def _cut(config: PretrainedConfig, base: PretrainedConfig, recipe: Recipe) -> tu
     at_base = {key: min(value, there[key]) for key, value in changes.items() if isinstance(there.get(key), int)}
     cut_base = recipe.base.model_copy(update=at_base)
     return small, recipe.model_copy(update={"base": cut_base})
+
+
+def _narrowed(recipe: Recipe, narrowest: PretrainedConfig, grown: Mapping[str, Any]) -> Recipe:
+    """The recipe with a base that is as wide as the narrowest model."""
+    own = narrowest.to_dict()
+    base = recipe.base.model_copy(update={key: own[key] for key in grown})
+    return recipe.model_copy(update={"base": base})
 
 
 def _drops(config: PretrainedConfig) -> bool:

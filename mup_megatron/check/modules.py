@@ -224,9 +224,12 @@ def default_batch(models: Mapping[int, nn.Module]) -> Batch:
 
         def pictures(step: int, _width: int) -> dict[str, Tensor]:
             generator = torch.Generator().manual_seed(step + 1)
-            labels = torch.randint(config.num_labels, (size,), generator=generator)
+            # Brightness tells a few classes apart, so that there is something to learn at once.
+            classes = min(config.num_labels, 4)
+            labels = torch.randint(classes, (size,), generator=generator)
             noise = torch.randn(size, config.num_channels, side, side, generator=generator)
-            return {"pixel_values": noise + labels.view(-1, 1, 1, 1) / config.num_labels, "labels": labels}
+            brightness = 2.0 * labels / classes - 1.0
+            return {"pixel_values": 0.3 * noise + brightness.view(-1, 1, 1, 1), "labels": labels}
 
         return pictures
     raise InputError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from mup_megatron.check.hugging_face import at_width, check_hugging_face, widths_for
-from mup_megatron.check.measurements import Quantity
+from mup_megatron.check.measurements import Key, Quantity
 from mup_megatron.check.module_trainee import ModuleTrainee, Sight
 from mup_megatron.check.modules import Task, check_modules
 from mup_megatron.check.report import text
@@ -168,7 +168,8 @@ def test_a_family_has_the_targets_ratios() -> None:
 
 def test_what_base_and_target_share_stays_fixed() -> None:
     base, target = _llama(256, 4, 2, 1024), _llama(4096, 64, 2, 1024)
-    assert widths_for(target, base, 3) == [128, 256, 512]
+    # A plan is for a model that is at least as wide as the base.
+    assert widths_for(target, base, 3) == [256, 512, 1024]
     small = at_width(target, base, 128)
     assert (small.num_attention_heads, small.num_key_value_heads, small.intermediate_size) == (2, 2, 1024)
 
@@ -177,6 +178,16 @@ def test_a_width_without_whole_heads_is_refused() -> None:
     base, target = _llama(256, 4, 4, 1024), _llama(4096, 64, 64, 4096)
     with pytest.raises(InputError, match="multiples of 64"):
         at_width(target, base, 96)
+
+
+def test_a_base_that_is_wider_than_the_models_is_made_as_narrow() -> None:
+    config, recipe = ds_models.config("gpt2", 8), ds_models.recipe_for("gpt2", base=4, lr=0.01)
+    config.n_layer = 1
+    verdict = check_hugging_face(config, recipe, widths=[32, 64, 128])
+    _passes(verdict)
+    assert any("The base is 128 wide" in remark for remark in verdict.remarks)
+    assert verdict.fingerprint == recipe.fingerprint
+    assert verdict.control_comparison[Key(Quantity.LEARNING_RATE, "transformer.h.0.mlp.c_fc.weight", 3)].slope > 0.9
 
 
 # ---- what is said of what is missing -------------------------------------------------------------------------------

@@ -18,8 +18,11 @@ ROOT = Path(__file__).parents[2]
 PLUGIN = "mup_megatron.check.pytest_plugin"
 
 TESTS = """
+import pytest
 import torch
-from support.small_nets import OPTIONS, Net, recipe_for
+from support.small_nets import OPTIONS, Net, keep_references, recipe_for
+
+keep_references(pytest.MonkeyPatch())
 
 
 def without_widths(model, task):

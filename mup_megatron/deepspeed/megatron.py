@@ -38,6 +38,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.spec_utils import build_module
 
+from mup_megatron.collectives import raise_together
 from mup_megatron.deepspeed.names import prepared
 from mup_megatron.deepspeed.pipeline import count_once
 from mup_megatron.errors import InputError
@@ -101,7 +102,7 @@ def prepare(model: torch.nn.Module, plan: Plan, *, initialize: bool = True) -> N
         InputError: the model cannot be made what the plan says, or not trained by the engine; the same on every rank.
     """
     config: Any = model.config
-    names.raise_together(_problems(config))
+    raise_together(_problems(config))
     apply_plan([model], plan, initialize=initialize)
     _add_up_gradients(model, config)
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
@@ -251,7 +252,7 @@ def pipeline_module(
     Raises:
         InputError: the model cannot be made what the plan says; the same on every rank.
     """
-    names.raise_together(_problems(config))
+    raise_together(_problems(config))
     with torch.no_grad():  # it broadcasts tied weights in the open, and torch warns of it at every backward
         pipeline = PipelineModule(
             pipeline_layers(config, model),
@@ -261,7 +262,7 @@ def pipeline_module(
             base_seed=seed,
             **arguments,
         )
-    names.raise_together(_empty_stages(pipeline))
+    raise_together(_empty_stages(pipeline))
     pipeline.seed_layers = False  # it would seed dropout anew for every layer and micro-batch
     _seed(seed + 100 * pipeline.stage_id)  # the stages' dropout differs, as in Megatron
     stage = _Stage(config, pipeline.modules())

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
+from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.deepspeed import checkpoints, guard, pipeline, versions
 from mup_megatron.deepspeed import entry as entries
 from mup_megatron.deepspeed.names import (
@@ -22,7 +23,7 @@ from mup_megatron.deepspeed.names import (
     prepared_plan,
     unwrapped,
 )
-from mup_megatron.deepspeed.ranks import gathered, raise_together, say
+from mup_megatron.deepspeed.ranks import say
 from mup_megatron.errors import InputError
 from mup_megatron.modules.apply import Initialize, applied_plan, apply_plan, require_applied, whole_shape
 from mup_megatron.modules.groups import Group, members

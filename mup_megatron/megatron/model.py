@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from mup_megatron.collectives import raise_together
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.names import named_parameters, raise_together, require_match, unwrapped
+from mup_megatron.megatron.names import named_parameters, require_match, unwrapped
 from mup_megatron.megatron.versions import native_mup
 from mup_megatron.models.gpt import POSITION_EMBEDDINGS, WORD_EMBEDDINGS
 from mup_megatron.modules.hooks import ScaledInput, ScaledOutput

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from mup_megatron.errors import InputError
+from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.models.gpt import global_name
 from mup_megatron.theory import Plan, PlanEntry
 
@@ -78,19 +78,3 @@ def _shape_problem(entry: PlanEntry, parameter: torch.nn.Parameter) -> str | Non
         f"{entry.name}: the model's global shape is {tuple(found)}, the plan's {tuple(expected)}. "
         "Make the model file say what the model is."
     )
-
-
-def raise_together(problems: Sequence[str]) -> None:
-    """Raises one InputError with the problems of all ranks, on all ranks, if there are any. Collective."""
-    found = dict.fromkeys(problem for of_rank in gathered(list(problems)) for problem in of_rank)
-    if found:
-        raise InputError("\n".join(found))
-
-
-def gathered(value: Any, group: Any = None) -> list[Any]:
-    """The values of all ranks, in their order; of one process group, if it is given. Collective."""
-    if not torch.distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(values, value, group=group)
-    return values

@@ -89,7 +89,7 @@ def apply_to_model(chunks: Sequence[torch.nn.Module], args: argparse.Namespace) 
     run = _run
     if run is None:
         return
-    from mup_megatron.megatron.names import gathered, raise_together
+    from mup_megatron.collectives import gathered, raise_together
     from mup_megatron.megatron_deepspeed.model import Drawn, apply_plan
 
     fingerprints = set(gathered(run.recipe.fingerprint))
@@ -177,7 +177,7 @@ def param_groups(
     run = _run
     if run is None:
         return given
-    from mup_megatron.megatron.names import raise_together
+    from mup_megatron.collectives import raise_together
 
     plan = _applied(run)
     raise_together(_adam_problems(run, plan, adam) + groups.problems(modules, plan, given))

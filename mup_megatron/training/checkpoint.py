@@ -25,10 +25,10 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mup_megatron.collectives import raise_together
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
 from mup_megatron.megatron import versions
-from mup_megatron.megatron.names import raise_together
 from mup_megatron.training.build import Built
 from mup_megatron.training.ranks import is_first, on_first_rank
 

@@ -306,7 +306,7 @@ class _Run:
 
     def _stop_if_a_rank_has_to(self) -> None:
         """Raises InputError on every rank if one could not write what it had to. Collective."""
-        from mup_megatron.megatron.names import raise_together
+        from mup_megatron.collectives import raise_together
 
         raise_together([self.record.problem] if self.record.problem is not None else [])
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from mup_megatron.collectives import gathered
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.guard.forward import attention_problems, multiplier_problems
 from mup_megatron.megatron.guard.optimizer import optimizer_problems, schedule_problems
 from mup_megatron.megatron.guard.problems import Problem, message
 from mup_megatron.megatron.guard.weights import weight_problems
-from mup_megatron.megatron.names import gathered, require_match
+from mup_megatron.megatron.names import require_match
 from mup_megatron.theory import Plan
 
 __all__ = [

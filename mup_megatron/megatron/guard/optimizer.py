@@ -14,8 +14,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mup_megatron.collectives import gathered
 from mup_megatron.megatron.guard.problems import Problem, number
-from mup_megatron.megatron.names import gathered
 from mup_megatron.megatron.optimizer import GroupValues, is_sharded, parameters_with_groups, parts_of
 from mup_megatron.theory import Plan, PlanEntry
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from megatron.core.optimizer import get_standard_config_overrides
 
+from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.complaint import is_first, say
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import guard
 from mup_megatron.megatron.arguments import model_from_values, not_in_model_file
 from mup_megatron.megatron.lm import checkpoints, flags, groups, observing, telemetry, whole
 from mup_megatron.megatron.model import applied_plan, apply_plan, configure
-from mup_megatron.megatron.names import gathered, raise_together, unwrapped
+from mup_megatron.megatron.names import unwrapped
 from mup_megatron.megatron.optimizer import config_overrides
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.plan_table import print_plan

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from mup_megatron.megatron.names import gathered, unwrapped
+from mup_megatron.collectives import gathered
+from mup_megatron.megatron.names import unwrapped
 from mup_megatron.megatron.optimizer import parts_of
 from mup_megatron.megatron.schedule import lr_per_role
 from mup_megatron.theory import Plan

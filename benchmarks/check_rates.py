@@ -183,8 +183,8 @@ def _seed(*what: object) -> int:
 
 
 _WHAT_COUNTS = (
-    "batches causes comparison family judge levels measurements measuring megatron_subject mutants plain_gpt reference "
-    "replay run verdict wider"
+    "batches causes comparison entries family judge levels measurements measuring megatron_subject module_reference "
+    "mutants plain_gpt reference replay run verdict wider"
 ).split()
 
 

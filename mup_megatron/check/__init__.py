@@ -9,7 +9,7 @@ correct reference of the same shape.
     causes.py         which mistake looks like that
     wider.py, transfer.py      the loss over widths, the basin of the learning rate
     judge.py, run.py  all of it together: a Verdict; report.py and picture.py tell it
-    mutants.py        deliberate mistakes, to see that they are found
+    mutants.py        deliberate mistakes, to see that they are found; entries.py which parameters are meant
 
 It reads live models and optimizers and compares them with what the plan says. It changes no user's run.
 """

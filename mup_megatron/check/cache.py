@@ -11,7 +11,7 @@ from mup_megatron.check.measurements import Measured
 from mup_megatron.files import write_atomically
 
 FOLDER = Path("results/check/references")
-_WHAT_COUNTS = ("batches", "measurements", "measuring", "plain_gpt", "reference", "replay")
+_WHAT_COUNTS = ("batches", "measurements", "measuring", "module_reference", "plain_gpt", "reference", "replay")
 
 
 def cached(folder: Path | None, facts: object, make: Callable[[], Measured]) -> Measured:

@@ -20,6 +20,17 @@ from statistics import fmean, median
 
 from mup_megatron.check import levels
 from mup_megatron.check.comparison import Compared, Comparison
+from mup_megatron.check.entries import (
+    is_any,
+    is_bias,
+    is_embedding,
+    is_gain,
+    is_hidden,
+    is_input_role,
+    is_readout,
+    is_residual,
+    is_vector,
+)
 from mup_megatron.check.measurements import Key, Protocol, Quantity
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import PerParameter, Recipe
@@ -414,36 +425,8 @@ def _at_rest(key: Key, at: AtWidth) -> bool:
     return key.quantity is Quantity.LEARNING_RATE and key.step == 1 and at.recipe.schedule.lr_warmup_fraction > 0
 
 
-def _all(_: PlanEntry) -> bool:
-    return True
-
-
-def _hidden(entry: PlanEntry) -> bool:
-    return entry.role is Role.HIDDEN
-
-
 def _not_hidden(entry: PlanEntry) -> bool:
     return entry.role is not Role.HIDDEN
-
-
-def _embedding(entry: PlanEntry) -> bool:
-    return entry.kind is Kind.EMBEDDING
-
-
-def _readout(entry: PlanEntry) -> bool:
-    return entry.kind is Kind.HEAD
-
-
-def _gain(entry: PlanEntry) -> bool:
-    return entry.kind is Kind.GAIN and entry.role is Role.INPUT
-
-
-def _bias(entry: PlanEntry) -> bool:
-    return entry.kind is Kind.BIAS and entry.role is Role.INPUT
-
-
-def _vector(entry: PlanEntry) -> bool:
-    return entry.kind.is_vector
 
 
 def _linear_bias(entry: PlanEntry) -> bool:
@@ -452,14 +435,6 @@ def _linear_bias(entry: PlanEntry) -> bool:
 
 def _matrix(entry: PlanEntry) -> bool:
     return not entry.kind.is_vector
-
-
-def _residual(entry: PlanEntry) -> bool:
-    return entry.kind is Kind.RESIDUAL
-
-
-def _input_role(entry: PlanEntry) -> bool:
-    return entry.role is Role.INPUT
 
 
 def _ratio_in(entry: PlanEntry, _: AtWidth) -> float:
@@ -476,7 +451,7 @@ def _whole_plan(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
         "standard-parametrization",
         "everything has the base's values: no rule of μP is applied. Make the plan for this target and apply it.",
         {
-            Quantity.INITIAL: lambda e, _: 0.5 * math.log(e.width_ratio) if _hidden(e) else 0.0,
+            Quantity.INITIAL: lambda e, _: 0.5 * math.log(e.width_ratio) if is_hidden(e) else 0.0,
             Quantity.LEARNING_RATE: lambda e, w: math.log(w.plan.lr * w.own_rate(e) / e.lr),
             Quantity.EPS: lambda e, w: 0.0 if e.eps is None else math.log(w.plan.adam_eps / e.eps),
             Quantity.WEIGHT_DECAY: lambda e, w: _log(w.plan.weight_decay) - _log(e.weight_decay) if _matrix(e) else 0.0,
@@ -515,7 +490,7 @@ def _whole_plan(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
                 Quantity.WEIGHT_DECAY: lambda e, w: exponent * math.log(w.r / e.width_ratio),
             },
             at,
-            _hidden,
+            is_hidden,
         ),
         Hypothesis(
             "overrides-dropped",
@@ -630,7 +605,7 @@ def _rates(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
             "groups' lr, as a scheduler that does not know max_lr, or a launcher that merges groups.",
             lr,
             at,
-            _all,
+            is_any,
             lambda e, w: math.log(w.plan.lr / e.lr),
         ),
         _of_weights(
@@ -647,7 +622,7 @@ def _rates(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
             "the learning rate of hidden weights follows fan_out. Divide by the ratio of fan_in.",
             lr,
             at,
-            _hidden,
+            is_hidden,
             lambda e, w: math.log(e.width_ratio / w.r_out(e)),
         ),
     ]
@@ -717,32 +692,32 @@ def _eps(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
 
     rule = "Divide ε by the ratio of fan_out, the readout's by that of fan_in."
     return [
-        h("eps-not-scaled", f"Adam's eps is the base's for all. {rule}", _all, unscaled),
+        h("eps-not-scaled", f"Adam's eps is the base's for all. {rule}", is_any, unscaled),
         h(
             "eps-not-scaled-for-inputs",
             "Adam's eps is the base's for embeddings, gains and biases, as in Megatron's own μP. Their gradients "
             f"shrink with width too. {rule}",
-            _input_role,
+            is_input_role,
             unscaled,
         ),
         h(
             "eps-not-scaled-for-embeddings",
             f"Adam's eps is the base's for embeddings. {rule}",
-            _embedding,
+            is_embedding,
             unscaled,
         ),
-        h("hidden-eps", f"Adam's eps is the base's for hidden weights. {rule}", _hidden, unscaled),
-        h("readout-eps", f"Adam's eps is the base's for the readout. {rule}", _readout, unscaled),
+        h("hidden-eps", f"Adam's eps is the base's for hidden weights. {rule}", is_hidden, unscaled),
+        h("readout-eps", f"Adam's eps is the base's for the readout. {rule}", is_readout, unscaled),
         h(
             "eps-scaled-twice",
             "Adam's eps is divided by the ratio twice. Give the plan's eps to the groups, and nothing else.",
-            _all,
+            is_any,
             lambda e, w: -unscaled(e, w),
         ),
         h(
             "eps-by-fan-in",
             f"Adam's eps of hidden weights follows fan_in. {rule}",
-            _hidden,
+            is_hidden,
             lambda e, w: math.log(w.r_out(e) / e.width_ratio),
         ),
     ]
@@ -758,7 +733,7 @@ def _decay(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
             "they decay r times as slowly. Give them λ·r_in.",
             wd,
             at,
-            _hidden,
+            is_hidden,
             lambda e, _: -exponent * math.log(e.width_ratio),
         ),
         _of_weights(
@@ -766,7 +741,7 @@ def _decay(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
             "biases and gains have weight decay. Put them into groups without.",
             wd,
             at,
-            _vector,
+            is_vector,
             lambda _e, _w: math.inf,
         ),
         _of_weights(
@@ -797,13 +772,13 @@ def _initial(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
         h(
             "residual-init",
             f"{what} lacks Megatron's 1/√(2L). Divide it.",
-            _residual,
+            is_residual,
             depth,
         ),
         h(
             "residual-init",
             f"{what} is divided by √(2L) twice. Divide it once.",
-            _residual,
+            is_residual,
             lambda e, w: -depth(e, w),
         ),
     ]
@@ -813,7 +788,7 @@ def _initial(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
             h(
                 "residual-init",
                 f"{what} has the base's depth in its 1/√(2L). Take the target's.",
-                _residual,
+                is_residual,
                 lambda _, w: 0.5 * math.log(w.plan.num_layers / base),
             )
         )
@@ -822,7 +797,7 @@ def _initial(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
             "init-by-shard",
             f"{what} is √{ranks} times too large: it follows one tensor-parallel rank's share of fan_in, or 1/√L "
             "stands for 1/√(2L). Use the global fan_in.",
-            _residual,
+            is_residual,
             _constant(0.5 * math.log(ranks)),
         )
         for ranks in (2, 4, 8)
@@ -831,7 +806,7 @@ def _initial(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
         h(
             "init-by-fan-out",
             "the initial std of hidden weights follows fan_out. Divide σ by the root of the ratio of fan_in.",
-            _hidden,
+            is_hidden,
             lambda e, w: 0.5 * math.log(e.width_ratio / w.r_out(e)),
         ),
         h(
@@ -851,9 +826,9 @@ def _initial(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     found += [
         h("zero-init", f"{who} {zero}", select, lambda _e, _w: -math.inf)
         for who, select in (
-            ("the readout", _readout),
-            ("what writes into the residual stream", _residual),
-            ("the embedding", _embedding),
+            ("the readout", is_readout),
+            ("what writes into the residual stream", is_residual),
+            ("the embedding", is_embedding),
         )
     ]
     if all(here.model is not None for here in at.values()):
@@ -918,12 +893,12 @@ def _inside_qkv(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
 
 _POWERS = {-2.0: "1/r²", -1.0: "1/r", -0.5: "1/√r", 0.5: "√r", 1.0: "r"}
 _CLASSES: tuple[tuple[str, str, Select], ...] = (
-    ("hidden", "hidden weights", _hidden),
-    ("embedding", "embeddings", _embedding),
+    ("hidden", "hidden weights", is_hidden),
+    ("embedding", "embeddings", is_embedding),
     ("embedding", "the token embedding", lambda e: e.name == "embedding.word_embeddings.weight"),
-    ("readout", "the readout", _readout),
-    ("gain", "norm gains", _gain),
-    ("bias", "biases", _bias),
+    ("readout", "the readout", is_readout),
+    ("gain", "norm gains", is_gain),
+    ("bias", "biases", is_bias),
 )
 _QUANTITIES: tuple[tuple[Quantity, str, str, Mapping[str, str], tuple[float, ...]], ...] = (
     (
@@ -958,7 +933,7 @@ _QUANTITIES: tuple[tuple[Quantity, str, str, Mapping[str, str], tuple[float, ...
 
 
 def _power(power: float) -> LogFactor:
-    return lambda entry, here: power * math.log(entry.width_ratio if _hidden(entry) else here.r)
+    return lambda entry, here: power * math.log(entry.width_ratio if is_hidden(entry) else here.r)
 
 
 def _powers(at: Mapping[int, AtWidth]) -> list[Hypothesis]:

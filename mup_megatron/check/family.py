@@ -6,10 +6,13 @@ target's. Vocabulary and sequence, which no rule depends on, are cut to what a q
 """
 
 from collections.abc import Sequence
+from statistics import median
 
+from mup_megatron.check.measurements import Protocol, Quantity, Run
 from mup_megatron.errors import InputError
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe, Schedule
+from mup_megatron.theory import Plan, Rule
 
 SMALLEST = 32
 """Below this a width says more about itself than about the limit of many."""
@@ -22,6 +25,11 @@ DECAY = 0.4
 """How much weight decay alone shrinks a weight over the run, at least: so much that a wrong one shows."""
 MOVEMENT = 0.125
 """How far one step at the peak moves a hidden weight, in units of its initial std, at least."""
+
+EPS_SHARE = 0.1
+"""The eps of a check, relative to the gradients: it acts, and Adam is Adam still."""
+PILOT = Protocol(steps=3, recorded=(3,), spectral=False)
+"""How the run is trained that shows how large gradients are."""
 
 
 def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel: int = 1) -> list[int]:
@@ -140,3 +148,24 @@ def stressed(recipe: Recipe, *, steps: int, eps: float | None = None) -> Recipe:
 def models_for(target: ModelFile, recipe: Recipe, widths: Sequence[int]) -> dict[int, ModelFile]:
     """Width → model."""
     return {width: at_width(target, recipe, width) for width in widths}
+
+
+def eps_from(pilot: Run, plan: Plan) -> float | None:
+    """The eps of a check at the base: a share of the gradients, which follow the base as the rule for eps has it.
+
+    Args:
+        pilot: a correct run.
+        plan: that it was trained with.
+    """
+    at_base = [
+        value * plan.adam_eps / entry.eps
+        for key, value in pilot.values.items()
+        if key.quantity is Quantity.GRADIENT and (entry := plan[key.name]).eps is not None and value > 0
+    ]
+    return EPS_SHARE * median(at_base) if at_base else None
+
+
+def under_rule(recipe: Recipe, rule: Rule) -> Recipe:
+    """The recipe with other rules."""
+    own = recipe.parametrization.model_copy(update={"rule": rule.value})
+    return recipe.model_copy(update={"parametrization": own})

@@ -24,11 +24,11 @@ from transformers import PretrainedConfig
 
 from mup_megatron.check import levels
 from mup_megatron.check.family import SMALLEST
+from mup_megatron.check.measurements import Report
 from mup_megatron.check.modules import (
     LENGTH,
     VOCABULARY,
     Prepare,
-    Report,
     Schedule,
     Task,
     check_modules,
@@ -39,6 +39,7 @@ from mup_megatron.check.verdict import Level, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.huggingface import configs
 from mup_megatron.recipe import HuggingFaceBase, Recipe, save_recipe
+from mup_megatron.training.ranks import process_group
 
 _WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "embedding_size")
 _DROPOUT = re.compile(r".*dropout.*|.*pdrop|.*layerdrop")
@@ -342,22 +343,12 @@ class _Engines:
 
 @contextmanager
 def _ranks() -> Iterator[None]:
-    """The process group of a run: torchrun's, the one that is there, or one process by itself."""
-    own = not distributed.is_initialized()
-    said = {}
-    if own:
+    """The process group of a run, which DeepSpeed finds, and what it wants to read of it in the environment."""
+    with process_group("nccl" if torch.cuda.is_available() else "gloo"):
         said = {k: v for k, v in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items() if k not in os.environ}
         os.environ.update(said)
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if os.environ["WORLD_SIZE"] == "1":
-            store = distributed.HashStore()  # type: ignore[attr-defined]
-            distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        else:
-            distributed.init_process_group(backend)
-    try:
-        yield
-    finally:
-        if own:
-            distributed.destroy_process_group()
-        for key in said:
-            del os.environ[key]
+        try:
+            yield
+        finally:
+            for key in said:
+                del os.environ[key]

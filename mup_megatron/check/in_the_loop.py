@@ -18,9 +18,10 @@ from mup_megatron.check.in_order import Order, result_of
 from mup_megatron.check.measurements import Run
 from mup_megatron.check.measuring import Recorder
 from mup_megatron.check.megatron_subject import MegatronTrainee
+from mup_megatron.collectives import gathered
 from mup_megatron.files import write_atomically
 from mup_megatron.megatron.lm.observing import Scene
-from mup_megatron.megatron.names import gathered, unwrapped
+from mup_megatron.megatron.names import unwrapped
 from mup_megatron.training.build import Built
 from mup_megatron.training.data.dataset import global_batch
 from mup_megatron.training.options import BatchSizes

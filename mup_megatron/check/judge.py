@@ -56,7 +56,7 @@ def judge(
         facts: for causes.
         level: how much.
         fingerprint: the recipe's as its user knows it.
-        extra: further checks, made if nothing has failed before.
+        extra: further checks of the longer levels.
         remarks: to be told with the verdict.
     """
     begun = time.monotonic()

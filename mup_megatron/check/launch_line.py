@@ -22,8 +22,8 @@ from mup_megatron.check import cache, levels
 from mup_megatron.check.family import models_for, widths_for
 from mup_megatron.check.in_order import Order, result_of
 from mup_megatron.check.judge import Facts, Sides, judge
-from mup_megatron.check.measurements import Measured, Protocol, Run
-from mup_megatron.check.run import Family, Report
+from mup_megatron.check.measurements import Measured, Protocol, Report, Run
+from mup_megatron.check.run import Family
 from mup_megatron.check.verdict import Level, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments import model_from_values, values_from_flags

@@ -1,10 +1,13 @@
 """What is measured in one short training run, by name: plain numbers, nothing of torch."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
+
+Report = Callable[[str, int, int], None]
+"""(what is trained, how many models are done, of how many)."""
 
 
 class Quantity(StrEnum):

@@ -4,7 +4,7 @@ Importing it imports Megatron: the CPU runtime has to come before.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from mup_megatron.check import batches, measurements
 from mup_megatron.check.measuring import At
 from mup_megatron.check.reference import looked_at, replay_for
 from mup_megatron.check.replay import Replay
-from mup_megatron.megatron.names import gathered, named_parameters, unwrapped
+from mup_megatron.collectives import gathered
+from mup_megatron.megatron.names import named_parameters, unwrapped
 from mup_megatron.megatron.optimizer import is_sharded, parts_of
 from mup_megatron.models.gpt import global_name
 from mup_megatron.models.model_file import ModelFile
@@ -24,6 +25,7 @@ from mup_megatron.theory import Plan
 from mup_megatron.training.build import Built, build
 from mup_megatron.training.loop import forward_backward, train_iteration
 from mup_megatron.training.options import BatchSizes, TrainingOptions, batch_sizes
+from mup_megatron.training.ranks import seed_all
 
 _OF_TRANSFORMER_ENGINE = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
@@ -68,7 +70,8 @@ class MegatronTrainee:
 
     def __init__(self, built: Built, model: ModelFile, recipe: Recipe, *, seed: int, sizes: BatchSizes) -> None:
         self._built, self._recipe, self._sizes = built, recipe, sizes
-        self._tied = model.tied
+        named = dict(named_parameters(built.chunks, tied=model.tied))
+        self._parameters = {_without_transformer_engine(name): parameter for name, parameter in named.items()}
         self._data = _Sequences(model, size=sizes.global_batch, seed=seed)
         self._probe = _Sequences(model, size=sizes.global_batch, seed=seed, only=batches.PROBE)
         # Where each data-parallel rank updates a share, it has the gradient of that share alone.
@@ -85,8 +88,7 @@ class MegatronTrainee:
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """By global name, each once. The last stage's copy of a tied embedding counts as the embedding that it is."""
-        found = dict(named_parameters(self._built.chunks, tied=self._tied))
-        return {_without_transformer_engine(name): parameter for name, parameter in found.items()}.items()
+        return self._parameters.items()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Reduced over ranks and clipped."""
@@ -113,7 +115,7 @@ class MegatronTrainee:
         """Tensor-parallel shards put together."""
         group = parallel_state.get_tensor_model_parallel_group()
         size = torch.distributed.get_world_size(group)
-        parameter = dict(self.parameters())[name]
+        parameter = self._parameters[name]
         if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
             return shard
         shards = [torch.empty_like(shard) for _ in range(size)]
@@ -154,8 +156,6 @@ def build_megatron(
         world_size: of all ranks.
         tamper: changes what was built.
     """
-    from mup_megatron.training.ranks import seed_all
-
     options = options_for(protocol, layout, seed=seed)
     seed_all(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     built = build(model, recipe, plan, options, initialize=True)
@@ -166,8 +166,6 @@ def build_megatron(
 
 def options_for(protocol: measurements.Protocol, layout: TrainingOptions, *, seed: int) -> TrainingOptions:
     """The options of one run of a check."""
-    from dataclasses import replace
-
     return replace(
         layout,
         train_iters=protocol.steps,

@@ -39,7 +39,7 @@ def carry_out(model: nn.Module, plan: Plan, *, seed: int) -> None:
     for module in model.modules():
         factor = _factor(module, model, plan)
         if factor != 1.0:
-            _multiply(module, factor)
+            multiply(module, factor)
     stock = plan.head_size**-0.5 if plan.stock_softmax_scale is None else plan.stock_softmax_scale
     if plan.softmax_scale != stock:
         for _, module, attention in attention_modules(model):
@@ -63,7 +63,7 @@ def _factor(module: nn.Module, model: nn.Module, plan: Plan) -> float:
     return factor / plan.stock_readout_ratio
 
 
-def _multiply(module: nn.Module, factor: float) -> None:
+def multiply(module: nn.Module, factor: float) -> None:
     """Multiplies a module's weight, and not its bias."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         module.register_forward_hook(lambda _module, _args, output: factor * output)
@@ -75,7 +75,7 @@ def optimizer_for(model: nn.Module, recipe: Recipe, plan: Plan) -> torch.optim.O
     """Torch's, with a group for each parameter that is trained; None where there is none."""
     h = recipe.hyperparameters
     groups: list[dict[str, Any]] = [
-        {"params": [p], "lr": plan[name].lr, "weight_decay": plan[name].weight_decay}
+        {"params": [p], "name": name, "lr": plan[name].lr, "weight_decay": plan[name].weight_decay}
         | ({} if plan[name].eps is None else {"eps": plan[name].eps})
         for name, p in model.named_parameters()
         if p.requires_grad

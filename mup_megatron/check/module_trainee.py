@@ -19,7 +19,9 @@ from mup_megatron.check import batches
 from mup_megatron.check.measuring import At
 from mup_megatron.check.reference import replay_for
 from mup_megatron.check.replay import Replay
+from mup_megatron.collectives import gathered
 from mup_megatron.recipe import Recipe
+from mup_megatron.training.ranks import world_size
 
 Batch = Callable[[int, int], Any]
 """(step, width) → what the loss is computed from, the first dimension of its tensors over samples. Step -1 is the
@@ -234,20 +236,6 @@ def _share(batch: Any, rank: int, ranks: int, device: Any) -> Any:
 def _replay(optimizer: Any, recipe: Recipe) -> Replay | None:
     kind = "sgd" if recipe.parametrization.optimizer == "sgd" else "adam"
     return replay_for(recipe) if kind in type(optimizer).__name__.lower() else None
-
-
-def world_size() -> int:
-    """How many ranks there are."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def gathered(value: Any) -> list[Any]:
-    """The values of all ranks. Collective."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    distributed.all_gather_object(values, value)
-    return values
 
 
 # ---- what is looked at ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from mup_megatron.check import batches, levels
 from mup_megatron.check.comparison import Compared, Finding, Kind, Slope, compare
-from mup_megatron.check.family import FLOOR, stressed
+from mup_megatron.check.family import FLOOR, PILOT, eps_from, stressed, under_rule
 from mup_megatron.check.judge import Facts, Sides, judge
-from mup_megatron.check.measurements import Measured, Protocol, Quantity, Run
+from mup_megatron.check.measurements import Measured, Protocol, Quantity, Report, Run
 from mup_megatron.check.measuring import measure
 from mup_megatron.check.module_reference import carry_out, optimizer_for
 from mup_megatron.check.module_trainee import LOGITS, Batch, EngineTrainee, Loss, ModuleTrainee, blocks
 from mup_megatron.check.report import text
-from mup_megatron.check.transfer import at_rate, learning_rates, transfer
+from mup_megatron.check.transfer import at_rate, transfer_section
 from mup_megatron.check.verdict import Level, Outcome, Section, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, param_groups, plan_for_module
@@ -36,15 +36,10 @@ Factory = Callable[[int], nn.Module]
 """Width → the bare model, as its library draws it."""
 Schedule = Callable[[int, int], float]
 """(step, steps) → the learning rate's part of its peak."""
-Report = Callable[[str, int, int], None]
-"""(what is trained, how many models are done, of how many)."""
 
 BOUNDS = (-0.5, 0.25)
 """Slopes over width of how far training moves what is computed inside of blocks. Neither may vanish nor grow in
 μP; a factor of √width that the rules do not know makes ½. The room is for what finite widths do by themselves."""
-EPS_SHARE = 0.1
-"""The eps of a check, relative to the gradients: it acts, and Adam is Adam still."""
-_PILOT = Protocol(steps=3, recorded=(3,), spectral=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,13 +256,10 @@ class ModuleFamily:
     report: Report | None
     head_sizes: dict[int, dict[str, int]] = field(default_factory=dict)
     """Width → attention logits → the size of their heads, as the subject's runs have shown."""
-    _eps: list[float | None] = field(default_factory=list)
 
     def stressed(self, protocol: Protocol) -> Recipe:
         """The recipe with values at which mistakes show within a protocol's steps."""
-        if not self._eps:
-            self._eps.append(self._eps_at_base())
-        return stressed(self.recipe, steps=protocol.steps, eps=self._eps[0])
+        return stressed(self.recipe, steps=protocol.steps, eps=self._eps)
 
     def plan(self, width: int, recipe: Recipe) -> Plan:
         """What the model of a width gets."""
@@ -295,11 +287,7 @@ class ModuleFamily:
     def transfer(self, prepare: Prepare, first_seed: int) -> Section:
         """The basins of the learning rate at three of the widths. Collective."""
         recipe = on_first_rank(lambda: self.stressed(levels.LATE))
-        chosen = sorted({self.widths[0], self.widths[len(self.widths) // 2], self.widths[-1]})
-        rates = learning_rates(recipe.hyperparameters.lr, levels.TRANSFER_RATES)
-        seeds = range(first_seed, first_seed + levels.TRANSFER_SEEDS)
         running: list[ModuleTrainee | EngineTrainee] = []
-        done = 0
 
         def start(width: int, seed: int, lr: float) -> ModuleTrainee | EngineTrainee:
             while running:
@@ -309,15 +297,10 @@ class ModuleFamily:
             running.append(self._started(prepare, own, plan, width, seed, levels.LATE.steps))
             return running[0]
 
-        def tell(_line: str) -> None:
-            nonlocal done
-            done += 1
-            self._tell("transfer", done, max(done, len(chosen) * len(rates)))
-
-        result = transfer(start, chosen, rates, seeds, levels.LATE.steps, report=tell)
+        section = transfer_section(start, self.widths, recipe.hyperparameters.lr, first_seed, self.report)
         while running:
             running.pop().close()
-        return Section(name="transfer", outcome=result.outcome, lines=result.lines, rows=result.rows)
+        return section
 
     def _started(
         self, prepare: Prepare, recipe: Recipe, plan: Plan, width: int, seed: int, steps: int
@@ -350,8 +333,7 @@ class ModuleFamily:
         seeds: Sequence[int],
         what: str,
     ) -> Measured:
-        own = recipe.parametrization.model_copy(update={"rule": rule.value})
-        recipe = recipe.model_copy(update={"parametrization": own})
+        recipe = under_rule(recipe, rule)
         runs: list[Run] = []
         for width in widths:
             plan = self.plan(width, recipe)
@@ -384,20 +366,14 @@ class ModuleFamily:
             alone=alone,
         )
 
-    def _eps_at_base(self) -> float | None:
-        """A share of the gradients, relative to the base as the rule for eps has it."""
+    @cached_property
+    def _eps(self) -> float | None:
         if self.recipe.parametrization.optimizer != "adam":
             return None
-        recipe = stressed(self.recipe, steps=_PILOT.steps)
+        recipe = stressed(self.recipe, steps=PILOT.steps)
         width = self.widths[0]
-        plan = self.plan(width, recipe)
-        [run] = self._correct(recipe, _PILOT, Rule.MUP, [width], [levels.FIRST_REFERENCE_SEED], "pilot").runs
-        at_base = [
-            value * plan.adam_eps / entry.eps
-            for key, value in run.values.items()
-            if key.quantity is Quantity.GRADIENT and (entry := plan[key.name]).eps is not None and value > 0
-        ]
-        return EPS_SHARE * median(at_base) if at_base else None
+        [run] = self._correct(recipe, PILOT, Rule.MUP, [width], [levels.FIRST_REFERENCE_SEED], "pilot").runs
+        return eps_from(run, self.plan(width, recipe))
 
     def _tell(self, what: str, done: int, of: int) -> None:
         if self.report is not None:

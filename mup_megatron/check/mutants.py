@@ -13,10 +13,21 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from mup_megatron.check.entries import (
+    is_any,
+    is_bias,
+    is_embedding,
+    is_gain,
+    is_hidden,
+    is_input_role,
+    is_readout,
+    is_residual,
+    is_vector,
+)
 from mup_megatron.models.gpt import gpt_shapes
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Kind, Plan, PlanEntry, Role, family_of
+from mup_megatron.theory import Kind, Plan, PlanEntry, family_of
 from mup_megatron.theory.roles import Ratios, ratios
 
 
@@ -98,52 +109,16 @@ Select = Callable[[PlanEntry], bool]
 Factor = Callable[[PlanEntry, Ratios, Context], float]
 
 
-def _all(_: PlanEntry) -> bool:
-    return True
-
-
-def _hidden(entry: PlanEntry) -> bool:
-    return entry.role is Role.HIDDEN
-
-
-def _embedding(entry: PlanEntry) -> bool:
-    return entry.kind is Kind.EMBEDDING
-
-
 def _word_embedding(entry: PlanEntry) -> bool:
     return entry.name == "embedding.word_embeddings.weight"
-
-
-def _readout(entry: PlanEntry) -> bool:
-    return entry.kind is Kind.HEAD
-
-
-def _gain(entry: PlanEntry) -> bool:
-    return entry.kind is Kind.GAIN and entry.role is Role.INPUT
-
-
-def _bias(entry: PlanEntry) -> bool:
-    return entry.kind is Kind.BIAS and entry.role is Role.INPUT
 
 
 def _linear_bias(entry: PlanEntry) -> bool:
     return entry.kind is Kind.BIAS and ".linear_" in entry.name and "layer_norm" not in entry.name
 
 
-def _vector(entry: PlanEntry) -> bool:
-    return entry.kind.is_vector
-
-
-def _residual(entry: PlanEntry) -> bool:
-    return entry.kind is Kind.RESIDUAL
-
-
 def _qkv(entry: PlanEntry) -> bool:
     return entry.name.endswith("linear_qkv.weight")
-
-
-def _input_role(entry: PlanEntry) -> bool:
-    return entry.role is Role.INPUT
 
 
 def _in_last_layer(plan: Plan, entry: PlanEntry) -> bool:
@@ -294,7 +269,7 @@ def _clip(factor: float) -> OptimizerChange:
 
 
 def _forgotten_layer(optimizer: Any, chunks: Sequence[Any], plan: Plan, context: Context) -> None:
-    of_layer = _rates(lambda e: _hidden(e) and _in_last_layer(plan, e), lambda _e, r, _c: r.r_in)
+    of_layer = _rates(lambda e: is_hidden(e) and _in_last_layer(plan, e), lambda _e, r, _c: r.r_in)
     of_layer(optimizer, chunks, plan, context)
 
 
@@ -308,7 +283,7 @@ def _lost_tensor(optimizer: Any, chunks: Sequence[Any], plan: Plan, _context: Co
 
 def _one_ratio(plan: Plan, context: Context) -> Plan:
     def changed(entry: PlanEntry) -> PlanEntry:
-        if not _hidden(entry):
+        if not is_hidden(entry):
             return entry
         own, r = context.ratios[entry.name], context.r
         exponent = context.recipe.parametrization.weight_decay_exponent
@@ -372,7 +347,7 @@ def _several_ratios(context: Context) -> bool:
 
 
 def _hidden_ratios(context: Context) -> list[Ratios]:
-    return [context.ratios[e.name] for e in context.recipe.plan(context.target).entries if _hidden(e)]
+    return [context.ratios[e.name] for e in context.recipe.plan(context.target).entries if is_hidden(e)]
 
 
 def _has_linear_biases(context: Context) -> bool:
@@ -516,57 +491,57 @@ _LIBRARY = (
         name="learning-rate-collapsed",
         what="All groups have one learning rate, the base's.",
         cause=("learning-rate-collapsed", "hidden-learning-rate"),
-        optimizer=_rates(_all, lambda e, _r, c: c.recipe.hyperparameters.lr / e.lr),
+        optimizer=_rates(is_any, lambda e, _r, c: c.recipe.hyperparameters.lr / e.lr),
     ),
     Mutant(
         name="learning-rate-all-divided",
         what="All groups have the hidden weights' learning rate, η/r.",
         cause=("learning-rate-all-divided",),
-        optimizer=_rates(lambda e: not _hidden(e), lambda _e, _r, c: 1 / c.r),
+        optimizer=_rates(lambda e: not is_hidden(e), lambda _e, _r, c: 1 / c.r),
     ),
     Mutant(
         name="embedding-learning-rate",
         what="The learning rate of the embeddings is divided by r.",
         cause=("embedding-learning-rate",),
-        optimizer=_rates(_embedding, lambda _e, _r, c: 1 / c.r),
+        optimizer=_rates(is_embedding, lambda _e, _r, c: 1 / c.r),
     ),
     Mutant(
         name="readout-learning-rate",
         what="The learning rate of the readout is divided by r.",
         cause=("readout-learning-rate",),
-        optimizer=_rates(_readout, lambda _e, _r, c: 1 / c.r),
+        optimizer=_rates(is_readout, lambda _e, _r, c: 1 / c.r),
         when=_untied,
     ),
     Mutant(
         name="gain-learning-rate",
         what="The learning rate of norm gains is divided by r.",
         cause=("gain-learning-rate",),
-        optimizer=_rates(_gain, lambda _e, _r, c: 1 / c.r),
+        optimizer=_rates(is_gain, lambda _e, _r, c: 1 / c.r),
     ),
     Mutant(
         name="bias-learning-rate",
         what="The learning rate of biases is divided by r.",
         cause=("bias-learning-rate",),
-        optimizer=_rates(_bias, lambda _e, _r, c: 1 / c.r),
+        optimizer=_rates(is_bias, lambda _e, _r, c: 1 / c.r),
         when=_has_biases,
     ),
     Mutant(
         name="hidden-learning-rate-root",
         what="The learning rate of hidden weights is divided by √r instead of r.",
         cause=("hidden-learning-rate",),
-        optimizer=_rates(_hidden, lambda _e, r, _c: math.sqrt(r.r_in)),
+        optimizer=_rates(is_hidden, lambda _e, r, _c: math.sqrt(r.r_in)),
     ),
     Mutant(
         name="hidden-learning-rate-squared",
         what="The learning rate of hidden weights is divided by r twice, by the plan and by a wrapper.",
         cause=("hidden-learning-rate",),
-        optimizer=_rates(_hidden, lambda _e, r, _c: 1 / r.r_in),
+        optimizer=_rates(is_hidden, lambda _e, r, _c: 1 / r.r_in),
     ),
     Mutant(
         name="learning-rate-by-fan-out",
         what="The learning rate of hidden weights is divided by the ratio of fan_out instead of fan_in.",
         cause=("learning-rate-by-fan-out",),
-        optimizer=_rates(_hidden, lambda _e, r, _c: r.r_in / r.r_out),
+        optimizer=_rates(is_hidden, lambda _e, r, _c: r.r_in / r.r_out),
         when=_sides_differ,
     ),
     Mutant(
@@ -598,28 +573,28 @@ _LIBRARY = (
         name="floor-unscaled",
         what="All groups decay to the base's min_lr.",
         cause=("learning-rate-floor",),
-        optimizer=_groups(_hidden, _floor),
+        optimizer=_groups(is_hidden, _floor),
     ),
     # Adam.
     Mutant(
         name="eps-unscaled",
         what="Adam's eps is the base's for all.",
         cause=("eps-not-scaled",),
-        optimizer=_eps(_all, lambda e, _r, c: c.recipe.hyperparameters.adam_eps / (e.eps or 1.0)),
+        optimizer=_eps(is_any, lambda e, _r, c: c.recipe.hyperparameters.adam_eps / (e.eps or 1.0)),
         when=_adam,
     ),
     Mutant(
         name="eps-unscaled-for-inputs",
         what="Adam's eps is the base's for embeddings, gains and biases.",
         cause=("eps-not-scaled-for-inputs",),
-        optimizer=_eps(_input_role, lambda _e, r, _c: r.r_out),
+        optimizer=_eps(is_input_role, lambda _e, r, _c: r.r_out),
         when=_adam,
     ),
     Mutant(
         name="eps-scaled-twice",
         what="Adam's eps is divided by the ratio of fan_out twice.",
         cause=("eps-scaled-twice",),
-        optimizer=_eps(_all, lambda e, _r, c: (e.eps or 1.0) / c.recipe.hyperparameters.adam_eps),
+        optimizer=_eps(is_any, lambda e, _r, c: (e.eps or 1.0) / c.recipe.hyperparameters.adam_eps),
         when=_adam,
     ),
     Mutant(
@@ -627,14 +602,14 @@ _LIBRARY = (
         what="Adam's eps is divided by the ratio of fan_in instead of fan_out.",
         # Where key/value groups alone grow otherwise, these two are one and the same.
         cause=("eps-by-fan-in", "one-width-ratio"),
-        optimizer=_eps(_hidden, lambda _e, r, _c: r.r_out / r.r_in),
+        optimizer=_eps(is_hidden, lambda _e, r, _c: r.r_out / r.r_in),
         when=lambda c: _adam(c) and _sides_differ(c),
     ),
     Mutant(
         name="other-beta2",
         what="Adam's second beta is not the recipe's.",
         cause=("optimizer-differs",),
-        optimizer=_groups(_all, _other_beta2),
+        optimizer=_groups(is_any, _other_beta2),
         when=_adam,
     ),
     Mutant(
@@ -656,28 +631,28 @@ _LIBRARY = (
         name="weight-decay-uncompensated",
         what="The weight decay of hidden weights is the base's: not multiplied by r where the rate was divided by it.",
         cause=("weight-decay-not-compensated",),
-        optimizer=_decay(_hidden, lambda _e, _r, _c: 1.0),
+        optimizer=_decay(is_hidden, lambda _e, _r, _c: 1.0),
         when=_decay_follows,
     ),
     Mutant(
         name="weight-decay-on-vectors",
         what="Biases and gains have weight decay.",
         cause=("weight-decay-on-vectors",),
-        optimizer=_decay(_vector, lambda _e, _r, _c: 1.0),
+        optimizer=_decay(is_vector, lambda _e, _r, _c: 1.0),
         when=_decays,
     ),
     Mutant(
         name="embedding-weight-decay",
         what="The weight decay of the embeddings is multiplied by r.",
         cause=("embedding-weight-decay",),
-        optimizer=_decay(_embedding, lambda _e, _r, c: c.r),
+        optimizer=_decay(is_embedding, lambda _e, _r, c: c.r),
         when=_decays,
     ),
     Mutant(
         name="weight-decay-off",
         what="There is no weight decay.",
         cause=("weight-decay-off",),
-        optimizer=_decay(_all, lambda _e, _r, _c: 0.0),
+        optimizer=_decay(is_any, lambda _e, _r, _c: 0.0),
         when=_decays,
     ),
     # Initial weights.
@@ -685,25 +660,25 @@ _LIBRARY = (
         name="init-unscaled",
         what="Hidden weights start with the base's std.",
         cause=("hidden-init",),
-        model=_weights(_hidden, lambda _e, r, _c: math.sqrt(r.r_in)),
+        model=_weights(is_hidden, lambda _e, r, _c: math.sqrt(r.r_in)),
     ),
     Mutant(
         name="init-linear",
         what="Hidden weights start with σ/r instead of σ/√r.",
         cause=("hidden-init",),
-        model=_weights(_hidden, lambda _e, r, _c: 1 / math.sqrt(r.r_in)),
+        model=_weights(is_hidden, lambda _e, r, _c: 1 / math.sqrt(r.r_in)),
     ),
     Mutant(
         name="init-by-shard",
         what="The std of row-parallel weights follows one tensor-parallel rank's share of fan_in, of two.",
         cause=("init-by-shard", "residual-init"),
-        model=_weights(_residual, lambda _e, _r, _c: math.sqrt(2)),
+        model=_weights(is_residual, lambda _e, _r, _c: math.sqrt(2)),
     ),
     Mutant(
         name="init-by-fan-out",
         what="The std of hidden weights follows fan_out instead of fan_in.",
         cause=("init-by-fan-out",),
-        model=_weights(_hidden, lambda _e, r, _c: math.sqrt(r.r_in / r.r_out)),
+        model=_weights(is_hidden, lambda _e, r, _c: math.sqrt(r.r_in / r.r_out)),
         when=_sides_differ,
     ),
     Mutant(
@@ -711,20 +686,20 @@ _LIBRARY = (
         what="What writes into the residual stream starts with 1/√(2L) of the base's depth.",
         # The check sees √2 and cannot know where it comes from.
         cause=("residual-init", "init-by-shard"),
-        model=_weights(_residual, lambda _e, _r, c: math.sqrt(c.target.num_layers / c.base.num_layers)),
+        model=_weights(is_residual, lambda _e, _r, c: math.sqrt(c.target.num_layers / c.base.num_layers)),
         when=_other_depth,
     ),
     Mutant(
         name="residual-init-missing",
         what="What writes into the residual stream starts without 1/√(2L).",
         cause=("residual-init",),
-        model=_weights(_residual, lambda _e, _r, c: math.sqrt(2 * c.target.num_layers)),
+        model=_weights(is_residual, lambda _e, _r, c: math.sqrt(2 * c.target.num_layers)),
     ),
     Mutant(
         name="residual-init-twice",
         what="What writes into the residual stream starts with 1/√(2L) twice.",
         cause=("residual-init",),
-        model=_weights(_residual, lambda _e, _r, c: 1 / math.sqrt(2 * c.target.num_layers)),
+        model=_weights(is_residual, lambda _e, _r, c: 1 / math.sqrt(2 * c.target.num_layers)),
     ),
     Mutant(
         name="tied-init-linear",
@@ -744,21 +719,21 @@ _LIBRARY = (
         name="embedding-init",
         what="The embeddings are drawn as hidden weights are: σ/√r.",
         cause=("embedding-init",),
-        model=_weights(_embedding, lambda _e, _r, c: 1 / math.sqrt(c.r)),
+        model=_weights(is_embedding, lambda _e, _r, c: 1 / math.sqrt(c.r)),
         when=_untied,
     ),
     Mutant(
         name="readout-init",
         what="The readout is drawn as hidden weights are: σ/√r.",
         cause=("readout-init",),
-        model=_weights(_readout, lambda _e, _r, c: 1 / math.sqrt(c.r)),
+        model=_weights(is_readout, lambda _e, _r, c: 1 / math.sqrt(c.r)),
         when=_untied,
     ),
     Mutant(
         name="readout-zeroed",
         what="The readout starts at 0, and the recipe does not say so.",
         cause=("zero-init",),
-        model=_weights(_readout, lambda _e, _r, _c: 0.0),
+        model=_weights(is_readout, lambda _e, _r, _c: 0.0),
         when=_untied,
     ),
     Mutant(
@@ -777,7 +752,7 @@ _LIBRARY = (
         name="gains-scaled",
         what="Norm gains start at 1/√r instead of 1.",
         cause=("gain-init",),
-        model=_weights(_gain, lambda _e, _r, c: 1 / math.sqrt(c.r)),
+        model=_weights(is_gain, lambda _e, _r, c: 1 / math.sqrt(c.r)),
         when=_plain_gains,
     ),
     Mutant(

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from mup_megatron.check import batches
 from mup_megatron.check.measuring import At
+from mup_megatron.check.module_reference import multiply, optimizer_for
 from mup_megatron.check.plain_gpt import PlainGPT, cross_entropy, draw_weights
 from mup_megatron.check.replay import AdamReplay, Replay, SGDReplay
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Kind, Optimizer, Plan
+from mup_megatron.theory import Kind, Plan
 
 
 class Reference:
@@ -35,20 +36,11 @@ class Reference:
         assert recipe.schedule.lr_decay_style == "linear"
         self._model_file, self._recipe, self._plan = model, recipe, plan
         self._seed, self._steps, self._batch_size = seed, steps, batch_size
-        self._gpt = PlainGPT(
-            model,
-            output_multiplier=plan.output_multiplier,
-            softmax_scale=plan.softmax_scale,
-            dtype=torch.float32,
-        )
+        self._gpt = carried_out(plan, model, dtype=torch.float32)
         draw_weights(self._gpt, {e.name: e.init_std for e in plan.entries if e.init_std is not None}, seed)
-        with torch.no_grad():
-            for entry in plan.entries:
-                if entry.init_value is not None:
-                    self._gpt.get_parameter(entry.name).fill_(entry.init_value)
-                if entry.multiplier != 1.0 and entry.kind is not Kind.HEAD:
-                    _multiply(self._gpt.get_submodule(entry.name.rpartition(".")[0]), entry.multiplier)
-        self._optimizer = _optimizer(self._gpt, recipe, plan)
+        optimizer = optimizer_for(self._gpt, recipe, plan)
+        assert optimizer is not None
+        self._optimizer = optimizer
 
     def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
         """Every layer's output and the attention logits."""
@@ -107,25 +99,16 @@ class Reference:
         return peak + (floor - peak) * (step - warm) / (end - warm)
 
 
-def _multiply(module: nn.Module, factor: float) -> None:
-    """Multiplies a module's weight, and not its bias."""
-    if isinstance(module, nn.Embedding):
-        module.register_forward_hook(lambda _module, _args, output: factor * output)
-    else:
-        module.register_forward_pre_hook(lambda _module, args: (factor * args[0],))
-
-
-def _optimizer(model: nn.Module, recipe: Recipe, plan: Plan) -> torch.optim.Optimizer:
-    h = recipe.hyperparameters
-    groups: list[dict[str, Any]] = [
-        {"params": [p], "name": name, "lr": plan[name].lr, "weight_decay": plan[name].weight_decay}
-        for name, p in model.named_parameters()
-    ]
-    if plan.optimizer is Optimizer.SGD:
-        return torch.optim.SGD(groups, lr=plan.lr, momentum=h.sgd_momentum)
-    for group in groups:
-        group["eps"] = plan[group["name"]].eps
-    return torch.optim.AdamW(groups, betas=(h.adam_beta1, h.adam_beta2))
+def carried_out(plan: Plan, model: ModelFile, *, dtype: torch.dtype) -> PlainGPT:
+    """The plain GPT with each of a plan's multipliers at its weight, and constants as the plan starts them."""
+    gpt = PlainGPT(model, output_multiplier=plan.output_multiplier, softmax_scale=plan.softmax_scale, dtype=dtype)
+    for entry in plan.entries:
+        if entry.init_value is not None:
+            with torch.no_grad():
+                gpt.get_parameter(entry.name).fill_(entry.init_value)
+        if entry.multiplier != 1.0 and entry.kind is not Kind.HEAD:
+            multiply(gpt.get_submodule(entry.name.rpartition(".")[0]), entry.multiplier)
+    return gpt
 
 
 def replay_for(recipe: Recipe) -> Replay:

@@ -1,19 +1,18 @@
 """A check of a Megatron-Core target from beginning to end: its family of models, who trains them, the verdict."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 from mup_megatron.check import cache, levels
-from mup_megatron.check.family import models_for, stressed, widths_for
+from mup_megatron.check.family import PILOT, eps_from, models_for, stressed, under_rule, widths_for
 from mup_megatron.check.judge import Facts, Measure, Sides, judge
-from mup_megatron.check.measurements import Measured, Protocol, Quantity, Run
+from mup_megatron.check.measurements import Measured, Protocol, Report, Run
 from mup_megatron.check.mutants import Context, Mutant
-from mup_megatron.check.transfer import at_rate, learning_rates, transfer
+from mup_megatron.check.transfer import at_rate, transfer_section
 from mup_megatron.check.verdict import Level, Section, Verdict
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
@@ -23,13 +22,6 @@ from mup_megatron.training.options import TrainingOptions, require_possible
 
 if TYPE_CHECKING:
     from mup_megatron.check.megatron_subject import MegatronTrainee
-
-Report = Callable[[str, int, int], None]
-"""(what is trained, how many models are done, of how many)."""
-
-EPS_SHARE = 0.1
-"""The eps of a check, relative to the gradients: it acts, and Adam is Adam still."""
-_PILOT = Protocol(steps=3, recorded=(3,), spectral=False)
 
 ONE_PROCESS = TrainingOptions(train_iters=1, global_batch_size=1)
 
@@ -44,18 +36,18 @@ class Family:
     """Width → model, as it can be built here."""
     cache: Path | None
 
-    @property
+    @cached_property
     def plain(self) -> dict[int, ModelFile]:
         """The same, with norms that are layers of their own, as the reference's are: the names of measurements."""
         return {w: model.model_copy(update={"transformer_impl": "local"}) for w, model in self.models.items()}
 
     def at(self, protocol: Protocol) -> Recipe:
         """The recipe under stress for runs of this length."""
-        return stressed(self.recipe, steps=protocol.steps, eps=self._eps())
+        return stressed(self.recipe, steps=protocol.steps, eps=self._eps)
 
     def correct(self, protocol: Protocol, rule: Rule = Rule.MUP) -> Recipe:
         """Likewise with the rules that are right, or with none."""
-        return _with_rule(self.at(protocol), rule)
+        return under_rule(self.at(protocol), rule)
 
     def reference(self, protocol: Protocol, *, rule: Rule = Rule.MUP, report: Report | None = None) -> Measured:
         """The correct runs, or those in standard parametrization: from the cache, or trained. One process."""
@@ -69,29 +61,18 @@ class Family:
     def _shapes(self) -> list[object]:
         return [model.model_dump(mode="json") for model in self.plain.values()]
 
+    @cached_property
     def _eps(self) -> float | None:
-        """A share of the gradients, relative to the base as the rule for eps has it."""
         if self.recipe.parametrization.optimizer != Optimizer.ADAM.value:
             return None
-        recipe = _with_rule(stressed(self.recipe, steps=_PILOT.steps), Rule.MUP)
+        recipe = under_rule(stressed(self.recipe, steps=PILOT.steps), Rule.MUP)
         width, model = next(iter(self.plain.items()))
-        plan = recipe.plan(model)
         facts = ["pilot", recipe.fingerprint, model.model_dump(mode="json")]
-        seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + 1)
-        [run] = cache.cached(
-            self.cache, facts, lambda: _references({width: model}, recipe, _PILOT, seeds, "pilot", None)
-        ).runs
-        at_base = [
-            value * plan.adam_eps / entry.eps
-            for key, value in run.values.items()
-            if key.quantity is Quantity.GRADIENT and (entry := plan[key.name]).eps is not None and value > 0
-        ]
-        return EPS_SHARE * median(at_base) if at_base else None
-
-
-def _with_rule(recipe: Recipe, rule: Rule) -> Recipe:
-    own = recipe.parametrization.model_copy(update={"rule": rule.value})
-    return recipe.model_copy(update={"parametrization": own})
+        seeds = [levels.FIRST_REFERENCE_SEED]
+        measured = cache.cached(
+            self.cache, facts, lambda: _references({width: model}, recipe, PILOT, seeds, "pilot", None)
+        )
+        return eps_from(measured.runs[0], recipe.plan(model))
 
 
 def _references(
@@ -168,110 +149,85 @@ def check_megatron(
     possible = replace(layout, train_iters=levels.EARLY.steps, global_batch_size=levels.EARLY.batch_size)
     for model in models.values():
         require_possible(model, recipe, possible, world)
+    subject = _Subject(family, layout, world, mutant, report)
     with ranks.joined(
         tensor=layout.tensor_model_parallel_size,
         pipeline=layout.pipeline_model_parallel_size,
         virtual_stages=layout.virtual_stages(target),
         seed=first_seed,
     ):
-        subject = _subject(family, range(first_seed, first_seed + seeds), layout, world, mutant, report)
 
-        def measured(rule: Rule) -> Measure:
+        def correct(rule: Rule) -> Measure:
             return lambda protocol: ranks.on_first_rank(lambda: family.reference(protocol, rule=rule, report=report))
 
         early = ranks.on_first_rank(lambda: family.correct(levels.EARLY))
-        transferred = partial(_transfer, family, first_seed, layout, world, mutant, report)
         verdict = judge(
-            Sides(subject=subject, reference=measured(Rule.MUP), control=measured(Rule.STANDARD)),
+            Sides(
+                subject=lambda protocol: subject.measured(protocol, range(first_seed, first_seed + seeds)),
+                reference=correct(Rule.MUP),
+                control=correct(Rule.STANDARD),
+            ),
             Facts(recipe=early, plans={w: early.plan(m) for w, m in family.plain.items()}, models=family.plain),
             level=level,
             fingerprint=recipe.fingerprint,
-            extra=[transferred] if level is Level.FULL else [],
+            extra=[lambda: subject.transfer(first_seed)] if level is Level.FULL else [],
             remarks=_remarks(target, models, mutant),
         )
     return replace(verdict, seconds=time.monotonic() - begun)
 
 
-def _subject(
-    family: Family,
-    seeds: Sequence[int],
-    layout: TrainingOptions,
-    world: int,
-    mutant: Mutant | None,
-    report: Report | None,
-) -> Measure:
-    def measured(protocol: Protocol) -> Measured:
+@dataclass(frozen=True)
+class _Subject:
+    """What is checked. Collective in all that it does; Megatron's groups have to be joined."""
+
+    family: Family
+    layout: TrainingOptions
+    world_size: int
+    mutant: Mutant | None
+    report: Report | None
+
+    def measured(self, protocol: Protocol, seeds: Sequence[int]) -> Measured:
+        """All runs of one length."""
         from mup_megatron.check.measuring import measure
 
-        recipe = ranks.on_first_rank(lambda: family.at(protocol))
+        recipe = ranks.on_first_rank(lambda: self.family.at(protocol))
         runs: list[Run] = []
-        for width in family.models:
+        for width in self.family.models:
             for seed in seeds:
-                trainee = _started(family, recipe, width, seed, protocol, layout, world, mutant)
-                runs.append(measure(trainee, protocol, width=width, seed=seed))
-                if report is not None:
-                    report("subject", len(runs), len(family.models) * len(seeds))
+                runs.append(measure(self._started(recipe, width, seed, protocol), protocol, width=width, seed=seed))
+                if self.report is not None:
+                    self.report("subject", len(runs), len(self.family.models) * len(seeds))
         return Measured(tuple(runs))
 
-    return measured
+    def transfer(self, first_seed: int) -> Section:
+        """The basins of the learning rate."""
+        recipe = ranks.on_first_rank(lambda: self.family.at(levels.LATE))
+        return transfer_section(
+            lambda width, seed, lr: self._started(at_rate(recipe, lr), width, seed, levels.LATE),
+            [*self.family.models],
+            recipe.hyperparameters.lr,
+            first_seed,
+            self.report,
+        )
 
+    def _started(self, recipe: Recipe, width: int, seed: int, protocol: Protocol) -> "MegatronTrainee":
+        """One model, freshly built, with its mistake."""
+        from mup_megatron.check.megatron_subject import build_megatron
 
-def _started(
-    family: Family,
-    recipe: Recipe,
-    width: int,
-    seed: int,
-    protocol: Protocol,
-    layout: TrainingOptions,
-    world: int,
-    mutant: Mutant | None,
-) -> "MegatronTrainee":
-    """One model of the subject, freshly built, with its mistake."""
-    from mup_megatron.check.megatron_subject import build_megatron
-
-    model = family.models[width]
-    context = Context(base=recipe.megatron_base, target=model, recipe=recipe, width=width)
-    right = recipe.plan(model)
-    plan = right if mutant is None or mutant.plan is None else mutant.plan(right, context)
-    return build_megatron(
-        model,
-        recipe,
-        plan,
-        seed=levels.run_seed(seed, list(family.models).index(width)),
-        protocol=protocol,
-        layout=layout,
-        world_size=world,
-        tamper=None if mutant is None else mutant.tamper(plan, context),
-    )
-
-
-def _transfer(
-    family: Family,
-    first_seed: int,
-    layout: TrainingOptions,
-    world: int,
-    mutant: Mutant | None,
-    report: Report | None,
-) -> Section:
-    """The basins of the learning rate at three of the widths."""
-    recipe = ranks.on_first_rank(lambda: family.at(levels.LATE))
-    widths = [*family.models]
-    chosen = sorted({widths[0], widths[len(widths) // 2], widths[-1]})
-    rates = learning_rates(recipe.hyperparameters.lr, levels.TRANSFER_RATES)
-    seeds = range(first_seed, first_seed + levels.TRANSFER_SEEDS)
-    done = 0
-
-    def start(width: int, seed: int, lr: float) -> "MegatronTrainee":
-        return _started(family, at_rate(recipe, lr), width, seed, levels.LATE, layout, world, mutant)
-
-    def tell(_line: str) -> None:
-        nonlocal done
-        done += 1
-        if report is not None:
-            report("transfer", done, max(done, len(chosen) * len(rates)))
-
-    result = transfer(start, chosen, rates, seeds, levels.LATE.steps, report=tell)
-    return Section(name="transfer", outcome=result.outcome, lines=result.lines, rows=result.rows)
+        mutant, model = self.mutant, self.family.models[width]
+        context = Context(base=recipe.megatron_base, target=model, recipe=recipe, width=width)
+        right = recipe.plan(model)
+        plan = right if mutant is None or mutant.plan is None else mutant.plan(right, context)
+        return build_megatron(
+            model,
+            recipe,
+            plan,
+            seed=levels.run_seed(seed, list(self.family.models).index(width)),
+            protocol=protocol,
+            layout=self.layout,
+            world_size=self.world_size,
+            tamper=None if mutant is None else mutant.tamper(plan, context),
+        )
 
 
 def _remarks(target: ModelFile, models: dict[int, ModelFile], mutant: Mutant | None) -> list[str]:

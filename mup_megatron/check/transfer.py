@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mup_megatron.check import levels
+from mup_megatron.check.measurements import Report
 from mup_megatron.check.measuring import Trainee
-from mup_megatron.check.verdict import Outcome
+from mup_megatron.check.verdict import Outcome, Section
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
 
@@ -331,6 +333,37 @@ def transfer(
             train(beyond)
         losses[width] = basin
     return judged(losses)
+
+
+def transfer_section(
+    start_with_lr: Callable[[int, int, float], Trainee],
+    widths: Sequence[int],
+    lr: float,
+    first_seed: int,
+    report: Report | None,
+) -> Section:
+    """The basins of three of the widths, around a learning rate, as a part of a verdict. Collective.
+
+    Args:
+        start_with_lr: (width, seed, learning rate) → freshly built, for runs of `levels.LATE`.
+        widths: of the check, in rising order.
+        lr: the recipe's.
+        first_seed: the first of `levels.TRANSFER_SEEDS`.
+        report: is told how far it is.
+    """
+    chosen = sorted({widths[0], widths[len(widths) // 2], widths[-1]})
+    rates = learning_rates(lr, levels.TRANSFER_RATES)
+    seeds = range(first_seed, first_seed + levels.TRANSFER_SEEDS)
+    done = 0
+
+    def tell(_line: str) -> None:
+        nonlocal done
+        done += 1
+        if report is not None:
+            report("transfer", done, max(done, len(chosen) * len(rates)))
+
+    result = transfer(start_with_lr, chosen, rates, seeds, levels.LATE.steps, report=tell)
+    return Section(name="transfer", outcome=result.outcome, lines=result.lines, rows=result.rows)
 
 
 def _beyond(basin: Mapping[float, Sequence[float]], asked: Sequence[float]) -> float | None:

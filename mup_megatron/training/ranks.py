@@ -100,24 +100,36 @@ def joined(*, tensor: int, pipeline: int, virtual_stages: int | None, seed: int)
 
     for name in _REPEATING_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    own = not distributed.is_initialized()
-    if own:
-        if not cpu.is_enabled():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "gloo" if cpu.is_enabled() else "nccl"
-        if _under_torchrun():
-            distributed.init_process_group(backend)
-        else:
-            store = distributed.HashStore()  # type: ignore[attr-defined]
-            distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    if not (distributed.is_initialized() or cpu.is_enabled()):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    with process_group("gloo" if cpu.is_enabled() else "nccl"):
+        try:
+            parallel_state.initialize_model_parallel(tensor, pipeline, virtual_stages, create_gloo_process_groups=False)
+            seed_all(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def process_group(backend: str) -> Iterator[None]:
+    """The process group that there is, or for the time of a run torchrun's, or one process by itself, which needs no
+    one, no port and no file.
+    """
+    from torch import distributed
+
+    if distributed.is_initialized():
+        yield
+        return
+    if _under_torchrun():
+        distributed.init_process_group(backend)
+    else:
+        store = distributed.HashStore()  # type: ignore[attr-defined]
+        distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
-        parallel_state.initialize_model_parallel(tensor, pipeline, virtual_stages, create_gloo_process_groups=False)
-        seed_all(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
         yield
     finally:
-        parallel_state.destroy_model_parallel()
-        if own:
-            distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 def seed_all(seed: int) -> None:

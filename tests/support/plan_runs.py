@@ -1,32 +1,18 @@
 """A plan carried out in plain PyTorch: its multipliers in the plain GPT, torch's optimizer with its groups."""
 
 import torch
-from support.plain_gpt import PlainGPT, cross_entropy
 from support.shapes import batch
 from torch import Tensor, nn
 
+from mup_megatron.check.plain_gpt import PlainGPT, cross_entropy
+from mup_megatron.check.reference import carried_out
 from mup_megatron.models.model_file import ModelFile
-from mup_megatron.theory import Kind, Optimizer, Plan
+from mup_megatron.theory import Optimizer, Plan
 
 
 def plain_from_plan(plan: Plan, target: ModelFile, *, dtype: torch.dtype = torch.float64) -> PlainGPT:
     """The plain GPT with each of the plan's multipliers at its weight, and constants as the plan starts them."""
-    model = PlainGPT(target, output_multiplier=plan.output_multiplier, softmax_scale=plan.softmax_scale, dtype=dtype)
-    for entry in plan.entries:
-        if entry.init_value is not None:
-            with torch.no_grad():
-                model.get_parameter(entry.name).fill_(entry.init_value)
-        if entry.multiplier != 1.0 and entry.kind is not Kind.HEAD:
-            _multiply(model.get_submodule(entry.name.removesuffix(".weight")), entry.multiplier)
-    return model
-
-
-def _multiply(module: nn.Module, factor: float) -> None:
-    """Multiplies a module's weight, and not its bias."""
-    if isinstance(module, nn.Embedding):
-        module.register_forward_hook(lambda _module, _args, output: factor * output)
-    else:
-        module.register_forward_pre_hook(lambda _module, args: (factor * args[0],))
+    return carried_out(plan, target, dtype=dtype)
 
 
 def optimizer_from_plan(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,0 +1,48 @@
+"""Which parameters are meant: predicates on a plan's entries, for mistakes and for what is said of them."""
+
+from mup_megatron.theory import Kind, PlanEntry, Role
+
+
+def is_any(_: PlanEntry) -> bool:
+    """Every parameter."""
+    return True
+
+
+def is_hidden(entry: PlanEntry) -> bool:
+    """Both sides grow with width."""
+    return entry.role is Role.HIDDEN
+
+
+def is_input_role(entry: PlanEntry) -> bool:
+    """Embeddings, biases and gains whose one side grows."""
+    return entry.role is Role.INPUT
+
+
+def is_embedding(entry: PlanEntry) -> bool:
+    """A lookup table."""
+    return entry.kind is Kind.EMBEDDING
+
+
+def is_readout(entry: PlanEntry) -> bool:
+    """A readout with a weight of its own."""
+    return entry.kind is Kind.HEAD
+
+
+def is_residual(entry: PlanEntry) -> bool:
+    """Writes into the residual stream."""
+    return entry.kind is Kind.RESIDUAL
+
+
+def is_vector(entry: PlanEntry) -> bool:
+    """A bias or gain."""
+    return entry.kind.is_vector
+
+
+def is_gain(entry: PlanEntry) -> bool:
+    """A norm's gain that grows with width."""
+    return entry.kind is Kind.GAIN and entry.role is Role.INPUT
+
+
+def is_bias(entry: PlanEntry) -> bool:
+    """A bias that grows with width."""
+    return entry.kind is Kind.BIAS and entry.role is Role.INPUT

@@ -31,7 +31,7 @@ from mup_megatron.check.entries import (
     is_residual,
     is_vector,
 )
-from mup_megatron.check.measurements import Key, Protocol, Quantity
+from mup_megatron.check.measurements import FROM_STEPS, Key, Protocol, Quantity
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import PerParameter, Recipe
 from mup_megatron.theory import Kind, Optimizer, Plan, PlanEntry, Role, family_of
@@ -154,15 +154,8 @@ def _layer_of(name: str) -> int | None:
 
 # ---- what is observed ----------------------------------------------------------------------------------------------
 
-DIRECT = (
-    Quantity.INITIAL,
-    Quantity.ACTIVATION,
-    Quantity.LEARNING_RATE,
-    Quantity.EPS,
-    Quantity.WEIGHT_DECAY,
-)
+DIRECT = (Quantity.INITIAL, Quantity.ACTIVATION, *FROM_STEPS)
 """In causal order."""
-_OPTIMIZER = (Quantity.LEARNING_RATE, Quantity.EPS, Quantity.WEIGHT_DECAY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +173,7 @@ class Observation:
 def _observed(comparison: Comparison, at: Mapping[int, AtWidth]) -> list[Observation]:
     """Everything direct, in causal order, without what only follows from something else that is off."""
     plan = next(iter(at.values())).plan
-    keys = [
-        key
-        for key in comparison
-        if key.quantity in DIRECT and not _follows(key, comparison, plan) and not _is_rounding(key)
-    ]
+    keys = [key for key in comparison if key.quantity in DIRECT and not _follows(key, comparison, plan)]
     steps: dict[tuple[Quantity, str], int] = {}
     for key in keys:
         steps[key.quantity, key.name] = steps.get((key.quantity, key.name), 0) + 1
@@ -200,13 +189,6 @@ def _observed(comparison: Comparison, at: Mapping[int, AtWidth]) -> list[Observa
         for width in at
         if width in comparison[key].deviations
     ]
-
-
-def _is_rounding(key: Key) -> bool:
-    """Whether it is read from a bias of keys, which moves all logits of a query alike: softmax does not see it, so but
-    for rotary embeddings its gradient is rounding, and steps made of rounding say nothing of the optimizer.
-    """
-    return key.quantity in _OPTIMIZER and key.name.endswith("k_layernorm.bias")
 
 
 def _deviation(compared: Compared, width: int) -> float:
@@ -967,10 +949,12 @@ def _whatever(at: Mapping[int, AtWidth], observed: Sequence[Observation]) -> lis
     still = [o.key.name for o in observed if o.key.quantity is Quantity.LEARNING_RATE and o.deviation < GONE]
     sentence = "it does not move in training. Give it to the optimizer; look for requires_grad, filters on names."
     found = [
-        Hypothesis("not-trained", f"{name}: {sentence}", _absorbing({name}, _OPTIMIZER), prior=0.99)
+        Hypothesis("not-trained", f"{name}: {sentence}", _absorbing({name}, FROM_STEPS), prior=0.99)
         for name in dict.fromkeys(still)
     ]
     for quantity in DIRECT:
+        if quantity is Quantity.UNEXPLAINED:
+            continue
         of_kind = [o for o in observed if o.key.quantity is quantity]
         off = list(dict.fromkeys(o.key.name for o in of_kind if o.deviation != 0))
         if not off:
@@ -1051,44 +1035,17 @@ def _common_rate(observed: Sequence[Observation]) -> list[Hypothesis]:
     return [Hypothesis("learning-rate-schedule", sentence, predict, prior=0.97)]
 
 
-DRIFTING = 0.15
-"""The share of tensors for which eps or weight decay are read rightly at first and wrongly later, if betas differ."""
-
-
 def _other_optimizer(observed: Sequence[Observation]) -> list[Hypothesis]:
-    """What is read from the steps makes no sense: a right eps or weight decay becomes a wrong one as steps are taken,
-    or most tensors are off in more than one way.
-    """
-    off: dict[tuple[Quantity, str], set[int]] = {}
-    measured: dict[tuple[Quantity, str], set[int]] = {}
-    for o in observed:
-        if o.key.quantity in _OPTIMIZER:
-            measured.setdefault((o.key.quantity, o.key.name), set()).add(o.key.step)
-            if o.deviation != 0:
-                off.setdefault((o.key.quantity, o.key.name), set()).add(o.key.step)
-    # A learning rate drifts where the schedule is wrong, too.
-    drifting = {
-        name
-        for (quantity, name), steps in off.items()
-        if quantity is not Quantity.LEARNING_RATE and min(measured[quantity, name]) < min(steps)
-    }
-    names = {name for _, name in measured}
-    broken = 0
-    for quantity in _OPTIMIZER:
-        of_kind = [name for kind, name in measured if kind is quantity]
-        broken += bool(of_kind) and sum((quantity, name) in off for name in of_kind) >= 0.5 * len(of_kind)
-    if len(drifting) >= DRIFTING * len(names) > 0:
-        prior = 0.97
-    elif broken >= 2:
-        prior = 0.6
-    else:
+    """Steps that no learning rate, eps and weight decay explain, so that what is read as these makes no sense."""
+    names = dict.fromkeys(o.key.name for o in observed if o.key.quantity is Quantity.UNEXPLAINED and o.deviation != 0)
+    if not names:
         return []
     sentence = (
-        "the steps are not those of the recipe's optimizer: learning rate, eps and weight decay make no sense of them. "
-        "Compare betas, momentum, and the kind of optimizer and of weight decay with the recipe's."
+        f"the steps of {_listed(list(names))} are not those of the recipe's optimizer: no learning rate, eps and "
+        "weight decay explain them. Compare betas, momentum, and the kind of optimizer and of weight decay with the "
+        "recipe's, and look for what treats parts of one tensor differently."
     )
-    predict: Predict = lambda key, _: ANY if key.quantity in _OPTIMIZER else 0.0  # noqa: E731
-    return [Hypothesis("optimizer-differs", sentence, predict, prior)]
+    return [Hypothesis("optimizer-differs", sentence, _absorbing(names, FROM_STEPS), prior=0.98)]
 
 
 # ---- where no hypothesis fits --------------------------------------------------------------------------------------
@@ -1131,7 +1088,7 @@ def _indirect(comparison: Comparison, at: Mapping[int, AtWidth]) -> Cause:
 
 
 def _without_rate(comparison: Comparison, at: Mapping[int, AtWidth]) -> list[str]:
-    moving = {key.name for key in comparison if key.quantity is Quantity.LEARNING_RATE}
+    moving = {key.name for key in comparison if key.quantity in (Quantity.LEARNING_RATE, Quantity.GRADIENT)}
     known = {key.name for key in comparison if key.quantity is Quantity.INITIAL}
     plan = next(iter(at.values())).plan
     return [e.name for e in plan.entries if e.name in known and e.name not in moving] if moving else []

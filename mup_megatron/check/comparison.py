@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from statistics import NormalDist, fmean, median
 
-from mup_megatron.check.measurements import Key, Measured, Quantity
+from mup_megatron.check.measurements import FROM_STEPS, Key, Measured, Quantity
 
 
 class Kind(StrEnum):
@@ -47,6 +47,7 @@ TOLERANCES: dict[Quantity, Tolerance] = {
     Quantity.INITIAL: Tolerance(0.05, 0.05),
     Quantity.ACTIVATION: Tolerance(0.10, 0.10),
     # Read from movement to about 1e-3.
+    Quantity.UNEXPLAINED: Tolerance(0.50, 0.70),
     Quantity.LEARNING_RATE: Tolerance(0.02, 0.02),
     Quantity.EPS: Tolerance(0.05, 0.10),
     Quantity.WEIGHT_DECAY: Tolerance(0.03, 0.03),
@@ -66,11 +67,16 @@ _FLOOR = {
     Quantity.EPS: 1e-3,
     Quantity.WEIGHT_DECAY: 0.02,
     Quantity.INITIAL: 1e-3,
+    Quantity.GRADIENT: 1e-4,
 }
 """Relative to the reference's median at the same width: what is as good as 0, so that 0 can be compared."""
 _LEAST_SPREAD = 0.003
 """Seeds that agree to rounding do not make a difference of a thousandth significant."""
 _LEAST_OVERLAP = 0.02
+_LEAST_UNEXPLAINED = 0.01
+"""Right optimizers leave less unexplained, in single precision."""
+_ROUNDING = 1e-5
+"""A gradient that is so small beside the others is what single precision left over of sums that should be 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +111,33 @@ def compare(subject: Measured, reference: Measured) -> dict[Key, Compared]:
     """Everything that both have measured, at the widths that both have."""
     widths = [width for width in subject.widths if width in set(reference.widths)]
     floors = {width: _floors(reference, width) for width in widths}
+    rounding = _only_rounding(reference)
     found = {}
     for key in sorted(subject.keys() & reference.keys()):
+        if key.quantity in FROM_STEPS and key.name in rounding:
+            continue
         sides = [
             {w: [_log(run.values[key], key, floors[w]) for run in side.at(w)] for w in widths}
             for side in (subject, reference)
         ]
         found[key] = _compared(key, *sides)
+    return found
+
+
+def _only_rounding(reference: Measured) -> set[str]:
+    """Parameters that nothing can be read from, because their right gradient is 0 and what is there is rounding.
+
+    A bias of keys, above all: it moves all logits of a query alike, and the softmax does not see that.
+    """
+    found = set()
+    for run in reference.runs:
+        gradients: dict[int, dict[str, float]] = {}
+        for key, value in run.values.items():
+            if key.quantity is Quantity.GRADIENT:
+                gradients.setdefault(key.step, {})[key.name] = value
+        for of_step in gradients.values():
+            usual = median(of_step.values())
+            found |= {name for name, value in of_step.items() if value < _ROUNDING * usual}
     return found
 
 
@@ -128,6 +154,8 @@ def _floors(reference: Measured, width: int) -> dict[Quantity, float]:
 def _log(value: float, key: Key, floors: Mapping[Quantity, float]) -> float:
     if key.quantity is Quantity.OVERLAP:
         return math.log(max(value, _LEAST_OVERLAP))
+    if key.quantity is Quantity.UNEXPLAINED:
+        return math.log(max(value, _LEAST_UNEXPLAINED))
     return math.log(max(value, 0.0) + floors.get(key.quantity, 1e-30))
 
 
@@ -184,6 +212,7 @@ def t_quantile(probability: float, freedom: int) -> float:
 ORDER = (
     Quantity.INITIAL,
     Quantity.ACTIVATION,
+    Quantity.UNEXPLAINED,
     Quantity.LEARNING_RATE,
     Quantity.EPS,
     Quantity.WEIGHT_DECAY,
@@ -214,6 +243,11 @@ class Finding:
         c, key = self.compared, self.key
         when = "before training" if key.step == 0 else f"after {key.step} step{'s' if key.step > 1 else ''}"
         where = f"{key.name}: {key.quantity}, {when}"
+        if key.quantity is Quantity.UNEXPLAINED:
+            share = _LEAST_UNEXPLAINED * math.exp(max(c.deviations.values()))
+            return (
+                f"{where}: no learning rate, eps and weight decay of the recipe's optimizer explain {share:.0%} of it"
+            )
         if self.kind is Kind.SLOPE:
             return f"{where}: slope over width {c.subject}, expected {c.reference}"
         return f"{where}: {c.factor:.3g} times what is expected, at every width"

@@ -25,6 +25,8 @@ class Quantity(StrEnum):
     """η as the movement of a weight in one step betrays it: see `replay.py`. Likewise the next two."""
     EPS = "eps"
     WEIGHT_DECAY = "weight decay"
+    UNEXPLAINED = "unexplained movement"
+    """The share of that movement that no learning rate, eps and weight decay explain: betas, momentum, another rule."""
     SPECTRAL = "spectral norm of the update"
     """‖W_t - W_0‖₂ / √(fan_out/fan_in) (SC, Condition 1)."""
     OVERLAP = "overlap"
@@ -33,6 +35,8 @@ class Quantity(StrEnum):
     """Of the training batch of a step."""
 
 
+FROM_STEPS = (Quantity.UNEXPLAINED, Quantity.LEARNING_RATE, Quantity.EPS, Quantity.WEIGHT_DECAY)
+"""What an optimizer's steps betray of it."""
 COORDINATES = (Quantity.ACTIVATION, Quantity.UPDATE)
 """What a classical coordinate check looks at."""
 

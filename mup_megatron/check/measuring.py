@@ -171,6 +171,7 @@ class Recorder:
         for (name, step), sums in equations.items():
             fitted = (solve or SGDReplay.fitted)(sums)
             found[Key(Quantity.LEARNING_RATE, name, step)] = fitted.lr
+            found[Key(Quantity.UNEXPLAINED, name, step)] = fitted.unexplained
             if fitted.eps is not None:
                 found[Key(Quantity.EPS, name, step)] = fitted.eps
             if fitted.weight_decay is not None:

@@ -9,7 +9,9 @@ m̂ and v̂ follow from the gradients that it saw, so with s = √v̂ every elem
     Δw·s = -η · m̂ - ε · Δw - ηλ · w·s - ηλε · w
 
 that is linear in four unknowns: least squares over the elements gives η, ε and λ. SGD with momentum likewise, from two
-unknowns. Only sums over elements are kept, so that ranks with different shards add theirs up.
+unknowns. What least squares leave unexplained is rounding where the optimizer is the one that is expected, and is not
+where its betas, its momentum or its kind are others. Only sums over elements are kept, so that ranks with different
+shards add theirs up.
 """
 
 import math
@@ -43,6 +45,8 @@ class Fitted:
     lr: float
     eps: float | None
     weight_decay: float | None
+    unexplained: float
+    """The share of the movement that no values of these explain, 0 to 1: a root mean square over the elements."""
 
 
 class Replay(Protocol):
@@ -84,10 +88,10 @@ class AdamReplay:
     @staticmethod
     def fitted(sums: Sums) -> Fitted:
         """Solves the equations."""
-        lr, eps, decay, _ = -_solved(sums)
+        (lr, eps, decay, _), unexplained = _solved(sums)
         if lr <= 0:
-            return Fitted(max(lr, 0.0), None, None)
-        return Fitted(float(lr), float(max(eps, 0.0)), float(decay / lr))
+            return Fitted(0.0, None, None, unexplained)
+        return Fitted(lr, max(eps, 0.0), decay / lr, unexplained)
 
 
 class SGDReplay:
@@ -112,10 +116,10 @@ class SGDReplay:
     @staticmethod
     def fitted(sums: Sums) -> Fitted:
         """Solves the equations."""
-        lr, decay = -_solved(sums)
+        (lr, decay), unexplained = _solved(sums)
         if lr <= 0:
-            return Fitted(max(lr, 0.0), None, None)
-        return Fitted(float(lr), None, float(decay / lr))
+            return Fitted(0.0, None, None, unexplained)
+        return Fitted(lr, None, decay / lr, unexplained)
 
 
 def _gram(columns: list[Tensor]) -> Sums:
@@ -124,14 +128,19 @@ def _gram(columns: list[Tensor]) -> Sums:
     return result
 
 
-def _solved(sums: Sums) -> Sums:
-    """Least squares with columns scaled to 1; what cannot be told apart shares the smallest solution."""
+def _solved(sums: Sums) -> tuple[tuple[float, ...], float]:
+    """Minus what the columns but the last have to be multiplied by to give the last, and what is missing then.
+
+    Least squares with columns scaled to 1; what cannot be told apart shares the smallest solution.
+    """
     scale = np.sqrt(np.diag(sums))
+    moved = scale[-1] > 0
     scale[scale == 0] = 1.0
     scaled = sums / np.outer(scale, scale)
-    solution: Sums = np.linalg.lstsq(scaled[:-1, :-1], scaled[:-1, -1], rcond=1e-13)[0]
-    result: Sums = solution * scale[-1] / scale[:-1]
-    return result
+    columns, target = scaled[:-1, :-1], scaled[:-1, -1]
+    solution = np.linalg.lstsq(columns, target, rcond=1e-13)[0]
+    left = 1 - 2 * solution @ target + solution @ columns @ solution if moved else 0.0
+    return tuple(float(x) for x in -solution * scale[-1] / scale[:-1]), math.sqrt(min(1.0, max(0.0, left)))
 
 
 def rms_of(squares: float, count: float) -> float:

@@ -73,6 +73,27 @@ def test_values_of_zero_are_compared_and_differ_from_others() -> None:
     assert found.key.name == "b"
 
 
+@pytest.mark.parametrize("gradient", [1e-10, 1e-3])
+def test_nothing_is_read_from_a_gradient_that_is_rounding(gradient: float) -> None:
+    """As that of a bias of keys, which does not change the softmax."""
+
+    def runs(rate: float) -> Measured:
+        rates = {Key(Quantity.LEARNING_RATE, "keys", 3): rate, Key(Quantity.LEARNING_RATE, "w", 3): 0.1}
+        gradients = {Key(Quantity.GRADIENT, name, 3): 1e-3 for name in ("w", "v")}
+        gradients[Key(Quantity.GRADIENT, "keys", 3)] = gradient
+        return Measured(tuple(Run(w, s, {**rates, **gradients}, (1.0,)) for w in WIDTHS for s in range(3)))
+
+    told = {finding.key.name for finding in findings(compare(runs(0.7), runs(0.1)))}
+    assert told == ({"keys"} if gradient == 1e-3 else set())
+
+
+def test_movement_that_is_not_explained_is_told_as_a_share() -> None:
+    key = Key(Quantity.UNEXPLAINED, "w", 3)
+    [found] = findings(compare(measured(slope=0, level=math.log(0.2), key=key), measured(slope=0, level=-12, key=key)))
+    assert "explain 20% of it" in found.sentence
+    assert not findings(compare(measured(slope=0, level=-9, key=key), measured(slope=0, level=-12, key=key)))
+
+
 def test_what_only_one_side_has_is_not_compared() -> None:
     other = Key(Quantity.UPDATE, "elsewhere", 3)
     assert set(compare(measured(slope=0, key=other), measured(slope=0))) == set()

@@ -47,25 +47,47 @@ def test_a_vector_that_starts_at_zero() -> None:
     assert found.weight_decay == pytest.approx(0.0, abs=1e-2)
 
 
-def test_a_wrong_beta_is_noticed_as_another_rate() -> None:
-    # The replay is told which betas to expect; an optimizer with others moves weights otherwise.
+def _unexplained(optimizer: torch.optim.Optimizer, replay: AdamReplay | SGDReplay) -> float:
+    """What the replay makes of another optimizer's last step."""
     generator = torch.Generator().manual_seed(0)
-    parameter = torch.nn.Parameter(torch.randn(500, generator=generator))
-    optimizer = torch.optim.AdamW([parameter], lr=1e-3, betas=(0.5, 0.95), eps=1e-4, weight_decay=0.0)
-    replay = AdamReplay(0.9, 0.95)
+    [parameter] = optimizer.param_groups[0]["params"]
     for _ in range(STEPS):
-        parameter.grad = 1e-3 * torch.randn(500, generator=generator)
+        parameter.grad = 1e-3 * torch.randn(parameter.shape, generator=generator)
         before = parameter.detach().clone()
         optimizer.step()
         replay.observe(parameter.grad, before)
-    found = AdamReplay.fitted(replay.sums(before, parameter.detach() - before))
-    assert abs(found.lr / 1e-3 - 1) > 0.05
+    return type(replay).fitted(replay.sums(before, parameter.detach() - before)).unexplained
+
+
+def _weight() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(0.05 * torch.randn(500, generator=torch.Generator().manual_seed(1)))]
+
+
+ADAM = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-4, "weight_decay": 1.0}
+OTHERS = {
+    "beta1": torch.optim.AdamW(_weight(), **{**ADAM, "betas": (0.5, 0.95)}),
+    "beta2": torch.optim.AdamW(_weight(), **{**ADAM, "betas": (0.9, 0.999)}),
+    "coupled weight decay": torch.optim.Adam(_weight(), **ADAM),
+    "amsgrad": torch.optim.AdamW(_weight(), **ADAM, amsgrad=True),
+    "no Adam": torch.optim.SGD(_weight(), lr=0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_the_steps_of_another_optimizer_are_not_explained(other: str) -> None:
+    assert _unexplained(torch.optim.AdamW(_weight(), **ADAM), AdamReplay(0.9, 0.95)) < 1e-3
+    assert _unexplained(OTHERS[other], AdamReplay(0.9, 0.95)) > 0.01
+
+
+def test_nor_are_those_of_another_momentum() -> None:
+    assert _unexplained(torch.optim.SGD(_weight(), lr=0.1, momentum=0.9), SGDReplay(0.9)) < 1e-3
+    assert _unexplained(torch.optim.SGD(_weight(), lr=0.1, momentum=0.5), SGDReplay(0.9)) > 0.1
 
 
 def test_a_weight_that_does_not_move_has_a_rate_of_zero() -> None:
     replay = AdamReplay(0.9, 0.95)
     replay.observe(torch.randn(10), torch.randn(10))
-    assert AdamReplay.fitted(replay.sums(torch.randn(10), torch.zeros(10))) == Fitted(0.0, None, None)
+    assert AdamReplay.fitted(replay.sums(torch.randn(10), torch.zeros(10))) == Fitted(0.0, None, None, 0.0)
 
 
 @pytest.mark.parametrize(("lr", "decay"), [(0.1, 0.0), (0.01, 0.5)])

@@ -238,15 +238,20 @@ class Finding:
         return self.compared.key
 
     @property
+    def unexplained(self) -> float:
+        """Of unexplained movement, its share at the width where it is largest."""
+        return _LEAST_UNEXPLAINED * math.exp(max(self.compared.deviations.values()))
+
+    @property
     def sentence(self) -> str:
         """In words: where, what was expected, what was found."""
         c, key = self.compared, self.key
         when = "before training" if key.step == 0 else f"after {key.step} step{'s' if key.step > 1 else ''}"
         where = f"{key.name}: {key.quantity}, {when}"
         if key.quantity is Quantity.UNEXPLAINED:
-            share = _LEAST_UNEXPLAINED * math.exp(max(c.deviations.values()))
             return (
-                f"{where}: no learning rate, eps and weight decay of the recipe's optimizer explain {share:.0%} of it"
+                f"{where}: no learning rate, eps and weight decay of the recipe's optimizer explain "
+                f"{self.unexplained:.0%} of it"
             )
         if self.kind is Kind.SLOPE:
             return f"{where}: slope over width {c.subject}, expected {c.reference}"

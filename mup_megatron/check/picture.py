@@ -70,6 +70,7 @@ _FOLLOWS = {
     Quantity.GRADIENT: ("gradients", "o", 9),
     Quantity.SPECTRAL: ("spectral norm of updates", "s", 6.5),
     Quantity.OVERLAP: ("overlap with initial weights", "^", 4.5),
+    Quantity.UNEXPLAINED: ("unexplained movement", "D", 4.5),
 }
 """Quantity → its name, marker and the marker's size."""
 
@@ -199,6 +200,8 @@ def _module(name: str) -> str:
 def _told(finding: Finding) -> str:
     """Slope or factor, as it stands in a panel."""
     c = finding.compared
+    if finding.key.quantity is Quantity.UNEXPLAINED:
+        return f"{finding.unexplained:.0%} of a step is unexplained"
     if finding.kind is Kind.SLOPE:
         return f"slope {c.subject.value:+.2f}, expected {c.reference}"
     return f"{c.factor:.3g} × what is expected, at every width"
@@ -251,7 +254,7 @@ def _consequences_panel(axes: Any, picture: _Picture) -> None:
         worst = max((f.compared for f in found if f.key.quantity is quantity), key=_furthest, default=None)
         if worst is not None:
             ratios.append(_Ratio(name, marker, points, worst.deviations, off=True))
-        elif of_it:
+        elif of_it and quantity is not Quantity.UNEXPLAINED:  # which is nothing, on both sides
             widths = set.intersection(*(set(c.deviations) for c in of_it))
             mean = {width: fmean(c.deviations[width] for c in of_it) for width in sorted(widths)}
             ratios.append(_Ratio(f"{name}, mean", marker, points, mean, off=False))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.processes import HANGS_AFTER_S
 from support.small_nets import OPTIONS, Net, recipe_for
 from torch import nn
 
@@ -63,7 +64,7 @@ def test_the_plug_in_gives_pytest_the_fixture(tmp_path: Path) -> None:
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS_AFTER_S,
     )
     assert ran.returncode == 1, ran.stdout + ran.stderr
     assert "1 failed, 1 passed" in ran.stdout

@@ -107,7 +107,7 @@ def _constant(_step: int, _steps: int) -> float:
 
 @pytest.mark.parametrize(("ranks", "stages"), [(1, (0, 1, 2, 3)), pytest.param(2, (1, 3), marks=pytest.mark.slow)])
 def test_an_engine_passes_at_every_stage(ranks: int, stages: Sequence[int]) -> None:
-    for of_rank in run_ranks(_under_deepspeed, ranks, stages, timeout_s=600):
+    for of_rank in run_ranks(_under_deepspeed, ranks, stages):
         for stage, (outcome, told, rates) in of_rank.items():
             assert outcome is Outcome.PASS, f"stage {stage}: {told}"
             assert rates == {name for name, _ in Net(32).named_parameters()}
@@ -147,7 +147,7 @@ def test_a_configuration_passes_with_the_entry_and_a_schedule_of_deepspeeds(tmp_
     }
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
-    outcome, told = run_ranks(_entry, 1, str(path), recipe_path, timeout_s=600)[0]
+    outcome, told = run_ranks(_entry, 1, str(path), recipe_path)[0]
     assert outcome is Outcome.PASS, told
     assert "single precision" in told
 

@@ -75,7 +75,7 @@ def check(references: Path, mutant: str | None = None, **more: Any) -> Told:
 
 
 def one(function: Any, *args: Any, **more: Any) -> Any:
-    return run_ranks(function, 1, *args, timeout_s=300, **more)[0]
+    return run_ranks(function, 1, *args, **more)[0]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ LAYOUTS = [
 def test_a_layouts_verdict_is_that_of_one_process(
     ranks: int, layout: dict[str, Any], single: Told, references: Path
 ) -> None:
-    found = run_ranks(check, ranks, references, timeout_s=400, **layout)
+    found = run_ranks(check, ranks, references, **layout)
     for of_rank in found:
         assert (of_rank.outcome, of_rank.culprit, of_rank.causes) == (single.outcome, None, [])
         assert set(of_rank.comparison) == set(single.comparison)
@@ -150,7 +150,7 @@ def test_a_mistake_is_named_alike_in_every_layout(
 ) -> None:
     assert collapsed.outcome == "fail"
     assert collapsed.causes[0] in MUTANTS[COLLAPSED].cause
-    for of_rank in run_ranks(check, ranks, references, COLLAPSED, timeout_s=400, **layout):
+    for of_rank in run_ranks(check, ranks, references, COLLAPSED, **layout):
         assert (of_rank.outcome, of_rank.culprit, of_rank.causes[0]) == ("fail", collapsed.culprit, collapsed.causes[0])
 
 

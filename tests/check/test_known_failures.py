@@ -205,7 +205,7 @@ def _mu_adam_under_zero_init(kind: str) -> Found:
 
 
 def test_deepspeeds_mu_adam_loses_its_ratios_under_zero_init() -> None:
-    outcome, _, found, told = run_ranks(_mu_adam_under_zero_init, 1, "MuAdamW", timeout_s=600)[0]
+    outcome, _, found, told = run_ranks(_mu_adam_under_zero_init, 1, "MuAdamW")[0]
     assert outcome is Outcome.FAIL
     hidden = {name for name in found if name.startswith("blocks.") and name.endswith(("up.weight", "down.weight"))}
     assert set(found) == hidden
@@ -230,7 +230,7 @@ def _scheduler_with_one_maximum() -> Found:
 
 
 def test_a_scheduler_with_one_maximum_flattens_the_groups() -> None:
-    outcome, culprit, found, _ = run_ranks(_scheduler_with_one_maximum, 1, timeout_s=600)[0]
+    outcome, culprit, found, _ = run_ranks(_scheduler_with_one_maximum, 1)[0]
     assert outcome is Outcome.FAIL
     assert culprit in found
     assert found["blocks.0.up.weight"] == pytest.approx(1.0, abs=0.05)

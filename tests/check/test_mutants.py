@@ -90,7 +90,7 @@ def _changes_in_rank(name: str) -> dict[str, float]:
 @cache
 def _changes(name: str) -> Mapping[str, float]:
     """Mutant → the largest relative difference of a weight."""
-    [found] = run_ranks(_changes_in_rank, 1, name, timeout_s=600)
+    [found] = run_ranks(_changes_in_rank, 1, name)
     assert isinstance(found, dict)
     return found
 

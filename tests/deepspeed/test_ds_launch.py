@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.ds_models import ds_config, recipe_for, write
+from support.processes import HANGS_AFTER_S
 
 SCRIPT = """
 import json, os, sys
@@ -58,7 +59,7 @@ def launch(folder: Path, config: object, *before: str) -> subprocess.CompletedPr
     }
     command = [sys.executable, "-m", "mup_megatron.launch", *before, "--deepspeed", "train.py", "ds.json"]
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=HANGS_AFTER_S
     )
 
 
@@ -128,7 +129,7 @@ def test_without_the_launcher_one_rank_says_what_is_wrong(tmp_path: Path) -> Non
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=HANGS_AFTER_S,
     )
     said = [path.read_text() for path in sorted(logs.rglob("stderr.log"))]
     assert len(said) == 2, done.stderr

@@ -75,7 +75,7 @@ def _require_as_torch(cases: list[tuple[str, int]], world_size: int, folder: Pat
     from mup_megatron.huggingface import plan_for
 
     recipes = {family: write(recipe_for(family), folder, f"{family}.recipe.yaml") for family, _ in cases}
-    found = run_ranks(_engines, world_size, recipes, cases, timeout_s=60 * len(cases) * world_size)[0]
+    found = run_ranks(_engines, world_size, recipes, cases)[0]
     wrong = []
     for family, width in cases:
         plan = plan_for(build(family, width), recipe_for(family))

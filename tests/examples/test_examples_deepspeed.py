@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from support.commands import command as in_process
+from support.processes import HANGS_AFTER_S
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -39,7 +40,7 @@ def started(*words: str | Path, **environment: str) -> "subprocess.Popen[str]":
 
 def ended(process: "subprocess.Popen[str]") -> str:
     try:
-        said, _ = process.communicate(timeout=300)
+        said, _ = process.communicate(timeout=HANGS_AFTER_S)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGTERM)  # launchers then end their own processes
         raise

@@ -14,6 +14,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.processes import HANGS_AFTER_S
 
 from mup_megatron import megatron_deepspeed
 
@@ -96,7 +97,7 @@ class Workplace:
     def apply(self, *options: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [self.patches / "apply.sh", self.checkout, *options],
-            capture_output=True, text=True, check=False, timeout=60, env=os.environ | {"PATH": path},
+            capture_output=True, text=True, check=False, timeout=HANGS_AFTER_S, env=os.environ | {"PATH": path},
         )  # fmt: skip
 
     def texts(self) -> dict[str, str]:

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import optuna
 import pytest
+from support.processes import HANGS_AFTER_S
 
 from mup_megatron.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "launch" / "gpt3_6.7b"
 RUN = HERE / "run.sh"
-LIMIT_S = 400
-"""Longer than anything here takes on a busy machine; only a fault reaches it."""
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def run(environment: dict[str, str], *words: object) -> subprocess.CompletedProcess[str]:
     command = [str(RUN), *map(str, words)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=HANGS_AFTER_S)
 
 
 def commands_of(out: str) -> dict[str, list[list[str]]]:
@@ -163,7 +162,7 @@ def data(environment: dict[str, str], tmp_path: Path) -> Path:
     """A small text; without DATA the script makes data of its own, which takes longer."""
     files = sorted(Path(os.__file__).parent.glob("[a-d]*.py"))[:12]
     command = ["mup-megatron", "data", *map(str, files), "-o", str(tmp_path / "text"), "--tokenizer", "bpe:512"]
-    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=LIMIT_S)
+    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=HANGS_AFTER_S)
     return tmp_path / "text"
 
 
@@ -180,7 +179,7 @@ def killed(environment: dict[str, str], sign: str, *words: object) -> None:
         if sign in line:
             break
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait(LIMIT_S)
+    process.wait(HANGS_AFTER_S)
     process.stderr.close()
     assert sign in said[-1], "".join(said)
 

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from support.processes import HANGS_AFTER_S
 
 from mup_megatron.models.gpt import gpt_shapes
 from mup_megatron.models.model_file import ModelFile, load_model_file
@@ -46,7 +47,7 @@ def environment(**changes: str) -> dict[str, str]:
 def run(script: str, *words: str, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", LAUNCH / script, *words],
-        cwd=cwd, env=environment(**changes), capture_output=True, text=True, check=False, timeout=300,
+        cwd=cwd, env=environment(**changes), capture_output=True, text=True, check=False, timeout=HANGS_AFTER_S,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.processes import HANGS_AFTER_S
 
 PATCHES = Path(__file__).parents[2] / "patches"
 SERIES = ["0.16", "0.17", "0.18", "0.19"]
@@ -96,7 +97,7 @@ class Workplace:
         preexec = None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         return subprocess.run(
             [self.patches / "apply.sh", self.checkout, *options],
-            capture_output=True, text=True, check=False, preexec_fn=preexec, timeout=60,
+            capture_output=True, text=True, check=False, preexec_fn=preexec, timeout=HANGS_AFTER_S,
         )  # fmt: skip
 
     def files(self) -> set[str]:

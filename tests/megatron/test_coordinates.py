@@ -92,7 +92,7 @@ def gradients(changes: dict[str, Any]) -> dict[str, float]:
 
 
 def _in_rank(function: Callable[..., Any], *args: Any) -> Any:
-    [found] = run_ranks(function, 1, *args, timeout_s=500)
+    [found] = run_ranks(function, 1, *args)
     return found
 
 

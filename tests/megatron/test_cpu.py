@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import stock
-from support.processes import run_ranks
+from support.processes import HANGS_AFTER_S, run_ranks
 from support.stock import Layout, Sizes, Training
 
 from mup_megatron.errors import InputError
@@ -64,7 +64,7 @@ def python(code: str) -> str:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_AFTER_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.processes import HANGS_AFTER_S
+
 from mup_megatron.megatron.lm import hooks
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +39,7 @@ def test_nothing_of_the_forks_own_megatron_is_replaced_and_no_more_of_it_needed_
     # With a flag of ours on the line, by which the plug-in for Megatron-LM, which this one imports parts of, wakes up.
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, "--mup-recipe", "R.yaml"], cwd=tmp_path,
-        env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True, check=False, timeout=120,
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True, check=False, timeout=HANGS_AFTER_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     at_import, with_a_model, untouched = done.stdout.splitlines()

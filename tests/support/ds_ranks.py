@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.processes import RankFailure
+from support.processes import HANGS_AFTER_S, RankFailure
 
 _TESTS = Path(__file__).parents[1]
 
@@ -29,7 +29,7 @@ def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout_s: float = 120,
+    timeout_s: float = HANGS_AFTER_S,
     collective_s: float | None = None,
     **kwargs: Any,
 ) -> list[Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from support.processes import RankFailure, _end, _fork_server
+from support.processes import HANGS_AFTER_S, RankFailure, _end, _fork_server
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
 
@@ -95,7 +95,7 @@ def run_script(
     folder: Path,
     launcher: bool = False,
     environment: Mapping[str, str] | None = None,
-    timeout_s: float = 100,
+    timeout_s: float = HANGS_AFTER_S,
 ) -> Finished:
     """Runs `script` with the arguments `words` on so many ranks, and waits for all of them.
 

@@ -28,6 +28,9 @@ import torch
 
 _PRELOAD = "support.preload"
 
+HANGS_AFTER_S = 900
+"""What still runs then is taken to hang. Far beyond what anything takes here, because other machines are slower."""
+
 
 class RankFailure(AssertionError):
     """A rank raised, died or did not finish. The message holds that rank's traceback."""
@@ -39,7 +42,7 @@ class _Report(NamedTuple):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120, **kwargs: Any
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = HANGS_AFTER_S, **kwargs: Any
 ) -> list[Any]:
     """Call `function(*args, **kwargs)` in `world_size` processes of one gloo group; return their results by rank.
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.processes import run_ranks
+from support.processes import HANGS_AFTER_S, run_ranks
 from support.training_runs import RECIPE, make_text, target
 
 from mup_megatron.recipe import save_recipe
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def start(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, text=True, capture_output=True, timeout=300
+        [sys.executable, *words], cwd=folder, env=environment, text=True, capture_output=True, timeout=HANGS_AFTER_S
     )
 
 

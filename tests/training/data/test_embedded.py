@@ -37,10 +37,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that a first process was killed over and two more then filled together."""
     cache = tmp_path_factory.mktemp("cache")
     with pytest.raises(RankFailure, match=f"exit code {-signal.SIGKILL}"):
-        run_ranks(_killed_while_writing, 1, cache, timeout_s=300)
+        run_ranks(_killed_while_writing, 1, cache)
     left = [path for path in (cache / "embedded").iterdir() if not path.name.startswith(".tmp-")]
     assert left == []
-    (first, first_met), (second, second_met) = run_ranks(_at_the_same_time, 2, cache, timeout_s=300)
+    (first, first_met), (second, second_met) = run_ranks(_at_the_same_time, 2, cache)
     assert first_met
     assert second_met
     assert first == second

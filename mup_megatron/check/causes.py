@@ -487,7 +487,7 @@ def _whole_plan(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
 OfActivation = Callable[[Key, AtWidth], float]
 
 
-def _at(ending: str, factor: Callable[[AtWidth], float]) -> OfActivation:
+def _at(ending: str | tuple[str, ...], factor: Callable[[AtWidth], float]) -> OfActivation:
     def predict(key: Key, here: AtWidth) -> float:
         return factor(here) if key.quantity is Quantity.ACTIVATION and key.name.endswith(ending) else 0.0
 
@@ -846,7 +846,8 @@ def _inside_qkv(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
         here = at[width]
         if weight(key):
             return 0.5 * math.log(shares(here)[1])
-        return _at_logits(lambda _: -math.inf)(key, here)
+        # A norm of nothing is nothing as well.
+        return _at(("scale_mask_softmax", "q_layernorm"), lambda _: -math.inf)(key, here)
 
     def moved(factor: Callable[[AtWidth], float]) -> Predict:
         return lambda key, width: factor(at[width]) if weight(key) else 0.0

@@ -126,6 +126,8 @@ def _activations(model: ModelFile, plan: Plan) -> dict[Key, float]:
         here = f"decoder.layers.{layer}"
         found[f"{here}.input_layernorm"] = found[f"{here}.pre_mlp_layernorm"] = 1.0
         qkv = found[f"{here}.self_attention.linear_qkv"] = out(f"{here}.self_attention.linear_qkv", 1.0)
+        if model.qk_layernorm:
+            found[f"{here}.self_attention.q_layernorm"] = found[f"{here}.self_attention.k_layernorm"] = 1.0
         logits = plan.softmax_scale * qkv**2 * math.sqrt(plan.head_size)
         found[f"{here}.self_attention.core_attention.scale_mask_softmax"] = logits
         proj = found[f"{here}.self_attention.linear_proj"] = out(f"{here}.self_attention.linear_proj", qkv / 3)
@@ -455,6 +457,16 @@ def test_activations_behind_a_wrong_weight_are_not_causes() -> None:
 
     assert found[0].culprit == FC1
     assert not [cause for cause in found if cause.name == "module-output"]
+
+
+def test_queries_of_0_are_known_behind_a_norm() -> None:
+    def zeroed(key: Key, _: int, x: float) -> float:
+        if "linear_qkv" in key.name and key.quantity in (Quantity.INITIAL, Quantity.ACTIVATION):
+            return x * math.sqrt(2 / 3)
+        gone = key.quantity is Quantity.ACTIVATION and key.name.endswith(("scale_mask_softmax", "q_layernorm"))
+        return 0.0 if gone else x
+
+    assert _best(KEY_NORM, _compared(KEY_NORM, value=zeroed)) == ("queries-zeroed", QKV)
 
 
 def test_queries_of_0_are_told_from_a_smaller_draw_by_the_logits() -> None:

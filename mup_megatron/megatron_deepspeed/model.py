@@ -1,7 +1,7 @@
 """A plan → a model that the fork has just built: initial weights, multipliers, attention scale. Holds no theory.
 
 As `megatron/model.py` does it for Megatron-Core: what was drawn is multiplied, never drawn again, and nothing is hooked
-where a multiplier is 1. Of Megatron it needs `megatron.core.parallel_state` alone, which the fork has as well.
+where a multiplier is 1. It imports nothing of Megatron.
 """
 
 import contextlib

@@ -286,6 +286,8 @@ def test_ctrl_c_and_sigterm_put_running_trials_back(
     block = Block.new(tmp_path)
 
     def sweep() -> None:
+        # A shell has what it starts in the background ignore Ctrl-C, these tests maybe among it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with pytest.raises(KeyboardInterrupt):
             run_sweep(spec, block, N, workers=2)
 

@@ -126,14 +126,11 @@ def test_every_layout_goes_on_from_one_process(
 
 @pytest.mark.parametrize("form", ["torch", "torch_dist"])
 def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path: Path, form: str) -> None:
-    words = line(
-        train_iters=4, save=tmp_path / "ck", load=tmp_path / "ck", save_interval=2, ckpt_format=form,
-        tensor_model_parallel_size=2, use_distributed_optimizer=True,
-    )  # fmt: skip
+    words = line(train_iters=4, ckpt_format=form, tensor_model_parallel_size=2, use_distributed_optimizer=True)
     words += ["--mup-recipe", str(recipe_file(tmp_path))]
-    whole = run(tmp_path / "whole", words, ranks=2)
+    whole = run(tmp_path / "whole", [*words, "--save", str(tmp_path / "ck"), "--save-interval", "2"], ranks=2)
     (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("2")
-    rest = run(tmp_path / "rest", words, ranks=2)
+    rest = run(tmp_path / "rest", [*words, "--load", str(tmp_path / "ck")], ranks=2)
     assert rest.losses == {iteration: whole.losses[iteration] for iteration in (3, 4)}
 
 
@@ -147,24 +144,14 @@ def test_a_recipe_beside_a_checkpoint_is_enough_to_go_on(tmp_path: Path) -> None
 
 def test_an_accepted_change_of_the_learning_rate_goes_on_with_the_saved_state(tmp_path: Path) -> None:
     """The group values are the new recipe's, the moments the old run's; Megatron finds groups by their old values."""
-    saving = line(
-        save=tmp_path / "ck",
-        load=tmp_path / "ck",
-        ckpt_format="torch_dist",
-        save_interval=2,
-        use_distributed_optimizer=True,
-    )
-    run(tmp_path / "before", [*saving, "--mup-recipe", str(recipe_file(tmp_path))])
-    longer = [*saving, "--train-iters", "3", "--override-opt-param-scheduler", "--mup-accept-recipe-change"]
-    same = run(tmp_path / "same", [*longer, "--mup-recipe", str(recipe_file(tmp_path))])
-    (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("2")
-    other = run(tmp_path / "other", [*longer, "--mup-recipe", str(recipe_file(tmp_path, "b", lr=3e-3))])
-    assert other.losses == same.losses  # iteration 3 is computed before its update
-    (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("2")
-    further = [*longer, "--train-iters", "4"]
-    there = run(tmp_path / "there", [*further, "--mup-recipe", str(tmp_path / "b.recipe.yaml")])
-    (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("2")
+    words = line(ckpt_format="torch_dist", use_distributed_optimizer=True)
+    saving = ["--save", str(tmp_path / "ck"), "--mup-recipe", str(recipe_file(tmp_path))]
+    run(tmp_path / "before", [*words, *saving])
+    further = [*words, "--load", str(tmp_path / "ck"), "--train-iters", "4"]
+    further += ["--override-opt-param-scheduler", "--mup-accept-recipe-change"]
     here = run(tmp_path / "here", [*further, "--mup-recipe", str(recipe_file(tmp_path))])
+    there = run(tmp_path / "there", [*further, "--mup-recipe", str(recipe_file(tmp_path, "b", lr=3e-3))])
+    assert there.losses[3] == here.losses[3]  # computed before the first update
     assert there.losses[4] != here.losses[4]
 
 

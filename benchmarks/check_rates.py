@@ -183,7 +183,7 @@ def _seed(*what: object) -> int:
 
 
 _WHAT_COUNTS = (
-    "batches causes comparison entries family judge levels measurements measuring megatron_subject module_reference "
+    "batches comparison entries family judge levels measurements measuring megatron_subject module_reference "
     "mutants plain_gpt reference replay run verdict wider"
 ).split()
 
@@ -191,7 +191,8 @@ _WHAT_COUNTS = (
 def _code() -> str:
     """Changes whenever a check could come out otherwise."""
     package = Path(mup_megatron.__file__).parent
-    files = [package / "check" / f"{name}.py" for name in _WHAT_COUNTS] + sorted((package / "theory").glob("*.py"))
+    files = [package / "check" / f"{name}.py" for name in _WHAT_COUNTS]
+    files += sorted([*(package / "check" / "causes").glob("*.py"), *(package / "theory").glob("*.py")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

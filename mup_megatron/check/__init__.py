@@ -6,7 +6,7 @@ correct reference of the same shape.
     reference.py      the correct runs, in plain torch; cache.py keeps them
     megatron_subject.py, modules.py, hugging_face.py, launch_line.py      what is checked
     comparison.py     what of it is off, beyond seeds
-    causes.py         which mistake looks like that
+    causes/           which mistake looks like that
     wider.py, transfer.py      the loss over widths, the basin of the learning rate
     judge.py, run.py  all of it together: a Verdict; report.py and picture.py tell it
     mutants.py        deliberate mistakes, to see that they are found; entries.py which parameters are meant

@@ -46,3 +46,18 @@ def is_gain(entry: PlanEntry) -> bool:
 def is_bias(entry: PlanEntry) -> bool:
     """A bias that grows with width."""
     return entry.kind is Kind.BIAS and entry.role is Role.INPUT
+
+
+def is_not_hidden(entry: PlanEntry) -> bool:
+    """One side, or none, grows with width."""
+    return entry.role is not Role.HIDDEN
+
+
+def is_linear_bias(entry: PlanEntry) -> bool:
+    """A bias, and not a norm's."""
+    return entry.kind is Kind.BIAS and "norm" not in entry.name
+
+
+def is_matrix(entry: PlanEntry) -> bool:
+    """Neither bias nor gain."""
+    return not entry.kind.is_vector

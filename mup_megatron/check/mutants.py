@@ -69,7 +69,7 @@ class Mutant:
     what: str
     """In one sentence."""
     cause: tuple[str, ...]
-    """Names in `causes.py` that count as right."""
+    """Names in `causes/` that count as right."""
     plan: PlanChange | None = None
     """Gives the plan that is built; the reference keeps the right one."""
     model: ModelChange | None = None

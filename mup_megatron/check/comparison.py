@@ -7,7 +7,7 @@ seeds within each width, pooled over both sides; curvature, which both sides sha
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import NormalDist, fmean, median
@@ -110,8 +110,8 @@ Comparison = Mapping[Key, Compared]
 def compare(subject: Measured, reference: Measured) -> dict[Key, Compared]:
     """Everything that both have measured, at the widths that both have."""
     widths = [width for width in subject.widths if width in set(reference.widths)]
-    floors = {width: _floors(reference, width) for width in widths}
     rounding = _only_rounding(reference)
+    floors = {width: _floors(reference, width, rounding) for width in widths}
     found = {}
     for key in sorted(subject.keys() & reference.keys()):
         if key.quantity in FROM_STEPS and key.name in rounding:
@@ -141,10 +141,15 @@ def _only_rounding(reference: Measured) -> set[str]:
     return found
 
 
-def _floors(reference: Measured, width: int) -> dict[Quantity, float]:
+def _floors(reference: Measured, width: int, rounding: Collection[str]) -> dict[Quantity, float]:
     floors = {}
     for quantity, share in _FLOOR.items():
-        values = [value for run in reference.at(width) for key, value in run.values.items() if key.quantity is quantity]
+        values = [
+            value
+            for run in reference.at(width)
+            for key, value in run.values.items()
+            if key.quantity is quantity and key.name not in rounding
+        ]
         # What is as good as 0, a vector's weight decay for one, is not among those whose median is meant.
         there = [value for value in values if value > 0.01 * max(values)]
         floors[quantity] = share * median(there) if there else 1e-30

@@ -87,6 +87,17 @@ def test_nothing_is_read_from_a_gradient_that_is_rounding(gradient: float) -> No
     assert told == ({"keys"} if gradient == 1e-3 else set())
 
 
+def test_nor_does_what_is_read_from_one_hide_what_is_read_from_others() -> None:
+    def runs(decay: float) -> Measured:
+        decays = {Key(Quantity.WEIGHT_DECAY, "keys", 3): 1e6, Key(Quantity.WEIGHT_DECAY, "w", 3): decay}
+        gradients = {Key(Quantity.GRADIENT, name, 3): 1e-3 for name in ("w", "v")}
+        gradients[Key(Quantity.GRADIENT, "keys", 3)] = 1e-10
+        return Measured(tuple(Run(w, s, {**decays, **gradients}, (1.0,)) for w in WIDTHS for s in range(3)))
+
+    [found] = findings(compare(runs(0.05), runs(0.1)))
+    assert (found.key.name, found.compared.factor) == ("w", pytest.approx(0.5, rel=0.02))
+
+
 def test_movement_that_is_not_explained_is_told_as_a_share() -> None:
     key = Key(Quantity.UNEXPLAINED, "w", 3)
     [found] = findings(compare(measured(slope=0, level=math.log(0.2), key=key), measured(slope=0, level=-12, key=key)))

@@ -144,7 +144,13 @@ def collapsed(references: Path) -> Told:
 COLLAPSED = "learning-rate-collapsed"
 
 
-@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        case if case.id == "TP2×PP2" else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
+        for case in LAYOUTS
+    ],
+)
 def test_a_mistake_is_named_alike_in_every_layout(
     ranks: int, layout: dict[str, Any], collapsed: Told, references: Path
 ) -> None:

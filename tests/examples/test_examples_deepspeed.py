@@ -24,7 +24,7 @@ each_folder = pytest.mark.parametrize("folder", FOLDERS)
 
 
 def run(*words: str | Path, **environment: str) -> str:
-    """What a command says, on the CPU and in the root of the repository. It has to end well, in five minutes."""
+    """What a command says, on the CPU and in the root of the repository. It has to end well."""
     with started(*words, **environment) as process:
         return ended(process)
 
@@ -57,7 +57,10 @@ def read(path: Path) -> dict[str, Any]:
 # ---- two widths ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "small", "wide", "tried"), [("bert", 64, 256, (5, 4)), ("resnet", 16, 64, (7, 6))])
+@pytest.mark.parametrize(
+    ("name", "small", "wide", "tried"),
+    [("bert", 64, 256, (5, 4)), pytest.param("resnet", 16, 64, (7, 6), marks=pytest.mark.slow)],
+)
 def test_two_widths_make_a_table_and_a_picture(
     name: str, small: int, wide: int, tried: tuple[int, int], tmp_path: Path
 ) -> None:

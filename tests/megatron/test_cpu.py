@@ -327,7 +327,11 @@ def _resume(layout: Layout, folder: Path) -> list[float]:
     return stock.train(run, 3)
 
 
-@pytest.mark.parametrize("layout", [ONE, SPLIT, Layout(dp=2, distributed_optimizer=True)], ids=describe)
+@pytest.mark.parametrize(
+    "layout",
+    [ONE, SPLIT, pytest.param(Layout(dp=2, distributed_optimizer=True), marks=pytest.mark.slow)],
+    ids=describe,
+)
 def test_resume_is_bitwise(layout: Layout, tmp_path: Path) -> None:
     """New processes that load a torch_dist checkpoint go on with exactly the losses of those that never stopped."""
     uninterrupted = run_ranks(_save_and_go_on, layout.world_size, layout, tmp_path)

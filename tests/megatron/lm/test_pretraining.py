@@ -112,7 +112,11 @@ def first_half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Fi
     return folder / "ck", path, whole
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    # Of these two TP2 × PP2 + SP is made.
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("TP2 + SP", "PP2") else name for name in LAYOUTS],
+)
 def test_every_layout_goes_on_from_one_process(
     tmp_path: Path, first_half: tuple[Path, Path, Finished], layout: str
 ) -> None:

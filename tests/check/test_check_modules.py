@@ -11,6 +11,7 @@ import torch
 import transformers
 from support import ds_models, small_nets
 from support.ds_ranks import run_ranks
+from support.hf_families import FAMILIES, recipe_at
 from support.small_nets import OPTIONS, Mixer, Net, recipe_for
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -124,6 +125,17 @@ def test_a_configuration_passes_in_plain_torch() -> None:
     assert any("Dropout is off" in remark for remark in verdict.remarks)
     seen = {key.name for key in verdict.comparison if key.quantity is Quantity.UPDATE}
     assert {"transformer.h.0", "transformer.h.0.attn.attention_logits", "lm_head"} <= seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "bert"])
+def test_every_family_passes(family: str) -> None:
+    """With the values by default. What BERT's pretraining model learns from, its user has to say."""
+    of_class, configuration = FAMILIES[family]
+    base, target = (configuration(width) for width in (64, 512))
+    base.architectures = target.architectures = [of_class.__name__]
+    values = {"lr": 0.008, "init_method_std": 0.05, "weight_decay": 0.1}
+    _passes(check_hugging_face(target, recipe_at(base, hyperparameters=values)))
 
 
 def _entry(path: str, recipe_path: str) -> tuple[Outcome, str]:

@@ -11,7 +11,17 @@ from mup_megatron.check.measurements import Measured
 from mup_megatron.files import write_atomically
 
 FOLDER = Path("results/check/references")
-_WHAT_COUNTS = ("batches", "measurements", "measuring", "module_reference", "plain_gpt", "reference", "replay")
+_WHAT_COUNTS = (
+    "batches",
+    "levels",
+    "measurements",
+    "measuring",
+    "module_reference",
+    "plain_gpt",
+    "reference",
+    "replay",
+    "run",
+)
 
 
 def cached(folder: Path | None, facts: object, make: Callable[[], Measured]) -> Measured:
@@ -39,5 +49,6 @@ def cached(folder: Path | None, facts: object, make: Callable[[], Measured]) -> 
 def _code() -> str:
     """Changes whenever the code that measures or that makes plans does."""
     package = Path(__file__).parents[1]
-    files = [package / "check" / f"{name}.py" for name in _WHAT_COUNTS] + sorted((package / "theory").glob("*.py"))
+    files = [package / "recipe.py", *(package / "check" / f"{name}.py" for name in _WHAT_COUNTS)]
+    files += sorted([*(package / "theory").glob("*.py"), *(package / "models").glob("*.py")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

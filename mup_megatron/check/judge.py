@@ -8,7 +8,7 @@ from statistics import fmean
 
 from mup_megatron.check import levels
 from mup_megatron.check.causes import Cause, causes
-from mup_megatron.check.comparison import Comparison, Finding, Kind, compare, findings
+from mup_megatron.check.comparison import Comparison, Finding, Kind, compare, findings, only_rounding
 from mup_megatron.check.measurements import COORDINATES, Measured, Protocol, Quantity
 from mup_megatron.check.verdict import Level, Outcome, Section, Verdict
 from mup_megatron.check.wider import wider_is_better
@@ -69,7 +69,7 @@ def judge(
     else:
         sections = [
             _coordinates(comparison, control_comparison, subject, reference),
-            _gradients(comparison),
+            _gradients(comparison, subject, reference),
         ]
         if level is not Level.QUICK:
             sections += _late(sides)
@@ -185,7 +185,7 @@ def _coordinates(comparison: Comparison, control: Comparison, subject: Measured,
             f"{worst.key.name} after {worst.key.step} steps, slope {worst.subject}, expected {worst.reference}"
         )
     if missing:
-        lines.append(f"Not seen in the model: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
+        lines.append(f"Not seen in the model: {_some(missing)}")
     if told:
         furthest = max(told, key=lambda f: f.compared.slope)
         lines.append(
@@ -201,8 +201,15 @@ def _coordinates(comparison: Comparison, control: Comparison, subject: Measured,
     return _section("coordinates", found, lines)
 
 
-def _gradients(comparison: Comparison) -> Section:
+def _gradients(comparison: Comparison, subject: Measured, reference: Measured) -> Section:
     found = [finding for finding in findings(comparison) if finding.key.quantity not in COORDINATES]
+    missing = sorted(_parameters(reference) - _parameters(subject))
+    if missing:
+        line = (
+            f"{_some(missing)}: in the plan and the reference, and not seen in the model. Give its parameters the "
+            "names that the plan has."
+        )
+        return Section(name="gradients and updates", outcome=Outcome.NO_VERDICT, lines=(line,), findings=tuple(found))
     lines = []
     for quantity in (Quantity.LEARNING_RATE, Quantity.EPS, Quantity.WEIGHT_DECAY):
         of_it = [c for key, c in comparison.items() if key.quantity is quantity]
@@ -211,12 +218,22 @@ def _gradients(comparison: Comparison) -> Section:
             worst = max(of_it, key=lambda c: max(abs(d) for d in c.deviations.values()))
             by = max(abs(math.expm1(d)) for d in worst.deviations.values())
             lines.append(f"{quantity} of {len(names)} parameters, as they moved: within {by:.2g} of what is expected")
+    if rounding := sorted(only_rounding(reference)):
+        lines.append(f"Not of {_some(rounding)}: the right gradient is 0, and what is there is rounding")
     if not lines:
         lines.append(
             "Learning rates, eps and weight decay were not read: an optimizer without a replay, or gradients of which "
             "each rank has a part alone (the distributed optimizer's)"
         )
     return _section("gradients and updates", found, lines if not found else [])
+
+
+def _parameters(measured: Measured) -> set[str]:
+    return {key.name for key in measured.keys() if key.quantity is Quantity.INITIAL}  # noqa: SIM118
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
 
 
 def _late(sides: Sides) -> list[Section]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -125,7 +125,7 @@ class Protocol:
     recorded: tuple[int, ...]
     """After how many steps activations and weights are compared with those at the start."""
     batch_size: int = 4
-    spectral: bool = field(default=True)
+    spectral: bool = True
     """Whether spectral norms are taken, after the last step."""
 
     def fingerprint(self) -> str:

@@ -91,11 +91,11 @@ class MegatronTrainee:
         return self._parameters.items()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """Reduced over ranks and clipped."""
+        """Reduced over ranks and clipped; 0 for what is not trained."""
         if self._shared:
             return None
         gradient: Tensor | None = getattr(parameter, "main_grad", parameter.grad)
-        return gradient
+        return torch.zeros_like(parameter) if gradient is None else gradient
 
     def replay(self) -> Replay | None:
         """Of the recipe's optimizer."""

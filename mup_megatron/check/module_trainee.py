@@ -85,8 +85,8 @@ class ModuleTrainee:
         return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
     def replay(self) -> Replay | None:
-        """Of the recipe's optimizer, if this is one of its kind."""
-        return _replay(self._optimizer, self._recipe)
+        """Of the recipe's optimizer, whatever this one is."""
+        return None if self._optimizer is None else replay_for(self._recipe)
 
     def forward(self) -> None:
         """On the batch for comparisons."""
@@ -155,12 +155,15 @@ class EngineTrainee:
         return self._copies.items()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """Averaged over ranks and clipped; None where DeepSpeed does not give it."""
+        """Averaged over ranks, and clipped as the recipe says, because DeepSpeed shows what it has before it clips.
+
+        None where DeepSpeed does not give it.
+        """
         return self._gradients.get(id(parameter))
 
     def replay(self) -> Replay | None:
-        """Of the recipe's optimizer, if this is one of its kind."""
-        return _replay(getattr(self._engine, "basic_optimizer", self._engine.optimizer), self._recipe)
+        """Of the recipe's optimizer, whatever this one is."""
+        return replay_for(self._recipe)
 
     def forward(self) -> None:
         """On the batch for comparisons."""
@@ -231,11 +234,6 @@ def _share(batch: Any, rank: int, ranks: int, device: Any) -> Any:
     if isinstance(batch, tuple | list):
         return type(batch)(_share(value, rank, ranks, device) for value in batch)
     return batch
-
-
-def _replay(optimizer: Any, recipe: Recipe) -> Replay | None:
-    kind = "sgd" if recipe.parametrization.optimizer == "sgd" else "adam"
-    return replay_for(recipe) if kind in type(optimizer).__name__.lower() else None
 
 
 # ---- what is looked at ---------------------------------------------------------------------------------------------

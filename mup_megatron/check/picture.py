@@ -23,7 +23,7 @@ from matplotlib.patches import Patch
 
 from mup_megatron.check.comparison import ORDER, TOLERANCES, Compared, Finding, Kind, t_quantile
 from mup_megatron.check.measurements import Key, Measured, Quantity
-from mup_megatron.check.report import conditions, headline, size, typical, why_none
+from mup_megatron.check.report import conditions, headline, typical, why_none
 from mup_megatron.check.verdict import Outcome, Verdict
 
 _FAULT, _CALM, _GREY, _BAND, _PASS, _NONE = "#c0271c", "#3f5468", "#8a929b", "#bfd3e6", "#2e7d4f", "#9a6a00"
@@ -180,7 +180,7 @@ class _Picture:
         """Of a panel's findings the one to tell: at fault, else the earliest; the largest of those."""
         fault = [f for f in found if f.key in self.at_fault]
         first = fault or [f for f in found if f.key.step == min(g.key.step for g in found)]
-        return max(first, key=size, default=None)
+        return max(first, key=lambda finding: finding.size, default=None)
 
     def frame(self, axes: Any, found: Sequence[Finding]) -> None:
         """Marks a panel in which something was found."""
@@ -201,7 +201,7 @@ def _told(finding: Finding) -> str:
     """Slope or factor, as it stands in a panel."""
     c = finding.compared
     if finding.key.quantity is Quantity.UNEXPLAINED:
-        return f"{finding.unexplained:.0%} of a step is unexplained"
+        return f"{finding.compared.largest:.0%} of a step is unexplained"
     if finding.kind is Kind.SLOPE:
         return f"slope {c.subject.value:+.2f}, expected {c.reference}"
     return f"{c.factor:.3g} × what is expected, at every width"

@@ -15,6 +15,7 @@ shards add theirs up.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +26,8 @@ from torch import Tensor
 
 Sums = NDArray[np.float64]
 
+_LAST_DIGIT = 2.0**-23
+"""Of a weight in single precision, relative to it."""
 SAMPLE = 8192
 """Elements of a tensor, drawn once, that are looked at: each is an equation, and there are four unknowns."""
 
@@ -46,7 +49,8 @@ class Fitted:
     eps: float | None
     weight_decay: float | None
     unexplained: float
-    """The share of the movement that no values of these explain, 0 to 1: a root mean square over the elements."""
+    """The share of the movement that no values of these explain, 0 to 1: a root mean square over the elements, in which
+    elements count as their gradients are large."""
 
 
 class Replay(Protocol):
@@ -88,10 +92,14 @@ class AdamReplay:
     @staticmethod
     def fitted(sums: Sums) -> Fitted:
         """Solves the equations."""
-        (lr, eps, decay, _), unexplained = _solved(sums)
+        (lr, eps, decay, _), left = _solved(sums)
+        eps = max(eps, 0.0)
+        # In units of the movement: what stands in the equations is Δw·s, of which ε may make much more or less.
+        moved = _squares(sums, {4: 1.0, 1: eps})
+        unexplained = _share(left, moved, digit=_squares(sums, {2: 1.0, 3: eps}))
         if lr <= 0:
             return Fitted(0.0, None, None, unexplained)
-        return Fitted(lr, max(eps, 0.0), decay / lr, unexplained)
+        return Fitted(lr, eps, decay / lr, unexplained)
 
 
 class SGDReplay:
@@ -116,7 +124,8 @@ class SGDReplay:
     @staticmethod
     def fitted(sums: Sums) -> Fitted:
         """Solves the equations."""
-        (lr, decay), unexplained = _solved(sums)
+        (lr, decay), left = _solved(sums)
+        unexplained = _share(left, _squares(sums, {2: 1.0}), digit=_squares(sums, {1: 1.0}))
         if lr <= 0:
             return Fitted(0.0, None, None, unexplained)
         return Fitted(lr, None, decay / lr, unexplained)
@@ -129,18 +138,30 @@ def _gram(columns: list[Tensor]) -> Sums:
 
 
 def _solved(sums: Sums) -> tuple[tuple[float, ...], float]:
-    """Minus what the columns but the last have to be multiplied by to give the last, and what is missing then.
+    """Minus what the columns but the last are to be multiplied by to give the last, and the squares that are left over.
 
     Least squares with columns scaled to 1; what cannot be told apart shares the smallest solution.
     """
     scale = np.sqrt(np.diag(sums))
-    moved = scale[-1] > 0
     scale[scale == 0] = 1.0
     scaled = sums / np.outer(scale, scale)
     columns, target = scaled[:-1, :-1], scaled[:-1, -1]
     solution = np.linalg.lstsq(columns, target, rcond=1e-13)[0]
-    left = 1 - 2 * solution @ target + solution @ columns @ solution if moved else 0.0
-    return tuple(float(x) for x in -solution * scale[-1] / scale[:-1]), math.sqrt(min(1.0, max(0.0, left)))
+    left = scaled[-1, -1] - 2 * solution @ target + solution @ columns @ solution
+    return tuple(float(x) for x in -solution * scale[-1] / scale[:-1]), max(0.0, float(left)) * float(scale[-1]) ** 2
+
+
+def _squares(sums: Sums, of: Mapping[int, float]) -> float:
+    """The sum of squares of columns, multiplied and added up."""
+    return float(sum(a * b * sums[i, j] for i, a in of.items() for j, b in of.items()))
+
+
+def _share(left: float, moved: float, *, digit: float) -> float:
+    """Of squares, as a ratio of roots. A weight cannot move by less than its last digit: what that leaves over is not
+    counted.
+    """
+    beyond = max(0.0, left - _LAST_DIGIT**2 * digit)
+    return min(1.0, math.sqrt(beyond / moved)) if moved > 0 else 0.0
 
 
 def rms_of(squares: float, count: float) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mup_megatron.check.comparison import Finding, Kind
+from mup_megatron.check.comparison import Finding
 from mup_megatron.check.measurements import Key, Measured, Quantity
 from mup_megatron.check.verdict import Outcome, Section, Verdict
 
@@ -85,7 +85,7 @@ class Alike:
     def shown(self) -> Finding:
         """The one that is told: of the earliest step, the one that is furthest off."""
         first = min(finding.key.step for finding in self.findings)
-        return max((f for f in self.findings if f.key.step == first), key=size)
+        return max((f for f in self.findings if f.key.step == first), key=lambda f: f.size)
 
     @property
     def name(self) -> str:
@@ -105,11 +105,6 @@ def alike(findings: Iterable[Finding]) -> list[Alike]:
     for finding in findings:
         groups.setdefault((finding.key.quantity, _LAYER.sub("", finding.key.name)), []).append(finding)
     return [Alike(tuple(group)) for group in groups.values()]
-
-
-def size(finding: Finding) -> float:
-    """How far off, in the logarithm of the value or in its slope."""
-    return abs(finding.compared.slope if finding.kind is Kind.SLOPE else finding.compared.level)
 
 
 def sentence(group: Alike, verdict: Verdict) -> str:

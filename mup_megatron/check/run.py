@@ -55,11 +55,7 @@ class Family:
         count = levels.REFERENCE_SEEDS if rule is Rule.MUP else levels.CONTROL_SEEDS
         seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + count)
         what = "reference" if rule is Rule.MUP else "control"
-        facts = [recipe.fingerprint, self._shapes(), protocol.fingerprint(), list(seeds)]
-        return cache.cached(self.cache, facts, lambda: _references(self.plain, recipe, protocol, seeds, what, report))
-
-    def _shapes(self) -> list[object]:
-        return [model.model_dump(mode="json") for model in self.plain.values()]
+        return self._references(self.plain, recipe, protocol, seeds, what, report)
 
     @cached_property
     def _eps(self) -> float | None:
@@ -67,12 +63,22 @@ class Family:
             return None
         recipe = under_rule(stressed(self.recipe, steps=PILOT.steps), Rule.MUP)
         width, model = next(iter(self.plain.items()))
-        facts = ["pilot", recipe.fingerprint, model.model_dump(mode="json")]
-        seeds = [levels.FIRST_REFERENCE_SEED]
-        measured = cache.cached(
-            self.cache, facts, lambda: _references({width: model}, recipe, PILOT, seeds, "pilot", None)
-        )
+        seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + 1)
+        measured = self._references({width: model}, recipe, PILOT, seeds, "pilot", None)
         return eps_from(measured.runs[0], recipe.plan(model))
+
+    def _references(
+        self,
+        models: dict[int, ModelFile],
+        recipe: Recipe,
+        protocol: Protocol,
+        seeds: Sequence[int],
+        what: str,
+        report: Report | None,
+    ) -> Measured:
+        shapes = [model.model_dump(mode="json") for model in models.values()]
+        facts = [recipe.fingerprint, shapes, protocol.fingerprint(), list(seeds)]
+        return cache.cached(self.cache, facts, lambda: _references(models, recipe, protocol, seeds, what, report))
 
 
 def _references(

@@ -35,8 +35,10 @@ def _widths(_: click.Context, param: click.Parameter, value: str | None) -> tupl
         raise click.BadParameter(
             f"{value!r} is no list of hidden sizes. Give some like 32,64,128.", param=param
         ) from None
-    if len(widths) < 2 or widths[0] < 1 or any(second <= first for first, second in itertools.pairwise(widths)):
-        raise click.BadParameter(f"{value}: a slope needs several hidden sizes that rise, like 32,64,128.", param=param)
+    if len(widths) < 3 or widths[0] < 1 or any(second <= first for first, second in itertools.pairwise(widths)):
+        raise click.BadParameter(
+            f"{value}: a slope needs three or more hidden sizes that rise, like 32,64,128.", param=param
+        )
     return widths
 
 
@@ -130,6 +132,7 @@ def command(
     elif is_hugging_face(read_target(target)):
         recipe, _ = load_plan(target, recipe_path)
         _require_default(parallel | {"mutant": mutant_name}, "for a model file, and the target is none")
+        _require_default({"fresh": fresh}, "of no use here: of Hugging Face models no references are kept")
         check = _of_hugging_face(target, recipe, deepspeed)
     else:
         recipe, _ = load_plan(target, recipe_path)
@@ -187,7 +190,7 @@ def _of_launch_line(words: list[str], recipe: Recipe, *, fresh: bool) -> Callabl
 
 def _require_default(given: Mapping[str, Any], what: str) -> None:
     for name, value in given.items():
-        if value not in (None, False, 1):
+        if value is True or value not in (None, False, 1):
             raise InputError(f"--{name.replace('_', '-')} is {what}. Leave it out.")
 
 

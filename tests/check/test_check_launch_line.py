@@ -14,6 +14,14 @@ from mup_megatron.check.launch_line import Batch, Ended, Line, check_launch_line
 from mup_megatron.check.measurements import Quantity
 from mup_megatron.check.verdict import Outcome, Verdict
 from mup_megatron.errors import InputError
+from mup_megatron.megatron import cpu
+
+
+@pytest.fixture(autouse=True)
+def on_cpu() -> None:
+    # Reading a line imports Megatron, and other tests of this process must not find it imported without the runtime.
+    cpu.enable()
+
 
 START = ["torchrun", "--nproc-per-node", "1", "-m", "mup_megatron.launch"]
 OWN_DATA = (

@@ -98,6 +98,40 @@ def test_nor_does_what_is_read_from_one_hide_what_is_read_from_others() -> None:
     assert (found.key.name, found.compared.factor) == ("w", pytest.approx(0.5, rel=0.02))
 
 
+def test_a_small_draw_is_not_taken_for_nothing_beside_gains_of_1() -> None:
+    def runs(residual: float) -> Measured:
+        stds = {"gain": 1.0, "bias": 0.0, "residual": residual}
+        keys = {Key(Quantity.INITIAL, name, 0): std for name, std in stds.items()}
+        return Measured(tuple(Run(w, s, keys, (1.0,)) for w in WIDTHS for s in range(3)))
+
+    [found] = findings(compare(runs(0.0009 * math.sqrt(2)), runs(0.0009)))
+    assert found.compared.factor == pytest.approx(math.sqrt(2), rel=0.01)
+
+
+def test_a_rate_that_differs_in_one_run_alone_does_not_hide_behind_its_own_spread() -> None:
+    key = Key(Quantity.LEARNING_RATE, "w", 3)
+    right = measured(slope=0, spread=0, key=key)
+    runs = [Run(run.width, run.seed, {key: 0.0 if i == 5 else 1.0}, (1.0,)) for i, run in enumerate(right.runs)]
+    assert findings(compare(Measured(tuple(runs)), right))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_overflows_is_off_unless_the_reference_does_too(value: float) -> None:
+    broken = Measured(tuple(Run(w, s, {UPDATE: value}, (1.0,)) for w in WIDTHS for s in range(3)))
+    [found] = findings(compare(broken, measured(slope=0)))
+    assert found.key == UPDATE
+    assert compare(broken, broken) == {}
+
+
+def test_what_is_explained_at_one_width_of_four_is_still_off() -> None:
+    key = Key(Quantity.UNEXPLAINED, "w", 3)
+    shares = {32: 1e-5, 64: 0.05, 128: 1e-5, 256: 1e-5}
+    subject = Measured(tuple(Run(w, s, {key: shares[w]}, (1.0,)) for w in WIDTHS for s in range(3)))
+    [found] = findings(compare(subject, measured(slope=0, level=-12, key=key)))
+    assert "explain 5% of it" in found.sentence
+    assert not findings(compare(measured(slope=0, level=-12, key=key), subject)), "better than the reference is not off"
+
+
 def test_movement_that_is_not_explained_is_told_as_a_share() -> None:
     key = Key(Quantity.UNEXPLAINED, "w", 3)
     [found] = findings(compare(measured(slope=0, level=math.log(0.2), key=key), measured(slope=0, level=-12, key=key)))

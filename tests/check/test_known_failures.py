@@ -51,6 +51,16 @@ def test_a_script_that_knows_nothing_of_widths_fails() -> None:
     assert "embedding.weight" not in found
 
 
+def test_another_optimizer_than_the_recipes_is_known_by_its_steps() -> None:
+    def prepare(model: nn.Module, task: Task) -> torch.optim.Optimizer:
+        apply_plan(model, task.plan)
+        return torch.optim.RMSprop(param_groups(model.named_parameters(), task.plan), lr=task.recipe.hyperparameters.lr)
+
+    verdict = check_modules(Net, recipe_for(), prepare=prepare, **OPTIONS)
+    assert verdict.outcome is Outcome.FAIL
+    assert verdict.causes[0].name == "optimizer-differs", verdict.causes
+
+
 def test_microsoft_mup_scales_a_tied_embedding_with_width() -> None:
     """microsoft/mup#55: MuSharedReadout rescales the embedding's weight as if it were a readout's alone."""
 

@@ -52,9 +52,9 @@ def test_a_mistake_fails_and_is_named(run: Command, here: Path) -> None:
     ("words", "said"),
     [
         (("--widths", "32,many"), "'32,many' is no list of hidden sizes"),
-        (("--widths", "64,32"), "64,32: a slope needs several hidden sizes that rise"),
-        (("--widths", "32"), "32: a slope needs several hidden sizes"),
-        (("--widths", "48,96"), "multiple of 32"),
+        (("--widths", "64,32"), "64,32: a slope needs three or more hidden sizes that rise"),
+        (("--widths", "32"), "32: a slope needs three or more hidden sizes"),
+        (("--widths", "48,96,192"), "multiple of 32"),
         (("--seeds", "1"), "seeds"),
         (("--mutant", "no-such"), "there is no such mistake. Choose one of"),
         (("--mutant", "attention-sqrt-d"), "changes nothing for this target and recipe"),
@@ -79,15 +79,25 @@ def test_a_recipe_that_does_not_fit_is_refused(run: Command, here: Path) -> None
     assert "r.yaml for target.yaml" in answer.err
 
 
-def test_options_of_megatron_are_refused_for_a_hugging_face_configuration(run: Command, here: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--mutant", "init-linear"), "--mutant is for a model file"),
+        (("--sequence-parallel",), "--sequence-parallel is for a model file"),
+        (("--fresh",), "--fresh is of no use here"),
+    ],
+)
+def test_options_of_megatron_are_refused_for_a_hugging_face_configuration(
+    run: Command, here: Path, words: tuple[str, ...], said: str
+) -> None:
     pytest.importorskip("transformers")
     base = {"model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 1, "vocab_size": 64, "n_positions": 32}
     base["architectures"] = ["GPT2LMHeadModel"]
     (here / "config.json").write_text(json.dumps({**base, "n_embd": 64, "n_head": 4}))
     (here / "hf.yaml").write_text(dump_yaml({"base": base, "hyperparameters": RECIPE["hyperparameters"]}))
-    answer = run("check", "config.json", "--recipe", "hf.yaml", "--mutant", "init-linear")
+    answer = run("check", "config.json", "--recipe", "hf.yaml", *words)
     assert (answer.code, answer.out) == (2, "")
-    assert "--mutant is for a model file" in answer.err
+    assert said in answer.err
 
 
 def test_a_target_as_wide_as_the_base_is_checked_as_well(run: Command, here: Path) -> None:

@@ -17,12 +17,12 @@ from mup_megatron.check.causes.at_width import AtWidth
 from mup_megatron.check.causes.forward import forward_pass
 from mup_megatron.check.causes.hypothesis import Hypothesis
 from mup_megatron.check.causes.initial import initial_weights
-from mup_megatron.check.causes.kinds import whatever
 from mup_megatron.check.causes.observed import Observation, observed_of
 from mup_megatron.check.causes.optimizer import eps, rates, schedule, weight_decay
 from mup_megatron.check.causes.powers import powers
 from mup_megatron.check.causes.ranking import TOLD, Cause, best_of
 from mup_megatron.check.causes.unexplained import first_off, indirect
+from mup_megatron.check.causes.whatever import whatever
 from mup_megatron.check.causes.whole_plan import whole_plan
 from mup_megatron.check.comparison import Comparison
 from mup_megatron.models.model_file import ModelFile

@@ -57,10 +57,6 @@ def at_rest(key: Key, at: AtWidth) -> bool:
     return key.quantity is Quantity.LEARNING_RATE and key.step == 1 and at.recipe.schedule.lr_warmup_fraction > 0
 
 
-def _ratio_in(entry: PlanEntry, _: AtWidth) -> float:
-    return math.log(entry.width_ratio)
-
-
 def log_of(value: float) -> float:
     """Logarithm of a factor; 0 for none."""
     return math.log(value) if value > 0 else 0.0

@@ -98,7 +98,7 @@ def initial_weights(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
 
 
 def _constant(value: float) -> LogFactor:
-    return lambda _entry, at_module: value
+    return lambda _entry, _at: value
 
 
 def _inside_qkv(at: Mapping[int, AtWidth]) -> list[Hypothesis]:

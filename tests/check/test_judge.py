@@ -1,0 +1,89 @@
+"""What becomes of measurements: verdicts on numbers that are made up, each wrong in one way."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from support.shapes import gpt, recipe_for
+
+from mup_megatron.check.judge import Facts, Sides, judge
+from mup_megatron.check.levels import EARLY, LATE
+from mup_megatron.check.measurements import Key, Measured, Protocol, Quantity, Run
+from mup_megatron.check.verdict import Level, Outcome, Verdict
+
+WIDTHS = (32, 64, 128)
+BASE, MODELS = gpt(1), {width: gpt(ratio) for width, ratio in zip(WIDTHS, (1, 2, 4), strict=True)}
+RECIPE = recipe_for(BASE)
+FC1 = "decoder.layers.0.mlp.linear_fc1"
+KEYS_BIAS = "decoder.layers.0.self_attention.k_layernorm.bias"
+
+Change = Callable[[Protocol, Run], Run]
+
+
+def measured(protocol: Protocol, change: Change, *, update_slope: float = 0.0) -> Measured:
+    """Of a weight, its module and a bias of keys; losses fall, and fall further for the wider."""
+    runs = []
+    for width in WIDTHS:
+        for seed in range(2):
+            values = {Key(Quantity.INITIAL, f"{FC1}.weight", 0): 0.1, Key(Quantity.INITIAL, KEYS_BIAS, 0): 0.0}
+            for step in protocol.recorded:
+                values[Key(Quantity.UPDATE, FC1, step)] = width**update_slope
+                values |= {Key(Quantity.LEARNING_RATE, name, step): 0.1 for name in (f"{FC1}.weight", KEYS_BIAS)}
+                values[Key(Quantity.GRADIENT, f"{FC1}.weight", step)] = 1e-2
+                values[Key(Quantity.GRADIENT, f"{FC1}.bias", step)] = 1e-2
+                values[Key(Quantity.GRADIENT, KEYS_BIAS, step)] = 1e-11
+            losses = tuple(5 - 0.01 * step - 0.001 * width for step in range(protocol.steps))
+            runs.append(change(protocol, Run(width, seed, values, losses)))
+    return Measured(tuple(runs))
+
+
+def verdict(change: Change, level: Level = Level.QUICK) -> Verdict:
+    def same(_: Protocol, run: Run) -> Run:
+        return run
+
+    return judge(
+        Sides(
+            subject=lambda protocol: measured(protocol, change),
+            reference=lambda protocol: measured(protocol, same),
+            control=lambda protocol: measured(protocol, same, update_slope=1.0),
+        ),
+        Facts(recipe=RECIPE, plans={width: RECIPE.plan(model) for width, model in MODELS.items()}, models=MODELS),
+        level=level,
+        fingerprint="0f",
+    )
+
+
+def test_numbers_that_agree_pass_and_what_was_not_read_is_told() -> None:
+    found = verdict(lambda _, run: run, Level.STANDARD)
+    assert found.outcome is Outcome.PASS, found.sections
+    assert any(KEYS_BIAS in line and "rounding" in line for section in found.sections for line in section.lines)
+
+
+def test_a_parameter_that_the_model_does_not_show_is_no_pass() -> None:
+    def without(_: Protocol, run: Run) -> Run:
+        return replace(run, values={key: x for key, x in run.values.items() if key.name != f"{FC1}.weight"})
+
+    found = verdict(without)
+    assert found.outcome is Outcome.NO_VERDICT
+    assert any(f"{FC1}.weight: in the plan" in line for section in found.sections for line in section.lines)
+
+
+def test_a_model_that_breaks_in_the_long_runs_alone_fails() -> None:
+    def broken(protocol: Protocol, run: Run) -> Run:
+        if protocol is not LATE:
+            return run
+        return replace(run, values={}, losses=(5.0,), problem="loss: not finite after 1 step")
+
+    found = verdict(broken, Level.STANDARD)
+    assert found.outcome is Outcome.FAIL
+    assert found.sections[-1].name == "late steps"
+
+
+def test_the_short_runs_are_those_of_quick() -> None:
+    seen: list[Protocol] = []
+
+    def noting(protocol: Protocol, run: Run) -> Run:
+        seen.append(protocol)
+        return run
+
+    verdict(noting)
+    assert set(map(id, seen)) == {id(EARLY)}

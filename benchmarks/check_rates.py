@@ -182,17 +182,13 @@ def _seed(*what: object) -> int:
     return FIRST_SEED + 10 * (zlib.crc32(repr(what).encode()) % 800)
 
 
-_WHAT_COUNTS = (
-    "batches comparison entries family judge levels measurements measuring megatron_subject module_reference "
-    "mutants plain_gpt reference replay run verdict wider"
-).split()
+_WHAT_COUNTS = ("check", "megatron", "models", "modules", "theory", "training", "recipe.py")
 
 
 def _code() -> str:
     """Changes whenever a check could come out otherwise."""
     package = Path(mup_megatron.__file__).parent
-    files = [package / "check" / f"{name}.py" for name in _WHAT_COUNTS]
-    files += sorted([*(package / "check" / "causes").glob("*.py"), *(package / "theory").glob("*.py")])
+    files = [file for name in _WHAT_COUNTS for file in sorted((package / name).rglob("*.py")) or [package / name]]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -354,14 +350,15 @@ def _tables(results: Sequence[dict[str, Any]]) -> str:
 
 def _mutants(parts: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = [
-        "| mistake | caught by quick | by standard | where first | cause named | right |",
-        "|---|---|---|---|---|---|",
+        "| mistake | what it is | caught by quick | by standard | first seen in | cause named most often | right |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in MUTANTS:
         quick, standard = (_counted(parts[part], name) for part in ("quick-mutants", "standard-mutants"))
         caught = [result for result in quick + standard if _caught(result)]
         cells = [
-            name,
+            f"`{name}`",
+            MUTANTS[name].what,
             _share(sum(map(_caught, quick)), len(quick)),
             _share(sum(map(_caught, standard)), len(standard)),
             _commonest(result["quantity"] for result in caught),

@@ -167,9 +167,9 @@ class Recorder:
         found = {key: rms_of(*sums) for key, sums in squares.items()}
         found |= {key: float(both / own) for key, (both, own) in overlaps.items() if own > 0}
         found |= spectral
-        solve = AdamReplay.fitted if any(isinstance(r, AdamReplay) for r in self._replays.values()) else None
         for (name, step), sums in equations.items():
-            fitted = (solve or SGDReplay.fitted)(sums)
+            # Told by their shape: a rank may have seen none of them itself.
+            fitted = (AdamReplay if len(sums) == AdamReplay.COLUMNS else SGDReplay).fitted(sums)
             found[Key(Quantity.LEARNING_RATE, name, step)] = fitted.lr
             found[Key(Quantity.UNEXPLAINED, name, step)] = fitted.unexplained
             if fitted.eps is not None:

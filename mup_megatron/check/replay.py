@@ -66,6 +66,9 @@ class Replay(Protocol):
 class AdamReplay:
     """For Adam with decoupled weight decay, eps outside the root, bias-corrected."""
 
+    COLUMNS = 5
+    """Of its equations, four unknowns and what they give; SGD's are three."""
+
     def __init__(self, beta1: float, beta2: float) -> None:
         self._beta1, self._beta2 = beta1, beta2
         self._steps = 0

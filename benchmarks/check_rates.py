@@ -1,6 +1,6 @@
 """How often a check finds a deliberate mistake, how often it names the right cause, and how often it cries wolf.
 
-    python benchmarks/check_rates.py [--output results/check-rates] [--jobs 2] [--parts quick-correct quick-mutants ...]
+    python benchmarks/check_rates.py [--round 1] [--output results/check-rates-1] [--jobs 2] [--parts quick-correct ...]
 
 Parts:
 
@@ -10,7 +10,8 @@ Parts:
     standard-mutants   those that quick did not always find, on 3 seeds
     standard-correct   20 correct models
 
-All but `tune` are on other architectures and on seeds from 1000 on. A mistake counts where it changes anything: where
+All but `tune` are on other architectures and on seeds from 1000 on, others in each round: whoever has looked at the
+checks of one round to mend something takes the next for the figures. A mistake counts where it changes anything: where
 some weight differs after 20 steps. Each finished check is a line of `checks.jsonl`; a further call does not repeat it
 as long as the code of the check is the same. Without parts it only prints the tables of what is there.
 """
@@ -126,16 +127,18 @@ class Job:
 def main() -> None:
     """Runs what is missing and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("results/check-rates"))
+    parser.add_argument("--round", type=int, default=1, help="chooses the seeds")
+    parser.add_argument("--output", type=Path, help="a folder of its own for each round")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--mutants", nargs="+", choices=sorted(MUTANTS), default=list(MUTANTS), metavar="NAME")
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    log = arguments.output / "checks.jsonl"
+    output: Path = arguments.output or Path(f"results/check-rates-{arguments.round}")
+    output.mkdir(parents=True, exist_ok=True)
+    log = output / "checks.jsonl"
     for part in [part for part in PARTS if part in arguments.parts]:
         done = _done(log)
-        jobs = _jobs(part, arguments.mutants, list(done.values()))
+        jobs = _jobs(part, arguments.round, arguments.mutants, list(done.values()))
         _run([job for job in jobs if job not in done], log, arguments.jobs, part)
     print(_tables(list(_done(log).values())))
 
@@ -143,43 +146,43 @@ def main() -> None:
 # ---- which checks --------------------------------------------------------------------------------------------------
 
 
-def _jobs(part: str, mutants: Sequence[str], results: Sequence[dict[str, Any]]) -> list[Job]:
+def _jobs(part: str, round_: int, mutants: Sequence[str], results: Sequence[dict[str, Any]]) -> list[Job]:
     match part:
         case "tune":
             return [Job(part, a, None, "quick", 10 * i) for a in TUNING for i in range(TUNE_SEEDS)]
         case "quick-correct":
-            return _correct(part, "quick", CORRECT_QUICK)
+            return _correct(part, round_, "quick", CORRECT_QUICK)
         case "standard-correct":
-            return _correct(part, "standard", CORRECT_STANDARD)
+            return _correct(part, round_, "standard", CORRECT_STANDARD)
         case "quick-mutants":
-            return [job for name in mutants for job in _wrong(part, name, "quick", MUTANT_QUICK)]
+            return [job for name in mutants for job in _wrong(part, round_, name, "quick", MUTANT_QUICK)]
         case _:
             quick = _of(results, "quick-mutants")
             missed = [name for name in mutants if not all(map(_caught, _counted(quick, name)))]
-            return [job for name in missed for job in _wrong(part, name, "standard", MUTANT_STANDARD)]
+            return [job for name in missed for job in _wrong(part, round_, name, "standard", MUTANT_STANDARD)]
 
 
-def _correct(part: str, level: str, count: int) -> list[Job]:
+def _correct(part: str, round_: int, level: str, count: int) -> list[Job]:
     """So many that differ: two seeds may coincide."""
     jobs: dict[Job, None] = {}
     index = 0
     while len(jobs) < count:
         architecture = list(REPORT)[index % len(REPORT)]
-        jobs[Job(part, architecture, None, level, _seed(part, architecture, index))] = None
+        jobs[Job(part, architecture, None, level, _seed(round_, part, architecture, index))] = None
         index += 1
     return list(jobs)
 
 
-def _wrong(part: str, name: str, level: str, count: int) -> list[Job]:
+def _wrong(part: str, round_: int, name: str, level: str, count: int) -> list[Job]:
     possible = [a for a, architecture in REPORT.items() if MUTANTS[name].when(architecture.context())]
     offset = list(MUTANTS).index(name)
     chosen = [possible[(offset + i) % len(possible)] for i in range(count)] if possible else []
-    return [Job(part, a, name, level, _seed(part, name, i)) for i, a in enumerate(chosen)]
+    return [Job(part, a, name, level, _seed(round_, part, name, i)) for i, a in enumerate(chosen)]
 
 
-def _seed(*what: object) -> int:
+def _seed(round_: int, *what: object) -> int:
     """Of its own for each check, and below those of the references. A check uses this one and the next ones."""
-    return FIRST_SEED + 10 * (zlib.crc32(repr(what).encode()) % 800)
+    return FIRST_SEED + 10 * (zlib.crc32(repr((round_, *what)).encode()) % 800)
 
 
 _WHAT_COUNTS = ("check", "megatron", "models", "modules", "theory", "training", "recipe.py")

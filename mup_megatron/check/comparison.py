@@ -47,13 +47,14 @@ TOLERANCES: dict[Quantity, Tolerance] = {
     # Draws: a mistake is a power of width, of two, or of the depth.
     Quantity.INITIAL: Tolerance(0.05, 0.05),
     Quantity.ACTIVATION: Tolerance(0.10, 0.10),
-    # Twice what is taken for nothing; there is no law that it follows over width.
+    # Twice what is taken for nothing, also of rows without gradient; there is no law that it follows over width.
     Quantity.UNEXPLAINED: Tolerance(math.inf, math.log(2)),
     # Read from movement to about 1e-3.
     Quantity.LEARNING_RATE: Tolerance(0.02, 0.02),
     Quantity.EPS: Tolerance(0.05, 0.10),
     Quantity.WEIGHT_DECAY: Tolerance(0.03, 0.03),
     # What follows from all the others, through many layers and steps.
+    Quantity.DEAD: Tolerance(math.inf, math.log(2)),
     Quantity.GRADIENT: Tolerance(0.15, 0.20),
     Quantity.UPDATE: Tolerance(0.15, 0.20),
     Quantity.SPECTRAL: Tolerance(0.15, 0.20),
@@ -73,6 +74,8 @@ _LEAST_SPREAD = 0.003
 _LEAST_OVERLAP = 0.02
 _LEAST_UNEXPLAINED = 0.003
 """Right optimizers leave less than a thousandth unexplained, in single precision."""
+_LEAST_DEAD = 0.02
+"""A few rows of an embedding whose tokens do not come up, more or less."""
 _ROUNDING = 1e-5
 """A gradient that is so small beside the others is what single precision left over of sums that should be 0."""
 
@@ -175,6 +178,8 @@ def _log(value: float, key: Key, floors: Mapping[Quantity, float]) -> float:
         return math.log(max(value, _LEAST_OVERLAP))
     if key.quantity is Quantity.UNEXPLAINED:
         return math.log(max(value, _LEAST_UNEXPLAINED))
+    if key.quantity is Quantity.DEAD:
+        return math.log(max(value, _LEAST_DEAD))
     return math.log(max(value, 0.0) + floors.get(key.quantity, 1e-30))
 
 
@@ -240,6 +245,7 @@ ORDER = (
     Quantity.LEARNING_RATE,
     Quantity.EPS,
     Quantity.WEIGHT_DECAY,
+    Quantity.DEAD,
     Quantity.GRADIENT,
     Quantity.UPDATE,
     Quantity.SPECTRAL,
@@ -277,6 +283,8 @@ class Finding:
                 f"{where}: no learning rate, eps and weight decay of the recipe's optimizer explain "
                 f"{c.largest:.0%} of it"
             )
+        if key.quantity is Quantity.DEAD:
+            return f"{where}: up to {c.largest:.0%} of its rows, {c.factor:.3g} times what is expected"
         if self.kind is Kind.SLOPE:
             return f"{where}: slope over width {c.subject}, expected {c.reference}"
         return f"{where}: {c.factor:.3g} times what is expected, at every width"

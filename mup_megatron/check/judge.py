@@ -144,8 +144,10 @@ def _trouble(subject: Measured, reference: Measured) -> Section | None:
         remedy = "The correct reference diverged: lower the recipe's lr or init_method_std."
         return Section(name=name, outcome=Outcome.NO_VERDICT, lines=(reference.problems[0], remedy))
     if not _learns(reference):
-        line = "The correct reference does not learn within the check: raise the recipe's lr."
-        return Section(name=name, outcome=Outcome.NO_VERDICT, lines=(line,))
+        line = "The correct reference does not learn within the check"
+        higher = any(min(run.losses) < (1 - LEARNS) * run.losses[0] < run.losses[-1] for run in reference.runs)
+        remedy = "but for its first steps: lower the recipe's lr." if higher else "at all: raise the recipe's lr."
+        return Section(name=name, outcome=Outcome.NO_VERDICT, lines=(f"{line}, {remedy}",))
     still = [run for run in subject.runs if not _moves(subject, run.width)]
     if still:
         line = f"loss: the model does not learn at width {still[0].width}, and the correct reference does."

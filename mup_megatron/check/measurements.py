@@ -21,6 +21,8 @@ class Quantity(StrEnum):
     """RMS of how far that output is from where it started, on the same batch."""
     GRADIENT = "gradient"
     """RMS of a gradient as the optimizer saw it: reduced over ranks and clipped."""
+    DEAD = "rows without gradient"
+    """The share of a tensor's rows whose gradient is exactly 0: of queries alone, say, in a matrix of values too."""
     LEARNING_RATE = "learning rate"
     """η as the movement of a weight in one step betrays it: see `replay.py`. Likewise the next two."""
     EPS = "eps"

@@ -87,6 +87,8 @@ class Recorder:
         self._activations: dict[str, Tensor] = {}
         self._squares: dict[Key, tuple[float, float]] = {}
         """Sum of squares and count."""
+        self._shares: dict[Key, tuple[float, float]] = {}
+        """Of how many, out of how many."""
         self._overlaps: dict[Key, tuple[float, float]] = {}
         self._equations: dict[tuple[str, int], Sums] = {}
         self._spectral: dict[Key, float] = {}
@@ -123,6 +125,9 @@ class Recorder:
             if gradient is not None:
                 if record:
                     self._note(Key(Quantity.GRADIENT, name, step), gradient)
+                    rows = gradient.reshape(len(gradient), -1) if gradient.dim() else gradient.reshape(1, 1)
+                    dead = (rows == 0).all(dim=1)
+                    self._shares[Key(Quantity.DEAD, name, step)] = (dead.sum().item(), len(rows))
                 if (replay := self._replays.get(name)) is not None:
                     replay.observe(self._some(name, gradient), before)
                     if record or step == 1:
@@ -156,21 +161,26 @@ class Recorder:
     def values(self) -> dict[Key, float]:
         """Everything that was measured, over all ranks. Collective."""
         squares: dict[Key, Any] = {}
+        shares: dict[Key, Any] = {}
         overlaps: dict[Key, Any] = {}
         equations: dict[tuple[str, int], Any] = {}
         spectral: dict[Key, float] = {}
-        for of_rank in self._trainee.gathered((self._squares, self._overlaps, self._equations, self._spectral)):
+        own = (self._squares, self._shares, self._overlaps, self._equations, self._spectral)
+        for of_rank in self._trainee.gathered(own):
             _add(squares, of_rank[0])
-            _add(overlaps, of_rank[1])
-            _add(equations, of_rank[2])
-            spectral |= of_rank[3]
+            _add(shares, of_rank[1])
+            _add(overlaps, of_rank[2])
+            _add(equations, of_rank[3])
+            spectral |= of_rank[4]
         found = {key: rms_of(*sums) for key, sums in squares.items()}
-        found |= {key: float(both / own) for key, (both, own) in overlaps.items() if own > 0}
+        found |= {key: float(some / of) for key, (some, of) in shares.items()}
+        found |= {key: float(both / itself) for key, (both, itself) in overlaps.items() if itself > 0}
         found |= spectral
         for (name, step), sums in equations.items():
             # Told by their shape: a rank may have seen none of them itself.
             fitted = (AdamReplay if len(sums) == AdamReplay.COLUMNS else SGDReplay).fitted(sums)
-            found[Key(Quantity.LEARNING_RATE, name, step)] = fitted.lr
+            if fitted.lr is not None:
+                found[Key(Quantity.LEARNING_RATE, name, step)] = fitted.lr
             found[Key(Quantity.UNEXPLAINED, name, step)] = fitted.unexplained
             if fitted.eps is not None:
                 found[Key(Quantity.EPS, name, step)] = fitted.eps

@@ -71,6 +71,7 @@ _FOLLOWS = {
     Quantity.SPECTRAL: ("spectral norm of updates", "s", 6.5),
     Quantity.OVERLAP: ("overlap with initial weights", "^", 4.5),
     Quantity.UNEXPLAINED: ("unexplained movement", "D", 4.5),
+    Quantity.DEAD: ("rows without gradient", "v", 4.5),
 }
 """Quantity → its name, marker and the marker's size."""
 
@@ -254,7 +255,7 @@ def _consequences_panel(axes: Any, picture: _Picture) -> None:
         worst = max((f.compared for f in found if f.key.quantity is quantity), key=_furthest, default=None)
         if worst is not None:
             ratios.append(_Ratio(name, marker, points, worst.deviations, off=True))
-        elif of_it and quantity is not Quantity.UNEXPLAINED:  # which is nothing, on both sides
+        elif of_it and quantity not in (Quantity.UNEXPLAINED, Quantity.DEAD):  # of which there is none, on both sides
             widths = set.intersection(*(set(c.deviations) for c in of_it))
             mean = {width: fmean(c.deviations[width] for c in of_it) for width in sorted(widths)}
             ratios.append(_Ratio(f"{name}, mean", marker, points, mean, off=False))
@@ -271,7 +272,7 @@ def _ratios(axes: Any, picture: _Picture, ratios: Sequence[_Ratio], found: Seque
         return
     axes.axhspan(math.exp(-tolerance), math.exp(tolerance), color=_BAND, alpha=0.6, linewidth=0)
     axes.axhline(1.0, color=_GREY, linewidth=0.8)
-    for ratio, shade in zip(ratios, ("#3f5468", "#6f8599", "#9aaabb", "#55606b"), strict=False):
+    for ratio, shade in zip(ratios, ("#3f5468", "#6f8599", "#9aaabb", "#55606b", "#7f8c96"), strict=False):
         values = [math.exp(deviation) for deviation in ratio.deviations.values()]
         color = _FAULT if ratio.off else shade
         axes.plot(

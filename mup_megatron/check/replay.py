@@ -28,6 +28,8 @@ Sums = NDArray[np.float64]
 
 _LAST_DIGIT = 2.0**-23
 """Of a weight in single precision, relative to it."""
+_TOLD_APART = 1e-9
+"""Of squares: columns that differ by less than 3e-5 cannot be told apart in single precision."""
 SAMPLE = 8192
 """Elements of a tensor, drawn once, that are looked at: each is an equation, and there are four unknowns."""
 
@@ -45,7 +47,7 @@ def sample(tensor: Tensor) -> Tensor | slice:
 class Fitted:
     """What the movement of one tensor in one step says. None for what it does not."""
 
-    lr: float
+    lr: float | None
     eps: float | None
     weight_decay: float | None
     unexplained: float
@@ -95,14 +97,12 @@ class AdamReplay:
     @staticmethod
     def fitted(sums: Sums) -> Fitted:
         """Solves the equations."""
-        (lr, eps, decay, _), left = _solved(sums)
+        (lr, eps, decay, _), left, known = _solved(sums)
         eps = max(eps, 0.0)
         # In units of the movement: what stands in the equations is Δw·s, of which ε may make much more or less.
         moved = _squares(sums, {4: 1.0, 1: eps})
         unexplained = _share(left, moved, digit=_squares(sums, {2: 1.0, 3: eps}))
-        if lr <= 0:
-            return Fitted(0.0, None, None, unexplained)
-        return Fitted(lr, eps, decay / lr, unexplained)
+        return _fitted(lr, eps if known[1] else None, decay if known[2] else None, unexplained, is_known=known[0])
 
 
 class SGDReplay:
@@ -127,11 +127,9 @@ class SGDReplay:
     @staticmethod
     def fitted(sums: Sums) -> Fitted:
         """Solves the equations."""
-        (lr, decay), left = _solved(sums)
+        (lr, decay), left, known = _solved(sums)
         unexplained = _share(left, _squares(sums, {2: 1.0}), digit=_squares(sums, {1: 1.0}))
-        if lr <= 0:
-            return Fitted(0.0, None, None, unexplained)
-        return Fitted(lr, None, decay / lr, unexplained)
+        return _fitted(lr, None, decay if known[1] else None, unexplained, is_known=known[0])
 
 
 def _gram(columns: list[Tensor]) -> Sums:
@@ -140,18 +138,36 @@ def _gram(columns: list[Tensor]) -> Sums:
     return result
 
 
-def _solved(sums: Sums) -> tuple[tuple[float, ...], float]:
-    """Minus what the columns but the last are to be multiplied by to give the last, and the squares that are left over.
+def _fitted(lr: float, eps: float | None, decay: float | None, unexplained: float, *, is_known: bool) -> Fitted:
+    if not is_known:
+        return Fitted(None, None, None, unexplained)
+    if lr <= 0:
+        return Fitted(0.0, None, None, unexplained)
+    return Fitted(lr, eps, None if decay is None else decay / lr, unexplained)
 
-    Least squares with columns scaled to 1; what cannot be told apart shares the smallest solution.
+
+def _solved(sums: Sums) -> tuple[tuple[float, ...], float, tuple[bool, ...]]:
+    """Minus what the columns but the last are to be multiplied by to give the last; the squares that are left over; and
+    of which column that is known.
+
+    Least squares with columns scaled to 1. Of what cannot be told apart nothing is known: where all gradients of a gain
+    so far have one sign, for one, learning rate and weight decay move it alike. What does not move has a known 0.
     """
+    if sums[-1, -1] == 0:
+        return (0.0,) * (len(sums) - 1), 0.0, (True,) * (len(sums) - 1)
     scale = np.sqrt(np.diag(sums))
     scale[scale == 0] = 1.0
     scaled = sums / np.outer(scale, scale)
     columns, target = scaled[:-1, :-1], scaled[:-1, -1]
     solution = np.linalg.lstsq(columns, target, rcond=1e-13)[0]
     left = scaled[-1, -1] - 2 * solution @ target + solution @ columns @ solution
-    return tuple(float(x) for x in -solution * scale[-1] / scale[:-1]), max(0.0, float(left)) * float(scale[-1]) ** 2
+    sizes, directions = np.linalg.eigh(columns)
+    unknown = (directions[:, sizes < _TOLD_APART] ** 2).sum(axis=1) > _TOLD_APART
+    return (
+        tuple(float(x) for x in -solution * scale[-1] / scale[:-1]),
+        max(0.0, float(left)) * float(scale[-1]) ** 2,
+        tuple(not x for x in unknown),
+    )
 
 
 def _squares(sums: Sums, of: Mapping[int, float]) -> float:

@@ -144,6 +144,8 @@ def command(
         output = RESULTS / f"{of.stem}-{recipe.fingerprint[:12]}{suffix}"
     for folder in (output, *([] if json_file is None else [json_file.parent])):
         _make(folder)
+    if json_file is not None and json_file.is_dir():
+        raise InputError(f"--json {json_file}: a folder. Give the name of a file.")
     with _Told(is_first_process()) as told:
         verdict = check(level, report=told, **chosen)
     if is_first_process():

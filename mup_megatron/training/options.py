@@ -186,7 +186,7 @@ def _bad_batch(model: ModelFile, options: TrainingOptions, world_size: int) -> I
             f"--tensor-model-parallel-size {options.tensor_model_parallel_size} × --pipeline-model-parallel-size "
             f"{options.pipeline_model_parallel_size} needs a multiple of {split} processes, and there "
             f"{'is one' if world_size == 1 else f'are {world_size}'}. "
-            f"Start that many: torchrun --nproc-per-node {split} -m mup_megatron train …"
+            f"Start that many: torchrun --nproc-per-node {split} -m mup_megatron …"
         )
         return
     data_parallel = world_size // split

@@ -245,3 +245,19 @@ def test_a_scheduler_with_one_maximum_flattens_the_groups() -> None:
     assert culprit in found
     assert found["blocks.0.up.weight"] == pytest.approx(1.0, abs=0.05)
     assert "embedding.weight" not in found
+
+
+def test_rows_that_the_backward_pass_forgets_are_seen() -> None:
+    def prepare(model: nn.Module, task: Task) -> torch.optim.Optimizer | None:
+        def forget(gradient: torch.Tensor) -> torch.Tensor:
+            gradient = gradient.clone()
+            gradient[: len(gradient) // 8] = 0.0
+            return gradient
+
+        model.get_parameter("blocks.0.up.weight").register_hook(forget)
+        return prepare_by_plan(model, task)
+
+    verdict = check_modules(Net, recipe_for(), prepare=prepare, **OPTIONS)
+    assert verdict.outcome is Outcome.FAIL
+    assert (verdict.causes[0].name, verdict.culprit) == ("gradient", "blocks.0.up.weight")
+    assert "rows of it have no gradient" in verdict.causes[0].sentence

@@ -97,6 +97,19 @@ def test_nor_are_those_of_another_momentum() -> None:
     assert _unexplained(torch.optim.SGD(_weight(), lr=0.1, momentum=0.5), SGDReplay(0.9)) > 0.1
 
 
+def test_of_what_moves_a_weight_alike_nothing_is_said() -> None:
+    """A gain of 1 whose one gradient has one sign: learning rate and weight decay pull at it alike."""
+    parameter = torch.nn.Parameter(torch.ones(64))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-3, betas=(0.9, 0.95), eps=0.0, weight_decay=0.0)
+    replay = AdamReplay(0.9, 0.95)
+    parameter.grad = torch.linspace(1e-3, 2e-3, 64)
+    replay.observe(parameter.grad, parameter.detach().clone())
+    before = parameter.detach().clone()
+    optimizer.step()
+    found = AdamReplay.fitted(replay.sums(before, parameter.detach() - before))
+    assert (found.lr, found.weight_decay) == (None, None)
+
+
 def test_a_weight_that_does_not_move_has_a_rate_of_zero() -> None:
     replay = AdamReplay(0.9, 0.95)
     replay.observe(torch.randn(10), torch.randn(10))

@@ -30,6 +30,14 @@ def indirect(comparison: Comparison, at: Mapping[int, AtWidth]) -> Cause:
     if missing:
         sentence = f"{missing[0]}: it has no gradient, so it is not trained. Look for requires_grad and detach."
         return Cause("not-trained", sentence, missing[0], 1.0)
+    dead = [c for c in off if c.key.quantity is Quantity.DEAD]
+    if dead:
+        first = max(dead, key=lambda c: c.level)
+        sentence = (
+            f"{first.key.name}: rows of it have no gradient, up to {first.largest:.0%}. Look for detach, a mask, "
+            "a hook, a backward pass that somebody wrote, as a fused attention's for queries and keys."
+        )
+        return Cause("gradient", sentence, first.key.name, 1.0)
     gradients = [c for c in off if c.key.quantity is Quantity.GRADIENT]
     if gradients:
         return _of_gradients(comparison, gradients)

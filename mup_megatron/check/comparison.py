@@ -280,8 +280,8 @@ class Finding:
         where = f"{key.name}: {key.quantity}, {when}"
         if key.quantity is Quantity.UNEXPLAINED:
             return (
-                f"{where}: no learning rate, eps and weight decay of the recipe's optimizer explain "
-                f"{c.largest:.0%} of it"
+                f"{where}: {c.largest:.0%} of it is explained by no learning rate, eps and weight decay of the "
+                "recipe's optimizer"
             )
         if key.quantity is Quantity.DEAD:
             return f"{where}: up to {c.largest:.0%} of its rows, {c.factor:.3g} times what is expected"

@@ -128,14 +128,14 @@ def test_what_is_explained_at_one_width_of_four_is_still_off() -> None:
     shares = {32: 1e-5, 64: 0.05, 128: 1e-5, 256: 1e-5}
     subject = Measured(tuple(Run(w, s, {key: shares[w]}, (1.0,)) for w in WIDTHS for s in range(3)))
     [found] = findings(compare(subject, measured(slope=0, level=-12, key=key)))
-    assert "explain 5% of it" in found.sentence
+    assert "5% of it is explained by no" in found.sentence
     assert not findings(compare(measured(slope=0, level=-12, key=key), subject)), "better than the reference is not off"
 
 
 def test_movement_that_is_not_explained_is_told_as_a_share() -> None:
     key = Key(Quantity.UNEXPLAINED, "w", 3)
     [found] = findings(compare(measured(slope=0, level=math.log(0.2), key=key), measured(slope=0, level=-12, key=key)))
-    assert "explain 20% of it" in found.sentence
+    assert "20% of it is explained by no" in found.sentence
     assert not findings(compare(measured(slope=0, level=-9, key=key), measured(slope=0, level=-12, key=key)))
 
 

@@ -149,7 +149,7 @@ def test_a_recipe_beside_a_checkpoint_is_enough_to_go_on(tmp_path: Path) -> None
 def test_an_accepted_change_of_the_learning_rate_goes_on_with_the_saved_state(tmp_path: Path) -> None:
     """The group values are the new recipe's, the moments the old run's; Megatron finds groups by their old values."""
     words = line(ckpt_format="torch_dist", use_distributed_optimizer=True)
-    saving = ["--save", str(tmp_path / "ck"), "--mup-recipe", str(recipe_file(tmp_path))]
+    saving = ["--save", str(tmp_path / "ck"), "--save-interval", "2", "--mup-recipe", str(recipe_file(tmp_path))]
     run(tmp_path / "before", [*words, *saving])
     further = [*words, "--load", str(tmp_path / "ck"), "--train-iters", "4"]
     further += ["--override-opt-param-scheduler", "--mup-accept-recipe-change"]

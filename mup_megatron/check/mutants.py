@@ -20,6 +20,7 @@ from mup_megatron.check.entries import (
     is_gain,
     is_hidden,
     is_input_role,
+    is_linear_bias,
     is_readout,
     is_residual,
     is_vector,
@@ -27,7 +28,7 @@ from mup_megatron.check.entries import (
 from mup_megatron.models.gpt import gpt_shapes
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Kind, Plan, PlanEntry, family_of
+from mup_megatron.theory import Plan, PlanEntry, family_of
 from mup_megatron.theory.roles import Ratios, ratios
 
 
@@ -113,10 +114,6 @@ def _word_embedding(entry: PlanEntry) -> bool:
     return entry.name == "embedding.word_embeddings.weight"
 
 
-def _linear_bias(entry: PlanEntry) -> bool:
-    return entry.kind is Kind.BIAS and ".linear_" in entry.name and "layer_norm" not in entry.name
-
-
 def _qkv(entry: PlanEntry) -> bool:
     return entry.name.endswith("linear_qkv.weight")
 
@@ -147,7 +144,7 @@ def _live(chunks: Sequence[Any], plan: Plan) -> Iterable[tuple[PlanEntry, Any]]:
 
 def _drawn_biases(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
     for entry, parameter in _live(chunks, plan):
-        if _linear_bias(entry):
+        if is_linear_bias(entry):
             parameter.data.normal_(std=context.recipe.hyperparameters.init_method_std)
 
 

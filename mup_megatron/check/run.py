@@ -55,7 +55,7 @@ class Family:
         count = levels.REFERENCE_SEEDS if rule is Rule.MUP else levels.CONTROL_SEEDS
         seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + count)
         what = "reference" if rule is Rule.MUP else "control"
-        return self._references(self.plain, recipe, protocol, seeds, what, report)
+        return _references(self.cache, self.plain, recipe, protocol, seeds, what, report)
 
     @cached_property
     def _eps(self) -> float | None:
@@ -64,24 +64,12 @@ class Family:
         recipe = under_rule(stressed(self.recipe, steps=PILOT.steps), Rule.MUP)
         width, model = next(iter(self.plain.items()))
         seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + 1)
-        measured = self._references({width: model}, recipe, PILOT, seeds, "pilot", None)
+        measured = _references(self.cache, {width: model}, recipe, PILOT, seeds, "pilot", None)
         return eps_from(measured.runs[0], recipe.plan(model))
-
-    def _references(
-        self,
-        models: dict[int, ModelFile],
-        recipe: Recipe,
-        protocol: Protocol,
-        seeds: Sequence[int],
-        what: str,
-        report: Report | None,
-    ) -> Measured:
-        shapes = [model.model_dump(mode="json") for model in models.values()]
-        facts = [recipe.fingerprint, shapes, protocol.fingerprint(), list(seeds)]
-        return cache.cached(self.cache, facts, lambda: _references(models, recipe, protocol, seeds, what, report))
 
 
 def _references(
+    folder: Path | None,
     models: dict[int, ModelFile],
     recipe: Recipe,
     protocol: Protocol,
@@ -92,22 +80,26 @@ def _references(
     from mup_megatron.check.measuring import measure
     from mup_megatron.check.reference import Reference
 
-    runs: list[Run] = []
-    for index, (width, model) in enumerate(models.items()):
-        plan = recipe.plan(model)
-        for seed in seeds:
-            trainee = Reference(
-                model,
-                recipe,
-                plan,
-                seed=levels.run_seed(seed, index),
-                steps=protocol.steps,
-                batch_size=protocol.batch_size,
-            )
-            runs.append(measure(trainee, protocol, width=width, seed=seed))
-            if report is not None:
-                report(what, len(runs), len(models) * len(seeds))
-    return Measured(tuple(runs))
+    def trained() -> Measured:
+        runs: list[Run] = []
+        for index, (width, model) in enumerate(models.items()):
+            plan = recipe.plan(model)
+            for seed in seeds:
+                trainee = Reference(
+                    model,
+                    recipe,
+                    plan,
+                    seed=levels.run_seed(seed, index),
+                    steps=protocol.steps,
+                    batch_size=protocol.batch_size,
+                )
+                runs.append(measure(trainee, protocol, width=width, seed=seed))
+                if report is not None:
+                    report(what, len(runs), len(models) * len(seeds))
+        return Measured(tuple(runs))
+
+    shapes = [model.model_dump(mode="json") for model in models.values()]
+    return cache.cached(folder, [recipe.fingerprint, shapes, protocol.fingerprint(), list(seeds)], trained)
 
 
 def check_megatron(

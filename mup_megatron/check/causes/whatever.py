@@ -11,6 +11,7 @@ from mup_megatron.check.measurements import FROM_STEPS, Key, Quantity
 from mup_megatron.theory import family_of
 
 _SHORT = {quantity: short for quantity, short, *_ in QUANTITIES}
+_LONG = {quantity: long.removeprefix("the ") for quantity, _, long, *_ in QUANTITIES}
 
 
 def whatever(observed: Sequence[Observation]) -> list[Hypothesis]:
@@ -37,7 +38,7 @@ def whatever(observed: Sequence[Observation]) -> list[Hypothesis]:
 def _of_tensors(quantity: Quantity, off: Sequence[str], measured: set[str]) -> list[Hypothesis]:
     """By layer, where one layer is off and others are not; by tensor."""
     activation = quantity is Quantity.ACTIVATION
-    what = "output" if activation else dict(zip(_SHORT.values(), _LONG, strict=True))[_SHORT[quantity]]
+    what = "output" if activation else _LONG[quantity]
     found = []
     layers = {layer for name in off if (layer := layer_of(name)) is not None}
     all_layers = {layer for name in measured if (layer := layer_of(name)) is not None}
@@ -69,9 +70,6 @@ def _of_tensors(quantity: Quantity, off: Sequence[str], measured: set[str]) -> l
         name = "module-output" if activation else f"tensor-{_SHORT[quantity]}"
         found.append(Hypothesis(name, sentence, absorbing(names, [quantity]), prior=0.95))
     return found
-
-
-_LONG = [long.removeprefix("the ") for _, _, long, *_ in QUANTITIES]
 
 
 def _also(where: str) -> str:

@@ -22,7 +22,7 @@ import json
 import multiprocessing
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,25 +85,24 @@ class Architecture:
         return Context(base=self.recipe.megatron_base, target=model, recipe=stressed, width=width)
 
 
-def _architecture(base: dict[str, Any], target: dict[str, Any], per_parameter: object = (), **values: float) -> Any:
+def architecture(base: dict[str, Any], target: dict[str, Any], per_parameter: object = (), **values: float) -> Any:
+    """An architecture, by what its target has other than its base."""
     content = {"base": base, "hyperparameters": {**_VALUES, **values}, "per_parameter": per_parameter}
     return Architecture(ModelFile(**{**base, **target}), recipe(content, source="check_rates.py"))
 
 
 TUNING = {
-    "tune-gpt": _architecture({**_GPT, **_UNTIED}, _WIDE),
-    "tune-llama": _architecture({**_LLAMA, "num_query_groups": 4}, {**_WIDE, "num_query_groups": 32}, lr=0.008),
+    "tune-gpt": architecture({**_GPT, **_UNTIED}, _WIDE),
+    "tune-llama": architecture({**_LLAMA, "num_query_groups": 4}, {**_WIDE, "num_query_groups": 32}, lr=0.008),
 }
 REPORT = {
-    "gpt": _architecture(
-        {**_GPT, **_UNTIED, "hidden_size": 32, "num_attention_heads": 2}, _WIDE, output_multiplier=2.0
-    ),
-    "gpt, tied, fixed ffn": _architecture({**_GPT, "ffn_hidden_size": 192}, _WIDE, embedding_multiplier=4.0),
-    "llama": _architecture(_LLAMA, {**_WIDE, "ffn_hidden_size": 1536}, lr=0.006),
-    "gpt, wider heads": _architecture(
+    "gpt": architecture({**_GPT, **_UNTIED, "hidden_size": 32, "num_attention_heads": 2}, _WIDE, output_multiplier=2.0),
+    "gpt, tied, fixed ffn": architecture({**_GPT, "ffn_hidden_size": 192}, _WIDE, embedding_multiplier=4.0),
+    "llama": architecture(_LLAMA, {**_WIDE, "ffn_hidden_size": 1536}, lr=0.006),
+    "gpt, wider heads": architecture(
         {**_GPT, **_UNTIED, "hidden_size": 32, "num_attention_heads": 4}, {**_WIDE, "num_attention_heads": 16}
     ),
-    "deep, q/k norm, overrides": _architecture(
+    "deep, q/k norm, overrides": architecture(
         {**_GPT, **_UNTIED, "qk_layernorm": True},
         {**_WIDE, "num_layers": 4},
         [{"match": "*.linear_fc2.weight", "lr_mult": 2.0}, {"match": "embedding.*", "lr_mult": 0.5}],
@@ -168,7 +167,7 @@ def _correct(part: str, round_: int, level: str, count: int) -> list[Job]:
     index = 0
     while len(jobs) < count:
         architecture = list(REPORT)[index % len(REPORT)]
-        jobs[Job(part, architecture, None, level, _seed(round_, part, architecture, index))] = None
+        jobs[Job(part, architecture, None, level, seed_of(round_, part, architecture, index))] = None
         index += 1
     return list(jobs)
 
@@ -177,18 +176,18 @@ def _wrong(part: str, round_: int, name: str, level: str, count: int) -> list[Jo
     possible = [a for a, architecture in REPORT.items() if MUTANTS[name].when(architecture.context())]
     offset = list(MUTANTS).index(name)
     chosen = [possible[(offset + i) % len(possible)] for i in range(count)] if possible else []
-    return [Job(part, a, name, level, _seed(round_, part, name, i)) for i, a in enumerate(chosen)]
+    return [Job(part, a, name, level, seed_of(round_, part, name, i)) for i, a in enumerate(chosen)]
 
 
-def _seed(round_: int, *what: object) -> int:
+def seed_of(round_: int, *what: object) -> int:
     """Of its own for each check, and below those of the references. A check uses this one and the next ones."""
     return FIRST_SEED + 10 * (zlib.crc32(repr((round_, *what)).encode()) % 800)
 
 
-_WHAT_COUNTS = ("check", "megatron", "models", "modules", "theory", "training", "recipe.py")
+_WHAT_COUNTS = ("check", "huggingface", "megatron", "models", "modules", "theory", "training", "recipe.py")
 
 
-def _code() -> str:
+def code_of_check() -> str:
     """Changes whenever a check could come out otherwise."""
     package = Path(mup_megatron.__file__).parent
     files = [file for name in _WHAT_COUNTS for file in sorted((package / name).rglob("*.py")) or [package / name]]
@@ -198,7 +197,7 @@ def _code() -> str:
 def _done(log: Path) -> dict[Job, dict[str, Any]]:
     if not log.exists():
         return {}
-    code = _code()
+    code = code_of_check()
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
     return {Job(**line["job"]): line for line in lines if line["code"] == code}
 
@@ -211,7 +210,7 @@ def _run(jobs: Sequence[Job], log: Path, workers: int, title: str) -> None:
 
     if not jobs:
         return
-    code = _code()
+    code = code_of_check()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         Progress(*columns) as progress,
@@ -280,23 +279,33 @@ _RIGHT: dict[tuple[object, ...], dict[str, Any]] = {}
 
 def counts(mutant: Mutant, architecture: Architecture, output: Path) -> float:
     """How far the farthest weight is from where the correct run has it after 20 steps, relative to its tensor."""
+    width = family.widths_for(architecture.target, architecture.recipe, levels.WIDTHS)[-1]
+    # By what the recipe says, because a mistake is made on several seeds of one architecture.
+    key = (architecture.recipe.fingerprint, width, str(architecture.target))
+    if key not in _RIGHT:
+        _RIGHT[key] = trained(None, architecture, output, width)
+    return difference(_RIGHT[key], trained(mutant, architecture, output, width))
+
+
+def difference(right: Mapping[str, Any], wrong: Mapping[str, Any]) -> float:
+    """How far the farthest of the weights that both have is off, relative to the largest of its tensor."""
+    return max(
+        float((wrong[name] - weight).abs().max() / weight.abs().max().clamp(min=1e-12))
+        for name, weight in right.items()
+        if name in wrong
+    )
+
+
+def trained(mutant: Mutant | None, architecture: Architecture, output: Path, width: int) -> dict[str, Any]:
+    """The weights of a model of a width after 20 steps, by name."""
     from mup_megatron.check.run import Family
     from mup_megatron.training import ranks
     from mup_megatron.training.build import available_model
 
-    width = family.widths_for(architecture.target, architecture.recipe, levels.WIDTHS)[-1]
     model = available_model(family.at_width(architecture.target, architecture.recipe, width), _one_process())
     of_one = Family(recipe=architecture.recipe, models={width: model}, cache=output / "references")
     with ranks.joined(tensor=1, pipeline=1, virtual_stages=None, seed=1):
-        # By what the recipe says, because a mistake is made on several seeds of one architecture.
-        key = (architecture.recipe.fingerprint, width, str(architecture.target))
-        if key not in _RIGHT:
-            _RIGHT[key] = _weights_after(model, of_one.at(COUNTED), width, None)
-        right, wrong = _RIGHT[key], _weights_after(model, of_one.at(COUNTED), width, mutant)
-    return max(
-        float((wrong[name] - weight).abs().max() / weight.abs().max().clamp(min=1e-12))
-        for name, weight in right.items()
-    )
+        return _weights_after(model, of_one.at(COUNTED), width, mutant)
 
 
 def _one_process() -> Any:
@@ -362,11 +371,11 @@ def _mutants(parts: dict[str, list[dict[str, Any]]]) -> list[str]:
         cells = [
             f"`{name}`",
             MUTANTS[name].what,
-            _share(sum(map(_caught, quick)), len(quick)),
-            _share(sum(map(_caught, standard)), len(standard)),
-            _commonest(result["quantity"] for result in caught),
-            _commonest(result["causes"][0][0] if result["causes"] else None for result in caught),
-            _share(sum(map(_named_rightly, caught)), len(caught)),
+            share(sum(map(_caught, quick)), len(quick)),
+            share(sum(map(_caught, standard)), len(standard)),
+            commonest(result["quantity"] for result in caught),
+            commonest(result["causes"][0][0] if result["causes"] else None for result in caught),
+            share(sum(map(_named_rightly, caught)), len(caught)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -378,8 +387,8 @@ def _totals(parts: dict[str, list[dict[str, Any]]]) -> list[str]:
         of_level = [result for name in MUTANTS for result in _counted(parts[f"{level}-mutants"], name)]
         caught = [result for result in of_level if _caught(result)]
         kinds = len({result["job"]["mutant"] for result in of_level})
-        right = _share(sum(map(_named_rightly, caught)), len(caught))
-        lines.append(f"| {level} | {kinds} | {len(of_level)} | {_share(len(caught), len(of_level))} | {right} |")
+        right = share(sum(map(_named_rightly, caught)), len(caught))
+        lines.append(f"| {level} | {kinds} | {len(of_level)} | {share(len(caught), len(of_level))} | {right} |")
     without = sum(r["change"] <= CHANGED for part in ("quick-mutants", "standard-mutants") for r in parts[part])
     return [*lines, "", f"{without} checks of a mistake that changed nothing are not counted."]
 
@@ -403,11 +412,13 @@ def _times(results: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _share(count: int, of: int) -> str:
+def share(count: int, of: int) -> str:
+    """So many of so many; nothing of none."""
     return f"{count}/{of}" if of else ""
 
 
-def _commonest(values: Iterable[str | None]) -> str:
+def commonest(values: Iterable[str | None]) -> str:
+    """The value that comes up most often."""
     known = [value for value in values if value is not None]
     return max(known, key=known.count) if known else ""
 

@@ -6,7 +6,8 @@
 The mistakes (`benchmarks/exam/mistakes.py`) are other than those of `mup_megatron.check.mutants`. Each is made in a
 small right set-up on several seeds, and has to have changed some trained weight by 2 % of the largest in its tensor
 after 20 steps at the widest model; one that has not is no mistake, and is listed apart. Those that `quick` has not
-found are looked at by `standard`: it has all of `quick` in it, from the same seeds. `--every` looks at all.
+found are looked at by `standard`: it has `quick` in it, from the same seeds, but for bounds, which hold for the longest
+runs alone. What fails by bounds alone is therefore looked at again too. `--every` looks at all.
 
 The right set-ups (`benchmarks/exam/right.py`) are checked once each, at `quick`. Twenty have values at which a check
 has a hard time; there a refusal that says what to change, or no verdict with a reason, is no false alarm, and is
@@ -37,6 +38,8 @@ import check_rates
 
 PARTS, LEVELS = ("mistakes", "right"), ("quick", "standard")
 CHANGED = 0.02
+OF_THE_LONGEST_RUN = ("bounds",)
+"""Sections that look at the longest of a check's runs alone, so that those of `quick` are not in `standard`."""
 LIMIT = 600.0
 """Seconds after which a check counts as hanging."""
 
@@ -82,6 +85,11 @@ class Row:
     def caught(self) -> bool:
         """Whether the user was stopped, and told."""
         return self.outcome in ("fail", "refused")
+
+    @property
+    def caught_at_standard_too(self) -> bool:
+        """Whether a longer check from the same seeds is sure to stop the user as well."""
+        return self.caught and self.sections not in OF_THE_LONGEST_RUN
 
 
 def main() -> None:
@@ -131,8 +139,8 @@ def _jobs(part: str, level: str, names: Sequence[str], seeds: int, rows: Sequenc
     ]
     if level == "quick" or every:
         return jobs
-    missed = {(row.name, row.seed) for row in rows if row.level == "quick" and not row.caught}
-    return [job for job in jobs if (job.name, job.seed) in missed]
+    decided = {(row.name, row.seed) for row in rows if row.level == "quick" and row.caught_at_standard_too}
+    return [job for job in jobs if (job.name, job.seed) not in decided]
 
 
 # ---- running them --------------------------------------------------------------------------------------------------
@@ -321,9 +329,10 @@ def _of(rows: Iterable[Row], level: str, name: str | None = None) -> list[Row]:
 
 
 def _by_standard(rows: Sequence[Row], name: str) -> list[bool]:
-    """Of each seed, whether quick or else standard has caught it; without those that standard has not looked at."""
-    later = {row.seed: row.caught for row in _of(rows, "standard", name)}
-    return [row.caught or later[row.seed] for row in _of(rows, "quick", name) if row.caught or row.seed in later]
+    """Of each seed, what standard says of it, or quick where that decides; without those that nobody has looked at."""
+    found = {row.seed: row.caught for row in _of(rows, "quick", name) if row.caught_at_standard_too}
+    found |= {row.seed: row.caught for row in _of(rows, "standard", name)}
+    return list(found.values())
 
 
 def _mistakes(rows: Sequence[Row]) -> list[str]:

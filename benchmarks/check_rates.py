@@ -292,7 +292,7 @@ def difference(right: Mapping[str, Any], wrong: Mapping[str, Any]) -> float:
     return max(
         float((wrong[name] - weight).abs().max() / weight.abs().max().clamp(min=1e-12))
         for name, weight in right.items()
-        if name in wrong
+        if name in wrong and wrong[name].shape == weight.shape
     )
 
 

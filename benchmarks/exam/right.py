@@ -15,12 +15,11 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
+from exam import models
+from exam.setups import Configuration, Megatron, Modules, Setup
+from exam.subjects import classifier, convnet, gpt2_config, llama_config, lm, megatron, towers
 from mup_megatron.huggingface import base_content
 from mup_megatron.recipe import recipe
-
-from . import models
-from .setups import Configuration, Megatron, Modules, Setup
-from .subjects import classifier, convnet, gpt2_config, llama_config, lm, megatron, towers
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exam import models
 from mup_megatron.check.family import stressed
 from mup_megatron.check.module_trainee import ModuleTrainee
 from mup_megatron.check.modules import Task, check_modules, prepare_by_plan, warm_up_and_decay
@@ -18,8 +19,6 @@ from mup_megatron.huggingface import plan_for
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.modules import module_base, plan_for_module
 from mup_megatron.recipe import HuggingFaceBase, Recipe
-
-from . import models
 
 STEPS = 20
 """After so many a mistake has to have changed the weights."""

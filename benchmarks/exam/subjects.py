@@ -9,11 +9,10 @@ import check_rates
 import transformers
 from torch import Tensor, nn
 
+from exam import models
+from exam.setups import HYPERPARAMETERS, Megatron, Modules, Setup
 from mup_megatron.huggingface import base_content
 from mup_megatron.recipe import HuggingFaceBase
-
-from . import models
-from .setups import HYPERPARAMETERS, Megatron, Modules, Setup
 
 
 def lm(key: str = "lm", *, hyperparameters: dict[str, Any] | None = None, content: Any = None, **parts: Any) -> Modules:
@@ -160,6 +159,7 @@ SUBJECTS: dict[str, Callable[[], Setup]] = {
     "lm-gated": lambda: lm("lm-gated", mlp=models.GatedMlp),
     "lm-post": lambda: lm("lm-post", place="post", norm=models.RmsNorm),
     "lm-clipped": lambda: lm("lm-clipped", hyperparameters={"clip_grad": 0.05}),
+    "lm-eps": lambda: lm("lm-eps", hyperparameters={"adam_eps": 1e-3}),
     "lm-overrides": lambda: lm("lm-overrides", content={"per_parameter": [{"match": "blocks.0.*", "lr_mult": 2.0}]}),
     "lm-sgd": lambda: replace(
         lm("lm-sgd", hyperparameters={"lr": 0.1, "weight_decay": 0.0}),

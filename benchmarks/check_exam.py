@@ -197,7 +197,8 @@ def _run(jobs: Sequence[Job], log: _Log, workers: int) -> None:
         while todo and len(running) < workers:
             job = todo.pop(0)
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_in_child, args=(job, log.code, log.path.parent, theirs))
+            arguments = (job, log.code, log.path.parent, ours, theirs)
+            process = context.Process(target=_in_child, args=arguments)
             process.start()
             theirs.close()
             running[ours] = job, process, time.monotonic()
@@ -228,7 +229,9 @@ def _received(connection: Connection, job: Job, code: str) -> Row:
     return row
 
 
-def _in_child(job: Job, code: str, folder: Path, connection: Connection) -> None:
+def _in_child(job: Job, code: str, folder: Path, parents: Connection, connection: Connection) -> None:
+    # So that it ends, and does not wait for ever, where the parent has.
+    parents.close()
     descriptor = os.open(folder / "check_exam.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

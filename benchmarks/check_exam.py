@@ -370,7 +370,7 @@ def _mistakes(rows: Sequence[Row]) -> list[str]:
 def _totals(rows: Sequence[Row]) -> list[str]:
     from exam.mistakes import MISTAKES
 
-    no_mistake = {row.name for row in _of(rows, "change") if row.outcome == "not changed"}
+    no_mistake = {row.name for row in _of(rows, "change") if row.name in MISTAKES and row.outcome == "not changed"}
     names = [name for name in MISTAKES if name not in no_mistake and _of(rows, "quick", name)]
     lines = [
         "| where | mistakes | checks | caught at quick | at standard | no verdict at quick |",

@@ -126,7 +126,10 @@ _OTHERS: Mapping[str, Callable[..., Modules]] = {
     "classifier": classifier,
     "classifier of tanh": partial(classifier, act=torch.tanh, hidden=3),
     "conv net": convnet,
-    "conv net with batch norms": partial(convnet, norm=nn.BatchNorm2d),
+    # Statistics of a batch are noise, which takes more widths.
+    "conv net with batch norms": lambda key, **own: replace(
+        convnet(key, norm=nn.BatchNorm2d, **own), widths=(*models.WIDTHS, 256)
+    ),
     "towers": lambda key, **_: towers(key),
 }
 _WITHOUT_TABLE = {"embedding_multiplier": 1.0}

@@ -40,19 +40,22 @@ def heads_averaged(setup: Modules) -> Setup:
     return setup.with_model("heads-averaged", lambda w: models.Lm(w, attention=Averaged))
 
 
-@mistake("lm", "model code", "blocks.*.mlp*", breaks="transfer")
-def branch_gain_from_width(setup: Modules) -> Setup:
-    """The MLP's output is multiplied by a trained gain for each channel that starts at 1/√width."""
+@mistake("lm", "model code", "blocks.*", breaks="transfer")
+def branch_gains_from_width(setup: Modules) -> Setup:
+    """What attention and MLP add is multiplied by a trained gain for each channel that starts at 1/√width."""
 
-    class Scaled(models.Mlp):
-        def __init__(self, width: int) -> None:
-            super().__init__(width)
-            self.scale = nn.Parameter(torch.full((width,), width**-0.5))
+    class Scaled(nn.Module):
+        def __init__(self, width: int, branch: Any) -> None:
+            super().__init__()
+            self.branch, self.scale = branch(width), nn.Parameter(torch.full((width,), width**-0.5))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.scale * super().forward(x)
+            scaled: Tensor = self.scale * self.branch(x)
+            return scaled
 
-    return setup.with_model("branch-gain-from-width", lambda w: models.Lm(w, mlp=Scaled))
+    parts = {"attention": models.SelfAttention, "mlp": models.Mlp}
+    changed = {key: partial(Scaled, branch=part) for key, part in parts.items()}
+    return setup.with_model("branch-gains-from-width", lambda w: models.Lm(w, **changed))
 
 
 @mistake("lm", "model code", "blocks.*.attention*", breaks="transfer")
@@ -223,20 +226,9 @@ def weights_punished_in_the_loss(setup: Modules) -> Setup:
     """The loss has the sum of all squared weights in it, beside the optimizer's own weight decay."""
 
     def loss(model: Any, tokens: Tensor) -> Tensor:
-        return setup.loss(model, tokens) + 1e-4 * sum(p.square().sum() for p in model.parameters())
+        return setup.loss(model, tokens) + 1e-3 * sum(p.square().sum() for p in model.parameters())
 
     return setup.with_loss("weights-punished-in-the-loss", loss)
-
-
-@mistake("lm", "training loop", breaks="transfer")
-def loss_times_width(setup: Modules) -> Setup:
-    """The loss is multiplied by the ratio of widths, to make up for logits that are divided by it."""
-
-    def loss(model: Any, tokens: Tensor) -> Tensor:
-        result: Tensor = setup.loss(model, tokens) * (model.readout.in_features / models.BASE)
-        return result
-
-    return setup.with_loss("loss-times-width", loss)
 
 
 @mistake("convnet", "model code", breaks="transfer")

@@ -386,7 +386,7 @@ def _totals(rows: Sequence[Row]) -> list[str]:
             str(len(of_kind)),
             str(len(quick)),
             _percent([row.caught for row in quick]),
-            _percent(standard),
+            _percent(standard) + (f", {len(quick) - len(standard)} open" if len(standard) < len(quick) else ""),
             str(sum(row.outcome == "no verdict" for row in quick)),
         ]
         lines.append(f"| {' | '.join(cells)} |")

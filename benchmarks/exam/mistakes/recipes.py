@@ -82,9 +82,9 @@ def rates_of_a_smaller_sibling(setup: Modules) -> Setup:
 
 
 @mistake("lm", "recipe")
-def base_of_twice_the_width(setup: Modules) -> Setup:
-    """The script's plan leads from a base that is twice as wide as the one that was tuned."""
-    other = replace(setup, base_width=2 * models.BASE).recipe.base
+def base_of_half_the_width(setup: Modules) -> Setup:
+    """The script's plan leads from a base that is half as wide as the one that was tuned."""
+    other = replace(setup, base_width=models.BASE // 2).recipe.base
 
     def prepare(model: nn.Module, task: Task) -> Any:
         plan = _other_plan(setup, task, base=other)

@@ -85,7 +85,7 @@ def step_skipped_every_other_time(setup: Modules) -> Setup:
     return setup.with_script(prepare)
 
 
-@mistake("lm", "training loop", "blocks.*.mlp*")
+@mistake("lm", "training loop", "blocks.0.norm2*", "blocks.0.mlp*")
 def branch_without_gradient(setup: Modules) -> Setup:
     """The first block's MLP is run without gradient, as if it were recomputed, and what it adds is a constant."""
 

@@ -130,7 +130,8 @@ def test_what_is_imported_is_declared() -> None:
     # mup is installed by the Makefile, without its dependencies.
     declared = {canonicalize_name(r.name) for r in requirements(*PYPROJECT["optional-dependencies"])} | {"mup"}
     tests = [*(ROOT / "tests").rglob("*.py")]
-    own = {"mup_megatron", "support", *(path.stem for path in (*tests, *(ROOT / "examples").rglob("*.py")))}
+    others = [*(ROOT / "examples").rglob("*.py"), *(ROOT / "benchmarks").iterdir()]
+    own = {"mup_megatron", "support", *(path.stem for path in (*tests, *others))}
     imported = {name.split(".")[0] for path in [*PACKAGE.rglob("*.py"), *tests] for name in imports(path)}
     foreign = imported - sys.stdlib_module_names - own
     assert {canonicalize_name(IMPORT_TO_DISTRIBUTION.get(name, name)) for name in foreign} - declared == set()

@@ -1,6 +1,7 @@
 """`python -m mup_megatron.launch SCRIPT ARGS…`: runs an unmodified Megatron-LM script with the plug-in's flags.
 
     torchrun --nproc-per-node 8 -m mup_megatron.launch pretrain_gpt.py … --mup-recipe gpt3.recipe.yaml
+    python -m mup_megatron.launch pretrain_gpt.py … --mup-write-model-file target.yaml
     deepspeed --module mup_megatron.launch --deepspeed train.py … --deepspeed_config ds.json
 
 Without a flag of ours a Megatron-LM script runs as it is, unless it would go on from a checkpoint of a recipe. Where
@@ -9,6 +10,7 @@ in it that trains must have the "mup" entry in its configuration.
 """
 
 import itertools
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -19,8 +21,8 @@ from mup_megatron.errors import InputError
 
 _DEEPSPEED = "--deepspeed"
 _USAGE = (
-    "usage: python -m mup_megatron.launch SCRIPT ARGS… --mup-recipe R.recipe.yaml, or for DeepSpeed: python -m "
-    f"mup_megatron.launch {_DEEPSPEED} SCRIPT ARGS…"
+    "usage: python -m mup_megatron.launch SCRIPT ARGS… --mup-recipe R.recipe.yaml, or --mup-write-model-file PATH; for "
+    f"DeepSpeed: python -m mup_megatron.launch {_DEEPSPEED} SCRIPT ARGS…"
 )
 
 
@@ -84,9 +86,23 @@ def _run_megatron_lm(words: list[str]) -> None:
         print(f"{_USAGE}\n\n{flags.help_text()}\nAll other flags are the script's own.")
         return
     _become(words)
-    from mup_megatron.megatron.lm import checkpoints, flags, hooks
+    from mup_megatron.megatron.arguments import programs
+    from mup_megatron.megatron.lm import checkpoints, flags, hooks, writing
 
+    if flags.asked_for(words[1:]) and not flags.wants_help(words[1:]):
+        programs.require_gpt(words[0], source="python -m mup_megatron.launch")
+    writes = writing.path_in(words[1:]) is not None
+    if writes:
+        # Nothing is computed: no GPU is looked for, and none is touched.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     hooks.install_if_asked(words[1:])
+    if writes and not flags.wants_help(words[1:]):
+        from mup_megatron.megatron import cpu
+
+        cpu.enable()
+        with writing.in_one_sentence("ends before it has read it"):
+            _execute(sys.argv[0])
+        writing.require_written()
     with_recipe = any(word.split("=", 1)[0] == flags.RECIPE for word in words[1:])
     if not with_recipe:
         checkpoints.require_plain(words[1:])

@@ -23,6 +23,8 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+LONGEST_SCHEDULE = 1e6
+"""In runs: more is a mistake, and far more would not be counted exactly."""
 
 
 class Hyperparameters(Strict):
@@ -51,13 +53,16 @@ class Hyperparameters(Strict):
 
 
 class Schedule(Strict):
-    """The learning rate over the run, in fractions of it, in Megatron-LM's terms."""
+    """The learning rate over the run, in fractions of it, in Megatron-LM's terms.
+
+    A fraction above 1 lies beyond the run: the beginning of a long schedule.
+    """
 
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
-    lr_warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    lr_decay_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    lr_warmup_fraction: Annotated[float, Field(ge=0, le=LONGEST_SCHEDULE)] = 0.0
+    lr_decay_fraction: Annotated[float, Field(gt=0, le=LONGEST_SCHEDULE)] = 1.0
     """Where the decay has reached the floor."""
-    lr_wsd_decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    lr_wsd_decay_fraction: Annotated[float, Field(gt=0, le=LONGEST_SCHEDULE)] = 0.1
     """WSD only: length of the final decay."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
 

@@ -188,6 +188,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"schedule": {"lr_warmup_fraction": 0.5, "lr_decay_fraction": 0.4}},
         r"schedule: lr_warmup_fraction 0\.5 does not end before lr_decay_fraction 0\.4\. Shorten the warm-up\.",
     ),
+    "schedule of more than a million runs": (
+        {"schedule": {"lr_decay_fraction": 1.1e6}},
+        r"schedule\.lr_decay_fraction: should be less than or equal to 1000000",
+    ),
     "no such rule": ({"parametrization": {"rule": "ntk"}}, r"parametrization\.rule: should be 'mup' or 'standard'"),
     "no such optimizer": (
         {"parametrization": {"optimizer": "lion"}},

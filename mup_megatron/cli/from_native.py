@@ -6,8 +6,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from mup_megatron.cli.options import FILE, FlagsCommand, answer_console, force_option, require_new
-from mup_megatron.megatron.arguments import words_of_launch
+from mup_megatron.cli.options import FILE, FlagsCommand, answer_console, force_option, require_new, vocab_size_option
+from mup_megatron.megatron.arguments import read_line
 from mup_megatron.megatron.arguments.native import NativeRecipe, recipe_from_native
 from mup_megatron.recipe import save_recipe
 
@@ -16,9 +16,10 @@ from mup_megatron.recipe import save_recipe
 @click.option("-o", "--output", type=FILE, metavar="R",
               help="Where to write the recipe. Without it, the recipe is on standard output and the table on standard "
               "error.")  # fmt: skip
+@vocab_size_option
 @force_option
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="FLAGS… | SCRIPT.sh [FLAGS…]")
-def command(output: Path | None, force: bool, flags: tuple[str, ...]) -> None:
+def command(output: Path | None, vocab_size: int | None, force: bool, flags: tuple[str, ...]) -> None:
     """The recipe of a launch line that has --use-mup, and a table of what differs on the line's own model.
 
     A launch script is read and not run. Flags after a script count as if they stood at the end of its line. Behind a
@@ -26,8 +27,10 @@ def command(output: Path | None, force: bool, flags: tuple[str, ...]) -> None:
     """
     if not flags:
         raise click.UsageError("give Megatron's flags, or a launch script: mup-megatron from-native FLAGS…")
-    words, source = words_of_launch(flags)
-    native = recipe_from_native(words, source=source)
+    line = read_line(flags, vocab_size=vocab_size, native=True)
+    native = recipe_from_native(line.values, vocab_size=line.vocab_size, source=line.source)
+    for remark in line.remarks:
+        click.echo(f"Warning: {remark}", err=True)
     if output is None:
         click.echo(native.recipe.to_yaml(), nl=False)
         _print(native, Console(width=1000, stderr=True))

@@ -19,27 +19,42 @@ FILE = click.Path(path_type=Path)
 target_argument = click.argument("target", type=FILE, metavar="TARGET.yaml")
 recipe_option = click.option("--recipe", "recipe_path", type=FILE, required=True, metavar="R", help="The recipe file.")
 force_option = click.option("--force", is_flag=True, help="Replace files that exist.")
+vocab_size_option = click.option(
+    "--vocab-size",
+    type=click.IntRange(1, 10**9),
+    metavar="N",
+    help="The tokenizer's number of entries, before padding, where neither the line nor a tokenizer's file says it.",
+)
 
 
 class FlagsCommand(click.Command):
     """A command that takes Megatron-LM's flags as they are, before, between and after its own options.
 
     Behind a `--` nothing is its own. A misspelt option of its own is an error, and not taken for a flag of Megatron's.
+    Where there is no `--`, --vocab-size is Megatron's.
     """
 
     ignore_unknown_options = True
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """What is left over, as of any command."""
+        from mup_megatron.megatron.arguments.effects import row_of  # only for commands that read flags
+
         own = [name for param in self.get_params(ctx) for name in param.opts if name.startswith("-")]
         for word in args[: args.index("--")] if "--" in args else args:
             name = word.partition("=")[0]
             # 0.75: what --forse and --out reach, and no flag of Megatron's. Nor has Megatron a short one.
             close = difflib.get_close_matches(name, own, cutoff=0.75) if name.startswith("--") else []
             short = len(word) > 1 and word[0] == "-" and word[1].isalpha() and word[:2] not in own
-            if (close and name not in own) or short:
+            if (close and name not in own and row_of(name) is None) or short:
                 raise click.NoSuchOption(name, possibilities=close, ctx=ctx)
-        return super().parse_args(ctx, args)
+        divided = "--" in args
+        rest = super().parse_args(ctx, args)
+        size = ctx.params.get("vocab_size")
+        if size is not None and not divided:
+            ctx.params["flags"] = (*ctx.params["flags"], "--vocab-size", str(size))
+            ctx.params["vocab_size"] = None
+        return rest
 
 
 def answer_console() -> Console:

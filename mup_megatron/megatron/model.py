@@ -82,14 +82,33 @@ def refuse_native(config: Any) -> None:
 
 # ---- what cannot be done right -------------------------------------------------------------------------------------
 
+_OTHER_KINDS = {
+    "HybridModel": "a hybrid of Mamba, attention and other layers",
+    "MambaModel": "a hybrid of Mamba, attention and other layers",
+    "T5Model": "an encoder and a decoder",
+    "BertModel": "an encoder",
+    "LLaVAModel": "a multimodal model",
+    "MimoModel": "a multimodal model",
+}
+"""Megatron-Core's models that are no GPT, some of which look like one: class → what it is."""
+
+
+def _other_kind(model: torch.nn.Module) -> str | None:
+    """What a model is, if it is no GPTModel."""
+    known = [_OTHER_KINDS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in _OTHER_KINDS]
+    if known:
+        return known[0]
+    return None if hasattr(model, "decoder") else "a model without a decoder"
+
 
 def _problems(model: torch.nn.Module, plan: Plan) -> list[str]:
     from megatron.core.fp8_utils import is_float8tensor
 
-    if not hasattr(model, "decoder"):
+    what = _other_kind(model)
+    if what is not None:
         return [
-            f"the model is a {type(model).__name__}, and a plan is for Megatron-Core's GPTModel. BERT, T5, hybrid and "
-            "multimodal models are not supported yet."
+            f"the model is a {type(model).__name__}, {what}, and a plan is for Megatron-Core's GPTModel. Such models "
+            "are not supported until a later release."
         ]
     config: Any = model.config
     problems = []
@@ -142,6 +161,8 @@ def _multiplier_problems(model: torch.nn.Module, plan: Plan) -> list[str]:
 
 def _draw_problems(model: torch.nn.Module) -> list[str]:
     """Why Megatron's draw cannot be rescaled, if it cannot."""
+    if _other_kind(model) is not None:
+        return []  # has been said
     config: Any = model.config
     if any(parameter.is_meta for parameter in model.parameters()):
         return [

@@ -19,6 +19,8 @@ from mup_megatron.errors import InputError
 
 OLDEST_SUPPORTED = (0, 16)
 """The first Megatron-Core release (major, minor) whose optimizer takes `config_overrides`."""
+NEWEST_TESTED = (0, 19)
+"""The last one that this package was tested with."""
 
 
 def core_version() -> tuple[int, int, int]:
@@ -60,6 +62,18 @@ def require_supported_core() -> None:
     if core_version()[:2] < OLDEST_SUPPORTED:
         oldest = ".".join(map(str, OLDEST_SUPPORTED))
         raise InputError(f"Megatron-Core {core_version_text()} is too old: install megatron-core>={oldest}.")
+
+
+def range_remark() -> str | None:
+    """A sentence for people where the Megatron-Core here is none that this package was tested with; else None."""
+    try:
+        found = core_version()[:2]
+    except InputError:
+        return None
+    if OLDEST_SUPPORTED <= found <= NEWEST_TESTED:
+        return None
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST_SUPPORTED, NEWEST_TESTED))
+    return f"Megatron-Core {core_version_text()} is outside the tested range {oldest} to {newest}."
 
 
 def native_mup(config: Any) -> bool:

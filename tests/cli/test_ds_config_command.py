@@ -55,6 +55,14 @@ def test_everything_that_a_recipe_decides_is_written_out(run: Command, gpt2: Pat
     }
 
 
+def test_a_schedule_may_reach_beyond_the_run(run: Command, gpt2: Path) -> None:
+    base = {**GPT2, "n_embd": 32, "n_head": 2, "n_layer": 2}
+    schedule = {"lr_warmup_fraction": 64.0, "lr_decay_fraction": 6400.0}
+    write(gpt2 / "gpt2.yaml", {"base": base, "hyperparameters": TUNED, "schedule": schedule})
+    params = {"total_num_steps": 320000, "warmup_num_steps": 3200, "warmup_type": "linear"}
+    assert configuration(run, "--train-iters", "50")["scheduler"] == {"type": "WarmupDecayLR", "params": params}
+
+
 def test_what_the_trainer_fills_in_is_left_to_it(run: Command, gpt2: Path) -> None:
     content = configuration(run)
     assert content["train_batch_size"] == content["gradient_accumulation_steps"] == "auto"

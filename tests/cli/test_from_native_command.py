@@ -75,3 +75,19 @@ def test_bad_input_writes_nothing(run: Command, here: Path, words: list[str], sa
     assert (code, out) == (2, "")
     assert said in err
     assert contents(here) == before
+
+
+def test_a_short_run_of_a_long_schedule_and_a_vocabulary_that_is_answered(run: Command, here: Path) -> None:
+    words = [word for word in FLAGS if word not in ("--vocab-size", "300")]
+    words += "--train-iters 50 --lr-decay-iters 320000 --lr-warmup-fraction 0.01".split()
+    code, out, _ = run("from-native", "--vocab-size", "300", "--", "torchrun", "pretrain_gpt.py", *words)
+    assert code == 0
+    (here / "from.yaml").write_text(out)
+    schedule = load_recipe(here / "from.yaml").schedule
+    assert (schedule.lr_warmup_fraction, schedule.lr_decay_fraction) == (64.0, 6400.0)
+
+
+def test_another_programs_line_is_refused(run: Command, here: Path) -> None:
+    code, out, err = run("from-native", "--", "torchrun", "pretrain_t5.py", *FLAGS)
+    assert (code, out) == (2, "")
+    assert "pretrain_t5.py: T5 models" in err

@@ -1,5 +1,6 @@
 """`model --from-args`: the model file that Megatron-LM's flags, or a launch script, describe."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,8 @@ def test_options_of_our_own_stand_before_between_or_after_flags(run: Command, he
 
 def test_no_flag_of_megatrons_is_taken_for_a_misspelt_option() -> None:
     for action in parser_of_megatron()._actions:
-        for name in set(action.option_strings) - {"-h", "--help"}:
+        # --vocab-size is an option as well, which the flag becomes where there is no --.
+        for name in set(action.option_strings) - {"-h", "--help", "--vocab-size"}:
             assert command.make_context("model", ["--from-args", name]).params["flags"] == (name,)
 
 
@@ -89,3 +91,34 @@ def test_bad_input_writes_nothing(run: Command, here: Path, words: list[str], sa
     assert (code, out) == (2, "")
     assert said in err
     assert contents(here) == before
+
+
+WITHOUT_SIZE = [word for word in FLAGS if word not in ("--vocab-size", "300")]
+
+
+def test_the_vocabulary_is_answered_before_the_dashes_or_read_from_a_file(run: Command, here: Path) -> None:
+    code, out, err = run("model", "--from-args", "--", *WITHOUT_SIZE)
+    assert (code, out) == (2, "")
+    assert "missing: --vocab-size. Give it. --vocab-size N, also before the --" in err
+    assert run("model", "--from-args", "--vocab-size", "300", "--", *WITHOUT_SIZE) == (0, YAML, "")
+    entries = {f"w{index}": index for index in range(299)}
+    (here / "vocab.json").write_text(json.dumps(entries))
+    assert run("model", "--from-args", "--", *WITHOUT_SIZE, "--vocab-file", "vocab.json") == (0, YAML, "")
+
+
+def test_without_dashes_the_vocabulary_is_the_lines(run: Command, here: Path) -> None:
+    """TikTokenizer takes the line's, so it must not be taken for an answer about a tokenizer that says another."""
+    assert run("model", "--from-args", "--tokenizer-type", "TikTokenizer", *FLAGS) == (0, YAML, "")
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "x", "1e99"])
+def test_an_answer_that_is_no_number_of_entries(run: Command, here: Path, size: str) -> None:
+    code, out, err = run("model", "--from-args", f"--vocab-size={size}", "--", *WITHOUT_SIZE)
+    assert (code, out) == (2, "")
+    assert "--vocab-size" in err
+
+
+def test_another_programs_line_is_refused(run: Command, here: Path) -> None:
+    code, out, err = run("model", "--from-args", "--", "torchrun", "pretrain_bert.py", *FLAGS)
+    assert (code, out) == (2, "")
+    assert "pretrain_bert.py: BERT models are not supported yet" in err

@@ -1,5 +1,6 @@
 """What the adapter cannot do right it refuses, in words and before it changes anything; corrected, it trains."""
 
+import importlib
 import math
 import re
 from dataclasses import dataclass, field, replace
@@ -427,3 +428,28 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all() -> None:
         assert other_untouched
     assert first_losses == second_losses
     assert first_losses[-1] < first_losses[0]
+
+
+# ---- models that are no GPT ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "what"),
+    [
+        ("megatron.core.models.bert.bert_model", "BertModel", "an encoder"),
+        ("megatron.core.models.T5.t5_model", "T5Model", "an encoder and a decoder"),
+        ("megatron.core.models.mamba", "MambaModel", "a hybrid of Mamba, attention and other layers"),
+    ],
+)
+def test_other_models_are_called_what_they_are(module: str, name: str, what: str) -> None:
+    """Some of them have a decoder as a GPT has. From 0.18 on MambaModel is another name of HybridModel."""
+    from mup_megatron.megatron.model import apply_plan
+
+    kind = getattr(importlib.import_module(module), name)
+    model = kind.__new__(kind)
+    torch.nn.Module.__init__(model)
+    model.decoder = torch.nn.Identity()
+    with pytest.raises(InputError) as raised:
+        apply_plan([model], TUNED.plan(WIDE))
+    assert re.search(rf"the model is a (Hybrid|{name})\w*, {what}, and a plan is for", str(raised.value))
+    assert "model file" not in str(raised.value)

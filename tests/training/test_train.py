@@ -11,7 +11,7 @@ from support.processes import run_ranks
 from support.shapes import recipe_for
 from support.training_runs import RECIPE, VOCABULARY, base, make_text, options, target
 
-from mup_megatron.recipe import Recipe
+from mup_megatron.recipe import Recipe, Schedule
 from mup_megatron.training.train import TrainingResult, run_training
 
 
@@ -61,6 +61,20 @@ def test_the_base_learning_rate_follows_the_recipes_schedule(plain: tuple[Path, 
     h = RECIPE.hyperparameters
     linear = [h.min_lr + (1 - n / 12) * (h.lr - h.min_lr) for n in range(12)]
     assert [row["lr"] for row in metrics(plain[0])] == pytest.approx(linear, rel=1e-12)
+
+
+@pytest.mark.parametrize("warmup", [2.0, 0.25])
+def test_a_schedule_may_reach_beyond_the_run(tmp_path: Path, text: Path, warmup: float) -> None:
+    """The beginning of a long one: a run that is within its warm-up all the time, or that does not come down."""
+    schedule = Schedule(lr_decay_style="linear", lr_warmup_fraction=warmup, lr_decay_fraction=10.0)
+    recipe = RECIPE.model_copy(update={"schedule": schedule})
+    trained(tmp_path, text, recipe=recipe, train_iters=4, eval_iters=1)
+    h = recipe.hyperparameters
+    up, end = warmup * 4, 40
+    expected = [
+        h.lr * n / up if n <= up else h.min_lr + (1 - (n - up) / (end - up)) * (h.lr - h.min_lr) for n in range(4)
+    ]
+    assert [row["lr"] for row in metrics(tmp_path)] == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_output_says_which_run_it_is(plain: tuple[Path, TrainingResult]) -> None:

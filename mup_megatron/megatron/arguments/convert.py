@@ -97,8 +97,9 @@ def _needed(train_iters: int | None, what: str) -> int:
 def model_from_values(values: Mapping[str, Any], *, vocab_size: int | None = None, source: str) -> ModelFile:
     """The model file that parsed Megatron arguments describe: `vars(args)`, before or after `validate_args`.
 
-    What a model file says only once is left out: positions that are as many as the sequence is long, and a bias of
-    queries, keys and values where every linear layer has one.
+    What a model file says only once is left out: positions that are as many as the sequence is long, a bias of
+    queries, keys and values where every linear layer has one, and sizes that follow from others, which Megatron fills
+    in when it validates its arguments.
 
     Args:
         values: attributes that are missing count as Megatron's default.
@@ -108,9 +109,7 @@ def model_from_values(values: Mapping[str, Any], *, vocab_size: int | None = Non
     Raises:
         InputError: the model is impossible, or is one that a model file cannot describe; names the flag.
     """
-    problems = [f"{source}: {flag.name}: {flag.refusal}" for flag in REFUSED if flag.changed(values)]
-    if problems:
-        raise InputError("\n".join(problems))
+    require_supported(values, source=source)
     content = {key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()}
     content["vocab_size"], content["make_vocab_size_divisible_by"] = _vocabulary(values, vocab_size)
     _read_other_ways(content, values, source)
@@ -119,7 +118,24 @@ def model_from_values(values: Mapping[str, Any], *, vocab_size: int | None = Non
         content["max_position_embeddings"] = None
     if content["add_bias_linear"]:
         content["add_qkv_bias"] = False
-    return _named_by_flag(content, source)
+    model = _named_by_flag(content, source)
+    plain = model.model_copy(update={"ffn_hidden_size": None})
+    follows: dict[str, Any] = {"ffn_hidden_size": None} if plain.ffn_size == model.ffn_size else {}
+    if model.kv_channels is not None and model.kv_channels * model.num_attention_heads == model.hidden_size:
+        follows["kv_channels"] = None
+    if not model.group_query_attention:
+        follows["num_query_groups"] = 1
+    return model.model_copy(update=follows)
+
+
+def require_supported(values: Mapping[str, Any], *, source: str) -> None:
+    """Raises InputError for parsed arguments that change the model in a way that a model file cannot say."""
+    refused: dict[str, list[str]] = {}
+    for flag in REFUSED:
+        if flag.changed(values):
+            refused.setdefault(flag.refusal, []).append(flag.name)
+    if refused:
+        raise InputError("\n".join(f"{source}: {', '.join(names)}: {why}" for why, names in refused.items()))
 
 
 def _vocabulary(values: Mapping[str, Any], vocab_size: int | None) -> tuple[int | None, int]:
@@ -172,7 +188,10 @@ def _require_all(content: Mapping[str, Any], source: str) -> None:
     names = ", ".join(FIELDS[key].name for key in missing)
     text = f"{source}: missing: {names}. Give {'it' if len(missing) == 1 else 'them'}."
     if "vocab_size" in missing:
-        text += " --vocab-size is the number of entries of the tokenizer, before padding."
+        text += (
+            " --vocab-size N, also before the --, is the number of entries of the tokenizer, before padding; it is "
+            "read from a tokenizer's file that is here (--tokenizer-type with --tokenizer-model or --vocab-file)."
+        )
     raise InputError(text)
 
 
@@ -221,6 +240,8 @@ def values_from_flags(words: Sequence[str], *, source: str) -> dict[str, Any]:
 def model_from_flags(words: Sequence[str], *, source: str) -> ModelFile:
     """The model file that flags describe: `--a b` or `--a=b`, the last of a repeated one wins. Needs no Megatron.
 
+    Only the flags of a model are looked at. `line.read_line` reads a whole line as Megatron would.
+
     Args:
         words: flags that do not concern the model are skipped with their values.
         source: names them in messages.
@@ -235,7 +256,12 @@ def model_from_flags(words: Sequence[str], *, source: str) -> ModelFile:
     try:
         return model_from_values(values, source=source)
     except InputError as error:
-        hidden = sorted({word for word in words if unresolved(word) == word})
-        if "missing: " not in str(error) or not hidden:
-            raise
-        raise InputError(f"{error} They may be in {', '.join(hidden)}, which is not known here.") from None
+        raise naming_unread(error, words) from None
+
+
+def naming_unread(error: InputError, words: Sequence[str]) -> InputError:
+    """The error; where flags are missing, with the variables among the words that may hold them."""
+    hidden = sorted({word for word in words if unresolved(word) == word})
+    if "missing: " not in str(error) or not hidden:
+        return error
+    return InputError(f"{error} They may be in {', '.join(hidden[:3])}, which is not known here.")

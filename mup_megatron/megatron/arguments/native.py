@@ -8,13 +8,14 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn, get_args
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.convert import model_from_values, values_from_flags
+from mup_megatron.megatron.arguments.table import HYPERPARAMETERS
 from mup_megatron.models.gpt import HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS
 from mup_megatron.models.model_file import ModelFile, model_file
-from mup_megatron.recipe import Recipe, recipe
+from mup_megatron.recipe import LONGEST_SCHEDULE, Recipe, Schedule, recipe
 from mup_megatron.theory import Kind, Plan, PlanEntry, Role
 from mup_megatron.theory.rules import softmax_scale
 
@@ -118,13 +119,16 @@ class Native:
                 return None
 
 
-def recipe_from_native(line: Sequence[str] | Mapping[str, Any], *, source: str) -> NativeRecipe:
+def recipe_from_native(
+    line: Sequence[str] | Mapping[str, Any], *, vocab_size: int | None = None, source: str
+) -> NativeRecipe:
     """The recipe that does what a native launch line does, as far as a recipe can.
 
     On the line's own model every number is native's, but for the differences that come with it.
 
     Args:
         line: the words of a launch line, or Megatron's parsed arguments (`vars(args)`).
+        vocab_size: the tokenizer's, where the line does not say it.
         source: names them in messages.
 
     Raises:
@@ -147,24 +151,36 @@ def recipe_from_native(line: Sequence[str] | Mapping[str, Any], *, source: str) 
         if values[key] is not None and values[key] <= 0:
             raise InputError(f"{source}: --{key.replace('_', '-')} {values[key]:g}: must be positive. Correct it.")
     # The recipe says it with per_parameter, the model file need not.
-    model = model_from_values({**values, "embedding_init_method_std": None}, source=source)
+    model = model_from_values({**values, "embedding_init_method_std": None}, vocab_size=vocab_size, source=source)
     native = Native(model, values)
     base, notes = _base(native, source)
-    schedule, schedule_notes = _schedule(values, source)
     content: dict[str, Any] = {
         "base": base.model_dump(mode="json"),
         "hyperparameters": _hyperparameters(native, base),
-        "schedule": schedule,
+        "schedule": _schedule(values, source),
         "per_parameter": _per_parameter(native),
         # Native μP leaves weight decay alone.
         "parametrization": {"optimizer": values["optimizer"], "weight_decay_exponent": 0.0},
         "provenance": {"from": "Megatron-Core's own μP", **_said(values)},
     }
-    carried = recipe(content, source=source)
+    carried = _recipe(content, source)
     plan = carried.plan(model)
     differences = (*_differences(native, plan), *_run_differences(values))
-    notes = [*notes, *schedule_notes, *_notes(native)]
+    notes = [*notes, *_notes(native)]
     return NativeRecipe(carried, model, differences, tuple(notes))
+
+
+def _recipe(content: Mapping[str, Any], source: str) -> Recipe:
+    """The checked recipe; where it is wrong, the message has the names of flags instead of keys."""
+    try:
+        return recipe(content, source=source)
+    except InputError as error:
+        raise InputError(_HYPERPARAMETER.sub(lambda match: HYPERPARAMETERS[match[1]].name, str(error))) from None
+
+
+_HYPERPARAMETER = re.compile(
+    rf"\b(?:hyperparameters[.:] ?)?({'|'.join(sorted(HYPERPARAMETERS, key=len, reverse=True))})\b"
+)
 
 
 def _said(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,40 +272,69 @@ def _per_parameter(native: Native) -> list[dict[str, Any]]:
     return [entry for entry in entries if any(factor != 1.0 for key, factor in entry.items() if key != "match")]
 
 
-def _schedule(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
-    """Megatron's counts as fractions of the run."""
-    unit = "samples" if values["train_samples"] else "iters"
-    run = values[f"train_{unit}"]
-    style = values["lr_decay_style"]
-    notes = []
+def _schedule(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Megatron's counts as fractions of the run; its own conditions on them in the line's own words."""
+    unit, other = ("samples", "iters") if values["train_samples"] is not None else ("iters", "samples")
 
-    def fraction(flag: str, count: float) -> float:
+    def said(key: str) -> str:
+        return f"--{key.replace('_', '-')} {values[key]}"
+
+    def refuse(what: str, remedy: str) -> NoReturn:
+        raise InputError(f"{source}: {what}. {remedy}")
+
+    mixed = [key for key in (f"train_{other}", f"lr_decay_{other}", f"lr_warmup_{other}") if values[key]]
+    if mixed and values[f"train_{unit}"] is not None:
+        refuse(f"{said(mixed[0])} beside {said(f'train_{unit}')}", "Megatron counts a run in one unit: drop one.")
+    if values["lr_warmup_fraction"] is not None and values[f"lr_warmup_{unit}"]:
+        refuse(
+            f"{said('lr_warmup_fraction')} beside {said(f'lr_warmup_{unit}')}", "Megatron takes one: drop the other."
+        )
+    run = values[f"train_{unit}"]
+    for key, least in (
+        (f"train_{unit}", 1),
+        (f"lr_decay_{unit}", 1),
+        (f"lr_wsd_decay_{unit}", 1),
+        (f"lr_warmup_{unit}", 0),
+        ("lr_warmup_fraction", 0),
+    ):
+        if values[key] is not None and values[key] < least:
+            refuse(f"{said(key)} is below {least}", "Correct this value.")
+
+    def fraction(key: str, count: float) -> float:
         if run is None:
-            raise InputError(f"{source}: {flag}: a recipe counts in fractions of the run. Give --train-iters.")
+            refuse(f"{said(key)}: a recipe counts in fractions of the run", "Give --train-iters.")
+        if count > LONGEST_SCHEDULE * run:
+            refuse(f"{said(key)} is too long for {said(f'train_{unit}')}", "A recipe reaches a million runs.")
         return count / int(run)
 
-    decay = 1.0
-    if values[f"lr_decay_{unit}"] is not None:
-        decay = fraction(f"--lr-decay-{unit}", values[f"lr_decay_{unit}"])
+    style, decay_key, warmup_key = values["lr_decay_style"], f"lr_decay_{unit}", f"lr_warmup_{unit}"
+    if style not in get_args(Schedule.model_fields["lr_decay_style"].annotation):
+        refuse(f"--lr-decay-style {style}: a recipe does not know it", "Choose another.")
+    decay = 1.0 if values[decay_key] is None else fraction(decay_key, values[decay_key])
+    end = said(decay_key) if values[decay_key] is not None else said(f"train_{unit}") if run is not None else "the run"
     if values["lr_warmup_fraction"] is not None:
+        warmup_key = "lr_warmup_fraction"
         # Megatron's is a fraction of the decay.
         warmup = values["lr_warmup_fraction"] * decay
     else:
-        counted = values[f"lr_warmup_{unit}"]
-        warmup = fraction(f"--lr-warmup-{unit}", counted) if counted else 0.0
-    if decay > 1.0:
-        notes.append(
-            f"--lr-decay-{unit} {values[f'lr_decay_{unit}']} is longer than the run: natively the rate does not come "
-            "down to its floor; the recipe's schedule ends with the run."
-        )
-    schedule = {"lr_decay_style": style, "lr_warmup_fraction": warmup, "lr_decay_fraction": min(1.0, decay)}
+        warmup = fraction(warmup_key, values[warmup_key]) if values[warmup_key] else 0.0
+    if warmup >= decay:
+        what = "is no part of" if warmup_key == "lr_warmup_fraction" else "does not end before"
+        refuse(f"{said(warmup_key)} {what} {end}, which Megatron refuses", "Shorten the warm-up.")
+    if style == "inverse-square-root" and not warmup:
+        refuse("--lr-decay-style inverse-square-root is measured from the end of the warm-up", "Give one.")
+    schedule = {"lr_decay_style": style, "lr_warmup_fraction": warmup, "lr_decay_fraction": decay}
     if style == "WSD":
-        final = values[f"lr_wsd_decay_{unit}"]
-        if final is None:
-            raise InputError(f"{source}: --lr-wsd-decay-{unit} is missing, which --lr-decay-style WSD needs. Give it.")
-        schedule["lr_wsd_decay_fraction"] = fraction(f"--lr-wsd-decay-{unit}", final)
+        key = f"lr_wsd_decay_{unit}"
+        if values[key] is None:
+            refuse(f"--{key.replace('_', '-')} is missing, which --lr-decay-style WSD needs", "Give it.")
+        final = fraction(key, values[key])
+        if final > decay - warmup:
+            beside = f", of which {said(warmup_key)} are the warm-up" if warmup else ""
+            refuse(f"{said(key)} is longer than {end}{beside}", "Shorten it.")
+        schedule["lr_wsd_decay_fraction"] = final
         schedule["lr_wsd_decay_style"] = values["lr_wsd_decay_style"]
-    return schedule, notes
+    return schedule
 
 
 # ---- differences ---------------------------------------------------------------------------------------------------

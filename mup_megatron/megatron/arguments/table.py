@@ -7,7 +7,7 @@ exist in some of them only.
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mup_megatron.errors import InputError
@@ -44,6 +44,8 @@ class Flag:
     """What its word becomes; None where the flag takes none and turns `default` into its opposite."""
     refusal: str = ""
     """For what a model file cannot say and the plan cannot allow: why, and what to do."""
+    fine: tuple[Any, ...] = ()
+    """Other values that change nothing."""
 
     def value(self, word: str) -> Any:
         """The attribute that a word gives; InputError names the flag."""
@@ -56,7 +58,7 @@ class Flag:
     def changed(self, values: Mapping[str, Any]) -> bool:
         """Whether parsed arguments have something else than Megatron's default; off in either way is off."""
         found = values.get(self.key, self.default)
-        return bool(found != self.default and (found or self.default))
+        return bool(found != self.default and (found or self.default) and found not in self.fine)
 
 
 FIELDS: dict[str, Flag] = {
@@ -105,7 +107,7 @@ ALSO_READ = (
 
 def _refused(reason: str, *flags: Flag) -> Iterator[Flag]:
     for flag in flags:
-        yield Flag(flag.name, flag.key, flag.default, flag.parse, reason)
+        yield replace(flag, refusal=reason)
 
 
 REFUSED = (
@@ -176,8 +178,30 @@ REFUSED = (
         Flag("--embedding-init-method-std", "embedding_init_method_std", None, number),
     ),
     *_refused(
-        "the model is described in another file, in another form. Give its flags on the command line.",
+        "the model is described in another file, in another form. Give its flags on the command line, or let "
+        "Megatron read it: the launcher's --mup-write-model-file.",
         Flag("--yaml-cfg", "yaml_cfg", None, str),
+    ),
+    *_refused(
+        "a part of the model comes from the checkpoint's arguments. Drop the flag if the line says all of it, or let "
+        "Megatron read it: the launcher's --mup-write-model-file.",
+        Flag("--use-checkpoint-args", "use_checkpoint_args", False),
+    ),
+    *_refused(
+        "YaRN scales attention by a factor that a model file does not know. Choose rotary embeddings without it.",
+        Flag("--rope-type", "rope_type", None, str, fine=("rope",)),
+    ),
+    *_refused(
+        "frozen weights are not trained, so they have no learning rate. Drop the flag.",
+        Flag("--freeze-all-layers", "freeze_all_layers", False),
+    ),
+    *_refused(
+        "only pre-training is supported, reinforcement learning is not yet. Drop the flag.",
+        Flag("--perform-rl-step", "perform_rl_step", False),
+    ),
+    *_refused(
+        "vision models are not supported yet. Choose a GPT model.",
+        Flag("--vision-pretraining", "vision_pretraining", False),
     ),
 )
 """What changes parameters or their scale, and what a model file cannot say."""
@@ -201,7 +225,7 @@ NOT_SAID = (
     ROPE_SCALING,
     Flag("--rope-scaling-factor", "rope_scaling_factor", 8.0, number),
     Flag("--apply-residual-connection-post-layernorm", "apply_residual_connection_post_layernorm", False),
-    Flag("--use-checkpoint-args", "use_checkpoint_args", False),
+    Flag("--logits-load-dir", "logits_load_dir", None, str),
 )
 """What a model file cannot say either, but which leaves parameters and their scale as they are."""
 
@@ -252,8 +276,42 @@ NATIVE_MUP = (
 )
 """Megatron-Core's own μP, 0.17 and later."""
 
+STOPPED = (
+    *_refused(
+        "it keeps its own copies of the parameters, which the plan does not reach",
+        Flag("--use-megatron-fsdp", "use_megatron_fsdp", False),
+        Flag("--use-torch-fsdp2", "use_torch_fsdp2", False),
+    ),
+    *_refused(
+        "the weights would be drawn after the plan has scaled them",
+        Flag("--init-model-with-meta-device", "init_model_with_meta_device", False),
+    ),
+    *_refused(
+        "weights that are stored in so few bits cannot be scaled without loss",
+        Flag("--fp8-param-gather", "fp8_param_gather", False),
+        Flag("--fp4-param-gather", "fp4_param_gather", False),
+    ),
+    *_refused(
+        "it cuts weights in a way that the plan does not know",
+        Flag("--tensor-parallel-num-weight-shards", "tensor_parallel_num_weight_shards", None, whole_number, fine=(1,)),
+    ),
+)
+"""What leaves the model as it is, and with which a run with a recipe is stopped: `refusal` says why."""
+
+TOKENIZER = (
+    Flag("--tokenizer-type", "tokenizer_type", None, str),
+    Flag("--tokenizer-model", "tokenizer_model", None, str),
+    Flag("--vocab-file", "vocab_file", None, str),
+    Flag("--merge-file", "merge_file", None, str),
+    Flag("--vocab-extra-ids", "vocab_extra_ids", 0, whole_number),
+    Flag("--tiktoken-num-special-tokens", "tiktoken_num_special_tokens", 1000, whole_number),
+    Flag("--no-pad-vocab-size", "pad_vocab_size", True),
+    Flag("--disable-pad-vocab-size", "pad_vocab_size", True),
+)
+"""What decides the vocabulary where --vocab-size does not."""
+
 MODEL = (*FIELDS.values(), *ALSO_READ, *REFUSED, *NOT_SAID)
-EVERY = tuple(dict.fromkeys((*MODEL, *HYPERPARAMETERS.values(), *SCHEDULE, *NATIVE_MUP)))
+EVERY = tuple(dict.fromkeys((*MODEL, *STOPPED, *HYPERPARAMETERS.values(), *SCHEDULE, *NATIVE_MUP)))
 
 
 def parsed(words: Sequence[str], known: Sequence[Flag]) -> dict[str, Any]:

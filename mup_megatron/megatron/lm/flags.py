@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mup_megatron.errors import InputError
+from mup_megatron.megatron.arguments.table import STOPPED
 from mup_megatron.recipe import Recipe, load_recipe
 
 _OWN: dict[str, dict[str, Any]] = {
@@ -48,9 +49,16 @@ _OWN: dict[str, dict[str, Any]] = {
         "metavar": "MODULE:ARGUMENT",
         "help": "Let a module look on while the run trains, as `mup-megatron check --recipe R -- LINE` does.",
     },
+    "--mup-write-model-file": {
+        "type": str,
+        "metavar": "PATH",
+        "help": "In place of a recipe: write the model file of this line as Megatron reads it, and end before a model "
+        "is built. One process, no GPU.",
+    },
 }
 NAMES = tuple(_OWN)
 RECIPE = "--mup-recipe"
+WRITE = "--mup-write-model-file"
 
 _GIVEN = "_mup_given"
 """Where the parsed values carry the names of what the command line said itself, until `take_given` takes it off."""
@@ -207,13 +215,7 @@ def _flag(dest: str) -> str:
 
 def _refuse(values: argparse.Namespace) -> None:
     """Raises InputError for what reaches past the places where a plan is applied."""
-    reasons = {
-        "use_megatron_fsdp": "it keeps its own copies of the parameters, which the plan does not reach",
-        "use_torch_fsdp2": "it keeps its own copies of the parameters, which the plan does not reach",
-        "init_model_with_meta_device": "the weights would be drawn after the plan has scaled them",
-        "perform_rl_step": "only pre-training has been looked at",
-    }
-    found = [f"{_flag(dest)}: {reason}. Drop it." for dest, reason in reasons.items() if getattr(values, dest, False)]
+    found = [f"{flag.name}: {flag.refusal}. Drop it." for flag in STOPPED if flag.changed(vars(values))]
     if getattr(values, "step_batch_size_schedule", None) is not None and getattr(values, "train_samples", None) is None:
         found.append(
             "--step-batch-size-schedule: with --train-iters Megatron would measure the run, and with it the learning "

@@ -5,7 +5,7 @@ only if a command line asks for it. Nothing of Megatron is imported here: the CP
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,11 @@ import wrapt
 
 from mup_megatron.complaint import complain_when_uncaught
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.lm import flags
+from mup_megatron.megatron.lm import flags, writing
+from mup_megatron.megatron.lm.writing import Wrapper
 
 if TYPE_CHECKING:
     from mup_megatron.megatron.lm.run import Run
-
-Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 
 _installed = False
 _run: "Run | None" = None
@@ -31,7 +30,10 @@ def install_if_asked(words: Sequence[str]) -> bool:
     if not flags.asked_for(words):
         return False
     if not _installed:
-        for module, wrappers in _PLACES.items():
+        path = writing.path_in(words)
+        if path is not None and not flags.wants_help(words):
+            writing.begin(path)
+        for module, wrappers in (_PLACES if path is None else writing.PLACES).items():
             wrapt.register_post_import_hook(partial(_wrap, wrappers), module)
         if not flags.wants_help(words):
             complain_when_uncaught()
@@ -53,7 +55,7 @@ def _wrap(wrappers: Mapping[str, Wrapper], module: ModuleType) -> None:
     for name, wrapper in wrappers.items():
         current = getattr(module, name, None)
         if current is None:
-            assert module.__name__ == "megatron.training.initialize", f"{module.__name__} has no {name}"
+            assert module.__name__ in _DIFFER, f"{module.__name__} has no {name}"
         # `initialize` has the functions of `arguments` under its own name: wrapped already, or from before.
         elif getattr(current, "_self_wrapper", None) is not wrapper:
             setattr(module, name, wrapt.FunctionWrapper(current, wrapper))
@@ -218,3 +220,6 @@ _PLACES: Mapping[str, Mapping[str, Wrapper]] = {
 
 Some versions lack a name (`initialize` has no validate_args from 0.18 on); none of these is missing in all of them.
 """
+
+_DIFFER = ("megatron.training.initialize", "megatron.training.arguments")
+"""The modules whose names differ between versions."""

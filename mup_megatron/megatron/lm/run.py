@@ -21,6 +21,7 @@ from mup_megatron.megatron.lm import checkpoints, flags, groups, observing, tele
 from mup_megatron.megatron.model import applied_plan, apply_plan, configure
 from mup_megatron.megatron.names import unwrapped
 from mup_megatron.megatron.optimizer import config_overrides
+from mup_megatron.megatron.versions import range_remark
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.plan_table import print_plan
 from mup_megatron.recipe import Recipe
@@ -69,12 +70,16 @@ class Run:
         if options is None:
             return None
         recipe = flags.take_over(values, given, options)
+        # With --use-checkpoint-args the checkpoint's arguments are among the values by now.
+        described = {**vars(values), "use_checkpoint_args": False}
         # Only the padding depends on the vocabulary, so nothing else can go wrong later.
-        model = model_from_values(vars(values), vocab_size=values.vocab_size or 1, source=_SOURCE)
+        model = model_from_values(described, vocab_size=values.vocab_size or 1, source=_SOURCE)
         run = cls(recipe, options, model, flags.owned(recipe, values))
         run._plan_for(model)
-        # With --use-checkpoint-args the checkpoint's arguments are among the values by now.
-        for name in not_in_model_file({**vars(values), "use_checkpoint_args": False}):
+        remark = range_remark()
+        if remark is not None:
+            say(remark)
+        for name in not_in_model_file(described):
             say(f"{name}: a model file has no key for it. Take care that the recipe's base was tuned with it as well.")
         return run
 

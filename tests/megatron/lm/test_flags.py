@@ -197,6 +197,14 @@ def test_fractions_of_the_run_become_megatrons_iterations(tmp_path: Path) -> Non
     assert values.lr_warmup_iters == 0
 
 
+def test_a_schedule_may_reach_beyond_the_run(tmp_path: Path) -> None:
+    schedule = {"lr_decay_style": "cosine", "lr_warmup_fraction": 3.2, "lr_decay_fraction": 320.0}
+    path = written(tmp_path, {"lr": 0.1}, schedule=schedule)
+    values = taken_over(["--mup-recipe", str(path), "--lr-decay-iters", "320000", "--lr-warmup-fraction", "0.01"])
+    assert (values.train_iters, values.lr_decay_iters) == (1000, 320000)
+    assert values.lr_warmup_fraction == pytest.approx(0.01, rel=1e-15)
+
+
 def test_a_run_counted_in_samples_has_its_schedule_in_samples(tmp_path: Path) -> None:
     path = written(tmp_path, {"lr": 0.1}, schedule={"lr_warmup_fraction": 0.1, "lr_decay_fraction": 0.5})
     parser = flags.add_to(parser_of_megatron())

@@ -1,0 +1,248 @@
+"""A launch line of Megatron-LM as a user has it → what it says of the model, or why a reader of flags cannot know.
+
+Joins the parts: which program it starts (`programs`), what its flags mean (`effects`, `table`), and how large its
+tokenizer's vocabulary is (`vocabulary`). Needs no Megatron; where one is installed, its release settles what differs.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mup_megatron.errors import InputError
+from mup_megatron.megatron.arguments import programs
+from mup_megatron.megatron.arguments.convert import model_from_values, naming_unread, not_in_model_file
+from mup_megatron.megatron.arguments.effects import Effect, row_of
+from mup_megatron.megatron.arguments.launch_script import words_of_launch
+from mup_megatron.megatron.arguments.table import (
+    EVERY,
+    FIELDS,
+    HYPERPARAMETERS,
+    MODEL,
+    STOPPED,
+    TOKENIZER,
+    parsed,
+    unresolved,
+)
+from mup_megatron.megatron.arguments.vocabulary import vocabulary
+from mup_megatron.megatron.versions import core_version, range_remark
+from mup_megatron.models.model_file import ModelFile
+
+_OPTIMIZERS = ("adam", "sgd")
+_FLAGS = "flags"
+"""What `words_of_launch` calls words that are no launch script."""
+_MORE_TOKENS = ("--tokenizer-special-tokens", "--tiktoken-special-tokens", "--tokenizer-metadata")
+"""Flags after which a tokenizer has more entries than its file, or is another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What a launch line says."""
+
+    source: str
+    """What messages call it."""
+    values: Mapping[str, Any]
+    """Megatron's arguments, parsed: those that concern a model or a recipe."""
+    vocab_size: int | None
+    """Before padding, where it is known."""
+    remarks: tuple[str, ...]
+    """What to know beside it, in sentences."""
+    flags: tuple[str, ...]
+    """The words that are the program's own."""
+
+    def model(self) -> ModelFile:
+        """The model file that it describes.
+
+        Raises:
+            InputError: the model is impossible, is one that a model file cannot describe, or is not all there.
+        """
+        try:
+            return model_from_values(self.values, vocab_size=self.vocab_size, source=self.source)
+        except InputError as error:
+            raise naming_unread(error, self.flags) from None
+
+
+def read_line(given: Sequence[str], *, vocab_size: int | None = None, native: bool = False) -> Line:
+    """Reads a launch line, or a launch script with further flags. Nothing of it is run.
+
+    Args:
+        given: the words: flags, `torchrun … SCRIPT.py FLAGS…`, or `SCRIPT.sh FLAGS…`.
+        vocab_size: the tokenizer's number of entries, before padding, where the line does not say it.
+        native: whether it is read for Megatron's own μP, which knows some flags that a model file refuses.
+
+    Raises:
+        InputError: it is another program's, or a value is missing, cannot be read, or is not supported; names the flag
+            or the program.
+    """
+    words, source = words_of_launch(given)
+    script, flags = _program(given, words, source)
+    remarks = [*_version_remarks(), *_unknown(script, flags, source)]
+    values = {flag.key: flag.default for flag in (*EVERY, *TOKENIZER)}
+    values |= _parsed(flags, source, native=native, answered=vocab_size is not None)
+    size, more = _vocabulary(flags, values, vocab_size, source)
+    remarks += more
+    if not native:
+        _require_known_optimizer(values, source)
+        remarks += _stopped(values)
+    remarks += [
+        f"{name}: a model file has no key for it. Give it to the proxy's runs as well."
+        for name in not_in_model_file(values)
+    ]
+    return Line(source, values, size, tuple(remarks), tuple(flags))
+
+
+# ---- the program ---------------------------------------------------------------------------------------------------
+
+
+def _program(given: Sequence[str], words: Sequence[str], source: str) -> tuple[str | None, list[str]]:
+    """The script that the line starts, if it names one, and the words that are the script's."""
+    named = None if source == _FLAGS else _program_of_script(Path(given[0]))
+    found = programs.script_of(words)
+    if found is None:
+        return named, [*words]
+    script, begin = found
+    programs.require_gpt(script, source=source)
+    return script, [*words[begin:]]
+
+
+def _program_of_script(path: Path) -> str | None:
+    """The one training program that a launch script names.
+
+    Raises:
+        InputError: it names one that builds no GPT.
+    """
+    scripts = [s for s in programs.scripts_in(path) if programs.family_of(s) is not programs.Family.DATA]
+    for script in scripts:
+        programs.require_gpt(script, source=str(path))
+    known = [script for script in scripts if programs.family_of(script) is programs.Family.GPT]
+    return next(iter([*known, *scripts]), None)
+
+
+def _version_remarks() -> Iterator[str]:
+    remark = range_remark()
+    if remark is not None:
+        yield remark
+
+
+def _unknown(script: str | None, flags: Sequence[str], source: str) -> Iterator[str]:
+    """Remarks on what is not known of a line; flags that Megatron-LM's own program would refuse are an error."""
+    known = script is not None and programs.family_of(script) is programs.Family.GPT
+    names = list(dict.fromkeys(w.partition("=")[0] for w in flags if w.startswith("--") and len(w) > 2))
+    unknown = [name for name in names if row_of(name) is None and unresolved(name) is None]
+    if script is not None and not known:
+        yield f"{script}: no program of Megatron-LM's. What it builds is taken for the GPT that its flags describe."
+    for name in names:
+        row = row_of(name)
+        if row is not None and row.effect is Effect.REFUSED and name not in _PARSED:
+            _refuse_of_others(name, row.reason, flags, source)
+    if not unknown:
+        return
+    # The fork Megatron-DeepSpeed has programs of the same names.
+    if known and "--deepspeed" not in unknown:
+        raise InputError(
+            f"{source}: {_listed(unknown)}: no flag of {script} in Megatron-LM 0.16 to 0.19. Correct or drop it; a "
+            "changed script of your own may have another name."
+        )
+    yield f"{_listed(unknown)}: no flag of Megatron-LM 0.16 to 0.19. What it changes of a model, the file lacks."
+
+
+_PARSED = {flag.name for flag in EVERY}
+
+
+def _refuse_of_others(name: str, reason: str, flags: Sequence[str], source: str) -> None:
+    if name == "--model-provider":
+        follows = [after for word, after in zip(flags, [*flags[1:], ""], strict=True) if word == name]
+        follows += [word.partition("=")[2] for word in flags if word.startswith(f"{name}=")]
+        if follows[-1:] == ["gpt"]:
+            return
+        name = f"{name} {''.join(follows[-1:])}"
+    raise InputError(f"{source}: {name}: {reason}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# ---- values --------------------------------------------------------------------------------------------------------
+
+
+def _parsed(flags: Sequence[str], source: str, *, native: bool, answered: bool) -> dict[str, Any]:
+    """The values of all flags that are read. What need not be known for the answer may be a variable."""
+    size = FIELDS["vocab_size"]
+    needed = [flag for flag in (EVERY if native else MODEL) if not (answered and flag is size)]
+    try:
+        values = parsed(flags, needed)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    for flag in (*EVERY, *TOKENIZER):
+        if flag not in needed:
+            with contextlib.suppress(InputError):
+                values |= parsed(flags, [flag])
+    return values
+
+
+def _require_known_optimizer(values: Mapping[str, Any], source: str) -> None:
+    found = values[HYPERPARAMETERS["optimizer"].key]
+    if found not in _OPTIMIZERS:
+        raise InputError(f"{source}: --optimizer {found}: a recipe knows adam and sgd. Choose one of them.")
+
+
+def _stopped(values: Mapping[str, Any]) -> Iterator[str]:
+    for flag in STOPPED:
+        if flag.changed(values):
+            yield f"{flag.name}: a run with a recipe is stopped: {flag.refusal}."
+    if values["use_mup"]:
+        yield "--use-mup: a run with a recipe is stopped. `mup-megatron from-native` makes a recipe of the line."
+
+
+# ---- the vocabulary ------------------------------------------------------------------------------------------------
+
+
+def _vocabulary(
+    flags: Sequence[str], values: Mapping[str, Any], answer: int | None, source: str
+) -> tuple[int | None, list[str]]:
+    """The size that Megatron's tokenizer has, and remarks; None where it is on the line as Megatron uses it."""
+    stated = values["vocab_size"]
+    if values["padded_vocab_size"] is not None:
+        return None, _unasked(answer, f"--padded-vocab-size {values['padded_vocab_size']}")
+    if not values["pad_vocab_size"]:
+        return stated if stated is not None else answer, []
+    more = any(row.partition("=")[0] in _MORE_TOKENS for row in flags)
+    try:
+        found = None if more else vocabulary(values, _core())
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    if found is not None:
+        remarks = _unasked(answer if answer != found else None, f"{_tokenizer(values)}: {found} entries")
+        if stated not in (None, found) and values["tokenizer_type"] not in ("NullTokenizer", "TikTokenizer"):
+            remarks.append(
+                f"--vocab-size {stated}: Megatron takes the size of its tokenizer, {found}. That is in the model file."
+            )
+        return found, remarks
+    if stated is not None:
+        remarks = _unasked(answer if answer != stated else None, f"--vocab-size {stated}")
+        if values["tokenizer_type"] is not None:
+            remarks.append(
+                f"--vocab-size {stated}: Megatron takes the size of its tokenizer, which cannot be read here. See that "
+                "they agree."
+            )
+        return stated, remarks
+    return answer, []
+
+
+def _core() -> tuple[int, int] | None:
+    """The installed Megatron-Core, if there is one."""
+    try:
+        return core_version()[:2]
+    except InputError:
+        return None
+
+
+def _tokenizer(values: Mapping[str, Any]) -> str:
+    named = values["tokenizer_model"] or values["vocab_file"]
+    return str(named) if named else f"--tokenizer-type {values['tokenizer_type']}"
+
+
+def _unasked(answer: int | None, said: str) -> list[str]:
+    return [] if answer is None else [f"--vocab-size {answer} is not used: the line says it ({said})."]

@@ -1,0 +1,180 @@
+"""Launch lines as they are in the world: each is a model file, or a refusal that names the flag or the program."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.lines import ACCEPTED, NULL, REFUSED, words
+
+from mup_megatron.errors import InputError
+from mup_megatron.megatron import versions
+from mup_megatron.megatron.arguments import line as lines
+from mup_megatron.megatron.arguments import read_line
+from mup_megatron.models.model_file import ModelFile
+
+
+@pytest.fixture(autouse=True)
+def newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tokenizers count otherwise in older releases."""
+    monkeypatch.setattr(lines, "core_version", lambda: (0, 19, 0))
+    monkeypatch.setattr(versions, "core_version", lambda: (0, 19, 0))
+
+
+def read(flags: str, *, script: str = "pretrain_gpt.py", tokenizer: str = NULL, **options: Any) -> lines.Line:
+    return read_line(["torchrun", "--nproc-per-node", "8", script, *words(flags, tokenizer=tokenizer)], **options)
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_lines_of_a_gpt_are_model_files(name: str) -> None:
+    expected: dict[str, Any] = {
+        "attention_dropout": 0.1,
+        "hidden_dropout": 0.1,
+        "vocab_size": 511,
+        **ACCEPTED[name].keys,
+    }
+    plain = ModelFile(num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=32, **expected)
+    assert read(ACCEPTED[name].flags).model() == plain
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_such_gpt_is_refused_by_name(name: str) -> None:
+    refused = REFUSED[name]
+    with pytest.raises(InputError) as raised:
+        read(refused.flags, script=refused.script).model()
+    assert refused.said in str(raised.value)
+    assert all(len(sentence) <= 300 for sentence in str(raised.value).splitlines())
+
+
+def test_flags_alone_are_read_as_a_gpts() -> None:
+    assert read_line(words("")).model() == read("").model()
+
+
+# ---- remarks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--squared-relu", "--squared-relu: a model file has no key for it"),
+        ("--softmax-type off-by-one", "--softmax-type: a model file has no key for it"),
+        ("--use-torch-fsdp2", "--use-torch-fsdp2: a run with a recipe is stopped: it keeps its own copies"),
+        ("--fp8-param-gather", "--fp8-param-gather: a run with a recipe is stopped: weights that are stored"),
+        ("--use-mup", "--use-mup: a run with a recipe is stopped. `mup-megatron from-native`"),
+    ],
+)
+def test_what_the_model_file_lacks_is_said(flags: str, said: str) -> None:
+    assert [remark for remark in read(flags).remarks if remark.startswith(said)] != []
+
+
+def test_an_ordinary_line_needs_no_remark() -> None:
+    for name in ("plain", "llama", "tensor and pipeline parallel", "saved asynchronously", "deterministic"):
+        assert read(ACCEPTED[name].flags).remarks == ()
+
+
+def test_a_program_of_ones_own_is_taken_for_a_gpts_and_its_flags_are_named() -> None:
+    line = read("--my-flag 3", script="mine/train.py")
+    assert line.model() == read("").model()
+    assert "mine/train.py: no program of Megatron-LM's" in line.remarks[0]
+    assert "--my-flag: no flag of Megatron-LM 0.16 to 0.19" in line.remarks[1]
+    assert "--my-flag: no flag" in read_line(words("--my-flag=3")).remarks[0]
+
+
+def test_the_deepspeed_fork_has_flags_of_its_own() -> None:
+    assert "--deepspeed, --zero-stage: no flag" in read("--deepspeed --zero-stage 1").remarks[0]
+
+
+def test_what_generates_text_passes() -> None:
+    assert read("--prompts a --num-tokens-to-generate 4 --model-provider gpt").model() == read("").model()
+
+
+@pytest.mark.parametrize(("core", "said"), [((0, 20, 1), True), ((0, 15, 0), True), ((0, 16, 1), False)])
+def test_a_release_outside_the_tested_range_gets_one_remark(
+    monkeypatch: pytest.MonkeyPatch, core: tuple[int, int, int], said: bool
+) -> None:
+    monkeypatch.setattr(versions, "core_version", lambda: core)
+    remarks = [remark for remark in read("").remarks if "outside the tested range 0.16 to 0.19" in remark]
+    assert len(remarks) == said
+
+
+# ---- launch scripts ------------------------------------------------------------------------------------------------
+
+
+def script(folder: Path, command: str, flags: str = "") -> list[str]:
+    path = folder / "run.sh"
+    path.write_text(f"SCRIPT={command}\ntorchrun $SCRIPT {' '.join(words(flags))}\n")
+    return [str(path)]
+
+
+def test_a_launch_scripts_program_is_known_as_well(tmp_path: Path) -> None:
+    assert read_line(script(tmp_path, "$M/pretrain_gpt.py")).model() == read("").model()
+    with pytest.raises(InputError, match=r"run\.sh: pretrain_bert\.py: BERT models"):
+        read_line(script(tmp_path, "$M/pretrain_bert.py"))
+    with pytest.raises(InputError, match="--no-such-flag: no flag of"):
+        read_line(script(tmp_path, "pretrain_gpt.py", "--no-such-flag"))
+
+
+def test_a_launch_script_may_start_a_module(tmp_path: Path) -> None:
+    path = tmp_path / "run.sh"
+    path.write_text(f"torchrun --nproc-per-node 8 -m tools.run_text_generation_server {' '.join(words(''))}\n")
+    line = read_line([str(path)])
+    assert (line.model(), line.remarks) == (read("").model(), ())
+
+
+def test_a_script_may_prepare_its_data_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "run.sh"
+    path.write_text(f"python tools/preprocess_data.py --input x\ntorchrun pretrain_gpt.py {' '.join(words(''))}\n")
+    assert read_line([str(path)]).model() == read("").model()
+
+
+# ---- the vocabulary ------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_vocabulary_is_asked_for_in_both_ways() -> None:
+    with pytest.raises(InputError) as raised:
+        read("", tokenizer="--tokenizer-type HuggingFaceTokenizer --tokenizer-model not/here").model()
+    for said in ("missing: --vocab-size", "before the --", "--tokenizer-type with --tokenizer-model or --vocab-file"):
+        assert said in str(raised.value)
+    assert len(str(raised.value)) <= 300
+
+
+def test_a_model_that_is_refused_is_not_asked_for_its_vocabulary() -> None:
+    with pytest.raises(InputError) as raised:
+        read("--num-experts 8", tokenizer="").model()
+    assert "--vocab-size" not in str(raised.value)
+
+
+def test_the_answer_stands_where_the_line_has_none() -> None:
+    assert read("", tokenizer="", vocab_size=300).model().vocab_size == 300
+    assert read("", tokenizer="--vocab-size $V --tokenizer-model $T", vocab_size=300).model().vocab_size == 300
+
+
+def test_where_the_line_has_one_the_answer_is_not_used() -> None:
+    line = read("", vocab_size=300)
+    assert line.model().vocab_size == 511
+    assert "--vocab-size 300 is not used" in line.remarks[0]
+    assert read("", vocab_size=511).remarks == ()
+
+
+def test_a_tokenizers_file_counts_more_than_a_flag_that_megatron_does_not_look_at(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"<|endoftext|>": 0, "a": 1}')
+    line = read("--vocab-size 77", tokenizer=f"--vocab-file {tmp_path}/vocab.json")
+    assert line.model().vocab_size == 2
+    assert "Megatron takes the size of its tokenizer, 2" in line.remarks[0]
+
+
+def test_a_flag_beside_a_tokenizer_that_is_not_here_is_taken_and_said() -> None:
+    line = read("", tokenizer="--tokenizer-type HuggingFaceTokenizer --tokenizer-model not/here --vocab-size 99")
+    assert line.model().vocab_size == 99
+    assert "which cannot be read here" in line.remarks[0]
+
+
+def test_tokens_that_a_flag_adds_leave_the_size_open(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"<|endoftext|>": 0, "a": 1}')
+    with pytest.raises(InputError, match="missing: --vocab-size"):
+        read("--tokenizer-special-tokens <x>", tokenizer=f"--vocab-file {tmp_path}/vocab.json").model()
+
+
+def test_variables_that_the_model_does_not_depend_on_may_be_unknown() -> None:
+    assert read("--lr $LR --tokenizer-model $T --tensor-model-parallel-size $TP").model() == read("").model()
+    with pytest.raises(InputError, match=r"--hidden-size \$H: what \$H stands for is not known here"):
+        read("--hidden-size $H")

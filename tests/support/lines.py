@@ -1,0 +1,121 @@
+"""Launch lines of the kinds that the world has, and what becomes of them: a table that several tests go through.
+
+Sizes are small and names are ours; the flags are those that functional tests, papers' scripts and users' own have.
+"""
+
+from typing import NamedTuple
+
+TINY = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32"
+RUN = (
+    "--micro-batch-size 1 --global-batch-size 8 --train-iters 50 --lr 1e-3 --min-lr 1e-5 --lr-decay-style cosine "
+    "--lr-decay-iters 320000 --lr-warmup-fraction 0.01 --weight-decay 0.01 --clip-grad 1.0 --log-interval 1 "
+    "--eval-interval 100 --eval-iters 2 --split 949,50,1 --distributed-backend nccl --bf16"
+)
+NULL = "--tokenizer-type NullTokenizer --vocab-size 511"
+
+
+class Accepted(NamedTuple):
+    """A line of a GPT: what it has beside `TINY`, `RUN` and `NULL`, and how its model file differs from theirs."""
+
+    flags: str
+    keys: dict[str, object]
+
+
+ACCEPTED = {
+    "plain": Accepted("", {}),
+    "llama": Accepted(
+        "--swiglu --normalization RMSNorm --position-embedding-type rope --no-rope-fusion --disable-bias-linear "
+        "--untie-embeddings-and-output-weights --group-query-attention --num-query-groups 2 --ffn-hidden-size 192 "
+        "--rotary-base 500000 --rotary-percent 0.5 --attention-dropout 0.0 --hidden-dropout 0.0",
+        {
+            "swiglu": True,
+            "normalization": "RMSNorm",
+            "position_embedding_type": "rope",
+            "add_bias_linear": False,
+            "untie_embeddings_and_output_weights": True,
+            "group_query_attention": True,
+            "num_query_groups": 2,
+            "ffn_hidden_size": 192,
+            "rotary_base": 500000,
+            "rotary_percent": 0.5,
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
+        },
+    ),
+    "sizes as Megatron fills them in": Accepted("--ffn-hidden-size 256 --kv-channels 16", {}),
+    "the old flag of rotary positions": Accepted(
+        "--use-rotary-position-embeddings --no-position-embedding", {"position_embedding_type": "rope"}
+    ),
+    "queries normalised": Accepted(
+        "--qk-layernorm --apply-layernorm-1p", {"qk_layernorm": True, "apply_layernorm_1p": True}
+    ),
+    "squared relu": Accepted("--squared-relu --init-method-std 0.0134", {"init_method_std": 0.0134}),
+    "tensor and pipeline parallel": Accepted(
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --sequence-parallel "
+        "--use-distributed-optimizer --num-layers-per-virtual-pipeline-stage 1 --overlap-grad-reduce",
+        {},
+    ),
+    "context parallel": Accepted(
+        "--tensor-model-parallel-size 2 --context-parallel-size 2 --cp-comm-type p2p --calculate-per-token-loss", {}
+    ),
+    "saved asynchronously": Accepted(
+        "--async-save --use-persistent-ckpt-worker --ckpt-format torch_dist --dist-ckpt-strictness log_all "
+        "--ckpt-fully-parallel-load --ckpt-assume-constant-structure --use-checkpoint-opt_param-scheduler",
+        {},
+    ),
+    "deterministic": Accepted(
+        "--deterministic-mode --no-gradient-accumulation-fusion --attention-softmax-in-fp32 --use-mcore-models "
+        "--attention-backend unfused --transformer-impl local",
+        {"transformer_impl": "local"},
+    ),
+    "rates of their own": Accepted("--decoupled-lr 5e-4 --decoupled-min-lr 1e-5 --lr-warmup-init 1e-6", {}),
+    "scores divided by the layer": Accepted("--apply-query-key-layer-scaling --fp16", {}),
+    "padded otherwise": Accepted("--make-vocab-size-divisible-by 64", {"make_vocab_size_divisible_by": 64}),
+    "padded by hand": Accepted("--padded-vocab-size 1024", {"vocab_size": 1024}),
+    "FSDP": Accepted("--use-torch-fsdp2 --no-gradient-accumulation-fusion --ckpt-format torch_dist", {}),
+    "off by one": Accepted("--softmax-type off-by-one --window-size 16,0", {}),
+}
+
+
+class Refused(NamedTuple):
+    """A line, of a GPT's program if it is not said, and what its refusal names."""
+
+    flags: str
+    said: str
+    script: str = "pretrain_gpt.py"
+
+
+REFUSED = {
+    "experts": Refused("--num-experts 8 --moe-router-topk 2 --disable-bias-linear", "--num-experts"),
+    "latent attention": Refused("--multi-latent-attention --kv-lora-rank 16", "--multi-latent-attention"),
+    "multi-token prediction": Refused("--mtp-num-layers 1", "--mtp-num-layers"),
+    "learnable sinks": Refused("--softmax-type learnable", "--softmax-type learnable"),
+    "another gated MLP": Refused("--quick-geglu --glu-linear-offset 1.0", "--quick-geglu"),
+    "the gate of attention": Refused("--attention-output-gate", "--attention-output-gate"),
+    "linear attention": Refused("--experimental-attention-variant gated_delta_net", "--experimental-attention-variant"),
+    "a checkpoint's arguments": Refused("--use-checkpoint-args --load there", "--use-checkpoint-args"),
+    "a YAML file": Refused("--yaml-cfg model.yaml", "--yaml-cfg"),
+    "another draw": Refused("--init-method-xavier-uniform", "--init-method-xavier-uniform"),
+    "an embedding's own std": Refused("--embedding-init-method-std 1.0", "--embedding-init-method-std"),
+    "yarn": Refused("--position-embedding-type yarn", "--position-embedding-type"),
+    "yarn's factor": Refused("--position-embedding-type rope --rope-type yarn", "--rope-type"),
+    "frozen": Refused("--freeze-all-layers", "--freeze-all-layers"),
+    "another optimizer": Refused("--optimizer muon --muon-momentum 0.9", "--optimizer muon"),
+    "inference's layers": Refused("--transformer-impl inference_optimized", "--transformer-impl"),
+    "a spec": Refused("--spec local", "--spec"),
+    "a flag that no release has": Refused("--no-such-flag 3", "--no-such-flag: no flag of pretrain_gpt.py"),
+    "distilled": Refused("--export-kd-teacher-load there", "--export-kd-teacher-load: ModelOpt"),
+    "another model's builder": Refused("--model-provider mamba", "--model-provider mamba"),
+    "BERT": Refused("", "pretrain_bert.py: BERT models", "pretrain_bert.py"),
+    "T5": Refused("--encoder-num-layers 4 --decoder-num-layers 4", "pretrain_t5.py: T5 models", "pretrain_t5.py"),
+    "hybrid": Refused("--hybrid-layer-pattern M*M-", "pretrain_hybrid.py: models with Mamba", "pretrain_hybrid.py"),
+    "multimodal": Refused(
+        "--img-h 336 --patch-dim 14", "multimodal/train.py: multimodal", "examples/multimodal/train.py"
+    ),
+    "reinforcement learning": Refused("--perform-rl-step", "train_rl.py: reinforcement learning", "train_rl.py"),
+}
+
+
+def words(flags: str, *, tokenizer: str = NULL) -> list[str]:
+    """A line's flags, those of the table last."""
+    return [*TINY.split(), *RUN.split(), *tokenizer.split(), *flags.split()]

@@ -38,8 +38,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import fuzz_mutators as mutators  # noqa: E402
-from fuzz_targets import ROOT, TARGETS, Target, make_inputs  # noqa: E402
+import fuzz_mutators as mutators
+from fuzz_targets import ROOT, TARGETS, Target, make_inputs
 
 RESULTS = ROOT / "results" / "fuzz"
 CPU_S = 20
@@ -102,10 +102,10 @@ def prepare(inputs: Path, folder: Path, seed: int, number: int, names: Sequence[
         found = sorted(folder.glob(pattern))
         chosen = random.choice(found) if found else folder / pattern
         for _ in range(random.choice((1, 1, 1, 2, 3))):
-            if not (chosen.exists() or kind == "data"):
-                break
-            with contextlib.suppress(FileNotFoundError):  # of files that belong together one is gone by now
+            try:
                 damage.append(mutators.KINDS[kind](random, chosen))
+            except Exception:  # the damage before has left nothing of this kind to damage
+                break
     return Case(number, name, tuple(words), tuple(damage))
 
 

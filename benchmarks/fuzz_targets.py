@@ -162,8 +162,17 @@ TARGETS: dict[str, Target] = {
         sound=("gpt2.json", "gpt2.recipe.yaml"),
     ),
     "check an engine": Target(
-        words=("check", "gpt2.json", "--recipe", "gpt2.recipe.yaml", *_CHECK, "--widths", "32,64,96",
-               "--deepspeed", "ds.json"),  # fmt: skip
+        words=(
+            "check",
+            "gpt2.json",
+            "--recipe",
+            "gpt2.recipe.yaml",
+            *_CHECK,
+            "--widths",
+            "32,64,96",
+            "--deepspeed",
+            "ds.json",
+        ),
         damaged={"ds.json": "json"},
         sound=("gpt2.json", "gpt2.recipe.yaml"),
     ),
@@ -226,31 +235,48 @@ TARGETS: dict[str, Target] = {
         numbers_of=("--hidden-size", "--trials", "--trial-tokens", "--target-tokens", "--budget"),
         weight=4,
     ),
-}  # fmt: skip
+}
 """By a name that the table of results shows."""
 
 _BASE = "num_layers: 1\nhidden_size: 32\nnum_attention_heads: 1\nvocab_size: 300\nseq_length: 16\n"
 _GPT2 = {
-    **{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_head": 4, "n_layer": 1},
-    **{"n_positions": 64, "vocab_size": 256, "initializer_range": 0.06, "attn_pdrop": 0.0, "embd_pdrop": 0.0},
-    **{"resid_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0},
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "n_embd": 64,
+    "n_head": 4,
+    "n_layer": 1,
+    "n_positions": 64,
+    "vocab_size": 256,
+    "initializer_range": 0.06,
+    "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
 }
 _LLAMA = {
-    **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 192},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 256},
-    **{"max_position_embeddings": 64, "initializer_range": 0.12},
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.12,
 }
 _SHAPE = "--num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16"
-_RUN = f"""#!/bin/bash
+_RUN = """#!/bin/bash
 set -euo pipefail
-HIDDEN=${{HIDDEN:-128}}
+HIDDEN=${HIDDEN:-128}
 MODEL=(
     --num-layers 2
     --hidden-size $HIDDEN
     --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16
 )
 TOKENS="--vocab-size 300 --make-vocab-size-divisible-by 8"
-torchrun --nproc-per-node 1 pretrain_gpt.py "${{MODEL[@]}}" $TOKENS --swiglu \\
+torchrun --nproc-per-node 1 pretrain_gpt.py "${MODEL[@]}" $TOKENS --swiglu \\
     --attention-dropout 0 --hidden-dropout 0 --lr 1e-4 --bf16 "$@"
 """
 _NATIVE = (

@@ -14,28 +14,35 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from pydantic import Field, RootModel
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from mup_megatron.collectives import raise_together
-from mup_megatron.errors import InputError
+from mup_megatron.errors import InputError, shortened
 from mup_megatron.files import write_atomically
-from mup_megatron.megatron import versions
+from mup_megatron.json_io import read_json, read_text
+from mup_megatron.megatron import stored, versions
 from mup_megatron.training.build import Built
 from mup_megatron.training.ranks import is_first, on_first_rank
+from mup_megatron.validation import Strict, validated
 
 TRACKER = "latest_checkpointed_iteration.txt"
 EXTRAS = "mup"
 MANIFEST = f"{EXTRAS}/files.json"
 _STAGING = ".tmp-"
+_FORMAT = "metadata.json"
+_COMMON = "common.pt"
+"""Where releases of Megatron-Core before 0.18 keep what is no tensor; every release reads it where it lies."""
 
 _SHARDING = {"distrib_optim_sharding_type": "dp_reshardable"}
 """How Megatron cuts the distributed optimizer's state: along the data-parallel ranks, whose number may change."""
@@ -49,6 +56,33 @@ class Found:
     iteration: int
     extras: Mapping[str, str]
     """The text of every file that `save` was given, by name."""
+    metadata: Metadata
+    """Where its tensors and objects lie."""
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a checkpoint that cannot be used after all, as a sentence."""
+        return _remedy(self.folder)
+
+
+class _Digest(Strict):
+    """A file of a checkpoint as the manifest has it."""
+
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Manifest(RootModel[dict[str, _Digest]]):
+    """The content of `mup/files.json`. It tells of damage; it does not tell who wrote the checkpoint."""
+
+
+class _Format(Strict):
+    """The content of Megatron's `metadata.json`, which chooses the code that reads the rest."""
+
+    sharded_backend: str = Field(pattern="^torch_dist$")
+    sharded_backend_version: int = Field(ge=1, le=1)
+    common_backend: str = Field(default="torch", pattern="^torch$")
+    common_backend_version: int = Field(default=1, ge=1, le=1)
 
 
 # ---- saving --------------------------------------------------------------------------------------------------------
@@ -167,39 +201,80 @@ def latest(root: Path) -> int | None:
         return None
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{root / TRACKER}: does not name an iteration ({error}). Write the number of a checkpoint into it."
+            f"{root / TRACKER}: does not name an iteration ({shortened(error)}). Write the number of a checkpoint into "
+            "it."
         ) from None
     return iteration
 
 
-def find(root: Path, iteration: int) -> Found:
+def find(root: Path, iteration: int, *, extras: Collection[str]) -> Found:
     """The checkpoint of an iteration, once every file of it is what was written. Collective.
 
+    Args:
+        root: folder of the run's checkpoints.
+        iteration: which one.
+        extras: names of the text files that `save` was given.
+
     Raises:
-        InputError: on every rank: it is missing, truncated or corrupt; names the file.
+        InputError: on every rank: a part is missing, truncated or corrupt, or holds what may run code; names the file.
     """
     folder = root / _name(iteration)
-    manifest: dict[str, Any] = on_first_rank(lambda: _manifest(folder))
+    manifest: dict[str, _Digest] = on_first_rank(lambda: _manifest(folder, extras))
     problems = []
     for name in _my_share(sorted(manifest)):
         path = folder / name
         try:
-            damaged = path.stat().st_size != manifest[name]["size"] or _digest(path) != manifest[name]
+            digest = manifest[name]
+            damaged = path.stat().st_size != digest.size or _digest(path) != digest.model_dump()
         except OSError as error:
             problems.append(f"{path}: cannot be read ({error.strerror}). {_remedy(folder)}")
         else:
             if damaged:
                 problems.append(f"{path}: truncated or corrupt: it is not what was written. {_remedy(folder)}")
     raise_together(problems)
-    extras: dict[str, str] = on_first_rank(
-        lambda: {path.name: path.read_text(encoding="utf-8") for path in (folder / EXTRAS).iterdir()}
-    )
-    return Found(folder, iteration, extras)
+    texts, metadata = on_first_rank(lambda: _parts(folder, manifest, extras))
+    return Found(folder, iteration, texts, metadata)
+
+
+def _parts(folder: Path, files: Collection[str], extras: Collection[str]) -> tuple[dict[str, str], Metadata]:
+    """What can be looked at before a model is built."""
+    remedy = _remedy(folder)
+    validated(_Format, read_json(folder / _FORMAT, remedy=remedy), source=str(folder / _FORMAT))
+    texts = {name: read_text(folder / EXTRAS / name, remedy=remedy) for name in extras}
+    metadata = stored.read_metadata(folder, files=files, remedy=remedy)
+    stored.require_plain_objects(folder, metadata, remedy=remedy)
+    return texts, metadata
 
 
 def restore(found: Found, built: Built) -> None:
-    """Puts a checkpoint into what was built for it: bitwise what was saved. Collective."""
-    state = dist_checkpointing.load(_state(built, is_loading=True), str(found.folder))
+    """Puts a checkpoint into what was built for it: bitwise what was saved. Collective.
+
+    Raises:
+        InputError: on every rank: it holds something else than what was saved.
+    """
+    state: dict[str, Any] = {}
+    _all_or_none(
+        found, lambda: state.update(dist_checkpointing.load(_state(built, is_loading=True), str(found.folder)))
+    )
+    _all_or_none(found, lambda: _take_over(found, built, state))
+
+
+def _all_or_none(found: Found, work: Callable[[], None]) -> None:
+    """Does this rank's part of a restoration. Raises InputError on every rank if one cannot."""
+    problems, cause = [], None
+    try:
+        with stored.loading(found.folder, found.metadata, remedy=found.remedy):
+            work()
+    except InputError as error:
+        problems, cause = [str(error)], error.__cause__
+    raise_together(problems, cause=cause)
+
+
+def _take_over(found: Found, built: Built, state: Mapping[str, Any]) -> None:
+    if state["iteration"] != found.iteration:
+        raise InputError(
+            f"{found.folder}: its weights are those of iteration {shortened(state['iteration'], 40)}. {found.remedy}"
+        )
     for index, chunk in enumerate(built.chunks):
         chunk.module.load_state_dict(state[f"model{index}"])
     # The distributed optimizer copies into views of the parameters.
@@ -209,21 +284,25 @@ def restore(found: Found, built: Built) -> None:
     _set_random_state(state["rng_state"])
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(folder: Path, extras: Collection[str]) -> dict[str, _Digest]:
     path = folder / MANIFEST
     if not folder.is_dir():
         raise InputError(f"{folder}: no such checkpoint, but {TRACKER} beside it names it. {_remedy(folder)}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: missing: this is not a checkpoint of `mup-megatron train`. {_remedy(folder)}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: truncated or not JSON ({error}). {_remedy(folder)}") from None
+    if not path.exists():
+        raise InputError(f"{path}: missing: this is not a checkpoint of `mup-megatron train`. {_remedy(folder)}")
+    content = read_json(path, remedy=_remedy(folder))
     if not isinstance(content, dict) or not all(isinstance(v, dict) and "size" in v for v in content.values()):
         raise InputError(f"{path}: does not describe a checkpoint. {_remedy(folder)}")
-    return content
+    manifest = validated(_Manifest, content, source=str(path)).root
+    for name in manifest:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+            raise InputError(f"{path}: speaks of {shortened(name)!r}, outside of the checkpoint. {_remedy(folder)}")
+    for name in (_FORMAT, stored.METADATA, *(f"{EXTRAS}/{name}" for name in extras)):
+        if name not in manifest:
+            raise InputError(f"{path}: has no {name}, without which it is no checkpoint. {_remedy(folder)}")
+    if _COMMON not in manifest and (folder / _COMMON).exists():
+        raise InputError(f"{folder / _COMMON}: not part of the checkpoint, and Megatron would read it. Remove it.")
+    return manifest
 
 
 def _remedy(folder: Path) -> str:

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mup_megatron.errors import InputError
+from mup_megatron.errors import InputError, shortened
+from mup_megatron.json_io import parse_json
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.data.indexed import at, check_prefix
@@ -61,12 +62,16 @@ def require_same(found: Identity, wanted: Identity, *, source: str, remedy: str)
             continue
         if section == "fingerprint":
             raise InputError(
-                f"{source}: of another recipe: its fingerprint is {here}, this recipe's is {there}. {remedy}"
+                f"{source}: of another recipe: its fingerprint is {shortened(here)}, this recipe's is {there}. {remedy}"
             )
         if isinstance(here, dict) and isinstance(there, dict):
-            key = next(key for key in {**there, **here} if here.get(key) != there.get(key))
+            missing = object()
+            key = next(key for key in {**there, **here} if here.get(key, missing) != there.get(key, missing))
             section, here, there = f"{section}.{key}", here.get(key), there.get(key)
-        raise InputError(f"{source}: of another run: {section} is {here} there and {there} here. {remedy}")
+        raise InputError(
+            f"{source}: of another run: {shortened(section, 40)} is {shortened(here, 60)} there and "
+            f"{shortened(there, 60)} here. {remedy}"
+        )
 
 
 def to_text(identity: Identity) -> str:
@@ -74,20 +79,18 @@ def to_text(identity: Identity) -> str:
     return json.dumps(identity, indent=1) + "\n"
 
 
-def from_file(path: Path) -> Identity:
+def from_text(text: str, *, source: str, remedy: str) -> Identity:
     """What `to_text` made.
 
+    Args:
+        text: the file's content.
+        source: what the file is called in messages.
+        remedy: what to do about it, as a sentence.
+
     Raises:
-        InputError: it is missing, truncated, or something else.
+        InputError: it is truncated, or something else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file, so it is not known of which run this is. Use another folder."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: truncated or not JSON ({error}). Use another folder.") from None
+    content = parse_json(text, source=source, remedy=remedy)
     if not isinstance(content, dict):
-        raise InputError(f"{path}: does not describe a run. Use another folder.")
+        raise InputError(f"{source}: does not describe a run. {remedy}")
     return content

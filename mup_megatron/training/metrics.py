@@ -5,12 +5,13 @@ Knows neither torch nor Megatron.
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
-from mup_megatron.errors import InputError
+from mup_megatron.errors import InputError, shortened
 from mup_megatron.files import write_atomically
 
 DIVERGED_ABOVE = 1.0
@@ -68,8 +69,14 @@ def from_csv(kind: type[RowT], text: str, *, source: str) -> list[RowT]:
         if tuple(next(reader, ())) != kind._fields:
             raise ValueError("the first line is not " + ",".join(kind._fields))
         rows = [kind(int(line[0]), *map(float, line[1:])) for line in reader]
-    except (ValueError, TypeError, IndexError) as error:
-        raise InputError(f"{source}: not the measurements of a run ({error}). Restore it, or remove it.") from None
+        if not all(math.isfinite(value) for row in rows for value in row):
+            raise ValueError("a value is not a finite number")
+        if any(after.iteration <= before.iteration for before, after in itertools.pairwise(rows)):
+            raise ValueError("its iterations do not rise")
+    except (ValueError, TypeError, IndexError, OverflowError, csv.Error) as error:
+        raise InputError(
+            f"{source}: not the measurements of a run ({shortened(error)}). Restore it, or remove it."
+        ) from None
     return rows
 
 

@@ -15,16 +15,19 @@ from typing import Any
 
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
+from mup_megatron.json_io import parse_json, read_text
 from mup_megatron.megatron import versions
 from mup_megatron.megatron.schedule import peak_lr_per_role
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
+from mup_megatron.recipe import recipe as make_recipe
 from mup_megatron.theory import Plan
 from mup_megatron.training import identity as identities
 from mup_megatron.training.identity import Identity
 from mup_megatron.training.logs import Log
 from mup_megatron.training.metrics import Row, RowFile, ValidationRow, from_csv, to_csv
 from mup_megatron.training.options import TrainingOptions
+from mup_megatron.yaml_io import parse_yaml
 
 METRICS = "metrics.csv"
 VALIDATION = "validation.csv"
@@ -32,6 +35,8 @@ RUN = "run.json"
 RECIPE = "recipe.yaml"
 PLAN = "plan.json"
 RESULT = "result.json"
+CHECKPOINTED = (METRICS, VALIDATION, RUN, RECIPE, PLAN)
+"""What goes into every checkpoint."""
 
 
 def require_usable(folder: Path, identity: Identity, *, resumed: bool) -> None:
@@ -39,9 +44,47 @@ def require_usable(folder: Path, identity: Identity, *, resumed: bool) -> None:
     if not (folder / METRICS).exists():
         return
     remedy = "Give another --output, or remove the folder."
-    identities.require_same(identities.from_file(folder / RUN), identity, source=f"--output {folder}", remedy=remedy)
+    found = identities.from_text(read_text(folder / RUN, remedy=remedy), source=str(folder / RUN), remedy=remedy)
+    identities.require_same(found, identity, source=f"--output {folder}", remedy=remedy)
     if not resumed and (folder / RESULT).exists():
         raise InputError(f"--output {folder}: this run is finished. {remedy}")
+
+
+def require_same_run(
+    texts: Mapping[str, str],
+    identity: Identity,
+    recipe: Recipe,
+    plan: Plan,
+    *,
+    folder: Path,
+    checkpoint: Path,
+    remedy: str,
+) -> None:
+    """Raises InputError unless what a checkpoint says of its run is sound and of this one.
+
+    Args:
+        texts: the files of `CHECKPOINTED`.
+        identity: this run's.
+        recipe: this run's.
+        plan: this run's.
+        folder: where the files lie.
+        checkpoint: the whole checkpoint, for messages.
+        remedy: what to do about damaged ones, as a sentence.
+    """
+    source = str(folder / RUN)
+    identities.require_same(
+        identities.from_text(texts[RUN], source=source, remedy=remedy),
+        identity,
+        source=f"--load {checkpoint}",
+        remedy="Go on with the command that the run began with, or begin a new one without --load.",
+    )
+    source = str(folder / RECIPE)
+    found = make_recipe(parse_yaml(texts[RECIPE], source=source), source=source)
+    if found.fingerprint != recipe.fingerprint:
+        raise InputError(f"{source}: of another recipe than {RUN} beside it says. {remedy}")
+    source = str(folder / PLAN)
+    if parse_json(texts[PLAN], source=source, remedy=remedy) != json.loads(json.dumps(plan.to_json())):
+        raise InputError(f"{source}: not the plan that follows from the recipe with this version. {remedy}")
 
 
 def described(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions, data: Path) -> dict[str, Any]:
@@ -76,16 +119,27 @@ class Record:
         self._logs: list[Log] = []
 
     @classmethod
-    def from_texts(cls, texts: Mapping[str, str], *, source: Path) -> "Record":
+    def from_texts(cls, texts: Mapping[str, str], *, source: Path, iteration: int, remedy: str) -> "Record":
         """The record that `texts` was made of.
+
+        Args:
+            texts: the files, by name.
+            source: the folder that they are from.
+            iteration: how many iterations they must tell of.
+            remedy: what to do about damaged ones, as a sentence.
 
         Raises:
             InputError: it is not one.
         """
-        return cls(
-            from_csv(Row, texts[METRICS], source=str(source / METRICS)),
-            from_csv(ValidationRow, texts[VALIDATION], source=str(source / VALIDATION)),
-        )
+        rows = from_csv(Row, texts[METRICS], source=str(source / METRICS))
+        validations = from_csv(ValidationRow, texts[VALIDATION], source=str(source / VALIDATION))
+        if len(rows) != iteration or (rows and rows[-1].iteration != iteration):
+            raise InputError(
+                f"{source / METRICS}: has {len(rows)} rows, and the checkpoint is of iteration {iteration}. {remedy}"
+            )
+        if validations and not 1 <= validations[0].iteration <= validations[-1].iteration <= iteration:
+            raise InputError(f"{source / VALIDATION}: speaks of iterations that are none of the run's. {remedy}")
+        return cls(rows, validations)
 
     def texts(self) -> dict[str, str]:
         """The rows as files."""

@@ -104,8 +104,8 @@ def _run(
     warning = small_vocabulary_warning(identity["data"]["vocab_size"], model.vocab_size, data=data)
     if warning is not None and show and ranks.is_first():
         print(warning, file=sys.stderr)
-    found = _checkpoint(options, identity)
-    record = Record() if found is None else Record.from_texts(found.extras, source=found.folder)
+    found = _checkpoint(options)
+    record = Record() if found is None else _record(found, identity, recipe, plan, options)
     if options.output is not None:
         output = options.output
         ranks.on_first_rank(lambda: require_usable(output, identity, resumed=found is not None))
@@ -146,15 +146,14 @@ def _require_vocabulary(model: ModelFile, identity: "Identity", data: Path) -> N
         )
 
 
-def _checkpoint(options: TrainingOptions, identity: "Identity") -> "Found | None":
+def _checkpoint(options: TrainingOptions) -> "Found | None":
     """The checkpoint to go on from, if there is one. Collective.
 
     Raises:
-        InputError: it is damaged or of another run, or the run would write among the checkpoints of another.
+        InputError: it is damaged, or the run would write among the checkpoints of another.
     """
     from mup_megatron.training import checkpoint
-    from mup_megatron.training.identity import require_same
-    from mup_megatron.training.record import RUN
+    from mup_megatron.training.record import CHECKPOINTED
 
     save, load = options.save, options.load
     same = options.saves_where_it_loads
@@ -176,14 +175,23 @@ def _checkpoint(options: TrainingOptions, identity: "Identity") -> "Found | None
     if iteration is None:
         return None
     assert load is not None
-    found = checkpoint.find(load, iteration)
-    require_same(
-        json.loads(found.extras[RUN]),
-        identity,
-        source=f"--load {found.folder}",
-        remedy="Go on with the command that the run began with, or begin a new one without --load.",
-    )
-    return found
+    return checkpoint.find(load, iteration, extras=CHECKPOINTED)
+
+
+def _record(found: "Found", identity: "Identity", recipe: Recipe, plan: Plan, options: TrainingOptions) -> "Record":
+    """What a checkpoint's run has measured so far.
+
+    Raises:
+        InputError: what it says of its run is damaged, or it is another run.
+    """
+    from mup_megatron.training.checkpoint import EXTRAS
+    from mup_megatron.training.record import Record, require_same_run
+
+    folder = found.folder / EXTRAS
+    require_same_run(found.extras, identity, recipe, plan, folder=folder, checkpoint=found.folder, remedy=found.remedy)
+    if found.iteration > options.train_iters:
+        raise InputError(f"{found.folder}: beyond the run's {options.train_iters} iterations. {found.remedy}")
+    return Record.from_texts(found.extras, source=folder, iteration=found.iteration, remedy=found.remedy)
 
 
 @dataclass

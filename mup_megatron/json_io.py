@@ -18,7 +18,10 @@ def read_json(path: Path, *, remedy: str = _REMEDY) -> object:
     Raises:
         InputError: the file is missing, unreadable, not UTF-8 or not JSON, or nested too deep.
     """
-    return parse_json(read_text(path, remedy=remedy), source=str(path), remedy=remedy)
+    content = _parsed(read_text(path, remedy=remedy), f"{path}: truncated or not JSON", remedy)
+    if not is_text(content):
+        raise InputError(f"{path}: holds half a surrogate pair, which is no character. {remedy}")
+    return content
 
 
 def parse_json(text: str, *, source: str, remedy: str = _REMEDY) -> object:
@@ -27,13 +30,26 @@ def parse_json(text: str, *, source: str, remedy: str = _REMEDY) -> object:
     Raises:
         InputError: it is not JSON, or nested too deep.
     """
+    return _parsed(text, f"{source} is not JSON", remedy)
+
+
+def _parsed(text: str, what: str, remedy: str) -> object:
     try:
         content: object = json.loads(text)
     except RecursionError:
-        raise InputError(f"{source}: not JSON that can be read: nested too deep. {remedy}") from None
+        raise InputError(f"{what} (nested too deep). {remedy}") from None
     except ValueError as error:
-        raise InputError(f"{source}: truncated or not JSON ({shortened(error)}). {remedy}") from None
+        raise InputError(f"{what} ({shortened(error)}). {remedy}") from None
     return content
+
+
+def is_text(content: object) -> bool:
+    """Whether all strings of JSON values can be written: JSON can spell half of a surrogate pair."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
 
 
 def read_text(path: Path, *, remedy: str = _REMEDY) -> str:

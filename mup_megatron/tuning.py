@@ -7,10 +7,12 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, model_validator
 
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.models.model_file import ModelFile, model_file
 from mup_megatron.recipe import Hyperparameters, Recipe, recipe
 from mup_megatron.search import (
     Outcome,
@@ -24,6 +26,7 @@ from mup_megatron.search import (
 )
 from mup_megatron.search.space import Dimension
 from mup_megatron.training.options import TrainingOptions, require_possible
+from mup_megatron.validation import Strict, validated
 
 SEARCHABLE = tuple(Hyperparameters.model_fields)
 """What a space may name."""
@@ -168,9 +171,37 @@ def best_of(
     return Searched(found.spec.space, context["fixed"], found.select_best(count, accept_unfinished=accept_unfinished))
 
 
+class _Training(Strict):
+    """The part of a run's options that a study records."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    train_iters: Annotated[int, Field(gt=0)]
+    global_batch_size: Annotated[int, Field(gt=0)]
+
+
+class _Context(Strict):
+    """What `ProxyTraining.context` gives a study."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    proxy: dict[str, Any]
+    fixed: dict[str, Any]
+    data: dict[str, str | None]
+    training: _Training
+
+    @model_validator(mode="after")
+    def _of_a_recipe(self) -> "_Context":
+        if not isinstance(self.fixed.get("hyperparameters", {}), dict):
+            raise ValueError("fixed.hyperparameters: no keys and values. Restore the database.")
+        return self
+
+
 def _sweep_context(study: StudyRecord, *, flag: str) -> Mapping[str, Any]:
     if "proxy" not in study.spec.context:
         raise InputError(f"study {study.spec.name!r} was not made by `mup-megatron sweep`. Choose another with {flag}.")
+    validated(_Context, study.spec.context, source=f"study {study.spec.name!r}")
+    model_file(study.spec.context["proxy"], source=f"study {study.spec.name!r}: proxy")
     return study.spec.context
 
 

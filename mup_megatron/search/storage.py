@@ -12,10 +12,16 @@ from pathlib import Path
 import optuna
 import sqlalchemy
 
-from mup_megatron.errors import InputError
+from mup_megatron.errors import InputError, shortened
 
 FAILURES = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error)
 """What Optuna raises when the database fails: the disk is full, the server is gone."""
+
+_TABLES = {
+    *("studies", "study_directions", "study_system_attributes", "study_user_attributes", "trial_intermediate_values"),
+    *("trial_params", "trial_system_attributes", "trial_user_attributes", "trial_values", "trials", "version_info"),
+}
+"""Optuna makes those that are missing, empty: so it must not see a database that has lost some."""
 
 LOCK_TIMEOUT_S = 60
 """How long a write waits for other processes' writes to the same SQLite file."""
@@ -98,7 +104,9 @@ def open_storage(url: str, *, create: bool) -> Iterator[Storage]:
         except (KeyError, IndexError, ValueError) as error:  # Optuna fills in {…} templates
             raise InputError(f"--storage {label}: not a storage URL ({error!r}). Remove its braces.") from None
         except RuntimeError as error:  # Optuna's check of the schema's version
-            raise InputError(f"--storage {label}: {error}") from None
+            raise InputError(f"--storage {label}: {shortened(error)}") from None
+        except AssertionError:
+            raise InputError(f"--storage {label}: damaged. Restore it, or choose another place.") from None
     try:
         with _storage_errors(label):
             yield Storage(optuna.storages.get_storage(backend), label, file)
@@ -116,7 +124,7 @@ def _storage_errors(label: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = str(getattr(cause, "orig", None) or cause).strip() or type(cause).__name__
+        reason = shortened(getattr(cause, "orig", None) or cause) or type(cause).__name__
         raise InputError(
             f"{label}: the storage failed ({reason}). What was stored is kept; free space or see to the server, and "
             "give the same command again."
@@ -163,15 +171,20 @@ def _check_sqlite(file: Path) -> None:
         ) as db:
             sound = [row[0] for row in db.execute("PRAGMA quick_check")]
             tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    except sqlite3.Error as error:
+            held = "studies" not in tables or db.execute("SELECT 1 FROM studies").fetchone() is not None
+    except (sqlite3.Error, ValueError, OverflowError) as error:  # text that is not UTF-8 among the latter
         raise InputError(
-            f"{file}: not a sound SQLite file ({error}). Restore it, or choose another place with --storage."
+            f"{file}: not a sound SQLite file ({shortened(error)}). Restore it, or choose another place with --storage."
         ) from None
     if sound != ["ok"]:
-        raise InputError(f"{file}: damaged ({sound[0]}). Restore it, or choose another place with --storage.")
+        raise InputError(
+            f"{file}: damaged ({shortened(sound[0])}). Restore it, or choose another place with --storage."
+        )
     # Optuna's tables may be incomplete when a process was killed while it made them; these come first.
     if tables and not tables & {"studies", "version_info"}:
         raise InputError(f"{file}: another program's database. Choose another place with --storage.")
+    if tables and held and (lost := sorted(_TABLES - tables)):
+        raise InputError(f"{file}: damaged (it has no table {lost[0]}). Restore it, or choose another with --storage.")
 
 
 @contextlib.contextmanager

@@ -29,14 +29,14 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from mup_megatron.errors import InputError
+from mup_megatron.errors import InputError, shortened
 from mup_megatron.search.owner import Owner, Watch
 from mup_megatron.search.report import Progress, plain, write_results
-from mup_megatron.search.selection import Selection
 from mup_megatron.search.storage import FAILURES, Storage, open_storage
 from mup_megatron.search.study import (
     ATTEMPTS,
     METRICS,
+    MOST_TRIALS,
     OWNER,
     REASON,
     RETRY_OF,
@@ -47,7 +47,11 @@ from mup_megatron.search.study import (
     StudyRecord,
     StudySpec,
     Trial,
+    reading,
+    require_sound,
+    size_of,
     slots_of,
+    spec_of,
     trials_of,
 )
 from mup_megatron.search.worker import (
@@ -65,6 +69,11 @@ from mup_megatron.search.worker import (
 
 MAX_ATTEMPTS = 2
 """How often a trial that crashes is run before it is given up."""
+
+MOST_WORKERS = 1024
+"""Of one call: each is a process, with one more for the trial that it runs."""
+
+SHOWN_DIFFERENCES = 5
 
 SHOWN_ENTRIES = 10
 """A list that is longer is not written out where it differs."""
@@ -129,11 +138,13 @@ def run_sweep(
         InputError: the storage cannot be used, the study was made with another space or context, a file cannot be
             written, or a trial refused its input. What the study holds stays.
     """
-    for flag, value in (("--trials", n_trials), ("--workers", workers)):
+    for flag, value, most in (("--trials", n_trials, MOST_TRIALS), ("--workers", workers, MOST_WORKERS)):
         if value < 1:
             raise InputError(f"{flag} {value}: must be at least 1.")
+        if value > most:
+            raise InputError(f"{flag} {value}: must be at most {most}. Give a smaller number.")
     assert spec.selection is None or n_trials == len(spec.selection.candidates)
-    pool = [Worker(objective, launch, log_folder) for _ in range(workers)]
+    pool = [Worker(objective, launch, log_folder) for _ in range(min(workers, n_trials))]
     owner = Owner.this_process()
     try:
         with (
@@ -165,7 +176,7 @@ def run_sweep(
 
 def _open_study(spec: StudySpec, storage: Storage, n_trials: int) -> tuple[optuna.Study, StudySpec]:
     """The study, made or found, and the same as before in all that must not change; and its spec as it is recorded."""
-    with storage.lock():
+    with storage.lock(), reading(storage, spec.name):
         study = optuna.create_study(
             study_name=spec.name, storage=storage.backend, direction="minimize", load_if_exists=True
         )
@@ -174,35 +185,40 @@ def _open_study(spec: StudySpec, storage: Storage, n_trials: int) -> tuple[optun
                 f"{storage.label}: study {spec.name!r} is no minimisation. Choose another name with --study."
             )
         # Trials before settings: on a database server another call may be making both, in the other order.
-        has_trials = bool(study.get_trials(deepcopy=False))
+        trials = study.get_trials(deepcopy=False)
         if SPEC not in study.user_attrs:
-            if has_trials:
+            if trials:
                 raise InputError(
                     f"{storage.label}: study {spec.name!r} was not made by a sweep. Choose another name with --study."
                 )
             study.set_user_attr(SPEC, spec.recorded())
         # Read back, for on a database server another call may have written at the same time.
-        recorded = study.user_attrs[SPEC]
-        spec = _as_selected(spec, recorded)
-        differences = _differences(recorded, spec.recorded())
-        if not differences and n_trials > study.user_attrs.get(SIZE, 0):
+        attributes = study.user_attrs
+        found = spec_of(attributes[SPEC], storage, name=spec.name, storage_url=spec.storage)
+        require_sound(trials, found, storage)
+        size = size_of(attributes, storage, spec.name, 0)
+        spec = _as_selected(spec, found)
+        differences = _differences(attributes[SPEC], spec.recorded())
+        if not differences and n_trials > size:
             study.set_user_attr(SIZE, n_trials)
     if differences:
+        more = f"; and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
         raise InputError(
-            f"{storage.label}: study {spec.name!r} was made with other settings: {'; '.join(differences)}. Give those "
-            "of the study to go on with it, or another name with --study. Nothing was changed."
+            f"{storage.label}: study {spec.name!r} was made with other settings: "
+            f"{'; '.join(differences[:SHOWN_DIFFERENCES])}{more}. Give those of the study to go on with it, or another "
+            "name with --study. Nothing was changed."
         )
     return study, spec
 
 
-def _as_selected(spec: StudySpec, recorded: Mapping[str, Any]) -> StudySpec:
+def _as_selected(spec: StudySpec, recorded: StudySpec) -> StudySpec:
     """The spec with the trials that the study has recorded, if it is one of as many trials of the same other study.
 
     That one may go on and have other best trials by now, also while two calls make this study at the same moment.
     """
-    if spec.selection is None or "selection" not in recorded:
+    selection = recorded.selection
+    if spec.selection is None or selection is None:
         return spec
-    selection = Selection.from_json(recorded["selection"])
     same = (selection.study, len(selection.candidates)) == (spec.selection.study, len(spec.selection.candidates))
     return replace(spec, selection=selection) if same else spec
 
@@ -227,7 +243,9 @@ def _differences(recorded: Any, wanted: Any, key: str = "") -> list[str]:
             return [f"{key} had {len(recorded)} entries and has {len(wanted)}"]
         if len(recorded) > SHOWN_ENTRIES:
             return [f"{key} has other entries"]
-    return [] if recorded == wanted else [f"{key} was {recorded!r} and is {wanted!r}"]
+    if recorded == wanted:
+        return []
+    return [f"{shortened(key, 60)} was {shortened(repr(recorded), 60)} and is {shortened(repr(wanted), 60)}"]
 
 
 @dataclass(frozen=True)

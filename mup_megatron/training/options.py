@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mup_megatron.errors import InputError
+from mup_megatron.errors import InputError, shortened
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.data import CACHE
@@ -118,6 +118,12 @@ _POSITIVE = (
     "log_interval",
     "save_interval",
 )
+_LARGEST = 2**31 - 1
+"""What numpy's seeds and torch's sizes take."""
+_LONGEST = 100_000_000
+"""Iterations of a run or a validation: a hundred times more than the longest runs have."""
+_SAMPLES = 2**32 - 2
+"""What Megatron numbers in the index of a data set."""
 
 
 def _bad_numbers(options: TrainingOptions) -> Iterator[str]:
@@ -125,6 +131,17 @@ def _bad_numbers(options: TrainingOptions) -> Iterator[str]:
         value = getattr(options, name)
         if value is not None and value < 1:
             yield f"{_flag(name)} {value}: must be at least 1. Give a positive whole number."
+        elif value is not None and value > _LARGEST:
+            yield f"{_flag(name)} {shortened(value, 40)}: must be at most {_LARGEST}. Give a smaller one."
+    for name in ("train_iters", "eval_iters"):
+        value = getattr(options, name)
+        if value > _LONGEST and not (name in _POSITIVE and value > _LARGEST):
+            yield f"{_flag(name)} {shortened(value, 40)}: must be at most {_LONGEST}. Give a smaller one."
+        elif value * options.global_batch_size > _SAMPLES and options.global_batch_size <= _LARGEST:
+            yield (
+                f"{_flag(name)} {value} × --global-batch-size {options.global_batch_size}: more than the {_SAMPLES} "
+                "samples that Megatron can number. Lower one of them."
+            )
     if options.eval_iters < 0:
         yield f"--eval-iters {options.eval_iters}: must not be negative. Give 0 for no validation."
     if options.eval_interval is not None and options.eval_iters == 0:

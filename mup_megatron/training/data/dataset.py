@@ -9,14 +9,25 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mup_megatron.errors import InputError
+import psutil  # type: ignore[import-untyped]
+
+from mup_megatron.errors import InputError, shortened
 from mup_megatron.megatron.versions import core_version_text
 from mup_megatron.training.data import CACHE
-from mup_megatron.training.data.indexed import DataMeta, at, check_prefix, read_index, staging
+from mup_megatron.training.data.indexed import (
+    DataMeta,
+    at,
+    check_prefix,
+    read_index,
+    require_known_tokens,
+    staging,
+)
 from mup_megatron.training.ranks import on_first_rank
 
 if TYPE_CHECKING:
@@ -81,10 +92,16 @@ def build_datasets(
         meta = check_prefix(prefix)
         config = _config(prefix, meta, seq_length=seq_length, seed=seed, split=split, path_to_cache=None)
         _require_tokens(prefix, config, wanted)
+        _require_room(prefix, config, wanted)
         settings = [_stamp(prefix), str(prefix), meta.vocab_size, meta.eod, seq_length, wanted, seed, split]
         key = hashlib.sha256(json.dumps([core_version_text(), *settings]).encode()).hexdigest()[:16]
         indices = cache_dir / "index" / key
+        if indices.exists() and not _are_sound(indices, len(read_index(prefix).sequence_lengths)):
+            # Somebody damaged it. Out of the way under a name of its own, since others may look at this moment.
+            with staging(indices.parent) as folder, suppress(FileNotFoundError):
+                os.rename(indices, folder / "damaged")
         if not indices.is_dir():
+            require_known_tokens(prefix, meta)
             with staging(indices.parent) as folder:
                 _construct(prefix, _with_cache(config, folder), wanted)
                 try:
@@ -99,7 +116,8 @@ def build_datasets(
     if not indices.is_dir():
         raise InputError(f"{indices}: made by the first rank, not seen by this one. Use a cache that all nodes share.")
     config = _config(prefix, meta, seq_length=seq_length, seed=seed, split=split, path_to_cache=indices)
-    train, valid = _construct(prefix, config, wanted)
+    with _arrays_alone(indices):
+        train, valid = _construct(prefix, config, wanted)
     assert train is not None
     return train, valid
 
@@ -215,9 +233,13 @@ def _construct(prefix: Path, config: "GPTDatasetConfig", wanted: tuple[int | Non
 def _require_split(split: str) -> None:
     shares = split.split(",")
     if not (
-        len(shares) <= 3 and all(re.fullmatch(r"\d+(\.\d*)?", share) for share in shares) and any(map(float, shares))
+        len(shares) <= 3
+        and all(re.fullmatch(r"[0-9]{1,12}(\.[0-9]*)?", share) for share in shares)
+        and any(map(float, shares))
     ):
-        raise InputError(f"split {split}: write shares of training, validation and test, for example {DEFAULT_SPLIT}.")
+        raise InputError(
+            f"split {shortened(split)}: write shares of training, validation and test, for example {DEFAULT_SPLIT}."
+        )
 
 
 def _require_tokens(prefix: Path, config: "GPTDatasetConfig", wanted: tuple[int | None, ...]) -> None:
@@ -235,7 +257,75 @@ def _require_tokens(prefix: Path, config: "GPTDatasetConfig", wanted: tuple[int 
             )
 
 
+_BYTES_PER_SAMPLE = 24
+"""What Megatron's three indices take while they are made: two numbers for each sample's place, one for its turn."""
+_BYTES_PER_SEQUENCE = 16
+"""Likewise for each sequence and epoch."""
+
+
+def _require_room(prefix: Path, config: "GPTDatasetConfig", wanted: tuple[int | None, ...]) -> None:
+    """Raises InputError if the indices of so many samples do not fit into memory: the making of them cannot be caught.
+
+    A small corpus takes many epochs, and so more.
+    """
+    lengths = read_index(prefix).sequence_lengths
+    needed = 0
+    for (begin, end), samples in zip(_ranges(config, len(lengths)), wanted, strict=True):
+        if samples is not None:
+            tokens = int(lengths[begin:end].sum())
+            epochs = samples * config.sequence_length // tokens + 1
+            needed += _BYTES_PER_SAMPLE * samples + _BYTES_PER_SEQUENCE * (end - begin) * epochs
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise InputError(
+            f"{at(prefix, '.idx')}: Megatron's index of {sum(samples or 0 for samples in wanted)} samples needs some "
+            f"{needed / 2**30:.0f} GiB of memory, and {free / 2**30:.0f} GiB are free. Lower --train-iters, "
+            "--eval-iters or --global-batch-size."
+        )
+
+
 def _stamp(prefix: Path) -> list[int]:
     """Changes when the data at a prefix are made anew; Megatron's own names of indices don't."""
-    found = at(prefix, ".idx").stat()
-    return [found.st_size, found.st_mtime_ns]
+    found = [at(prefix, suffix).stat() for suffix in (".idx", ".bin")]
+    return [number for stat in found for number in (stat.st_size, stat.st_mtime_ns)]
+
+
+def _are_sound(indices: Path, sequences: int) -> bool:
+    """Whether cached indices are numbers alone and stay within each other. Reads no pickle."""
+    import numpy as np
+
+    try:
+        for path in indices.glob("*-document_index.npy"):
+            documents, samples, order = (
+                np.load(path.with_name(path.name.replace("document_index", name)), mmap_mode="r", allow_pickle=False)
+                for name in ("document_index", "sample_index", "shuffle_index")
+            )
+            whole = all(array.dtype.kind in "iu" for array in (documents, samples, order))
+            shapes = (documents.ndim, samples.ndim, order.ndim, samples.shape[1:]) == (1, 2, 1, (2,))
+            if not (whole and shapes and len(documents) and len(samples) > 1 and len(order)):
+                return False
+            within = ((documents, sequences), (samples[:, 0], len(documents)), (order, len(samples) - 1))
+            if any(array.min() < 0 or array.max() >= end for array, end in within) or samples.min() < 0:
+                return False
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError):  # numpy evaluates the header as a literal
+        return False
+    return any(indices.glob("*-document_index.npy"))
+
+
+@contextmanager
+def _arrays_alone(indices: Path) -> Iterator[None]:
+    """For the time of Megatron's reading, numpy loads no pickle; it asks numpy to, though it never writes one."""
+    import numpy as np
+
+    before = np.load
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        return before(*args, **{**kwargs, "allow_pickle": False})
+
+    np.load = load
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{indices}: damaged ({shortened(error)}). Remove this folder; it is made again.") from None
+    finally:
+        np.load = before

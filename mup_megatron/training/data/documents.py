@@ -4,12 +4,12 @@ Reads and checks; knows nothing of tokens.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mup_megatron.errors import InputError
+from mup_megatron.json_io import parse_json
 from mup_megatron.training.data import Progress, silent
 
 
@@ -87,12 +87,9 @@ def _json_lines(path: Path) -> Iterator[str]:
             if not text.strip():
                 continue
             where = f"{path}: line {number}"
-            try:
-                content = json.loads(text)
-            except ValueError as error:
-                raise InputError(
-                    f'{where} is not JSON ({error}). Every line of a .jsonl file is an object like {{"text": "…"}}.'
-                ) from None
+            content = parse_json(
+                text, source=where, remedy='Every line of a .jsonl file is an object like {"text": "…"}.'
+            )
             found = content.get("text") if isinstance(content, dict) else None
             if not isinstance(found, str):
                 raise InputError(f'{where} has no text under the key "text". Write {{"text": "…"}} on every line.')

@@ -8,7 +8,6 @@ Data made by Megatron's own tools need only a PREFIX.json with `vocab_size` and 
 """
 
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -26,6 +25,7 @@ from pydantic import Field
 
 from mup_megatron import __version__
 from mup_megatron.errors import InputError
+from mup_megatron.json_io import read_json
 from mup_megatron.megatron.versions import core_version_text
 from mup_megatron.training.data import Progress, silent
 from mup_megatron.training.data.documents import Source
@@ -37,12 +37,17 @@ SUFFIXES = (".bin", ".idx", ".tokenizer.json", ".json")
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES: dict[int, type[np.generic]] = {
-    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16
+_DTYPES: dict[int, type[np.integer[Any]]] = {
+    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16
 }  # fmt: skip
+_FLOATS = {6, 7}
+"""Types that Megatron's format has and tokens cannot be of."""
 _BATCH_LETTERS = 1 << 20
 _PIECES = 200
 _INT32_MAX = 2**31 - 1
+_CHUNK = 1 << 24
+_SCANNED = 1 << 34
+"""Bytes of tokens that are looked at before a run begins: it takes seconds, once for a set of data."""
 
 
 class Input(Strict):
@@ -267,15 +272,14 @@ def read_meta(prefix: Path) -> DataMeta:
         InputError: it is missing, truncated, or has keys or values that it cannot have.
     """
     path = at(prefix, ".json")
-    if not path.is_file():
+    if not path.exists():
         raise InputError(
             f"{path}: no such file. Make the data again with mup-megatron data, or, if another tool made them, "
             'write there {"vocab_size": …, "eod": …} as their tokenizer has them.'
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: truncated or not JSON ({error}). {_again(prefix)}") from None
+    content = read_json(path, remedy=_again(prefix))
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: does not describe data. {_again(prefix)}")
     return validated(DataMeta, content, source=str(path))
 
 
@@ -286,21 +290,26 @@ def read_index(prefix: Path) -> Index:
         InputError: it is not Megatron's index, is truncated, or its numbers cannot be.
     """
     path = at(prefix, ".idx")
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        header = stream.read(_HEADER.size)
-        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-            raise InputError(f"{path}: not an index in Megatron's format, or truncated. {_again(prefix)}")
-        _, format_version, code, sequences, entries = _HEADER.unpack(header)
-        if format_version != 1 or code not in _DTYPES:
-            raise InputError(f"{path}: corrupt: version {format_version}, type {code}. {_again(prefix)}")
-        if size < _HEADER.size + 12 * sequences + 8 * entries:
-            raise InputError(
-                f"{path}: truncated: it has {size} bytes and speaks of {sequences} sequences. {_again(prefix)}"
-            )
-        lengths = np.fromfile(stream, dtype=np.int32, count=sequences)
-        pointers = np.fromfile(stream, dtype=np.int64, count=sequences)
-        documents = np.fromfile(stream, dtype=np.int64, count=entries)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            header = stream.read(_HEADER.size)
+            if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+                raise InputError(f"{path}: not an index in Megatron's format, or truncated. {_again(prefix)}")
+            _, format_version, code, sequences, entries = _HEADER.unpack(header)
+            if code in _FLOATS:
+                raise InputError(f"{path}: says that tokens are floating-point numbers. {_again(prefix)}")
+            if format_version != 1 or code not in _DTYPES:
+                raise InputError(f"{path}: corrupt: version {format_version}, type {code}. {_again(prefix)}")
+            if size < _HEADER.size + 12 * sequences + 8 * entries:
+                raise InputError(
+                    f"{path}: truncated: it has {size} bytes and speaks of {sequences} sequences. {_again(prefix)}"
+                )
+            lengths = np.fromfile(stream, dtype=np.int32, count=sequences)
+            pointers = np.fromfile(stream, dtype=np.int64, count=sequences)
+            documents = np.fromfile(stream, dtype=np.int64, count=entries)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Check the file and its permissions.") from None
     dtype = np.dtype(_DTYPES[code])
     starts = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
     sound = (
@@ -315,6 +324,30 @@ def read_index(prefix: Path) -> Index:
     if not sound:
         raise InputError(f"{path}: corrupt: its lengths, offsets and documents contradict each other. {_again(prefix)}")
     return Index(dtype, lengths, documents)
+
+
+def require_known_tokens(prefix: Path, meta: DataMeta) -> None:
+    """Reads all tokens once, up to _SCANNED bytes of them.
+
+    Raises:
+        InputError: one is negative, or beyond the vocabulary that the metadata give; names the file and the token.
+    """
+    path = at(prefix, ".bin")
+    dtype = read_index(prefix).dtype
+    try:
+        with path.open("rb") as stream:
+            for start in range(0, _SCANNED, _CHUNK):
+                tokens = np.frombuffer(stream.read(_CHUNK), dtype=dtype)
+                if not len(tokens):
+                    return
+                if tokens.max() >= meta.vocab_size or tokens.min() < 0:
+                    first = int(np.argmax((tokens >= meta.vocab_size) | (tokens < 0)))
+                    raise InputError(
+                        f"{path}: token {start // dtype.itemsize + first} is id {tokens[first]}, and the vocabulary in "
+                        f"{at(prefix, '.json')} has {meta.vocab_size}. Correct vocab_size there. {_again(prefix)}"
+                    )
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Check the file and its permissions.") from None
 
 
 def require_vocab(meta: DataMeta, vocab_size: int, *, data: Path | str, model: Path | str) -> None:

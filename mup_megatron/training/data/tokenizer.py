@@ -3,14 +3,16 @@
 Three kinds, all the library's own: plain bytes, a byte-level BPE trained on the data themselves, or a `tokenizer.json`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mup_megatron.errors import InputError
+from mup_megatron.errors import InputError, shortened
+from mup_megatron.json_io import read_text
 
 EOD_TOKEN = "<|endoftext|>"
 DEFAULT_TOKENIZER = "bpe:1024"
@@ -18,6 +20,10 @@ DEFAULT_TOKENIZER = "bpe:1024"
 
 _KNOWN_EODS = (EOD_TOKEN, "<|end_of_text|>", "<eod>", "<eos>", "</s>")
 _BYTES = 256
+_MOST_TOKENS = 1 << 20
+"""Four times what the largest tokenizers of language models have; training a larger one would only take memory."""
+_IDS = 1 << 31
+"""Megatron's format holds ids below this."""
 _FORMS = (
     "Use `byte`, `bpe:VOCAB` (like bpe:1024), or the path of a tokenizer.json file; names are not looked up online."
 )
@@ -42,10 +48,17 @@ class TextTokenizer:
     eod: int
     vocab_size: int
     """One more than the highest id, so the smallest `vocab_size` of a model that can read the data."""
+    source: str = "--tokenizer"
+    """What it is called in messages."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of every text, without the end of document. Nothing in a text is taken for a special token."""
-        return [encoding.ids for encoding in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Ids of every text, without the end of document. Nothing in a text is taken for a special token.
+
+        Raises:
+            InputError: the tokenizer cannot; that of a file may lack what it needs for a text.
+        """
+        with _library(self.source, "cannot tokenize the text"):
+            return [encoding.ids for encoding in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; special tokens are shown as they are spelled."""
@@ -68,14 +81,15 @@ def parse_tokenizer(text: str) -> TokenizerSpec:
         return TokenizerSpec(text, "byte")
     if text.startswith("bpe:"):
         number = text.removeprefix("bpe:")
-        if not (number.isascii() and number.isdigit()) or int(number) <= _BYTES:
+        short = number.isascii() and number.isdigit() and len(number) <= len(str(_MOST_TOKENS))
+        if not short or not _BYTES < int(number) <= _MOST_TOKENS:
             raise InputError(
-                f"--tokenizer {text}: the vocabulary must be a whole number of at least {_BYTES + 1} "
-                f"(every byte and the end of a document). {_FORMS}"
+                f"--tokenizer {shortened(text, 40)}: the vocabulary must be a whole number of at least {_BYTES + 1} "
+                f"(every byte and the end of a document) and at most {_MOST_TOKENS}. {_FORMS}"
             )
         return TokenizerSpec(text, "bpe", int(number))
-    if not Path(text).is_file():
-        raise InputError(f"--tokenizer {text}: there is no such file. {_FORMS}")
+    if not _is_file(text):
+        raise InputError(f"--tokenizer {shortened(text)}: there is no such file. {_FORMS}")
     return TokenizerSpec(text, "file")
 
 
@@ -107,31 +121,51 @@ def load_tokenizer(path: Path, *, eod_token: str | None = None) -> TextTokenizer
     Raises:
         InputError: the file is missing, is no tokenizer, or lacks an end of document.
     """
-    try:
-        inner = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}). {_FORMS}") from None
-    except Exception as error:  # the library raises a plain Exception
-        raise InputError(f"{path}: not a tokenizer in the format of the `tokenizers` library ({error}).") from None
-    # A file may ask to cut or fill texts to the length of some model. Data are not for one model.
-    inner.no_truncation()
-    inner.no_padding()
+    text = read_text(path, remedy=_FORMS)
+    with _library(str(path), "not a tokenizer in the format of the `tokenizers` library"):
+        inner = Tokenizer.from_str(text)
+        # A file may ask to cut or fill texts to the length of some model. Data are not for one model.
+        inner.no_truncation()
+        inner.no_padding()
     candidates = (eod_token,) if eod_token else _KNOWN_EODS
     for candidate in candidates:
         if inner.token_to_id(candidate) is not None:
-            return _with_eod(inner, candidate)
+            return _with_eod(inner, candidate, source=str(path))
     raise InputError(
         f"{path}: none of its tokens is {' or '.join(candidates)}, so a document has no end. "
         "Name the token that ends one with --eod-token."
     )
 
 
-def _with_eod(inner: Tokenizer, token: str) -> TextTokenizer:
+def _with_eod(inner: Tokenizer, token: str, *, source: str = "--tokenizer") -> TextTokenizer:
     # A text that spells a special token means the letters.
     inner.encode_special_tokens = True
     eod = inner.token_to_id(token)
     assert eod is not None
-    return TextTokenizer(inner, eod, vocab_size=max(inner.get_vocab().values()) + 1)
+    vocab_size = max(inner.get_vocab().values()) + 1
+    if vocab_size > _IDS:
+        raise InputError(
+            f"{source}: has the id {vocab_size - 1}, and Megatron's format ends at {_IDS - 1}. Correct it."
+        )
+    return TextTokenizer(inner, eod, vocab_size, source)
+
+
+@contextmanager
+def _library(source: str, what: str) -> Iterator[None]:
+    """Turns what the library raises into an InputError that says `what` is wrong with `source`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a plain Exception, or a panic of its Rust code, which is none
+        raise InputError(f"{source}: {what} ({shortened(error)}). {_FORMS}") from None
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a NUL
+        return False
 
 
 def _byte_level(model: models.Model) -> Tokenizer:

@@ -91,8 +91,10 @@ def prepare(inputs: Path, folder: Path, seed: int, number: int, names: Sequence[
     """Makes a case: the sound inputs of a target in a new folder, one of them damaged."""
     name, random = draw(seed, number, names)
     target = TARGETS[name]
-    for part in (*target.sound, *target.damaged):
+    for part in (*target.sound, *(() if target.first else target.damaged)):
         _copy(inputs, folder, part)
+    if target.first:
+        os.waitpid(start(folder, target.first), 0)
     words, damage = list(target.words), []
     if target.numbers_of and random.random() < 0.1:
         words, what = mutators.damage_words(random, words, target.numbers_of)

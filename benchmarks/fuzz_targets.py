@@ -29,6 +29,8 @@ class Target:
     """Path of a file, or of what begins with it → its kind, a key of `fuzz_mutators.KINDS`. One of them is damaged."""
     sound: tuple[str, ...] = ()
     """Further files and folders that the command needs."""
+    first: tuple[str, ...] = ()
+    """A command line that is run within the case's folder before: caches are named after the place of the data."""
     numbers_of: tuple[str, ...] = ()
     """Flags whose values are made extreme, in every tenth case."""
     weight: int = 1
@@ -84,12 +86,13 @@ TARGETS: dict[str, Target] = {
         may_change=("out/", "cache/"),
     ),
     "train from cached indices": Target(
-        words=_TRAIN,
+        words=(*_TRAIN[:12], "--output", "other", "--data-cache-path", "cache"),
         damaged={"cache/index/*/*.npy": "npy", "cache/index/*/*.txt": "text"},
-        sound=("base.yaml", "r.yaml", "ck", "cache", *_DATA),
+        sound=("base.yaml", "r.yaml", *_DATA),
+        first=(*_TRAIN[:12], "--output", "out", "--data-cache-path", "cache"),
         weight=2,
         binary=True,
-        may_change=("out/", "cache/"),
+        may_change=("other/", "cache/"),
     ),
     "sweep goes on": Target(
         words=_SWEEP,

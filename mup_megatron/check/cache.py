@@ -37,12 +37,28 @@ def cached(folder: Path | None, facts: object, make: Callable[[], Measured]) -> 
     content = json.dumps([_code(), version("torch"), facts], sort_keys=True)
     path = folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
     try:
-        return Measured.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+        return _read(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         measured = make()
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(measured.to_json()))
+        runs = measured.to_json()
+        write_atomically(path, json.dumps({"sha256": _digest(runs), "runs": runs}))
         return measured
+
+
+def _read(text: str) -> Measured:
+    """The measurement in a file. Raises ValueError, LookupError, TypeError or RecursionError for one that is damaged.
+
+    Without the hash a file that lacks a number, or has another, would decide a verdict.
+    """
+    content = json.loads(text)
+    if content["sha256"] != _digest(content["runs"]):
+        raise ValueError("not what was written")
+    return Measured.from_json(content["runs"])
+
+
+def _digest(runs: object) -> str:
+    return hashlib.sha256(json.dumps(runs).encode()).hexdigest()
 
 
 @cache

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 from mup_megatron import __version__
-from mup_megatron.errors import InputError
+from mup_megatron.errors import InputError, shortened
 
 COMMANDS = {
     "quickstart": "the whole path in small: tune, transfer, compare; ends in a table and a picture",
@@ -32,6 +32,8 @@ COMMANDS = {
 }
 
 BAD_INPUT = 2
+LONGEST = 500
+"""Characters of a message of click's; the lists of choices in some are long."""
 
 
 class _Commands(click.Group):
@@ -78,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = _complain(str(error), BAD_INPUT, debug=debug)
     except click.ClickException as error:
         usage = f"\n{error.ctx.get_usage()}" if isinstance(error, click.UsageError) and error.ctx else ""
-        code = _complain(error.format_message() + usage, BAD_INPUT, debug=debug)
+        # Click repeats what it was given, however long.
+        code = _complain(shortened(error.format_message(), LONGEST) + usage, BAD_INPUT, debug=debug)
     except BrokenPipeError:
         # The reader has seen enough, as in `… | head`. Python would complain once more while closing standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

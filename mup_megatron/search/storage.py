@@ -160,10 +160,10 @@ def _prepare(file: Path, create: bool) -> None:
     if create and not os.access(place, os.W_OK):
         raise InputError(f"{place}: not writable. Change its permissions, or choose another place with --storage.")
     if file.exists():
-        _check_sqlite(file)
+        _check_sqlite(file, create)
 
 
-def _check_sqlite(file: Path) -> None:
+def _check_sqlite(file: Path, create: bool) -> None:
     try:
         # Not read-only: what a killed process left half written is rolled back on opening, by SQLite itself.
         with contextlib.closing(
@@ -180,6 +180,8 @@ def _check_sqlite(file: Path) -> None:
         raise InputError(
             f"{file}: damaged ({shortened(sound[0])}). Restore it, or choose another place with --storage."
         )
+    if not tables and not create:
+        raise InputError(f"{file}: empty, so there is no study in it. Check --study and --storage.")
     # Optuna's tables may be incomplete when a process was killed while it made them; these come first.
     if tables and not tables & {"studies", "version_info"}:
         raise InputError(f"{file}: another program's database. Choose another place with --storage.")

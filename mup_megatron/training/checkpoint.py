@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from mup_megatron.collectives import raise_together
 from mup_megatron.errors import InputError, shortened
 from mup_megatron.files import write_atomically
-from mup_megatron.json_io import read_json, read_text
 from mup_megatron.megatron import stored, versions
+from mup_megatron.readback import read_json, read_text
 from mup_megatron.training.build import Built
 from mup_megatron.training.ranks import is_first, on_first_rank
 from mup_megatron.validation import Strict, validated

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mup_megatron.errors import InputError, shortened
-from mup_megatron.json_io import parse_json
 from mup_megatron.models.model_file import ModelFile
+from mup_megatron.readback import parse_json
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.data.indexed import at, check_prefix
 from mup_megatron.training.options import TrainingOptions

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mup_megatron.errors import InputError
-from mup_megatron.json_io import parse_json
+from mup_megatron.readback import parse_json
 from mup_megatron.training.data import Progress, silent
 
 

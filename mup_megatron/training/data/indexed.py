@@ -25,8 +25,8 @@ from pydantic import Field
 
 from mup_megatron import __version__
 from mup_megatron.errors import InputError
-from mup_megatron.json_io import read_json
 from mup_megatron.megatron.versions import core_version_text
+from mup_megatron.readback import read_json
 from mup_megatron.training.data import Progress, silent
 from mup_megatron.training.data.documents import Source
 from mup_megatron.training.data.tokenizer import TextTokenizer

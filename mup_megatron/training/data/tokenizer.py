@@ -12,7 +12,7 @@ from typing import Literal
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mup_megatron.errors import InputError, shortened
-from mup_megatron.json_io import read_text
+from mup_megatron.readback import read_text
 
 EOD_TOKEN = "<|endoftext|>"
 DEFAULT_TOKENIZER = "bpe:1024"

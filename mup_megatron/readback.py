@@ -1,4 +1,7 @@
-"""JSON in, safely: whatever is wrong with a file is said in one sentence. Not validation: see `validation.py`."""
+"""Text and JSON that this package wrote, read back: of checkpoints, runs, data and studies. Not for what people write.
+
+What is wrong with them is damage and no slip of the pen, so each caller says what to do about it.
+"""
 
 import json
 from pathlib import Path

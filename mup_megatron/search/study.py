@@ -356,16 +356,16 @@ def spec_of(content: object, storage: Storage, *, name: str, storage_url: str) -
     Raises:
         InputError: it is not what a sweep records.
     """
-    recorded = _sound(_Recorded, content, SPEC, storage, name)
-    plain: dict[str, Any] = recorded.model_dump(mode="json", exclude_none=True)
+    _sound(_Recorded, content, SPEC, storage, name)
+    assert isinstance(content, Mapping)
     return StudySpec(
         name,
         storage_url,
-        recorded.seed,
-        recorded.sampler,
-        Space.from_json(plain["space"]),
-        recorded.context,
-        Selection.from_json(plain["selection"]) if recorded.selection is not None else None,
+        content["seed"],
+        content["sampler"],
+        Space.from_json(content["space"]),
+        content["context"],
+        Selection.from_json(content["selection"]) if content.get("selection") is not None else None,
     )
 
 

@@ -99,14 +99,21 @@ def require_plain_objects(folder: Path, metadata: Metadata, *, remedy: str) -> N
 @contextlib.contextmanager
 def loading(folder: Path, metadata: Metadata, *, remedy: str) -> Iterator[None]:
     """For the time of a library's loading: it is given this metadata, and whatever it raises becomes an InputError."""
-    before = FileSystemReader.read_metadata
+    read_metadata, slice_file = FileSystemReader.read_metadata, FileSystemReader._slice_file
+    source = folder
 
     def read(reader: Any, *args: Any, **kwargs: Any) -> Metadata:
         given = copy.copy(metadata)
         given.storage_meta = StorageMeta(load_id=reader.load_id)
         return given
 
+    def noted(reader: Any, file: Any, info: Any) -> Any:
+        nonlocal source
+        source = folder / info.relative_path
+        return slice_file(reader, file, info)
+
     FileSystemReader.read_metadata = read  # type: ignore[method-assign]
+    FileSystemReader._slice_file = noted  # type: ignore[method-assign]
     try:
         with torch_loads_only_tensors():
             yield
@@ -117,9 +124,10 @@ def loading(folder: Path, metadata: Metadata, *, remedy: str) -> Iterator[None]:
     except BaseException as error:
         # Torch's CheckpointException is no Exception. Which others Megatron, torch and numpy raise for a part that is
         # not what they wrote, nobody says.
-        raise not_read(error, source=str(folder), remedy=remedy) from error
+        raise not_read(error, source=str(source), remedy=remedy) from error
     finally:
-        FileSystemReader.read_metadata = before  # type: ignore[method-assign]
+        FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
+        FileSystemReader._slice_file = slice_file  # type: ignore[method-assign]
 
 
 # ---- what must hold ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mup_megatron.errors import InputError
+from mup_megatron.errors import InputError, shortened
 from mup_megatron.files import write_atomically
 from mup_megatron.recipe import Recipe, recipe
 
@@ -33,8 +33,8 @@ def unpacked(text: Any, *, source: str) -> Recipe:
     """
     try:
         content = json.loads(text)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{source} cannot be read ({error}). Use another one.") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{source} cannot be read ({shortened(error)}). Use another one.") from None
     return recipe(content, source=source)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import IO, Any
 
 from mup_megatron.errors import InputError, shortened
@@ -50,8 +51,14 @@ def read_pickle(stream: IO[bytes], allowed: Mapping[str, Collection[str]], *, so
         raise not_read(error, source=source, remedy=remedy) from None
 
 
-def read_torch(stream: IO[bytes], *, source: str, remedy: str, **more: Any) -> Any:
-    """What `torch.save` wrote: tensors and plain values. Arguments as of `read_pickle`; `more` are `torch.load`'s.
+def read_torch(file: IO[bytes] | Path, *, source: str, remedy: str, **more: Any) -> Any:
+    """What `torch.save` wrote: tensors and plain values, and what `torch.serialization.add_safe_globals` names.
+
+    Args:
+        file: a stream, or a file's path.
+        source: what it is called in messages.
+        remedy: what to do about it, as a sentence.
+        more: arguments of `torch.load`.
 
     Raises:
         InputError: it holds something else, is truncated or not torch's.
@@ -59,7 +66,7 @@ def read_torch(stream: IO[bytes], *, source: str, remedy: str, **more: Any) -> A
     import torch
 
     try:
-        return torch.load(stream, map_location="cpu", weights_only=True, **more)
+        return torch.load(file, map_location="cpu", weights_only=True, **more)
     except Exception as error:  # torch, zipfile and pickle raise whatever they like
         raise not_read(error, source=source, remedy=remedy) from None
 

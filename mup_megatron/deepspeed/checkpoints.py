@@ -4,16 +4,18 @@ The recipe travels in the client state, which every rank's file of model states 
 universal checkpoint copies. A copy for people lies in the checkpoint's folder.
 """
 
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mup_megatron import origin as origins
 from mup_megatron.errors import InputError
 from mup_megatron.origin import SIDECAR
+from mup_megatron.readback import read_text
 from mup_megatron.recipe import Recipe
+from mup_megatron.unpickling import read_torch
 
 KEY = "mup_megatron"
 """In the client state, which is the user's: so it is not the entry's short name."""
@@ -51,29 +53,29 @@ def origin(load_dir: str | Path, tag: str | None, *, universal: bool) -> Origin 
 
 
 def _client_state(states: Path) -> Any:
-    """What stands under our key in a file of model states."""
-    try:
-        return _loaded(states).get(KEY)
-    except Exception as error:  # torch and pickle raise whatever they like
-        raise InputError(
-            f"{states}: the checkpoint cannot be read ({type(error).__name__}: {error}), so nobody can tell its "
-            "recipe. Use another one."
-        ) from error
+    """What stands under our key in a file of model states.
 
-
-def _loaded(states: Path) -> Any:
-    try:
-        # Mapped, not read: of the weights only their sizes are looked at.
-        return torch.load(states, map_location="cpu", mmap=True, weights_only=False)
-    except RuntimeError:  # of the format before zip files, which can't be mapped
-        return torch.load(states, map_location="cpu", weights_only=False)
+    DeepSpeed itself unpickles the file afterwards, whatever it asks for; this looks at it before, and takes no more
+    than tensors and plain values.
+    """
+    remedy = (
+        "Nobody can tell its recipe: use another one; or, if you know who wrote it, name the class with "
+        "torch.serialization.add_safe_globals."
+    )
+    # Mapped, not read: of the weights only their sizes are looked at. The format before zip files can't be mapped.
+    content = read_torch(states, source=str(states), remedy=remedy, mmap=zipfile.is_zipfile(states))
+    if not isinstance(content, Mapping):
+        raise InputError(f"{states}: not a file of DeepSpeed's model states. Use another checkpoint.")
+    return content.get(KEY)
 
 
 def _folder(load_dir: Path, tag: str | None, *, universal: bool) -> Path | None:
     if tag is not None:
         return load_dir / str(tag)
     latest = load_dir / ("latest_universal" if universal else "latest")
-    return load_dir / latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
+    if not latest.is_file():
+        return None
+    return load_dir / read_text(latest, remedy="Write a checkpoint's tag into it.").strip()
 
 
 def require_same(found: Origin, wanted: Recipe, *, accept: bool, optimizer: bool) -> None:

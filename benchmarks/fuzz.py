@@ -22,6 +22,7 @@ import re
 import resource
 import shutil
 import signal
+import sqlite3
 import sys
 import time
 import traceback
@@ -289,6 +290,8 @@ class Fuzzer:
     ) -> Outcome:
         _kill(child)  # whatever it has left running
         failure = judge(case, folder, status, before, timed_out=timed_out)
+        if failure is not None and failure.startswith("refused, and changed") and failure.endswith(".db"):
+            failure = self._if_rows_are_lost(case, folder, failure)
         if failure is not None:
             self._keep(case, folder, failure)
         for path in (folder.with_suffix(".stdout"), folder.with_suffix(".stderr")):
@@ -296,6 +299,17 @@ class Fuzzer:
         shutil.rmtree(folder, ignore_errors=True)
         code = os.waitstatus_to_exitcode(status)
         return Outcome(case.number, case.target, code, failure, seconds, case.damage)
+
+    def _if_rows_are_lost(self, case: Case, folder: Path, failure: str) -> str | None:
+        """The failure, if a database lost rows; it may gain some, and trials change their states."""
+        name = failure.removeprefix("refused, and changed ")
+        again = folder.with_name(f"{folder.name}-before")
+        shutil.rmtree(again, ignore_errors=True)
+        again.mkdir()
+        prepare(self.inputs, again, self.seed, case.number, self.names)
+        lost = _rows(again / name) - _rows(folder / name)
+        shutil.rmtree(again)
+        return failure if lost else None
 
     def _keep(self, case: Case, folder: Path, failure: str) -> None:
         """Keeps the first case of each kind of failure: its inputs as they were, its command, and what was said."""
@@ -310,6 +324,15 @@ class Fuzzer:
             shutil.copy(folder.with_suffix(f".{name}"), kept / f"{name}.txt")
         told = {"seed": self.seed, "number": case.number, "words": case.words, "damage": case.damage, "is": failure}
         (kept / "case.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+
+
+def _rows(file: Path) -> set[str]:
+    """The rows of a database other than those of trials, which carry a state."""
+    try:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            return {line for line in database.iterdump() if not line.startswith('INSERT INTO "trials"')}
+    except (sqlite3.Error, UnicodeDecodeError):
+        return set()
 
 
 def _kill(child: int) -> None:

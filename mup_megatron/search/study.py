@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -198,6 +199,8 @@ def read_study(storage: str, name: str) -> StudyRecord:
             listed = f", only {shortened(', '.join(repr(other) for other in sorted(others)))}" if others else ""
             raise InputError(f"{opened.label}: no study {name!r} in it{listed}. Check --study.") from None
         attributes = study.user_attrs
+        if study.directions != [StudyDirection.MINIMIZE]:
+            raise InputError(f"{opened.label}: study {name!r} is no minimisation. Choose another with --study.")
         if SPEC not in attributes:
             raise InputError(f"{opened.label}: study {name!r} was not made by a sweep. Choose another with --study.")
         spec = spec_of(attributes[SPEC], opened, name=name, storage_url=storage)

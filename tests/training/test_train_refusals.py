@@ -37,6 +37,16 @@ from mup_megatron.yaml_io import dump_yaml
         (1, {"sequence_parallel": True}, "--sequence-parallel needs tensor parallelism"),
         (1, {"save_interval": 5}, "Add --save DIR"),
         (1, {"train_iters": 0}, "--train-iters 0: must be at least 1"),
+        (1, {"train_iters": 2147483648}, "--train-iters 2147483648: must be at most 2147483647"),
+        (1, {"train_iters": 2147483647}, "--train-iters 2147483647: must be at most 100000000"),
+        (1, {"eval_iters": 9223372036854775808}, "--eval-iters 9223372036854775808: must be at most 100000000"),
+        (
+            1,
+            {"train_iters": 10**8, "global_batch_size": 64},
+            "more than the 4294967294 samples that Megatron can number",
+        ),
+        (1, {"seed": 2**32}, "--seed 4294967296: must be at most 2147483647"),
+        (1, {"global_batch_size": 10**400}, "--global-batch-size 1000000000"),
         (1, {"eval_iters": -1}, "--eval-iters -1"),
         (1, {"eval_iters": 0, "eval_interval": 2}, "--eval-interval 2"),
         (1, {"wandb_exp_name": "a"}, "Add --wandb-project"),
@@ -48,6 +58,7 @@ def test_impossible_options(tmp_path: Path, world_size: int, changes: dict[str, 
     with pytest.raises(InputError) as error:
         require_possible(target(), RECIPE, options(tmp_path, **changes), world_size)
     assert message in str(error.value)
+    assert len(max(str(error.value).splitlines(), key=len)) < 300
 
 
 def test_the_distributed_optimizer_is_for_adam(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 import importlib.util
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fuzz_mutators import CANARY, RunsCode
 from small_data import make_data
 from support import stock
 from support.processes import run_ranks
@@ -230,3 +232,64 @@ def test_a_model_reads_the_batches_and_needs_no_attention_mask(data: tuple[Path,
     ((with_mask, without),) = run_ranks(_losses_with_and_without_a_mask, 1, data[0], tmp_path)
     assert without.shape == (4, 32)
     assert torch.equal(with_mask, without)
+
+
+def _npy_that_runs_code(path: Path) -> None:
+    objects = np.empty(1, dtype=object)
+    objects[0] = RunsCode()
+    np.save(path, objects, allow_pickle=True)
+
+
+@pytest.mark.parametrize("name", ["document", "sample", "shuffle"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _npy_that_runs_code,
+        lambda path: path.write_bytes(pickle.dumps(RunsCode())),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-3]),
+        lambda path: path.unlink(),
+        lambda path: np.save(path, np.load(path) + 10**6),
+        lambda path: np.save(path, np.load(path).astype(np.float64)),
+        lambda path: np.save(path, np.load(path)[:0]),
+    ],
+    ids=["objects", "pickle", "empty", "cut", "gone", "beyond", "floats", "none"],
+)
+def test_damaged_indices_are_made_again_and_run_nothing(
+    data: tuple[Path, DataMeta], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = _tokens(build_datasets(data[0], cache_dir=tmp_path / "cache", **SETTINGS)[0])
+    damage(next((tmp_path / "cache").rglob(f"*-train-{name}_index.npy")))
+    again, _ = build_datasets(data[0], cache_dir=tmp_path / "cache", **SETTINGS)
+    assert np.array_equal(_tokens(again), before)
+    assert not (tmp_path / CANARY).exists()
+
+
+def test_tokens_that_are_none_of_the_vocabulary_are_found_when_the_indices_are_made(
+    data: tuple[Path, DataMeta], tmp_path: Path
+) -> None:
+    copy_data(data[0], tmp_path / "text")
+    build_datasets(tmp_path / "text", cache_dir=tmp_path / "cache", **SETTINGS)
+    tokens = np.fromfile(tmp_path / "text.bin", dtype=np.uint16)
+    tokens[-1] = 300
+    tokens.tofile(tmp_path / "text.bin")
+    with pytest.raises(InputError, match=r"text\.bin: token \d+ is id 300"):
+        build_datasets(tmp_path / "text", cache_dir=tmp_path / "cache", **SETTINGS)
+
+
+@pytest.mark.parametrize("sizes", [{"train_samples": 2**40}, {"valid_samples": 2**40}])
+def test_indices_that_memory_cannot_hold_are_not_begun(
+    data: tuple[Path, DataMeta], tmp_path: Path, sizes: dict[str, int]
+) -> None:
+    with pytest.raises(
+        InputError, match=r"samples needs some [0-9]+ GiB of memory, and [0-9]+ GiB are free\. Lower --tr"
+    ):
+        build_datasets(data[0], cache_dir=tmp_path, **SETTINGS | sizes)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("split", ["9" * 400 + ",1,0", "1,,0", "nan,1", "-1,2", "1,2,3,4"])
+def test_shares_that_are_no_numbers_are_refused(data: tuple[Path, DataMeta], tmp_path: Path, split: str) -> None:
+    with pytest.raises(InputError, match="write shares of training, validation and test"):
+        build_datasets(data[0], cache_dir=tmp_path, **SETTINGS | {"split": split})

@@ -86,10 +86,43 @@ def test_the_end_of_document_of_a_file_can_be_named_and_must_exist(tmp_path: Pat
         load_tokenizer(path, eod_token="<halt>")
 
 
-@pytest.mark.parametrize("spec", ["gpt2", "bpe:", "bpe:256", "bpe:-1", "bpe:1e3", "bpe:²", ""])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "gpt2",
+        "bpe:",
+        "bpe:256",
+        "bpe:-1",
+        "bpe:1e3",
+        "bpe:²",
+        "",
+        "bpe:1048577",
+        "bpe:" + "9" * 20,
+        "bpe:" + "9" * 5000,
+        "a" * 5000,
+        "a\0b",
+    ],
+)
 def test_names_of_the_hub_and_impossible_vocabularies_are_refused(spec: str) -> None:
-    with pytest.raises(InputError, match="names are not looked up online"):
+    with pytest.raises(InputError, match="names are not looked up online") as refusal:
         parse_tokenizer(spec)
+    assert len(str(refusal.value)) < 400
+
+
+def test_a_tokenizer_that_cannot_tokenize_the_text_is_named(tmp_path: Path) -> None:
+    """The library finds out when it meets a word that the vocabulary lacks, and there is no other for it."""
+    inner = Tokenizer(models.WordLevel({"a": 0}, unk_token="?"))
+    inner.add_special_tokens(["</s>"])
+    inner.save(str(tmp_path / "t.json"))
+    with pytest.raises(InputError, match=r"t\.json: cannot tokenize the text"):
+        load_tokenizer(tmp_path / "t.json").encode(["b"])
+
+
+def test_ids_beyond_megatrons_format_are_refused(tmp_path: Path) -> None:
+    inner = Tokenizer(models.WordLevel({"a": 2**31, "</s>": 0}, unk_token="a"))
+    inner.save(str(tmp_path / "t.json"))
+    with pytest.raises(InputError, match=r"t\.json: has the id 2147483648"):
+        load_tokenizer(tmp_path / "t.json")
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"vocab": 1}'])

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -124,7 +125,9 @@ def loading(folder: Path, metadata: Metadata, *, remedy: str) -> Iterator[None]:
     except BaseException as error:
         # Torch's CheckpointException is no Exception. Which others Megatron, torch and numpy raise for a part that is
         # not what they wrote, nobody says.
-        raise not_read(error, source=str(source), remedy=remedy) from error
+        failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+        told = next((failure for failure, _ in failures), error)
+        raise not_read(told, source=str(source), remedy=remedy) from error
     finally:
         FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
         FileSystemReader._slice_file = slice_file  # type: ignore[method-assign]

@@ -136,6 +136,16 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
         ".metadata",
         "is in no file",
     ),
+    "a tensor that nothing tells of": (
+        _metadata(lambda m: m.state_dict_metadata.pop("decoder.final_layernorm.weight") and None),
+        "",
+        "decoder.final_layernorm.weight",
+    ),
+    "an object that nothing tells of": (
+        _metadata(lambda m: m.state_dict_metadata.pop(next(k for k in m.state_dict_metadata if "rng" in k)) and None),
+        "",
+        "damaged",
+    ),
     "a tensor outside": (
         _metadata(lambda m: setattr(_first(m.storage_data, "_StorageInfo"), "relative_path", "../../r.yaml")),
         ".metadata",

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mup_megatron.errors import InputError
+from pydantic import ValidationError
+
+from mup_megatron.errors import InputError, shortened
 from mup_megatron.files import write_atomically
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe, save_recipe
@@ -21,6 +23,7 @@ from mup_megatron.search.worker import Job
 from mup_megatron.training.data.indexed import check_prefix
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.tuning import ProxyTraining, transferred
+from mup_megatron.validation import Strict
 from mup_megatron.yaml_io import dump_yaml
 
 SPACE = Space(
@@ -205,11 +208,11 @@ def claim(folder: Path, experiment: Mapping[str, Any]) -> None:
         raise _foreign(file)
     if recorded != experiment:
         changed = [
-            f"{key} was {recorded.get(key)!r} and is {experiment.get(key)!r}"
+            f"{shortened(key, 40)} was {_shown(recorded.get(key))} and is {_shown(experiment.get(key))}"
             for key in sorted({*recorded, *experiment})
             if recorded.get(key) != experiment.get(key)
         ]
-        raise InputError(f"{file}: holds another experiment: {'; '.join(changed)}. {remedy}")
+        raise InputError(f"{file}: holds another experiment: {shortened('; '.join(changed), 200)}. {remedy}")
 
 
 def grid(settings: Settings, width: int, rule: str) -> tuple[Cell, ...]:
@@ -263,6 +266,16 @@ class GridTraining:
         return Outcome(loss=result.validation_loss, diverged=result.status == "diverged", reason=result.reason)
 
 
+class _Row(Strict):
+    """A run as the file has it."""
+
+    width: int
+    rule: str
+    lr: float
+    loss: float | None
+    reason: str | None
+
+
 @dataclass(frozen=True)
 class GridFile:
     """The runs of the grid on disk, with what they belong to."""
@@ -286,16 +299,13 @@ class GridFile:
                     f"{self.path}: its runs belong to another experiment or another search than {self.path.parent} "
                     "holds. Move it away to have them run again, or give another --output."
                 )
-            results = [
-                Result(
-                    cell=Cell(width=row["width"], rule=row["rule"], lr=row["lr"]),
-                    loss=row["loss"],
-                    reason=row["reason"],
-                )
-                for row in content["runs"]
-            ]
-        except (KeyError, TypeError):
+            rows = [_Row.model_validate(row) for row in content["runs"]]
+        except (KeyError, TypeError, ValidationError):
             raise _foreign(self.path) from None
+        results = [
+            Result(cell=Cell(width=row.width, rule=row.rule, lr=row.lr), loss=row.loss, reason=row.reason)
+            for row in rows
+        ]
         return {result.cell: result for result in results}
 
     def write(self, results: Iterable[Result]) -> None:
@@ -359,8 +369,12 @@ def _read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}). Give another --output.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _foreign(file) from None
+
+
+def _shown(value: object) -> str:
+    return shortened(repr(value), 60)
 
 
 def _foreign(file: Path) -> InputError:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
+from mup_megatron.readback import read_text
 from mup_megatron.training.metrics import Row, ValidationRow
 from mup_megatron.training.options import TrainingOptions
 
@@ -117,7 +118,7 @@ class WandB:
                 "--wandb-project: wandb is not installed. Install it: pip install 'mup-megatron[wandb]'"
             ) from None
         name = folder / "wandb_run_id"
-        known = name.read_text(encoding="utf-8").strip() if name.exists() else None
+        known = read_text(name, remedy="Remove it: the run gets a new name.").strip() if name.exists() else None
         offline = os.environ.get("WANDB_MODE") == "offline"  # where wandb cannot go on, and says so at length
         try:
             self._run: Any = wandb.init(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.versions import core_version_text
+from mup_megatron.readback import read_text
 from mup_megatron.training.data import CACHE, Progress, silent
 from mup_megatron.training.data.documents import Source, documents, scan
 from mup_megatron.training.data.indexed import DataMeta, check_prefix, staging, write_files
@@ -105,7 +106,7 @@ def _is_text(path: Path) -> bool:
 
 
 def _key(sources: tuple[Source, ...], spec: TokenizerSpec, eod_token: str | None) -> str:
-    tokenizer = Path(spec.text).read_text(encoding="utf-8") if spec.kind == "file" else spec.text
+    tokenizer = read_text(Path(spec.text), remedy="Give a tokenizer.json.") if spec.kind == "file" else spec.text
     settings = {
         "format": _FORMAT,
         "python": _PYTHON,

@@ -35,6 +35,8 @@ METADATA = ".metadata"
 
 _CLASSES: Mapping[str, Collection[str]] = {
     "collections": {"OrderedDict"},
+    # Of Megatron-Core before 0.19.
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreSavePlan"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
     "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},

@@ -185,7 +185,7 @@ def _check_sqlite(file: Path, create: bool) -> None:
     # Optuna's tables may be incomplete when a process was killed while it made them; these come first.
     if tables and not tables & {"studies", "version_info"}:
         raise InputError(f"{file}: another program's database. Choose another place with --storage.")
-    if tables and held and (lost := sorted(_TABLES - tables)):
+    if tables and (held or not create) and (lost := sorted(_TABLES - tables)):
         raise InputError(f"{file}: damaged (it has no table {lost[0]}). Restore it, or choose another with --storage.")
 
 

@@ -212,7 +212,7 @@ def claim(folder: Path, experiment: Mapping[str, Any]) -> None:
             for key in sorted({*recorded, *experiment})
             if recorded.get(key) != experiment.get(key)
         ]
-        raise InputError(f"{file}: holds another experiment: {shortened('; '.join(changed), 200)}. {remedy}")
+        raise InputError(f"{file}: holds another experiment: {shortened('; '.join(changed), 250)}. {remedy}")
 
 
 def grid(settings: Settings, width: int, rule: str) -> tuple[Cell, ...]:
@@ -374,7 +374,7 @@ def _read_json(file: Path) -> Any:
 
 
 def _shown(value: object) -> str:
-    return shortened(repr(value), 60)
+    return shortened(repr(value), 80)
 
 
 def _foreign(file: Path) -> InputError:

@@ -245,7 +245,7 @@ def _differences(recorded: Any, wanted: Any, key: str = "") -> list[str]:
             return [f"{key} has other entries"]
     if recorded == wanted:
         return []
-    return [f"{shortened(key, 60)} was {shortened(repr(recorded), 60)} and is {shortened(repr(wanted), 60)}"]
+    return [f"{shortened(key, 60)} was {shortened(repr(recorded), 80)} and is {shortened(repr(wanted), 80)}"]
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,25 @@ def test_a_folder_belongs_to_the_experiment_that_claimed_it(tmp_path: Path) -> N
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("text", ["", "[1", "[]", "3", '"grid"', "null", '{"runs": 1, "belongs_to": {}}', "\xff"])
+ROW = '{"width": [1], "rule": "mup", "lr": 0.1, "loss": 1.0, "reason": null}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1",
+        "[]",
+        "3",
+        '"grid"',
+        "null",
+        '{"runs": 1, "belongs_to": {}}',
+        "\xff",
+        "[" * 100_000,
+        f'{{"belongs_to": {{}}, "runs": [{ROW}]}}',
+        '{"belongs_to": {}, "runs": [null]}',
+    ],
+)
 def test_a_file_that_the_quickstart_did_not_write_is_refused_and_kept(tmp_path: Path, text: str) -> None:
     for name in ("settings.json", "grid.json"):
         (tmp_path / name).write_text(text, encoding="latin-1")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -102,7 +102,8 @@ def require_plain_objects(folder: Path, metadata: Metadata, *, remedy: str) -> N
 @contextlib.contextmanager
 def loading(folder: Path, metadata: Metadata, *, remedy: str) -> Iterator[None]:
     """For the time of a library's loading: it is given this metadata, and whatever it raises becomes an InputError."""
-    read_metadata, slice_file = FileSystemReader.read_metadata, FileSystemReader._slice_file
+    readers: Any = FileSystemReader
+    read_metadata, slice_file = readers.read_metadata, readers._slice_file
     source = folder
 
     def read(reader: Any, *args: Any, **kwargs: Any) -> Metadata:
@@ -115,8 +116,7 @@ def loading(folder: Path, metadata: Metadata, *, remedy: str) -> Iterator[None]:
         source = folder / info.relative_path
         return slice_file(reader, file, info)
 
-    FileSystemReader.read_metadata = read  # type: ignore[method-assign]
-    FileSystemReader._slice_file = noted  # type: ignore[method-assign]
+    readers.read_metadata, readers._slice_file = read, noted
     try:
         with torch_loads_only_tensors():
             yield
@@ -131,8 +131,7 @@ def loading(folder: Path, metadata: Metadata, *, remedy: str) -> Iterator[None]:
         told = next((failure for failure, _ in failures), error)
         raise not_read(told, source=str(source), remedy=remedy) from error
     finally:
-        FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
-        FileSystemReader._slice_file = slice_file  # type: ignore[method-assign]
+        readers.read_metadata, readers._slice_file = read_metadata, slice_file
 
 
 # ---- what must hold ------------------------------------------------------------------------------------------------
@@ -168,7 +167,7 @@ def _problem_of_place(key: object, info: Any, sizes: Mapping[str, int]) -> str |
         return f"{name} has no place"
     if info.relative_path not in sizes:
         return f"{name} is said to be in {shortened(info.relative_path, 40)!r}, which is no file of the checkpoint"
-    if not _are_sizes((info.offset, info.length)) or info.offset + info.length > sizes[info.relative_path]:
+    if not _are_sizes(info.offset, info.length) or info.offset + info.length > sizes[info.relative_path]:
         return f"{name} is said to lie beyond the end of {info.relative_path}"
     if getattr(info, "transform_descriptors", None):
         return f"{name} is compressed"
@@ -180,25 +179,28 @@ def _problem_of_entry(name: object, entry: object) -> str | None:
         return f"{shortened(name, 60)} is neither a tensor nor an object"
     if isinstance(entry, BytesStorageMetadata):
         return None
+    tensor: Any = entry  # of whose fields nothing is known yet
     shown = shortened(name, 60)
-    if not isinstance(entry.properties, TensorProperties) or not isinstance(entry.properties.dtype, torch.dtype):
+    if not isinstance(tensor.properties, TensorProperties) or not isinstance(tensor.properties.dtype, torch.dtype):
         return f"{shown} has no type"
-    if not isinstance(entry.size, torch.Size) or not isinstance(entry.chunks, list):
+    if not isinstance(tensor.size, torch.Size) or not isinstance(tensor.chunks, list):
         return f"{shown} has no shape"
-    for chunk in entry.chunks:
-        if not isinstance(chunk, ChunkStorageMetadata) or not (
-            isinstance(chunk.offsets, torch.Size) and isinstance(chunk.sizes, torch.Size)
-        ):
+    for chunk in tensor.chunks:
+        if not isinstance(chunk, ChunkStorageMetadata) or not _are_shapes(chunk.offsets, chunk.sizes):
             return f"{shown} has a part without a shape"
-        if not (len(chunk.offsets) == len(chunk.sizes) == len(entry.size)) or any(
+        if not (len(chunk.offsets) == len(chunk.sizes) == len(tensor.size)) or any(
             first < 0 or length < 0 or first + length > whole
-            for first, length, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+            for first, length, whole in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
         ):
             return f"{shown} has a part outside of it"
-    if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+    if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.size):
         return f"{shown} is not whole"
     return None
 
 
-def _are_sizes(values: tuple[object, ...]) -> bool:
+def _are_shapes(*values: object) -> bool:
+    return all(isinstance(value, torch.Size) for value in values)
+
+
+def _are_sizes(*values: object) -> bool:
     return all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values)

@@ -47,7 +47,7 @@ _PIECES = 200
 _INT32_MAX = 2**31 - 1
 _CHUNK = 1 << 24
 _SCANNED = 1 << 34
-"""Bytes of tokens that are looked at before a run begins: it takes seconds, once for a set of data."""
+"""Bytes of tokens that are looked at when the indices of a run are made: it takes seconds."""
 
 
 class Input(Strict):

@@ -160,7 +160,7 @@ def best_of(
             )
         return Searched(made.spec.space, made.spec.context["fixed"], selection)
     found = read_study(storage or default_storage(other), other)
-    context = _sweep_context(found, flag="--of")
+    context = _sweep_context(found, _Searched, flag="--of")
     if context["proxy"] != proxy.model_dump(mode="json"):
         before = context["proxy"]
         differing = [key for key, value in proxy.model_dump(mode="json").items() if before.get(key) != value]
@@ -180,28 +180,35 @@ class _Training(Strict):
     global_batch_size: Annotated[int, Field(gt=0)]
 
 
-class _Context(Strict):
-    """What `ProxyTraining.context` gives a study."""
+class _Searched(Strict):
+    """What `ProxyTraining.context` gives a study of the model and of what is not searched."""
 
     model_config = ConfigDict(extra="ignore")
 
     proxy: dict[str, Any]
     fixed: dict[str, Any]
-    data: dict[str, str | None]
-    training: _Training
 
     @model_validator(mode="after")
-    def _of_a_recipe(self) -> "_Context":
+    def _of_a_recipe(self) -> "_Searched":
         if not isinstance(self.fixed.get("hyperparameters", {}), dict):
             raise ValueError("fixed.hyperparameters: no keys and values. Restore the database.")
         return self
 
 
-def _sweep_context(study: StudyRecord, *, flag: str) -> Mapping[str, Any]:
+class _Context(_Searched):
+    """All that it gives a study."""
+
+    data: dict[str, str | None]
+    training: _Training
+
+
+def _sweep_context(study: StudyRecord, kind: type[_Searched], *, flag: str) -> Mapping[str, Any]:
+    """What a study of `mup-megatron sweep` says of its trials, as far as `kind` asks for it."""
+    source = f"study {study.spec.name!r}"
     if "proxy" not in study.spec.context:
-        raise InputError(f"study {study.spec.name!r} was not made by `mup-megatron sweep`. Choose another with {flag}.")
-    validated(_Context, study.spec.context, source=f"study {study.spec.name!r}")
-    model_file(study.spec.context["proxy"], source=f"study {study.spec.name!r}: proxy")
+        raise InputError(f"{source} was not made by `mup-megatron sweep`. Choose another with {flag}.")
+    validated(kind, study.spec.context, source=source)
+    model_file(study.spec.context["proxy"], source=f"{source}: proxy")
     return study.spec.context
 
 
@@ -212,7 +219,7 @@ def transferred(study: StudyRecord) -> Recipe:
         InputError: no trial is complete, or the study is not one of `mup-megatron sweep`.
     """
     best = study.require_best()
-    context = _sweep_context(study, flag="--study")
+    context = _sweep_context(study, _Context, flag="--study")
     selection = study.spec.selection
     chosen = None if selection is None else selection.at(best.slot)
     training = context["training"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mup_megatron.check import cache, levels
-from mup_megatron.check.family import PILOT, eps_from, models_for, stressed, under_rule, widths_for
+from mup_megatron.check.family import PILOT, condensed, eps_from, models_for, stressed, under_rule, widths_for
 from mup_megatron.check.judge import Facts, Measure, Sides, judge
 from mup_megatron.check.measurements import Measured, Protocol, Report, Run
 from mup_megatron.check.mutants import Context, Mutant
@@ -136,22 +136,22 @@ def check_megatron(
     ranks.enable_cpu()
     from mup_megatron.training.build import available_model
 
-    chosen = (
-        list(widths)
-        if widths is not None
-        else widths_for(target, recipe, levels.WIDTHS, tensor_parallel=layout.tensor_model_parallel_size)
-    )
-    models = {w: available_model(m, layout) for w, m in models_for(target, recipe, chosen).items()}
-    family = Family(recipe=recipe, models=models, cache=references)
+    shared = layout.tensor_model_parallel_size
+    target.require_tensor_parallel(shared)
+    stages = layout.pipeline_model_parallel_size * (layout.virtual_stages(target) or 1)
+    small, small_recipe = condensed(target, recipe, tensor_parallel=shared, stages=stages)
+    chosen = list(widths or widths_for(small, small_recipe, levels.WIDTHS, tensor_parallel=shared))
+    models = {w: available_model(m, layout) for w, m in models_for(small, small_recipe, chosen).items()}
+    family = Family(recipe=small_recipe, models=models, cache=references)
     world = ranks.world_size()
     possible = replace(layout, train_iters=levels.EARLY.steps, global_batch_size=levels.EARLY.batch_size)
     for model in models.values():
-        require_possible(model, recipe, possible, world)
+        require_possible(model, small_recipe, possible, world)
     subject = _Subject(family, layout, world, mutant, report)
     with ranks.joined(
         tensor=layout.tensor_model_parallel_size,
         pipeline=layout.pipeline_model_parallel_size,
-        virtual_stages=layout.virtual_stages(target),
+        virtual_stages=layout.virtual_stages(small),
         seed=first_seed,
     ):
 

@@ -1,7 +1,7 @@
 """A check of a Hugging Face configuration: its family of models at small widths, in plain torch or under DeepSpeed.
 
-Depth, the size of heads and every ratio of widths are the target's; what base and target share stays fixed. Vocabulary
-and positions, which no rule depends on, are cut in both.
+Every ratio of widths is the target's; what base and target share stays fixed. The size of heads, the number of groups
+and the depth are cut in both where the configuration's keys allow it, and vocabulary and positions always.
 """
 
 import copy
@@ -23,7 +23,7 @@ from torch import distributed, nn
 from transformers import PretrainedConfig
 
 from mup_megatron.check import levels
-from mup_megatron.check.family import SMALLEST
+from mup_megatron.check.family import DEPTH, HEAD, SMALLEST
 from mup_megatron.check.measurements import Report
 from mup_megatron.check.modules import (
     LENGTH,
@@ -84,11 +84,12 @@ def check_hugging_face(
     base = configs.config_of_base(recipe.base)
     configs.require_comparable(base, config)
     model_class = _class_of(config, base)
-    small, cut = _cut(config, base, recipe)
-    chosen = list(widths) if widths is not None else widths_for(config, base, levels.WIDTHS)
+    small, base, recipe_here = _smallest(model_class, config, base, recipe)
+    small, cut = _cut(small, base, recipe_here)
+    chosen = list(widths) if widths is not None else widths_for(small, base, levels.WIDTHS)
     remarks = ["Dropout is off in the check, so that differences are not its own."] if _drops(config) else []
     if min(chosen) < width_of(base):
-        cut = _narrowed(cut, at_width(small, base, min(chosen)), _grown(config, base))
+        cut = _narrowed(cut, at_width(small, base, min(chosen)), _grown(small, base))
         remarks.append(
             f"The base is {width_of(base)} wide; in the check it is as wide as the narrowest model, {min(chosen)}: a "
             "plan leads from a base to what is wider."
@@ -122,6 +123,126 @@ def check_hugging_face(
     with _ranks(), tempfile.TemporaryDirectory() as folder:
         engines = _Engines(content, Path(folder), recipe)
         return judged(engines.prepare, engines.schedule)
+
+
+# ---- what is cut ---------------------------------------------------------------------------------------------------
+
+_LAYER = re.compile(r"^(.*?\.)(\d+)(\..*)$")
+_PERIODS = re.compile(r".*_(?:period|interval|step|pattern|offset)|first_k_dense_replace")
+"""Keys that say after how many layers another kind of layer comes."""
+_OTHER_HEADS = re.compile(r".*head_dim|.*_rank|.*head_size|.*kv_channels|num_kv_heads|multi_query")
+"""Keys of attention that the rules below do not know: its heads are then left as they are."""
+
+
+def _smallest(
+    model_class: Any, config: PretrainedConfig, base: PretrainedConfig, recipe: Recipe
+) -> tuple[PretrainedConfig, PretrainedConfig, Recipe]:
+    """Target, base and recipe with as few layers and as small heads as a model can be built with."""
+    for change in (_condensed, _shallow):
+        try:
+            small, small_base, small_recipe = change(config, base, recipe)
+            width = widths_for(small, small_base, 1)[0]
+            with torch.device("meta"), configs.quiet():
+                model_class(at_width(small, small_base, width))
+        except (ValueError, TypeError, AssertionError, AttributeError, KeyError, IndexError, RuntimeError):
+            continue  # a model's code is open: what it makes of a size that nobody trains is its own
+        return small, small_base, small_recipe
+    return config, base, recipe
+
+
+def _condensed(
+    config: PretrainedConfig, base: PretrainedConfig, recipe: Recipe
+) -> tuple[PretrainedConfig, PretrainedConfig, Recipe]:
+    """With few layers, small heads and few groups: see `family.condensed`."""
+    config, base, recipe = _shallow(config, base, recipe)
+    own = config.to_dict()
+    size, other = configs.head_size(config), configs.head_size(base)
+    counts = {key: own[key] for key in configs.HEADS if own.get(key) is not None}
+    queries = {key: value for key, value in counts.items() if key != _GROUPS}
+    if size is None or other is None or not all(isinstance(value, int) for value in counts.values()):
+        return config, base, recipe
+    if any(_OTHER_HEADS.fullmatch(key) and key not in configs.HEAD_SIZES for key, x in own.items() if x):
+        return config, base, recipe
+    there = base.to_dict()
+    per_group = {
+        sides[key] // sides.get(_GROUPS, sides[key]) for sides in (own | counts, there) for key in queries if sides.get(key)
+    } if own.get(_GROUPS) else {1}
+    few, many = min(per_group), max(per_group)
+    least = min(few, 2)
+    cut_per_group = {many: min(many, 2 * least), few: least}
+    sizes = [d for d in range(min(HEAD, size), size) if d % 2 == 0 and _turns(own, d)]
+    fixed_heads = math.lcm(*cut_per_group.values()) * 2
+    changed = []
+    for model, keys, head in ((config, own, size), (base, there, other)):
+        changes: dict[str, Any] = {}
+        for key in queries:
+            if size != other:
+                heads = min(fixed_heads, keys[key])
+            else:
+                heads = next((keys[key] * head // d for d in sizes if keys[key] * head % d == 0), keys[key])
+            changes[key] = heads
+            new = keys[key] * head // heads
+            changes |= {name: new for name in configs.HEAD_SIZES if isinstance(keys.get(name), int)}
+            if isinstance(keys.get(_GROUPS), int):
+                as_base = own[_GROUPS] == there.get(_GROUPS) and own[key] != there.get(key)
+                changes[_GROUPS] = min(keys[_GROUPS], 2) if as_base else heads // cut_per_group[keys[key] // keys[_GROUPS]]
+        small = copy.deepcopy(model)
+        for key, value in changes.items():
+            setattr(small, key, value)
+        changed.append((small, changes))
+    (small, _), (small_base, of_base) = changed
+    return small, small_base, _with_base(recipe, of_base, there)
+
+
+_GROUPS = "num_key_value_heads"
+
+
+def _turns(own: Mapping[str, Any], head_size: int) -> bool:
+    """Whether rotary embeddings of a part of each head turn whole pairs."""
+    rope = own.get("rope_parameters") or {}
+    part = own.get("partial_rotary_factor") or own.get("rotary_pct") or rope.get("partial_rotary_factor") or 1.0
+    rotated = int(head_size * part)
+    return rotated > 0 and rotated % 2 == 0
+
+
+def _with_base(recipe: Recipe, changes: Mapping[str, Any], there: Mapping[str, Any]) -> Recipe:
+    assert isinstance(recipe.base, HuggingFaceBase)
+    known = {key: value for key, value in changes.items() if key in there}
+    return recipe.model_copy(update={"base": recipe.base.model_copy(update=known)})
+
+
+def _shallow(
+    config: PretrainedConfig, base: PretrainedConfig, recipe: Recipe
+) -> tuple[PretrainedConfig, PretrainedConfig, Recipe]:
+    """With few layers, of which every kind that configuration and recipe tell apart is there."""
+    own = config.to_dict()
+    depths = {key: own[key] for key in configs.DEPTHS if isinstance(own.get(key), int)}
+    if not depths:
+        return config, base, recipe
+    deepest = max(depths.values())
+    periods = [value for key, value in own.items() if _PERIODS.fullmatch(key) and isinstance(value, int)]
+    lists = {key: value for key, value in own.items() if isinstance(value, list | tuple) and len(value) == deepest}
+    count = max([DEPTH, *(period + 1 for period in periods if period < deepest)])
+    for value in lists.values():
+        count = max([count, *(value.index(item) + 1 for item in value)])
+    if count >= deepest or _names_layers(recipe):
+        return config, base, recipe
+    there = base.to_dict()
+    changes: dict[str, Any] = {key: min(value, count) for key, value in depths.items()}
+    changes |= {key: list(value[:count]) for key, value in lists.items()}
+    of_base = {key: value for key, value in changes.items() if there.get(key) is not None}
+    changed = []
+    for model, values in ((config, changes), (base, of_base)):
+        small = copy.deepcopy(model)
+        for key, value in values.items():
+            setattr(small, key, value)
+        changed.append(small)
+    return changed[0], changed[1], _with_base(recipe, of_base, there)
+
+
+def _names_layers(recipe: Recipe) -> bool:
+    """Whether a pattern of the recipe means some layers alone: all of them are trained then."""
+    return any(re.search(r"\.[\d\[?]", own.match) for own in recipe.per_parameter)
 
 
 # ---- the family ----------------------------------------------------------------------------------------------------

@@ -34,8 +34,7 @@ def cached(folder: Path | None, facts: object, make: Callable[[], Measured]) -> 
     """
     if folder is None:
         return make()
-    content = json.dumps([_code(), version("torch"), facts], sort_keys=True)
-    path = folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
+    path = _path(folder, facts)
     try:
         return _read(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -59,6 +58,16 @@ def _read(text: str) -> Measured:
 
 def _digest(runs: object) -> str:
     return hashlib.sha256(json.dumps(runs).encode()).hexdigest()
+
+
+def has(folder: Path | None, facts: object) -> bool:
+    """Whether there is a file for the same facts."""
+    return folder is not None and _path(folder, facts).exists()
+
+
+def _path(folder: Path, facts: object) -> Path:
+    content = json.dumps([_code(), version("torch"), facts], sort_keys=True)
+    return folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
 
 
 @cache

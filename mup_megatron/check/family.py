@@ -19,7 +19,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.models.gpt import gpt_shapes
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, PerParameter, Recipe, Schedule
-from mup_megatron.theory import Parameter, Plan, Rule
+from mup_megatron.theory import Parameter, Plan, PlanEntry, Role, Rule
 
 SMALLEST = 32
 """Below this a width says more about itself than about the limit of many."""
@@ -55,6 +55,8 @@ LEAST_CLIP = 0.01
 
 EPS_SHARE = 0.1
 """The eps of a check, relative to the gradients: it acts, and Adam is Adam still."""
+PILOT_RATE = 1e-7
+"""SGD's learning rate in it: so small that nothing moves."""
 PILOT = Protocol(steps=3, recorded=(3,), spectral=False)
 """How the run is trained that shows how large gradients are."""
 
@@ -430,10 +432,31 @@ def eps_from(pilot: Run, plan: Plan) -> float | None:
     """
     at_base = [
         value * plan.adam_eps / entry.eps
-        for key, value in pilot.values.items()
-        if key.quantity is Quantity.GRADIENT and (entry := plan[key.name]).eps is not None and value > 0
+        for value, entry in _gradients(pilot, plan)
+        if entry.eps is not None and value > 0
     ]
     return EPS_SHARE * median(at_base) if at_base else None
+
+
+def rate_from(pilot: Run, plan: Plan, recipe: Recipe) -> float | None:
+    """SGD's learning rate of a check at the base, by which steps add up to `MOVEMENT` of hidden weights.
+
+    Args:
+        pilot: a correct run.
+        plan: that it was trained with.
+        recipe: likewise.
+    """
+    h = recipe.hyperparameters
+    moved = [
+        value * entry.lr / plan.lr * entry.width_ratio
+        for value, entry in _gradients(pilot, plan)
+        if entry.role is Role.HIDDEN and value > 0
+    ]
+    return MOVEMENT * (1 - h.sgd_momentum) * h.init_method_std / median(moved) if moved else None
+
+
+def _gradients(pilot: Run, plan: Plan) -> list[tuple[float, PlanEntry]]:
+    return [(value, plan[key.name]) for key, value in pilot.values.items() if key.quantity is Quantity.GRADIENT]
 
 
 def under_rule(recipe: Recipe, rule: Rule) -> Recipe:

@@ -1,6 +1,7 @@
 """How long each level trains, on how many widths and seeds: what is fixed, and why."""
 
 from mup_megatron.check.measurements import Protocol
+from mup_megatron.theory import Rule
 
 WIDTHS = 4
 """Over a range of 8: a power of width that is wrong by ½ changes a measurement by a factor of 2.8."""
@@ -21,3 +22,8 @@ TRANSFER_SEEDS = 2
 def run_seed(seed: int, width_index: int) -> int:
     """Of weights and data of one run. No two widths share theirs, so that their noise is independent."""
     return 100 * seed + width_index
+
+
+def correct_seeds(rule: Rule) -> int:
+    """How many runs the reference has at each width, or the control."""
+    return REFERENCE_SEEDS if rule is Rule.MUP else CONTROL_SEEDS

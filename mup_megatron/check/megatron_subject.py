@@ -12,12 +12,13 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from mup_megatron.check import batches, measurements
+from mup_megatron.check.depth import Grouped
 from mup_megatron.check.measuring import At
 from mup_megatron.check.reference import looked_at, replay_for
 from mup_megatron.check.replay import Replay
 from mup_megatron.collectives import gathered
 from mup_megatron.megatron.names import named_parameters, unwrapped
-from mup_megatron.megatron.optimizer import is_sharded, parts_of
+from mup_megatron.megatron.optimizer import is_sharded, live_values, parts_of
 from mup_megatron.models.gpt import global_name
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
@@ -70,6 +71,7 @@ class MegatronTrainee:
 
     def __init__(self, built: Built, model: ModelFile, recipe: Recipe, *, seed: int, sizes: BatchSizes) -> None:
         self._built, self._recipe, self._sizes = built, recipe, sizes
+        self._tied = model.tied
         named = dict(named_parameters(built.chunks, tied=model.tied))
         self._parameters = {_without_transformer_engine(name): parameter for name, parameter in named.items()}
         self._data = _Sequences(model, size=sizes.global_batch, seed=seed)
@@ -125,6 +127,20 @@ class MegatronTrainee:
     def gathered(self, value: Any) -> list[Any]:
         """The values of all ranks."""
         return gathered(value)
+
+    def groups(self) -> dict[str, Grouped]:
+        """What the optimizer holds for each parameter whose state this rank owns."""
+        optimizer, chunks = self._built.optimizer, self._built.chunks
+        h = self._recipe.hyperparameters
+        return {
+            _without_transformer_engine(name): Grouped(
+                lr=h.lr if values.max_lr is None else values.max_lr,
+                min_lr=h.min_lr if values.min_lr is None else values.min_lr,
+                eps=values.eps,
+                weight_decay=values.weight_decay,
+            )
+            for name, values in live_values(optimizer, chunks, tied=self._tied).items()
+        }
 
 
 def _without_transformer_engine(name: str) -> str:

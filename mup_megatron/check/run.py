@@ -1,22 +1,37 @@
 """A check of a Megatron-Core target from beginning to end: its family of models, who trains them, the verdict."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mup_megatron.check import cache, levels
-from mup_megatron.check.family import PILOT, condensed, eps_from, models_for, stressed, under_rule, widths_for
+from mup_megatron.check.depth import at_depth, depth_width, with_depth
+from mup_megatron.check.expense import Expense, Machine, about, of_run
+from mup_megatron.check.family import (
+    PILOT,
+    PILOT_RATE,
+    at_width,
+    condensed,
+    eps_from,
+    models_for,
+    rate_from,
+    stressed,
+    under_rule,
+    widths_for,
+)
 from mup_megatron.check.judge import Facts, Measure, Sides, judge
 from mup_megatron.check.measurements import Measured, Protocol, Report, Run
 from mup_megatron.check.mutants import Context, Mutant
 from mup_megatron.check.transfer import at_rate, transfer_section
 from mup_megatron.check.verdict import Level, Section, Verdict
+from mup_megatron.check.workers import Job, done, one_thread, usable
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Optimizer, Rule
+from mup_megatron.theory import Optimizer, Plan, Rule
 from mup_megatron.training import ranks
 from mup_megatron.training.options import TrainingOptions, require_possible
 
@@ -31,10 +46,12 @@ class Family:
     """What is trained in a check: the models of a target's shape, and the recipe under stress."""
 
     recipe: Recipe
-    """As its user knows it."""
+    """The user's, with the base of the check."""
     models: dict[int, ModelFile]
     """Width → model, as it can be built here."""
     cache: Path | None
+    processes: int = 1
+    """How many train at once."""
 
     @cached_property
     def plain(self) -> dict[int, ModelFile]:
@@ -43,63 +60,95 @@ class Family:
 
     def at(self, protocol: Protocol) -> Recipe:
         """The recipe under stress for runs of this length."""
-        return stressed(self.recipe, steps=protocol.steps, eps=self._eps)
+        return self._stressed(protocol)
 
     def correct(self, protocol: Protocol, rule: Rule = Rule.MUP) -> Recipe:
         """Likewise with the rules that are right, or with none."""
         return under_rule(self.at(protocol), rule)
 
     def reference(self, protocol: Protocol, *, rule: Rule = Rule.MUP, report: Report | None = None) -> Measured:
-        """The correct runs, or those in standard parametrization: from the cache, or trained. One process."""
-        recipe = self.correct(protocol, rule)
-        count = levels.REFERENCE_SEEDS if rule is Rule.MUP else levels.CONTROL_SEEDS
-        seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + count)
+        """The correct runs, or those in standard parametrization: from the cache, or trained."""
+        return self._kept(self._correct_runs(protocol, rule), report)
+
+    def is_kept(self, protocol: Protocol, rule: Rule) -> bool:
+        """Whether they are in the cache."""
+        return cache.has(self.cache, self._correct_runs(protocol, rule).facts)
+
+    def expense(self, protocol: Protocol, count: int) -> Expense:
+        """What so many runs of each width cost."""
+        expense = Expense()
+        for model in self.plain.values():
+            shapes = [entry.shape for entry in self.recipe.plan(model).entries]
+            expense += of_run(shapes, protocol, tokens=model.seq_length) * count
+        return expense
+
+    def _correct_runs(self, protocol: Protocol, rule: Rule) -> "_Correct":
         what = "reference" if rule is Rule.MUP else "control"
-        return _references(self.cache, self.plain, recipe, protocol, seeds, what, report)
+        seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + levels.correct_seeds(rule))
+        return _Correct(self.plain, self.correct(protocol, rule), protocol, seeds, what)
+
+    def _kept(self, runs: "_Correct", report: Report | None) -> Measured:
+        return cache.cached(self.cache, runs.facts, lambda: runs.trained(self.processes, report))
+
+    def _stressed(self, protocol: Protocol) -> Recipe:
+        pilot, recipe, plan = self._pilot
+        if recipe.parametrization.optimizer == Optimizer.ADAM.value:
+            return stressed(self.recipe, steps=protocol.steps, eps=eps_from(pilot, plan))
+        return stressed(self.recipe, steps=protocol.steps, rate=rate_from(pilot, plan, recipe))
 
     @cached_property
-    def _eps(self) -> float | None:
-        if self.recipe.parametrization.optimizer != Optimizer.ADAM.value:
-            return None
-        recipe = under_rule(stressed(self.recipe, steps=PILOT.steps), Rule.MUP)
+    def _pilot(self) -> tuple[Run, Recipe, Plan]:
+        """A short run, for how large gradients are."""
+        recipe = under_rule(stressed(self.recipe, steps=PILOT.steps, rate=PILOT_RATE), Rule.MUP)
         width, model = next(iter(self.plain.items()))
         seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + 1)
-        measured = _references(self.cache, {width: model}, recipe, PILOT, seeds, "pilot", None)
-        return eps_from(measured.runs[0], recipe.plan(model))
+        [run] = self._kept(_Correct({width: model}, recipe, PILOT, seeds, "pilot"), None).runs
+        return run, recipe, recipe.plan(model)
 
 
-def _references(
-    folder: Path | None,
-    models: dict[int, ModelFile],
-    recipe: Recipe,
-    protocol: Protocol,
-    seeds: Sequence[int],
-    what: str,
-    report: Report | None,
-) -> Measured:
-    from mup_megatron.check.measuring import measure
-    from mup_megatron.check.reference import Reference
+@dataclass(frozen=True)
+class _Correct:
+    """Runs of the reference or of the control."""
 
-    def trained() -> Measured:
-        runs: list[Run] = []
-        for index, (width, model) in enumerate(models.items()):
-            plan = recipe.plan(model)
-            for seed in seeds:
-                trainee = Reference(
-                    model,
-                    recipe,
-                    plan,
-                    seed=levels.run_seed(seed, index),
-                    steps=protocol.steps,
-                    batch_size=protocol.batch_size,
-                )
-                runs.append(measure(trainee, protocol, width=width, seed=seed))
-                if report is not None:
-                    report(what, len(runs), len(models) * len(seeds))
-        return Measured(tuple(runs))
+    models: dict[int, ModelFile]
+    recipe: Recipe
+    protocol: Protocol
+    seeds: Sequence[int]
+    what: str
 
-    shapes = [model.model_dump(mode="json") for model in models.values()]
-    return cache.cached(folder, [recipe.fingerprint, shapes, protocol.fingerprint(), list(seeds)], trained)
+    @property
+    def facts(self) -> object:
+        """What they follow from."""
+        shapes = [model.model_dump(mode="json") for model in self.models.values()]
+        return [self.recipe.fingerprint, shapes, self.protocol.fingerprint(), list(self.seeds)]
+
+    def trained(self, processes: int, report: Report | None) -> Measured:
+        """All of them."""
+        jobs = [
+            Job(width, partial(self._run, index, width, seed))
+            for index, width in enumerate(self.models)
+            for seed in self.seeds
+        ]
+        return Measured(tuple(done(jobs, processes, _told(report, self.what, len(jobs)))))
+
+    def _run(self, index: int, width: int, seed: int) -> Run:
+        from mup_megatron.check.measuring import measure
+        from mup_megatron.check.reference import Reference
+
+        model = self.models[width]
+        trainee = Reference(
+            model,
+            self.recipe,
+            self.recipe.plan(model),
+            seed=levels.run_seed(seed, index),
+            steps=self.protocol.steps,
+            batch_size=self.protocol.batch_size,
+        )
+        return measure(trainee, self.protocol, width=width, seed=seed)
+
+
+def _told(report: Report | None, what: str, total: int) -> Callable[[int], None]:
+    return lambda count: None if report is None else report(what, count, total)
 
 
 def check_megatron(
@@ -114,6 +163,8 @@ def check_megatron(
     mutant: Mutant | None = None,
     references: Path | None = cache.FOLDER,
     report: Report | None = None,
+    processes: int | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Verdict:
     """A verdict on a target that is trained on Megatron-Core with a recipe. Collective under torchrun.
 
@@ -128,104 +179,209 @@ def check_megatron(
         mutant: a deliberate mistake, to see what it looks like.
         references: folder of references that were measured before; None keeps none.
         report: called on every rank as models are done.
+        processes: how many train at once, where no ranks have joined; by default as many as there are cores.
+        tell: called before the first model is trained, with how many there will be and about how long it takes.
 
     Raises:
         InputError: a model of a width cannot be built, or the layout is not possible.
     """
-    begun = time.monotonic()
     ranks.enable_cpu()
+    with one_thread():
+        return _checked(
+            target,
+            recipe,
+            level=level,
+            widths=widths,
+            seeds=range(first_seed, first_seed + seeds),
+            layout=layout,
+            mutant=mutant,
+            references=references,
+            report=report,
+            processes=processes,
+            tell=tell,
+        )
+
+
+def _checked(
+    target: ModelFile,
+    recipe: Recipe,
+    *,
+    level: Level,
+    widths: Sequence[int] | None,
+    seeds: range,
+    layout: TrainingOptions,
+    mutant: Mutant | None,
+    references: Path | None,
+    report: Report | None,
+    processes: int | None,
+    tell: Callable[[str], None] | None,
+) -> Verdict:
+    begun = time.monotonic()
     from mup_megatron.training.build import available_model
 
+    target, recipe, without = _possible(target, recipe)
     shared = layout.tensor_model_parallel_size
     target.require_tensor_parallel(shared)
-    stages = layout.pipeline_model_parallel_size * (layout.virtual_stages(target) or 1)
+    stages = layout.pipeline_model_parallel_size * 2 * (layout.num_layers_per_virtual_pipeline_stage or 1)
+    if layout.num_layers_per_virtual_pipeline_stage is None:
+        stages = layout.pipeline_model_parallel_size
     small, small_recipe = condensed(target, recipe, tensor_parallel=shared, stages=stages)
     chosen = list(widths or widths_for(small, small_recipe, levels.WIDTHS, tensor_parallel=shared))
     models = {w: available_model(m, layout) for w, m in models_for(small, small_recipe, chosen).items()}
-    family = Family(recipe=small_recipe, models=models, cache=references)
     world = ranks.world_size()
+    family = Family(recipe=small_recipe, models=models, cache=references, processes=usable(processes))
     possible = replace(layout, train_iters=levels.EARLY.steps, global_batch_size=levels.EARLY.batch_size)
     for model in models.values():
         require_possible(model, small_recipe, possible, world)
-    subject = _Subject(family, layout, world, mutant, report)
-    with ranks.joined(
-        tensor=layout.tensor_model_parallel_size,
-        pipeline=layout.pipeline_model_parallel_size,
-        virtual_stages=layout.virtual_stages(small),
-        seed=first_seed,
-    ):
+    subject = _Subject(family, layout, world, mutant, report, seeds[0])
+    with subject.joined() if family.processes == 1 else nullcontext():
 
         def correct(rule: Rule) -> Measure:
             return lambda protocol: ranks.on_first_rank(lambda: family.reference(protocol, rule=rule, report=report))
 
         early = ranks.on_first_rank(lambda: family.correct(levels.EARLY))
+        if tell is not None:
+            tell(ranks.on_first_rank(lambda: _prediction(family, level, len(seeds), target)))
         verdict = judge(
             Sides(
-                subject=lambda protocol: subject.measured(protocol, range(first_seed, first_seed + seeds)),
+                subject=lambda protocol: subject.measured(protocol, seeds),
                 reference=correct(Rule.MUP),
                 control=correct(Rule.STANDARD),
             ),
             Facts(recipe=early, plans={w: early.plan(m) for w, m in family.plain.items()}, models=family.plain),
             level=level,
             fingerprint=recipe.fingerprint,
-            extra=[lambda: subject.transfer(first_seed)] if level is Level.FULL else [],
-            remarks=_remarks(target, models, mutant),
+            extra=[lambda: subject.transfer()] if level is Level.FULL else [],
+            remarks=[*without, *_remarks(target, models, mutant)],
         )
-    return replace(verdict, seconds=time.monotonic() - begun)
+    verdict = with_depth(verdict, subject.at_depth(target, recipe, shared))
+    return replace(verdict, fingerprint=recipe.fingerprint, seconds=time.monotonic() - begun)
+
+
+def _possible(target: ModelFile, recipe: Recipe) -> tuple[ModelFile, Recipe, list[str]]:
+    """Target and recipe without what this machine has no code for, and what is said of that."""
+    from mup_megatron.megatron import cpu
+
+    if not (cpu.is_enabled() and target.apply_layernorm_1p and recipe.megatron_base.apply_layernorm_1p):
+        return target, recipe, []
+    plain = {"apply_layernorm_1p": False}
+    base = recipe.megatron_base.model_copy(update=plain)
+    remark = (
+        "apply_layernorm_1p: there is no such norm without a GPU. The models are built with gains that start at 1, "
+        "which train alike; how the gains themselves are stored was not checked."
+    )
+    return target.model_copy(update=plain), recipe.model_copy(update={"base": base}), [remark]
+
+
+def _prediction(family: Family, level: Level, seeds: int, target: ModelFile) -> str:
+    """How many models there will be, and how long they take."""
+    ahead = Expense()
+    correct = 0
+    protocols = [levels.EARLY, *([] if level is Level.QUICK else [levels.LATE])]
+    for protocol in protocols:
+        ahead += family.expense(protocol, seeds)
+        for rule in Rule if protocol is levels.EARLY else [Rule.MUP]:
+            if not family.is_kept(protocol, rule):
+                correct += levels.correct_seeds(rule) * len(family.models)
+                ahead += family.expense(protocol, levels.correct_seeds(rule))
+    own = seeds * len(family.models) * len(protocols)
+    layers = next(iter(family.models.values())).num_layers
+    widths = ", ".join(map(str, family.models))
+    seconds = Machine.measured().seconds(ahead, family.processes)
+    more = "" if level is not Level.FULL else " and then the learning rates of transfer, longer than all of it"
+    return (
+        f"{own} + {correct} models of {layers} of {target.num_layers} layers, widths {widths}, in {family.processes} "
+        f"process{'es' if family.processes > 1 else ''}: {about(seconds)} on this machine{more}"
+    )
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is checked. Collective in all that it does; Megatron's groups have to be joined."""
+    """What is checked. Where there is one process, Megatron's groups have to be joined, and all of it is collective."""
 
     family: Family
     layout: TrainingOptions
     world_size: int
     mutant: Mutant | None
     report: Report | None
+    first_seed: int
+
+    def joined(self) -> AbstractContextManager[None]:
+        """Megatron's groups."""
+        return ranks.joined(
+            tensor=self.layout.tensor_model_parallel_size,
+            pipeline=self.layout.pipeline_model_parallel_size,
+            virtual_stages=self.layout.virtual_stages(next(iter(self.family.models.values()))),
+            seed=self.first_seed,
+        )
 
     def measured(self, protocol: Protocol, seeds: Sequence[int]) -> Measured:
         """All runs of one length."""
+        recipe = ranks.on_first_rank(lambda: self.family.at(protocol))
+        jobs = [
+            Job(width, partial(self._run, recipe, width, seed, protocol))
+            for width in self.family.models
+            for seed in seeds
+        ]
+        processes = self.family.processes
+        within = nullcontext if processes == 1 else self.joined
+        return Measured(tuple(done(jobs, processes, _told(self.report, "subject", len(jobs)), within)))
+
+    def _run(self, recipe: Recipe, width: int, seed: int, protocol: Protocol) -> Run:
         from mup_megatron.check.measuring import measure
 
-        recipe = ranks.on_first_rank(lambda: self.family.at(protocol))
-        runs: list[Run] = []
-        for width in self.family.models:
-            for seed in seeds:
-                runs.append(measure(self._started(recipe, width, seed, protocol), protocol, width=width, seed=seed))
-                if self.report is not None:
-                    self.report("subject", len(runs), len(self.family.models) * len(seeds))
-        return Measured(tuple(runs))
+        return measure(self._started(recipe, width, seed, protocol), protocol, width=width, seed=seed)
 
-    def transfer(self, first_seed: int) -> Section:
+    def transfer(self) -> Section:
         """The basins of the learning rate."""
         recipe = ranks.on_first_rank(lambda: self.family.at(levels.LATE))
-        return transfer_section(
-            lambda width, seed, lr: self._started(at_rate(recipe, lr), width, seed, levels.LATE),
-            [*self.family.models],
-            recipe.hyperparameters.lr,
-            first_seed,
-            self.report,
-        )
+        with nullcontext() if self.family.processes == 1 else self.joined():
+            return transfer_section(
+                lambda width, seed, lr: self._started(at_rate(recipe, lr), width, seed, levels.LATE),
+                [*self.family.models],
+                recipe.hyperparameters.lr,
+                self.first_seed,
+                self.report,
+            )
 
     def _started(self, recipe: Recipe, width: int, seed: int, protocol: Protocol) -> "MegatronTrainee":
         """One model, freshly built, with its mistake."""
+        seed = levels.run_seed(seed, list(self.family.models).index(width))
+        return self._built(self.family.models[width], recipe, seed, protocol)
+
+    def _built(self, model: ModelFile, recipe: Recipe, seed: int, protocol: Protocol) -> "MegatronTrainee":
         from mup_megatron.check.megatron_subject import build_megatron
 
-        mutant, model = self.mutant, self.family.models[width]
-        context = Context(base=recipe.megatron_base, target=model, recipe=recipe, width=width)
+        mutant = self.mutant
+        context = Context(base=recipe.megatron_base, target=model, recipe=recipe, width=model.hidden_size)
         right = recipe.plan(model)
         plan = right if mutant is None or mutant.plan is None else mutant.plan(right, context)
         return build_megatron(
             model,
             recipe,
             plan,
-            seed=levels.run_seed(seed, list(self.family.models).index(width)),
+            seed=seed,
             protocol=protocol,
             layout=self.layout,
             world_size=self.world_size,
             tamper=None if mutant is None else mutant.tamper(plan, context),
         )
+
+    def at_depth(self, target: ModelFile, recipe: Recipe, tensor_parallel: int) -> Section:
+        """All of the target's layers, in one model that is not trained. Collective."""
+        from mup_megatron.training.build import available_model
+
+        small, small_recipe = condensed(target, recipe, tensor_parallel=tensor_parallel, depth=None)
+        widths = [*self.family.models, 2 * max(self.family.models)]
+        possible = {w: available_model(at_width(small, small_recipe, w), self.layout) for w in widths}
+        under_stress = stressed(small_recipe, steps=levels.EARLY.steps)
+        width = depth_width({w: under_stress.plan(model) for w, model in possible.items()})
+        model = possible[width]
+        deep = replace(self, family=replace(self.family, models={width: model}))
+        with deep.joined():
+            trainee = deep._built(model, under_stress, self.first_seed, levels.EARLY)
+            plain = under_stress.plan(model.model_copy(update={"transformer_impl": "local"}))
+            return at_depth(plain, width, trainee.parameters(), trainee.groups(), trainee.gathered)
 
 
 def _remarks(target: ModelFile, models: dict[int, ModelFile], mutant: Mutant | None) -> list[str]:

@@ -1,0 +1,136 @@
+"""Runs of a check in several processes, one thread each. What comes out does not depend on how many there are.
+
+Processes are forked, because importing torch and Megatron takes longer than many a run, and because what is run may be
+a user's own function, which cannot be sent. So there is one process alone where a fork is not safe: on a GPU, and where
+ranks have joined.
+"""
+
+import multiprocessing
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+from mup_megatron.check.measurements import Run
+from mup_megatron.errors import InputError
+
+MOST = 8
+"""Processes by default: there are no more than a dozen runs of one width."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run."""
+
+    cost: float
+    """Relative to the others: the longest begin first."""
+    work: Callable[[], Run]
+
+
+def available() -> int:
+    """How many processes pay."""
+    return min(MOST, len(os.sched_getaffinity(0)))
+
+
+def usable(wanted: int | None) -> int:
+    """How many processes there can be here."""
+    import torch
+    from torch import distributed
+
+    joined = distributed.is_available() and distributed.is_initialized()
+    # Which says that there is a GPU, and is not imported where nobody needs it.
+    runtime = sys.modules.get("mup_megatron.megatron.cpu")
+    has_gpu = torch.cuda.is_available() and not (runtime is not None and runtime.is_enabled())
+    if joined or has_gpu or "WORLD_SIZE" in os.environ:
+        return 1
+    return available() if wanted is None else wanted
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch with one thread, so that rounding does not depend on how many there are, and processes can be forked."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def done(
+    jobs: Sequence[Job],
+    processes: int,
+    report: Callable[[int], None],
+    within: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> list[Run]:
+    """The runs, in the order of the jobs.
+
+    Args:
+        jobs: independent of each other.
+        processes: at most so many; with 1 they run in this one.
+        report: called with how many are done.
+        within: what a process enters before its first job.
+
+    Raises:
+        InputError: a process was ended from outside.
+    """
+    if processes == 1 or len(jobs) == 1:
+        runs = []
+        with within():
+            for job in jobs:
+                runs.append(job.work())
+                report(len(runs))
+        return runs
+    found: dict[int, Run] = {}
+    order = sorted(range(len(jobs)), key=lambda index: -jobs[index].cost)
+    try:
+        with (
+            _quietly_forked(),
+            ProcessPoolExecutor(
+                min(processes, len(jobs)),
+                mp_context=multiprocessing.get_context("fork"),
+                initializer=_begin,
+                initargs=(jobs, within),
+            ) as pool,
+        ):
+            futures = {pool.submit(_work, index): index for index in order}
+            try:
+                for future in as_completed(futures):
+                    found[futures[future]] = future.result()
+                    report(len(found))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    except BrokenProcessPool:
+        raise InputError(
+            "a process of the check was ended from outside, as happens where memory runs out. Use fewer: --processes 1."
+        ) from None
+    return [found[index] for index in range(len(jobs))]
+
+
+@contextmanager
+def _quietly_forked() -> Iterator[None]:
+    """Without Python's remark that threads do not survive a fork: none of them is waited for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+        yield
+
+
+_jobs: Sequence[Job] = ()
+
+
+def _begin(jobs: Sequence[Job], within: Callable[[], AbstractContextManager[None]]) -> None:
+    global _jobs
+    _jobs = jobs
+    # Not left again: the process ends with its last job.
+    within().__enter__()
+
+
+def _work(index: int) -> Run:
+    return _jobs[index].work()

@@ -29,6 +29,8 @@ HEAD = 16
 """Size of heads that do not grow. Smaller where ranks share them, or the narrowest model would have to be wider."""
 FFN = 256
 """Likewise of MLPs, at most."""
+FFN_RATIOS = (0.125, 8.0)
+"""Of MLPs that grow to the hidden size, in eighths."""
 DEPTH = 4
 """Layers that are trained, of more. All of a target's are looked at once: see `depth.py`."""
 VOCABULARY = 256
@@ -284,7 +286,7 @@ class _Cut:
         found = self._attention(model, width)
         assert found is not None
         heads, size, groups = found
-        ratio = max(1, round(8 * model.ffn_size / model.hidden_size)) / 8
+        ratio = within(round(8 * model.ffn_size / model.hidden_size) / 8, FFN_RATIOS)
         return model.model_copy(
             update={
                 "hidden_size": width,

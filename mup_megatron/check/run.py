@@ -254,7 +254,7 @@ def _checked(
             extra=[lambda: subject.transfer()] if level is Level.FULL else [],
             remarks=[*without, *_remarks(target, models, mutant)],
         )
-    verdict = with_depth(verdict, subject.at_depth(target, recipe, shared))
+        verdict = with_depth(verdict, subject.at_depth(target, recipe, shared))
     return replace(verdict, fingerprint=recipe.fingerprint, seconds=time.monotonic() - begun)
 
 
@@ -335,14 +335,22 @@ class _Subject:
     def transfer(self) -> Section:
         """The basins of the learning rate."""
         recipe = ranks.on_first_rank(lambda: self.family.at(levels.LATE))
-        with nullcontext() if self.family.processes == 1 else self.joined():
-            return transfer_section(
+        return self._apart(
+            lambda: transfer_section(
                 lambda width, seed, lr: self._started(at_rate(recipe, lr), width, seed, levels.LATE),
                 [*self.family.models],
                 recipe.hyperparameters.lr,
                 self.first_seed,
                 self.report,
             )
+        )
+
+    def _apart(self, work: Callable[[], Section]) -> Section:
+        """Something that takes Megatron's groups: in a process of its own, if there are several at all."""
+        if self.family.processes == 1:
+            return work()
+        [section] = done([Job(1, work)], self.family.processes, lambda _: None, self.joined)
+        return section
 
     def _started(self, recipe: Recipe, width: int, seed: int, protocol: Protocol) -> "MegatronTrainee":
         """One model, freshly built, with its mistake."""
@@ -377,11 +385,14 @@ class _Subject:
         under_stress = stressed(small_recipe, steps=levels.EARLY.steps)
         width = depth_width({w: under_stress.plan(model) for w, model in possible.items()})
         model = possible[width]
+        plain = under_stress.plan(model.model_copy(update={"transformer_impl": "local"}))
         deep = replace(self, family=replace(self.family, models={width: model}))
-        with deep.joined():
+
+        def compared() -> Section:
             trainee = deep._built(model, under_stress, self.first_seed, levels.EARLY)
-            plain = under_stress.plan(model.model_copy(update={"transformer_impl": "local"}))
             return at_depth(plain, width, trainee.parameters(), trainee.groups(), trainee.gathered)
+
+        return deep._apart(compared)
 
 
 def _remarks(target: ModelFile, models: dict[int, ModelFile], mutant: Mutant | None) -> list[str]:

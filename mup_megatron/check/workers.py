@@ -12,23 +12,26 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-from mup_megatron.check.measurements import Run
 from mup_megatron.errors import InputError
+from mup_megatron.training import ranks
+
+ResultT = TypeVar("ResultT")
 
 MOST = 8
 """Processes by default: there are no more than a dozen runs of one width."""
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Job(Generic[ResultT]):
     """One run."""
 
     cost: float
     """Relative to the others: the longest begin first."""
-    work: Callable[[], Run]
+    work: Callable[[], ResultT]
 
 
 def available() -> int:
@@ -45,7 +48,7 @@ def usable(wanted: int | None) -> int:
     # Which says that there is a GPU, and is not imported where nobody needs it.
     runtime = sys.modules.get("mup_megatron.megatron.cpu")
     has_gpu = torch.cuda.is_available() and not (runtime is not None and runtime.is_enabled())
-    if joined or has_gpu or "WORLD_SIZE" in os.environ:
+    if joined or ranks.has_met() or has_gpu or "WORLD_SIZE" in os.environ:
         return 1
     return available() if wanted is None else wanted
 
@@ -64,11 +67,11 @@ def one_thread() -> Iterator[None]:
 
 
 def done(
-    jobs: Sequence[Job],
+    jobs: Sequence[Job[ResultT]],
     processes: int,
     report: Callable[[int], None],
     within: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> list[Run]:
+) -> list[ResultT]:
     """The runs, in the order of the jobs.
 
     Args:
@@ -80,14 +83,14 @@ def done(
     Raises:
         InputError: a process was ended from outside.
     """
-    if processes == 1 or len(jobs) == 1:
+    if processes == 1:
         runs = []
         with within():
             for job in jobs:
                 runs.append(job.work())
                 report(len(runs))
         return runs
-    found: dict[int, Run] = {}
+    found: dict[int, ResultT] = {}
     order = sorted(range(len(jobs)), key=lambda index: -jobs[index].cost)
     try:
         with (
@@ -122,15 +125,16 @@ def _quietly_forked() -> Iterator[None]:
         yield
 
 
-_jobs: Sequence[Job] = ()
+_jobs: Sequence[Job[Any]] = ()
+_entered = ExitStack()
 
 
-def _begin(jobs: Sequence[Job], within: Callable[[], AbstractContextManager[None]]) -> None:
+def _begin(jobs: Sequence[Job[Any]], within: Callable[[], AbstractContextManager[None]]) -> None:
     global _jobs
     _jobs = jobs
     # Not left again: the process ends with its last job.
-    within().__enter__()
+    _entered.enter_context(within())
 
 
-def _work(index: int) -> Run:
+def _work(index: int) -> Any:
     return _jobs[index].work()

@@ -37,6 +37,14 @@ _REPEATING_WARNINGS = ("megatron", r"torch\.distributed")
 """Likewise: what is experimental in Megatron, and what it uses of torch that torch plans to replace."""
 
 
+_met = False
+
+
+def has_met() -> bool:
+    """Whether a process group was made in this process. Its threads may outlive it, and no fork outlives them."""
+    return _met
+
+
 def preload() -> bool:
     """Imports what a run needs, so that forked processes begin at once. Returns whether they run on the CPU.
 
@@ -116,11 +124,13 @@ def process_group(backend: str) -> Iterator[None]:
     """The process group that there is, or for the time of a run torchrun's, or one process by itself, which needs no
     one, no port and no file.
     """
+    global _met
     from torch import distributed
 
     if distributed.is_initialized():
         yield
         return
+    _met = True
     if _under_torchrun():
         distributed.init_process_group(backend)
     else:

@@ -60,6 +60,8 @@ def check_hugging_face(
     seeds: int = levels.SEEDS,
     first_seed: int = 1,
     report: Report | None = None,
+    processes: int | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Verdict:
     """A verdict on a configuration that is trained with a recipe. Collective under torchrun, with DeepSpeed.
 
@@ -72,6 +74,8 @@ def check_hugging_face(
         seeds: of each width.
         first_seed: the first of them.
         report: called as models are done.
+        processes: how many train at once, in plain torch; by default as many as there are cores.
+        tell: called before the first model is trained, with how many there will be and about how long it takes.
 
     Raises:
         InputError: no model of a width can be built, or configuration and recipe do not go together.
@@ -112,6 +116,8 @@ def check_hugging_face(
             first_seed=first_seed,
             remarks=remarks,
             report=report,
+            processes=processes,
+            tell=tell,
         )
         return replace(verdict, fingerprint=recipe.fingerprint)
 

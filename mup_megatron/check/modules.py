@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mup_megatron.check import batches, levels
 from mup_megatron.check.comparison import Compared, Finding, Kind, Slope, compare
-from mup_megatron.check.family import FLOOR, PILOT, eps_from, stressed, under_rule
+from mup_megatron.check.expense import Expense, Machine, about, of_run
+from mup_megatron.check.family import FLOOR, PILOT, PILOT_RATE, eps_from, rate_from, stressed, under_rule
 from mup_megatron.check.judge import Facts, Sides, judge
 from mup_megatron.check.measurements import Measured, Protocol, Quantity, Report, Run
 from mup_megatron.check.measuring import measure
@@ -25,6 +26,7 @@ from mup_megatron.check.module_trainee import LOGITS, Batch, EngineTrainee, Loss
 from mup_megatron.check.report import text
 from mup_megatron.check.transfer import at_rate, transfer_section
 from mup_megatron.check.verdict import Level, Outcome, Section, Verdict
+from mup_megatron.check.workers import Job, done, one_thread, usable
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, param_groups, plan_for_module
 from mup_megatron.modules.attention import attention_modules
@@ -93,6 +95,8 @@ def check_modules(
     first_seed: int = 1,
     remarks: Sequence[str] = (),
     report: Report | None = None,
+    processes: int | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Verdict:
     """A verdict on what a script makes of a model. Collective, if there are ranks.
 
@@ -111,10 +115,50 @@ def check_modules(
         first_seed: the first of them.
         remarks: to be told with the verdict.
         report: called as models are done.
+        processes: how many train at once, where no ranks have joined; by default as many as there are cores.
+        tell: called before the first model is trained, with how many there will be and about how long it takes.
 
     Raises:
         InputError: a model cannot be built, no plan can be made for it, or nobody says what it learns.
     """
+    with one_thread():
+        return _checked(
+            factory,
+            recipe,
+            widths=widths,
+            batch=batch,
+            loss=loss,
+            prepare=prepare,
+            schedule=schedule,
+            readout=readout,
+            level=level,
+            seeds=seeds,
+            first_seed=first_seed,
+            remarks=remarks,
+            report=report,
+            processes=processes,
+            tell=tell,
+        )
+
+
+def _checked(
+    factory: Factory,
+    recipe: Recipe,
+    *,
+    widths: Sequence[int],
+    batch: Batch | None,
+    loss: Loss | None,
+    prepare: Prepare,
+    schedule: Schedule,
+    readout: str | None,
+    level: Level,
+    seeds: int,
+    first_seed: int,
+    remarks: Sequence[str],
+    report: Report | None,
+    processes: int | None,
+    tell: Callable[[str], None] | None,
+) -> Verdict:
     begun = time.monotonic()
     chosen = sorted(set(widths))
     if len(chosen) < 3:
@@ -131,7 +175,10 @@ def check_modules(
         schedule=schedule,
         readout=readout,
         report=report,
+        processes=usable(processes),
     )
+    if tell is not None:
+        tell(family.prediction(models, level, seeds))
     found: dict[Protocol, Measured] = {}
 
     def subject(protocol: Protocol) -> Measured:
@@ -254,12 +301,34 @@ class ModuleFamily:
     schedule: Schedule
     readout: str | None
     report: Report | None
+    processes: int = 1
+    """How many train at once."""
     head_sizes: dict[int, dict[str, int]] = field(default_factory=dict)
     """Width → attention logits → the size of their heads, as the subject's runs have shown."""
 
     def stressed(self, protocol: Protocol) -> Recipe:
         """The recipe with values at which mistakes show within a protocol's steps."""
-        return stressed(self.recipe, steps=protocol.steps, eps=self._eps)
+        pilot, recipe, plan = self._pilot
+        if self.recipe.parametrization.optimizer == "adam":
+            return stressed(self.recipe, steps=protocol.steps, eps=eps_from(pilot, plan))
+        return stressed(self.recipe, steps=protocol.steps, rate=rate_from(pilot, plan, recipe))
+
+    def prediction(self, models: Mapping[int, nn.Module], level: Level, seeds: int) -> str:
+        """How many models there will be, and how long they take."""
+        protocols = [levels.EARLY, *([] if level is Level.QUICK else [levels.LATE])]
+        ahead, correct = Expense(), 0
+        for protocol in protocols:
+            count = levels.REFERENCE_SEEDS + (levels.CONTROL_SEEDS if protocol is levels.EARLY else 0)
+            correct += count * len(models)
+            for model in models.values():
+                # With a vector for each sample, or a sequence of them.
+                run = of_run([p.shape for p in model.parameters()], protocol, tokens=LENGTH)
+                ahead += run * (seeds + count)
+        seconds = Machine.measured().seconds(ahead, self.processes)
+        return (
+            f"{seeds * len(models) * len(protocols)} + {correct} models, widths {', '.join(map(str, self.widths))}, in "
+            f"{self.processes} process{'es' if self.processes > 1 else ''}: {about(seconds)} on this machine"
+        )
 
     def plan(self, width: int, recipe: Recipe) -> Plan:
         """What the model of a width gets."""
@@ -273,16 +342,19 @@ class ModuleFamily:
     def subject(self, protocol: Protocol, prepare: Prepare, seeds: Sequence[int]) -> Measured:
         """What a script makes of the models. Collective."""
         recipe = on_first_rank(lambda: self.stressed(protocol))
-        runs: list[Run] = []
-        for width in self.widths:
-            plan = self.plan(width, recipe)
-            for seed in seeds:
-                trainee = self._started(prepare, recipe, plan, width, seed, protocol.steps)
-                runs.append(measure(trainee, protocol, width=width, seed=seed))
-                self.head_sizes[width] = trainee.head_sizes()
-                trainee.close()
-                self._tell("subject", len(runs), len(self.widths) * len(seeds))
-        return Measured(tuple(runs))
+        plans = {width: self.plan(width, recipe) for width in self.widths}
+
+        def trained(width: int, seed: int) -> tuple[Run, dict[str, int]]:
+            trainee = self._started(prepare, recipe, plans[width], width, seed, protocol.steps)
+            run = measure(trainee, protocol, width=width, seed=seed)
+            sizes = trainee.head_sizes()
+            trainee.close()
+            return run, sizes
+
+        jobs = [Job(width, partial(trained, width, seed)) for width in self.widths for seed in seeds]
+        found = done(jobs, self.processes, partial(self._tell, "subject", of=len(jobs)))
+        self.head_sizes.update({run.width: sizes for run, sizes in found})
+        return Measured(tuple(run for run, _ in found))
 
     def transfer(self, prepare: Prepare, first_seed: int) -> Section:
         """The basins of the learning rate at three of the widths. Collective."""
@@ -334,18 +406,19 @@ class ModuleFamily:
         what: str,
     ) -> Measured:
         recipe = under_rule(recipe, rule)
-        runs: list[Run] = []
-        for width in widths:
-            plan = self.plan(width, recipe)
-            for seed in seeds:
-                own_seed = levels.run_seed(seed, self.widths.index(width))
-                model = built(self.factory, width, seed=own_seed)
-                carry_out(model, plan, seed=own_seed)
-                task = Task(plan=plan, recipe=recipe, width=width, seed=seed, steps=protocol.steps)
-                trainee = self._trainee(model, optimizer_for(model, recipe, plan), task, alone=True)
-                runs.append(measure(trainee, protocol, width=width, seed=seed))
-                self._tell(what, len(runs), len(widths) * len(seeds))
-        return Measured(tuple(runs))
+        plans = {width: self.plan(width, recipe) for width in widths}
+
+        def trained(width: int, seed: int) -> Run:
+            own_seed = levels.run_seed(seed, self.widths.index(width))
+            model = built(self.factory, width, seed=own_seed)
+            carry_out(model, plans[width], seed=own_seed)
+            task = Task(plan=plans[width], recipe=recipe, width=width, seed=seed, steps=protocol.steps)
+            trainee = self._trainee(model, optimizer_for(model, recipe, plans[width]), task, alone=True)
+            return measure(trainee, protocol, width=width, seed=seed)
+
+        jobs = [Job(width, partial(trained, width, seed)) for width in widths for seed in seeds]
+        processes = self.processes if len(jobs) > 1 else 1
+        return Measured(tuple(done(jobs, processes, partial(self._tell, what, of=len(jobs)))))
 
     def _trainee(
         self, model: nn.Module, prepared: Any, task: Task, *, alone: bool = False
@@ -367,15 +440,14 @@ class ModuleFamily:
         )
 
     @cached_property
-    def _eps(self) -> float | None:
-        if self.recipe.parametrization.optimizer != "adam":
-            return None
-        recipe = stressed(self.recipe, steps=PILOT.steps)
+    def _pilot(self) -> tuple[Run, Recipe, Plan]:
+        """A short run, for how large gradients are."""
+        recipe = under_rule(stressed(self.recipe, steps=PILOT.steps, rate=PILOT_RATE), Rule.MUP)
         width = self.widths[0]
         [run] = self._correct(recipe, PILOT, Rule.MUP, [width], [levels.FIRST_REFERENCE_SEED], "pilot").runs
-        return eps_from(run, self.plan(width, recipe))
+        return run, recipe, self.plan(width, recipe)
 
-    def _tell(self, what: str, done: int, of: int) -> None:
+    def _tell(self, what: str, done: int, *, of: int) -> None:
         if self.report is not None:
             self.report(what, done, of)
 

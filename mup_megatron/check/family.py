@@ -26,7 +26,8 @@ SMALLEST = 32
 BASE = 64
 """How wide the base is at most: the second of the usual widths, so that there are models on both sides of it."""
 HEAD = 16
-"""Size of heads that do not grow. Smaller where ranks share them, or the narrowest model would have to be wider."""
+"""Size of heads that do not grow. Smaller where ranks or groups share them, or the narrowest model would have to be
+wider."""
 FFN = 256
 """Likewise of MLPs, at most."""
 FFN_RATIOS = (0.125, 8.0)
@@ -247,6 +248,8 @@ class _Cut:
     """None where it grows."""
     heads: int | None
     """None where their number grows."""
+    growing: int
+    """Likewise at the base, where both grow."""
     groups: int | None
     """None where their number grows."""
     per_group: Mapping[int, int]
@@ -259,7 +262,8 @@ class _Cut:
         few, many = sorted(model.num_attention_heads // model.query_groups for model in (base, target))
         least = min(few, 2)
         per_group = {many: min(many, 2 * least), few: least}
-        smallest = min(target.head_size, HEAD, max(4, SMALLEST // tensor_parallel))
+        sharing = tensor_parallel * max(per_group.values())
+        smallest = min(target.head_size, HEAD, max(4, SMALLEST // sharing))
         sizes = range(smallest, target.head_size)
         size = next((d for d in sizes if d % 2 == 0 and _rotates(target, d)), target.head_size)
         shared = tensor_parallel if tensor_parallel > 1 else 2
@@ -272,6 +276,7 @@ class _Cut:
             growth=growth,
             head_size=None if growth.sizes_grow else size,
             heads=heads,
+            growing=2 * max(2, sharing),
             groups=groups,
             per_group=per_group,
             ffn=None if growth.ffn_grows else min(target.ffn_size, fixed),
@@ -307,7 +312,7 @@ class _Cut:
         elif size is not None:
             heads = channels / size
         else:
-            heads = Fraction(4) * Fraction(2) ** math.floor(math.log2(width / BASE) / 2 + 1e-9)
+            heads = self.growing * Fraction(2) ** math.floor(math.log2(width / BASE) / 2 + 1e-9)
         if size is None:
             if (channels / heads).denominator != 1:
                 return None

@@ -170,9 +170,16 @@ def _condensed(
     if any(_OTHER_HEADS.fullmatch(key) and key not in configs.HEAD_SIZES for key, x in own.items() if x):
         return config, base, recipe
     there = base.to_dict()
-    per_group = {
-        sides[key] // sides.get(_GROUPS, sides[key]) for sides in (own | counts, there) for key in queries if sides.get(key)
-    } if own.get(_GROUPS) else {1}
+    per_group = (
+        {
+            sides[key] // sides.get(_GROUPS, sides[key])
+            for sides in (own | counts, there)
+            for key in queries
+            if sides.get(key)
+        }
+        if own.get(_GROUPS)
+        else {1}
+    )
     few, many = min(per_group), max(per_group)
     least = min(few, 2)
     cut_per_group = {many: min(many, 2 * least), few: least}
@@ -191,7 +198,9 @@ def _condensed(
             changes |= {name: new for name in configs.HEAD_SIZES if isinstance(keys.get(name), int)}
             if isinstance(keys.get(_GROUPS), int):
                 as_base = own[_GROUPS] == there.get(_GROUPS) and own[key] != there.get(key)
-                changes[_GROUPS] = min(keys[_GROUPS], 2) if as_base else heads // cut_per_group[keys[key] // keys[_GROUPS]]
+                changes[_GROUPS] = (
+                    min(keys[_GROUPS], 2) if as_base else heads // cut_per_group[keys[key] // keys[_GROUPS]]
+                )
         small = copy.deepcopy(model)
         for key, value in changes.items():
             setattr(small, key, value)

@@ -122,6 +122,7 @@ def _with_late(comparison: Comparison, sections: Sequence[Section]) -> Compariso
 
 # ---- runs of which nothing can be concluded ------------------------------------------------------------------------
 
+
 def _trouble(subject: Measured, reference: Measured) -> Section | None:
     """What makes a comparison pointless."""
     name = "training"

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mup_megatron.check import cache, levels
-from mup_megatron.check.family import models_for, widths_for
+from mup_megatron.check.expense import about
+from mup_megatron.check.family import DEPTH, condensed, models_for, widths_for
 from mup_megatron.check.in_order import Order, result_of
 from mup_megatron.check.judge import Facts, Sides, judge
 from mup_megatron.check.measurements import Measured, Protocol, Report, Run
@@ -38,6 +39,11 @@ SEEDS = 2
 _SOURCE = "the launch line"
 _VOCABULARY = 256
 
+_OF_LAYERS = re.compile(
+    r"--(?:num-layers-per-virtual|num-virtual-stages|pipeline-model-parallel-layout|decoder-first-pipeline|"
+    r"decoder-last-pipeline|account-for-|.*-layer-freq|.*-layer-pattern|.*-num-layers$|no-rope-freq)"
+)
+"""Flags that speak of single layers, or of how many a stage has."""
 _DROPPED = re.compile(
     r"--(?:save|load|use-checkpoint-args|finetune|pretrained-checkpoint|ckpt-|async-save|non-persistent-|"
     r"exit-|override-opt|use-checkpoint-opt|no-load-|no-save-|auto-detect-ckpt|dist-ckpt|use-persistent-ckpt|"
@@ -116,6 +122,11 @@ class Line:
         """How many stages there are."""
         return self._whole("--pipeline-model-parallel-size")
 
+    @property
+    def depth_is_free(self) -> bool:
+        """Whether it may have another number of layers: where nothing says which stage has which."""
+        return not any(_OF_LAYERS.match(word) for word in self.flags)
+
     def _whole(self, flag: str) -> int:
         value = "1"
         for word, following in zip(self.flags, (*self.flags[1:], ""), strict=True):
@@ -164,6 +175,7 @@ class Line:
             steps: how long.
         """
         changed = {
+            "num-layers": model.num_layers,
             "hidden-size": model.hidden_size,
             "num-attention-heads": model.num_attention_heads,
             "kv-channels": model.head_size,
@@ -232,6 +244,7 @@ def check_launch_line(
     references: Path | None = cache.FOLDER,
     report: Report | None = None,
     execute: Execute | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Verdict:
     """A verdict on what a launch line would train with a recipe.
 
@@ -245,6 +258,7 @@ def check_launch_line(
         references: folder of references that were measured before; None keeps none.
         report: called as models are done.
         execute: runs a command line; by default as a process of its own.
+        tell: called before the first run, with how many there will be; and after it, with how long they take.
 
     Raises:
         InputError: the line cannot be read, its model does not go with the recipe, or it does not run.
@@ -252,13 +266,16 @@ def check_launch_line(
     begun = time.monotonic()
     line = Line.of(words)
     # The reference has its norms outside, as local layers do, and so have the names of what is measured.
-    target = line.model().model_copy(update={"transformer_impl": "local"})
-    recipe_here = _local(recipe)
-    chosen = (
-        list(widths)
-        if widths is not None
-        else widths_for(target, recipe_here, WIDTHS, tensor_parallel=line.tensor_parallel)
+    whole = line.model().model_copy(update={"transformer_impl": "local"})
+    whole.require_tensor_parallel(line.tensor_parallel)
+    target, recipe_here = condensed(
+        whole,
+        _local(recipe),
+        tensor_parallel=line.tensor_parallel,
+        stages=line.pipeline_parallel,
+        depth=DEPTH if line.depth_is_free else None,
     )
+    chosen = list(widths or widths_for(target, recipe_here, WIDTHS, tensor_parallel=line.tensor_parallel))
     models = models_for(target, recipe_here, chosen)
     for model in models.values():
         model.require_tensor_parallel(line.tensor_parallel)
@@ -269,7 +286,7 @@ def check_launch_line(
         return replace(protocol, batch_size=batch.whole)
 
     with tempfile.TemporaryDirectory(prefix="mup-check-") as folder:
-        runner = _Runner(line, recipe, family, Path(folder), batch, execute or _execute, report)
+        runner = _Runner(line, recipe, family, Path(folder), batch, execute or _execute, report, tell)
         early = family.correct(protocol_of(levels.EARLY))
         verdict = judge(
             Sides(
@@ -313,14 +330,20 @@ class _Runner:
     batch: Batch
     execute: Execute
     report: Report | None
+    tell: Callable[[str], None] | None
 
     def measured(self, protocol: Protocol, seeds: Sequence[int]) -> Measured:
         """The line's runs, one after the other."""
-        # Of the user's own recipe, whose base may have Transformer Engine as the line has.
-        stress = self.family.at(protocol).model_copy(update={"base": self.recipe.base})
+        # As the user's own recipe, whose base may have Transformer Engine as the line has.
+        stress = self.family.at(protocol)
+        own = {"transformer_impl": self.recipe.megatron_base.transformer_impl}
+        stress = stress.model_copy(update={"base": stress.megatron_base.model_copy(update=own)})
         path = self.folder / "check.recipe.yaml"
         save_recipe(stress, path)
         runs: list[Run] = []
+        total = len(self.family.models) * len(seeds)
+        begun = time.monotonic()
+        self._tell(f"{total} runs of the line, of {protocol.steps} steps each; the first one shows how long they take")
         for index, (width, model) in enumerate(self.family.models.items()):
             for seed in seeds:
                 order = self.folder / f"{protocol.steps}-{width}-{seed}.json"
@@ -334,9 +357,15 @@ class _Runner:
                     steps=protocol.steps,
                 )
                 runs.append(_result(words, order, self.execute(words)))
+                if len(runs) == 1:
+                    self._tell(f"{total - 1} more: {about((total - 1) * (time.monotonic() - begun))}")
                 if self.report is not None:
-                    self.report("launch line", len(runs), len(self.family.models) * len(seeds))
+                    self.report("launch line", len(runs), total)
         return Measured(tuple(runs))
+
+    def _tell(self, what: str) -> None:
+        if self.tell is not None:
+            self.tell(what)
 
 
 def _result(words: Sequence[str], order: Path, ended: Ended) -> Run:

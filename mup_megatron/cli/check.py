@@ -80,6 +80,9 @@ def _widths(_: click.Context, param: click.Parameter, value: str | None) -> tupl
     "--deepspeed", type=FILE, metavar="JSON", help="Check the engine that this configuration makes. [Hugging Face]"
 )
 @click.option("--mutant", "mutant_name", metavar="NAME", help="Make a deliberate mistake, to see what it looks like.")
+@click.option(
+    "--processes", type=click.IntRange(1), help="Models that train at once. [default: as many as there are cores]"
+)
 @click.option("--fresh", is_flag=True, help="Measure the reference anew; neither use nor keep a cached one.")
 @click.pass_context
 def command(
@@ -99,6 +102,7 @@ def command(
     sequence_parallel: bool,
     deepspeed: Path | None,
     mutant_name: str | None,
+    processes: int | None,
     fresh: bool,
 ) -> None:
     """Say whether TARGET with a recipe will train as μP promises, before its run is paid for.
@@ -107,7 +111,7 @@ def command(
     what starts Megatron-LM: mup-megatron check --recipe R -- torchrun … -m mup_megatron.launch pretrain_gpt.py FLAGS…
 
     Small models of the target's shape are built at several widths as the run would build them, trained for a few steps
-    and compared with a correct reference. Minutes on a CPU. In one process, or in the layout of the run to come:
+    and compared with a correct reference. Less than a minute on two cores. In the layout of the run to come:
     torchrun --nproc-per-node 2 -m mup_megatron check TARGET.yaml …
 
     Exit code 0: pass. 1: fail, or no verdict. 2: bad input.
@@ -125,7 +129,7 @@ def command(
     check: Callable[..., Verdict]
     if rest_of_line:
         recipe = load_recipe(recipe_path)
-        given = parallel | {"deepspeed": deepspeed, "mutant": mutant_name}
+        given = parallel | {"deepspeed": deepspeed, "mutant": mutant_name, "processes": processes}
         _require_default(given, "not for a launch line, which says itself how it runs")
         check = _of_launch_line([str(target), *rest_of_line], recipe, fresh=fresh)
         target = Path("launch-line")
@@ -146,8 +150,10 @@ def command(
         _make(folder)
     if json_file is not None and json_file.is_dir():
         raise InputError(f"--json {json_file}: a folder. Give the name of a file.")
+    if not rest_of_line:
+        chosen["processes"] = processes
     with _Told(is_first_process()) as told:
-        verdict = check(level, report=told, **chosen)
+        verdict = check(level, report=told, tell=told.before, **chosen)
     if is_first_process():
         answer(verdict, target, recipe_path, output, json_file)
     context.exit(0 if verdict.passed else FAILED)
@@ -251,6 +257,7 @@ class _Told:
     """Progress on standard error: a bar on a terminal, else a line at each quarter. Nothing if it is not to speak."""
 
     def __init__(self, speaks: bool) -> None:
+        self._speaks = speaks
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -270,6 +277,11 @@ class _Told:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def before(self, what: str) -> None:
+        """Says what is to come."""
+        if self._speaks:
+            click.echo(what, err=True)
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Takes in that so many models of `total` are trained and measured."""

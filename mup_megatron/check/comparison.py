@@ -55,6 +55,7 @@ TOLERANCES: dict[Quantity, Tolerance] = {
     Quantity.WEIGHT_DECAY: Tolerance(0.03, 0.03),
     # What follows from all the others, through many layers and steps.
     Quantity.DEAD: Tolerance(math.inf, math.log(2)),
+    Quantity.NORM: Tolerance(0.15, 0.20),
     Quantity.GRADIENT: Tolerance(0.15, 0.20),
     Quantity.UPDATE: Tolerance(0.15, 0.20),
     Quantity.SPECTRAL: Tolerance(0.15, 0.20),
@@ -246,6 +247,7 @@ ORDER = (
     Quantity.EPS,
     Quantity.WEIGHT_DECAY,
     Quantity.DEAD,
+    Quantity.NORM,
     Quantity.GRADIENT,
     Quantity.UPDATE,
     Quantity.SPECTRAL,

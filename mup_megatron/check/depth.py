@@ -41,14 +41,19 @@ class Grouped:
     weight_decay: float
 
 
-def depth_width(plans: Mapping[int, Plan]) -> int:
-    """The narrowest of some widths at which every matrix has enough elements; the widest if none has."""
+def narrowest(widths: Iterable[int], plan: Callable[[int], Plan]) -> tuple[int, Plan]:
+    """The narrowest of some widths at which every matrix has enough elements, with its plan; the widest if none has."""
+    found = [(width, plan(width)) for width in sorted(widths)[:1]]
+    for width in sorted(widths)[1:]:
+        if _smallest(found[-1][1]) >= ELEMENTS:
+            break
+        found.append((width, plan(width)))
+    return found[-1]
 
-    def smallest(plan: Plan) -> int:
-        drawn = [math.prod(e.shape) for e in plan.entries if e.init_std and len(e.shape) > 1 and not e.kind.is_vector]
-        return min(drawn, default=ELEMENTS)
 
-    return next((width for width in sorted(plans) if smallest(plans[width]) >= ELEMENTS), max(plans))
+def _smallest(plan: Plan) -> int:
+    drawn = [math.prod(e.shape) for e in plan.entries if e.init_std and len(e.shape) > 1 and not e.kind.is_vector]
+    return min(drawn, default=ELEMENTS)
 
 
 def at_depth(

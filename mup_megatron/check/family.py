@@ -149,7 +149,9 @@ class _Growth:
         if width < 1:
             return False
         heads, size, groups = self.heads(width), self.head_size(width), self.groups(width)
-        if not heads or not size or any(x.denominator != 1 for x in (heads, size, groups, heads / max(groups, 1))):
+        if not (heads and size and groups):
+            return False
+        if any(number.denominator != 1 for number in (heads, size, groups, heads / groups)):
             return False
         return _rotates(self.target, int(size)) and (not self.sizes_grow or size % 2 == 0)
 
@@ -372,8 +374,8 @@ def _of_layers(target: ModelFile, recipe: Recipe, kept: Sequence[int]) -> tuple[
 def stressed(recipe: Recipe, *, steps: int, eps: float | None = None, rate: float | None = None) -> Recipe:
     """The recipe with values at which a mistake shows within `steps`, and a right model trains.
 
-    The same base, overrides and rules: whether the plan is carried out is checked, not whether its values are good. So a
-    value at which nothing would be seen is brought to where it acts, and one at which nothing would train to where it
+    The same base, overrides and rules: whether the plan is carried out is checked, not whether its values are good. So
+    a value at which nothing would be seen is brought to where it acts, and one at which nothing would train to where it
     does. A learning rate that moves weights visibly, a floor above 0, weight decay that acts within the run, an eps of
     the gradients' size; a warm-up and a decay, however short.
 

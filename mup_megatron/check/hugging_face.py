@@ -4,6 +4,7 @@ Every ratio of widths is the target's; what base and target share stays fixed. T
 and the depth are cut in both where the configuration's keys allow it, and vocabulary and positions always.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -88,6 +89,8 @@ def check_hugging_face(
     base = configs.config_of_base(recipe.base)
     configs.require_comparable(base, config)
     model_class = _class_of(config, base)
+    depth = _depth(config)
+    whole, whole_base = config, base
     small, base, recipe_here = _smallest(model_class, config, base, recipe)
     small, cut = _cut(small, base, recipe_here)
     chosen = list(widths) if widths is not None else widths_for(small, base, levels.WIDTHS)
@@ -118,6 +121,7 @@ def check_hugging_face(
             report=report,
             processes=processes,
             tell=tell,
+            deep=None if _depth(small) == depth else _deep(model_class, whole, whole_base, recipe),
         )
         return replace(verdict, fingerprint=recipe.fingerprint)
 
@@ -144,23 +148,26 @@ def _smallest(
     model_class: Any, config: PretrainedConfig, base: PretrainedConfig, recipe: Recipe
 ) -> tuple[PretrainedConfig, PretrainedConfig, Recipe]:
     """Target, base and recipe with as few layers and as small heads as a model can be built with."""
-    for change in (_condensed, _shallow):
+    for change in (lambda *of: _with_small_heads(*_shallow(*of)), _shallow):
         try:
             small, small_base, small_recipe = change(config, base, recipe)
             width = widths_for(small, small_base, 1)[0]
             with torch.device("meta"), configs.quiet():
                 model_class(at_width(small, small_base, width))
-        except (ValueError, TypeError, AssertionError, AttributeError, KeyError, IndexError, RuntimeError):
-            continue  # a model's code is open: what it makes of a size that nobody trains is its own
+        except _NOT_BUILT:
+            continue
         return small, small_base, small_recipe
     return config, base, recipe
 
 
-def _condensed(
+_NOT_BUILT = (ValueError, TypeError, AssertionError, AttributeError, KeyError, IndexError, RuntimeError, InputError)
+"""What a model's own code raises where a size is none that it is made for."""
+
+
+def _with_small_heads(
     config: PretrainedConfig, base: PretrainedConfig, recipe: Recipe
 ) -> tuple[PretrainedConfig, PretrainedConfig, Recipe]:
-    """With few layers, small heads and few groups: see `family.condensed`."""
-    config, base, recipe = _shallow(config, base, recipe)
+    """With small heads and few groups: see `family.condensed`."""
     own = config.to_dict()
     size, other = configs.head_size(config), configs.head_size(base)
     counts = {key: own[key] for key in configs.HEADS if own.get(key) is not None}
@@ -253,6 +260,34 @@ def _shallow(
             setattr(small, key, value)
         changed.append(small)
     return changed[0], changed[1], _with_base(recipe, of_base, there)
+
+
+def _depth(config: PretrainedConfig) -> int:
+    """How many layers there are, of the deepest stack."""
+    own = config.to_dict()
+    return max([own[key] for key in configs.DEPTHS if isinstance(own.get(key), int)], default=0)
+
+
+def _deep(
+    model_class: Any, config: PretrainedConfig, base: PretrainedConfig, recipe: Recipe
+) -> tuple[Callable[[int], nn.Module], Recipe, list[int]]:
+    """What builds narrow models of all layers, with which recipe, and how wide they can be."""
+    small, small_base, own = config, base, recipe
+    with contextlib.suppress(*_NOT_BUILT):
+        found = _with_small_heads(config, base, recipe)
+        with torch.device("meta"), configs.quiet():
+            model_class(at_width(found[0], found[1], widths_for(found[0], found[1], 1)[0]))
+        small, small_base, own = found
+    small, own = _cut(small, small_base, own)
+    widths = widths_for(small, small_base, 4)
+    own = _narrowed(own, at_width(small, small_base, widths[0]), _grown(small, small_base))
+
+    def factory(width: int) -> nn.Module:
+        with configs.quiet():
+            model: nn.Module = model_class(at_width(small, small_base, width))
+        return model
+
+    return factory, own, widths
 
 
 def _names_layers(recipe: Recipe) -> bool:

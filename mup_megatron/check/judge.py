@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 from mup_megatron.check import levels
 from mup_megatron.check.causes import Cause, causes

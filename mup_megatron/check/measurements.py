@@ -21,6 +21,8 @@ class Quantity(StrEnum):
     """RMS of how far that output is from where it started, on the same batch."""
     GRADIENT = "gradient"
     """RMS of a gradient as the optimizer saw it: reduced over ranks and clipped."""
+    NORM = "gradient norm"
+    """Of all gradients together, before they are clipped."""
     DEAD = "rows without gradient"
     """The share of a tensor's rows whose gradient is exactly 0: of queries alone, say, in a matrix of values too."""
     LEARNING_RATE = "learning rate"

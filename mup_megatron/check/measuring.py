@@ -31,6 +31,9 @@ class Trainee(Protocol):
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """As the optimizer saw it in the last step; None where this rank cannot say."""
 
+    def gradient_norm(self) -> float | None:
+        """Of all gradients in the last step, before they were clipped, the same on all ranks; None if it is not known."""
+
     def replay(self) -> Replay | None:
         """A new replay of one tensor's optimizer state; None for an optimizer that none is written for."""
 
@@ -59,14 +62,17 @@ def measure(trainee: Trainee, protocol: measurements.Protocol, *, width: int, se
     recorder = Recorder(trainee, protocol)
     problem = recorder.start()
     losses: list[float] = []
+    norms: dict[Key, float] = {}
     for step in range(protocol.steps if problem is None else 0):
         recorder.before_step()
         loss = trainee.step(step)
         losses.append(loss)
+        if (norm := trainee.gradient_norm()) is not None and step + 1 in protocol.recorded:
+            norms[Key(Quantity.NORM, "all gradients", step + 1)] = norm
         problem = recorder.after_step(step + 1, loss)
         if problem is not None:
             break
-    values = recorder.values()
+    values = recorder.values() | norms
     values |= {Key(Quantity.LOSS, "loss", step + 1): loss for step, loss in enumerate(losses)}
     return Run(width, seed, values, tuple(losses), problem)
 

@@ -72,6 +72,7 @@ class MegatronTrainee:
     def __init__(self, built: Built, model: ModelFile, recipe: Recipe, *, seed: int, sizes: BatchSizes) -> None:
         self._built, self._recipe, self._sizes = built, recipe, sizes
         self._tied = model.tied
+        self._norm: float | None = None
         named = dict(named_parameters(built.chunks, tied=model.tied))
         self._parameters = {_without_transformer_engine(name): parameter for name, parameter in named.items()}
         self._data = _Sequences(model, size=sizes.global_batch, seed=seed)
@@ -99,6 +100,10 @@ class MegatronTrainee:
         gradient: Tensor | None = getattr(parameter, "main_grad", parameter.grad)
         return torch.zeros_like(parameter) if gradient is None else gradient
 
+    def gradient_norm(self) -> float | None:
+        """Before clipping, where it is clipped."""
+        return self._norm
+
     def replay(self) -> Replay | None:
         """Of the recipe's optimizer."""
         return replay_for(self._recipe)
@@ -110,6 +115,8 @@ class MegatronTrainee:
     def step(self, step: int) -> float:
         """One iteration of the training loop, and of the schedule."""
         measured = train_iteration(self._built, self._data, step, self._sizes, problem=False)
+        # Without clipping Megatron need not compute it.
+        self._norm = measured.grad_norm if self._recipe.hyperparameters.clip_grad > 0 else None
         self._built.scheduler.step(increment=1)
         return measured.loss
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from mup_megatron.check import batches
 from mup_megatron.check.measuring import At
-from mup_megatron.check.reference import replay_for
+from mup_megatron.check.reference import clipped, replay_for
 from mup_megatron.check.replay import Replay
 from mup_megatron.collectives import gathered
 from mup_megatron.recipe import Recipe
@@ -69,6 +69,7 @@ class ModuleTrainee:
         self._recipe, self._width, self._batch, self._loss = recipe, width, batch, loss
         self._sight = Sight(model)
         self._seen: list[tuple[str, nn.Module, At]] | None = None
+        self._norm: float | None = None
 
     def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
         """Layers, blocks and attention logits, as a forward pass comes by them."""
@@ -83,6 +84,10 @@ class ModuleTrainee:
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """As clipped; 0 for what is not trained."""
         return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+    def gradient_norm(self) -> float | None:
+        """Before clipping."""
+        return self._norm
 
     def replay(self) -> Replay | None:
         """Of the recipe's optimizer, whatever this one is."""
@@ -99,9 +104,7 @@ class ModuleTrainee:
         self._model.zero_grad()
         if loss.requires_grad:
             loss.backward()
-        clip = self._recipe.hyperparameters.clip_grad
-        if clip > 0:
-            nn.utils.clip_grad_norm_(self._model.parameters(), clip)
+        self._norm = clipped(self._model, self._recipe.hyperparameters.clip_grad)
         if self._optimizer is not None:
             self._optimizer.step()
         if self._scheduler is not None:
@@ -143,6 +146,7 @@ class EngineTrainee:
         self._live: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
         self._copies = {name: nn.Parameter(_copy(p), requires_grad=False) for name, p in self._live.items()}
         self._gradients: dict[int, Tensor] = {}
+        self._norm: float | None = None
 
     def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
         """Layers, blocks and attention logits, as a forward pass comes by them."""
@@ -160,6 +164,10 @@ class EngineTrainee:
         None where DeepSpeed does not give it.
         """
         return self._gradients.get(id(parameter))
+
+    def gradient_norm(self) -> float | None:
+        """Before clipping, which is done here after DeepSpeed's gradients were seen."""
+        return self._norm
 
     def replay(self) -> Replay | None:
         """Of the recipe's optimizer, whatever this one is."""
@@ -212,7 +220,7 @@ class EngineTrainee:
                 found[name] = torch.zeros_like(self._copies[name])
             elif (gradient := safe_get_full_grad(parameter)) is not None:
                 found[name] = gradient.detach().float().clone().view_as(self._copies[name])
-        norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in found.values()))
+        norm = self._norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in found.values()))
         clip = self._recipe.hyperparameters.clip_grad
         factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
         return {id(self._copies[name]): factor * gradient for name, gradient in found.items()}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mup_megatron.check import batches, levels
 from mup_megatron.check.comparison import Compared, Finding, Kind, Slope, compare
+from mup_megatron.check.depth import Grouped, at_depth, narrowest, with_depth
 from mup_megatron.check.expense import Expense, Machine, about, of_run
 from mup_megatron.check.family import FLOOR, PILOT, PILOT_RATE, eps_from, rate_from, stressed, under_rule
 from mup_megatron.check.judge import Facts, Sides, judge
@@ -97,6 +98,7 @@ def check_modules(
     report: Report | None = None,
     processes: int | None = None,
     tell: Callable[[str], None] | None = None,
+    deep: tuple[Factory, Recipe, Sequence[int]] | None = None,
 ) -> Verdict:
     """A verdict on what a script makes of a model. Collective, if there are ranks.
 
@@ -117,6 +119,8 @@ def check_modules(
         report: called as models are done.
         processes: how many train at once, where no ranks have joined; by default as many as there are cores.
         tell: called before the first model is trained, with how many there will be and about how long it takes.
+        deep: factory, recipe and possible widths of models of the whole depth, where the others have fewer layers: one
+            is built, and not trained.
 
     Raises:
         InputError: a model cannot be built, no plan can be made for it, or nobody says what it learns.
@@ -138,6 +142,7 @@ def check_modules(
             report=report,
             processes=processes,
             tell=tell,
+            deep=deep,
         )
 
 
@@ -158,6 +163,7 @@ def _checked(
     report: Report | None,
     processes: int | None,
     tell: Callable[[str], None] | None,
+    deep: tuple[Factory, Recipe, Sequence[int]] | None,
 ) -> Verdict:
     begun = time.monotonic()
     chosen = sorted(set(widths))
@@ -195,6 +201,8 @@ def _checked(
         extra=[lambda: family.transfer(prepare, first_seed)] if level is Level.FULL else [],
         remarks=(*remarks, *_frozen(models[chosen[0]])),
     )
+    if deep is not None:
+        verdict = with_depth(verdict, family.at_depth(deep, prepare, first_seed))
     hidden = Attentions(family.head_sizes, frozenset(name for name, _, _ in attention_modules(models[chosen[0]])))
     verdict = within_bounds(blamed(verdict), list(found.values())[-1], blocks(models[chosen[0]]), hidden)
     return replace(verdict, seconds=time.monotonic() - begun)
@@ -355,6 +363,32 @@ class ModuleFamily:
         found = done(jobs, self.processes, partial(self._tell, "subject", of=len(jobs)))
         self.head_sizes.update({run.width: sizes for run, sizes in found})
         return Measured(tuple(run for run, _ in found))
+
+    def at_depth(self, deep: tuple[Factory, Recipe, Sequence[int]], prepare: Prepare, first_seed: int) -> Section:
+        """All layers, in one model that is not trained. Collective."""
+        factory, own, widths = deep
+        whole = replace(self, factory=factory, recipe=own)
+        recipe = stressed(own, steps=levels.EARLY.steps)
+        width, plan = narrowest(widths, lambda width: whole.plan(width, recipe))
+        model = built(factory, width, seed=first_seed)
+        task = Task(plan=plan, recipe=recipe, width=width, seed=first_seed, steps=levels.EARLY.steps)
+        prepared = prepare(model, task)
+        trainee = whole._trainee(model, prepared, task)
+        groups: dict[str, Grouped] = {}
+        if isinstance(prepared, torch.optim.Optimizer):
+            # With a scheduler of the script's own, or an engine, what a group holds need not be its peak.
+            names = {id(parameter): name for name, parameter in model.named_parameters()}
+            for group in prepared.param_groups:
+                values = Grouped(
+                    lr=group.get("initial_lr", group["lr"]),
+                    min_lr=None,
+                    eps=group.get("eps"),
+                    weight_decay=group.get("weight_decay", 0.0),
+                )
+                groups |= {names[id(p)]: values for p in group["params"] if id(p) in names}
+        section = at_depth(plan, width, trainee.parameters(), groups, trainee.gathered)
+        trainee.close()
+        return section
 
     def transfer(self, prepare: Prepare, first_seed: int) -> Section:
         """The basins of the learning rate at three of the widths. Collective."""

@@ -4,6 +4,7 @@ Nothing here is shared with the adapters but the plan: no Megatron, no hooks of 
 schedule, another clipping. A tied plan, grouped queries, gates, norms of all kinds are `plain_gpt.py`'s.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,6 +42,7 @@ class Reference:
         optimizer = optimizer_for(self._gpt, recipe, plan)
         assert optimizer is not None
         self._optimizer = optimizer
+        self._norm: float | None = None
 
     def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
         """Every layer's output and the attention logits."""
@@ -53,6 +55,10 @@ class Reference:
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """As clipped."""
         return parameter.grad
+
+    def gradient_norm(self) -> float | None:
+        """Before clipping."""
+        return self._norm
 
     def replay(self) -> Replay | None:
         """Of the recipe's optimizer."""
@@ -68,8 +74,7 @@ class Reference:
         loss = cross_entropy(self._gpt(tokens[:, :-1]), tokens[:, 1:])
         self._optimizer.zero_grad()
         loss.backward()
-        if self._recipe.hyperparameters.clip_grad > 0:
-            nn.utils.clip_grad_norm_(self._gpt.parameters(), self._recipe.hyperparameters.clip_grad)
+        self._norm = clipped(self._gpt, self._recipe.hyperparameters.clip_grad)
         for group in self._optimizer.param_groups:
             entry = self._plan[group["name"]]
             group["lr"] = self._rate(step, entry.lr, entry.min_lr)
@@ -97,6 +102,11 @@ class Reference:
         if step > end:
             return floor
         return peak + (floor - peak) * (step - warm) / (end - warm)
+
+
+def clipped(model: nn.Module, most: float) -> float:
+    """Clips a model's gradients, unless `most` is 0, and says their norm before."""
+    return float(nn.utils.clip_grad_norm_(model.parameters(), most if most > 0 else math.inf))
 
 
 def carried_out(plan: Plan, model: ModelFile, *, dtype: torch.dtype) -> PlainGPT:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mup_megatron.check import cache, levels
-from mup_megatron.check.depth import at_depth, depth_width, with_depth
+from mup_megatron.check.depth import at_depth, narrowest, with_depth
 from mup_megatron.check.expense import Expense, Machine, about, of_run
 from mup_megatron.check.family import (
     PILOT,
@@ -383,7 +383,7 @@ class _Subject:
         widths = [*self.family.models, 2 * max(self.family.models)]
         possible = {w: available_model(at_width(small, small_recipe, w), self.layout) for w in widths}
         under_stress = stressed(small_recipe, steps=levels.EARLY.steps)
-        width = depth_width({w: under_stress.plan(model) for w, model in possible.items()})
+        width, _ = narrowest(possible, lambda width: under_stress.plan(possible[width]))
         model = possible[width]
         plain = under_stress.plan(model.model_copy(update={"transformer_impl": "local"}))
         deep = replace(self, family=replace(self.family, models={width: model}))

@@ -41,6 +41,13 @@ def indirect(comparison: Comparison, at: Mapping[int, AtWidth]) -> Cause:
     gradients = [c for c in off if c.key.quantity is Quantity.GRADIENT]
     if gradients:
         return _of_gradients(comparison, gradients)
+    norms = [c for c in off if c.key.quantity is Quantity.NORM]
+    if norms:
+        sentence = (
+            f"all gradients together are {norms[0].factor:.2g} times what they should be before they are clipped, which "
+            "clipping hides. Look for micro-batches, tokens or ranks that are summed and not averaged."
+        )
+        return Cause("gradients-summed", sentence, norms[0].key.name, 1.0)
     first = min(off, key=lambda c: (c.key.step, -abs(c.level) - abs(c.slope)))
     name = first.key.name
     if first.key.quantity is Quantity.OVERLAP:

@@ -1,0 +1,63 @@
+"""Runs in several processes: their order, their failures, and that their number changes nothing."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from mup_megatron.check import workers
+from mup_megatron.check.workers import Job, done
+from mup_megatron.errors import InputError
+
+
+def _jobs() -> list[Job[tuple[int, int]]]:
+    return [Job(cost, lambda cost=cost: (cost, os.getpid())) for cost in (3, 1, 2, 5)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 9])
+def test_what_comes_back_is_in_the_order_of_the_jobs(processes: int) -> None:
+    told: list[int] = []
+    found = done(_jobs(), processes, told.append)
+    assert [cost for cost, _ in found] == [3, 1, 2, 5]
+    assert told == [1, 2, 3, 4]
+    assert (os.getpid() in {process for _, process in found}) == (processes == 1)
+
+
+def test_each_process_enters_what_it_needs_once() -> None:
+    entered: list[int] = []
+
+    @contextmanager
+    def within() -> Iterator[None]:
+        entered.append(os.getpid())
+        yield
+
+    jobs = [Job(1, lambda: list(entered)) for _ in range(6)]
+    for of_job in done(jobs, 2, lambda _: None, within):
+        assert len(of_job) == 1
+        assert of_job != [os.getpid()]
+
+
+def _wrong() -> int:
+    raise InputError("width 7: cannot be built.")
+
+
+def test_a_users_mistake_in_a_process_is_told_as_it_is() -> None:
+    with pytest.raises(InputError, match="width 7"):
+        done([Job(1, _wrong), Job(1, lambda: 1)], 2, lambda _: None)
+
+
+def test_a_process_that_is_ended_from_outside_is_no_traceback() -> None:
+    with pytest.raises(InputError, match="--processes 1"):
+        done([Job(1, lambda: os._exit(9)), Job(1, lambda: 1)], 2, lambda _: None)
+
+
+def test_where_ranks_may_have_met_nothing_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(workers.ranks, "has_met", lambda: False)
+    assert workers.usable(3) == 3
+    monkeypatch.setattr(workers.ranks, "has_met", lambda: True)
+    assert workers.usable(3) == 1
+    monkeypatch.setattr(workers.ranks, "has_met", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert workers.usable(3) == 1

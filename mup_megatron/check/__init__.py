@@ -2,6 +2,8 @@
 correct reference of the same shape.
 
     family.py         the models of a target's shape that are trained, and the recipe under stress
+    depth.py          every layer of the target, once, without training
+    workers.py, expense.py      runs in several processes, and what they cost
     measuring.py      trains one of them and measures it; replay.py reads η, ε and λ from how weights moved
     reference.py      the correct runs, in plain torch; cache.py keeps them
     megatron_subject.py, modules.py, hugging_face.py, launch_line.py      what is checked

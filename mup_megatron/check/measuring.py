@@ -32,7 +32,7 @@ class Trainee(Protocol):
         """As the optimizer saw it in the last step; None where this rank cannot say."""
 
     def gradient_norm(self) -> float | None:
-        """Of all gradients in the last step, before they were clipped, the same on all ranks; None if it is not known."""
+        """Of all gradients in a step, before they were clipped, the same on all ranks; None if it is not known."""
 
     def replay(self) -> Replay | None:
         """A new replay of one tensor's optimizer state; None for an optimizer that none is written for."""

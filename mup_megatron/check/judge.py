@@ -140,8 +140,8 @@ def _trouble(subject: Measured, reference: Measured) -> Section | None:
         remedy = "The correct reference diverged: lower the recipe's lr or init_method_std."
         return Section(name=name, outcome=Outcome.NO_VERDICT, lines=(reference.problems[0], remedy))
     if not all(_moves(reference, width) for width in reference.widths):
-        lines = ("The correct reference does not move within the check: raise the recipe's lr.",)
-        return Section(name=name, outcome=Outcome.NO_VERDICT, lines=lines)
+        remedy = "The correct reference does not move within the check: raise the recipe's lr."
+        return Section(name=name, outcome=Outcome.NO_VERDICT, lines=(remedy,))
     still = [run for run in subject.runs if not _moves(subject, run.width)]
     if still:
         line = f"loss: the model does not learn at width {still[0].width}, and the correct reference does."

@@ -5,6 +5,7 @@ a user's own function, which cannot be sent. So there is one process alone where
 ranks have joined.
 """
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -90,6 +91,8 @@ def done(
                 runs.append(job.work())
                 report(len(runs))
         return runs
+    # What the first step of any optimizer imports: once here, and not in every process.
+    importlib.import_module("torch._dynamo")
     found: dict[int, ResultT] = {}
     order = sorted(range(len(jobs)), key=lambda index: -jobs[index].cost)
     try:

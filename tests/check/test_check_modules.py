@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from support.small_nets import OPTIONS, Mixer, Net, recipe_for
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from mup_megatron.check.hugging_face import at_width, check_hugging_face, widths_for
+from mup_megatron.check.hugging_face import _shallow, _smallest, at_width, check_hugging_face, widths_for
 from mup_megatron.check.measurements import Key, Quantity
 from mup_megatron.check.module_trainee import ModuleTrainee, Sight
 from mup_megatron.check.modules import Task, check_modules
@@ -199,6 +200,46 @@ def test_what_base_and_target_share_stays_fixed() -> None:
     assert widths_for(target, base, 3) == [128, 256, 512]
     small = at_width(target, base, 128)
     assert (small.num_attention_heads, small.num_key_value_heads, small.intermediate_size) == (2, 2, 1024)
+
+
+def test_heads_groups_and_depth_are_cut_where_they_can_be() -> None:
+    large, narrow = _llama(8192, 64, 8, 28672), _llama(1024, 8, 1, 3584)
+    for config in (large, narrow):
+        config.num_hidden_layers, config.head_dim = 80, 128
+    recipe = recipe_at(narrow, hyperparameters={"lr": 0.004})
+    small, base, here = _smallest(transformers.LlamaForCausalLM, large, narrow, recipe)
+    assert widths_for(small, base, 4) == [32, 64, 128, 256]
+    at_64 = at_width(small, base, 64)
+    assert (at_64.num_hidden_layers, at_64.head_dim) == (4, 16)
+    assert (at_64.num_attention_heads, at_64.num_key_value_heads, at_64.intermediate_size) == (4, 2, 224)
+    assert here.base.model_dump()["num_key_value_heads"] == base.num_key_value_heads
+
+
+def test_every_kind_of_layer_of_a_pattern_is_left() -> None:
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    large, narrow = (
+        transformers.Gemma3TextConfig(
+            hidden_size=width, num_attention_heads=width // 128, num_hidden_layers=24, layer_types=kinds * 4
+        )
+        for width in (2048, 512)
+    )
+    small, base, _ = _shallow(large, narrow, recipe_at(narrow, hyperparameters={"lr": 0.004}))
+    assert (small.num_hidden_layers, small.layer_types, base.num_hidden_layers) == (6, kinds, 6)
+
+
+def test_the_number_of_processes_changes_nothing() -> None:
+    verdicts = [check_modules(Net, recipe_for(), seeds=2, processes=count, **OPTIONS) for count in (1, 2)]
+    assert verdicts[0].subject.to_json() == verdicts[1].subject.to_json()
+    assert verdicts[0].comparison == verdicts[1].comparison
+
+
+def test_what_is_to_come_is_told_before() -> None:
+    told: list[str] = []
+    check_modules(Net, recipe_for(), seeds=2, tell=told.append, **OPTIONS)
+    assert len(told) == 1
+    assert re.fullmatch(
+        r"6 \+ 18 models, widths 32, 64, 128, in \d+ process(es)?: about \d+ (s|min) on this machine", told[0]
+    ), told
 
 
 def test_a_width_without_whole_heads_is_refused() -> None:

@@ -2,13 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from support.processes import run_ranks
 from support.shapes import gpt, recipe_for
 
 from mup_megatron.check.depth import Grouped, at_depth, narrowest
+from mup_megatron.check.mutants import Context, Mutant
+from mup_megatron.check.run import check_megatron
 from mup_megatron.check.verdict import Outcome, Section
+from mup_megatron.models.model_file import ModelFile
+from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Plan
 
 MODEL = gpt(2).model_copy(update={"num_layers": 12})
@@ -95,3 +101,35 @@ def test_the_narrowest_width_tells_ten_percent() -> None:
     assert made[-1] == width
     smallest = min(e.fan_in * e.fan_out for e in found.entries if e.init_std and not e.kind.is_vector)
     assert smallest >= 4096 or width == 8 * one
+
+
+# ---- in a check ----------------------------------------------------------------------------------------------------
+
+
+def _one_layer_off(chunks: Any, _plan: Plan, _context: Context) -> None:
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name.endswith("layers.9.mlp.linear_fc2.weight"):
+                parameter.data.mul_(1.1)
+
+
+def check_deep(mutated: bool) -> tuple[str, str | None, list[str], set[int]]:
+    """In a rank."""
+    small = {"num_layers": 12, "hidden_size": 256, "num_attention_heads": 2, "vocab_size": 50257, "seq_length": 2048}
+    target = ModelFile(**{**small, "hidden_size": 12288, "num_attention_heads": 96})
+    recipe = Recipe(base=ModelFile(**small), hyperparameters=Hyperparameters(lr=0.006))
+    mutant = Mutant(name="late", what="late", cause=(), model=_one_layer_off) if mutated else None
+    found = check_megatron(target, recipe, mutant=mutant, references=None, widths=(32, 64, 128), seeds=2)
+    names = {key.name for key in found.comparison if key.name.startswith("decoder.layers.")}
+    layers = {int(name.split(".")[2]) for name in names}
+    return str(found.outcome), found.culprit, [section.name for section in found.sections], layers
+
+
+def test_a_deep_target_passes_by_few_layers_and_a_look_at_all() -> None:
+    outcome, _, sections, layers = run_ranks(check_deep, 1, False)[0]
+    assert (outcome, sections[-1], layers) == ("pass", "every layer", {0, 1, 2, 3})
+
+
+def test_one_of_the_layers_that_do_not_train_is_seen() -> None:
+    outcome, culprit, *_ = run_ranks(check_deep, 1, True)[0]
+    assert (outcome, culprit) == ("fail", "decoder.layers.9.mlp.linear_fc2.weight")

@@ -44,8 +44,8 @@ def indirect(comparison: Comparison, at: Mapping[int, AtWidth]) -> Cause:
     norms = [c for c in off if c.key.quantity is Quantity.NORM]
     if norms:
         sentence = (
-            f"all gradients together are {norms[0].factor:.2g} times what they should be, and clipping hides it. Look for "
-            "micro-batches, tokens or ranks that are summed and not averaged."
+            f"all gradients together are {norms[0].factor:.2g} times what they should be, and clipping hides it. Look "
+            "for micro-batches, tokens or ranks that are summed and not averaged."
         )
         return Cause("gradients-summed", sentence, norms[0].key.name, 1.0)
     first = min(off, key=lambda c: (c.key.step, -abs(c.level) - abs(c.slope)))

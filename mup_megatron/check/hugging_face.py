@@ -138,7 +138,7 @@ def check_hugging_face(
 # ---- what is cut ---------------------------------------------------------------------------------------------------
 
 _LAYER = re.compile(r"^(.*?\.)(\d+)(\..*)$")
-_PERIODS = re.compile(r".*_(?:period|interval|step|pattern|offset)|first_k_dense_replace")
+_PERIODS = re.compile(r".*_(?:period|interval|step|pattern)")
 """Keys that say after how many layers another kind of layer comes."""
 _OTHER_HEADS = re.compile(r".*head_dim|.*_rank|.*head_size|.*kv_channels|num_kv_heads|multi_query")
 """Keys of attention that the rules below do not know: its heads are then left as they are."""
@@ -244,7 +244,8 @@ def _shallow(
     deepest = max(depths.values())
     periods = [value for key, value in own.items() if _PERIODS.fullmatch(key) and isinstance(value, int)]
     lists = {key: value for key, value in own.items() if isinstance(value, list | tuple) and len(value) == deepest}
-    count = max([DEPTH, *(period + 1 for period in periods if period < deepest)])
+    count = max([DEPTH, *(period for period in periods if period <= deepest)])
+    count = max(count, 1 + (own.get("first_k_dense_replace") or 0))
     for value in lists.values():
         count = max([count, *(value.index(item) + 1 for item in value)])
     if count >= deepest or _names_layers(recipe):

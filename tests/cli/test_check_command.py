@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def test_a_target_that_is_right_passes(run: Command, here: Path) -> None:
     assert "results/check/target-" in answer.out
     # Progress is no part of the answer.
     assert "subject: 6 of 6 models" in answer.err
+    assert re.match(r"6 \+ 18 models of 1 of 1 layers, .*: about \d+ s on this machine\n", answer.err), answer.err
     assert "models" not in answer.out.partition("\n")[0]
 
 
@@ -54,7 +56,7 @@ def test_a_mistake_fails_and_is_named(run: Command, here: Path) -> None:
         (("--widths", "32,many"), "'32,many' is no list of hidden sizes"),
         (("--widths", "64,32"), "64,32: a slope needs three or more hidden sizes that rise"),
         (("--widths", "32"), "32: a slope needs three or more hidden sizes"),
-        (("--widths", "48,96,192"), "multiple of 32"),
+        (("--widths", "40,96,192"), "multiple of 16"),
         (("--seeds", "1"), "seeds"),
         (("--mutant", "no-such"), "there is no such mistake. Choose one of"),
         (("--mutant", "attention-sqrt-d"), "changes nothing for this target and recipe"),

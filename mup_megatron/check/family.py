@@ -94,8 +94,8 @@ def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
     growth = _Growth.of(target, recipe.megatron_base)
     if not growth.is_whole(width):
         raise InputError(
-            f"--widths {width}: models of the target's shape need whole heads and groups, and so a multiple of "
-            f"{growth.unit}. Choose such widths."
+            f"--widths {width}: whole heads and groups of the target's kind need a multiple of {growth.unit}. Choose "
+            "such widths."
         )
     changes = {
         "hidden_size": width,

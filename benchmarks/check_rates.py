@@ -19,6 +19,7 @@ as long as the code of the check is the same. Without parts it only prints the t
 import argparse
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import zlib
@@ -278,7 +279,11 @@ _RIGHT: dict[tuple[object, ...], dict[str, Any]] = {}
 
 
 def counts(mutant: Mutant, architecture: Architecture, output: Path) -> float:
-    """How far the farthest weight is from where the correct run has it after 20 steps, relative to its tensor."""
+    """How far the farthest weight is from where the correct run has it after 20 steps, relative to its tensor; as far
+    as can be, of a mistake that is not about training's first steps.
+    """
+    if mutant.trains_alike:
+        return math.inf
     width = family.widths_for(architecture.target, architecture.recipe, levels.WIDTHS)[-1]
     # By what the recipe says, because a mistake is made on several seeds of one architecture.
     key = (architecture.recipe.fingerprint, width, str(architecture.target))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import NormalDist, fmean, median
 
-from mup_megatron.check.measurements import FROM_STEPS, Key, Measured, Quantity
+from mup_megatron.check.measurements import BOUNDED, FROM_STEPS, Key, Measured, Quantity
 
 
 class Kind(StrEnum):
@@ -21,6 +21,8 @@ class Kind(StrEnum):
 
     SLOPE = "slope"
     LEVEL = "level"
+    BOUND = "bound"
+    """Out of what holds for every right model; its deviations are the values themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ TOLERANCES: dict[Quantity, Tolerance] = {
     Quantity.SPECTRAL: Tolerance(0.15, 0.20),
     Quantity.OVERLAP: Tolerance(0.05, 0.10),
     Quantity.LOSS: Tolerance(0.05, 0.05),
+    **dict.fromkeys(BOUNDED, Tolerance(math.inf, math.inf)),
 }
 
 CONFIDENCE = 1e-7
@@ -118,7 +121,7 @@ def compare(subject: Measured, reference: Measured) -> dict[Key, Compared]:
     floors = {width: _floors(reference, width, rounding) for width in widths}
     found = {}
     for key in sorted(subject.keys() & reference.keys()):
-        if key.quantity in FROM_STEPS and key.name in rounding:
+        if key.quantity in BOUNDED or (key.quantity in FROM_STEPS and key.name in rounding):
             continue
         sides = [
             {w: [_log(run.values[key], key, floors[w]) for run in side.at(w)] for w in widths}
@@ -126,6 +129,26 @@ def compare(subject: Measured, reference: Measured) -> dict[Key, Compared]:
         ]
         if _finite(sides[1]):
             found[key] = _compared(key, *sides) if _finite(sides[0]) else _not_finite(key, sides[1])
+    return found
+
+
+_GONE = 1e-5
+"""What is so small beside others of its kind is 0 but for rounding, and follows no law."""
+
+
+def own_slopes(measured: Measured, quantity: Quantity, step: int, *, logarithms: bool = True) -> dict[Key, Compared]:
+    """Slopes over log(width) of a side by itself: of the values' logarithms, or of the values as they are."""
+    found = {}
+    keys = sorted(key for key in measured.keys() if (key.quantity, key.step) == (quantity, step))  # noqa: SIM118
+    usual = {w: median([run.values[key] for run in measured.at(w) for key in keys] or [0.0]) for w in measured.widths}
+    for key in keys:
+        values = {w: [run.values[key] for run in measured.at(w)] for w in measured.widths}
+        if logarithms:
+            if any(v <= _GONE * usual[w] or not math.isfinite(v) for w, of_width in values.items() for v in of_width):
+                continue
+            values = {w: list(map(math.log, of_width)) for w, of_width in values.items()}
+        compared = _compared(key, values, values)
+        found[key] = replace(compared, deviations={w: fmean(v) for w, v in values.items()})
     return found
 
 
@@ -285,11 +308,35 @@ class Finding:
                 f"{where}: {c.largest:.0%} of it is explained by no learning rate, eps and weight decay of the "
                 "recipe's optimizer"
             )
+        if self.kind is Kind.BOUND:
+            return f"{where}: {_out_of_bounds(c)}"
         if key.quantity is Quantity.DEAD:
             return f"{where}: up to {c.largest:.0%} of its rows, {c.factor:.3g} times what is expected"
         if self.kind is Kind.SLOPE:
             return f"{where}: slope over width {c.subject}, expected {c.reference}"
-        return f"{where}: {c.factor:.3g} times what is expected, at every width"
+        at = "every width" if len(c.deviations) > 1 else f"width {next(iter(c.deviations), 0)}"
+        return f"{where}: {c.factor:.3g} times what is expected, at {at}"
+
+
+def _out_of_bounds(c: Compared) -> str:
+    """What was found, where there is no reference."""
+    low, high = min(c.deviations), max(c.deviations)
+    largest = max(c.deviations.values(), key=abs)
+    match c.key.quantity:
+        case Quantity.EVALUATION:
+            return f"off by {largest:.2g} of what training computes on the same batch, at width {high}"
+        case Quantity.MEAN:
+            return f"{largest:+.2g} of its RMS, where there should be none"
+        case Quantity.ALIKE:
+            return f"{largest:.2g}: they are drawn from the same numbers"
+        case Quantity.ROWS:
+            return f"{largest:.2g} times that of independent ones"
+        case Quantity.TAILS:
+            return f"E x⁴/(E x²)² is {c.subject.value:.2f}, expected {c.reference.value:.2f}"
+        case Quantity.SUMMED:
+            return f"{largest:.2g} times the mean of the losses that it is made of"
+        case _:
+            return f"{c.deviations[low]:.3g} at width {low}, {c.deviations[high]:.3g} at width {high}"
 
 
 def findings(comparison: Comparison) -> list[Finding]:

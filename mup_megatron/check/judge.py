@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mup_megatron.check import levels
-from mup_megatron.check.causes import Cause, causes
+from mup_megatron.check.bounds import BEFORE, MOVED, Known, out_of_bounds
+from mup_megatron.check.causes import TOLD, Cause, causes, of_bounds
 from mup_megatron.check.comparison import Comparison, Finding, Kind, compare, findings, only_rounding
-from mup_megatron.check.measurements import COORDINATES, Measured, Protocol, Quantity
+from mup_megatron.check.measurements import COORDINATES, DRAWS, Measured, Protocol, Quantity
 from mup_megatron.check.verdict import Level, Outcome, Section, Verdict
 from mup_megatron.check.wider import wider_is_better
 from mup_megatron.models.model_file import ModelFile
@@ -16,6 +17,8 @@ from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 
 Measure = Callable[[Protocol], Measured]
+Later = Callable[[set[str]], tuple[Section, Cause | None]]
+"""Parameters of which nothing can be read → what later steps show, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class Facts:
     """Width → the right plan."""
     models: Mapping[int, ModelFile] | None = None
     """Width → its model file, of a GPT."""
+    known: Callable[[], Known] | None = None
+    """For bounds, asked after the subject has run; without, what a plan says."""
 
 
 def judge(
@@ -46,6 +51,7 @@ def judge(
     level: Level,
     fingerprint: str,
     extra: Sequence[Callable[[], Section]] = (),
+    later: Later | None = None,
     remarks: Sequence[str] = (),
 ) -> Verdict:
     """Measures and compares.
@@ -56,6 +62,7 @@ def judge(
         level: how much.
         fingerprint: the recipe's as its user knows it.
         extra: further checks of the longer levels.
+        later: of a quick check, what a run shows that goes on.
         remarks: to be told with the verdict.
     """
     begun = time.monotonic()
@@ -63,6 +70,7 @@ def judge(
     control = sides.control(levels.EARLY)
     comparison, control_comparison = compare(subject, reference), compare(control, reference)
     trouble = _trouble(subject, reference)
+    of_later: tuple[Cause, ...] = ()
     if trouble is not None:
         sections = [trouble]
     else:
@@ -73,10 +81,24 @@ def judge(
         if level is not Level.QUICK:
             sections += _late(sides)
             sections += [more() for more in extra]
+        elif later is not None:
+            section, cause = later(only_rounding(reference))
+            sections.append(section)
+            of_later = () if cause is None or findings(comparison) else (cause,)
+    known = Known(plans=facts.plans) if facts.known is None else facts.known()
+    bounds = _bounds(subject, reference, known)
+    if trouble is None or (bounds.findings and trouble.outcome is Outcome.NO_VERDICT):
+        sections.append(bounds)
     outcome = _overall([section.outcome for section in sections])
     likely: tuple[Cause, ...] = ()
     if outcome is Outcome.FAIL and trouble is None:
         likely = causes(_with_late(comparison, sections), facts.plans, facts.recipe, facts.models)
+    likely = (*likely, *of_later)
+    if sections[-1] is bounds:
+        have_size = all(c.off is None for key, c in comparison.items() if key.quantity is Quantity.INITIAL)
+        drawn = [f for f in bounds.findings if f.key.quantity in DRAWS and have_size]
+        # Draws come before all that is computed from them.
+        likely = (*of_bounds(drawn), *likely, *of_bounds([f for f in bounds.findings if f not in drawn]))[:TOLD]
     return Verdict(
         outcome=outcome,
         level=level,
@@ -157,6 +179,28 @@ def _moves(measured: Measured, width: int) -> bool:
     """Whether any activation has changed."""
     updates = [v for run in measured.at(width) for k, v in run.values.items() if k.quantity is Quantity.UPDATE]
     return any(value > 0 for value in updates)
+
+
+# ---- what holds of every right model --------------------------------------------------------------------------------
+
+
+def _bounds(subject: Measured, reference: Measured, known: Known) -> Section:
+    found = out_of_bounds(subject, reference, known)
+    of = {quantity: len({k.name for k in subject.keys() if k.quantity is quantity}) for quantity in Quantity}  # noqa: SIM118
+    lines = []
+    if known.shares_code:
+        lines.append(
+            f"slopes over width of {of[Quantity.ACTIVATION] + of[Quantity.INSIDE]} values before training (from "
+            f"{BEFORE[0]:+g} to {BEFORE[1]:+g} but at readouts), and of how far training moves {of[Quantity.UPDATE]} "
+            f"(from {MOVED[0]:+g} to {MOVED[1]:+g})"
+        )
+    if of[Quantity.EVALUATION]:
+        lines.append(f"{of[Quantity.EVALUATION]} activations in evaluation mode, against training's")
+    if of[Quantity.POSITION]:
+        lines.append("what positions make of queries")
+    if of[Quantity.MEAN]:
+        lines.append(f"{of[Quantity.MEAN]} draws: mean, shape, independence")
+    return _section("bounds", found, lines)
 
 
 # ---- the checks ----------------------------------------------------------------------------------------------------

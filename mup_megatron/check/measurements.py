@@ -21,8 +21,6 @@ class Quantity(StrEnum):
     """RMS of how far that output is from where it started, on the same batch."""
     GRADIENT = "gradient"
     """RMS of a gradient as the optimizer saw it: reduced over ranks and clipped."""
-    NORM = "gradient norm"
-    """Of all gradients together, before they are clipped."""
     DEAD = "rows without gradient"
     """The share of a tensor's rows whose gradient is exactly 0: of queries alone, say, in a matrix of values too."""
     LEARNING_RATE = "learning rate"
@@ -37,12 +35,52 @@ class Quantity(StrEnum):
     """⟨W_t, W_0⟩ / ‖W_0‖², which weight decay alone would make ∏(1 - ηλ) (WA)."""
     LOSS = "loss"
     """Of the training batch of a step."""
+    NORM = "gradient norm"
+    """Over all parameters, before it is clipped: what clipping hides of all gradients alike."""
+    # What is held against fixed bounds and not against a reference: see `bounds.py`.
+    INSIDE = "computed value"
+    """RMS, before the first step, of what is computed between modules: of summands, inputs of nonlinear functions."""
+    EVALUATION = "evaluation mode"
+    """How far a module's output under eval() and no_grad() is from what training computes on the same batch, relative
+    to it."""
+    POSITION = "positions"
+    """⟨q_i, q_{i+Δ}⟩ / ⟨q_i, q_i⟩ of queries on sequences of one repeated token: what positions alone make of them."""
+    CONSTANT = "constant"
+    """A number that is no weight, as the eps of a norm."""
+    ALIKE = "correlation with another weight"
+    """The largest with any other tensor's draw, of the elements that come first in both."""
+    ROWS = "correlation of rows"
+    """Of one matrix: mean square, in units of that of independent ones."""
+    MEAN = "mean of a draw"
+    """In units of its RMS, with its sign."""
+    TAILS = "shape of a draw"
+    """E x⁴ / (E x²)²: 3 for a normal distribution, 1.8 for a uniform one."""
+    PLACE = "place in the forward pass"
+    """When a module is done, or a value computed, before the first step."""
+    SUMMED = "loss over its parts"
+    """The loss in units of the mean of the losses of the forward passes that it is made of: 1 if it is their mean."""
 
 
+TURNING = "turning of queries"
+"""Of `POSITION`, where what positions do to queries is a turn: the mean cosine of its angles."""
+WITHOUT_MEAN = "without mean"
+"""Of attention logits: less their mean over the batch, and so without masks and biases of positions."""
 FROM_STEPS = (Quantity.UNEXPLAINED, Quantity.LEARNING_RATE, Quantity.EPS, Quantity.WEIGHT_DECAY)
 """What an optimizer's steps betray of it."""
 COORDINATES = (Quantity.ACTIVATION, Quantity.UPDATE)
 """What a classical coordinate check looks at."""
+DRAWS = (Quantity.ALIKE, Quantity.ROWS, Quantity.MEAN, Quantity.TAILS)
+"""What is looked at of initial weights, beside their size."""
+BOUNDED = (
+    Quantity.INSIDE,
+    Quantity.EVALUATION,
+    Quantity.POSITION,
+    Quantity.CONSTANT,
+    *DRAWS,
+    Quantity.PLACE,
+    Quantity.SUMMED,
+)
+"""What has bounds of its own, whatever a reference shows."""
 
 
 class Key(NamedTuple):
@@ -131,7 +169,9 @@ class Protocol:
     batch_size: int = 4
     spectral: bool = True
     """Whether spectral norms are taken, after the last step."""
+    activations: bool = True
+    """Whether activations are looked at, beside what the optimizer does."""
 
     def fingerprint(self) -> str:
         """Changes whenever the protocol does."""
-        return json.dumps([self.steps, list(self.recorded), self.batch_size, self.spectral])
+        return json.dumps([self.steps, list(self.recorded), self.batch_size, self.spectral, self.activations])

@@ -10,10 +10,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mup_megatron.check import measurements
-from mup_megatron.check.measurements import Key, Quantity, Run
+from mup_megatron.check.measurements import TURNING, Key, Quantity, Run
 from mup_megatron.check.replay import AdamReplay, Replay, SGDReplay, Sums, rms_of, sample
 
 At = Literal["input", "output"]
@@ -31,14 +32,30 @@ class Trainee(Protocol):
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """As the optimizer saw it in the last step; None where this rank cannot say."""
 
-    def gradient_norm(self) -> float | None:
-        """Of all gradients in a step, before they were clipped, the same on all ranks; None if it is not known."""
-
     def replay(self) -> Replay | None:
         """A new replay of one tensor's optimizer state; None for an optimizer that none is written for."""
 
     def forward(self) -> None:
-        """A forward pass on the batch that activations are compared on; trains nothing."""
+        """A forward pass on the batch that activations are compared on, as training does it; trains nothing."""
+
+    def evaluate(self) -> bool:
+        """The same as evaluation does it, or as much of it as can be done; False where that is not asked."""
+
+    def repeat(self, index: int) -> bool:
+        """A forward pass on sequences each of which repeats one token, the one that stands at an index of the batch for
+        comparisons; False where batches have no tokens.
+        """
+
+    def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
+        """(global name, module whose first input are queries, which of its dimensions runs over positions)."""
+
+    def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
+        """What the last forward pass computed beside modules, (sum, count) each; of `Quantity.INSIDE` a sum of
+        squares.
+        """
+
+    def gradient_norm(self) -> float | None:
+        """Of all gradients of the last step, before clipping, the same on all ranks; None where nobody can say."""
 
     def step(self, step: int) -> float:
         """Forward, backward, update on the batch of a step, counted from 0. Returns the loss, the same on all ranks."""
@@ -62,17 +79,14 @@ def measure(trainee: Trainee, protocol: measurements.Protocol, *, width: int, se
     recorder = Recorder(trainee, protocol)
     problem = recorder.start()
     losses: list[float] = []
-    norms: dict[Key, float] = {}
     for step in range(protocol.steps if problem is None else 0):
         recorder.before_step()
         loss = trainee.step(step)
         losses.append(loss)
-        if (norm := trainee.gradient_norm()) is not None and step + 1 in protocol.recorded:
-            norms[Key(Quantity.NORM, "all gradients", step + 1)] = norm
         problem = recorder.after_step(step + 1, loss)
         if problem is not None:
             break
-    values = recorder.values() | norms
+    values = recorder.values()
     values |= {Key(Quantity.LOSS, "loss", step + 1): loss for step, loss in enumerate(losses)}
     return Run(width, seed, values, tuple(losses), problem)
 
@@ -97,19 +111,40 @@ class Recorder:
         """Of how many, out of how many."""
         self._overlaps: dict[Key, tuple[float, float]] = {}
         self._equations: dict[tuple[str, int], Sums] = {}
-        self._spectral: dict[Key, float] = {}
+        self._whole: dict[Key, float] = {}
+        """What is taken of whole matrices, on the ranks that have them."""
+        self._moments: dict[str, NDArray[np.float64]] = {}
+        """Of draws: how many elements, and the sums of their first, second and fourth powers."""
+        self._beside: dict[tuple[Quantity, str], tuple[float, float]] = {}
+        self._evaluated: dict[Key, tuple[float, float]] = {}
+        """Squares of what evaluation makes different, and of what training has."""
+        self._norms: dict[Key, float] = {}
+        self._turned: dict[tuple[int, int], NDArray[np.float64]] = {}
+        """Of queries of so many channels, so far apart: sums of products of the earlier ones, of later with earlier
+        ones, and of the later ones."""
 
     def start(self) -> str | None:
         """Looks at the model before training; returns what makes it no use to go on."""
-        self._activations = self._recorded()
-        again = self._recorded()
-        differing = [n for n, x in self._activations.items() if not torch.equal(x, again[n]) and x.isfinite().all()]
+        if not self._protocol.activations:
+            return None
+        self._activations = self._recorded(self._trainee.forward)
+        self._beside = dict(self._trainee.beside())
+        # What evaluation repeats to the last bit is deterministic; else it takes another pass to tell.
+        again = self._evaluate(0, self._activations)
+        if self._of_all([name for name, x in self._activations.items() if not _is_same(x, again.get(name))]):
+            again = self._recorded(self._trainee.forward)
+        differing = [n for n, x in self._activations.items() if x.isfinite().all() and not _is_same(x, again.get(n))]
         bad = [name for name, x in self._activations.items() if not x.isfinite().all() and not name.endswith(_MASKED)]
         for name, x in self._activations.items():
             self._note(Key(Quantity.ACTIVATION, name, 0), x)
         for name, w in self._first.items():
             self._note(Key(Quantity.INITIAL, name, 0), w)
+        self._take_draws()
+        self._take_positions()
         differing, bad = self._of_all(differing), self._of_all(bad)
+        if differing:
+            # What evaluation differs from is not one thing.
+            self._evaluated.clear()
         if bad:
             return f"{bad[0]}: not finite before the first step"
         if differing:
@@ -129,7 +164,7 @@ class Recorder:
             now, before = parameter.detach(), self._before[name]
             sampled = self._some(name, now)
             if gradient is not None:
-                if record:
+                if record and self._protocol.activations:
                     self._note(Key(Quantity.GRADIENT, name, step), gradient)
                     rows = gradient.reshape(len(gradient), -1) if gradient.dim() else gradient.reshape(1, 1)
                     dead = (rows == 0).all(dim=1)
@@ -144,9 +179,14 @@ class Recorder:
         if broken or not math.isfinite(loss):
             what = f"{broken[0]}: not finite" if broken else "loss: not finite"
             return f"{what} after {step} step{'s' if step > 1 else ''}"
-        if record:
-            for name, x in self._recorded().items():
+        if record and self._protocol.activations:
+            now_computed = self._recorded(self._trainee.forward)
+            for name, x in now_computed.items():
                 self._note(Key(Quantity.UPDATE, name, step), x - self._activations[name])
+            if step == self._protocol.steps:
+                self._evaluate(step, now_computed)
+            if (norm := self._trainee.gradient_norm()) is not None:
+                self._norms[Key(Quantity.NORM, "all parameters", step)] = norm
             for name, parameter in self._parameters:
                 first = self._first[name].double()
                 both = (parameter.detach().double() * first).sum().item()
@@ -162,7 +202,77 @@ class Recorder:
             update = self._trainee.whole(name, parameter.detach() - self._first[name])
             if update is not None:
                 rows, columns = update.shape
-                self._spectral[Key(Quantity.SPECTRAL, name, step)] = _spectral_norm(update) / math.sqrt(rows / columns)
+                self._whole[Key(Quantity.SPECTRAL, name, step)] = _spectral_norm(update) / math.sqrt(rows / columns)
+
+    def _evaluate(self, step: int, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What evaluation computes; nothing where it is not asked."""
+        asked: list[bool] = []
+        with torch.no_grad():
+            found = self._recorded(lambda: asked.append(self._trainee.evaluate()), training=False)
+        if not asked or not asked[0]:
+            return {}
+        for name, x in trained.items():
+            other = found.get(name)
+            if other is None or other.shape != x.shape:
+                continue
+            difference, there = (other - x).double(), x.double()
+            known = difference.isfinite()
+            squares = [y[known].square().sum().item() for y in (difference, there)]
+            self._evaluated[Key(Quantity.EVALUATION, name, step)] = (squares[0], squares[1])
+        return found
+
+    def _take_draws(self) -> None:
+        drawn = {name: w.double() for name, w in self._first.items() if w.numel() > 1 and bool((w != w.min()).any())}
+        for name, w in drawn.items():
+            square = w.square()
+            sums = [float(w.numel()), *(x.sum().item() for x in (w, square, square.square()))]
+            self._moments[name] = np.asarray(sums)
+        long = {name: w.flatten()[:_PREFIX] for name, w in drawn.items() if w.numel() >= _PREFIX}
+        if len(long) > 1:
+            prefixes = torch.stack(list(long.values()))
+            prefixes = prefixes - prefixes.mean(dim=1, keepdim=True)
+            prefixes = prefixes / prefixes.norm(dim=1, keepdim=True).clamp(min=1e-30)
+            largest = (prefixes @ prefixes.T).fill_diagonal_(0.0).abs().amax(dim=1)
+            for name, value in zip(long, largest.tolist(), strict=True):
+                self._whole[Key(Quantity.ALIKE, name, 0)] = value
+        for name, w in self._first.items():
+            if w.dim() < 2:
+                continue
+            matrix = self._trainee.whole(name, w.reshape(len(w), -1))
+            if matrix is not None and name in drawn and (value := _likeness_of_rows(matrix)) is not None:
+                self._whole[Key(Quantity.ROWS, name, 0)] = value
+
+    def _take_positions(self) -> None:
+        def see(name: str, dim: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                q = args[0].detach().double().movedim(dim, 0)
+                for distance in DISTANCES:
+                    if distance < len(q):
+                        both = (q[distance:] * q[:-distance]).sum().item()
+                        itself = q[:-distance].square().sum().item()
+                        self._turn(distance, q[:-distance], q[distance:])
+                        for where in (name, ALL):
+                            key = Key(Quantity.POSITION, f"{where}, {distance} apart", 0)
+                            sums = self._overlaps.get(key, (0.0, 0.0))
+                            self._overlaps[key] = (sums[0] + both, sums[1] + itself)
+
+            return hook
+
+        hooks = [module.register_forward_pre_hook(see(name, dim)) for name, module, dim in self._trainee.queries()]
+        try:
+            with torch.no_grad():
+                for index in _REPEATED:
+                    if not self._trainee.repeat(index):
+                        break
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _turn(self, distance: int, earlier: Tensor, later: Tensor) -> None:
+        channels = earlier.shape[-1]
+        one, other = (x.reshape(-1, channels) for x in (earlier, later))
+        sums = torch.stack([one.T @ one, other.T @ one, other.T @ other]).cpu().numpy()
+        self._turned[channels, distance] = self._turned.get((channels, distance), 0.0) + sums
 
     def values(self) -> dict[Key, float]:
         """Everything that was measured, over all ranks. Collective."""
@@ -170,18 +280,30 @@ class Recorder:
         shares: dict[Key, Any] = {}
         overlaps: dict[Key, Any] = {}
         equations: dict[tuple[str, int], Any] = {}
-        spectral: dict[Key, float] = {}
-        own = (self._squares, self._shares, self._overlaps, self._equations, self._spectral)
-        for of_rank in self._trainee.gathered(own):
-            _add(squares, of_rank[0])
-            _add(shares, of_rank[1])
-            _add(overlaps, of_rank[2])
-            _add(equations, of_rank[3])
-            spectral |= of_rank[4]
-        found = {key: rms_of(*sums) for key, sums in squares.items()}
+        moments: dict[str, Any] = {}
+        evaluated: dict[Key, Any] = {}
+        beside: dict[tuple[Quantity, str], Any] = {}
+        found: dict[Key, float] = {}
+        turned: dict[tuple[int, int], Any] = {}
+        summed: list[dict[Any, Any]] = [squares, shares, overlaps, equations, moments, evaluated, beside, turned]
+        own = (self._squares, self._shares, self._overlaps, self._equations, self._moments, self._evaluated)
+        for of_rank in self._trainee.gathered((*own, self._beside, self._turned, {**self._whole, **self._norms})):
+            for total, part in zip(summed, of_rank[:-1], strict=True):
+                _add(total, part)
+            found |= of_rank[-1]
+        found |= {key: rms_of(*sums) for key, sums in squares.items()}
         found |= {key: float(some / of) for key, (some, of) in shares.items()}
         found |= {key: float(both / itself) for key, (both, itself) in overlaps.items() if itself > 0}
-        found |= spectral
+        found |= {key: math.sqrt(of / itself) for key, (of, itself) in evaluated.items() if itself > 0}
+        if len({channels for channels, _ in turned}) == 1:
+            for (_, distance), sums in turned.items():
+                if (value := _turning(*sums)) is not None:
+                    found[Key(Quantity.POSITION, f"{TURNING}, {distance} apart", 0)] = value
+        for name, (count, first, second, fourth) in moments.items():
+            found[Key(Quantity.MEAN, name, 0)] = float(first / math.sqrt(count * second))
+            found[Key(Quantity.TAILS, name, 0)] = float(fourth * count / second**2)
+        for (quantity, name), (total, count) in beside.items():
+            found[Key(quantity, name, 0)] = float(total / count) if quantity in _MEANS else rms_of(total, count)
         for (name, step), sums in equations.items():
             # Told by their shape: a rank may have seen none of them itself.
             fitted = (AdamReplay if len(sums) == AdamReplay.COLUMNS else SGDReplay).fitted(sums)
@@ -194,7 +316,8 @@ class Recorder:
                 found[Key(Quantity.WEIGHT_DECAY, name, step)] = fitted.weight_decay
         return found
 
-    def _recorded(self) -> dict[str, Tensor]:
+    def _recorded(self, forward: Callable[[], object], *, training: bool = True) -> dict[str, Tensor]:
+        """What modules give in a forward pass, in the order in which they are done."""
         found: dict[str, Tensor] = {}
 
         def keep(name: str, at: At) -> Callable[..., None]:
@@ -213,8 +336,9 @@ class Recorder:
             for name, module, at in self._trainee.modules()
         ]
         try:
-            with torch.no_grad():
-                self._trainee.forward()
+            # With gradients where training has them: a model may ask.
+            with torch.set_grad_enabled(training):
+                forward()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -237,6 +361,52 @@ def _add(total: dict[Any, Any], part: Mapping[Any, Any]) -> None:
 
 
 _MASKED = "scale_mask_softmax"
+_MEANS = (Quantity.CONSTANT, Quantity.SUMMED, Quantity.PLACE)
+_PREFIX = 512
+"""Elements of a draw that are compared with other draws."""
+_REPEATED = (0, 2, 4, 6)
+"""Which tokens of each sequence stand for all of it: they differ from sequence to sequence."""
+DISTANCES = (1, 2, 4, 8, 16)
+ALL = "all queries"
+
+
+def _turning(earlier: NDArray[np.float64], both: NDArray[np.float64], later: NDArray[np.float64]) -> float | None:
+    """The mean cosine of what turns queries into those some positions on; None where something else is done to them.
+
+    A turn is one linear map for all queries: least squares find it, and leave nothing over.
+    """
+    turn = np.linalg.lstsq(earlier, both.T, rcond=1e-9)[0].T
+    left, size = np.trace(later - turn @ both.T), np.trace(later)
+    return float(np.trace(turn) / len(turn)) if size > 0 and abs(left) < _NOTHING_LEFT * size else None
+
+
+_NOTHING_LEFT = 1e-5
+
+
+def _is_same(x: Tensor, other: Tensor | None) -> bool:
+    return other is not None and x.shape == other.shape and torch.equal(x.nan_to_num(), other.nan_to_num())
+
+
+def _likeness_of_rows(matrix: Tensor) -> float | None:
+    """The mean square of correlations between rows, in units of that of independent ones; None for a few of them.
+
+    Of so many rows that a matrix of two or three equal parts shows rows of each that belong together.
+    """
+    rows, columns = matrix.shape
+    if rows < 16 or columns < 16:
+        return None
+    step = 1
+    while rows % (2 * step) == 0 and rows // (2 * step) >= _ROWS:
+        step *= 2
+    some = matrix[::step][: 2 * _ROWS].double()
+    some = some - some.mean()
+    some = some / some.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    gram = (some @ some.T).fill_diagonal_(0.0)
+    value: float = gram.square().sum().item() / (len(some) * (len(some) - 1)) * columns
+    return value
+
+
+_ROWS = 128
 
 
 def _plain(output: Any) -> Tensor:

@@ -3,7 +3,7 @@
 Importing it imports Megatron: the CPU runtime has to come before.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from mup_megatron.check import batches, measurements
 from mup_megatron.check.depth import Grouped
+from mup_megatron.check.measurements import Quantity
 from mup_megatron.check.measuring import At
-from mup_megatron.check.reference import looked_at, replay_for
+from mup_megatron.check.reference import ATTENTION, looked_at, replay_for
 from mup_megatron.check.replay import Replay
 from mup_megatron.collectives import gathered
 from mup_megatron.megatron.names import named_parameters, unwrapped
@@ -43,9 +44,11 @@ class _Length:
 class _Sequences:
     """The batches of a check as the data set that the training loop asks."""
 
-    def __init__(self, model: ModelFile, *, size: int, seed: int, only: int | None = None) -> None:
+    def __init__(
+        self, model: ModelFile, *, size: int, seed: int, only: int | None = None, repeated: int | None = None
+    ) -> None:
         self.config = _Length(model.seq_length)
-        self._model, self._size, self._seed, self._only = model, size, seed, only
+        self._model, self._size, self._seed, self._only, self._repeated = model, size, seed, only, repeated
         self._step, self._tokens = None, torch.empty(0)  # type: tuple[int | None, Tensor]
 
     def __len__(self) -> int:
@@ -58,6 +61,8 @@ class _Sequences:
             self._step = step
             self._tokens = batches.tokens(m.vocab_size, m.seq_length, self._size, seed=self._seed, step=step)
         row = self._tokens[index % self._size]
+        if self._repeated is not None:
+            row = row[self._repeated].expand_as(row)
         return {
             "tokens": row[:-1],
             "labels": row[1:],
@@ -72,9 +77,10 @@ class MegatronTrainee:
     def __init__(self, built: Built, model: ModelFile, recipe: Recipe, *, seed: int, sizes: BatchSizes) -> None:
         self._built, self._recipe, self._sizes = built, recipe, sizes
         self._tied = model.tied
-        self._norm: float | None = None
         named = dict(named_parameters(built.chunks, tied=model.tied))
         self._parameters = {_without_transformer_engine(name): parameter for name, parameter in named.items()}
+        self._model, self._seed = model, seed
+        self._norm: float | None = None
         self._data = _Sequences(model, size=sizes.global_batch, seed=seed)
         self._probe = _Sequences(model, size=sizes.global_batch, seed=seed, only=batches.PROBE)
         # Where each data-parallel rank updates a share, it has the gradient of that share alone.
@@ -100,10 +106,6 @@ class MegatronTrainee:
         gradient: Tensor | None = getattr(parameter, "main_grad", parameter.grad)
         return torch.zeros_like(parameter) if gradient is None else gradient
 
-    def gradient_norm(self) -> float | None:
-        """Before clipping, where it is clipped."""
-        return self._norm
-
     def replay(self) -> Replay | None:
         """Of the recipe's optimizer."""
         return replay_for(self._recipe)
@@ -111,6 +113,42 @@ class MegatronTrainee:
     def forward(self) -> None:
         """On the batch for comparisons."""
         forward_backward(self._built, self._probe, 0, self._sizes, forward_only=True)
+
+    def evaluate(self) -> bool:
+        """Likewise, in evaluation mode."""
+        for chunk in self._built.chunks:
+            chunk.eval()
+        try:
+            self.forward()
+        finally:
+            for chunk in self._built.chunks:
+                chunk.train()
+        return True
+
+    def repeat(self, index: int) -> bool:
+        """On sequences of one token each."""
+        repeated = _Sequences(
+            self._model, size=self._sizes.global_batch, seed=self._seed, only=batches.PROBE, repeated=index
+        )
+        forward_backward(self._built, repeated, 0, self._sizes, forward_only=True)
+        return True
+
+    def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
+        """What attention proper takes in, [position, batch, head, channel]."""
+        for chunk in self._built.chunks:
+            model: Any = unwrapped(chunk)
+            layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+            for name, module in model.named_modules():
+                if name.endswith(ATTENTION):
+                    yield global_name(f"{name}.weight", layers, tied=False).removesuffix(".weight"), module, 0
+
+    def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
+        """Nothing: the reference has code of its own, so activations tell."""
+        return {}
+
+    def gradient_norm(self) -> float | None:
+        """Of the last step, before clipping; None without clipping, where Megatron does not compute it."""
+        return self._norm
 
     def step(self, step: int) -> float:
         """One iteration of the training loop, and of the schedule."""

@@ -1,7 +1,7 @@
 """A check of any torch module, of a Hugging Face model, of a DeepSpeed engine: whatever a script makes of a plan.
 
 The reference has the model's code in common with what is checked, so what is wrong in that code shows in neither. Hence
-bounds beside the comparison that hold for every model in μP: see `BOUNDS`.
+bounds beside the comparison that hold for every model in μP: see `bounds.py`.
 """
 
 import math
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from mup_megatron.check import batches, levels
-from mup_megatron.check.comparison import Compared, Finding, Kind, Slope, compare
+from mup_megatron.check.bounds import Known
+from mup_megatron.check.causes import Cause
 from mup_megatron.check.depth import Grouped, at_depth, narrowest, with_depth
 from mup_megatron.check.expense import Expense, Machine, about, of_run
 from mup_megatron.check.family import FLOOR, PILOT, PILOT_RATE, eps_from, rate_from, stressed, under_rule
 from mup_megatron.check.judge import Facts, Sides, judge
-from mup_megatron.check.measurements import Measured, Protocol, Quantity, Report, Run
+from mup_megatron.check.later import LATER, later_section, width_of
+from mup_megatron.check.measurements import Measured, Protocol, Report, Run
 from mup_megatron.check.measuring import measure
 from mup_megatron.check.module_reference import carry_out, optimizer_for
 from mup_megatron.check.module_trainee import LOGITS, Batch, EngineTrainee, Loss, ModuleTrainee, blocks
@@ -30,7 +32,6 @@ from mup_megatron.check.verdict import Level, Outcome, Section, Verdict
 from mup_megatron.check.workers import Job, done, one_thread, usable
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, param_groups, plan_for_module
-from mup_megatron.modules.attention import attention_modules
 from mup_megatron.recipe import HuggingFaceBase, Recipe
 from mup_megatron.theory import Plan, Rule
 from mup_megatron.training.ranks import on_first_rank
@@ -39,10 +40,6 @@ Factory = Callable[[int], nn.Module]
 """Width → the bare model, as its library draws it."""
 Schedule = Callable[[int, int], float]
 """(step, steps) → the learning rate's part of its peak."""
-
-BOUNDS = (-0.5, 0.25)
-"""Slopes over width of how far training moves what is computed inside of blocks. Neither may vanish nor grow in
-μP; a factor of √width that the rules do not know makes ½. The room is for what finite widths do by themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,27 +182,25 @@ def _checked(
     )
     if tell is not None:
         tell(family.prediction(models, level, seeds))
-    found: dict[Protocol, Measured] = {}
 
     def subject(protocol: Protocol) -> Measured:
-        seen = range(first_seed, first_seed + seeds)
-        found[protocol] = family.subject(protocol, prepare, seen)
-        return found[protocol]
+        return family.subject(protocol, prepare, range(first_seed, first_seed + seeds))
 
+    frozen = {name for name, p in models[chosen[0]].named_parameters() if not p.requires_grad}
     early = on_first_rank(lambda: family.stressed(levels.EARLY))
+    plans = {w: family.plan(w, early) for w in chosen}
     verdict = judge(
         Sides(subject=subject, reference=family.reference, control=family.control),
-        Facts(recipe=early, plans={w: family.plan(w, early) for w in chosen}, models=None),
+        Facts(recipe=early, plans=plans, known=lambda: family.known(models, plans)),
         level=level,
         fingerprint=recipe.fingerprint,
         extra=[lambda: family.transfer(prepare, first_seed)] if level is Level.FULL else [],
+        later=lambda rounding: family.later(prepare, first_seed, rounding | frozen),
         remarks=(*remarks, *_frozen(models[chosen[0]])),
     )
     if deep is not None:
         verdict = with_depth(verdict, family.at_depth(deep, prepare, first_seed))
-    hidden = Attentions(family.head_sizes, frozenset(name for name, _, _ in attention_modules(models[chosen[0]])))
-    verdict = within_bounds(blamed(verdict), list(found.values())[-1], blocks(models[chosen[0]]), hidden)
-    return replace(verdict, seconds=time.monotonic() - begun)
+    return replace(blamed(verdict), seconds=time.monotonic() - begun)
 
 
 def assert_mup(model_factory: Factory, recipe: Recipe, **options: Any) -> None:
@@ -390,6 +385,33 @@ class ModuleFamily:
         trainee.close()
         return section
 
+    def known(self, models: Mapping[int, nn.Module], plans: Mapping[int, Plan]) -> Known:
+        """For bounds, after the subject has run.
+
+        Args:
+            models: width → the bare model.
+            plans: width → its plan.
+        """
+        return Known(
+            plans=plans,
+            shares_code=True,
+            blocks=blocks(models[self.widths[0]]),
+            logits=LOGITS,
+            growth=lambda name: _growth(self.head_sizes, name),
+            own_tails=_tails(models[self.widths[-1]]),
+            differing=_differing(models),
+        )
+
+    def later(self, prepare: Prepare, seed: int, rounding: set[str]) -> tuple[Section, Cause | None]:
+        """What a run shows that goes on. Collective."""
+        recipe = on_first_rank(lambda: self.stressed(LATER))
+        plans = {width: self.plan(width, recipe) for width in self.widths}
+        width = width_of(plans)
+        trainee = self._started(prepare, recipe, plans[width], width, seed, LATER.steps)
+        run = measure(trainee, LATER, width=width, seed=seed)
+        trainee.close()
+        return later_section(run, plans[width], lambda step: self.schedule(step, LATER.steps), rounding)
+
     def transfer(self, prepare: Prepare, first_seed: int) -> Section:
         """The basins of the learning rate at three of the widths. Collective."""
         recipe = on_first_rank(lambda: self.stressed(levels.LATE))
@@ -507,90 +529,34 @@ def blamed(verdict: Verdict) -> Verdict:
     return replace(verdict, outcome=Outcome.FAIL, culprit=culprit, sections=(section, *verdict.sections[1:]))
 
 
-@dataclass(frozen=True, slots=True)
-class Attentions:
-    """What is known of a model's attentions."""
-
-    head_sizes: Mapping[int, Mapping[str, int]]
-    """Width → attention logits → the size of their heads."""
-    planned: frozenset[str]
-    """Modules whose scale a plan sets."""
-
-    def growth(self, name: str) -> float:
-        """Exponent of width with which the heads of some logits grow; 0 where a plan sees to their scale."""
-        sizes = {width: of_width[name] for width, of_width in self.head_sizes.items() if name in of_width}
-        if len(sizes) < 2 or name.partition(f".{LOGITS}")[0] in self.planned:
-            return 0.0
-        low, high = min(sizes), max(sizes)
-        return math.log(sizes[high] / sizes[low]) / math.log(high / low)
+def _growth(head_sizes: Mapping[int, Mapping[str, int]], name: str) -> float:
+    """Exponent of width with which the heads of some logits grow."""
+    sizes = {width: of_width[name] for width, of_width in head_sizes.items() if name in of_width}
+    if len(sizes) < 2:
+        return 0.0
+    low, high = min(sizes), max(sizes)
+    return math.log(sizes[high] / sizes[low]) / math.log(high / low)
 
 
-def within_bounds(verdict: Verdict, subject: Measured, block_names: Sequence[str], attentions: Attentions) -> Verdict:
-    """The verdict with one more section: what holds for every model in μP, whatever the reference does.
-
-    What blocks compute and attention logits move alike at all widths. Logits of heads that grow shrink before training:
-    a sum of d independent products, times 1/d. With 1/√d, which is in many a model's code, they do not, and grow as
-    soon as queries and keys are no longer independent.
-
-    Args:
-        verdict: so far.
-        subject: of its runs, the longest.
-        block_names: modules that are blocks.
-        attentions: their heads.
-    """
-    if subject.problems:
-        return verdict
-    own = compare(subject, subject)
-    last = max(key.step for key in own if key.quantity is Quantity.UPDATE)
-    lines, found = [], []
-    moving = [
-        c
-        for key, c in own.items()
-        if key.quantity is Quantity.UPDATE
-        and key.step == last
-        and (_inside(key.name, block_names) or LOGITS in key.name)
-    ]
-    if moving:
-        low, high = BOUNDS
-        found += [_finding(c, (low + high) / 2, (high - low) / 2) for c in moving if _outside(c.subject, low, high)]
-        lines.append(
-            f"how far {last} steps move {len(moving)} activations of blocks: slopes over width from {low:+g} to "
-            f"{high:+g} are allowed"
-        )
-    starting = [
-        (c, growth)
-        for key, c in own.items()
-        if key.quantity is Quantity.ACTIVATION and LOGITS in key.name and (growth := attentions.growth(key.name)) > 0
-    ]
-    for compared, growth in starting:
-        if _outside(compared.subject, -math.inf, -growth / 4):
-            found.append(_finding(compared, -growth / 2, 0.0))
-    if len(starting) and any(finding.key.quantity is Quantity.ACTIVATION for finding in found):
-        lines.append(
-            "Heads grow with width, and their logits do not shrink before training: 1/√(head size) is in the model's "
-            "code, where μP has 1/(head size). Give the attention a float `scaling` and an integer `head_dim`, which a "
-            "plan then sets, or let the number of heads grow instead of their size."
-        )
-    if not lines:
-        return verdict
-    outcome = Outcome.FAIL if found else Outcome.PASS
-    sections = (*verdict.sections, Section(name="bounds", outcome=outcome, lines=tuple(lines), findings=tuple(found)))
-    if not found or verdict.outcome is Outcome.FAIL:
-        return replace(verdict, sections=sections)
-    return replace(verdict, sections=sections, outcome=Outcome.FAIL, culprit=found[0].key.name)
+def _tails(model: nn.Module) -> dict[str, float]:
+    """Of the draws of a bare model: E x⁴ / (E x²)²."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        square = parameter.detach().double().square()
+        if (mean := square.mean().item()) > 0:
+            found[name] = square.square().mean().item() / mean**2
+    return found
 
 
-def _inside(name: str, block_names: Sequence[str]) -> bool:
-    """Whether a module is a block, or a part of one."""
-    return any(name == block or name.startswith(f"{block}.") for block in block_names)
-
-
-def _outside(slope: Slope, low: float, high: float) -> bool:
-    """Whether a slope certainly is: by twice its interval, as there are many of them."""
-    return slope.value - 2 * slope.half_width > high or slope.value + 2 * slope.half_width < low
-
-
-def _finding(compared: Compared, expected: float, around: float) -> Finding:
-    """A slope that is not what it has to be."""
-    off = replace(compared, reference=Slope(expected, around), slope=compared.subject.value - expected, off=Kind.SLOPE)
-    return Finding(off, Kind.SLOPE)
+def _differing(models: Mapping[int, nn.Module]) -> list[tuple[str, dict[int, float]]]:
+    """Buffers that have one shape at all widths, and other content: name, and width → mean magnitude."""
+    of_width = {width: dict(model.named_buffers()) for width, model in models.items()}
+    found = []
+    for name in set.intersection(*(set(buffers) for buffers in of_width.values())):
+        values = {width: buffers[name].detach() for width, buffers in of_width.items()}
+        first = next(iter(values.values()))
+        if any(value.shape != first.shape for value in values.values()) or not first.is_floating_point():
+            continue
+        if any(not torch.allclose(value, first, rtol=1e-4, atol=1e-7) for value in values.values()):
+            found.append((name, {width: value.double().abs().mean().item() for width, value in values.items()}))
+    return sorted(found)

@@ -81,6 +81,8 @@ class Mutant:
     """(scheduler, optimizer, plan, context): likewise."""
     when: Callable[[Context], bool] = lambda _: True
     """Whether it can be made with this architecture, and changes anything."""
+    trains_alike: bool = False
+    """Whether the first steps of a run may be what they are without it."""
 
     def tamper(self, plan: Plan, context: Context) -> Callable[[Any], None]:
         """What is done to a run after it was built, before its first step.
@@ -197,6 +199,90 @@ def _output(of: str, factor: Callable[[Plan, Context], float], *, last: bool = F
                 module.register_forward_hook(scaled)
 
     return change
+
+
+def _in_evaluation(of: str, factor: Callable[[Plan, Context], float]) -> ModelChange:
+    """Multiplies the output of the modules whose names end so, in evaluation mode alone."""
+
+    def change(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
+        from mup_megatron.megatron.names import unwrapped
+
+        scale = factor(plan, context)
+
+        def scaled(module: Any, _args: Any, output: Any) -> Any:
+            if module.training:
+                return output
+            return (output[0] * scale, *output[1:]) if isinstance(output, tuple) else output * scale
+
+        for chunk in chunks:
+            for name, module in unwrapped(chunk).named_modules():
+                if name.endswith(of):
+                    module.register_forward_hook(scaled)
+
+    return change
+
+
+def _drawn_alike(chunks: Sequence[Any], plan: Plan, _context: Context) -> None:
+    """Every layer starts as the first one that this rank holds."""
+    first: dict[str, Any] = {}
+    for entry, parameter in _live(chunks, plan):
+        if is_hidden(entry):
+            parameter.data.copy_(first.setdefault(family_of(entry.name), parameter).data)
+
+
+def _uniform(chunks: Sequence[Any], plan: Plan, _context: Context) -> None:
+    for entry, parameter in _live(chunks, plan):
+        if is_hidden(entry) and entry.init_std:
+            parameter.data.uniform_(-math.sqrt(3) * entry.init_std, math.sqrt(3) * entry.init_std)
+
+
+def _off_centre(chunks: Sequence[Any], plan: Plan, _context: Context) -> None:
+    for entry, parameter in _live(chunks, plan):
+        if is_residual(entry) and entry.init_std:
+            parameter.data.mul_(math.sqrt(1 - 0.3**2)).add_(0.3 * entry.init_std)
+
+
+def _gradients_times(factor: float) -> ModelChange:
+    def change(chunks: Sequence[Any], plan: Plan, _context: Context) -> None:
+        for _, parameter in _live(chunks, plan):
+            parameter.register_hook(lambda gradient: factor * gradient)
+
+    return change
+
+
+def _rotary_base(chunks: Sequence[Any], _plan: Plan, context: Context) -> None:
+    from mup_megatron.megatron.names import unwrapped
+
+    for chunk in chunks:
+        rotary: Any = getattr(unwrapped(chunk), "rotary_pos_emb", None)
+        if rotary is not None:
+            share = -math.log(rotary.inv_freq[1].item()) / math.log(context.target.rotary_base)
+            rotary.inv_freq = rotary.inv_freq * context.r ** -(share * _counted(len(rotary.inv_freq), rotary.inv_freq))
+            # What it computed before would be used again.
+            getattr(rotary.forward, "cache_clear", lambda: None)()
+
+
+def _counted(count: int, like: Any) -> Any:
+    import torch
+
+    return torch.arange(count, dtype=like.dtype, device=like.device)
+
+
+def _collapsing(scheduler: Any, optimizer: Any, _plan: Plan, context: Context) -> None:
+    """All groups get one learning rate after ten steps."""
+    from mup_megatron.megatron.optimizer import parts_of
+
+    step, taken = scheduler.step, [0]
+    lr = context.recipe.hyperparameters.lr
+
+    def stepped(increment: int) -> None:
+        step(increment=increment)
+        taken[0] += increment
+        if taken[0] >= 10:
+            for group in (group for part in parts_of(optimizer) for group in part.optimizer.param_groups):
+                group["lr"] *= lr / group["max_lr"]
+
+    scheduler.step = stepped
 
 
 def _groups(select: Select, change: Callable[[dict[str, Any], PlanEntry, Ratios, Context], None]) -> OptimizerChange:
@@ -324,6 +410,14 @@ def _untied(context: Context) -> bool:
 
 def _tied(context: Context) -> bool:
     return context.target.tied
+
+
+def _turns(context: Context) -> bool:
+    return context.target.position_embedding_type == "rope"
+
+
+def _several_layers(context: Context) -> bool:
+    return context.target.num_layers > 1
 
 
 def _head_grows(context: Context) -> bool:
@@ -461,6 +555,27 @@ _LIBRARY = (
         model=_output("mlp.linear_fc2", lambda p, _: 1 / math.sqrt(p.num_layers)),
         when=lambda c: c.target.num_layers > 1,
     ),
+    Mutant(
+        name="evaluation-readout-twice",
+        what="Under eval() the logits are multiplied by α_out/r twice.",
+        cause=("evaluation-differs",),
+        model=_in_evaluation("output_layer", lambda p, _: p.output_multiplier),
+        trains_alike=True,
+    ),
+    Mutant(
+        name="evaluation-branch",
+        what="Under eval() every MLP's output is divided by 2.",
+        cause=("evaluation-differs",),
+        model=_in_evaluation("mlp.linear_fc2", lambda _p, _c: 0.5),
+        trains_alike=True,
+    ),
+    Mutant(
+        name="rotary-base-by-width",
+        what="The rotary base is multiplied by r.",
+        cause=("positions",),
+        model=_rotary_base,
+        when=_turns,
+    ),
     # Several rules at once.
     Mutant(
         name="standard-parametrization",
@@ -567,6 +682,13 @@ _LIBRARY = (
         scheduler=_unscaled_start,
     ),
     Mutant(
+        name="rates-collapse-later",
+        what="After ten steps all groups have one learning rate, the base's.",
+        cause=("learning-rate-collapsed", "learning-rate-schedule", "later-steps"),
+        scheduler=_collapsing,
+        trains_alike=True,
+    ),
+    Mutant(
         name="floor-unscaled",
         what="All groups decay to the base's min_lr.",
         cause=("learning-rate-floor",),
@@ -622,6 +744,13 @@ _LIBRARY = (
         cause=("clipping",),
         optimizer=_clip(0.0),
         when=_clips,
+    ),
+    Mutant(
+        name="gradients-summed",
+        what="Gradients of four micro-batches are summed instead of averaged.",
+        cause=("gradients-scaled",),
+        model=_gradients_times(4.0),
+        trains_alike=True,
     ),
     # Weight decay.
     Mutant(
@@ -758,6 +887,33 @@ _LIBRARY = (
         cause=("bias-init",),
         model=_drawn_biases,
         when=_has_linear_biases,
+    ),
+    Mutant(
+        name="layers-drawn-alike",
+        what="All layers start from the same draw.",
+        cause=("draws-alike",),
+        model=_drawn_alike,
+        when=_several_layers,
+    ),
+    Mutant(
+        name="one-tensor-init",
+        what="The last layer's linear_fc1 starts with a std that is 10 % too large.",
+        cause=("one-layer-init", "tensor-init"),
+        model=lambda chunks, plan, context: _weights(
+            lambda e: _in_last_layer(plan, e) and e.name.endswith("linear_fc1.weight"), lambda _e, _r, _c: 1.1
+        )(chunks, plan, context),
+    ),
+    Mutant(
+        name="draw-uniform",
+        what="Hidden weights are drawn from a uniform distribution with the right std.",
+        cause=("draw-shape",),
+        model=_uniform,
+    ),
+    Mutant(
+        name="draw-off-centre",
+        what="What writes into the residual stream starts with a mean of 0.3 of its std.",
+        cause=("draw-mean",),
+        model=_off_centre,
     ),
 )
 

@@ -168,7 +168,7 @@ class _Picture:
 
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict
-        found = [finding for section in verdict.sections for finding in section.findings]
+        found = [f for section in verdict.sections for f in section.findings if f.key.quantity in ORDER]
         self.findings = sorted(found, key=lambda finding: ORDER.index(finding.key.quantity))
         self.compared: Mapping[Key, Compared] = {**verdict.comparison, **{f.key: f.compared for f in found}}
         """With those of long runs in which something was found."""

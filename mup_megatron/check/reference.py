@@ -5,13 +5,14 @@ schedule, another clipping. A tied plan, grouped queries, gates, norms of all ki
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mup_megatron.check import batches
+from mup_megatron.check.measurements import Quantity
 from mup_megatron.check.measuring import At
 from mup_megatron.check.module_reference import multiply, optimizer_for
 from mup_megatron.check.plain_gpt import PlainGPT, cross_entropy, draw_weights
@@ -56,10 +57,6 @@ class Reference:
         """As clipped."""
         return parameter.grad
 
-    def gradient_norm(self) -> float | None:
-        """Before clipping."""
-        return self._norm
-
     def replay(self) -> Replay | None:
         """Of the recipe's optimizer."""
         return replay_for(self._recipe)
@@ -67,6 +64,28 @@ class Reference:
     def forward(self) -> None:
         """On the batch for comparisons."""
         self._gpt(self._batch(batches.PROBE)[:, :-1])
+
+    def evaluate(self) -> bool:
+        """It has one way to compute."""
+        return False
+
+    def repeat(self, index: int) -> bool:
+        """On sequences of one token each."""
+        tokens = self._batch(batches.PROBE)[:, :-1]
+        self._gpt(tokens[:, index : index + 1].expand_as(tokens))
+        return True
+
+    def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
+        """What attention proper takes in."""
+        return [(name, module, -2) for name, module in self._gpt.named_modules() if name.endswith(ATTENTION)]
+
+    def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
+        """Nothing: its code is right."""
+        return {}
+
+    def gradient_norm(self) -> float | None:
+        """Of the last step, before clipping."""
+        return self._norm
 
     def step(self, step: int) -> float:
         """One step of training."""
@@ -139,6 +158,7 @@ _OUTPUTS = (
     "output_layer",
 )
 LOGITS = "scale_mask_softmax"
+ATTENTION = "core_attention"
 
 
 def looked_at(modules: Iterable[tuple[str, nn.Module]]) -> Iterable[tuple[str, nn.Module, At]]:

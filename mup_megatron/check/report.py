@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mup_megatron.check.comparison import Finding
+from mup_megatron.check.comparison import Compared, Finding, Kind
 from mup_megatron.check.measurements import Key, Measured, Quantity
 from mup_megatron.check.verdict import Outcome, Section, Verdict
 
@@ -196,10 +196,17 @@ def comparison_csv(verdict: Verdict) -> str:
                 *(c.subject.value, c.subject.half_width, c.reference.value, c.reference.half_width, c.factor),
                 None if control is None else control.subject.value,
                 off.get(key),
-                *(math.exp(c.deviations[width]) if width in c.deviations else None for width in verdict.widths),
+                *(_ratio(c, width) for width in verdict.widths),
             ]
         )
     return _csv([*titles.split(), *(f"ratio_{width}" for width in verdict.widths)], rows)
+
+
+def _ratio(compared: Compared, width: int) -> float | None:
+    """None where it was not measured, or is held against no reference."""
+    if width not in compared.deviations or compared.off is Kind.BOUND:
+        return None
+    return math.exp(compared.deviations[width])
 
 
 def section_csv(section: Section) -> str:

@@ -113,6 +113,6 @@ def with_summed_gradients(clip: float) -> tuple[str, str]:
     return str(found.outcome), found.causes[0].name
 
 
-@pytest.mark.parametrize(("clip", "cause"), [(1.0, "gradients-summed"), (0.0, "clipping")])
-def test_gradients_that_are_summed_and_not_averaged_are_seen(clip: float, cause: str) -> None:
-    assert run_ranks(with_summed_gradients, 1, clip)[0] == ("fail", cause)
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_gradients_that_are_summed_and_not_averaged_are_seen(clip: float) -> None:
+    assert run_ranks(with_summed_gradients, 1, clip)[0] == ("fail", "gradients-scaled")

@@ -14,6 +14,7 @@ they are asked only where nothing direct is off.
 from collections.abc import Mapping, Sequence
 
 from mup_megatron.check.causes.at_width import AtWidth
+from mup_megatron.check.causes.bounds import of_bounds
 from mup_megatron.check.causes.forward import forward_pass
 from mup_megatron.check.causes.hypothesis import Hypothesis
 from mup_megatron.check.causes.initial import initial_weights
@@ -29,7 +30,7 @@ from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 
-__all__ = ["TOLD", "Cause", "causes"]
+__all__ = ["TOLD", "Cause", "causes", "of_bounds"]
 
 SURE = 0.5
 """Below this no hypothesis fits, and what is off first is named before them."""

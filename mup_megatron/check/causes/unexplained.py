@@ -39,15 +39,18 @@ def indirect(comparison: Comparison, at: Mapping[int, AtWidth]) -> Cause:
         )
         return Cause("gradient", sentence, first.key.name, 1.0)
     gradients = [c for c in off if c.key.quantity is Quantity.GRADIENT]
+    norms = [c for c in off if c.key.quantity is Quantity.NORM]
+    unclipped = next(iter(at.values())).recipe.hyperparameters.clip_grad == 0
+    scaled = norms or (_alike(comparison, gradients) if unclipped and gradients else [])
+    if scaled and (not gradients or _alike(comparison, gradients)):
+        sentence = (
+            f"gradients before clipping are {scaled[0].factor:.2g} times what they should be: look for micro-batches "
+            "or ranks whose gradients are summed and not averaged, and for a factor on the loss. Clipping and Adam "
+            "hide it but for eps and the threshold."
+        )
+        return Cause("gradients-scaled", sentence, scaled[0].key.name, 1.0)
     if gradients:
         return _of_gradients(comparison, gradients)
-    norms = [c for c in off if c.key.quantity is Quantity.NORM]
-    if norms:
-        sentence = (
-            f"all gradients together are {norms[0].factor:.2g} times what they should be, and clipping hides it. Look "
-            "for micro-batches, tokens or ranks that are summed and not averaged."
-        )
-        return Cause("gradients-summed", sentence, norms[0].key.name, 1.0)
     first = min(off, key=lambda c: (c.key.step, -abs(c.level) - abs(c.slope)))
     name = first.key.name
     if first.key.quantity is Quantity.OVERLAP:
@@ -69,12 +72,19 @@ def _without_rate(comparison: Comparison, at: Mapping[int, AtWidth]) -> list[str
     return [e.name for e in plan.entries if e.name in known and e.name not in moving] if moving else []
 
 
-def _of_gradients(comparison: Comparison, off: Sequence[Compared]) -> Cause:
+def _alike(comparison: Comparison, off: Sequence[Compared]) -> list[Compared]:
+    """The gradients of the first step with one that is off, if nearly all are off by one factor."""
     step = min(c.key.step for c in off)
     then = [c for key, c in comparison.items() if key.quantity is Quantity.GRADIENT and key.step == step]
     usual = median(c.level for c in then)
     alike = [c for c in then if abs(c.level - usual) < 0.25 * abs(usual)]
-    if len(then) > 1 and len(alike) > 0.8 * len(then):
+    return alike if len(then) > 1 and len(alike) > 0.8 * len(then) else []
+
+
+def _of_gradients(comparison: Comparison, off: Sequence[Compared]) -> Cause:
+    step = min(c.key.step for c in off)
+    if alike := _alike(comparison, off):
+        usual = median(c.level for c in alike)
         sentence = (
             f"all gradients are {math.exp(usual):.2g} times what they should be, and what they are taken "
             "of is right. Compare clip_grad with the recipe's; else look for a loss that is averaged otherwise."

@@ -19,7 +19,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 from two_widths import Experiment, main
 
-from mup_megatron.huggingface import apply_plan, base_content, param_groups, plan_for
+from mup_megatron.huggingface import apply_plan, base_content, check_optimizer, param_groups, plan_for
 from mup_megatron.recipe import recipe
 
 SMALL, WIDE = 64, 256
@@ -55,7 +55,9 @@ def adamw_with_mup(model: BertForMaskedLM, lr: float) -> torch.optim.AdamW:
     )
     plan = plan_for(model, tuned)
     apply_plan(model, plan)  # initial weights, multipliers
-    return torch.optim.AdamW(param_groups(model.named_parameters(), plan))  # learning rates, eps, weight decay
+    optimizer = torch.optim.AdamW(param_groups(model.named_parameters(), plan))  # learning rates, eps, weight decay
+    check_optimizer(optimizer, plan, model)
+    return optimizer
 
 
 def text() -> torch.Tensor:

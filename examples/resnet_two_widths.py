@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import ResNetConfig, ResNetForImageClassification
 from two_widths import Experiment, main
 
-from mup_megatron.huggingface import apply_plan, base_content, param_groups, plan_for
+from mup_megatron.huggingface import apply_plan, base_content, check_optimizer, param_groups, plan_for
 from mup_megatron.recipe import recipe
 
 SMALL, WIDE = 16, 64
@@ -55,7 +55,9 @@ def adam_with_mup(model: ResNetForImageClassification, lr: float) -> torch.optim
     )
     plan = plan_for(model, tuned)
     apply_plan(model, plan)  # initial weights, multipliers
-    return torch.optim.Adam(param_groups(model.named_parameters(), plan))  # learning rates, eps
+    optimizer = torch.optim.Adam(param_groups(model.named_parameters(), plan))  # learning rates, eps
+    check_optimizer(optimizer, plan, model)
+    return optimizer
 
 
 @cache

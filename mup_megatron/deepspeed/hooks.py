@@ -94,6 +94,7 @@ def _init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     global _used
     bound = inspect.signature(wrapped).bind(*args, **kwargs)
     if not _has_entry(bound.arguments):
+        run.require_not_forgotten(bound.arguments)
         if _required and run.applied_by(bound.arguments["model"]) is not None:
             _used = True
         elif _required:

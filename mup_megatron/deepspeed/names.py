@@ -7,32 +7,14 @@ already: a stage calls its layers by their place in the whole model, and `tied_m
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
+from mup_megatron.modules import names as plain_names
 from mup_megatron.modules.groups import PADDING, Form, Group
 from mup_megatron.modules.groups import param_groups as groups_of
+from mup_megatron.modules.names import unwrapped
 from mup_megatron.theory import Plan
-
-
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside DeepSpeed's engine, torch's data parallelism or `torch.compile`."""
-    inner: Any = model
-    while True:
-        if type(inner).__name__ == "OptimizedModule" and hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        elif _is_wrapper(inner):
-            inner = inner.module
-        else:
-            assert isinstance(inner, torch.nn.Module)
-            return inner
-
-
-def _is_wrapper(model: Any) -> bool:
-    engine = sys.modules.get("deepspeed.runtime.engine")
-    wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    return isinstance(model, wrappers if engine is None else (*wrappers, engine.DeepSpeedEngine))
 
 
 def is_pipeline(model: torch.nn.Module) -> bool:
@@ -59,7 +41,7 @@ def prepared_plan(model: torch.nn.Module) -> Plan | None:
 def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """(the plan's name, parameter) of what this rank holds, each once. What only pads a group is left out."""
     inner = unwrapped(model)
-    own = inner.named_parameters()
+    own = plain_names.named_parameters(inner)
     if inner in _prepared:
         plan, named = _prepared[inner]
         own = named(inner, plan)

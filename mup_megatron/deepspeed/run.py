@@ -21,12 +21,13 @@ from mup_megatron.deepspeed.names import (
     named_parameters,
     param_groups,
     prepared_plan,
-    unwrapped,
 )
 from mup_megatron.deepspeed.ranks import say
 from mup_megatron.errors import InputError
 from mup_megatron.modules.apply import Initialize, applied_plan, apply_plan, require_applied, whole_shape
 from mup_megatron.modules.groups import Group, members
+from mup_megatron.modules.marker import marked
+from mup_megatron.modules.names import unwrapped
 from mup_megatron.modules.plan import plan_for_module
 from mup_megatron.origin import write_sidecar
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, Recipe, load_recipe
@@ -213,6 +214,18 @@ def require_no_training(arguments: Mapping[str, Any]) -> None:
         raise InputError(
             f'"{entries.KEY}": missing in the configuration, so this engine would train without μP. Write '
             f'"{entries.KEY}": {{"recipe": "…"}}, or start the script without mup_megatron.launch.'
+        )
+
+
+def require_not_forgotten(arguments: Mapping[str, Any]) -> None:
+    """Raises InputError if an engine without an entry is to train a model that was trained with a recipe before."""
+    model, content = arguments["model"], getattr(arguments.get("config_class"), "_param_dict", {})
+    if applied_by(model) is not None or not (arguments.get("optimizer") is not None or content.get("optimizer")):
+        return
+    if (fingerprint := marked(model)) is not None:
+        raise InputError(
+            f"the model was trained with the recipe {fingerprint[:12]}, and this engine would train it without its "
+            f'multipliers. Write "{entries.KEY}": {{"recipe": "…", "initialize": "keep"}} into the configuration.'
         )
 
 

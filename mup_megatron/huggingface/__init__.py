@@ -3,11 +3,16 @@
 plan = plan_for(model, load_recipe(path))
 apply_plan(model, plan)
 optimizer = torch.optim.AdamW(param_groups(model.named_parameters(), plan))
+check_optimizer(optimizer, plan, model)
 """
 
+from mup_megatron.huggingface import hooks
 from mup_megatron.huggingface.configs import base_content
 from mup_megatron.huggingface.plan import TESTED, plan_for
 from mup_megatron.modules.apply import Initialize, apply_plan
 from mup_megatron.modules.groups import Form, param_groups
+from mup_megatron.modules.optimizers import check_optimizer
 
-__all__ = ["TESTED", "Form", "Initialize", "apply_plan", "base_content", "param_groups", "plan_for"]
+__all__ = ["TESTED", "Form", "Initialize", "apply_plan", "base_content", "check_optimizer", "param_groups", "plan_for"]
+
+hooks.install()

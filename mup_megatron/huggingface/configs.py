@@ -17,11 +17,14 @@ from transformers.utils import logging as transformers_logging
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import HuggingFaceBase
 
-_COUNTS = re.compile("vocab|position|length|^max_|^num_|_num_")
-"""What a key has in its name that is a size and no width, where it is not listed below."""
+_COUNTS = re.compile("vocab|position|length|^max_|^num_|_num_|groups$")
+"""What a key has in its name that is a size and no width, where it is not listed below. With more groups of a
+convolution each reads less of its input, which is another architecture.
+"""
 
 HEADS = frozenset(
-    "num_attention_heads n_head num_heads num_key_value_heads encoder_attention_heads decoder_attention_heads".split()
+    "num_attention_heads n_head num_heads num_key_value_heads num_kv_heads encoder_attention_heads "
+    "decoder_attention_heads".split()
 )
 HEAD_SIZES = frozenset({"head_dim", "d_kv"})
 WIDTHS = frozenset(
@@ -40,7 +43,7 @@ FIXED = frozenset(
 
 _MAY_DIFFER = re.compile(
     r".*_token_id|.*dropout.*|.*pdrop|.*layerdrop|use_cache|_.*|architectures|transformers_version|dtype|torch_dtype"
-    r"|output_.*|return_dict.*|id2label|label2id|problem_type|chunk_size_feed_forward|gradient_checkpointing"
+    r"|output_attentions|output_hidden_states|output_router_logits|output_past|return_dict.*|id2label|label2id|problem_type|chunk_size_feed_forward|gradient_checkpointing"
     r"|initializer_range|init_std|rope_parameters|rope_theta|rope_scaling|sliding_window|use_sliding_window"
     r"|max_position_embeddings|n_positions|image_size|task_specific_params|relative_attention_max_distance|name_or_path"
 )
@@ -51,8 +54,20 @@ _DEFAULT_LABELS = 2
 
 
 def in_a_line(error: Exception) -> str:
-    """What an error says, within a sentence."""
-    return " ".join(str(error.__cause__ or error).split()).rstrip(".")
+    """What an error says, within a sentence: its beginning, where it says a lot."""
+    text = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+    return text if len(text) <= _LONG else f"{text[:_LONG]}…"
+
+
+_LONG = 120
+
+
+def _shown(value: Any) -> str:
+    """A value within a sentence: of a long list its length, of a configuration within a configuration nothing."""
+    text = str(value)
+    if len(text) <= 40:
+        return text
+    return f"a list of {len(value)}" if isinstance(value, list | tuple) else f"{text[:39]}…"
 
 
 _STDS = ("initializer_range", "init_std")
@@ -97,7 +112,7 @@ def config_from(
     except ValueError:
         raise InputError(
             f"{source}.model_type: {model_type!r} is no model type of the installed transformers. Correct it, or "
-            "install a release that has it."
+            "install a release that has it; code that comes with a checkpoint is not run."
         ) from None
     known = {*defaults.to_dict(), *defaults.attribute_map, "tie_word_embeddings", "is_decoder", "num_labels"}
     for key in own if strict else ():
@@ -135,17 +150,34 @@ def require_comparable(base: PretrainedConfig, target: PretrainedConfig) -> None
         if key in WIDTHS | HEADS | HEAD_SIZES | DEPTHS or _MAY_DIFFER.fullmatch(key):
             continue
         values = (base.to_dict().get(key), target.to_dict().get(key))
+        _require_one_model(key, *values, target)
         if key not in FIXED and _is_size(values[0]) and _is_size(values[1]) and not _COUNTS.search(key):
             continue  # a width of a family that is not listed here: `widened` compares it
         raise InputError(
-            f"{key} is {values[0]} in the recipe's base but {values[1]} in the target. Hyperparameters transfer "
-            "between widths of one architecture: give the base the target's."
+            f"{key} is {_shown(values[0])} in the recipe's base but {_shown(values[1])} in the target. Hyperparameters "
+            "transfer between widths of one architecture: give the base the target's."
         )
     if base.num_labels != target.num_labels:
         raise InputError(
             f"num_labels is {base.num_labels} in the recipe's base but {target.num_labels} in the target. Give the "
             "base the target's."
         )
+
+
+def _require_one_model(key: str, base: Any, target: Any, config: PretrainedConfig) -> None:
+    """Raises InputError where a key holds a configuration of its own: its widths are compared nowhere."""
+    if not (isinstance(base, Mapping) and isinstance(target, Mapping)):
+        return
+    inner = next((own for own in sorted(target) if base.get(own) != target[own]), "…")
+    hint = (
+        f"make base and target of {key} alone, which is a configuration of its own ({target['model_type']})"
+        if "model_type" in target and "text" in key
+        else "give the base the target's"
+    )
+    raise InputError(
+        f"{key}.{inner} differs between the recipe's base and the target. {config.model_type} has configurations "
+        f"within its configuration, and there widths are not transferred: {hint}."
+    )
 
 
 def _is_size(value: Any) -> bool:
@@ -162,10 +194,11 @@ def at_depth_of(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedC
     """The base with the target's depth, so that every layer of the target has its counterpart.
 
     A library's own scaling of initial weights with depth is then the target's. So are the ids of tokens, one of which
-    may be a row of zeros in the embedding.
+    may be a row of zeros in the embedding, and the positions, whose stretching may be a part of attention's scale.
     """
     own = target.to_dict()
-    return _changed(base, {key: own[key] for key in own if key in DEPTHS or key.endswith("_token_id")})
+    kept = {key for key in own if key in DEPTHS or key.endswith("_token_id") or key == "rope_parameters"}
+    return _changed(base, {key: own[key] for key in kept})
 
 
 def widened(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedConfig:
@@ -202,11 +235,6 @@ def reference_std(config: PretrainedConfig) -> float:
         if isinstance(std := getattr(config, key, None), float) and std > 0:
             return std
     return 0.02
-
-
-def readout_scale(config: PretrainedConfig) -> float:
-    """What a model multiplies its readout's input by, of itself: T5 with a tied readout has 1/√d_model."""
-    return float(config.hidden_size) ** -0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
 
 
 def base_content(config: PretrainedConfig) -> dict[str, Any]:

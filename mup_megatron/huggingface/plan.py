@@ -3,15 +3,19 @@
 import copy
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
+from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mup_megatron.errors import InputError
-from mup_megatron.huggingface import configs
+from mup_megatron.huggingface import configs, verification
+from mup_megatron.modules.apply import require_scalable, set_attention_scale
 from mup_megatron.modules.attention import attention_of
+from mup_megatron.modules.names import unwrapped
 from mup_megatron.modules.shapes import Built, Facts, base_parameters, model_shapes
 from mup_megatron.recipe import HuggingFaceBase, Recipe
 from mup_megatron.theory import Plan
@@ -19,16 +23,15 @@ from mup_megatron.theory import Plan
 TESTED = frozenset("gpt2 gpt_neox llama mistral qwen2 qwen3 bert vit resnet opt t5".split())
 """Model types whose every parameter, draw and attention scale the tests look at."""
 
-_HIDDEN_FACTORS = {"ctrl": "its embeddings", "udop": "its readout's input", "esm": "its queries"}
-
 _log = logging.getLogger(__name__)
 
 
-def plan_for(target: PreTrainedModel | PretrainedConfig, recipe: Recipe) -> Plan:
+def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan:
     """What every parameter of a Hugging Face model gets, by the names of `model.named_parameters()`.
 
     Args:
-        target: the model, of which only class and configuration are read, or a configuration with `architectures`.
+        target: the model, wrapped or not, of which only class and configuration are read; or a configuration with
+            `architectures`.
         recipe: its base is a configuration of the same model type.
 
     Raises:
@@ -40,6 +43,8 @@ def plan_for(target: PreTrainedModel | PretrainedConfig, recipe: Recipe) -> Plan
             "the recipe's base is not a Hugging Face configuration, and the target is. Give the recipe a base with a "
             "model_type; `mup-megatron recipe --base config.json` writes one."
         )
+    if isinstance(target, torch.nn.Module):
+        target = unwrapped(target)
     if not isinstance(target, PretrainedConfig | PreTrainedModel):
         raise InputError(
             f"a {type(target).__name__} is no model of Hugging Face's. Give that which it has inside, or the "
@@ -60,23 +65,41 @@ def plan_for(target: PreTrainedModel | PretrainedConfig, recipe: Recipe) -> Plan
     base_built = Built.of(_factory(model_class, small))
     _require_no_embedding_scale(base_built.module, built.module)
     _require_known_scale(at_base, config, built.module)
-    _require_no_hidden_factor(config)
     scale = recipe.hyperparameters.init_method_std / configs.reference_std(at_base)
     facts = Facts(
         num_layers=_num_layers(config),
         readout=_readout(built.module),
         base_attention=attention_of(base_built.module),
-        base_readout_scale=configs.readout_scale(small),
-        target_readout_scale=configs.readout_scale(config),
     )
     wider = Built.of(_factory(model_class, configs.widened(small, config)))
     parameters = base_parameters(base_built, wider, init_scale=scale)
-    return recipe.plan_for_shapes(*model_shapes(built, parameters, facts))
+    base_shape, shape = model_shapes(built, parameters, facts)
+    base_pass, stock_pass = verification.forward_of(base_built), verification.forward_of(built)
+    verification.require_no_hidden_factor(base_pass, stock_pass, built.module)
+    plan = recipe.plan_for_shapes(
+        replace(base_shape, stock_readout_scale=base_pass.readout_scale or 1.0),
+        replace(shape, stock_readout_scale=stock_pass.readout_scale or 1.0),
+    )
+    final_pass = stock_pass
+    if plan.changes_softmax_scale:
+        require_scalable(built.module, plan)
+        set_attention_scale(built.module, plan)
+        final_pass = verification.forward_of(built)
+    verification.require_right_softmax(
+        base_pass,
+        final_pass,
+        built.module,
+        alpha=recipe.hyperparameters.attention_multiplier,
+        standard=recipe.parametrization.rule == "standard",
+    )
+    return plan
 
 
 def _class_of(target: PreTrainedModel | PretrainedConfig, base: PretrainedConfig) -> type[PreTrainedModel]:
     if isinstance(target, PreTrainedModel):
-        return type(target)
+        # fully_shard puts a class of its own in the place of the model's.
+        own: type[Any] = next(kind for kind in type(target).__mro__ if not issubclass(kind, FSDPModule))
+        return own
     names = target.architectures or base.architectures
     if not names:
         raise InputError(
@@ -85,7 +108,10 @@ def _class_of(target: PreTrainedModel | PretrainedConfig, base: PretrainedConfig
         )
     found = getattr(transformers, names[0], None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel):
-        raise InputError(f"architectures: {names[0]} is no model class of the installed transformers. Correct it.")
+        raise InputError(
+            f"architectures: {names[0]} is no model class of the installed transformers. Write one that is; code that "
+            "comes with a checkpoint is not run."
+        )
     if found.config_class is not None and not isinstance(target, found.config_class):
         raise InputError(
             f"architectures: {names[0]} is no model of model_type {target.model_type}. Correct one of them."
@@ -99,7 +125,7 @@ def _factory(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Ca
         try:
             with configs.quiet():
                 model = constructor(copy.deepcopy(config))
-        except (ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AssertionError, AttributeError, KeyError, ImportError) as error:
             raise InputError(
                 f"{model_class.__name__} cannot be built from the configuration: {configs.in_a_line(error)}. "
                 "Correct it."
@@ -134,15 +160,6 @@ def _require_known_scale(base: PretrainedConfig, target: PretrainedConfig, model
         raise InputError(
             f"the size of heads is {one} in the recipe's base and {other} in the target, and the attention of "
             f"{type(model).__name__} has no scale that can be set. Let the number of heads grow, and keep their size."
-        )
-
-
-def _require_no_hidden_factor(config: PretrainedConfig) -> None:
-    """Raises InputError for models whose code multiplies by a power of the width where no attribute says so."""
-    if config.model_type in _HIDDEN_FACTORS:
-        raise InputError(
-            f"model type {config.model_type}: its code multiplies by a power of the width "
-            f"({_HIDDEN_FACTORS[config.model_type]}), which μP has no place for. Choose another model."
         )
 
 

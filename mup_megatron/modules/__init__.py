@@ -4,12 +4,14 @@
     plan            mup_megatron.modules.plan_for_module(large_model, recipe)
     live module     mup_megatron.modules.apply_plan(model, plan)
     optimizer       torch.optim.AdamW(mup_megatron.modules.param_groups(model.named_parameters(), plan))
+    its kind        mup_megatron.modules.check_optimizer(optimizer, plan, model)
 
 Hugging Face models have their own way to a plan (`huggingface/`), since their configurations say what grows.
 """
 
 from mup_megatron.modules.apply import Initialize, applied_plan, apply_plan
 from mup_megatron.modules.groups import Form, param_groups
+from mup_megatron.modules.optimizers import check_optimizer
 from mup_megatron.modules.plan import module_base, plan_for_module
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "Initialize",
     "applied_plan",
     "apply_plan",
+    "check_optimizer",
     "module_base",
     "param_groups",
     "plan_for_module",

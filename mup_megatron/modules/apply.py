@@ -8,7 +8,8 @@ for the moment.
 import contextlib
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -16,14 +17,37 @@ import torch
 
 from mup_megatron.errors import InputError
 from mup_megatron.modules.attention import attention_modules, scale_attribute
+from mup_megatron.modules.draws import Watch
 from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
+from mup_megatron.modules.marker import marked
+from mup_megatron.modules.names import named_buffers, named_modules, named_parameters, unwrapped
 from mup_megatron.modules.shapes import TABLES, linear_sides
 from mup_megatron.theory import Kind, Plan, PlanEntry
 
 _MARK = "_mup_applied"
-"""Attribute of a model, not of its tensors: the scale of each of its attentions, by name, as the plan has left it. It
-goes with copies and pickles, to which the plan is applied just as well.
+"""Attribute of a model, not of its tensors: `Applied`. It goes with copies and pickles, to which the plan is applied
+just as well.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What a plan has left in a model."""
+
+    fingerprint: str
+    """Of the recipe."""
+    scales: Mapping[str, float | None]
+    """Of each of its attentions, by name."""
+    softmax_scale: float | None
+    """None where attention keeps its own."""
+    multipliers: Mapping[str, float]
+    """What the forward pass multiplies weights by, where that is not 1; by the weight's name."""
+
+    @property
+    def changes_function(self) -> bool:
+        """Whether the model computes something else with these weights than it would without the plug-in."""
+        return self.softmax_scale is not None or bool(self.multipliers)
+
 
 _applied: "weakref.WeakKeyDictionary[torch.nn.Module, Plan]" = weakref.WeakKeyDictionary()
 
@@ -34,47 +58,74 @@ class Initialize(StrEnum):
     RESCALE = "rescale"
     """What the library drew is multiplied to the plan's std."""
     REDRAW = "redraw"
-    """Weights are drawn anew, for a module whose own initialisation did not take place (`deepspeed.zero.Init`)."""
+    """Weights are drawn anew, for a module whose own initialisation did not take place: `deepspeed.zero.Init`, or the
+    meta device and `to_empty`, whose buffers are set anew as well."""
     KEEP = "keep"
     """They are left alone: they are loaded, or about to be."""
 
 
 def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = Initialize.RESCALE) -> None:
-    """Makes a freshly built module what the plan says. Under ZeRO-3 every rank has to call it.
+    """Makes a freshly built module what the plan says. Under ZeRO-3 and FSDP2 every rank has to call it.
 
-    Call it once, on the module that the plan was made for, before the optimizer is built.
+    Call it once, on the module that the plan was made for, before the optimizer is built and before FSDP; or after
+    `fully_shard` and `to_empty` of a module from the meta device, with `initialize="redraw"`.
 
     Args:
-        model: not wrapped. Its parameters may be partitioned by `deepspeed.zero.Init`.
-        plan: with the names of `model.named_parameters()`.
-        initialize: what happens to the weights.
+        model: wrapped or not. Its parameters may be partitioned by `deepspeed.zero.Init`.
+        plan: with the names of `model.named_parameters()`, without wrappers.
+        initialize: what happens to the weights. "redraw" sets buffers too, by the `reset_parameters()` of the modules
+            that have them, or as a Hugging Face model does.
 
     Raises:
         InputError: the module cannot be made what the plan says; before anything is changed.
     """
+    if initialize not in list(Initialize):
+        raise InputError(f"initialize is {initialize!r}. Say one of {', '.join(Initialize)}.")
+    how = Initialize(initialize)
+    _require_order(model, how)
+    model = unwrapped(model)
+    _require_mark(model, plan, how)
     require_match(model, plan)
     if hasattr(model, _MARK) or any(map(_is_scaled, model.modules())):
         raise InputError(
             "a plan was applied to this model already, or to the one that it is a copy of. Build the model anew, or "
             "apply one plan only."
         )
-    _require_scalable(model, plan)
+    require_scalable(model, plan)
     _require_multipliable(model, plan)
-    if initialize is Initialize.RESCALE:
+    if how is Initialize.RESCALE:
         _require_drawn(model, plan)
+    if how is Initialize.REDRAW:
+        _reset_buffers(model)
     padding = {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            _initialize(parameter, plan[name], initialize, padding.get(id(parameter)))
-    _set_attention_scale(model, plan)
+        for name, parameter in named_parameters(model):
+            _initialize(parameter, plan[name], how, padding.get(id(parameter)))
+    set_attention_scale(model, plan)
     _hook_multipliers(model, plan)
     _applied[model] = plan
-    setattr(model, _MARK, {name: attention.scale for name, _, attention in attention_modules(model)})
+    applied = Applied(
+        fingerprint=plan.fingerprint,
+        scales={name: attention.scale for name, _, attention in attention_modules(model)},
+        softmax_scale=plan.softmax_scale if plan.changes_softmax_scale else None,
+        multipliers={
+            entry.name: factor
+            for module, _, entry in _owners(model, plan)
+            if (factor := _multiplier(module, entry, plan)) != 1.0
+        },
+    )
+    setattr(model, _MARK, applied)
 
 
 def applied_plan(model: torch.nn.Module) -> Plan | None:
     """The plan that was applied to a module, if any was."""
-    return _applied.get(model)
+    return _applied.get(unwrapped(model))
+
+
+def applied_to(model: torch.nn.Module) -> Applied | None:
+    """What a plan has left in a module, or in the one that it is a copy of."""
+    found: Applied | None = getattr(unwrapped(model), _MARK, None)
+    return found
 
 
 def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
@@ -84,19 +135,19 @@ def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
 
 def require_match(model: torch.nn.Module, plan: Plan) -> None:
     """Raises InputError unless module and plan have the same parameters and shapes."""
-    held = {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
-    problems = [f"{name}: the model has this parameter, the plan has not." for name in held if name not in plan.by_name]
+    held = {name: whole_shape(parameter) for name, parameter in named_parameters(model)}
+    problems = [f"{name}: the model has this parameter, the plan has not" for name in held if name not in plan.by_name]
     problems += [
-        f"{e.name}: the plan has this parameter, the model has not." for e in plan.entries if e.name not in held
+        f"{e.name}: the plan has this parameter, the model has not" for e in plan.entries if e.name not in held
     ]
     problems += [
-        f"{entry.name}: the model's shape is {held[entry.name]}, the plan's {entry.shape}."
+        f"{entry.name}: the model's shape is {held[entry.name]}, the plan's {entry.shape}"
         for entry in plan.entries
         if entry.name in held and held[entry.name] != entry.shape
     ]
     if problems:
-        more = f" And {len(problems) - 5} more like this." if len(problems) > 5 else ""
-        raise InputError("\n".join(problems[:5]) + more + " Make the plan from the model that is trained.")
+        more = f"; and {len(problems) - 1} more like this" if len(problems) > 1 else ""
+        raise InputError(f"{problems[0]}{more}. Make the plan from the model that is trained.")
 
 
 # ---- initial weights -----------------------------------------------------------------------------------------------
@@ -115,7 +166,7 @@ def _require_drawn(model: torch.nn.Module, plan: Plan) -> None:
     since.
     """
     wrong = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         entry = plan[name]
         if _factor(entry) == 1.0:
             continue
@@ -145,13 +196,107 @@ def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, how: Initialize
             parameter.mul_(_factor(entry))
     elif how is Initialize.REDRAW:
         with whole(parameter):
-            if entry.init_std is None:
-                assert entry.init_value is not None
-                parameter.fill_(entry.init_value)
-            else:
-                parameter.normal_(0.0, entry.init_std)
-                if padding is not None:
-                    parameter[padding].zero_()
+            if not is_sharded(parameter):
+                _draw(parameter, entry, padding)
+                return
+            # The whole tensor on each rank: what torch draws into shards is the same in each where there is no GPU.
+            from torch.distributed.tensor import DTensor, distribute_tensor
+
+            part = parameter.data
+            assert isinstance(part, DTensor)
+            drawn = torch.empty(entry.shape, dtype=part.dtype, device=part.to_local().device)
+            _draw(drawn, entry, padding)
+            part.copy_(distribute_tensor(drawn, part.device_mesh, part.placements))
+
+
+def _draw(tensor: torch.Tensor, entry: PlanEntry, padding: int | None) -> None:
+    if entry.init_std is None:
+        assert entry.init_value is not None
+        tensor.fill_(entry.init_value)
+        return
+    tensor.normal_(0.0, entry.init_std)
+    if padding is not None:
+        tensor[padding].zero_()
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a rank's part of a tensor, of FSDP2 or of tensor parallelism."""
+    return type(tensor.data).__name__ == "DTensor"
+
+
+def _require_mark(model: torch.nn.Module, plan: Plan, how: Initialize) -> None:
+    """Raises InputError for weights that were trained with another recipe, or that are not to be touched."""
+    fingerprint = marked(model)
+    if fingerprint is None:
+        return
+    if how is not Initialize.KEEP:
+        raise InputError(
+            f"the configuration says that the weights were trained with the recipe {fingerprint[:12]}. If they were "
+            'loaded, say initialize="keep"; if they are drawn anew, take "mup_megatron" out of the configuration.'
+        )
+    if fingerprint != plan.fingerprint:
+        raise InputError(
+            f"the weights were trained with the recipe {fingerprint[:12]}, and the plan is of {plan.fingerprint[:12]}: "
+            "they would be another function. Apply the plan of the recipe that they were trained with."
+        )
+
+
+def _require_order(model: torch.nn.Module, how: Initialize) -> None:
+    """Raises InputError for a model that was sharded or emptied too early."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise InputError(
+                f"{name or type(model).__name__}: wrapped in FullyShardedDataParallel before the plan was applied, so "
+                "its weights are in pieces. Call apply_plan first and wrap the model then."
+            )
+    for name, parameter in named_parameters(model):
+        if parameter.is_meta and how is not Initialize.KEEP:
+            raise InputError(
+                f"{name} is on the meta device, where there is nothing to draw. Call to_empty(device=…) first, after "
+                'fully_shard if that is used, and then apply_plan(model, plan, initialize="redraw").'
+            )
+        if is_sharded(parameter) and how is Initialize.RESCALE:
+            raise InputError(
+                f"{name}: fully_shard was called before apply_plan. Call apply_plan first and fully_shard then; or for "
+                'a model from the meta device: fully_shard, to_empty, apply_plan(model, plan, initialize="redraw").'
+            )
+
+
+def _reset_buffers(model: torch.nn.Module) -> None:
+    """Sets the buffers of a model whose own initialisation did not take place, as each of its modules does it.
+
+    Raises:
+        InputError: one that nothing sets, or a constant that was left on the meta device; names it.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return  # deepspeed.zero.Init leaves buffers alone
+    with Watch() as watch, torch.no_grad():
+        _reset(model, getattr(model, "_init_weights", None))
+    missing = [name for name, buffer in named_buffers(model) if buffer.numel() and not watch.knows(buffer)]
+    missing += [
+        f"{name}.{attribute}".lstrip(".")
+        for name, module in named_modules(model)
+        for attribute, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and value.is_meta
+    ]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise InputError(
+            f"{', '.join(missing[:3])}{more}: no weight, and nothing sets it again after to_empty. Give its module a "
+            "reset_parameters() that does, or build the model on a real device."
+        )
+
+
+def _reset(module: torch.nn.Module, initialise: Callable[[torch.nn.Module], object] | None) -> None:
+    """Calls what sets the buffers of each module: its own `reset_parameters`, or the Hugging Face model's."""
+    for child in module.children():
+        _reset(child, getattr(child, "_init_weights", None) or initialise)
+    if not any(True for _ in module.buffers(recurse=False)):
+        return
+    if initialise is not None:
+        initialise(module)
+    elif callable(reset := getattr(module, "reset_parameters", None)):
+        reset()
 
 
 @contextlib.contextmanager
@@ -172,7 +317,8 @@ def whole(parameter: torch.nn.Parameter, *, change: bool = True) -> Iterator[Non
 # ---- attention -----------------------------------------------------------------------------------------------------
 
 
-def _require_scalable(model: torch.nn.Module, plan: Plan) -> None:
+def require_scalable(model: torch.nn.Module, plan: Plan) -> None:
+    """Raises InputError unless every attention can be told its scale, where the plan changes it."""
     if not plan.changes_softmax_scale:
         return
     found = list(attention_modules(model))
@@ -190,7 +336,8 @@ def _require_scalable(model: torch.nn.Module, plan: Plan) -> None:
             )
 
 
-def _set_attention_scale(model: torch.nn.Module, plan: Plan) -> None:
+def set_attention_scale(model: torch.nn.Module, plan: Plan) -> None:
+    """Tells the attentions of a model the plan's scale."""
     if not plan.changes_softmax_scale:
         return
     stock = stock_softmax_scale(plan)
@@ -250,7 +397,7 @@ def require_applied(model: torch.nn.Module, plan: Plan) -> None:
                 f"{entry.name}: its multiplier {factor:g} is gone: the layer was replaced after the plan was applied. "
                 "Change the model first, and apply the plan then."
             )
-    scales: dict[str, float | None] = getattr(model, _MARK)
+    scales = getattr(model, _MARK).scales
     wrong = [name for name, _, found in attention_modules(model) if scales.get(name) != found.scale]
     if wrong:
         raise InputError(
@@ -282,7 +429,7 @@ def _is_layer(module: torch.nn.Module, attribute: str) -> bool:
 
 def _owners(model: torch.nn.Module, plan: Plan) -> Iterator[tuple[torch.nn.Module, str, PlanEntry]]:
     """(module, attribute, entry) of each weight in each module that uses it: a tied table's twice."""
-    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    name_of = {id(parameter): name for name, parameter in named_parameters(model)}
     for module in model.modules():
         for attribute, parameter in module.named_parameters(recurse=False):
             entry = plan[name_of[id(parameter)]]

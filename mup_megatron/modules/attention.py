@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from mup_megatron.errors import InputError
+from mup_megatron.modules.names import named_modules
 
-_HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
+_HEAD_SIZES = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _SCALES = ("scaling", "scale", "softmax_scale")
 
 
@@ -28,7 +29,7 @@ class Attention:
 
 def attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, Attention]]:
     """(name, module, what it says) of each attention in a model."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if "Attention" not in type(module).__name__:
             continue
         head_size = next((size for key in _HEAD_SIZES if isinstance(size := getattr(module, key, None), int)), None)

@@ -52,19 +52,19 @@ _FAR = 4.0
 _UNKNOWN = Draw()
 
 
-def build_on_meta(build: Callable[[], ModuleT]) -> tuple[ModuleT, Mapping[str, Draw]]:
-    """What `build` returns, with all its tensors on the meta device, and each parameter's initial draw by name.
+def build_on_meta(build: Callable[[], ModuleT]) -> tuple[ModuleT, "Watch"]:
+    """What `build` returns, with all its tensors on the meta device, and what was written into them.
 
     Args:
         build: makes the module and initialises its weights. What it raises is not caught.
     """
-    recorder = _Recorder()
+    recorder = Watch()
     with recorder, _watched_trunc_normal(recorder), torch.device("meta"), _WatchedCalls(recorder), torch.no_grad():
         module = build()
-    return module, {name: recorder.draw_of(parameter) for name, parameter in module.named_parameters()}
+    return module, recorder
 
 
-class _Recorder(TorchDispatchMode):
+class Watch(TorchDispatchMode):
     """Follows what is written into whole tensors, by their storage: a Parameter shares that of what it was made of."""
 
     def __init__(self) -> None:
@@ -88,6 +88,14 @@ class _Recorder(TorchDispatchMode):
         if storage._cdata not in self._draws:
             self._storages.append(storage)
         self._draws[storage._cdata] = draw
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether anything was written into a tensor."""
+        return tensor.untyped_storage()._cdata in self._draws
+
+    def note_number(self, tensor: torch.Tensor, value: float) -> None:
+        """Remembers that a tensor was made of a number."""
+        self.note(tensor, Draw(value=value))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -135,6 +143,10 @@ class _Recorder(TorchDispatchMode):
             case "add" | "sub" if not kwargs:
                 term = _number(args[1])
                 self.note(result, _UNKNOWN if term is None else source.plus(term if "add" in name else -term))
+            case "sqrt" | "rsqrt" | "reciprocal" | "pow" if source.value is not None and not kwargs:
+                power = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}.get(name, _number((*args[1:], None)[0]))
+                known = None if power is None or source.value <= 0.0 else source.value**power
+                self.note(result, _UNKNOWN if known is None else Draw(value=known))
             case "copy":
                 self.note(result, self.draw_of(args[1]))
             case "clone" | "_to_copy":
@@ -166,7 +178,7 @@ class _WatchedCalls(TorchFunctionMode):
     tensor would still count as drawn the way it was before. And a number that becomes a tensor.
     """
 
-    def __init__(self, recorder: _Recorder) -> None:
+    def __init__(self, recorder: Watch) -> None:
         super().__init__()
         self._recorder = recorder
 
@@ -178,7 +190,7 @@ class _WatchedCalls(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         # By its name: who pretends that there is a GPU puts functions of their own in the place of torch's.
         if getattr(func, "__name__", "") == "tensor" and args and (value := _number(args[0])) is not None:
-            self._recorder.note(result, Draw(value=value))
+            self._recorder.note_number(result, value)
         return result
 
 
@@ -203,7 +215,7 @@ class _watched_trunc_normal:  # noqa: N801
     well.
     """
 
-    def __init__(self, recorder: _Recorder) -> None:
+    def __init__(self, recorder: Watch) -> None:
         self._recorder = recorder
         self._original: Callable[..., torch.Tensor] = torch.nn.init._no_grad_trunc_normal_
 

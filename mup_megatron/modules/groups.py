@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mup_megatron.errors import InputError
+from mup_megatron.modules.names import planned_name
 from mup_megatron.theory import Plan, PlanEntry
 
 Group = dict[str, Any]
@@ -81,7 +82,7 @@ def param_groups(
     """Groups in the plan's order: `name`, `params`, and the keys of `form`. Frozen parameters are left out.
 
     Args:
-        named_parameters: what this rank holds, by the plan's names.
+        named_parameters: what this rank holds, by the plan's names, or by those that wrappers make of them.
         plan: for the whole model.
         form: absolute values or ratios.
         pad_on: give a group of which this rank holds nothing one element of its own, registered on this module.
@@ -93,12 +94,17 @@ def param_groups(
     """
     group_of = {name: group for group, names in members(plan).items() for name in names}
     held: dict[str, list[torch.nn.Parameter]] = {group: [] for group in members(plan)}
+    seen: set[str] = set()
     for name, parameter in named_parameters:
         if name.rpartition(".")[2].startswith(PADDING) or not parameter.requires_grad:
             continue
-        if name not in group_of:
+        planned = planned_name(name, group_of)
+        if planned is None:
             raise InputError(f"{name}: the plan has no such parameter. Make the plan from the model that is trained.")
-        held[group_of[name]].append(parameter)
+        if planned in seen:
+            raise InputError(f"{name}: {planned} of the plan is there already. Hand over the parameters of one model.")
+        seen.add(planned)
+        held[group_of[planned]].append(parameter)
     if pad_on is not None:
         for index, parameters in enumerate(held.values()):
             if not parameters:

@@ -8,32 +8,40 @@ device.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from mup_megatron.errors import InputError
 from mup_megatron.modules.attention import Attention, attention_of
-from mup_megatron.modules.draws import Draw, build_on_meta
+from mup_megatron.modules.draws import Draw, Watch, build_on_meta
+from mup_megatron.modules.names import named_modules, named_parameters
 from mup_megatron.recipe import ModuleParameter
 from mup_megatron.theory import Dimension, Kind, ModelShape, Parameter, family_of
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Built:
-    """A module on the meta device, with the initial draw of each of its parameters by name."""
+    """A module on the meta device, and with which values and draws its tensors start."""
 
     module: torch.nn.Module
-    draws: Mapping[str, Draw]
+    watch: Watch
+    """What was written into its tensors."""
 
     @classmethod
     def of(cls, factory: Callable[[], torch.nn.Module]) -> "Built":
         """What a factory builds, allocating nothing."""
         return cls(*build_on_meta(factory))
 
+    @cached_property
+    def draws(self) -> Mapping[str, Draw]:
+        """Each parameter's initial draw by name."""
+        return {name: self.watch.draw_of(parameter) for name, parameter in named_parameters(self.module)}
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Each parameter's shape by name."""
-        return {name: tuple(parameter.shape) for name, parameter in self.module.named_parameters()}
+        return {name: tuple(parameter.shape) for name, parameter in named_parameters(self.module)}
 
 
 def base_parameters(base: Built, *wider: Built, init_scale: float = 1.0) -> dict[str, ModuleParameter]:
@@ -69,7 +77,8 @@ def _require_understood(built: Built) -> None:
     if unknown:
         raise InputError(
             f"{_listed(unknown)}: how it is drawn is not understood, so its std is unknown. Initialise it with "
-            "torch.nn.init's normal_, uniform_, trunc_normal_, kaiming_* or xavier_* around 0, or with a constant."
+            "torch.nn.init's normal_, uniform_, trunc_normal_, kaiming_* or xavier_* around 0, or with a constant; a "
+            "library's model that does otherwise is not supported."
         )
 
 
@@ -87,8 +96,13 @@ def _require_alike(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more
+    """The first ones, and how many there are beside them: more would hide what is to be done."""
+    shown = next(n for n in range(len(names), 0, -1) if n == 1 or len(", ".join(names[:n])) <= _LINE)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+_LINE = 90
 
 
 # ---- base and target → the shapes that the rules compare -----------------------------------------------------------
@@ -103,8 +117,6 @@ class Facts:
     """The weight of the model's own readout; None to find it: the last weight outside of layers with a fixed output."""
     base_attention: Attention | None = None
     """Of the base. None: of the target's head size."""
-    base_readout_scale: float = 1.0
-    target_readout_scale: float = 1.0
 
 
 def model_shapes(target: Built, base: Mapping[str, ModuleParameter], facts: Facts) -> tuple[ModelShape, ModelShape]:
@@ -134,7 +146,7 @@ def model_shapes(target: Built, base: Mapping[str, ModuleParameter], facts: Fact
     readout = named or next((p.name for p, _ in reversed(pairs) if p.kind is Kind.HEAD), None)
     of_base = facts.base_attention or attention
 
-    def shape(parameters: tuple[Parameter, ...], own: Attention | None, readout_scale: float) -> ModelShape:
+    def shape(parameters: tuple[Parameter, ...], own: Attention | None) -> ModelShape:
         width = next(
             (p.fan_out if p.kind is Kind.EMBEDDING else p.fan_in for p in parameters if p.name == readout), None
         )
@@ -145,12 +157,11 @@ def model_shapes(target: Built, base: Mapping[str, ModuleParameter], facts: Fact
             num_layers=facts.num_layers,
             readout=readout,
             stock_softmax_scale=None if own is None else own.scale,
-            stock_readout_scale=readout_scale,
         )
 
     return (
-        shape(tuple(of_base for of_base, _ in pairs), of_base, facts.base_readout_scale),
-        shape(tuple(of_target for _, of_target in pairs), attention, facts.target_readout_scale),
+        shape(tuple(of_base for of_base, _ in pairs), of_base),
+        shape(tuple(of_target for _, of_target in pairs), attention),
     )
 
 
@@ -160,16 +171,16 @@ def _own_name(model: torch.nn.Module, name: str) -> str:
     Raises:
         InputError: the model has no such parameter.
     """
-    found = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    found = dict(named_parameters(model, shared=True)).get(name)
     if found is None:
         raise InputError(f"readout {name}: the model has no such parameter. Give one of model.named_parameters().")
-    return next(own for own, parameter in model.named_parameters() if parameter is found)
+    return next(own for own, parameter in named_parameters(model) if parameter is found)
 
 
 def _tied_readout(model: torch.nn.Module) -> str | None:
     """The table that a linear layer uses as its weight, if there is one."""
     linear = {id(m.weight) for m in model.modules() if linear_sides(m, "weight") is not None}
-    return next((n for n, p in model.named_parameters() if id(p) in linear and id(p) in _embeddings(model)), None)
+    return next((n for n, p in named_parameters(model) if id(p) in linear and id(p) in _embeddings(model)), None)
 
 
 def _by_family(base: Mapping[str, ModuleParameter]) -> dict[str, list[ModuleParameter]]:
@@ -231,16 +242,17 @@ def _parameters(
     target: Built, at_base: Mapping[str, ModuleParameter], readout: str | None
 ) -> list[tuple[Parameter, Parameter]]:
     """(at the base, at the target) of each parameter, under the target's name."""
+    modules = dict(named_modules(target.module))
     module_of = {
         id(parameter): (module, prefix, attribute)
-        for prefix, module in target.module.named_modules()
+        for prefix, module in modules.items()
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
     } | _embeddings(target.module)
     found, unclear = [], []
-    for name, live in target.module.named_parameters():
+    for name, live in named_parameters(target.module):
         module, prefix, attribute = module_of[id(live)]
         base, draw = at_base[name], target.draws[name]
-        layer = any(isinstance(target.module.get_submodule(part), torch.nn.ModuleList) for part in _ancestors(prefix))
+        layer = any(isinstance(modules.get(part), torch.nn.ModuleList) for part in _ancestors(prefix))
         seen = _Seen(name, module, attribute, base.grows, layer and name != readout, draw)
         parameters = _classified(seen, base.shape), _classified(seen, tuple(live.shape))
         if parameters[0] is None or parameters[1] is None:
@@ -248,18 +260,23 @@ def _parameters(
             continue
         drawn = replace(parameters[1], init_value=draw.value, init_std=draw.std)
         found.append((replace(parameters[0], init_value=base.init_value, init_std=base.init_std), drawn))
+    experts = [name for name in unclear if ".experts." in name]
+    if experts:
+        raise InputError(
+            f"{_listed(experts)}: experts in one tensor, or their router, for which there is no rule here. Choose a "
+            "model of the family without a mixture of experts."
+        )
     if unclear:
         raise InputError(
-            f"{_listed(unclear)}: which side is fan_in cannot be known from the layer that it belongs to. Linear "
-            "layers, convolutions, embeddings, norms, biases, and parameters of one's own whose names say that they "
-            "are embeddings, tokens or positions are supported; experts in one tensor are not."
+            f"{_listed(unclear)}: which side is fan_in cannot be known from the layer. Supported are linear layers, "
+            "convolutions, embeddings, norms, biases, and own parameters with embed, token or pos in the name."
         )
     return found
 
 
 def _embeddings(model: torch.nn.Module) -> dict[int, tuple[torch.nn.Module, str, str]]:
     """Tables, by the identity of their weight: one that is the readout as well counts as an embedding."""
-    return {id(m.weight): (m, name, "weight") for name, m in model.named_modules() if isinstance(m, TABLES)}
+    return {id(m.weight): (m, name, "weight") for name, m in named_modules(model) if isinstance(m, TABLES)}
 
 
 def _ancestors(name: str) -> list[str]:

@@ -128,3 +128,30 @@ def test_a_missing_method_of_another_release_matters_to_an_entry_alone(tmp_path:
     assert built
     assert "DeepSpeedPlugin.deepspeed_config_process" in said
     assert "accelerate" in said
+
+
+# ---- a model that was trained with a recipe, saved and loaded ------------------------------------------------------
+
+
+def _forgotten() -> list[str]:
+    import deepspeed
+
+    import mup_megatron.deepspeed  # noqa: F401
+
+    model = build("gpt2")
+    model.config.mup_megatron = {"fingerprint": "1234567890abcdef", "softmax_scale": None, "multipliers": {}}
+    said, config = [], ds_config(optimizer={"type": "AdamW", "params": {"torch_adam": True}})
+    try:
+        deepspeed.initialize(model=model, config=config)
+    except InputError as error:
+        said.append(str(error))
+    del config["optimizer"]
+    deepspeed.initialize(model=model, config=config)  # it does not train
+    return said
+
+
+def test_a_saved_model_is_not_trained_without_its_recipe() -> None:
+    (message,) = run_ranks(_forgotten, 1)[0]
+    assert "trained with the recipe 1234567890ab" in message
+    assert '"initialize": "keep"' in message
+    assert len(message) <= 300

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from mup_megatron.errors import InputError
-from mup_megatron.huggingface import apply_plan, plan_for
+from mup_megatron.huggingface import apply_plan, configs, plan_for
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.modules import module_base, plan_for_module
 from mup_megatron.recipe import Recipe, recipe
@@ -158,6 +158,41 @@ def test_experts() -> None:
     assert re.match(r"model\.layers\.0\.\S+", message)
 
 
+def test_a_configuration_within_a_configuration_is_named_and_not_shown() -> None:
+    def llava(width: int) -> PretrainedConfig:
+        own = {"text_config": {"model_type": "llama", "hidden_size": width, "num_attention_heads": width // 16}}
+        return transformers.LlavaConfig(**own, architectures=["LlavaForConditionalGeneration"])
+
+    message = _refused(
+        lambda: plan_for(llava(64), recipe_at(llava(32))), "text_config.hidden_size", "text_config alone"
+    )
+    assert len(message) <= 300
+
+
+def test_a_long_list_is_not_shown() -> None:
+    def qwen(kinds: list[str]) -> PretrainedConfig:
+        return transformers.DeepseekV4Config(mlp_layer_types=kinds, num_hidden_layers=len(kinds))
+
+    message = _refused(
+        lambda: configs.require_comparable(qwen(["hash_moe"] * 12), qwen(["hash_moe"] * 11 + ["moe"])),
+        "mlp_layer_types is a list of 12",
+    )
+    assert len(message) <= 300
+
+
+def test_more_groups_of_a_convolution_are_another_architecture() -> None:
+    def squeeze(width: int, groups: int) -> PretrainedConfig:
+        return transformers.SqueezeBertConfig(
+            hidden_size=width, embedding_size=width, num_attention_heads=width // 16, intermediate_size=2 * width,
+            num_hidden_layers=1, vocab_size=64, output_groups=groups, architectures=["SqueezeBertForMaskedLM"],
+        )  # fmt: skip
+
+    _refused(lambda: plan_for(squeeze(128, 8), recipe_at(squeeze(64, 4))), "output_groups is 4", "8 in the target")
+    found = plan_for(squeeze(128, 4), recipe_at(squeeze(64, 4)))
+    entry = found["transformer.encoder.layers.0.output.conv1d.weight"]
+    assert (entry.fan_in, entry.fan_out, entry.width_ratio) == (64, 128, 2.0)
+
+
 @pytest.mark.parametrize("kind", ["GemmaConfig", "Gemma2Config"])
 def test_embeddings_that_grow_with_width(kind: str) -> None:
     def gemma(width: int) -> PretrainedConfig:
@@ -268,6 +303,4 @@ def test_attentions_of_which_only_some_can_be_told_are_refused() -> None:
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
         scale_embedding=False, architectures=["BigBirdPegasusForConditionalGeneration"],
     )  # fmt: skip
-    model = transformers.BigBirdPegasusForConditionalGeneration(own)
-    plan = plan_for(model, recipe_at(own, hyperparameters={"attention_multiplier": 2.0}))
-    _refused(lambda: apply_plan(model, plan), "has no scale to set")
+    _refused(lambda: plan_for(own, recipe_at(own, hyperparameters={"attention_multiplier": 2.0})), "no scale to set")

@@ -4,7 +4,7 @@ Every initialiser of `torch.nn.init` is either understood or called unknown; non
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from mup_megatron.errors import InputError
 from mup_megatron.modules import module_base
 from mup_megatron.modules.draws import Draw, build_on_meta, truncated_std
+from mup_megatron.modules.shapes import Built
 
 ROWS, COLUMNS = 300, 400
 Init = Callable[[torch.Tensor], object]
@@ -28,7 +29,11 @@ class Table(nn.Module):
 
 
 def recorded(init: Init, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> Draw:
-    return build_on_meta(lambda: Table(init, shape))[1]["weight"]
+    return draws_of(lambda: Table(init, shape))["weight"]
+
+
+def draws_of(make: Callable[[], nn.Module]) -> Mapping[str, Draw]:
+    return Built.of(make).draws
 
 
 def drawn(init: Init, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> torch.Tensor:
@@ -164,7 +169,7 @@ def test_what_a_parameter_is_made_of_counts() -> None:
             nn.init.normal_(self.kept, std=0.3)
             self.wide = nn.Parameter(torch.randn(6).to(torch.float64) / 4)
 
-    draws = build_on_meta(Made)[1]
+    draws = draws_of(Made)
     assert draws == {
         "drawn": Draw(std=0.02),
         "zeros": Draw(value=0.0),
@@ -179,7 +184,7 @@ def test_a_copied_layer_has_the_draw_of_its_original() -> None:
     def layer() -> nn.TransformerEncoderLayer:
         return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
 
-    draws = build_on_meta(lambda: nn.TransformerEncoder(layer(), 3))[1]
+    draws = draws_of(lambda: nn.TransformerEncoder(layer(), 3))
     live = nn.TransformerEncoder(layer(), 3)
     for name, parameter in live.named_parameters():
         constant = parameter.unique().numel() == 1
@@ -200,7 +205,7 @@ def test_torch_layers_as_they_come() -> None:
     for name, make in factory.items():
         torch.manual_seed(1)
         live = make()
-        for key, draw in build_on_meta(make)[1].items():
+        for key, draw in draws_of(make).items():
             parameter = live.get_parameter(key).detach()
             if draw.std is None:
                 assert parameter.unique().tolist() == [draw.value], (name, key)
@@ -211,9 +216,9 @@ def test_torch_layers_as_they_come() -> None:
 
 def test_nothing_is_allocated_and_torch_is_left_as_it_was() -> None:
     before = nn.init._no_grad_trunc_normal_
-    module, draws = build_on_meta(lambda: nn.Linear(10**6, 10**6))
+    module, watch = build_on_meta(lambda: nn.Linear(10**6, 10**6))
     assert module.weight.is_meta
-    assert draws["weight"].std == pytest.approx(1e-3 / 3**0.5)
+    assert watch.draw_of(module.weight).std == pytest.approx(1e-3 / 3**0.5)
     assert nn.init._no_grad_trunc_normal_ is before
 
     def fails() -> nn.Module:

@@ -1,0 +1,76 @@
+"""Where the plug-in stands in transformers: when a model is saved, and when the Trainer has made its optimizer."""
+
+import logging
+from types import ModuleType
+from typing import Any
+
+import wrapt
+from transformers import PreTrainedModel
+
+from mup_megatron.errors import InputError
+from mup_megatron.modules.apply import applied_plan, applied_to
+from mup_megatron.modules.marker import KEY, marked, marker
+from mup_megatron.modules.names import unwrapped
+from mup_megatron.modules.optimizers import check_optimizer
+
+_log = logging.getLogger(__name__)
+_installed = False
+
+
+def install() -> None:
+    """Takes the places; the second time it does nothing."""
+    global _installed
+    if _installed:
+        return
+    _wrap(_save_pretrained, "save_pretrained", PreTrainedModel)
+    wrapt.register_post_import_hook(_wrap_trainer, "transformers.trainer")
+    _installed = True
+
+
+def _wrap(wrapper: Any, name: str, owner: Any) -> None:
+    setattr(owner, name, wrapt.FunctionWrapper(getattr(owner, name), wrapper))
+
+
+def _wrap_trainer(module: ModuleType) -> None:
+    _wrap(_create_optimizer, "create_optimizer", module.Trainer)
+
+
+def _save_pretrained(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    applied = applied_to(instance)
+    if applied is None:
+        return wrapped(*args, **kwargs)
+    config = instance.config
+    before = getattr(config, KEY, None)
+    setattr(config, KEY, marker(applied.fingerprint, applied.softmax_scale, applied.multipliers))
+    try:
+        result = wrapped(*args, **kwargs)
+    finally:
+        if before is None:
+            delattr(config, KEY)
+        else:
+            setattr(config, KEY, before)
+    if applied.changes_function:
+        _log.warning(
+            "This model has multipliers or a scale of attention that are not in the saved weights: loaded without "
+            'mup_megatron it is another function. Call apply_plan(model, plan, initialize="keep") after loading it; '
+            '"%s" in its config.json says which recipe.',
+            KEY,
+        )
+    return result
+
+
+def _create_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    result = wrapped(*args, **kwargs)
+    given = args[0] if args else kwargs.get("model")  # the wrapped one, where it is made after wrapping
+    model = unwrapped(instance.model if given is None else given)
+    plan = applied_plan(model)
+    if plan is not None:
+        if not getattr(instance, "is_deepspeed_enabled", False):  # there the engine's guard looks
+            check_optimizer(instance.optimizer, plan, model)
+    elif (fingerprint := marked(model)) is not None:
+        raise InputError(
+            f"the model was trained with the recipe {fingerprint[:12]}, and no plan was applied to it since it was "
+            'loaded, so it is another function. Call apply_plan(model, plan, initialize="keep") before the Trainer is '
+            "made."
+        )
+    return result

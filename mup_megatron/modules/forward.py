@@ -1,0 +1,316 @@
+"""What a module's forward pass computes with numbers: the scale of its attentions' logits, and every other factor.
+
+The pass runs on the meta device, and each operation is watched. So what is found is what is in use, whichever
+attribute, buffer or formula it comes from. Nothing is allocated.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mup_megatron.modules.draws import Watch
+
+
+@dataclass(frozen=True, slots=True)
+class Softmax:
+    """One softmax over products of queries and keys."""
+
+    where: str
+    """Name of the module in whose code it is."""
+    head_size: int
+    scale: float | None
+    """What it multiplies the products by; None where that is no number that is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A number that an activation is multiplied by, or that is added to it."""
+
+    where: str
+    operation: str
+    number: float | None
+    """None for one that the meta device does not hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What one pass did, in its order."""
+
+    softmaxes: tuple[Softmax, ...]
+    factors: tuple[Factor, ...]
+    """Without those that are part of a softmax's scale or of the readout's."""
+    readout_scale: float | None
+    """What the input of the readout is multiplied by; None without a readout, or where that is not known."""
+    called: frozenset[str]
+    """Names of the modules that took part."""
+
+
+def watched_forward(
+    model: torch.nn.Module, run: Callable[[], object], watch: Watch, readout: torch.Tensor | None = None
+) -> Forward:
+    """Runs a pass of a model that is on the meta device, and tells what it did.
+
+    Args:
+        model: as `draws.build_on_meta` made it.
+        run: calls it. What it raises is not caught.
+        watch: of its construction, which knows the values of its constants.
+        readout: the weight that computes its output.
+    """
+    tracker = _Tracker(model, watch, readout)
+    hooks = [hook for name, module in model.named_modules() for hook in tracker.hooks(name, module)]
+    try:
+        with watch, tracker, _Calls(watch), torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tracker.found()
+
+
+@dataclass(frozen=True, slots=True)
+class _Track:
+    """What is known of a tensor."""
+
+    active: bool = False
+    """It comes from a weight, and so is neither a mask nor a table of positions."""
+    weight: bool = False
+    """It is one, or a view of one."""
+    factor: float | None = 1.0
+    """By which it was multiplied since a weight or a product made it."""
+    parts: frozenset[int] = frozenset()
+    """The places, in the order of the pass, of the numbers in `factor`."""
+    contracted: int | None = None
+    """Of a product of two activations: the size of the side that it sums over."""
+
+    def times(self, factor: float | None, part: int | None = None) -> "_Track":
+        product = None if self.factor is None or factor is None else self.factor * factor
+        return replace(self, factor=product, parts=self.parts if part is None else self.parts | {part})
+
+
+_PASSIVE = _Track()
+_MADE = _Track(active=True)
+
+_SAME = frozenset(
+    "view _unsafe_view reshape _reshape_alias transpose t permute expand unsqueeze squeeze slice select clone "
+    "contiguous _to_copy detach alias repeat split split_with_sizes unbind narrow neg flip roll index gather "
+    "constant_pad_nd as_strided tril triu index_select unfold diagonal lift_fresh masked_fill tanh "
+    "native_dropout clamp clamp_min clamp_max view_as_real view_as_complex _conj unsafe_split "
+    "unsafe_split_with_sizes movedim swapaxes slice_scatter pad".split()
+)
+"""What leaves a factor as it is: tanh too, as a soft cap around a small value does."""
+_PRODUCTS = frozenset({"mm", "bmm", "addmm", "baddbmm"})
+_SOFTMAXES = frozenset({"_softmax", "_safe_softmax", "_log_softmax"})
+_NUMBERED = frozenset("mul div add sub rsub pow".split())
+
+
+class _Tracker(TorchDispatchMode):
+    def __init__(self, model: torch.nn.Module, watch: Watch, readout: torch.Tensor | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watch = watch
+        self._tracks: dict[int, _Track] = {}
+        self._sharing: dict[int, list[int]] = {}
+        # Kept alive, so that no tensor takes another's place.
+        self._held: list[torch.Tensor] = []
+        self._stack: list[str] = []
+        self._called: set[str] = set()
+        self._softmaxes: list[Softmax] = []
+        self._factors: list[Factor] = []
+        self._explained: set[int] = set()
+        self._readout_storage = None if readout is None else readout.untyped_storage()._cdata
+        self._readout_scale: float | None = None
+        for parameter in model.parameters():
+            self._set(parameter, _Track(active=True, weight=True))
+
+    def hooks(self, name: str, module: torch.nn.Module) -> Iterator[Any]:
+        def entered(*_: object) -> None:
+            self._stack.append(name)
+            self._called.add(name)
+
+        def left(*_: object) -> None:
+            self._stack.pop()
+
+        yield module.register_forward_pre_hook(entered)
+        yield module.register_forward_hook(left)
+
+    def found(self) -> Forward:
+        factors = (factor for index, factor in enumerate(self._factors) if index not in self._explained)
+        return Forward(tuple(self._softmaxes), tuple(factors), self._readout_scale, frozenset(self._called))
+
+    # ---- what is known of tensors
+
+    def _of(self, tensor: Any) -> _Track:
+        return self._tracks.get(id(tensor), _PASSIVE)
+
+    def _set(self, tensor: torch.Tensor, track: _Track) -> None:
+        if id(tensor) not in self._tracks:
+            self._held.append(tensor)
+            self._sharing.setdefault(tensor.untyped_storage()._cdata, []).append(id(tensor))
+        self._tracks[id(tensor)] = track
+
+    def _wrote(self, tensor: torch.Tensor, track: _Track) -> None:
+        """What was written into a view is in the whole as well."""
+        self._set(tensor, track)
+        for other in self._sharing[tensor.untyped_storage()._cdata]:
+            self._tracks[other] = track
+
+    def _number(self, value: Any) -> tuple[bool, float | None]:
+        """(whether it is a number, which one)."""
+        if isinstance(value, bool):
+            return False, None
+        if isinstance(value, int | float):
+            return True, float(value)
+        if isinstance(value, torch.Tensor) and value.dim() == 0 and not self._of(value).active:
+            known = self._watch.draw_of(value).value if value.device.type == "meta" else float(value)
+            return True, known
+        return False, None
+
+    # ---- operations
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name == "_local_scalar_dense" and args[0].dtype is torch.bool and args[0].device.type == "meta":
+            return True  # code asks whether all of a mask is ones, or a batch is one sequence
+        result = func(*args, **kwargs)
+        plain = name if name.startswith("_") else name.removesuffix("_")
+        in_place = name.endswith("_") and not name.startswith("__")
+        track = self._follow(plain, args, kwargs)
+        outputs = result if isinstance(result, list | tuple) else (result,)
+        for output in outputs:
+            if isinstance(output, torch.Tensor):
+                if in_place and track.active:
+                    self._wrote(output, track)
+                elif not in_place:
+                    self._set(output, track)
+        return result
+
+    def _follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Track:
+        tensors = list(_tensors(args))
+        tracks = [self._of(tensor) for tensor in tensors]
+        active = [track for track in tracks if track.active]
+        if name == "copy":
+            return self._of(args[1])
+        if not active:
+            return _PASSIVE
+        if name in _PRODUCTS:
+            return self._product(name, args, kwargs)
+        if name in _SOFTMAXES:
+            return self._softmax(self._of(args[0]))
+        if name in _NUMBERED:
+            return self._numbered(name, args, kwargs)
+        if name in ("where", "cat", "stack", "maximum", "minimum"):
+            logits = next((track for track in active if track.contracted is not None), None)
+            return logits or _merged(active)
+        if name in _SAME:
+            return self._of(args[0]) if isinstance(args[0], torch.Tensor) else _merged(active)
+        return _MADE
+
+    def _product(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Track:
+        one, other = args[-2:] if name in ("mm", "bmm") else args[1:3]
+        a, b = self._of(one), self._of(other)
+        for weight, read in ((one, b), (other, a)):
+            if self._of(weight).weight and weight.untyped_storage()._cdata == self._readout_storage:
+                self._readout_scale = read.factor
+                if read.factor is not None:
+                    self._explained |= read.parts
+        if not (a.active and b.active) or a.weight or b.weight:
+            return _MADE
+        alpha = kwargs.get("alpha", 1)
+        product = a.times(b.factor).times(float(alpha))
+        return replace(product, parts=a.parts | b.parts, contracted=int(one.shape[-1]))
+
+    def _softmax(self, logits: _Track) -> _Track:
+        if logits.contracted is not None:
+            self._softmaxes.append(Softmax(self._where, logits.contracted, logits.factor))
+            self._explained |= logits.parts
+        return _MADE
+
+    def _numbered(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Track:
+        tracks = [self._of(args[0]), self._of(args[1])]
+        for own, value in ((tracks[0], args[1]), (tracks[1], args[0])):
+            is_number, number = self._number(value)
+            if is_number:
+                if not (isinstance(args[0], torch.Tensor) and args[0].is_floating_point()) and not own.active:
+                    return own
+                self._factors.append(Factor(self._where, name, number))
+                part = len(self._factors) - 1
+                if name == "mul":
+                    return own.times(number, part)
+                if name == "div" and value is args[1]:
+                    return own.times(1.0 / number if number else None, part)
+                return own if name in ("add", "sub") else _MADE
+        if name in ("add", "sub", "rsub"):
+            logits = [track for track in tracks if track.contracted is not None]
+            if len(logits) == 2 and logits[0].factor != logits[1].factor:
+                return replace(logits[0], factor=None, parts=logits[0].parts | logits[1].parts)
+            if logits:
+                return replace(logits[0], parts=frozenset().union(*(track.parts for track in logits)))
+            return _merged([track for track in tracks if track.active])
+        if name == "mul":
+            if all(track.active for track in tracks):
+                return replace(tracks[0].times(tracks[1].factor), parts=tracks[0].parts | tracks[1].parts, weight=False)
+            return tracks[0] if tracks[0].active else tracks[1]
+        return tracks[0] if name == "div" and tracks[0].active and not tracks[1].active else _MADE
+
+    @property
+    def _where(self) -> str:
+        return self._stack[-1] if self._stack else ""
+
+
+def _merged(tracks: list[_Track]) -> _Track:
+    """What a sum or a concatenation is: as its parts, where they agree."""
+    first = tracks[0]
+    if all(track.factor == first.factor and track.contracted == first.contracted for track in tracks):
+        return replace(first, weight=False, parts=frozenset().union(*(track.parts for track in tracks)))
+    return _MADE
+
+
+def _tensors(args: Any) -> Iterator[torch.Tensor]:
+    for argument in args:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from _tensors(argument)
+
+
+class _Calls(TorchFunctionMode):
+    """Spells out torch's fused attention; and notes the value of a number that becomes a tensor."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _spelled_out(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "tensor" and args and isinstance(args[0], int | float):
+            self._watch.note_number(result, float(args[0]))
+        return result
+
+
+def _spelled_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.size(-3) // x.size(-3), -3) for x in (key, value))
+    logits = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(query.size(-1)) if scale is None else scale)
+    if attn_mask is not None and attn_mask.is_floating_point():
+        logits = logits + attn_mask
+    return torch.softmax(logits, dim=-1) @ value

@@ -1,0 +1,96 @@
+"""Names of parameters and modules without what wrappers put into them.
+
+`torch.compile`, data parallelism, FSDP, activation checkpointing and DeepSpeed's engine stand around a module, or
+around a part of it, and each adds a word to the names of what is inside. A plan has the names without. Wrappers are
+known by what they are, so that a module of one's own may be called `module`.
+"""
+
+import itertools
+import sys
+from collections.abc import Container, Iterator
+from typing import Any
+
+import torch
+
+_INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What `torch.compile`, FSDP and activation checkpointing call the module that they hold."""
+_MODULE = "module"
+"""So data parallelism and engines call it; and anybody may."""
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside all of its wrappers."""
+    while (attribute := _inner(model)) is not None:
+        model = getattr(model, attribute)
+    return model
+
+
+def named_parameters(model: torch.nn.Module, *, shared: bool = False) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """As a module's own, without wrappers' words; with `shared`, a shared parameter comes under each of its names."""
+    inside = _insides(model)
+    for name, parameter in model.named_parameters(remove_duplicate=not shared):
+        yield _plain(name, inside), parameter
+
+
+def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """As a module's own, without wrappers' words."""
+    inside = _insides(model)
+    for name, buffer in model.named_buffers():
+        yield _plain(name, inside), buffer
+
+
+def named_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """As a module's own, without wrappers and their words."""
+    inside = _insides(model)
+    for name, module in model.named_modules():
+        if _inner(module) is None:
+            yield _plain(name, inside), module
+
+
+def planned_name(name: str, planned: Container[str]) -> str | None:
+    """The planned one that a live name stands for, where the module itself is not at hand.
+
+    None where it stands for none of them, or might for several.
+    """
+    if name in planned:
+        return name
+    words = [word for word in name.split(".") if word not in _INNER]
+    places = [index for index, word in enumerate(words) if word == _MODULE]
+    found = set()
+    for count in range(len(places) + 1):
+        for dropped in itertools.combinations(places, count):
+            candidate = ".".join(word for index, word in enumerate(words) if index not in dropped)
+            if candidate in planned:
+                found.add(candidate)
+    return found.pop() if len(found) == 1 else None
+
+
+def _inner(module: Any) -> str | None:
+    """The name under which a wrapper holds what is inside; None for any other module."""
+    held = module._modules
+    found = next((name for name in _INNER if name in held), None)
+    if found is None and _MODULE in held and isinstance(module, _holders()):
+        return _MODULE
+    return found
+
+
+def _holders() -> tuple[type, ...]:
+    engine = sys.modules.get("deepspeed.runtime.engine")
+    own = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel)
+    return own if engine is None else (*own, engine.DeepSpeedEngine)
+
+
+def _insides(model: torch.nn.Module) -> frozenset[str]:
+    """The full names of what wrappers hold."""
+    return frozenset(
+        f"{name}.{inner}" if name else inner
+        for name, module in model.named_modules(remove_duplicate=False)
+        if (inner := _inner(module)) is not None
+    )
+
+
+def _plain(name: str, insides: frozenset[str]) -> str:
+    if not insides:
+        return name
+    words = name.split(".")
+    return ".".join(word for index, word in enumerate(words) if ".".join(words[: index + 1]) not in insides)

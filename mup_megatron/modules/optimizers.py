@@ -1,0 +1,225 @@
+"""Whether an optimizer does what a plan's values are for. It is seen from what its step does, not from its name."""
+
+import collections
+import inspect
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from mup_megatron.errors import InputError
+from mup_megatron.modules.groups import PADDING, Group, GroupValues, members, values
+from mup_megatron.modules.names import named_parameters
+from mup_megatron.theory import Plan
+from mup_megatron.theory.rules import Optimizer
+
+_log = logging.getLogger(__name__)
+
+_FITTING = {
+    Optimizer.ADAM: "torch.optim.AdamW, FusedAdam or DeepSpeedCPUAdam with adam_w_mode, or bitsandbytes' AdamW",
+    Optimizer.SGD: "torch.optim.SGD, with or without momentum",
+}
+_KERNELS = {
+    Optimizer.ADAM: ("FusedAdam", "DeepSpeedCPUAdam", "ZenFlowCPUAdam", "ZenFlowSelectiveAdamW"),
+    Optimizer.SGD: ("FusedSGD",),
+}
+"""Classes whose step is a kernel for a device of its own, by the optimizer that they are."""
+_CLOSE = 1e-6
+
+
+def check_optimizer(optimizer: Any, plan: Plan, model: torch.nn.Module | None = None) -> None:
+    """Raises InputError unless an optimizer is one that the plan's values are for, and has them.
+
+    Its step is tried on a small tensor of its own, so that any AdamW is accepted; those of which kernels and wrappers
+    are known go by their names.
+
+    Args:
+        optimizer: made of `param_groups(…)`; in Accelerate's, DeepSpeed's or ZeroRedundancyOptimizer's wrapper or not.
+        plan: that of the model.
+        model: the model, which tells frozen parameters from forgotten ones. Without it none may be frozen.
+
+    Raises:
+        InputError: another kind of optimizer, a group with other values than the plan's, or parameters that are
+            missing or there twice; names them.
+    """
+    inner = _unwrapped(optimizer)
+    groups: list[Group] = optimizer.param_groups
+    _require_rule(inner, groups, plan)
+    _require_one_of_each(groups)
+    _require_values(groups, plan, model)
+    if not type(optimizer).__module__.startswith("deepspeed"):  # those hold flat buffers
+        _require_all(groups, plan, model)
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside of Accelerate's, DeepSpeed's or ZeroRedundancyOptimizer's."""
+    while True:
+        held = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
+        if held is None:
+            return optimizer
+        optimizer = held
+
+
+# ---- the rule ------------------------------------------------------------------------------------------------------
+
+
+def _require_rule(optimizer: Any, groups: list[Group], plan: Plan) -> None:
+    cause = _wrong(optimizer, groups, plan.optimizer)
+    if cause is not None:
+        raise InputError(
+            f"{type(optimizer).__name__}: {cause}, and the plan is for {plan.optimizer}: its values would have wrong "
+            f"effects. Use {_FITTING[plan.optimizer]}."
+        )
+
+
+def _wrong(optimizer: Any, groups: list[Group], wanted: Optimizer) -> str | None:
+    """Why an optimizer is not the wanted one; None where it is, or where that cannot be seen."""
+    kind = type(optimizer)
+    names = {name for own in kind.__mro__ for name in (own.__name__,)}
+    if names & set(_KERNELS[wanted]):
+        decays = any(group.get("weight_decay") for group in groups)
+        if getattr(optimizer, "adam_w_mode", True) in (False, 0) and decays:
+            return "without adam_w_mode it puts weight decay into the gradient"
+        return None
+    if any(names & set(others) for others in _KERNELS.values()):
+        return "it is another optimizer"
+    if kind.__module__.startswith("bitsandbytes"):
+        fits = kind.__name__.removeprefix("Paged").startswith("Adam" if wanted is Optimizer.ADAM else "SGD")
+        return None if fits else "it is another optimizer"
+    group = _probed_group(groups)
+    try:
+        moved = _moved(_clone(optimizer, group))
+    except Exception as error:  # an optimizer of somebody's may raise anything
+        if kind.__module__.startswith(("torch.optim", "transformers")):
+            return f"its step cannot use the plan's groups ({type(error).__name__})"
+        _log.warning(
+            "%s: its step does not run on a small tensor on the CPU (%s), so whether it is %s was not checked.",
+            kind.__name__,
+            type(error).__name__,
+            wanted,
+        )
+        return None
+    if _alike(moved, _reference(torch.optim.AdamW if wanted is Optimizer.ADAM else torch.optim.SGD, group)):
+        return None
+    if wanted is Optimizer.ADAM and _alike(moved, _reference(torch.optim.Adam, group)):
+        return "it puts weight decay into the gradient"
+    return "its step is not AdamW's" if wanted is Optimizer.ADAM else "its step is not SGD's"
+
+
+def _probed_group(groups: list[Group]) -> Group:
+    """A group like the first one, with values under which rules differ visibly."""
+    group = {key: value for key, value in groups[0].items() if key != "params"}
+    group["lr"] = 0.01
+    if "weight_decay" in group:
+        group["weight_decay"] = 0.1 if any(own.get("weight_decay") for own in groups) else 0.0
+    if isinstance(group.get("eps"), float):
+        group["eps"] = 1e-2
+    return group | {key: False for key in ("fused", "foreach", "capturable", "differentiable") if key in group}
+
+
+def _clone(optimizer: Any, group: Group) -> Any:
+    """An optimizer of the same class and settings that has no state, no hooks, and one small parameter."""
+    clone = object.__new__(type(optimizer))
+    clone.__dict__.update(vars(optimizer))
+    clone.__dict__.pop("step", None)  # a scheduler's
+    clone.state = collections.defaultdict(dict)
+    clone._optimizer_step_pre_hooks = collections.OrderedDict()
+    clone._optimizer_step_post_hooks = collections.OrderedDict()
+    clone.param_groups = [group | {"params": [_tried()]}]
+    return clone
+
+
+def _reference(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> torch.Tensor:
+    """Where the steps of one of torch's optimizers lead, with what it knows of a group's settings."""
+    parameter = _tried()
+    known = inspect.signature(kind).parameters
+    return _moved(kind([parameter], **{key: group[key] for key in _SETTINGS if key in group and key in known}))
+
+
+_SETTINGS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "momentum", "dampening", "nesterov")
+
+
+def _tried() -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.tensor([[0.5, -1.0, 2.0], [1.5, -0.25, 0.75]]))
+
+
+def _moved(optimizer: Any) -> torch.Tensor:
+    """Where some steps of an optimizer lead that has one parameter."""
+    (parameter,) = optimizer.param_groups[0]["params"]
+    slope = torch.tensor([[0.02, -0.3, 0.01], [-0.05, 0.4, 0.1]])
+    for size in (1.0, 1.5, 2.5):
+        parameter.grad = slope * size
+        optimizer.step()
+    moved: torch.Tensor = parameter.detach()
+    return moved
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+# ---- groups --------------------------------------------------------------------------------------------------------
+
+
+def _require_one_of_each(groups: list[Group]) -> None:
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    if len(set(held)) < len(held):
+        raise InputError(
+            "the optimizer has a parameter twice, which would be stepped twice. Hand over param_groups(…) once."
+        )
+    if len({tuple(group["betas"]) for group in groups if "betas" in group}) > 1:
+        raise InputError("betas differ between the optimizer's groups. Give all of them the recipe's.")
+
+
+def _require_values(groups: list[Group], plan: Plan, model: torch.nn.Module | None) -> None:
+    for name, wanted, group in _compared(groups, plan, model):
+        # What a scheduler starts from, where there is one.
+        found: dict[str, Any] = {key: group.get(key) for key in ("weight_decay", "eps")}
+        found["lr"] = group.get("initial_lr", group["lr"])
+        for key, value in (("lr", wanted.lr), ("weight_decay", wanted.weight_decay), ("eps", wanted.eps)):
+            if value is not None and (found[key] is None or not math.isclose(found[key], value, rel_tol=_CLOSE)):
+                raise InputError(
+                    f"{name}: {key} is {found[key]} in the optimizer and {value:g} in the plan. Make the optimizer of "
+                    "param_groups(model.named_parameters(), plan), and leave its groups alone."
+                )
+
+
+def _compared(
+    groups: list[Group], plan: Plan, model: torch.nn.Module | None
+) -> Iterator[tuple[str, GroupValues, Group]]:
+    """(who, what it should get, what it has) of each group, or of each parameter where groups are somebody's own."""
+    planned = values(plan)
+    if all(group.get("name") in planned for group in groups):
+        yield from ((group["name"].removeprefix("mup "), planned[group["name"]], group) for group in groups)
+        return
+    if model is None:
+        raise InputError(
+            "the optimizer's groups are not the plan's. Make it of param_groups(model.named_parameters(), plan)."
+        )
+    name_of = {id(parameter): name for name, parameter in named_parameters(model)}
+    for group in groups:
+        for parameter in group["params"]:
+            name = name_of.get(id(parameter))
+            if name is not None and name in plan.by_name:
+                yield name, GroupValues.of(plan[name]), group
+
+
+def _require_all(groups: list[Group], plan: Plan, model: torch.nn.Module | None) -> None:
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    if model is not None:
+        missing = [
+            name
+            for name, parameter in named_parameters(model)
+            if parameter.requires_grad and id(parameter) not in held and not name.rpartition(".")[2].startswith(PADDING)
+        ]
+        hint = "Freeze it with requires_grad_(False), or hand it over."
+    else:
+        count = {group["name"]: len(group["params"]) for group in groups}
+        missing = [names[0] for group, names in members(plan).items() if count.get(group, 0) < len(names)]
+        hint = "Hand them over; where they are frozen, say check_optimizer(optimizer, plan, model)."
+    if missing:
+        more = "" if len(missing) == 1 else f" and {len(missing) - 1} more"
+        of = "" if model is not None else "parameters like "
+        raise InputError(f"{of}{missing[0]}{more}: the optimizer does not have it. {hint}")

@@ -1,0 +1,242 @@
+"""Optimizers that are not the plan's, and groups that were changed. A right one of anybody's is accepted."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, optim
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from transformers.optimization import Adafactor
+
+from mup_megatron.errors import InputError
+from mup_megatron.modules import check_optimizer, module_base, param_groups, plan_for_module
+from mup_megatron.recipe import Recipe
+from mup_megatron.theory import Plan
+
+Make = Callable[[Iterable[Any]], Any]
+
+
+def net(width: int = 64) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+
+
+def plan(optimizer: str = "adam", decay: float = 0.1) -> Plan:
+    base = module_base(lambda: net(16), lambda: net(32))
+    content = {"base": base, "hyperparameters": {"lr": 0.01, "weight_decay": decay}}
+    return plan_for_module(net, Recipe.model_validate(content | {"parametrization": {"optimizer": optimizer}}))
+
+
+class OwnAdamW(optim.Optimizer):
+    """AdamW as a library might have it, with a setting outside its groups."""
+
+    def __init__(self, params: Iterable[Any], eps: float = 1e-8) -> None:
+        super().__init__(params, {"lr": 1e-3, "betas": (0.9, 0.99), "eps": eps, "weight_decay": 0.0})
+        self.power = 0.5
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            one, two = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                if p.grad is None:
+                    continue
+                state["t"] = state.get("t", 0) + 1
+                state["m"] = one * state.get("m", 0.0) + (1 - one) * p.grad
+                state["v"] = two * state.get("v", 0.0) + (1 - two) * p.grad**2
+                root = (state["v"] / (1 - two ** state["t"])) ** self.power
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * state["m"] / (1 - one ** state["t"]) / (root + group["eps"]))
+
+
+class Lion(OwnAdamW):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * p.grad.sign())
+
+
+class Wrapped:
+    """As Accelerate's: it has the optimizer, and shows its groups."""
+
+    def __init__(self, params: Iterable[Any]) -> None:
+        self.optimizer = optim.AdamW(params)
+        self.param_groups = self.optimizer.param_groups
+
+
+class FusedAdam(optim.Adam):
+    """By its name a kernel's, which is told what it does by a switch."""
+
+    def __init__(self, params: Iterable[Any], adam_w_mode: bool = True) -> None:
+        super().__init__(params)
+        self.adam_w_mode = adam_w_mode
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        raise RuntimeError("needs a GPU")
+
+
+class Unseen(optim.Optimizer):
+    def __init__(self, params: Iterable[Any]) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        raise RuntimeError("needs a GPU")
+
+
+RIGHT: dict[str, tuple[str, Make]] = {
+    "AdamW": ("adam", optim.AdamW),
+    "its betas": ("adam", lambda g: optim.AdamW(g, betas=(0.8, 0.95))),
+    "amsgrad": ("adam", lambda g: optim.AdamW(g, amsgrad=True)),
+    "fused": ("adam", lambda g: optim.AdamW(g, fused=True)),
+    "foreach": ("adam", lambda g: optim.AdamW(g, foreach=True)),
+    "decoupled Adam": ("adam", lambda g: optim.Adam(g, decoupled_weight_decay=True)),
+    "somebody's AdamW": ("adam", OwnAdamW),
+    "a wrapper": ("adam", Wrapped),
+    "a kernel": ("adam", FusedAdam),
+    "unseen": ("adam", Unseen),
+    "SGD": ("sgd", optim.SGD),
+    "momentum": ("sgd", lambda g: optim.SGD(g, momentum=0.9, nesterov=True)),
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_right_optimizers_are_accepted(kind: str) -> None:
+    name, make = RIGHT[kind]
+    own, model = plan(name), net()
+    optimizer = make(param_groups(model.named_parameters(), own))
+    check_optimizer(optimizer, own)
+    check_optimizer(optimizer, own, model)
+
+
+WRONG: dict[str, tuple[str, Make, str]] = {
+    "Adam": ("adam", optim.Adam, "weight decay into the gradient"),
+    "SGD": ("adam", lambda g: optim.SGD(g, momentum=0.9), "its step is not AdamW's"),
+    "RMSprop": ("adam", optim.RMSprop, "its step is not AdamW's"),
+    "NAdam": ("adam", optim.NAdam, "its step is not AdamW's"),
+    "RAdam": ("adam", optim.RAdam, "its step is not AdamW's"),
+    "Adagrad": ("adam", optim.Adagrad, "its step is not AdamW's"),
+    "Adafactor": ("adam", optim.Adafactor, "cannot use the plan's groups"),
+    "transformers' Adafactor": ("adam", Adafactor, "cannot use the plan's groups"),
+    "Lion": ("adam", Lion, "its step is not AdamW's"),
+    "a kernel of Adam": ("adam", lambda g: FusedAdam(g, adam_w_mode=False), "weight decay into the gradient"),
+    "AdamW for SGD": ("sgd", optim.AdamW, "its step is not SGD's"),
+    "a kernel for SGD": ("sgd", FusedAdam, "another optimizer"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_another_optimizer_is_named_with_those_that_fit(kind: str) -> None:
+    name, make, words = WRONG[kind]
+    own = plan(name)
+    optimizer = make(param_groups(net().named_parameters(), own))
+    with pytest.raises(InputError) as raised:
+        check_optimizer(optimizer, own)
+    message = str(raised.value)
+    assert message.startswith(f"{type(optimizer).__name__}: ")
+    assert words in message
+    assert ("torch.optim.AdamW" if name == "adam" else "torch.optim.SGD") in message
+    assert len(message) <= 300
+
+
+def test_muon_has_no_place_for_biases_and_is_another_optimizer() -> None:
+    own, model = plan(), net()
+    groups = param_groups(model.named_parameters(), own)
+    matrices = [group | {"params": [p for p in group["params"] if p.ndim == 2]} for group in groups]
+    optimizer = optim.Muon([group for group in matrices if group["params"]])
+    with pytest.raises(InputError, match="Muon: its step"):
+        check_optimizer(optimizer, own)
+
+
+def test_adam_without_weight_decay_is_adamw() -> None:
+    own = plan(decay=0.0)
+    check_optimizer(optim.Adam(param_groups(net().named_parameters(), own)), own)
+
+
+def test_trying_a_step_leaves_the_optimizer_alone() -> None:
+    own, model = plan(), net()
+    optimizer = optim.AdamW(param_groups(model.named_parameters(), own))
+    scheduler = optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    before = [p.clone() for p in model.parameters()]
+    for _ in range(2):
+        check_optimizer(optimizer, own, model)  # a schedule moves lr, and not where it started
+        optimizer.step()
+        scheduler.step()
+    assert not optimizer.state
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def _popped(groups: list[dict[str, Any]]) -> None:
+    groups.pop()
+
+
+def _emptied(groups: list[dict[str, Any]]) -> None:
+    groups[0]["params"].pop()
+
+
+def _twice(groups: list[dict[str, Any]]) -> None:
+    groups[0]["params"].append(groups[1]["params"][0])
+
+
+CHANGES: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
+    "lr": (lambda groups: groups[0].update(lr=1.0), "0.weight: lr is 1.0 in the optimizer and 0.01 in the plan"),
+    "eps": (lambda groups: groups[1].update(eps=1.0), "0.bias: eps is 1.0"),
+    "decay": (lambda groups: groups[0].update(weight_decay=1.0), "0.weight: weight_decay is 1.0"),
+    "betas": (lambda groups: groups[0].update(betas=(0.1, 0.2)), "betas differ"),
+    "a group missing": (_popped, "the optimizer does not have it"),
+    "a parameter missing": (_emptied, "the optimizer does not have it"),
+    "a parameter twice": (_twice, "twice"),
+}
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+@pytest.mark.parametrize("kind", CHANGES)
+def test_groups_that_are_not_the_plans(kind: str, with_model: bool) -> None:
+    change, words = CHANGES[kind]
+    own, model = plan(), net()
+    optimizer = optim.AdamW(param_groups(model.named_parameters(), own))
+    change(optimizer.param_groups)
+    with pytest.raises(InputError, match=words):
+        check_optimizer(optimizer, own, model if with_model else None)
+
+
+def test_groups_of_ones_own_are_compared_by_parameter() -> None:
+    own, model = plan(), net()
+    flat = optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    with pytest.raises(InputError, match="groups are not the plan's"):
+        check_optimizer(flat, own)
+    with pytest.raises(InputError, match=r"in the optimizer and .* in the plan"):
+        check_optimizer(flat, own, model)
+    each = [
+        {"params": [p], "lr": own[n].lr, "eps": own[n].eps, "weight_decay": own[n].weight_decay}
+        for n, p in model.named_parameters()
+    ]
+    check_optimizer(optim.AdamW(each), own, model)
+
+
+def test_frozen_parameters_are_known_from_the_model() -> None:
+    own, model = plan(), net()
+    model[0].weight.requires_grad_(False)  # type: ignore[index,union-attr,operator]
+    optimizer = optim.AdamW(param_groups(model.named_parameters(), own))
+    check_optimizer(optimizer, own, model)
+    with pytest.raises(InputError, match="where they are frozen"):
+        check_optimizer(optimizer, own)
+
+
+def test_a_wrapper_of_torchs_own(tmp_path: Any) -> None:
+    own, model = plan(), net()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for kind, right in ((optim.AdamW, True), (optim.SGD, False)):
+            optimizer = ZeroRedundancyOptimizer(
+                param_groups(model.named_parameters(), own), optimizer_class=kind, lr=1.0
+            )
+            if right:
+                check_optimizer(optimizer, own, model)
+            else:
+                with pytest.raises(InputError, match="SGD: its step is not AdamW's"):
+                    check_optimizer(optimizer, own, model)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -8,6 +8,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+readonly root model_file=$root/configs/models/gpt3_${1:-}.yaml
 # shellcheck source=layout.sh
 source "$root/launch/layout.sh"
 
@@ -93,9 +94,9 @@ logging=(
 # schedule come from the model file and the recipe instead of being written down here.
 
 launcher=(-m mup_megatron.launch)
-printed=$(mup-megatron args "$root/configs/models/gpt3_$size.yaml" --recipe "$RECIPE" --train-iters "$TRAIN_ITERS")
-read -r -d '' -a model < <(printf '%s\0' "$printed")
-model+=(--mup-recipe "$RECIPE")
+printed=$(mup-megatron args "$model_file" --recipe "$RECIPE" --train-iters "$TRAIN_ITERS")
+# shellcheck disable=SC2206 # into words, none of which is a pattern
+model=($printed --mup-recipe "$RECIPE")
 
 # One launcher per node, which starts one process per GPU and ends them all when one of them fails.
 

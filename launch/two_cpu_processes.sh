@@ -37,8 +37,8 @@ cpu=( # what needs a GPU
 )
 
 printed=$(mup-megatron args "$OUTPUT/target.yaml" --recipe "$RECIPE" --train-iters "$TRAIN_ITERS")
-read -r -d '' -a model < <(printf '%s\0' "$printed")
-model+=(--mup-recipe "$RECIPE")
+# shellcheck disable=SC2206 # into words, none of which is a pattern
+model=($printed --mup-recipe "$RECIPE")
 
 exec torchrun --standalone --nproc-per-node 2 -m mup_megatron.launch "$SCRIPT" \
   "${model[@]}" "${data[@]}" "${batch[@]}" "${layout[@]}" "${checkpoints[@]}" "${logging[@]}" "${cpu[@]}" "$@"

@@ -1,10 +1,35 @@
-"""Writing files so that nothing is ever half written or lost."""
+"""Reading text files, and writing files so that nothing is ever half written or lost."""
 
 import os
 import tempfile
 from pathlib import Path
 
 from mup_megatron.errors import InputError
+
+LARGEST = 16 * 2**20
+"""Bytes of a text file: no configuration, recipe or script is as large, and one that is would take minutes to read."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        InputError: the file is missing, unreadable, too large or not UTF-8.
+    """
+    try:
+        if path.is_file() and path.stat().st_size > LARGEST:
+            raise InputError(f"{path}: larger than {LARGEST >> 20} MiB. Check the path.")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. Check the path.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from None
+    except InputError:
+        raise
+    except ValueError:
+        raise InputError(f"{str(path)!r}: not the name of a file. Check the path.") from None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

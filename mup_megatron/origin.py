@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mup_megatron.errors import InputError, shortened
+from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
 from mup_megatron.recipe import Recipe, recipe
+from mup_megatron.validation import brief
 
 SIDECAR = "mup.recipe.yaml"
 """Name of the file, which is for people, and for a launcher that must not load a checkpoint."""
@@ -34,7 +35,7 @@ def unpacked(text: Any, *, source: str) -> Recipe:
     try:
         content = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{source} cannot be read ({shortened(error)}). Use another one.") from None
+        raise InputError(f"{source} cannot be read ({brief(error)}). Use another one.") from None
     return recipe(content, source=source)
 
 

@@ -6,7 +6,8 @@ What is wrong with them is damage and no slip of the pen, so each caller says wh
 import json
 from pathlib import Path
 
-from mup_megatron.errors import InputError, shortened
+from mup_megatron.errors import InputError
+from mup_megatron.validation import brief
 
 _REMEDY = "Correct the file."
 
@@ -42,7 +43,7 @@ def _parsed(text: str, what: str, remedy: str) -> object:
     except RecursionError:
         raise InputError(f"{what} (nested too deep). {remedy}") from None
     except ValueError as error:
-        raise InputError(f"{what} ({shortened(error)}). {remedy}") from None
+        raise InputError(f"{what} ({brief(error)}). {remedy}") from None
     return content
 
 

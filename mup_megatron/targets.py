@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mup_megatron.errors import InputError
+from mup_megatron.json_io import read_json
 from mup_megatron.models.model_file import model_file
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, Recipe
 from mup_megatron.theory import Plan
+from mup_megatron.validation import quoted
 from mup_megatron.yaml_io import read_yaml
 
 if TYPE_CHECKING:
@@ -55,7 +57,8 @@ def read_target(path: Path) -> object:
         InputError: it cannot be read.
     """
     inside = path / CONFIG_FILE
-    return read_yaml(inside if inside.is_file() else path)
+    file = inside if inside.is_file() else path
+    return read_json(file) if file.suffix == ".json" else read_yaml(file)
 
 
 def is_hugging_face(content: object) -> bool:
@@ -74,7 +77,9 @@ def hugging_face_config(content: Any, *, source: str) -> "PretrainedConfig":
     own = {key: value for key, value in content.items() if key not in {"model_type", "architectures"}}
     classes = content.get("architectures") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise InputError(f"{source}: architectures is {classes!r}, not a list of names. Write [GPT2LMHeadModel].")
+        raise InputError(f"{source}: architectures is {quoted(classes)}, not a list of names. Write [GPT2LMHeadModel].")
     if not isinstance(content["model_type"], str):
-        raise InputError(f"{source}: model_type is {content['model_type']!r}, not a name. Write for example gpt2.")
+        raise InputError(
+            f"{source}: model_type is {quoted(content['model_type'])}, not a name. Write for example gpt2."
+        )
     return config_from(content["model_type"], own, architectures=tuple(classes), source=source, strict=False)

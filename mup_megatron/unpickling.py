@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from mup_megatron.errors import InputError, shortened
+from mup_megatron.errors import InputError
+from mup_megatron.validation import brief
 
 _NAMED = re.compile(r"GLOBAL\s+([\w.]+)")
 """How torch's own reader names what it refuses."""
@@ -76,11 +77,11 @@ def not_read(error: BaseException, *, source: str, remedy: str) -> InputError:
     found = _NAMED.search(str(error))
     if found is not None:
         return InputError(
-            f"{source}: holds {shortened(found[1], 80)}, which is not part of such a file and may run code. "
+            f"{source}: holds {brief(found[1], 80)}, which is not part of such a file and may run code. "
             f"Nothing of it was run. {remedy}"
         )
     # What torch says at length about `weights_only` is advice to run the file after all.
-    what = "" if "weights_only" in str(error) else shortened(error, 80)
+    what = "" if "weights_only" in str(error) else brief(error, 80)
     return InputError(f"{source}: damaged ({type(error).__name__}{': ' if what else ''}{what}). {remedy}")
 
 

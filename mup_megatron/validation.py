@@ -5,7 +5,7 @@ Not the place for formats: what a model file or a recipe contains is in `models/
 
 import difflib
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError
@@ -13,6 +13,87 @@ from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 from mup_megatron.errors import InputError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+
+LONGEST = 300
+"""Characters of what is said of one thing that is wrong."""
+_MOST = 3
+"""Things that are wrong of which is told at a time."""
+_DEEPEST = 64
+_LARGEST = 200_000
+"""Levels and values of a file's content, with what YAML's aliases stand for."""
+_BITS = 1023
+"""Of a whole number that is still a float."""
+
+
+def brief(value: object, length: int = 120) -> str:
+    """A text, value or error within a sentence: on one line, without a full stop, and no longer than `length`."""
+    text = str(value) if isinstance(value, str | BaseException) else reprlib.repr(value)
+    return shortened(" ".join(text.split()).rstrip("."), length)
+
+
+def quoted(value: object) -> str:
+    """A value as Python writes it, a text in quotes; of what is long or nested, the beginning."""
+    return shortened(reprlib.repr(value), 120)
+
+
+def shortened(text: str, length: int = LONGEST) -> str:
+    """A text that is no longer than `length`."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def require_plain(content: object, *, source: str) -> None:
+    """Raises InputError unless a file's content is what every reader can do with: text, ordinary numbers, lists, keys.
+
+    Not so are dates, sets and bytes of YAML's, whole numbers beyond every float, half characters, and content that
+    holds itself or that aliases make endless.
+    """
+    levels: list[Iterator[tuple[object, object]]] = [iter([("", content)])]
+    keys: list[object] = [""]
+    """Of each level, where it stands."""
+    count = 0
+    while levels:
+        key, value = next(levels[-1], (None, _END))
+        if value is _END:
+            levels.pop()
+            keys.pop()
+            continue
+        keys[-1] = key
+        count += 1
+        if count > _LARGEST or len(levels) > _DEEPEST:
+            raise InputError(f"{source}: nested too deeply, or too large once its aliases are resolved. Simplify it.")
+        if (what := _not_plain(key) or _not_plain(value)) is not None:
+            where = brief(".".join(brief(str(each), 40) for each in keys[1:]), 100)
+            raise InputError(f"{source}: {f'{where}: ' if where else ''}{what}. Correct this value.")
+        if isinstance(value, Mapping):
+            levels.append(iter(value.items()))
+            keys.append("")
+        elif isinstance(value, list):
+            levels.append(iter(enumerate(value)))
+            keys.append("")
+
+
+_END = object()
+
+
+def _not_plain(value: object) -> str | None:
+    """Why nobody can use a value, if so."""
+    match value:
+        case None | bool() | float() | Mapping() | list():
+            return None
+        case int():
+            return None if value.bit_length() <= _BITS else "a whole number with hundreds of digits"
+        case str():
+            return None if _is_text(value) else "text with half a character in it (a lone surrogate)"
+        case _:
+            return f"a value of type {type(value).__name__}, neither text nor number; quotes make text of it"
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Strict(BaseModel):
@@ -34,30 +115,33 @@ def validated(model: type[ModelT], content: object, *, source: str) -> ModelT:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        problems = [_problem(model, content, dict(item)) for item in error.errors(include_url=False)]
-        raise InputError("\n".join(f"{source}: {problem}" for problem in problems)) from None
+        wrong = error.errors(include_url=False)
+        problems = [f"{source}: {_problem(model, content, dict(item))}" for item in wrong[:_MOST]]
+        if len(wrong) > _MOST:
+            problems.append(f"{source}: {len(wrong) - _MOST} more like these.")
+        raise InputError("\n".join(shortened(problem) for problem in problems)) from None
 
 
 def _problem(model: type[BaseModel], content: object, error: dict[str, Any]) -> str:
-    location = [str(part) for part in error["loc"] if not _is_tag(part)]
-    key = ".".join(location)
+    location = [brief(str(part), 60) for part in error["loc"] if not _is_tag(part)]
+    key = brief(".".join(location), 120)
     found = error.get("input")
     prefix = f"{key}: " if key else ""
     match error["type"]:
         case "extra_forbidden":
             known = _known_keys(model, error["loc"][:-1])
             near = difflib.get_close_matches(location[-1], known, n=1)
-            remedy = f"Did you mean '{near[0]}'?" if near else f"Known keys: {', '.join(known)}."
+            remedy = f"Did you mean '{near[0]}'?" if near else f"Known keys: {brief(', '.join(known), 150)}."
             return f"{prefix}unknown key. {remedy}"
         case "missing":
             return f"{prefix}missing. Add this key."
         case "finite_number":
-            return f"{prefix}must be a finite number, found {reprlib.repr(found)}. Write an ordinary number."
+            return f"{prefix}must be a finite number, found {quoted(found)}. Write an ordinary number."
         case "value_error":
             return f"{prefix}{error['ctx']['error']}"
         case _:
             message = error["msg"].replace("Input should", "should")
-            return f"{prefix}{message}, found {reprlib.repr(found)}. Correct this value."
+            return f"{prefix}{message}, found {quoted(found)}. Correct this value."
 
 
 def _is_tag(part: int | str) -> bool:

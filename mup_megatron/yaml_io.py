@@ -12,6 +12,8 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from mup_megatron.errors import InputError
+from mup_megatron.files import read_text
+from mup_megatron.validation import brief, require_plain
 
 
 def _yaml() -> YAML:
@@ -24,17 +26,10 @@ def read_yaml(path: Path) -> object:
     """The content of a YAML file as plain Python values.
 
     Raises:
-        InputError: the file is missing, unreadable, not UTF-8, not YAML, repeats a key or asks for a Python object.
+        InputError: the file is missing, unreadable, not UTF-8, not YAML, repeats a key, asks for a Python object,
+            or holds something else than plain values.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file. Check the path.") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from None
-    return parse_yaml(text, source=str(path))
+    return parse_yaml(read_text(path), source=str(path))
 
 
 def parse_yaml(text: str, *, source: str) -> object:
@@ -44,14 +39,17 @@ def parse_yaml(text: str, *, source: str) -> object:
         InputError: as `read_yaml`.
     """
     try:
-        return _yaml().load(text)
+        content = _yaml().load(text)
     except DuplicateKeyError as error:
         raise InputError(f"{source}: {_where(error)}a key is given twice. Remove one of the two.") from None
     except YAMLError as error:
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        what = brief(getattr(error, "problem", None) or str(error).partition("\n")[0])
         raise InputError(f"{source}: {_where(error)}not valid YAML: {what}. Correct the file.") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{source}: not valid YAML: {error}. Correct the file.") from None
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # What its constructors make of values that are no dates, numbers or sets after all.
+        raise InputError(f"{source}: not valid YAML: {brief(error)}. Correct the file.") from None
+    require_plain(content, source=source)
+    return content
 
 
 def _where(error: YAMLError) -> str:

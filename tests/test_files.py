@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mup_megatron.errors import InputError
-from mup_megatron.files import write_atomically
+from mup_megatron.files import LARGEST, read_text, write_atomically
 
 ON_A_FULL_DISK = """
 import resource, signal, sys
@@ -79,3 +79,11 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_atomically(folder, "new")
     assert sorted(tmp_path.iterdir()) == [in_the_way, folder]
     assert in_the_way.read_text() == "old"
+
+
+def test_a_text_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    with path.open("wb") as stream:
+        stream.truncate(LARGEST + 1)
+    with pytest.raises(InputError, match=r"a\.yaml: larger than 16 MiB\. Check the path\."):
+        read_text(path)

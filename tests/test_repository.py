@@ -25,7 +25,9 @@ CONSTRAINTS = sorted((ROOT / "constraints").glob("py*.txt"))
 MODEL_FILES = sorted((ROOT / "configs" / "models").glob("*.yaml"))
 NAMED_SIZES = {"m": 1e6, "b": 1e9}
 
-GROUND = {"collectives", "complaint", "errors", "files", "readback", "unpickling", "validation", "yaml_io"}
+GROUND = {
+    *("collectives", "complaint", "errors", "files", "json_io", "readback", "unpickling", "validation", "yaml_io"),
+}
 """Errors, what raises them for files and on all ranks, and what tells them: whoever may import `errors` may import all
 of these."""
 

@@ -75,3 +75,11 @@ def test_nothing_is_an_empty_file() -> None:
 def test_other_things_than_keys_are_named(content: object, kind: str) -> None:
     with pytest.raises(InputError, match=rf"^b\.yaml: expected keys and values, found {kind}\. Write"):
         validated(Bicycle, content, source="b.yaml")
+
+
+def test_one_thing_that_is_wrong_takes_300_characters_at_most_and_many_are_counted() -> None:
+    wrong = {f"{'k' * 400}{n}": {"a": [["b" * 900] * 50] * 50} for n in range(9)}
+    lines = _message(**wrong, name={"deep": [{"x": "y" * 900}] * 99}).splitlines()
+    assert lines[0].startswith("b.yaml: name: should be a valid string, found {'deep': ")
+    assert lines[-1] == "b.yaml: 7 more like these."
+    assert max(map(len, lines)) <= 300

@@ -135,3 +135,39 @@ def test_written_numbers_are_numbers_to_every_reader(number: float) -> None:
 
 def test_keys_keep_their_order() -> None:
     assert dump_yaml({"b": 1, "a": {"d": 2, "c": 3}}) == "b: 1\na:\n  d: 2\n  c: 3\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [*a]", "nested too deeply, or too large once its aliases are resolved"),
+        ("a: &a {b: *a}", "nested too deeply"),
+        ("[" * 80 + "]" * 80, "nested too deeply"),
+        ("a: 2001-01-01", "a: a value of type date, neither text nor number"),
+        ("a: [1, {b: 2001-01-01 10:00:00}]", "a.1.b: a value of type "),
+        ("a: !!binary aGk=", "a: a value of type bytes"),
+        ("a: !!set {b, c}", "a: a value of type set"),
+        ("? [a, b]\n: 1", "a value of type "),
+        ("a: !!timestamp x", "not valid YAML: "),
+        ("a: !!int x", "not valid YAML: "),
+        ("a: !!float x", "not valid YAML: "),
+        ("a: 2001-99-99", "not valid YAML: "),
+        (f"a: {'9' * 400}", "a: a whole number with hundreds of digits"),
+        (f"a: {'9' * 5000}", "not valid YAML: "),
+        (f"a: 0x{'f' * 5000}", "a: a whole number with hundreds of digits"),
+        (r'a: "\ud800"', "a: text with half a character in it"),
+    ],
+)
+def test_what_is_not_plain_or_has_no_end_is_refused_by_its_key(text: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        _parse(text)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) <= 300
+    assert "\n" not in str(caught.value)
+
+
+def test_aliases_that_double_at_each_line_are_not_resolved() -> None:
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40))]
+    with pytest.raises(InputError, match="too large once its aliases are resolved"):
+        _parse("\n".join(lines))
+    assert _parse("a: &a {b: 1}\nc: [*a, *a]") == {"a": {"b": 1}, "c": [{"b": 1}, {"b": 1}]}

@@ -15,6 +15,7 @@ from fractions import Fraction
 from statistics import median
 
 from mup_megatron.check.measurements import Protocol, Quantity, Run
+from mup_megatron.check.sizes import require_trainable
 from mup_megatron.errors import InputError
 from mup_megatron.models.gpt import gpt_shapes
 from mup_megatron.models.model_file import ModelFile
@@ -75,8 +76,9 @@ def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel
     smallest = -(-SMALLEST // unit) * unit
     while True:
         widths = [smallest * 2**i for i in range(count)]
+        models = models_for(target, recipe, widths)
         try:
-            for model in models_for(target, recipe, widths).values():
+            for model in models.values():
                 model.require_tensor_parallel(tensor_parallel)
             return widths
         except InputError:
@@ -197,8 +199,20 @@ def _rotates(model: ModelFile, head_size: int) -> bool:
 
 
 def models_for(target: ModelFile, recipe: Recipe, widths: Sequence[int]) -> dict[int, ModelFile]:
-    """Width → model."""
-    return {width: at_width(target, recipe, width) for width in widths}
+    """Width → model.
+
+    Raises:
+        InputError: the target cannot be built at a width, or the widest model is larger than a check can train.
+    """
+    models = {width: at_width(target, recipe, width) for width in widths}
+    widest = models[max(widths)]
+    heads = widest.num_attention_heads + 2 * widest.query_groups
+    shapes = {
+        "linear_qkv.weight": (heads * widest.head_size, widest.hidden_size),
+        "linear_fc1.weight": (widest.ffn_size * (2 if widest.swiglu else 1), widest.hidden_size),
+    }
+    require_trainable(shapes, widest.hidden_size)
+    return models
 
 
 # ---- what is smaller than the target's besides ---------------------------------------------------------------------

@@ -6,7 +6,6 @@ and the depth are cut in both where the configuration's keys allow it, and vocab
 
 import contextlib
 import copy
-import json
 import math
 import os
 import re
@@ -24,7 +23,7 @@ from torch import distributed, nn
 from transformers import PretrainedConfig
 
 from mup_megatron.check import levels
-from mup_megatron.check.family import DEPTH, HEAD, SMALLEST
+from mup_megatron.check.family import DEPTH, FLOOR, HEAD, SMALLEST
 from mup_megatron.check.measurements import Report
 from mup_megatron.check.modules import (
     LENGTH,
@@ -36,11 +35,16 @@ from mup_megatron.check.modules import (
     prepare_by_plan,
     warm_up_and_decay,
 )
+from mup_megatron.check.sizes import require_trainable
 from mup_megatron.check.verdict import Level, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.huggingface import configs
+from mup_megatron.huggingface.plan import plan_for
+from mup_megatron.json_io import read_json
 from mup_megatron.recipe import HuggingFaceBase, Recipe, save_recipe
+from mup_megatron.theory import Plan
 from mup_megatron.training.ranks import process_group
+from mup_megatron.validation import brief
 
 _WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "embedding_size")
 _DROPOUT = re.compile(r".*dropout.*|.*pdrop|.*layerdrop")
@@ -107,6 +111,10 @@ def check_hugging_face(
         with configs.quiet():
             return constructor(at_width(small, base, width))
 
+    with torch.device("meta"), configs.refused(f"{model_class.__name__} cannot be built at width {max(chosen)}"):
+        widest = factory(max(chosen))
+    require_trainable({name: p.shape for name, p in widest.named_parameters()}, max(chosen))
+
     def judged(prepare: Prepare, schedule: Schedule) -> Verdict:
         verdict = check_modules(
             factory,
@@ -127,7 +135,7 @@ def check_hugging_face(
 
     if deepspeed is None:
         return judged(prepare_by_plan, warm_up_and_decay)
-    content = _deepspeed_content(deepspeed, recipe)
+    content = _deepspeed_content(deepspeed, recipe, plan_for(config, recipe))
     if any(key in content for key in _PRECISIONS):
         remarks.append("The engine of the check computes in single precision, so that differences are not rounding.")
     with _ranks(), tempfile.TemporaryDirectory() as folder:
@@ -415,28 +423,31 @@ def _class_of(config: PretrainedConfig, base: PretrainedConfig) -> Any:
 # ---- DeepSpeed -----------------------------------------------------------------------------------------------------
 
 
-def _deepspeed_content(path: Path, recipe: Recipe) -> dict[str, Any]:
+def _deepspeed_content(path: Path, recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """The content of a DeepSpeed configuration, which has to fit the recipe as it is.
 
     Raises:
         InputError: it is no JSON object, has no "mup" entry, or says something else than the recipe.
     """
     from mup_megatron.deepspeed import entry
+    from mup_megatron.deepspeed.config import require_fitting_scheduler
 
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a JSON file that can be read ({error}). Correct it.") from None
-    if not isinstance(content, dict) or not entry.has_entry(content):
+    content = read_json(path)
+    typed = entry.configuration(content, source=str(path))
+    assert isinstance(content, dict)
+    if not entry.has_entry(content):
         raise InputError(
             f'{path}: no "{entry.KEY}" entry, so an engine would train without μP. Write "{entry.KEY}": '
             '{"recipe": "…"}; `mup-megatron ds-config` does.'
         )
-    entry.entry_of(content)
-    entry.require_supported(content)
-    optimizer = entry.section(content, "optimizer")
-    entry.optimizer_params(optimizer.get("type"), optimizer.get("params"), recipe)
-    entry.gradient_clipping(content.get("gradient_clipping"), recipe)
+    try:
+        entry.entry_of(content)
+        entry.require_supported(typed)
+        entry.optimizer_params(typed.made_optimizer.type, typed.made_optimizer.params, recipe)
+        entry.gradient_clipping(typed.gradient_clipping, recipe)
+        require_fitting_scheduler(typed, plan)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return content
 
 
@@ -444,7 +455,10 @@ class _Engines:
     """Makes the engine of each run, with the recipe of the check in place of the user's."""
 
     def __init__(self, content: Mapping[str, Any], folder: Path, recipe: Recipe) -> None:
-        self._content, self._folder, self._lr = content, folder, recipe.hyperparameters.lr
+        h = recipe.hyperparameters
+        self._content, self._folder, self._lr = content, folder, h.lr
+        self._floor = max(h.min_lr / h.lr, FLOOR)
+        """Of the schedule, relative to its peak, where it has one: that of the recipe under stress."""
 
     def prepare(self, model: nn.Module, task: Task) -> Any:
         """The engine of one run."""
@@ -454,35 +468,39 @@ class _Engines:
 
         path = self._folder / f"{task.recipe.fingerprint}.{os.environ.get('RANK', '0')}.recipe.yaml"
         save_recipe(task.recipe, path)
-        engine, *_ = deepspeed.initialize(model=model, config=self._config(path, task))
+        try:
+            engine, *_ = deepspeed.initialize(model=model, config=self._config(path, task))
+        except InputError:
+            raise
+        except Exception as error:  # it validates its configuration by whatever its parts raise
+            raise InputError(
+                f"--deepspeed: DeepSpeed refuses the configuration ({brief(error, 200)}). Correct it."
+            ) from error
         return engine
 
     def schedule(self, step: int, steps: int) -> float:
         """What the configuration's scheduler does with one learning rate."""
+        from mup_megatron.deepspeed.schedulers import for_one_group
+
         scheduler = self._scheduler(steps, self._lr)
         if scheduler is None:
             return 1.0
-        from deepspeed.runtime import lr_schedules
-
-        kind = getattr(lr_schedules, scheduler["type"], None) or getattr(torch.optim.lr_scheduler, scheduler["type"])
-        group = {"params": [nn.Parameter(torch.zeros(1))], "lr": self._lr}
-        optimizer = torch.optim.AdamW([group])
-        params = scheduler["params"]
-        for key in ("warmup_max_lr", "cycle_max_lr"):
-            params.setdefault(key, self._lr) if key.partition("_")[0] in scheduler["type"].lower() else None
-        made = kind(optimizer, **params)
+        made = for_one_group(scheduler, self._lr)
         for _ in range(step):
-            optimizer.step()
+            made.optimizer.step()
             made.step()
-        return float(optimizer.param_groups[0]["lr"]) / self._lr
+        return float(made.optimizer.param_groups[0]["lr"]) / self._lr
 
     def _scheduler(self, steps: int, lr: float) -> dict[str, Any] | None:
         own = self._content.get("scheduler")
         if not own:
             return None
-        params = {key: value for key, value in dict(own.get("params") or {}).items() if value != "auto"}
-        for key in [key for key in _SHORT if key in params or (key == "total_num_steps" and "Decay" in own["type"])]:
+        given = dict(own.get("params") or {})
+        params = {key: value for key, value in given.items() if value != "auto"}
+        for key in [key for key in _SHORT if key in given or (key == "total_num_steps" and "Decay" in own["type"])]:
             params[key] = max(1, round(_SHORT[key] * steps))
+        if own["type"] == "WarmupCosineLR":
+            params["cos_min_ratio"] = self._floor
         for key in [key for key in _RATES if isinstance(params.get(key), int | float)]:
             params[key] *= lr / self._lr
         return {"type": own["type"], "params": params}

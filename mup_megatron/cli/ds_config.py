@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 
 from mup_megatron.cli.options import FILE, force_option, load_plan, recipe_option, require_new
 from mup_megatron.deepspeed.config import Settings, configuration, problems
-from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
+from mup_megatron.json_io import read_json
 from mup_megatron.modules.groups import members, values
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
@@ -56,7 +56,7 @@ def command(
 
 
 def _check(path: Path, recipe: Recipe, plan: Plan) -> int:
-    found = problems(_read(path), recipe, plan)
+    found = problems(read_json(path), recipe, plan, source=str(path))
     for problem in found:
         click.echo(f"{path}: {problem}")
     if not found:
@@ -66,17 +66,3 @@ def _check(path: Path, recipe: Recipe, plan: Plan) -> int:
             eps = "" if own.eps is None else f"  eps {own.eps:.6g}"
             click.echo(f"  lr {own.lr:<12.6g} weight_decay {own.weight_decay:<8.6g}{eps}  {len(groups[name])} × {name}")
     return NO if found else 0
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file. Check the path.") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}). Correct the file.") from None
-    if not isinstance(content, dict):
-        raise InputError(f'{path}: expected an object, found {type(content).__name__}. Write {{"key": value, …}}.')
-    return cast(dict[str, Any], content)

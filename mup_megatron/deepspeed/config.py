@@ -5,13 +5,13 @@ What a configuration may say beside the entry is in `entry.py` and `schedulers.p
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mup_megatron.deepspeed import entry as entries
-from mup_megatron.deepspeed.entry import AUTO, KEY
+from mup_megatron.deepspeed.entry import AUTO, KEY, Configuration, Scheduler
 from mup_megatron.errors import InputError
 from mup_megatron.modules.groups import values
 from mup_megatron.recipe import Recipe, load_recipe
@@ -116,18 +116,31 @@ def _scheduler(recipe: Recipe, train_iters: int) -> dict[str, Any] | None:
     )
 
 
-def problems(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> list[str]:
-    """What of a configuration does not go with a recipe, each in a sentence; nothing where all does."""
+def problems(content: object, recipe: Recipe, plan: Plan, *, source: str) -> list[str]:
+    """What of a configuration does not go with a recipe, each in a sentence; nothing where all does.
+
+    Raises:
+        InputError: it is no configuration: something in it is not of its type; names key and `source`.
+    """
+    config = entries.configuration(content, source=source)
+    assert isinstance(content, Mapping)
+    checks: list[Callable[[], object]] = [
+        lambda: _require_entry(content, recipe),
+        lambda: entries.require_supported(config),
+        lambda: entries.optimizer_params(config.made_optimizer.type, config.made_optimizer.params, recipe),
+        lambda: entries.gradient_clipping(config.gradient_clipping, recipe),
+        lambda: require_fitting_scheduler(config, plan),
+    ]
     found = []
-    for check in (_entry_problem, _feature_problem, _optimizer_problem, _clipping_problem, _scheduler_problem):
+    for check in checks:
         try:
-            check(content, recipe, plan)
+            check()
         except InputError as error:
             found += str(error).splitlines()
     return found
 
 
-def _entry_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> None:
+def _require_entry(content: Mapping[str, Any], recipe: Recipe) -> None:
     entry = entries.entry_of(content)
     if entry is None:
         raise InputError(f'"{KEY}": missing, so DeepSpeed would train without μP. Write "{KEY}": {{"recipe": "…"}}.')
@@ -140,28 +153,16 @@ def _entry_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> No
         )
 
 
-def _feature_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> None:
-    entries.require_supported(content)
-
-
-def _optimizer_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> None:
-    section = entries.section(content, "optimizer")
-    entries.optimizer_params(section.get("type"), section.get("params"), recipe)
-
-
-def _clipping_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> None:
-    entries.gradient_clipping(content.get("gradient_clipping"), recipe)
-
-
-def _scheduler_problem(content: Mapping[str, Any], recipe: Recipe, plan: Plan) -> None:
+def require_fitting_scheduler(config: Configuration, plan: Plan) -> None:
+    """Raises InputError for a scheduler that breaks the ratios between a plan's groups, or refuses its params."""
+    if config.scheduler is None or config.scheduler == Scheduler():
+        return
     # DeepSpeed's log goes to the standard output that it finds when it is imported, where answers are.
     with contextlib.redirect_stdout(sys.stderr):
-        from mup_megatron.deepspeed.schedulers import rewritten
+        from mup_megatron.deepspeed.schedulers import made, rewritten
 
-    section = dict(entries.section(content, "scheduler"))
-    if not section:
-        return
     # What the Trainer fills in says nothing of ratios, and is looked at when it is there.
-    params = dict(section.get("params") or {})
+    params = dict(config.scheduler.params or {})
     later = {key: 2 for key in ("total_num_steps", "warmup_num_steps") if params.get(key) == AUTO}
-    rewritten({**section, "params": params | later}, plan, [group.lr for group in values(plan).values()])
+    peaks = [group.lr for group in values(plan).values()]
+    made(rewritten({"type": config.scheduler.type, "params": params | later}, plan, peaks), peaks)

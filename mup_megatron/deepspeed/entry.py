@@ -3,15 +3,16 @@
 Plain values in, plain values out. Nothing of DeepSpeed is imported; what happens with a live engine is in `run.py`.
 """
 
+import math
 from collections.abc import Mapping, MutableMapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from mup_megatron.errors import InputError
 from mup_megatron.modules.apply import Initialize
 from mup_megatron.recipe import Recipe
-from mup_megatron.validation import Strict, validated
+from mup_megatron.validation import Strict, brief, quoted, validated
 
 KEY = "mup"
 AUTO = "auto"
@@ -74,6 +75,113 @@ def has_entry(config: Mapping[str, Any]) -> bool:
     return KEY in config
 
 
+# ---- the types of the rest ----------------------------------------------------------------------------------------
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(value: object) -> object:
+    if value is None or value == AUTO or _is_number(value):
+        return value
+    raise ValueError(f'should be a finite number or "{AUTO}", found {quoted(value)}. Correct this value.')
+
+
+def _optimizer_values(params: object) -> object:
+    for key in _VALUES if isinstance(params, Mapping) else ():
+        assert isinstance(params, Mapping)
+        value = params.get(key)
+        try:
+            for each in value if key == "betas" and isinstance(value, list | tuple) else (value,):
+                _number(each)
+        except ValueError as error:
+            raise ValueError(f"{key} {error}") from None
+    return params
+
+
+def _scheduler_values(params: object) -> object:
+    for key, value in params.items() if isinstance(params, Mapping) else ():
+        several = value if isinstance(value, list | tuple) else (value,)
+        if not all(each is None or isinstance(each, bool | str) or _is_number(each) for each in several):
+            raise ValueError(
+                f"{brief(key, 60)} should be a finite number, a word, or a list of numbers, found {quoted(value)}. "
+                "Correct this value."
+            )
+    return params
+
+
+class _Part(Strict):
+    """A part of a configuration. What is DeepSpeed's own business may be there as well."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
+
+
+def _off(value: object) -> object:
+    """DeepSpeed takes false for a part that is not there."""
+    return None if value is False else value
+
+
+class Optimizer(_Part):
+    """The optimizer that DeepSpeed is to make."""
+
+    type: Annotated[str, Field(min_length=1)] | None = None
+    params: Annotated[dict[str, Any] | None, BeforeValidator(_optimizer_values)] = None
+
+
+class Scheduler(_Part):
+    """Likewise the scheduler."""
+
+    type: Annotated[str, Field(min_length=1)] | None = None
+    params: Annotated[dict[str, Any] | None, BeforeValidator(_scheduler_values)] = None
+
+
+class _Offload(_Part):
+    super_offload: bool = False
+    ratio: float = 1.0
+
+
+class _Zero(_Part):
+    zenflow: Annotated[dict[str, Any] | None, BeforeValidator(_off)] = None
+    offload_optimizer: Annotated[_Offload | None, BeforeValidator(_off)] = None
+
+
+class _Switch(_Part):
+    enabled: bool = False
+
+
+class _TensorParallel(_Part):
+    autotp_size: int = 0
+
+
+class Configuration(_Part):
+    """A DeepSpeed configuration: the keys that a recipe or a plan has to do with, each of its type."""
+
+    optimizer: Optimizer | None = None
+    scheduler: Scheduler | None = None
+    gradient_clipping: Annotated[float | str | None, BeforeValidator(_number)] = None
+    zero_optimization: Annotated[_Zero | None, BeforeValidator(_off)] = None
+    hybrid_engine: Annotated[_Switch | None, BeforeValidator(_off)] = None
+    expert_parallel: Annotated[_Switch | None, BeforeValidator(_off)] = None
+    tensor_parallel: Annotated[_TensorParallel | None, BeforeValidator(_off)] = None
+
+    @property
+    def made_optimizer(self) -> Optimizer:
+        """The optimizer; without type where there is none."""
+        return self.optimizer or Optimizer()
+
+
+def configuration(content: object, *, source: str) -> Configuration:
+    """A configuration from plain values; `source` names them in messages.
+
+    Raises:
+        InputError: no object, or a key that has to do with a recipe is of another type; names both.
+    """
+    if not isinstance(content, Mapping):
+        raise InputError(f'{source}: expected an object, found {type(content).__name__}. Write {{"key": value, …}}.')
+    return validated(Configuration, content, source=source)
+
+
 # ---- optimizer -----------------------------------------------------------------------------------------------------
 
 
@@ -103,9 +211,9 @@ def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe:
         )
     if not (name.lower() in _ADAM if adam else name.lower() == "sgd"):
         raise InputError(
-            f'"optimizer": the rules for {name} are not those that the recipe was made with '
+            f'"optimizer": the rules for {brief(name, 40)} are not those that the recipe was made with '
             f'(parametrization.optimizer {recipe.parametrization.optimizer}). Write "type": '
-            f'"{"AdamW" if adam else "SGD"}", or give a recipe for {name}.'
+            f'"{"AdamW" if adam else "SGD"}", or give a recipe for {brief(name, 40)}.'
         )
     given = {key: value for key, value in (params or {}).items() if value != AUTO}
     coupled = name.lower() == "adam" and given.get("adam_w_mode", True) is False
@@ -153,40 +261,30 @@ def _same(given: Any, wanted: Any) -> bool:
 
 
 def _other_value(key: str, given: Any, wanted: Any) -> str:
-    return f'"{key}" is {given} and the recipe says {wanted}. Remove the key or write "{AUTO}": the recipe decides.'
+    return (
+        f'"{key}" is {brief(given)} and the recipe says {wanted}. Remove the key or write "{AUTO}": the recipe decides.'
+    )
 
 
 # ---- the rest ------------------------------------------------------------------------------------------------------
 
 
-def require_supported(config: Mapping[str, Any]) -> None:
+def require_supported(config: Configuration) -> None:
     """Raises InputError for features under which parameters or their groups are not what a plan can be applied to."""
-    zero = section(config, "zero_optimization")
-    offload = section(zero, "offload_optimizer")
+    zero = config.zero_optimization or _Zero()
+    offload = zero.offload_optimizer or _Offload()
     wrong = {
-        "hybrid_engine": section(config, "hybrid_engine").get("enabled", False),
-        "tensor_parallel.autotp_size": section(config, "tensor_parallel").get("autotp_size", 0) > 1,
-        "expert_parallel": section(config, "expert_parallel").get("enabled", False),
-        "zero_optimization.zenflow": bool(zero.get("zenflow")),
-        "zero_optimization.offload_optimizer.super_offload": offload.get("super_offload", False),
+        "hybrid_engine": (config.hybrid_engine or _Switch()).enabled,
+        "tensor_parallel.autotp_size": (config.tensor_parallel or _TensorParallel()).autotp_size > 1,
+        "expert_parallel": (config.expert_parallel or _Switch()).enabled,
+        "zero_optimization.zenflow": bool(zero.zenflow),
+        "zero_optimization.offload_optimizer.super_offload": offload.super_offload,
         # Its second optimizer has a copy of group 0 that no schedule reaches.
-        "zero_optimization.offload_optimizer.ratio": offload.get("ratio", 1.0) != 1.0,
+        "zero_optimization.offload_optimizer.ratio": offload.ratio != 1.0,
     }
     for key, found in wrong.items():
         if found:
             raise InputError(f'"{key}" is not supported together with "{KEY}". Remove it.')
-
-
-def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A part of a configuration, empty where it is not there.
-
-    Raises:
-        InputError: it is something else than an object.
-    """
-    content = config.get(key) or {}
-    if not isinstance(content, Mapping):
-        raise InputError(f'"{key}" is {type(content).__name__}, not an object. Correct it.')
-    return content
 
 
 def drop_auto(config: MutableMapping[str, Any]) -> None:
@@ -198,7 +296,8 @@ def drop_auto(config: MutableMapping[str, Any]) -> None:
         return
     _drop(config, ("gradient_clipping",))
     for key, values in (("optimizer", _VALUES), ("scheduler", ("warmup_min_lr", "warmup_max_lr"))):
-        content = section(config, key).get("params")
+        part = config.get(key)
+        content = part.get("params") if isinstance(part, Mapping) else None
         if isinstance(content, MutableMapping):
             _drop(content, values)
 

@@ -293,11 +293,12 @@ def _settings(config: Any, arguments: Mapping[str, Any]) -> tuple[entries.Entry,
             'optimizer= and write "optimizer" into the configuration, or drop the entry and make the optimizer from '
             "mup_megatron.deepspeed.param_groups."
         )
-    entries.require_supported(content)
+    typed = entries.configuration(content, source="the DeepSpeed configuration")
+    entries.require_supported(typed)
     recipe = load_recipe(Path(entry.recipe))
-    name = entries.section(content, "optimizer").get("type")
+    name = typed.made_optimizer.type
     params = None if name is None else entries.optimizer_params(name, config.optimizer_params, recipe)
-    return entry, recipe, params, entries.gradient_clipping(content.get("gradient_clipping"), recipe)
+    return entry, recipe, params, entries.gradient_clipping(typed.gradient_clipping, recipe)
 
 
 def _planned(model: torch.nn.Module, recipe: Recipe, entry: entries.Entry) -> Plan:

@@ -18,9 +18,11 @@ WarmupCosineLR, the only scheduler of DeepSpeed's with one (a min_lr of 0, the d
 Nothing here looks at a model or an engine.
 """
 
+import contextlib
 import copy
 import inspect
 import json
+import logging
 import math
 import statistics
 import warnings
@@ -30,11 +32,13 @@ from typing import Any
 
 import torch
 from deepspeed.runtime import lr_schedules
+from deepspeed.utils import logger
 
 from mup_megatron.deepspeed.entry import AUTO
 from mup_megatron.deepspeed.guard import CLOSE
 from mup_megatron.errors import InputError
 from mup_megatron.theory import Plan
+from mup_megatron.validation import brief, quoted
 
 SAME = 1e-7
 """The same for numbers that somebody wrote: what is accepted passes the live check."""
@@ -194,6 +198,51 @@ def rewritten(entry: Mapping[str, Any], plan: Plan, peak_lrs: Sequence[float]) -
     return {**entry, "params": params}
 
 
+def made(entry: Mapping[str, Any], peak_lrs: Sequence[float]) -> Any:
+    """The scheduler that an entry describes, on an optimizer of its own, whose groups have these learning rates.
+
+    Raises:
+        InputError: its class refuses a value, when it is made or at its first step.
+    """
+    name = str(entry.get("type"))
+    kind = _class_of(name)
+    optimizer = torch.optim.AdamW([{"params": [torch.zeros(1)], "lr": lr} for lr in peak_lrs or [1.0]])
+    with _without_remarks():
+        try:
+            scheduler = kind(optimizer, **dict(entry.get("params") or {}))
+            trial = _twin(scheduler)
+            trial.step(**_arguments(trial, 1))
+        except Exception as error:  # each class looks at its values in its own way, or computes with whatever it got
+            raise InputError(f"scheduler.params: {name} refuses them ({brief(error)}). Correct them.") from error
+    return scheduler
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Without torch's warning, and DeepSpeed's log, that an optimizer made no step yet."""
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def for_one_group(entry: Mapping[str, Any], lr: float) -> Any:
+    """The scheduler that an entry describes, on a single learning rate, which is its maximum.
+
+    Raises:
+        InputError: as `made`, or there is no such scheduler.
+    """
+    name = str(entry.get("type"))
+    _class_of(name)
+    peak = _RULES[name].peak
+    own = {} if peak is None else {peak: lr}
+    return made({"type": name, "params": own | dict(entry.get("params") or {})}, [lr])
+
+
 def drives_betas(name: str, params: Mapping[str, Any]) -> bool:
     """Whether a JSON entry changes the optimizer's betas or momentum from step to step, as it does by default."""
     return name in ("OneCycle", "CyclicLR", "OneCycleLR") and bool(params.get("cycle_momentum", True))
@@ -204,13 +253,13 @@ def _class_of(name: str) -> Callable[..., Any]:
     kind: Callable[..., Any] | None = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name, None)
     if name in _RULES and name not in _NEEDS_CODE and kind is not None:
         return kind
-    use = f"Use one of {', '.join(each for each in _RULES if each not in (*_NEEDS_CODE, 'GreedyLR'))}"
     if name in _NEEDS_CODE:
         raise InputError(
-            f'scheduler.type "{name}" is made of Python objects, which JSON can\'t hold. {use}, or make it in the '
-            "script and pass it to deepspeed.initialize as lr_scheduler."
+            f'scheduler.type "{name}" is made of Python objects, which JSON can\'t hold. Use another, or make it in '
+            "the script and pass it to deepspeed.initialize as lr_scheduler."
         )
-    raise InputError(f'scheduler.type "{name}" is not known to keep the ratios between groups. {use}.')
+    known = brief(", ".join(each for each in _RULES if each not in (*_NEEDS_CODE, "GreedyLR")), 190)
+    raise InputError(f'scheduler.type "{brief(name, 30)}" is not known to keep the ratios. Use one of {known}.')
 
 
 def _peak_of_each(parameter: str, value: Any, plan: Plan, peaks: list[float]) -> list[float]:
@@ -222,8 +271,8 @@ def _peak_of_each(parameter: str, value: Any, plan: Plan, peaks: list[float]) ->
         for i, (own, peak) in enumerate(zip(value, peaks, strict=True)):
             if not math.isclose(_number(parameter, own), peak, rel_tol=SAME):
                 raise InputError(
-                    f"scheduler.params.{parameter}[{i}] is {own}, and the plan's peak of that group is {peak:.9g}. "
-                    f"{write}"
+                    f"scheduler.params.{parameter}[{i}] is {brief(own)}, and the plan's peak of that group is "
+                    f"{peak:.9g}. {write}"
                 )
     elif not math.isclose(_number(parameter, value), plan.lr, rel_tol=SAME):
         raise InputError(
@@ -242,7 +291,7 @@ def _share_of_each(parameter: str, value: Any, plan: Plan, peaks: list[float]) -
     shares = [_number(parameter, own) for own in value]
     if not _is_proportional(shares, peaks):
         raise InputError(
-            f"scheduler.params.{parameter} is {list(value)}, which is not in the ratio of the groups' peaks, "
+            f"scheduler.params.{parameter} is {quoted(list(value))}, which is not in the ratio of the groups' peaks, "
             f"{_listed(peaks)}. {write}"
         )
     return shares
@@ -258,7 +307,8 @@ def _require_one_for_each(parameter: str, value: Sequence[Any], peaks: Sequence[
 def _number(parameter: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InputError(
-            f"scheduler.params.{parameter} is {value!r}. Give a number, or a list with one number for each group."
+            f"scheduler.params.{brief(parameter, 60)} is {quoted(value)}. Give a number, or a list with one "
+            "number for each group."
         )
     return float(value)
 
@@ -291,15 +341,15 @@ def _require_complete(name: str, kind: Callable[..., Any], params: Mapping[str, 
     for parameter, value in params.items():
         if value == AUTO:
             raise InputError(
-                f'scheduler.params.{parameter} is "{AUTO}", which Hugging Face\'s Trainer or Accelerate would fill in. '
-                "Write the number."
+                f'scheduler.params.{brief(parameter, 60)} is "{AUTO}", which Hugging Face\'s Trainer or Accelerate '
+                "would fill in. Write the number."
             )
     signature = inspect.signature(kind)
     try:
         signature.bind(None, **params)
     except TypeError as error:
         allowed = ", ".join(list(signature.parameters)[1:])
-        raise InputError(f"scheduler.params: {error}. {name} takes {allowed}.") from None
+        raise InputError(f"scheduler.params: {brief(error)}. {name} takes {brief(allowed, 130)}.") from None
 
 
 # ---- a scheduler that a script made --------------------------------------------------------------------------------

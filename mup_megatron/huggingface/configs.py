@@ -7,6 +7,7 @@ import contextlib
 import copy
 import difflib
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import HuggingFaceBase
+from mup_megatron.validation import brief, quoted
 
 _COUNTS = re.compile("vocab|position|length|^max_|^num_|_num_|groups$")
 """What a key has in its name that is a size and no width, where it is not listed below. With more groups of a
@@ -54,12 +56,8 @@ _DEFAULT_LABELS = 2
 
 
 def in_a_line(error: Exception) -> str:
-    """What an error says, within a sentence: its beginning, where it says a lot."""
-    text = " ".join(str(error.__cause__ or error).split()).rstrip(".")
-    return text if len(text) <= _LONG else f"{text[:_LONG]}…"
-
-
-_LONG = 120
+    """What an error says, within a sentence."""
+    return brief(error.__cause__ or error, 160) or type(error).__name__
 
 
 def _shown(value: Any) -> str:
@@ -67,7 +65,22 @@ def _shown(value: Any) -> str:
     text = str(value)
     if len(text) <= 40:
         return text
-    return f"a list of {len(value)}" if isinstance(value, list | tuple) else f"{text[:39]}…"
+    return f"a list of {len(value)}" if isinstance(value, list | tuple) else brief(text, 40)
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turns whatever transformers or torch raise of a configuration within it into an InputError that begins so.
+
+    Which exceptions these are is open: strict fields, checks of their own, and code that computes with what it gets.
+    """
+    try:
+        with quiet():
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {in_a_line(error)}. Correct it.") from error
 
 
 _STDS = ("initializer_range", "init_std")
@@ -109,9 +122,9 @@ def config_from(
     """
     try:
         defaults = AutoConfig.for_model(model_type)
-    except ValueError:
+    except (ValueError, KeyError, ImportError):
         raise InputError(
-            f"{source}.model_type: {model_type!r} is no model type of the installed transformers. Correct it, or "
+            f"{source}.model_type: {quoted(model_type)} is no model type of the installed transformers. Correct it, or "
             "install a release that has it; code that comes with a checkpoint is not run."
         ) from None
     known = {*defaults.to_dict(), *defaults.attribute_map, "tie_word_embeddings", "is_decoder", "num_labels"}
@@ -119,16 +132,41 @@ def config_from(
         if key not in known and not _MAY_DIFFER.fullmatch(key):
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"Did you mean '{near[0]}'?" if near else f"See {type(defaults).__name__} for its keys."
-            raise InputError(f"{source}.{key}: unknown key of model type {model_type}. {hint}")
-    try:
-        with quiet():
-            config = AutoConfig.for_model(model_type, **own)
-    except Exception as error:  # its checks of itself raise more than ValueError
-        raise InputError(
-            f"{source}: not a possible {model_type} configuration: {in_a_line(error)}. Correct it."
-        ) from None
-    config.architectures = list(architectures) or None
-    return config
+            raise InputError(f"{source}.{brief(key, 60)}: unknown key of model type {model_type}. {hint}")
+    _require_possible(own, source)
+    with refused(f"{source}: not a possible {model_type} configuration"):
+        config = AutoConfig.for_model(model_type, **own)
+        config.architectures = list(architectures) or None
+        # Everything below reads it so, and what it took without a word may not come out again.
+        for read in (config.to_dict, config.to_diff_dict, lambda: config.num_labels):
+            read()
+        return config
+
+
+_LAYERS = frozenset(
+    "num_hidden_layers n_layer num_layers num_decoder_layers encoder_layers decoder_layers depths".split()
+)
+_SIZES = WIDTHS | HEADS | HEAD_SIZES | FIXED | _LAYERS
+_LARGEST = {**dict.fromkeys(_SIZES, 10**9), **dict.fromkeys(_LAYERS, 1000), "num_labels": 10**5}
+"""Key → the largest size. Each layer is built, on the meta device, and each label is given a name."""
+
+
+def _require_possible(own: Mapping[str, Any], source: str) -> None:
+    """Raises InputError for a size that is none, or beyond every model, and for NaN; names the key."""
+    for key, value in own.items():
+        where = f"{source}.{brief(str(key), 60)}"
+        if isinstance(value, Mapping):
+            _require_possible(value, where)
+        if value is not None and key in _SIZES:
+            sizes = value if isinstance(value, list | tuple) else [value]
+            least = 0 if key in FIXED else 1
+            if not sizes or not all(_is_size(size) and least <= size <= _LARGEST[key] for size in sizes):
+                raise InputError(
+                    f"{where}: should be a whole number from {least} to {_LARGEST[key]}, found {quoted(value)}. "
+                    "Correct it."
+                )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{where}: must be a finite number, found {value}. Write an ordinary number.")
 
 
 def require_comparable(base: PretrainedConfig, target: PretrainedConfig) -> None:
@@ -260,6 +298,7 @@ def _doubled(value: Any) -> Any:
 
 def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
     changed = copy.deepcopy(config)
-    for key, value in changes.items():
-        setattr(changed, key, value)
+    with refused(f"the {config.model_type} configuration at another size"):
+        for key, value in changes.items():
+            setattr(changed, key, value)
     return changed

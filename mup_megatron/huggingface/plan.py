@@ -19,6 +19,7 @@ from mup_megatron.modules.names import unwrapped
 from mup_megatron.modules.shapes import Built, Facts, base_parameters, model_shapes
 from mup_megatron.recipe import HuggingFaceBase, Recipe
 from mup_megatron.theory import Plan
+from mup_megatron.validation import brief
 
 TESTED = frozenset("gpt2 gpt_neox llama mistral qwen2 qwen3 bert vit resnet opt t5".split())
 """Model types whose every parameter, draw and attention scale the tests look at."""
@@ -106,11 +107,12 @@ def _class_of(target: PreTrainedModel | PretrainedConfig, base: PretrainedConfig
             "architectures: neither the target's configuration nor the recipe's base says which class of model it is. "
             "Add for example architectures: [GPT2LMHeadModel]."
         )
-    found = getattr(transformers, names[0], None)
+    with configs.refused(f"architectures: {brief(names[0], 60)} cannot be imported from transformers"):
+        found = getattr(transformers, names[0], None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel):
         raise InputError(
-            f"architectures: {names[0]} is no model class of the installed transformers. Write one that is; code that "
-            "comes with a checkpoint is not run."
+            f"architectures: {brief(names[0], 60)} is no model class of the installed transformers. Write one that is; "
+            "code that comes with a checkpoint is not run."
         )
     if found.config_class is not None and not isinstance(target, found.config_class):
         raise InputError(
@@ -122,17 +124,11 @@ def _class_of(target: PreTrainedModel | PretrainedConfig, base: PretrainedConfig
 def _factory(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Callable[[], torch.nn.Module]:
     def build() -> torch.nn.Module:
         constructor: Callable[[PretrainedConfig], Any] = model_class
-        try:
-            with configs.quiet():
-                model = constructor(copy.deepcopy(config))
-        except (ValueError, TypeError, AssertionError, AttributeError, KeyError, ImportError) as error:
-            raise InputError(
-                f"{model_class.__name__} cannot be built from the configuration: {configs.in_a_line(error)}. "
-                "Correct it."
-            ) from None
-        # What it skips where the default device is meta.
-        with torch.device("cpu"):
-            model.initialize_weights()
+        with configs.refused(f"{model_class.__name__} cannot be built from the configuration"):
+            model = constructor(copy.deepcopy(config))
+            # What it skips where the default device is meta.
+            with torch.device("cpu"):
+                model.initialize_weights()
         assert isinstance(model, torch.nn.Module)
         return model
 

@@ -28,8 +28,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from mup_megatron.errors import InputError, shortened
+from mup_megatron.errors import InputError
 from mup_megatron.unpickling import not_read, read_pickle, read_torch, torch_loads_only_tensors
+from mup_megatron.validation import brief
 
 METADATA = ".metadata"
 
@@ -75,7 +76,7 @@ def read_metadata(folder: Path, *, files: Collection[str], remedy: str) -> Metad
         sizes = {name: (folder / name).stat().st_size for name in files if (folder / name).is_file()}
         problem = _problem(metadata, sizes)
     except (AttributeError, TypeError, ValueError) as error:  # a part that lacks what its class has
-        problem = shortened(error)
+        problem = brief(error)
     if problem is not None:
         raise InputError(f"{path}: damaged ({problem}). {remedy}")
     assert isinstance(metadata, Metadata)
@@ -96,7 +97,7 @@ def require_plain_objects(folder: Path, metadata: Metadata, *, remedy: str) -> N
                     data = stream.read(info.length)
             except OSError as error:
                 raise InputError(f"{path}: cannot be read ({error.strerror}). {remedy}") from None
-            read_torch(io.BytesIO(data), source=f"{path}: {shortened(key.fqn, 60)}", remedy=remedy)
+            read_torch(io.BytesIO(data), source=f"{path}: {brief(key.fqn, 60)}", remedy=remedy)
 
 
 @contextlib.contextmanager
@@ -155,18 +156,18 @@ def _problem(metadata: object, sizes: Mapping[str, int]) -> str | None:
             return problem
         offsets = [chunk.offsets for chunk in entry.chunks] if isinstance(entry, TensorStorageMetadata) else [None]
         if any((name, offset) not in places for offset in offsets):
-            return f"{shortened(name, 60)} is in no file"
+            return f"{brief(name, 60)} is in no file"
     return None
 
 
 def _problem_of_place(key: object, info: Any, sizes: Mapping[str, int]) -> str | None:
     if not isinstance(key, MetadataIndex) or not isinstance(key.fqn, str):
         return "an entry without a name"
-    name = shortened(key.fqn, 60)
+    name = brief(key.fqn, 60)
     if type(info).__name__ != "_StorageInfo" or not isinstance(info.relative_path, str):
         return f"{name} has no place"
     if info.relative_path not in sizes:
-        return f"{name} is said to be in {shortened(info.relative_path, 40)!r}, which is no file of the checkpoint"
+        return f"{name} is said to be in {brief(info.relative_path, 40)!r}, which is no file of the checkpoint"
     if not _are_sizes(info.offset, info.length) or info.offset + info.length > sizes[info.relative_path]:
         return f"{name} is said to lie beyond the end of {info.relative_path}"
     if getattr(info, "transform_descriptors", None):
@@ -176,11 +177,11 @@ def _problem_of_place(key: object, info: Any, sizes: Mapping[str, int]) -> str |
 
 def _problem_of_entry(name: object, entry: object) -> str | None:
     if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata):
-        return f"{shortened(name, 60)} is neither a tensor nor an object"
+        return f"{brief(name, 60)} is neither a tensor nor an object"
     if isinstance(entry, BytesStorageMetadata):
         return None
     tensor: Any = entry  # of whose fields nothing is known yet
-    shown = shortened(name, 60)
+    shown = brief(name, 60)
     if not isinstance(tensor.properties, TensorProperties) or not isinstance(tensor.properties.dtype, torch.dtype):
         return f"{shown} has no type"
     if not isinstance(tensor.size, torch.Size) or not isinstance(tensor.chunks, list):

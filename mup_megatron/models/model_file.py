@@ -157,6 +157,8 @@ def model_file(content: Mapping[str, Any] | object, *, source: str) -> ModelFile
     Raises:
         InputError: unknown key, wrong type or impossible shape; names file, key and remedy.
     """
+    if isinstance(content, Mapping) and "model_type" in content and "num_layers" not in content:
+        raise InputError(f"{source}: a Hugging Face configuration, and a model file of Megatron's is needed here.")
     return validated(ModelFile, content, source=source)
 
 

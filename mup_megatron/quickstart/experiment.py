@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mup_megatron.errors import InputError, shortened
+from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe, save_recipe
@@ -23,7 +23,7 @@ from mup_megatron.search.worker import Job
 from mup_megatron.training.data.indexed import check_prefix
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.tuning import ProxyTraining, transferred
-from mup_megatron.validation import Strict
+from mup_megatron.validation import Strict, brief
 from mup_megatron.yaml_io import dump_yaml
 
 SPACE = Space(
@@ -208,11 +208,11 @@ def claim(folder: Path, experiment: Mapping[str, Any]) -> None:
         raise _foreign(file)
     if recorded != experiment:
         changed = [
-            f"{shortened(key, 40)} was {_shown(recorded.get(key))} and is {_shown(experiment.get(key))}"
+            f"{brief(key, 40)} was {_shown(recorded.get(key))} and is {_shown(experiment.get(key))}"
             for key in sorted({*recorded, *experiment})
             if recorded.get(key) != experiment.get(key)
         ]
-        raise InputError(f"{file}: holds another experiment: {shortened('; '.join(changed), 250)}. {remedy}")
+        raise InputError(f"{file}: holds another experiment: {brief('; '.join(changed), 250)}. {remedy}")
 
 
 def grid(settings: Settings, width: int, rule: str) -> tuple[Cell, ...]:
@@ -374,7 +374,7 @@ def _read_json(file: Path) -> Any:
 
 
 def _shown(value: object) -> str:
-    return shortened(repr(value), 80)
+    return brief(repr(value), 80)
 
 
 def _foreign(file: Path) -> InputError:

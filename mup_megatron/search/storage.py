@@ -12,7 +12,8 @@ from pathlib import Path
 import optuna
 import sqlalchemy
 
-from mup_megatron.errors import InputError, shortened
+from mup_megatron.errors import InputError
+from mup_megatron.validation import brief
 
 FAILURES = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error)
 """What Optuna raises when the database fails: the disk is full, the server is gone."""
@@ -104,7 +105,7 @@ def open_storage(url: str, *, create: bool) -> Iterator[Storage]:
         except (KeyError, IndexError, ValueError) as error:  # Optuna fills in {…} templates
             raise InputError(f"--storage {label}: not a storage URL ({error!r}). Remove its braces.") from None
         except RuntimeError as error:  # Optuna's check of the schema's version
-            raise InputError(f"--storage {label}: {shortened(error)}") from None
+            raise InputError(f"--storage {label}: {brief(error)}") from None
         except AssertionError:
             raise InputError(f"--storage {label}: damaged. Restore it, or choose another place.") from None
     try:
@@ -124,7 +125,7 @@ def _storage_errors(label: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = shortened(getattr(cause, "orig", None) or cause) or type(cause).__name__
+        reason = brief(getattr(cause, "orig", None) or cause) or type(cause).__name__
         raise InputError(
             f"{label}: the storage failed ({reason}). What was stored is kept; free space or see to the server, and "
             "give the same command again."
@@ -174,12 +175,10 @@ def _check_sqlite(file: Path, create: bool) -> None:
             held = "studies" not in tables or db.execute("SELECT 1 FROM studies").fetchone() is not None
     except (sqlite3.Error, ValueError, OverflowError) as error:  # text that is not UTF-8 among the latter
         raise InputError(
-            f"{file}: not a sound SQLite file ({shortened(error)}). Restore it, or choose another place with --storage."
+            f"{file}: not a sound SQLite file ({brief(error)}). Restore it, or choose another place with --storage."
         ) from None
     if sound != ["ok"]:
-        raise InputError(
-            f"{file}: damaged ({shortened(sound[0])}). Restore it, or choose another place with --storage."
-        )
+        raise InputError(f"{file}: damaged ({brief(sound[0])}). Restore it, or choose another place with --storage.")
     if not tables and not create:
         raise InputError(f"{file}: empty, so there is no study in it. Check --study and --storage.")
     # Optuna's tables may be incomplete when a process was killed while it made them; these come first.

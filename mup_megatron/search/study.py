@@ -24,12 +24,12 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mup_megatron.errors import InputError, shortened
+from mup_megatron.errors import InputError
 from mup_megatron.readback import is_text
 from mup_megatron.search.selection import Candidate, Selection
 from mup_megatron.search.space import Space
 from mup_megatron.search.storage import FAILURES, Storage, is_there, open_storage
-from mup_megatron.validation import Strict
+from mup_megatron.validation import Strict, brief
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -196,7 +196,7 @@ def read_study(storage: str, name: str) -> StudyRecord:
             study = optuna.load_study(study_name=name, storage=opened.backend)
         except KeyError:
             others = optuna.get_all_study_names(storage=opened.backend)
-            listed = f", only {shortened(', '.join(repr(other) for other in sorted(others)))}" if others else ""
+            listed = f", only {brief(', '.join(repr(other) for other in sorted(others)))}" if others else ""
             raise InputError(f"{opened.label}: no study {name!r} in it{listed}. Check --study.") from None
         attributes = study.user_attrs
         if study.directions != [StudyDirection.MINIMIZE]:
@@ -348,7 +348,7 @@ def reading(storage: Storage, name: str) -> Iterator[None]:
 def damaged(storage: Storage, name: str, what: object) -> InputError:
     """The sentence for a study whose content cannot be."""
     return InputError(
-        f"{storage.label}: study {shortened(name, 40)!r} is damaged ({shortened(what)}). Restore the database, or "
+        f"{storage.label}: study {brief(name, 40)!r} is damaged ({brief(what)}). Restore the database, or "
         "choose another study with --study."
     )
 
@@ -409,4 +409,4 @@ def _sound(model: type[ModelT], content: object, where: str, storage: Storage, n
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise damaged(storage, name, f"{where}: {shortened(key, 40)}: {first['msg']}") from None
+        raise damaged(storage, name, f"{where}: {brief(key, 40)}: {first['msg']}") from None

@@ -29,7 +29,7 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from mup_megatron.errors import InputError, shortened
+from mup_megatron.errors import InputError
 from mup_megatron.search.owner import Owner, Watch
 from mup_megatron.search.report import Progress, plain, write_results
 from mup_megatron.search.storage import FAILURES, Storage, open_storage
@@ -66,6 +66,7 @@ from mup_megatron.search.worker import (
     Worker,
     WorkerDiedError,
 )
+from mup_megatron.validation import brief
 
 MAX_ATTEMPTS = 2
 """How often a trial that crashes is run before it is given up."""
@@ -245,7 +246,7 @@ def _differences(recorded: Any, wanted: Any, key: str = "") -> list[str]:
             return [f"{key} has other entries"]
     if recorded == wanted:
         return []
-    return [f"{shortened(key, 60)} was {shortened(repr(recorded), 80)} and is {shortened(repr(wanted), 80)}"]
+    return [f"{brief(key, 60)} was {brief(repr(recorded), 80)} and is {brief(repr(wanted), 80)}"]
 
 
 @dataclass(frozen=True)

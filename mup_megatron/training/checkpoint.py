@@ -28,13 +28,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from mup_megatron.collectives import raise_together
-from mup_megatron.errors import InputError, shortened
+from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
 from mup_megatron.megatron import stored, versions
 from mup_megatron.readback import read_json, read_text
 from mup_megatron.training.build import Built
 from mup_megatron.training.ranks import is_first, on_first_rank
-from mup_megatron.validation import Strict, validated
+from mup_megatron.validation import Strict, brief, validated
 
 TRACKER = "latest_checkpointed_iteration.txt"
 EXTRAS = "mup"
@@ -201,8 +201,7 @@ def latest(root: Path) -> int | None:
         return None
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{root / TRACKER}: does not name an iteration ({shortened(error)}). Write the number of a checkpoint into "
-            "it."
+            f"{root / TRACKER}: does not name an iteration ({brief(error)}). Write the number of a checkpoint into it."
         ) from None
     return iteration
 
@@ -273,7 +272,7 @@ def _all_or_none(found: Found, work: Callable[[], None]) -> None:
 def _take_over(found: Found, built: Built, state: Mapping[str, Any]) -> None:
     if state["iteration"] != found.iteration:
         raise InputError(
-            f"{found.folder}: its weights are those of iteration {shortened(state['iteration'], 40)}. {found.remedy}"
+            f"{found.folder}: its weights are those of iteration {brief(state['iteration'], 40)}. {found.remedy}"
         )
     for index, chunk in enumerate(built.chunks):
         chunk.module.load_state_dict(state[f"model{index}"])
@@ -296,7 +295,7 @@ def _manifest(folder: Path, extras: Collection[str]) -> dict[str, _Digest]:
     manifest = validated(_Manifest, content, source=str(path)).root
     for name in manifest:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
-            raise InputError(f"{path}: speaks of {shortened(name)!r}, outside of the checkpoint. {_remedy(folder)}")
+            raise InputError(f"{path}: speaks of {brief(name)!r}, outside of the checkpoint. {_remedy(folder)}")
     for name in (_FORMAT, stored.METADATA, *(f"{EXTRAS}/{name}" for name in extras)):
         if name not in manifest:
             raise InputError(f"{path}: has no {name}, without which it is no checkpoint. {_remedy(folder)}")

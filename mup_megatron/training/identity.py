@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mup_megatron.errors import InputError, shortened
+from mup_megatron.errors import InputError
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.readback import parse_json
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.data.indexed import at, check_prefix
 from mup_megatron.training.options import TrainingOptions
+from mup_megatron.validation import brief
 
 Identity = dict[str, Any]
 
@@ -62,15 +63,15 @@ def require_same(found: Identity, wanted: Identity, *, source: str, remedy: str)
             continue
         if section == "fingerprint":
             raise InputError(
-                f"{source}: of another recipe: its fingerprint is {shortened(here)}, this recipe's is {there}. {remedy}"
+                f"{source}: of another recipe: its fingerprint is {brief(here)}, this recipe's is {there}. {remedy}"
             )
         if isinstance(here, dict) and isinstance(there, dict):
             missing = object()
             key = next(key for key in {**there, **here} if here.get(key, missing) != there.get(key, missing))
             section, here, there = f"{section}.{key}", here.get(key), there.get(key)
         raise InputError(
-            f"{source}: of another run: {shortened(section, 40)} is {shortened(here, 60)} there and "
-            f"{shortened(there, 60)} here. {remedy}"
+            f"{source}: of another run: {brief(section, 40)} is {brief(here, 60)} there and "
+            f"{brief(there, 60)} here. {remedy}"
         )
 
 

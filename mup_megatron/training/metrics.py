@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
-from mup_megatron.errors import InputError, shortened
+from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
+from mup_megatron.validation import brief
 
 DIVERGED_ABOVE = 1.0
 """Nats above the first iteration's loss at which a run counts as lost, if it stays there …"""
@@ -75,7 +76,7 @@ def from_csv(kind: type[RowT], text: str, *, source: str) -> list[RowT]:
             raise ValueError("its iterations do not rise")
     except (ValueError, TypeError, IndexError, OverflowError, csv.Error) as error:
         raise InputError(
-            f"{source}: not the measurements of a run ({shortened(error)}). Restore it, or remove it."
+            f"{source}: not the measurements of a run ({brief(error)}). Restore it, or remove it."
         ) from None
     return rows
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mup_megatron.errors import InputError, shortened
+from mup_megatron.errors import InputError
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.data import CACHE
 from mup_megatron.training.data.dataset import DEFAULT_SPLIT
+from mup_megatron.validation import brief
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +133,11 @@ def _bad_numbers(options: TrainingOptions) -> Iterator[str]:
         if value is not None and value < 1:
             yield f"{_flag(name)} {value}: must be at least 1. Give a positive whole number."
         elif value is not None and value > _LARGEST:
-            yield f"{_flag(name)} {shortened(value, 40)}: must be at most {_LARGEST}. Give a smaller one."
+            yield f"{_flag(name)} {brief(value, 40)}: must be at most {_LARGEST}. Give a smaller one."
     for name in ("train_iters", "eval_iters"):
         value = getattr(options, name)
         if value > _LONGEST and not (name in _POSITIVE and value > _LARGEST):
-            yield f"{_flag(name)} {shortened(value, 40)}: must be at most {_LONGEST}. Give a smaller one."
+            yield f"{_flag(name)} {brief(value, 40)}: must be at most {_LONGEST}. Give a smaller one."
         elif value * options.global_batch_size > _SAMPLES and options.global_batch_size <= _LARGEST:
             yield (
                 f"{_flag(name)} {value} × --global-batch-size {options.global_batch_size}: more than the {_SAMPLES} "

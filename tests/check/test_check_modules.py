@@ -168,7 +168,7 @@ def test_a_configuration_passes_with_the_entry_and_a_schedule_of_deepspeeds(tmp_
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("{", "not a JSON file"),
+        ("{", "not JSON"),
         ({"optimizer": {"type": "AdamW"}}, 'no "mup" entry'),
         ({"mup": {"recipe": "x"}, "optimizer": {"type": "AdamW", "params": {"lr": 0.5}}}, "optimizer.params.lr"),
         ({"mup": {"recipe": "x"}, "optimizer": {"type": "MuAdam"}}, "microsoft/mup"),

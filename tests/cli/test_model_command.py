@@ -82,7 +82,7 @@ def test_what_a_model_file_cannot_say_is_a_warning(run: Command, here: Path) -> 
         (["--from-args", "--outptu=m.yaml", *FLAGS], "No such option '--outptu'. Did you mean '--output'?"),
         (["--from-arg", *FLAGS], "No such option '--from-arg'. Did you mean '--from-args'?"),
         (["--from-args", "-O", "m.yaml", *FLAGS], "No such option '-O'."),
-        (["--from-args", "--", "none.sh"], "none.sh: cannot be read (No such file or directory)"),
+        (["--from-args", "--", "none.sh"], "none.sh: no such file. Check the path."),
     ],
 )
 def test_bad_input_writes_nothing(run: Command, here: Path, words: list[str], said: str) -> None:

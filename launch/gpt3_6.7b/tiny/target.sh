@@ -7,7 +7,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" CUDA_DEVICE_MAX_CONNECTIONS=1
 
 printed=$(mup-megatron args "$MODEL" --recipe "$RECIPE" --train-iters "$TRAIN_ITERS")
-read -r -d '' -a model < <(printf '%s\0' "$printed")
+# shellcheck disable=SC2206 # into words, none of which is a pattern
+model=($printed)
 
 data=(--data-path "$DATA" --split '99,1,0' --data-cache-path "$OUTPUT/data_cache" --num-workers 0
   --tokenizer-type NullTokenizer --vocab-size 1023) # to which this tokenizer adds one

@@ -222,19 +222,20 @@ def not_in_model_file(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def values_from_flags(words: Sequence[str], *, source: str) -> dict[str, Any]:
+def values_from_flags(words: Sequence[str], *, source: str, known: Sequence[Flag] = EVERY) -> dict[str, Any]:
     """What Megatron's parser would make of the flags that concern model, learning rates or native μP.
 
-    Needs no Megatron. Others are skipped with their values. Flags that are not given have Megatron's default.
+    Needs no Megatron. Others than those that are `known` are skipped with their values. Flags that are not given have
+    Megatron's default.
 
     Raises:
         InputError: a value is missing or cannot be read; names the flag.
     """
     try:
-        given = parsed(words, EVERY)
+        given = parsed(words, known)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
-    return {flag.key: flag.default for flag in EVERY} | given
+    return {flag.key: flag.default for flag in known} | given
 
 
 def model_from_flags(words: Sequence[str], *, source: str) -> ModelFile:

@@ -1,21 +1,30 @@
 """The Megatron flags in a bash launch script, read and never executed.
 
 Follows assignments, arrays, `+=` (also as `A="$A …"`) and `${A:-default}` from top to bottom, and functions where they
-are written. It is no shell: what comes from a condition, a loop, the environment, the script's own arguments or another
-program's output stays as it is written there, and is an error where the model depends on it. So is what another file
-(`source`), `eval`, `read`, arithmetic, or a function that is called may have set. Not seen is what a function or a trap
-of another file sets when it is called later.
+are written; `$1` and its like where the script's arguments are given; `$(mup-megatron args FILE …)`, which is what that
+file says; and the usual way to the script's own folder, `$(cd "$(dirname "$0")/…" && pwd)`. It is no shell: what comes
+from a condition, a loop, the environment or another program's output stays as it is written there, and is an error
+where the model depends on it. So is what another file (`source`), `eval`, `read`, arithmetic, or a function that is
+called may have set, unless it is `readonly` before. Not seen is what a function or a trap of another file sets when it
+is called later.
+
+It ends on every text: each token takes a character or more, and what is looked at again is counted.
 """
 
 import bisect
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 from mup_megatron.errors import InputError
+from mup_megatron.files import read_text
+from mup_megatron.megatron.arguments.convert import flags
 from mup_megatron.megatron.arguments.table import MODEL, unresolved
+from mup_megatron.models.model_file import load_model_file
+from mup_megatron.validation import shortened
 
 _MODEL_FLAGS = {flag.name: flag for flag in MODEL}
 
@@ -48,10 +57,11 @@ def words_of_launch(words: Sequence[str]) -> tuple[list[str], str]:
         or not (script.suffix == ".sh" or script.is_file())
     ):
         return [*words], "flags"
-    return [*words_of_script(script), *words[1:]], str(script)
+    arguments = [*takewhile(lambda word: not word.startswith("-"), words[1:])]
+    return [*words_of_script(script, arguments), *words[1:]], str(script)
 
 
-def words_of_script(path: Path) -> list[str]:
+def words_of_script(path: Path, arguments: Sequence[str] = ()) -> list[str]:
     """The words after the Python script in the one command of a launch script that has flags of a model.
 
     Variables that the script sets are put in; others stay, as `$NAME`, and `model_from_flags` refuses them where they
@@ -59,18 +69,25 @@ def words_of_script(path: Path) -> list[str]:
 
     Flags of the model that a variable gets under a condition come as `--flag=$NAME`.
 
+    Args:
+        path: of the script.
+        arguments: what it would be started with, for `$1` and its like; without any, these are not known.
+
     Raises:
         InputError: the file cannot be read, has no such command, or several that differ.
     """
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"{path}: cannot be read ({reason}). Give the path of a launch script.") from None
-    commands = _Commands(_Lexer(text).tokens())
-    reader = _Reader(commands.all(), commands.functions)
-    reader.read()
-    return [*reader.launch(str(path))]
+        commands = _Commands(_Lexer(text).tokens())
+        reader = _Reader(commands.all(), commands.functions, path.parent, arguments)
+        reader.read()
+        return [*reader.launch(str(path))]
+    except (RecursionError, _TooMuchError):
+        raise InputError(f"{path}: too long, or nested too deeply, to be read. Give the flags in its place.") from None
+
+
+class _TooMuchError(Exception):
+    """A script on which reading would take minutes; nobody wrote it by hand."""
 
 
 # ---- words and operators -------------------------------------------------------------------------------------------
@@ -105,16 +122,20 @@ class _Token:
         return "".join(piece.text for piece in self.pieces)
 
 
+_SPACE = r" \t\r\n"
+"""What parts words: in bash blanks and newlines alone, whatever else Unicode has; and what Windows ends lines with."""
 _BLANK = re.compile(r"(?:[ \t\r]|\\\r?\n)+|#[^\n]*")
-_ARITHMETIC = re.compile(r"\(\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\)")
+# What they pass over they do not try again in another way (`++`): else a bracket that is never closed costs the square.
+_ARITHMETIC = re.compile(r"\(\((?:[^()]++|\((?:[^()]++|\([^()]*+\))*+\))*+\)\)")
 _OPERATOR = re.compile(r"\n|;;&|;;|;&|&&|\|\||\|&|&>>|&>|\d*(?:<<<|<<-?|>&|<&|>>|[<>])|[;&|()]")
 """With the descriptor that a redirection may begin with, as in `2>&1`."""
-_SUBSTITUTION = r"\$\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)|`[^`]*`|\$\{(?:[^{}]|\{[^{}]*\})*\}"
+_SUBSTITUTION = r"\$\((?:[^()]++|\((?:[^()]++|\([^()]*+\))*+\))*+\)|`[^`]*`|\$\{(?:[^{}]++|\{[^{}]*+\})*+\}"
 _PIECE = re.compile(
     rf"""\$?'(?P<literal>[^']*)' | "(?P<double>(?:[^"\\]|\\.)*)" | \\(?P<escaped>.)
-       | (?P<bare>{_SUBSTITUTION} | \$\w* | [^\s;&|<>()'"\\`$]+ | \S)""",
+       | (?P<bare>{_SUBSTITUTION} | \$\w* | [^{_SPACE};&|<>()'"\\`$]+ | .)""",
     re.DOTALL | re.VERBOSE,
 )
+_END_OF_WORD = re.compile(rf"[{_SPACE};&|<>()]|\\\r?\n|\Z")
 _ARRAY = re.compile(r"[A-Za-z_]\w*\+?=")
 
 
@@ -143,7 +164,8 @@ class _Lexer:
                     self._position = end.end()
                 ends = []
 
-    def _next(self) -> _Token | None:
+    def _next(self, *, in_array: bool = False) -> _Token | None:
+        """The next of them, which is at least a character long; none at the end."""
         while blank := _BLANK.match(self._text, self._position):
             self._position = blank.end()
         if self._position == len(self._text):
@@ -155,13 +177,15 @@ class _Lexer:
         if operator := _OPERATOR.match(self._text, self._position):
             self._position = operator.end()
             return _Token(line, operator[0].lstrip("0123456789"))
-        return self._word(line)
+        return self._word(line, in_array=in_array)
 
-    def _word(self, line: int) -> _Token:
+    def _word(self, line: int, *, in_array: bool) -> _Token:
         pieces: list[_Piece] = []
-        while not re.compile(r"[\s;&|<>()]|\\\r?\n|\Z").match(self._text, self._position):
+        # Blanks and operators were looked for before, and what begins neither is a piece: a word has one or more.
+        while not (pieces and _END_OF_WORD.match(self._text, self._position)):
             found = _PIECE.match(self._text, self._position)
             assert found is not None
+            assert found.end() > self._position
             self._position = found.end()
             match found.lastgroup:
                 case "literal" | "escaped":
@@ -171,17 +195,19 @@ class _Lexer:
                 case _:
                     pieces.append(_Piece(found[0], expands=True, quoted=False))
         word = _Token(line, pieces=tuple(pieces))
-        if not (_ARRAY.fullmatch(word.plain) and self._text.startswith("(", self._position)):
-            return word
+        if in_array or not (_ARRAY.fullmatch(word.plain) and self._text.startswith("(", self._position)):
+            return word  # an array's elements are no arrays
         self._position += 1
         elements: list[_Token] = []
-        while (token := self._next()) is not None and token.operator != ")":
+        while (token := self._next(in_array=True)) is not None and token.operator != ")":
             elements += [] if token.operator else [token]
         return _Token(line, pieces=word.pieces, array=tuple(elements))
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------
 
+_DEEPEST = 100
+"""Constructs within each other."""
 _REDIRECTIONS = {"<", ">", ">>", "<<", "<<-", "<<<", "&>", "&>>", ">&", "<&"}
 _OPENING = {"if": "fi", "while": "done", "until": "done", "for": "done", "select": "done", "case": "esac", "{": "}"}
 _BETWEEN = {"then", "else", "elif", "do", "!", "time"}
@@ -286,6 +312,8 @@ class _Commands:
         return bool(self._open) and self._open[-1].end == end
 
     def _begin(self, keyword: str, end: str) -> None:
+        if len(self._open) == _DEEPEST:
+            raise _TooMuchError
         self._constructs += 1
         conditional = keyword != "{"
         function = 0
@@ -333,8 +361,8 @@ class _Commands:
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _DECLARATIONS = {"export", "declare", "typeset", "local", "readonly"}
 _EXPANSION = re.compile(
-    r"\$(?:\{(?P<braced>[A-Za-z_]\w*)(?P<index>\[[@*]\])?(?:(?P<operator>:?[-=])(?P<default>.*))?\}"
-    rf"|(?P<plain>[A-Za-z_]\w*))|{_SUBSTITUTION}|\$[\d@*#?!$-]|\\(?P<escaped>[$`\"\\])",
+    r"\$(?:\{(?P<braced>[A-Za-z_]\w*|[1-9])(?P<index>\[[@*]\])?(?:(?P<operator>:?[-=])(?P<default>.*))?\}"
+    rf"|(?P<plain>[A-Za-z_]\w*|[1-9]))|{_SUBSTITUTION}|\$[\d@*#?!$-]|\\(?P<escaped>[$`\"\\])",
     re.DOTALL,
 )
 _NAME = re.compile(r"([A-Za-z_]\w*)(?:\[.*|\+?=.*)?", re.DOTALL)
@@ -345,6 +373,17 @@ _SET_BY_ARITHMETIC = re.compile(
 )
 _SET_BY_DEFAULT = re.compile(r"\$\{([A-Za-z_]\w*):?=")
 _LAUNCHERS = frozenset({"torchrun", "python", "python3", "srun", "mpirun", "eval"})
+_POSITIONS = tuple("123456789")
+"""The script's arguments, as variables."""
+_FOLDER = re.compile(
+    r"""\$\(\s*cd\s+(?:--\s+)?"?\$\(\s*dirname\s+(?:--\s+)?"?(?:\$\{BASH_SOURCE(?:\[0\])?\}|\$BASH_SOURCE|\$0)"?\s*\)
+    (?P<below>[/.\w-]*)"?\s*(?:&?>\s*/dev/null(?:\s+2>&1)?\s*)?(?:&&|;)\s*pwd(?:\s+-P)?\s*\)""",
+    re.VERBOSE,
+)
+_OWN_ARGS = re.compile(r"\$\(\s*(?:mup-megatron|python3?\s+-m\s+mup_megatron)\s+args\s+(?P<words>.*)\)", re.DOTALL)
+_MOST_SEEN_AGAIN = 100_000
+_LONGEST = 100_000
+"""Characters of a variable. `A=$A$A` doubles it, and so a short script could fill any memory."""
 _ANY = "$"
 """Stands for every variable."""
 _Value = tuple[Word, ...] | Word
@@ -356,25 +395,38 @@ _State = tuple[dict[str, _Value], dict[str, _Reason], _Reason | None, dict[str, 
 class _Reader:
     """What is known of a script's variables so far, and its commands that have flags of a model."""
 
-    def __init__(self, commands: Sequence[_Command], functions: Set[str]) -> None:
+    def __init__(
+        self, commands: Sequence[_Command], functions: Set[str], folder: Path, arguments: Sequence[str]
+    ) -> None:
         self._commands = commands
+        self._folder = folder
         self._functions = functions
-        self._values: dict[str, _Value] = {}
-        self._unknown: dict[str, _Reason] = {}
+        self._in_functions = [command for command in commands if command.function]
+        given = zip(_POSITIONS, arguments, strict=False)
+        self._values: dict[str, _Value] = {position: Word(word, 0) for position, word in given}
+        self._unknown: dict[str, _Reason] = {} if arguments else dict.fromkeys(_POSITIONS, (0, ""))
         """Variables that have been set, to what cannot be read off, and the first place where."""
         self._others_unknown: _Reason | None = None
         """Set where any variable may have been set; then those that `_values` lacks are unknown."""
+        self._fixed: set[str] = set()
+        """Variables that are `readonly`: nothing changes them any more."""
         self._special: set[str] = set()
         """Variables to which an assignment means something else: other variables' names, integers, upper case."""
         self._conditional_flags: dict[str, list[tuple[str, int]]] = {}
         """The flags of the model that a variable gets under a condition, and the line where."""
         self._conditional = False
+        self._seen_again = 0
+        """Commands that were looked at because they may run later or repeatedly."""
         self._found: list[list[Word]] = []
         self._unread: dict[str, int] = {}
         """Where something was started without: what its flags can be in, and the line that this comes from."""
 
     def read(self) -> None:
         """Takes all commands. A function's see what is known where it stands and nothing else sets."""
+        in_loop: defaultdict[int, list[_Command]] = defaultdict(list)
+        for command in self._commands:
+            for loop in command.loops:
+                in_loop[loop].append(command)
         loops: set[int] = set()
         inside = 0
         outside = self._state()
@@ -384,10 +436,11 @@ class _Reader:
                     self._leave(inside, outside)
                 inside, outside = command.function, self._state()
                 if inside:
+                    self._forget_arguments(command.line)  # inside, they are the function's
                     self._may_have_run([c for i, c in enumerate(self._commands) if c.function or i > index])
             for loop in set(command.loops) - loops:
                 loops.add(loop)
-                self._may_have_run([c for c in self._commands if loop in c.loops])
+                self._may_have_run(in_loop[loop])
             self._take(command)
         if inside:
             self._leave(inside, outside)
@@ -411,13 +464,18 @@ class _Reader:
         for word in assignments:
             self._assign(word, conditional=command.conditional)
         self._set_otherwise(command, fields or [word.text for word in others])
+        if command.words[0].plain == "readonly" and not command.conditional and not command.function:
+            self._fixed |= {word.text.partition("=")[0] for word in command.words[1:]} & set(self._values)
         called = {str(field) for field in fields} & self._functions or any("$" in field for field in fields[:1])
         if called:
-            self._may_have_run([command for command in self._commands if command.function])
+            self._may_have_run(self._in_functions)
 
     def _may_have_run(self, commands: Sequence[_Command]) -> None:
         """What these commands set is not known, in whatever order and however often they run."""
         self._conditional = True
+        self._seen_again += len(commands)
+        if self._seen_again > _MOST_SEEN_AGAIN:
+            raise _TooMuchError
         for command in commands:
             assignments, others = self._parts(command)
             for word in assignments:
@@ -435,6 +493,8 @@ class _Reader:
 
     def _set_otherwise(self, command: _Command, words: Sequence[str]) -> None:
         texts = [token.text for word in command.words for token in (word, *(word.array or ()))]
+        if words and words[0] in ("shift", "set") and not command.function:
+            self._shift(words, command.line)
         why = f"line {command.line} ({' '.join(texts[:2])}) may set it"
         names = _set_by(words) | _set_by_expansion(texts)
         if self._conditional:  # else it is known, see _value
@@ -447,7 +507,24 @@ class _Reader:
         for name in sorted(names):
             self._forget(name, command.line, why)
 
+    def _shift(self, words: Sequence[str], line: int) -> None:
+        """Takes the script's arguments on as `shift` does; otherwise, and where it may not run, they are not known."""
+        known = [self._values.get(position) for position in _POSITIONS]
+        if words[0] == "set" and "--" not in words[1:]:
+            return
+        self._forget_arguments(line)
+        if [*words] == ["shift"] and not self._conditional:
+            for position, value in zip(_POSITIONS, known[1:], strict=False):
+                if value is not None:
+                    self._values[position] = value
+
+    def _forget_arguments(self, line: int) -> None:
+        for position in _POSITIONS:
+            self._forget(position, line)
+
     def _forget(self, name: str, line: int, why: str = "") -> None:
+        if name in self._fixed:
+            return
         old = self._values.pop(name, None)
         if old is not None:
             self._add_conditional_flags(name, self._flags_of_the_model(old, line))
@@ -468,6 +545,8 @@ class _Reader:
         name, appends = match[1], bool(match[2])
         whole = replace(word, pieces=tuple(_without_prefix(word.pieces, len(name) + len(match[2]) + 1)))
         added = whole if appends else _beside_itself(whole, name)
+        if name in self._fixed:
+            return
         if name in self._special:
             why = f"line {word.line} ({word.text}) may set it"
             self._others_unknown = (word.line, why)
@@ -486,7 +565,11 @@ class _Reader:
         if added is None:
             self._conditional_flags.pop(name, None)
             self._unknown.pop(name, None)
-        self._values[name] = _joined(self._values.get(name), new) if appends else new
+        value = _joined(self._values.get(name), new) if appends else new
+        if sum(len(each) + 1 for each in _words(value)) > _LONGEST:
+            self._forget(name, word.line, f"line {word.line} makes it longer than {_LONGEST} characters")
+            return
+        self._values[name] = value
 
     def _assigned(self, word: _Token) -> _Value:
         """What a variable gets from the part of an assignment after `=`."""
@@ -533,12 +616,30 @@ class _Reader:
             if "=" in operator and not self._conditional:
                 self._values[name] = default
             return default
+        if name is None and (known := self._substituted(match[0])) is not None:
+            return known
         if value is None:
             # Without blanks, so that it stays one word.
-            return Word(re.sub(r"\s.*", "…)", match[0], flags=re.DOTALL), 0)
+            return Word(re.sub(rf"[{_SPACE}].*", "…)", match[0], flags=re.DOTALL), 0)
         if isinstance(value, tuple) and match["index"] is None:
             return value[0] if value else Word("", 0)
         return value
+
+    def _substituted(self, text: str) -> Word | None:
+        """The output of the two commands that are known, the way to the script's folder and `mup-megatron args`."""
+        if folder := _FOLDER.fullmatch(text):
+            return Word(str((self._folder / folder["below"].lstrip("/")).resolve()), 0)
+        if (found := _OWN_ARGS.fullmatch(text)) is None:
+            return None
+        tokens = _Lexer(found["words"]).tokens()
+        words = iter([field for token in tokens if not token.operator for field in self._expanded(token)])
+        for word in words:
+            if word in ("--recipe", "--train-iters"):
+                next(words, None)
+            elif not word.startswith("-"):
+                file = Path(word)
+                return Word(" ".join(flags(load_model_file(file))), 0) if file.is_file() else None
+        return None
 
     def _expanded(self, word: _Token) -> list[Word]:
         """The words that a word becomes: an array's own, and those of a text that is not quoted."""
@@ -611,8 +712,10 @@ class _Reader:
     def _where_they_may_be(self) -> str:
         if not self._unread:
             return "Give the script that starts the training, or the flags in its place."
-        places = ", ".join(f"{word} (line {line})" for word, line in self._unread.items())
-        return f"They may be in {places}, which cannot be read off the script. Give the flags in its place."
+        places = [f"{shortened(word, 30)} (line {line})" for word, line in self._unread.items()]
+        some = f"{', '.join(places[:3])}{' and others' if len(places) > 3 else ''}"
+        own = "the script's own arguments behind it, or " if "1" in self._unknown else ""
+        return f"They may be in {some}, which cannot be read off the script. Give {own}the flags in its place."
 
     def _explained(self, word: Word) -> Word:
         # After H=${H:-1}, H is set and its word still says ${H:-1}: there what any variable may have become is why.
@@ -737,8 +840,11 @@ def _words(value: _Value) -> tuple[Word, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+_FIELD = re.compile(rf"[^{_SPACE}]+")
+
+
 def _split(value: _Value) -> tuple[Word, ...]:
-    return tuple(Word(part, word.line) for word in _words(value) for part in word.split())
+    return tuple(Word(part, word.line) for word in _words(value) for part in _FIELD.findall(word))
 
 
 def _joined(old: _Value | None, new: _Value) -> _Value:

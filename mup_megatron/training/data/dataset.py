@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]
 
-from mup_megatron.errors import InputError, shortened
+from mup_megatron.errors import InputError
 from mup_megatron.megatron.versions import core_version_text
 from mup_megatron.training.data import CACHE
 from mup_megatron.training.data.indexed import (
@@ -29,6 +29,7 @@ from mup_megatron.training.data.indexed import (
     staging,
 )
 from mup_megatron.training.ranks import on_first_rank
+from mup_megatron.validation import brief
 
 if TYPE_CHECKING:
     import torch
@@ -238,7 +239,7 @@ def _require_split(split: str) -> None:
         and any(map(float, shares))
     ):
         raise InputError(
-            f"split {shortened(split)}: write shares of training, validation and test, for example {DEFAULT_SPLIT}."
+            f"split {brief(split)}: write shares of training, validation and test, for example {DEFAULT_SPLIT}."
         )
 
 
@@ -326,6 +327,6 @@ def _arrays_alone(indices: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise InputError(f"{indices}: damaged ({shortened(error)}). Remove this folder; it is made again.") from None
+        raise InputError(f"{indices}: damaged ({brief(error)}). Remove this folder; it is made again.") from None
     finally:
         np.load = before

@@ -11,8 +11,9 @@ from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mup_megatron.errors import InputError, shortened
+from mup_megatron.errors import InputError
 from mup_megatron.readback import read_text
+from mup_megatron.validation import brief
 
 EOD_TOKEN = "<|endoftext|>"
 DEFAULT_TOKENIZER = "bpe:1024"
@@ -84,12 +85,12 @@ def parse_tokenizer(text: str) -> TokenizerSpec:
         short = number.isascii() and number.isdigit() and len(number) <= len(str(_MOST_TOKENS))
         if not short or not _BYTES < int(number) <= _MOST_TOKENS:
             raise InputError(
-                f"--tokenizer {shortened(text, 40)}: the vocabulary must be a whole number of at least {_BYTES + 1} "
+                f"--tokenizer {brief(text, 40)}: the vocabulary must be a whole number of at least {_BYTES + 1} "
                 f"(every byte and the end of a document) and at most {_MOST_TOKENS}. {_FORMS}"
             )
         return TokenizerSpec(text, "bpe", int(number))
     if not _is_file(text):
-        raise InputError(f"--tokenizer {shortened(text)}: there is no such file. {_FORMS}")
+        raise InputError(f"--tokenizer {brief(text)}: there is no such file. {_FORMS}")
     return TokenizerSpec(text, "file")
 
 
@@ -158,7 +159,7 @@ def _library(source: str, what: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a plain Exception, or a panic of its Rust code, which is none
-        raise InputError(f"{source}: {what} ({shortened(error)}). {_FORMS}") from None
+        raise InputError(f"{source}: {what} ({brief(error)}). {_FORMS}") from None
 
 
 def _is_file(text: str) -> bool:

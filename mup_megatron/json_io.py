@@ -1,0 +1,35 @@
+"""JSON in, as strictly as YAML. Not validation: see `validation.py`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mup_megatron.errors import InputError
+from mup_megatron.files import read_text
+from mup_megatron.validation import brief, require_plain
+
+
+def read_json(path: Path) -> object:
+    """The content of a JSON file as plain Python values. NaN and Infinity, which Python writes, are numbers.
+
+    Raises:
+        InputError: the file is missing, unreadable, not UTF-8, not JSON, or repeats a key.
+    """
+    text = read_text(path)
+    try:
+        content = json.loads(text, object_pairs_hook=_each_key_once)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{path}: not JSON ({brief(error)}). Correct the file.") from None
+    require_plain(content, source=str(path))
+    return content
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise InputError(f"{brief(twice)}: this key is given twice. Remove one of the two.")
+    return found

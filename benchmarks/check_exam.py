@@ -6,8 +6,8 @@
 The mistakes (`benchmarks/exam/mistakes.py`) are other than those of `mup_megatron.check.mutants`. Each is made in a
 small right set-up on several seeds, and has to have changed some trained weight by 2 % of the largest in its tensor
 after 20 steps at the widest model; one that has not is no mistake, and is listed apart. Those that `quick` has not
-found are looked at by `standard`: it has `quick` in it, from the same seeds, but for bounds, which hold for the longest
-runs alone. What fails by bounds alone is therefore looked at again too. `--every` looks at all.
+found are looked at by `standard`: it has `quick` in it, from the same seeds, but for the one run that goes on, in place
+of which all of its runs do. What fails by that alone is therefore looked at again too. `--every` looks at all.
 
 The right set-ups (`benchmarks/exam/right.py`) are checked once each, at `quick`. Twenty have values at which a check
 has a hard time; there a refusal that says what to change, or no verdict with a reason, is no false alarm, and is
@@ -38,8 +38,8 @@ import check_rates
 
 PARTS, LEVELS = ("mistakes", "right"), ("quick", "standard")
 CHANGED = 0.02
-OF_THE_LONGEST_RUN = ("bounds",)
-"""Sections that look at the longest of a check's runs alone, so that those of `quick` are not in `standard`."""
+OF_QUICK_ALONE = ("later steps",)
+"""Sections that `standard` has not, because its runs go on for as long."""
 LIMIT = 600.0
 """Seconds after which a check counts as hanging."""
 
@@ -89,7 +89,7 @@ class Row:
     @property
     def caught_at_standard_too(self) -> bool:
         """Whether a longer check from the same seeds is sure to stop the user as well."""
-        return self.caught and self.sections not in OF_THE_LONGEST_RUN
+        return self.caught and self.sections not in OF_QUICK_ALONE
 
 
 def main() -> None:

@@ -27,6 +27,9 @@ BEFORE_READOUT: Bounds = (-0.65, 0.15)
 MOVED: Bounds = (-0.5, 0.25)
 """Slopes of how far training moves what is computed inside of blocks. Neither may vanish nor grow in μP; a factor of
 √width that the rules do not know makes ½. The room is for what finite widths do by themselves."""
+MOVED_LOGITS: Bounds = (-0.9, 0.25)
+"""Likewise of attention logits, which queries and keys start to move only after each other: at the widths of a check
+their updates fall, the more so where heads grow."""
 MOVED_READOUT: Bounds = (-0.9, 0.4)
 """Likewise of what a readout gives: its updates shrink at the widths of a check, in right models too."""
 LOSS: Bounds = (-1.1, 0.1)
@@ -140,7 +143,7 @@ def _slopes_after(subject: Measured, known: Known, place: Callable[[str], float]
     found = []
     at_readout = _at_readout(known, place)
     for key, compared in own_slopes(subject, Quantity.UPDATE, max(moved)).items():
-        low, high = MOVED_READOUT if at_readout(key.name) else MOVED
+        low, high = MOVED_READOUT if at_readout(key.name) else MOVED_LOGITS if known.logits in key.name else MOVED
         if is_outside(compared.subject, low, high):
             found.append(_slope(compared, low, high))
     return found

@@ -150,7 +150,7 @@ def _trouble(subject: Measured, reference: Measured) -> Section | None:
     if subject.problems:
         random = [problem for problem in subject.problems if "not deterministic" in problem]
         if random:
-            remedy = "Turn off dropout and other random layers for the check: differences would be theirs."
+            remedy = "Turn off what is random in it for the check: differences would be its own."
             return Section(name=name, outcome=Outcome.NO_VERDICT, lines=(random[0], remedy))
         if reference.problems:
             remedy = "The correct reference diverged too: lower the recipe's lr or init_method_std."

@@ -18,6 +18,7 @@ from mup_megatron.check import batches, levels
 from mup_megatron.check.bounds import Known
 from mup_megatron.check.causes import Cause
 from mup_megatron.check.depth import Grouped, at_depth, narrowest, with_depth
+from mup_megatron.check.dropout import drops, without_dropout
 from mup_megatron.check.expense import Expense, Machine, about, of_run
 from mup_megatron.check.family import FLOOR, PILOT, PILOT_RATE, eps_from, rate_from, stressed, under_rule
 from mup_megatron.check.judge import Facts, Sides, judge
@@ -100,7 +101,7 @@ def check_modules(
     """A verdict on what a script makes of a model. Collective, if there are ranks.
 
     Args:
-        factory: builds the bare model of a width. With random layers such as dropout there is no verdict.
+        factory: builds the bare model of a width. Dropout is off in a check; with other randomness there is no verdict.
         recipe: what is transferred; its base is a torch module or a Hugging Face configuration.
         widths: of the models, at least three, over a range of four or more.
         batch: (step, width) → what `loss` takes; by default tokens, for Hugging Face's language models.
@@ -122,7 +123,7 @@ def check_modules(
     Raises:
         InputError: a model cannot be built, no plan can be made for it, or nobody says what it learns.
     """
-    with one_thread():
+    with one_thread(), without_dropout():
         return _checked(
             factory,
             recipe,
@@ -196,7 +197,7 @@ def _checked(
         fingerprint=recipe.fingerprint,
         extra=[lambda: family.transfer(prepare, first_seed)] if level is Level.FULL else [],
         later=lambda rounding: family.later(prepare, first_seed, rounding | frozen),
-        remarks=(*remarks, *_frozen(models[chosen[0]])),
+        remarks=(*remarks, *_dropping(models[chosen[0]]), *_frozen(models[chosen[0]])),
     )
     if deep is not None:
         verdict = with_depth(verdict, family.at_depth(deep, prepare, first_seed))
@@ -214,6 +215,10 @@ def assert_mup(model_factory: Factory, recipe: Recipe, **options: Any) -> None:
     verdict = check_modules(model_factory, recipe, **options)
     if not verdict.passed:
         raise AssertionError(text(verdict, title="the model", files=()))
+
+
+def _dropping(model: nn.Module) -> list[str]:
+    return ["Dropout is off in the check, so that differences are not its own."] if drops(model) else []
 
 
 def _frozen(model: nn.Module) -> list[str]:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from mup_megatron.check.mutants import Mutant
     from mup_megatron.check.verdict import Verdict
 
-FAILED = 1
+FAILED, UNDECIDED = 1, 2
+"""Exit codes. Without a verdict something has to be changed first, and the verdict says what."""
+EXIT_CODES = {"pass": 0, "fail": FAILED, "no verdict": UNDECIDED}
 RESULTS = Path("results/check")
 
 
@@ -114,7 +116,7 @@ def command(
     and compared with a correct reference. Less than a minute on two cores. In the layout of the run to come:
     torchrun --nproc-per-node 2 -m mup_megatron check TARGET.yaml …
 
-    Exit code 0: pass. 1: fail, or no verdict. 2: bad input.
+    Exit code 0: pass. 1: fail. 2: bad input, or no verdict, with what to change.
     """
     from mup_megatron.training.ranks import is_first_process
 
@@ -156,7 +158,7 @@ def command(
         verdict = check(level, report=told, tell=told.before, **chosen)
     if is_first_process():
         answer(verdict, target, recipe_path, output, json_file)
-    context.exit(0 if verdict.passed else FAILED)
+    context.exit(EXIT_CODES[verdict.outcome.value])
 
 
 def _of_megatron(

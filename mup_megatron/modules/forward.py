@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mup_megatron.modules.draws import Watch
 
+_FUSED_ATTENTION = torch.nn.functional.scaled_dot_product_attention
+"""Torch's own, whatever somebody puts in its place later."""
+
 
 @dataclass(frozen=True, slots=True)
 class Softmax:
@@ -290,7 +293,7 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
+        if func is _FUSED_ATTENTION:
             return _spelled_out(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") == "tensor" and args and isinstance(args[0], int | float):

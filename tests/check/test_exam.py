@@ -61,10 +61,10 @@ def test_standard_looks_at_what_quick_does_not_decide(exam: Any) -> None:
     names = ["two-groups-by-decay"]
     seeds = [job.seed for job in exam._jobs("mistakes", "quick", names, 4, [], every=False)]
     rows = [
-        _row(exam, seeds[0], "fail", sections="coordinates, bounds"),
+        _row(exam, seeds[0], "fail", sections="coordinates, later steps"),
         _row(exam, seeds[1], "pass"),
         # Bounds hold for the longest runs, which are others at standard.
-        _row(exam, seeds[2], "fail", sections="bounds"),
+        _row(exam, seeds[2], "fail", sections="later steps"),
         _row(exam, seeds[3], "no verdict"),
     ]
     again = exam._jobs("mistakes", "standard", names, 4, rows, every=False)

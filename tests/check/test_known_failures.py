@@ -9,7 +9,8 @@ import torch
 from support import small_nets
 from support.ds_ranks import run_ranks
 from support.small_nets import OPTIONS, Net, recipe_for
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from mup_megatron.check.measurements import Quantity
 from mup_megatron.check.modules import Task, check_modules, prepare_by_plan
@@ -120,12 +121,43 @@ def test_a_scale_of_attention_in_the_code_is_found_though_the_reference_shares_i
     assert verdict.culprit.endswith("mixer.attention_logits")
 
 
-def test_dropout_allows_no_verdict_and_is_named() -> None:
+class _Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.01 * torch.randn_like(x)
+
+
+class _Noisy(Net):
+    """Adds noise where another model has dropout."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        for block in self.blocks:
+            block.dropout = _Noise()
+
+
+class _Dropping(Net):
+    """Drops with torch's function, and not with its module."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return functional.dropout(super().forward(tokens), 0.1, self.training)
+
+
+def test_dropout_is_off_and_that_is_said() -> None:
     verdict = check_modules(lambda width: Net(width, dropout=0.1), recipe_for(), **OPTIONS)
+    assert verdict.outcome is Outcome.PASS, text(verdict, title="it", files=())
+    assert "Dropout is off in the check, so that differences are not its own." in verdict.remarks
+    assert check_modules(_Dropping, recipe_for(), **OPTIONS).outcome is Outcome.PASS
+    assert (functional.dropout(torch.ones(1000), 0.5) == 0).any(), "afterwards it drops as before"
+
+
+def test_other_noise_allows_no_verdict_and_is_named() -> None:
+    verdict = check_modules(_Noisy, recipe_for(), **OPTIONS)
     assert verdict.outcome is Outcome.NO_VERDICT
     told = text(verdict, title="it", files=())
-    assert "blocks.0: not deterministic" in told
-    assert "dropout" in told
+    assert "not deterministic, two forward passes on one batch differ" in told
+    assert told.startswith(
+        "NO VERDICT it: Turn off what is random in it for the check: differences would be its own.\n"
+    )
 
 
 class _Broken(Net):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support.commands import BASE, RECIPE, TARGET, Command, contents, write
 
+from mup_megatron.check.verdict import Outcome
+from mup_megatron.cli.check import EXIT_CODES
 from mup_megatron.megatron import cpu
 from mup_megatron.yaml_io import dump_yaml
 
@@ -18,6 +20,14 @@ SMALL = ("--widths", "32,64,128", "--seeds", "2")
 def on_cpu() -> None:
     # Other tests of this process need the runtime, and must not find Megatron imported without it.
     cpu.enable()
+
+
+def test_without_a_verdict_a_script_learns_that_something_has_to_be_changed_first() -> None:
+    assert {Outcome(name): code for name, code in EXIT_CODES.items()} == {
+        Outcome.PASS: 0,
+        Outcome.FAIL: 1,
+        Outcome.NO_VERDICT: 2,
+    }
 
 
 def test_a_target_that_is_right_passes(run: Command, here: Path) -> None:

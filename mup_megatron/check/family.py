@@ -5,11 +5,11 @@ Every dimension that differs between the recipe's base and the target grows with
 target's. Vocabulary and sequence, which no rule depends on, are cut to what a quick run can afford.
 """
 
+import contextlib
 import fnmatch
-import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from statistics import median
@@ -24,6 +24,8 @@ from mup_megatron.theory import Parameter, Plan, PlanEntry, Role, Rule
 
 SMALLEST = 32
 """Below this a width says more about itself than about the limit of many."""
+WIDEST_BASE = 4096
+"""Beyond which no base is looked for."""
 BASE = 64
 """How wide the base is at most: the second of the usual widths, so that there are models on both sides of it."""
 HEAD = 16
@@ -72,19 +74,19 @@ def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel
     Raises:
         InputError: no models of its shape can be shared so.
     """
-    unit = _Growth.of(target, recipe.megatron_base).unit
+    growth = _Growth.of(target, recipe.megatron_base)
+    unit = growth.unit
     smallest = -(-SMALLEST // unit) * unit
-    while True:
-        widths = [smallest * 2**i for i in range(count)]
+    for least in range(smallest, smallest + SMALLEST * unit * tensor_parallel, unit):
+        widths = [least * 2**i for i in range(count)]
+        if not all(growth.is_whole(width) for width in widths):
+            continue
         models = models_for(target, recipe, widths)
-        try:
+        with contextlib.suppress(InputError):
             for model in models.values():
                 model.require_tensor_parallel(tensor_parallel)
             return widths
-        except InputError:
-            if smallest > SMALLEST * unit * tensor_parallel:
-                raise
-            smallest += unit
+    raise InputError(_NOWHERE)
 
 
 def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
@@ -144,7 +146,7 @@ class _Growth:
     @property
     def unit(self) -> int:
         """The least hidden size that is whole."""
-        return next(width for width in itertools.count(1) if self.is_whole(width))
+        return _first_that(self.is_whole, range(1, 64 * WIDEST_BASE))
 
     def is_whole(self, width: int) -> bool:
         """Whether heads and groups are whole at a hidden size, and rotary embeddings possible."""
@@ -234,13 +236,12 @@ def condensed(
         depth: how many layers are left, if there are more, of which every kind that the recipe's patterns tell apart
             comes first; None leaves all.
     """
-    base = recipe.megatron_base
+    target, base = _turning_whole_pairs(target, recipe.megatron_base)
     growth = _Growth.of(target, base)
     cut = _Cut.of(target, base, growth, tensor_parallel)
-    at_most = range(min(base.hidden_size, BASE), 0, -1)
-    base_width = next(w for w in itertools.chain(at_most, itertools.count(BASE)) if cut.fits(w))
+    base_width = _first_that(cut.fits, [*range(min(base.hidden_size, BASE), 0, -1), *range(BASE, WIDEST_BASE)])
     # So far away that what grows differs for certain.
-    width = next(w for w in itertools.count(64 * base_width, base_width) if cut.fits(w))
+    width = _first_that(cut.fits, range(64 * base_width, 64 * WIDEST_BASE, base_width))
     small_base, small = cut.model(base, base_width), cut.model(target, width)
     kept = _kept_layers(target, recipe, stages, depth)
     overrides = recipe.per_parameter if kept is None else _of_layers(target, recipe, kept)
@@ -253,6 +254,25 @@ def condensed(
     small_base = small_base.model_copy(update={"num_layers": own})
     small = small.model_copy(update={"num_layers": layers})
     return small, recipe.model_copy(update={"base": small_base, "per_parameter": overrides})
+
+
+def _turning_whole_pairs(*models: ModelFile) -> list[ModelFile]:
+    """The models with half or all of each head's channels rotary, in whole pairs: no rule depends on how many turn."""
+    half = all(model.rotary_percent < 0.75 and model.head_size % 4 == 0 for model in models)
+    return [model.model_copy(update={"rotary_percent": 0.5 if half else 1.0}) for model in models]
+
+
+_NOWHERE = (
+    "num_attention_heads, num_query_groups, kv_channels: those of base and target are whole at no width that a check "
+    "can train. Choose numbers with common factors, or fewer tensor-parallel ranks."
+)
+
+
+def _first_that(fits: Callable[[int], bool], widths: Iterable[int]) -> int:
+    found = next((width for width in widths if fits(width)), None)
+    if found is None:
+        raise InputError(_NOWHERE)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import click
 
 from mup_megatron import __version__
 from mup_megatron.errors import InputError
-from mup_megatron.validation import brief
+from mup_megatron.validation import shortened
 
 COMMANDS = {
     "quickstart": "the whole path in small: tune, transfer, compare; ends in a table and a picture",
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         usage = f"\n{error.ctx.get_usage()}" if isinstance(error, click.UsageError) and error.ctx else ""
         # Click repeats what it was given, however long.
-        code = _complain(brief(error.format_message(), LONGEST) + usage, BAD_INPUT, debug=debug)
+        code = _complain(shortened(error.format_message(), LONGEST) + usage, BAD_INPUT, debug=debug)
     except BrokenPipeError:
         # The reader has seen enough, as in `… | head`. Python would complain once more while closing standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

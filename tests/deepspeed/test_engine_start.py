@@ -10,8 +10,7 @@ from support import ds_pipeline
 from support.ds_models import build, config, ds_config, recipe_for, train_engine, write
 from support.ds_ranks import run_ranks
 
-from mup_megatron.deepspeed.entry import Entry, drop_auto, entry_of, gradient_clipping, optimizer_params
-from mup_megatron.deepspeed.entry import require_supported as require_features
+from mup_megatron.deepspeed.entry import Entry, configuration, drop_auto, entry_of, gradient_clipping, optimizer_params
 from mup_megatron.deepspeed.versions import require_supported
 from mup_megatron.errors import InputError
 from mup_megatron.modules.apply import Initialize
@@ -323,8 +322,8 @@ def test_a_supported_deepspeed_is_not() -> None:
 
 
 def test_a_section_that_is_none_is_named() -> None:
-    with pytest.raises(InputError, match='"zero_optimization" is int, not an object'):
-        require_features({"zero_optimization": 2})
+    with pytest.raises(InputError, match=r"^ds\.json: zero_optimization: .*found 2"):
+        configuration({"zero_optimization": 2}, source="ds.json")
 
 
 # ---- the entry, without an engine ----------------------------------------------------------------------------------

@@ -56,6 +56,12 @@ WRAPPERS: dict[str, Callable[[Net], Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Megatron's CPU runtime has one pretended, for other tests of this process."""
+    monkeypatch.setattr(torch.nn.parallel.data_parallel, "_get_available_device_type", lambda: None)
+
+
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_a_wrapped_module_has_the_plans_names(kind: str) -> None:
     model, own = WRAPPERS[kind](Net()), plan()

@@ -43,9 +43,9 @@ class Block:
 
 
 def own_children() -> list[psutil.Process]:
-    """What this process has begun, and what came of it, but for the fork server of `support.processes` and its like.
+    """What this process has begun, and what came of it, but for servers of `support.processes` and `support.ds_ranks`.
 
-    That one serves all the tests of a process, and lives on.
+    Those serve all the tests of a process, and live on.
     """
     found = []
     for child in psutil.Process().children():
@@ -56,7 +56,8 @@ def own_children() -> list[psutil.Process]:
 
 def _serves_all_tests(child: psutil.Process) -> bool:
     try:
-        return "from multiprocessing." in " ".join(child.cmdline())
+        command = " ".join(child.cmdline())
+        return "from multiprocessing." in command or "ds_server" in command
     except psutil.NoSuchProcess:  # a zombie, which a test has left
         return False
 

@@ -115,8 +115,8 @@ def validated(model: type[ModelT], content: object, *, source: str) -> ModelT:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        # An unknown key first: it says more than what is missing beside it.
-        wrong = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
+        # What is missing last: an unknown key beside it says more.
+        wrong = sorted(error.errors(include_url=False), key=lambda item: item["type"] == "missing")
         problems = [f"{source}: {_problem(model, content, dict(item))}" for item in wrong[:_MOST]]
         if len(wrong) > _MOST:
             problems.append(f"{source}: {len(wrong) - _MOST} more like these.")

@@ -1,5 +1,6 @@
 """Names under the wrappers of torch: by what wraps, and by names alone."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,9 @@ WRAPPERS: dict[str, Callable[[Net], Any]] = {
 @pytest.fixture(autouse=True)
 def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where Megatron's CPU runtime has one pretended, for other tests of this process."""
-    monkeypatch.setattr(torch.nn.parallel.data_parallel, "_get_available_device_type", lambda: None)
+    # The package has a function of the module's name.
+    module = importlib.import_module("torch.nn.parallel.data_parallel")
+    monkeypatch.setattr(module, "_get_available_device_type", lambda: None)
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)

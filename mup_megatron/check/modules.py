@@ -30,7 +30,7 @@ from mup_megatron.check.module_trainee import LOGITS, Batch, EngineTrainee, Loss
 from mup_megatron.check.report import text
 from mup_megatron.check.transfer import at_rate, transfer_section
 from mup_megatron.check.verdict import Level, Outcome, Section, Verdict
-from mup_megatron.check.workers import Job, done, one_thread, usable
+from mup_megatron.check.workers import Job, done, ignored, one_thread, usable
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, param_groups, plan_for_module
 from mup_megatron.recipe import HuggingFaceBase, Recipe
@@ -197,7 +197,12 @@ def _checked(
         fingerprint=recipe.fingerprint,
         extra=[lambda: family.transfer(prepare, first_seed)] if level is Level.FULL else [],
         later=lambda rounding: family.later(prepare, first_seed, rounding | frozen),
-        remarks=(*remarks, *_dropping(models[chosen[0]]), *_frozen(models[chosen[0]])),
+        remarks=(
+            *remarks,
+            *_dropping(models[chosen[0]]),
+            *_frozen(models[chosen[0]]),
+            *ignored(processes, family.processes),
+        ),
     )
     if deep is not None:
         verdict = with_depth(verdict, family.at_depth(deep, prepare, first_seed))

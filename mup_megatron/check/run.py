@@ -28,7 +28,7 @@ from mup_megatron.check.measurements import Measured, Protocol, Report, Run
 from mup_megatron.check.mutants import Context, Mutant
 from mup_megatron.check.transfer import at_rate, transfer_section
 from mup_megatron.check.verdict import Level, Section, Verdict
-from mup_megatron.check.workers import Job, done, one_thread, usable
+from mup_megatron.check.workers import Job, done, ignored, one_thread, usable
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Optimizer, Plan, Rule
@@ -60,7 +60,10 @@ class Family:
 
     def at(self, protocol: Protocol) -> Recipe:
         """The recipe under stress for runs of this length."""
-        return self._stressed(protocol)
+        pilot, recipe, plan = self._pilot
+        if recipe.parametrization.optimizer == Optimizer.ADAM.value:
+            return stressed(self.recipe, steps=protocol.steps, eps=eps_from(pilot, plan))
+        return stressed(self.recipe, steps=protocol.steps, rate=rate_from(pilot, plan, recipe))
 
     def correct(self, protocol: Protocol, rule: Rule = Rule.MUP) -> Recipe:
         """Likewise with the rules that are right, or with none."""
@@ -89,12 +92,6 @@ class Family:
 
     def _kept(self, runs: "_Correct", report: Report | None) -> Measured:
         return cache.cached(self.cache, runs.facts, lambda: runs.trained(self.processes, report))
-
-    def _stressed(self, protocol: Protocol) -> Recipe:
-        pilot, recipe, plan = self._pilot
-        if recipe.parametrization.optimizer == Optimizer.ADAM.value:
-            return stressed(self.recipe, steps=protocol.steps, eps=eps_from(pilot, plan))
-        return stressed(self.recipe, steps=protocol.steps, rate=rate_from(pilot, plan, recipe))
 
     @cached_property
     def _pilot(self) -> tuple[Run, Recipe, Plan]:
@@ -252,7 +249,7 @@ def _checked(
             level=level,
             fingerprint=recipe.fingerprint,
             extra=[lambda: subject.transfer()] if level is Level.FULL else [],
-            remarks=[*without, *_remarks(target, models, mutant)],
+            remarks=[*without, *_remarks(target, models, mutant), *ignored(processes, family.processes)],
         )
         verdict = with_depth(verdict, subject.at_depth(target, recipe, shared))
     return replace(verdict, fingerprint=recipe.fingerprint, seconds=time.monotonic() - begun)

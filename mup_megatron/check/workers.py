@@ -8,7 +8,9 @@ ranks have joined.
 import importlib
 import multiprocessing
 import os
+import pickle
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from mup_megatron.errors import InputError
 from mup_megatron.training import ranks
+from mup_megatron.validation import brief
 
 ResultT = TypeVar("ResultT")
 
@@ -37,7 +40,9 @@ class Job(Generic[ResultT]):
 
 def available() -> int:
     """How many processes pay."""
-    return min(MOST, len(os.sched_getaffinity(0)))
+    # Which cores this process may use, only Linux tells.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST, cores)
 
 
 def usable(wanted: int | None) -> int:
@@ -52,6 +57,16 @@ def usable(wanted: int | None) -> int:
     if joined or ranks.has_met() or has_gpu or "WORLD_SIZE" in os.environ:
         return 1
     return available() if wanted is None else wanted
+
+
+def ignored(wanted: int | None, processes: int) -> list[str]:
+    """What is to be said where there are not as many processes as somebody asked for."""
+    if wanted is None or wanted == processes:
+        return []
+    return [
+        f"{wanted} processes were asked for, and the models trained one after the other: with a GPU, under torchrun and "
+        "where ranks have joined a process cannot be forked."
+    ]
 
 
 @contextmanager
@@ -82,7 +97,8 @@ def done(
         within: what a process enters before its first job.
 
     Raises:
-        InputError: a process was ended from outside.
+        InputError: a process was ended from outside, or raised what no other process can raise again.
+        BaseException: what a job raised.
     """
     if processes == 1:
         runs = []
@@ -108,7 +124,10 @@ def done(
             futures = {pool.submit(_work, index): index for index in order}
             try:
                 for future in as_completed(futures):
-                    found[futures[future]] = future.result()
+                    result = future.result()
+                    if isinstance(result, _Failure):
+                        raise result.error() from _Where(result.traceback)
+                    found[futures[future]] = result
                     report(len(found))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
@@ -139,5 +158,47 @@ def _begin(jobs: Sequence[Job[Any]], within: Callable[[], AbstractContextManager
     _entered.enter_context(within())
 
 
+class _Where(Exception):
+    """The traceback of another process, as the cause of what is raised here."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What a job raised. Not raised there: what a user's code raises need not come through pickle, and takes the whole
+    pool with it then.
+    """
+
+    pickled: bytes
+    """Empty where it cannot be pickled."""
+    told: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> "_Failure":
+        """Of an exception that is being handled."""
+        try:
+            pickled = pickle.dumps(error)
+        except Exception:  # whatever the exception's own class raises
+            pickled = b""
+        told = "".join(traceback.format_exception_only(error))
+        return cls(pickled, told, "".join(traceback.format_exception(error)))
+
+    def error(self) -> BaseException:
+        """The same exception, or where it does not come through, what tells of it."""
+        try:
+            error = pickle.loads(self.pickled)
+        except Exception:  # likewise: loading calls its class
+            error = None
+        if isinstance(error, BaseException):
+            return error
+        return InputError(
+            f"the code that is checked failed ({brief(self.told, 200)}). Correct it; with one process it is raised where "
+            "it arises."
+        )
+
+
 def _work(index: int) -> Any:
-    return _jobs[index].work()
+    try:
+        return _jobs[index].work()
+    except BaseException as error:
+        return _Failure.of(error)

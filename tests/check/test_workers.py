@@ -1,7 +1,7 @@
 """Runs in several processes: their order, their failures, and that their number changes nothing."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -47,6 +47,56 @@ def test_a_users_mistake_in_a_process_is_told_as_it_is() -> None:
         done([Job(1, _wrong), Job(1, lambda: 1)], 2, lambda _: None)
 
 
+class Demanding(Exception):
+    """Its message is not all that it is made of."""
+
+    def __init__(self, layer: str, width: int) -> None:
+        super().__init__(f"{layer} is {width} wide")
+
+
+class Holding(Exception):
+    """Holds what no other process can have."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, lambda: None)
+
+
+def _demanding() -> int:
+    raise Demanding("fc1", 7)
+
+
+def _holding() -> int:
+    raise Holding("fc1")
+
+
+def _local() -> int:
+    class Local(RuntimeError):
+        pass
+
+    raise Local("fc1")
+
+
+@pytest.mark.parametrize(
+    ("work", "told"), [(_demanding, "Demanding: fc1 is 7 wide"), (_holding, "Holding: "), (_local, "Local: fc1")]
+)
+def test_an_exception_that_no_other_process_can_raise_is_told_with_its_traceback(
+    work: Callable[[], int], told: str
+) -> None:
+    with pytest.raises(InputError, match=told) as raised:
+        done([Job(1, work), Job(1, lambda: 1)], 2, lambda _: None)
+    assert f"in {work.__name__}" in str(raised.value.__cause__)
+
+
+def _unlike() -> int:
+    raise ZeroDivisionError("by 0")
+
+
+def test_an_exception_of_a_process_is_the_same_here() -> None:
+    with pytest.raises(ZeroDivisionError, match="by 0") as raised:
+        done([Job(1, _unlike), Job(1, lambda: 1)], 2, lambda _: None)
+    assert "in _unlike" in str(raised.value.__cause__)
+
+
 def test_a_process_that_is_ended_from_outside_is_no_traceback() -> None:
     with pytest.raises(InputError, match="--processes 1"):
         done([Job(1, lambda: os._exit(9)), Job(1, lambda: 1)], 2, lambda _: None)
@@ -61,3 +111,17 @@ def test_where_ranks_may_have_met_nothing_is_forked(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(workers.ranks, "has_met", lambda: False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert workers.usable(3) == 1
+
+
+def test_that_other_processes_were_asked_for_is_said() -> None:
+    assert workers.ignored(None, 1) == workers.ignored(3, 3) == []
+    [remark] = workers.ignored(3, 1)
+    assert remark.startswith("3 processes were asked for")
+
+
+def test_cores_are_counted_where_affinity_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert workers.available() == 3
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert workers.available() == 1

@@ -2,12 +2,16 @@
 correct reference of the same shape.
 
     family.py         the models of a target's shape that are trained, and the recipe under stress
-    depth.py          every layer of the target, once, without training
-    workers.py, expense.py      runs in several processes, and what they cost
+    sizes.py, expense.py        what no check can train; what one costs, and which widths that leaves
+    workers.py        runs in several processes
+    dropout.py        off, while torch modules are checked
     measuring.py      trains one of them and measures it; replay.py reads η, ε and λ from how weights moved
     reference.py      the correct runs, in plain torch; cache.py keeps them
     megatron_subject.py, modules.py, hugging_face.py, launch_line.py      what is checked
     comparison.py     what of it is off, beyond seeds
+    bounds.py         what holds of every right model, for those that share their code with the reference
+    depth.py          every layer of the target, once, without training
+    later.py          the steps beyond those of a quick check
     causes/           which mistake looks like that
     wider.py, transfer.py      the loss over widths, the basin of the learning rate
     judge.py, run.py  all of it together: a Verdict; report.py and picture.py tell it

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.dropout import _DropoutNd
 
+from mup_megatron.modules.forward import FUSED_ATTENTION
+
 _DROPPING = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
-_FUSED = "scaled_dot_product_attention"
+_FUSED = FUSED_ATTENTION.__name__
 _ITS_PROBABILITY = 4
 """Which of the fused attention's arguments it is, where it has no name."""
 

@@ -5,10 +5,25 @@ Two things take time: multiplying matrices, and, at widths as small as a check's
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from mup_megatron.check import levels
 from mup_megatron.check.measurements import Protocol
+from mup_megatron.check.verdict import Level
+from mup_megatron.errors import InputError
+from mup_megatron.theory import Rule
+
+Shapes = Sequence[Sequence[int]]
+"""Of a model's parameters."""
+BUILT = Protocol(steps=0, recorded=(), spectral=False)
+"""Of a model that is built and looked at, and not trained."""
+USUAL_S = 120
+"""A quick check in one process of `COMMON`, at most: where it takes longer, fewer widths are trained."""
+LONGEST_S = 600
+"""Likewise, beyond which nothing begins unless somebody says at which widths."""
+FEWEST_WIDTHS = 3
+"""Over a range of 4."""
 
 CALLS_STEP = 160
 """Torch operations for each tensor of a model and step: forward, backward, update, and what is measured of it."""
@@ -88,6 +103,90 @@ def _least(work: Callable[[], object], times: int) -> float:
             work()
         found.append((time.perf_counter() - begun) / times)
     return min(found)
+
+
+COMMON = Machine(flops=3e10, calls=2e5)
+"""A core, so that what is trained does not depend on where."""
+
+
+def affordable(
+    widths: Sequence[int], shapes: Callable[[int], Shapes], *, tokens: int, seeds: int
+) -> tuple[list[int], list[str]]:
+    """The widths of a check that nobody has chosen, fewer where a quick one would take far longer than usual; and what
+    is to be said of that.
+
+    Args:
+        widths: each twice the one before.
+        shapes: width → of the parameters.
+        tokens: of a sequence.
+        seeds: of the subject.
+
+    Raises:
+        InputError: it would take too long even so.
+    """
+
+    def seconds(some: Sequence[int]) -> float:
+        count = seeds + levels.correct_seeds(Rule.MUP) + levels.correct_seeds(Rule.STANDARD)
+        runs = (of_run(shapes(width), levels.EARLY, tokens=tokens) * count for width in some)
+        return COMMON.seconds(sum(runs, Expense()), 1)
+
+    if seconds(widths) <= USUAL_S:
+        return [*widths], []
+    fewer = [*widths[:FEWEST_WIDTHS]]
+    left = seconds(fewer)
+    told = ", ".join(map(str, fewer))
+    if left > LONGEST_S:
+        raise InputError(
+            f"models of the target's kind cannot be built smaller than at widths {told}, which take a core "
+            f"{about(left)}. Give --widths {told.replace(' ', '')} if they shall train all the same, or a target with "
+            "smaller heads or common factors."
+        )
+    long = "" if left <= USUAL_S else f" Even so it takes a core {about(left)}."
+    return fewer, [
+        f"{FEWEST_WIDTHS} widths, {told}, and not {len(widths)}: models of the target's kind cannot be built narrower, "
+        f"and wider ones take long.{long}"
+    ]
+
+
+def prediction(
+    shapes: Mapping[int, Shapes],
+    *,
+    tokens: int,
+    level: Level,
+    seeds: int,
+    processes: int,
+    kept: Callable[[Protocol, Rule], bool],
+    once: Sequence[tuple[Shapes, Protocol]],
+    layers: str = "",
+) -> str:
+    """How many models there will be, and how long they take.
+
+    Args:
+        shapes: width → of the parameters.
+        tokens: of a sequence.
+        level: how much is looked at.
+        seeds: of the subject, at each width.
+        processes: that share the runs.
+        kept: whether the correct runs under some rules are there already.
+        once: what runs once besides: shapes, and how long.
+        layers: what is told of them.
+    """
+    ahead, own, correct = Expense(), 0, 0
+    for protocol in [levels.EARLY, *([] if level is Level.QUICK else [levels.LATE])]:
+        rules = [rule for rule in (Rule if protocol is levels.EARLY else [Rule.MUP]) if not kept(protocol, rule)]
+        count = sum(levels.correct_seeds(rule) for rule in rules)
+        own += seeds * len(shapes)
+        correct += count * len(shapes)
+        for of_width in shapes.values():
+            ahead += of_run(of_width, protocol, tokens=tokens) * (seeds + count)
+    machine = Machine.measured()
+    seconds = machine.seconds(ahead, processes)
+    seconds += sum(machine.seconds(of_run(of_one, protocol, tokens=tokens), 1) for of_one, protocol in once)
+    more = "" if level is not Level.FULL else " and then the learning rates of transfer, longer than all of it"
+    return (
+        f"{own} + {correct} models{layers}, widths {', '.join(map(str, shapes))}, in {processes} "
+        f"process{'es' if processes > 1 else ''}: {about(seconds)} on this machine{more}"
+    )
 
 
 def about(seconds: float) -> str:

@@ -1,8 +1,9 @@
 """The models that a target is checked on: of its architecture, at several small widths, and the recipe under stress.
 
 Every dimension that differs between the recipe's base and the target grows with the width here too; what the two share
-(a fixed ffn, a fixed number of key/value groups) stays fixed. Head size, ffn ratio, depth and code path are the
-target's. Vocabulary and sequence, which no rule depends on, are cut to what a quick run can afford.
+(a fixed ffn, a fixed number of key/value groups) stays fixed. The code path is the target's. What no rule depends on
+is cut, in base and target alike, to what a quick run can afford: vocabulary, sequence, the size and number of what
+stays fixed, and layers, of which every kind stays that the recipe tells apart. `depth.py` looks at all of them.
 """
 
 import contextlib
@@ -356,7 +357,7 @@ class _Cut:
         per_group = self.per_group[model.num_attention_heads // model.query_groups]
         groups = heads / per_group if self.groups is None else Fraction(self.groups)
         whole = heads >= 1 and groups >= 1 and all(x.denominator == 1 for x in (heads, groups, heads / groups))
-        if not whole or size < 2 or not _rotates(model, size) or (self.head_size is None and size % 2):
+        if not whole or size < 1 or not _rotates(model, size) or (self.head_size is None and size % 2):
             return None
         return int(heads), size, int(groups)
 

@@ -23,6 +23,7 @@ from torch import distributed, nn
 from transformers import PretrainedConfig
 
 from mup_megatron.check import levels
+from mup_megatron.check.expense import affordable
 from mup_megatron.check.family import DEPTH, FLOOR, HEAD, SMALLEST
 from mup_megatron.check.measurements import Report
 from mup_megatron.check.modules import (
@@ -36,7 +37,7 @@ from mup_megatron.check.modules import (
     warm_up_and_decay,
 )
 from mup_megatron.check.sizes import require_trainable
-from mup_megatron.check.verdict import Level, Verdict
+from mup_megatron.check.verdict import WITHOUT_DROPOUT, Level, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.huggingface import configs
 from mup_megatron.huggingface.plan import plan_for
@@ -97,8 +98,24 @@ def check_hugging_face(
     whole, whole_base = config, base
     small, base, recipe_here = _smallest(model_class, config, base, recipe)
     small, cut = _cut(small, base, recipe_here)
-    chosen = list(widths) if widths is not None else widths_for(small, base, levels.WIDTHS)
-    remarks = ["Dropout is off in the check, so that differences are not its own."] if _drops(config) else []
+
+    def factory(width: int) -> nn.Module:
+        constructor: Callable[[PretrainedConfig], nn.Module] = model_class
+        with configs.quiet():
+            return constructor(at_width(small, base, width))
+
+    def shapes(width: int) -> dict[str, torch.Size]:
+        with torch.device("meta"), configs.refused(f"{model_class.__name__} cannot be built at width {width}"):
+            return {name: parameter.shape for name, parameter in factory(width).named_parameters()}
+
+    remarks = [WITHOUT_DROPOUT] if _drops(config) else []
+    remarks += _uncut(small, config, base)
+    if widths is None:
+        usual = widths_for(small, base, levels.WIDTHS)
+        chosen, fewer = affordable(usual, lambda width: [*shapes(width).values()], tokens=LENGTH, seeds=seeds)
+        remarks += fewer
+    else:
+        chosen = list(widths)
     if min(chosen) < width_of(base):
         cut = _narrowed(cut, at_width(small, base, min(chosen)), _grown(small, base))
         remarks.append(
@@ -106,14 +123,7 @@ def check_hugging_face(
             "plan leads from a base to what is wider."
         )
 
-    def factory(width: int) -> nn.Module:
-        constructor: Callable[[PretrainedConfig], nn.Module] = model_class
-        with configs.quiet():
-            return constructor(at_width(small, base, width))
-
-    with torch.device("meta"), configs.refused(f"{model_class.__name__} cannot be built at width {max(chosen)}"):
-        widest = factory(max(chosen))
-    require_trainable({name: p.shape for name, p in widest.named_parameters()}, max(chosen))
+    require_trainable(shapes(max(chosen)), max(chosen))
 
     def judged(prepare: Prepare, schedule: Schedule) -> Verdict:
         verdict = check_modules(
@@ -166,6 +176,24 @@ def _smallest(
             continue
         return small, small_base, small_recipe
     return config, base, recipe
+
+
+def _uncut(small: PretrainedConfig, config: PretrainedConfig, base: PretrainedConfig) -> list[str]:
+    """What is to be said of what is as large as the target's."""
+    remarks = []
+    if (layers := _depth(small)) > DEPTH:
+        remarks.append(
+            f"{layers} of {_depth(config)} layers are trained, not {DEPTH}: recipe or configuration tell so many "
+            "apart, or the model cannot be built with fewer."
+        )
+    own, left, size = config.to_dict(), small.to_dict(), configs.head_size(config)
+    counts = [own[key] for key in configs.HEADS if isinstance(own.get(key), int)]
+    cut = any(own.get(key) != left.get(key) for key in configs.HEADS | configs.HEAD_SIZES)
+    grow = size != configs.head_size(base)
+    if counts and not cut and not grow and (size is None or size > HEAD):
+        of_size = "" if size is None else f", of size {size}"
+        remarks.append(f"Heads are the target's own{of_size}: the model cannot be built with smaller ones.")
+    return remarks
 
 
 _NOT_BUILT = (ValueError, TypeError, AssertionError, AttributeError, KeyError, IndexError, RuntimeError, InputError)

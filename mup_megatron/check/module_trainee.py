@@ -23,6 +23,7 @@ from mup_megatron.check.measuring import At
 from mup_megatron.check.reference import clipped, replay_for
 from mup_megatron.check.replay import Replay
 from mup_megatron.collectives import gathered
+from mup_megatron.modules.forward import FUSED_ATTENTION
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.ranks import world_size
 
@@ -44,8 +45,6 @@ _NONLINEAR = {
     for owner in (functional, torch, Tensor)
     if hasattr(owner, name)
 }
-_FUSED_ATTENTION = functional.scaled_dot_product_attention
-"""Torch's own: a check puts another in its place, see `dropout.py`."""
 _NORMS = {functional.layer_norm: 4, functional.rms_norm: 3, functional.group_norm: 4, functional.batch_norm: 7}
 """Functions → which of their arguments is eps."""
 _LOSSES = (functional.cross_entropy, functional.nll_loss, functional.mse_loss, functional.l1_loss)
@@ -407,7 +406,7 @@ class Sight(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is _FUSED_ATTENTION:
+        if function is FUSED_ATTENTION:
             self._show(_fused_logits(*args, **kwargs), args[0].shape[-1], args[0])
         elif function in _SOFTMAX:
             x = args[0] if args else kwargs["input"]

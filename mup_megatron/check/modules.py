@@ -19,7 +19,7 @@ from mup_megatron.check.bounds import Known
 from mup_megatron.check.causes import Cause
 from mup_megatron.check.depth import Grouped, at_depth, narrowest, with_depth
 from mup_megatron.check.dropout import drops, without_dropout
-from mup_megatron.check.expense import Expense, Machine, about, of_run
+from mup_megatron.check.expense import BUILT, Shapes, prediction
 from mup_megatron.check.family import FLOOR, PILOT, PILOT_RATE, eps_from, rate_from, stressed, under_rule
 from mup_megatron.check.judge import Facts, Sides, judge
 from mup_megatron.check.later import LATER, later_section, width_of
@@ -29,7 +29,7 @@ from mup_megatron.check.module_reference import carry_out, optimizer_for
 from mup_megatron.check.module_trainee import LOGITS, Batch, EngineTrainee, Loss, ModuleTrainee, blocks
 from mup_megatron.check.report import text
 from mup_megatron.check.transfer import at_rate, transfer_section
-from mup_megatron.check.verdict import Level, Outcome, Section, Verdict
+from mup_megatron.check.verdict import WITHOUT_DROPOUT, Level, Outcome, Section, Verdict
 from mup_megatron.check.workers import Job, done, ignored, one_thread, usable
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, param_groups, plan_for_module
@@ -182,7 +182,7 @@ def _checked(
         processes=usable(processes),
     )
     if tell is not None:
-        tell(family.prediction(models, level, seeds))
+        tell(family.prediction(models, level, seeds, deep))
 
     def subject(protocol: Protocol) -> Measured:
         return family.subject(protocol, prepare, range(first_seed, first_seed + seeds))
@@ -222,8 +222,12 @@ def assert_mup(model_factory: Factory, recipe: Recipe, **options: Any) -> None:
         raise AssertionError(text(verdict, title="the model", files=()))
 
 
+def _shapes(model: nn.Module) -> Shapes:
+    return [parameter.shape for parameter in model.parameters()]
+
+
 def _dropping(model: nn.Module) -> list[str]:
-    return ["Dropout is off in the check, so that differences are not its own."] if drops(model) else []
+    return [WITHOUT_DROPOUT] if drops(model) else []
 
 
 def _frozen(model: nn.Module) -> list[str]:
@@ -326,21 +330,31 @@ class ModuleFamily:
             return stressed(self.recipe, steps=protocol.steps, eps=eps_from(pilot, plan))
         return stressed(self.recipe, steps=protocol.steps, rate=rate_from(pilot, plan, recipe))
 
-    def prediction(self, models: Mapping[int, nn.Module], level: Level, seeds: int) -> str:
+    def prediction(
+        self,
+        models: Mapping[int, nn.Module],
+        level: Level,
+        seeds: int,
+        deep: tuple[Factory, Recipe, Sequence[int]] | None,
+    ) -> str:
         """How many models there will be, and how long they take."""
-        protocols = [levels.EARLY, *([] if level is Level.QUICK else [levels.LATE])]
-        ahead, correct = Expense(), 0
-        for protocol in protocols:
-            count = levels.REFERENCE_SEEDS + (levels.CONTROL_SEEDS if protocol is levels.EARLY else 0)
-            correct += count * len(models)
-            for model in models.values():
-                # With a vector for each sample, or a sequence of them.
-                run = of_run([p.shape for p in model.parameters()], protocol, tokens=LENGTH)
-                ahead += run * (seeds + count)
-        seconds = Machine.measured().seconds(ahead, self.processes)
-        return (
-            f"{seeds * len(models) * len(protocols)} + {correct} models, widths {', '.join(map(str, self.widths))}, in "
-            f"{self.processes} process{'es' if self.processes > 1 else ''}: {about(seconds)} on this machine"
+        shapes = {width: _shapes(model) for width, model in models.items()}
+        once = [(shapes[self.widths[0]], PILOT)]
+        if level is Level.QUICK:
+            once.append((shapes[self.widths[0]], LATER))
+        if deep is not None:
+            factory, _, widths = deep
+            with torch.device("meta"):
+                once.append((_shapes(built(factory, min(widths), seed=0)), BUILT))
+        return prediction(
+            shapes,
+            # Of a vector for each sample, or a sequence of them.
+            tokens=LENGTH,
+            level=level,
+            seeds=seeds,
+            processes=self.processes,
+            kept=lambda _protocol, _rule: False,
+            once=once,
         )
 
     def plan(self, width: int, recipe: Recipe) -> Plan:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mup_megatron.check import cache, levels
 from mup_megatron.check.depth import at_depth, narrowest, with_depth
-from mup_megatron.check.expense import Expense, Machine, about, of_run
+from mup_megatron.check.expense import BUILT, Shapes, affordable, prediction
 from mup_megatron.check.family import (
     PILOT,
     PILOT_RATE,
@@ -27,7 +27,7 @@ from mup_megatron.check.judge import Facts, Measure, Sides, judge
 from mup_megatron.check.measurements import Measured, Protocol, Report, Run
 from mup_megatron.check.mutants import Context, Mutant
 from mup_megatron.check.transfer import at_rate, transfer_section
-from mup_megatron.check.verdict import Level, Section, Verdict
+from mup_megatron.check.verdict import WITHOUT_DROPOUT, Level, Section, Verdict
 from mup_megatron.check.workers import Job, done, ignored, one_thread, usable
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
@@ -76,14 +76,6 @@ class Family:
     def is_kept(self, protocol: Protocol, rule: Rule) -> bool:
         """Whether they are in the cache."""
         return cache.has(self.cache, self._correct_runs(protocol, rule).facts)
-
-    def expense(self, protocol: Protocol, count: int) -> Expense:
-        """What so many runs of each width cost."""
-        expense = Expense()
-        for model in self.plain.values():
-            shapes = [entry.shape for entry in self.recipe.plan(model).entries]
-            expense += of_run(shapes, protocol, tokens=model.seq_length) * count
-        return expense
 
     def _correct_runs(self, protocol: Protocol, rule: Rule) -> "_Correct":
         what = "reference" if rule is Rule.MUP else "control"
@@ -217,28 +209,38 @@ def _checked(
     from mup_megatron.training.build import available_model
 
     target, recipe, without = _possible(target, recipe)
-    shared = layout.tensor_model_parallel_size
+    shared, per_stage = layout.tensor_model_parallel_size, layout.num_layers_per_virtual_pipeline_stage
     target.require_tensor_parallel(shared)
-    stages = layout.pipeline_model_parallel_size * 2 * (layout.num_layers_per_virtual_pipeline_stage or 1)
-    if layout.num_layers_per_virtual_pipeline_stage is None:
-        stages = layout.pipeline_model_parallel_size
+    # A virtual pipeline has at least two stages on each rank, of so many layers each.
+    stages = layout.pipeline_model_parallel_size * 2 * per_stage if per_stage else layout.pipeline_model_parallel_size
     small, small_recipe = condensed(target, recipe, tensor_parallel=shared, stages=stages)
-    chosen = list(widths or widths_for(small, small_recipe, levels.WIDTHS, tensor_parallel=shared))
+    chosen, fewer = [*(widths or ())], []  # type: tuple[list[int], list[str]]
+    if not chosen:
+        chosen, fewer = affordable(
+            widths_for(small, small_recipe, levels.WIDTHS, tensor_parallel=shared),
+            lambda width: _shapes(at_width(small, small_recipe, width), small_recipe),
+            tokens=small.seq_length,
+            seeds=len(seeds),
+        )
     models = {w: available_model(m, layout) for w, m in models_for(small, small_recipe, chosen).items()}
     world = ranks.world_size()
     family = Family(recipe=small_recipe, models=models, cache=references, processes=usable(processes))
     possible = replace(layout, train_iters=levels.EARLY.steps, global_batch_size=levels.EARLY.batch_size)
-    for model in models.values():
+    deep = _Deep.of(target, recipe, chosen, layout)
+    for model in (*models.values(), deep.model):
         require_possible(model, small_recipe, possible, world)
     subject = _Subject(family, layout, world, mutant, report, seeds[0])
-    with subject.joined() if family.processes == 1 else nullcontext():
+    alone = family.processes == 1
+    with ranks.met() if alone else nullcontext(), ExitStack() as groups:
+        if alone:
+            groups.enter_context(subject.joined())
 
         def correct(rule: Rule) -> Measure:
             return lambda protocol: ranks.on_first_rank(lambda: family.reference(protocol, rule=rule, report=report))
 
         early = ranks.on_first_rank(lambda: family.correct(levels.EARLY))
         if tell is not None:
-            tell(ranks.on_first_rank(lambda: _prediction(family, level, len(seeds), target)))
+            tell(ranks.on_first_rank(lambda: _prediction(family, deep, level, len(seeds))))
         verdict = judge(
             Sides(
                 subject=lambda protocol: subject.measured(protocol, seeds),
@@ -249,9 +251,10 @@ def _checked(
             level=level,
             fingerprint=recipe.fingerprint,
             extra=[lambda: subject.transfer()] if level is Level.FULL else [],
-            remarks=[*without, *_remarks(target, models, mutant), *ignored(processes, family.processes)],
+            remarks=[*without, *fewer, *_remarks(target, models, mutant), *ignored(processes, family.processes)],
         )
-        verdict = with_depth(verdict, subject.at_depth(target, recipe, shared))
+        groups.close()
+        verdict = with_depth(verdict, subject.at_depth(deep))
     return replace(verdict, fingerprint=recipe.fingerprint, seconds=time.monotonic() - begun)
 
 
@@ -270,26 +273,46 @@ def _possible(target: ModelFile, recipe: Recipe) -> tuple[ModelFile, Recipe, lis
     return target.model_copy(update=plain), recipe.model_copy(update={"base": base}), [remark]
 
 
-def _prediction(family: Family, level: Level, seeds: int, target: ModelFile) -> str:
-    """How many models there will be, and how long they take."""
-    ahead = Expense()
-    correct = 0
-    protocols = [levels.EARLY, *([] if level is Level.QUICK else [levels.LATE])]
-    for protocol in protocols:
-        ahead += family.expense(protocol, seeds)
-        for rule in Rule if protocol is levels.EARLY else [Rule.MUP]:
-            if not family.is_kept(protocol, rule):
-                correct += levels.correct_seeds(rule) * len(family.models)
-                ahead += family.expense(protocol, levels.correct_seeds(rule))
-    own = seeds * len(family.models) * len(protocols)
-    layers = next(iter(family.models.values())).num_layers
-    widths = ", ".join(map(str, family.models))
-    seconds = Machine.measured().seconds(ahead, family.processes)
-    more = "" if level is not Level.FULL else " and then the learning rates of transfer, longer than all of it"
-    return (
-        f"{own} + {correct} models of {layers} of {target.num_layers} layers, widths {widths}, in {family.processes} "
-        f"process{'es' if family.processes > 1 else ''}: {about(seconds)} on this machine{more}"
+def _prediction(family: Family, deep: "_Deep", level: Level, seeds: int) -> str:
+    """How many models there will be, and how long they take. The pilot has run."""
+    some = next(iter(family.models.values()))
+    return prediction(
+        {width: _shapes(model, family.recipe) for width, model in family.plain.items()},
+        tokens=some.seq_length,
+        level=level,
+        seeds=seeds,
+        processes=family.processes,
+        kept=family.is_kept,
+        once=[([entry.shape for entry in deep.plan.entries], BUILT)],
+        layers=f" of {some.num_layers} of {deep.model.num_layers} layers",
     )
+
+
+def _shapes(model: ModelFile, recipe: Recipe) -> Shapes:
+    return [entry.shape for entry in recipe.plan(model).entries]
+
+
+@dataclass(frozen=True)
+class _Deep:
+    """A model of all of the target's layers, which is built and not trained."""
+
+    model: ModelFile
+    recipe: Recipe
+    """Under stress."""
+    plan: Plan
+    """Of the model as the reference names its parameters."""
+
+    @classmethod
+    def of(cls, target: ModelFile, recipe: Recipe, widths: Sequence[int], layout: TrainingOptions) -> "_Deep":
+        """At one of these widths, or at twice the widest: what is whole at a width is at twice it."""
+        from mup_megatron.training.build import available_model
+
+        small, small_recipe = condensed(target, recipe, tensor_parallel=layout.tensor_model_parallel_size, depth=None)
+        possible = {w: at_width(small, small_recipe, w) for w in [*widths, 2 * max(widths)]}
+        under_stress = stressed(small_recipe, steps=levels.EARLY.steps)
+        local = {w: model.model_copy(update={"transformer_impl": "local"}) for w, model in possible.items()}
+        width, plan = narrowest(possible, lambda width: under_stress.plan(local[width]))
+        return cls(available_model(possible[width], layout), under_stress, plan)
 
 
 @dataclass(frozen=True)
@@ -372,24 +395,17 @@ class _Subject:
             tamper=None if mutant is None else mutant.tamper(plan, context),
         )
 
-    def at_depth(self, target: ModelFile, recipe: Recipe, tensor_parallel: int) -> Section:
-        """All of the target's layers, in one model that is not trained. Collective."""
-        from mup_megatron.training.build import available_model
-
-        small, small_recipe = condensed(target, recipe, tensor_parallel=tensor_parallel, depth=None)
-        widths = [*self.family.models, 2 * max(self.family.models)]
-        possible = {w: available_model(at_width(small, small_recipe, w), self.layout) for w in widths}
-        under_stress = stressed(small_recipe, steps=levels.EARLY.steps)
-        width, _ = narrowest(possible, lambda width: under_stress.plan(possible[width]))
-        model = possible[width]
-        plain = under_stress.plan(model.model_copy(update={"transformer_impl": "local"}))
-        deep = replace(self, family=replace(self.family, models={width: model}))
+    def at_depth(self, deep: _Deep) -> Section:
+        """All of the target's layers. Collective; Megatron's groups are joined anew, for its virtual stages."""
+        width = deep.model.hidden_size
+        alone = replace(self, family=replace(self.family, models={width: deep.model}))
 
         def compared() -> Section:
-            trainee = deep._built(model, under_stress, self.first_seed, levels.EARLY)
-            return at_depth(plain, width, trainee.parameters(), trainee.groups(), trainee.gathered)
+            trainee = alone._built(deep.model, deep.recipe, self.first_seed, levels.EARLY)
+            return at_depth(deep.plan, width, trainee.parameters(), trainee.groups(), trainee.gathered)
 
-        return deep._apart(compared)
+        [section] = done([Job(1, compared)], self.family.processes, lambda _: None, alone.joined)
+        return section
 
 
 def _remarks(target: ModelFile, models: dict[int, ModelFile], mutant: Mutant | None) -> list[str]:
@@ -398,7 +414,7 @@ def _remarks(target: ModelFile, models: dict[int, ModelFile], mutant: Mutant | N
     if mutant is not None:
         remarks.append(f"With a deliberate mistake: {mutant.what}")
     if target.attention_dropout or target.hidden_dropout:
-        remarks.append("Dropout is off in the check, so that differences are not its own.")
+        remarks.append(WITHOUT_DROPOUT)
     if some.transformer_impl != target.transformer_impl:
         remarks.append("No GPU, so no Transformer Engine: the models are built with transformer_impl local.")
     return remarks

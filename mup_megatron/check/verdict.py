@@ -9,6 +9,9 @@ from mup_megatron.check.causes import Cause
 from mup_megatron.check.comparison import Compared, Comparison, Finding
 from mup_megatron.check.measurements import Key, Measured
 
+WITHOUT_DROPOUT = "Dropout is off in the check, so that differences are not its own."
+"""A remark, wherever it was on."""
+
 
 class Outcome(StrEnum):
     """What a check comes to."""

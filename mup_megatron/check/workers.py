@@ -64,8 +64,8 @@ def ignored(wanted: int | None, processes: int) -> list[str]:
     if wanted is None or wanted == processes:
         return []
     return [
-        f"{wanted} processes were asked for, and the models trained one after the other: with a GPU, under torchrun and "
-        "where ranks have joined a process cannot be forked."
+        f"{wanted} processes were asked for, and the models trained one after the other: with a GPU, under torchrun "
+        "and where ranks have joined a process cannot be forked."
     ]
 
 
@@ -192,8 +192,8 @@ class _Failure:
         if isinstance(error, BaseException):
             return error
         return InputError(
-            f"the code that is checked failed ({brief(self.told, 200)}). Correct it; with one process it is raised where "
-            "it arises."
+            f"the code that is checked failed ({brief(self.told, 180)}). Correct it; with --processes 1 it is raised "
+            "where it arises."
         )
 
 

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mup_megatron.modules.draws import Watch
 
-_FUSED_ATTENTION = torch.nn.functional.scaled_dot_product_attention
-"""Torch's own, whatever somebody puts in its place later."""
+FUSED_ATTENTION = torch.nn.functional.scaled_dot_product_attention
+"""Torch's own, whatever somebody puts in its place later: who does so here imports it first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +293,7 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is _FUSED_ATTENTION:
+        if func is FUSED_ATTENTION:
             return _spelled_out(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") == "tensor" and args and isinstance(args[0], int | float):

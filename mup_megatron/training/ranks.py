@@ -100,23 +100,31 @@ def joined(*, tensor: int, pipeline: int, virtual_stages: int | None, seed: int)
     single process needs no one, no port and no file. Python's, numpy's and torch's generators are seeded as Megatron-LM
     does, with seed + 100·(pipeline stage).
     """
-    import torch
     from megatron.core import parallel_state
-    from torch import distributed
-
-    from mup_megatron.megatron import cpu
 
     for name in _REPEATING_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    if not (distributed.is_initialized() or cpu.is_enabled()):
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    with process_group("gloo" if cpu.is_enabled() else "nccl"):
+    with met():
         try:
             parallel_state.initialize_model_parallel(tensor, pipeline, virtual_stages, create_gloo_process_groups=False)
             seed_all(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
             yield
         finally:
             parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def met() -> Iterator[None]:
+    """The process group of a run on Megatron: around several times that Megatron's groups are `joined`."""
+    import torch
+    from torch import distributed
+
+    from mup_megatron.megatron import cpu
+
+    if not (distributed.is_initialized() or cpu.is_enabled()):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    with process_group("gloo" if cpu.is_enabled() else "nccl"):
+        yield
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from support.small_nets import OPTIONS, Mixer, Net, recipe_for
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from mup_megatron.check.hugging_face import _shallow, _smallest, at_width, check_hugging_face, widths_for
+from mup_megatron.check import hugging_face
+from mup_megatron.check.hugging_face import _shallow, _smallest, _uncut, at_width, check_hugging_face, widths_for
 from mup_megatron.check.measurements import Key, Quantity
 from mup_megatron.check.module_trainee import ModuleTrainee, Sight
 from mup_megatron.check.modules import Task, check_modules
@@ -225,6 +226,40 @@ def test_every_kind_of_layer_of_a_pattern_is_left() -> None:
     )
     small, base, _ = _shallow(large, narrow, recipe_at(narrow, hyperparameters={"lr": 0.004}))
     assert (small.num_hidden_layers, small.layer_types, base.num_hidden_layers) == (6, kinds, 6)
+
+
+class _Stubborn(transformers.LlamaForCausalLM):
+    """A model whose code knows its own sizes."""
+
+    def __init__(self, config: transformers.LlamaConfig) -> None:
+        assert config.head_dim == 128
+        assert config.num_hidden_layers == 8
+        super().__init__(config)
+
+
+def test_what_a_model_cannot_be_built_without_is_said() -> None:
+    large, narrow = _stubborn(8192), _stubborn(1024)
+    small, base, _ = _smallest(_Stubborn, large, narrow, recipe_at(narrow, hyperparameters={"lr": 0.004}))
+    assert [remark.partition(":")[0] for remark in _uncut(small, large, base)] == [
+        "8 of 8 layers are trained, not 4",
+        "Heads are the target's own, of size 128",
+    ]
+    cut, base, _ = _smallest(transformers.LlamaForCausalLM, large, narrow, recipe_at(narrow, hyperparameters={"lr": 1}))
+    assert _uncut(cut, large, base) == []
+
+
+def test_heads_that_cannot_be_cut_and_take_far_too_long_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, narrow = _stubborn(8192), _stubborn(1024)
+    monkeypatch.setattr(hugging_face, "_class_of", lambda *_: _Stubborn)
+    tuned = recipe_at(narrow, hyperparameters={"lr": 0.004})
+    with pytest.raises(InputError, match=r"cannot be built smaller .* a core about \d+ min.*--widths 1024,2048,4096"):
+        check_hugging_face(large, tuned)
+
+
+def _stubborn(width: int) -> transformers.LlamaConfig:
+    config = _llama(width, width // 128, width // 1024, 7 * width // 2)
+    config.num_hidden_layers, config.head_dim, config.architectures = 8, 128, ["LlamaForCausalLM"]
+    return config
 
 
 def test_the_number_of_processes_changes_nothing() -> None:

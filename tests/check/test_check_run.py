@@ -135,6 +135,28 @@ def test_a_layouts_verdict_is_that_of_one_process(
             assert compared.level == pytest.approx(alike.level, abs=1e-3), key
 
 
+def check_virtual_stages(references: Path) -> Told:
+    """In a rank. Of the layers that train, a rank has two virtual stages; of all, three."""
+    small = base(num_layers=6)
+    target = small.model_copy(update={"hidden_size": 256, "num_attention_heads": 16})
+    layout = TrainingOptions(
+        train_iters=1,
+        global_batch_size=1,
+        micro_batch_size=2,
+        pipeline_model_parallel_size=2,
+        num_layers_per_virtual_pipeline_stage=1,
+    )
+    return told(
+        check_megatron(target, tuned(small), widths=WIDTHS, seeds=2, layout=layout, references=references, processes=2)
+    )
+
+
+def test_a_virtual_pipeline_has_its_stages_in_the_deep_model_too(references: Path) -> None:
+    for of_rank in run_ranks(check_virtual_stages, 2, references):
+        assert (of_rank.outcome, of_rank.culprit) == ("pass", None)
+        assert "6 layers" in of_rank.lines["every layer"][0]
+
+
 @pytest.fixture(scope="module")
 def collapsed(references: Path) -> Told:
     found: Told = one(check, references, COLLAPSED)
@@ -238,6 +260,15 @@ def test_a_layout_that_is_not_possible_is_bad_input() -> None:
     layout = TrainingOptions(train_iters=1, global_batch_size=1, tensor_model_parallel_size=3)
     with pytest.raises(InputError, match="does not divide num_attention_heads"):
         check_megatron(base(), tuned(base()), widths=(32, 64), layout=layout)
+
+
+def test_a_depth_that_the_layout_cannot_share_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    deep = base(num_layers=7)
+    layout = TrainingOptions(train_iters=1, global_batch_size=1, pipeline_model_parallel_size=2)
+    with pytest.raises(InputError, match="num_layers 7"):
+        check_megatron(deep, tuned(deep), widths=(32, 64), layout=layout)
 
 
 def check_standard(references: Path, level: Level) -> Told:

@@ -116,7 +116,16 @@ def gpt3(layers: int, width: int, heads: int) -> dict[str, Any]:
     return {**GPT3, "num_layers": layers, "hidden_size": width, "num_attention_heads": heads}
 
 
+PHI = {**GPT3, "num_layers": 32, "position_embedding_type": "rope", "rotary_percent": 0.4}
 TARGETS: dict[str, tuple[ModelFile, Recipe]] = {
+    "heads of one channel": pair(gpt3(4, 128, 128), {"hidden_size": 64, "num_attention_heads": 64}),
+    "heads of one channel, few of which stay": pair(
+        {**gpt3(4, 60, 48), "kv_channels": 1}, {"hidden_size": 20, "num_attention_heads": 20}
+    ),
+    "heads that become larger and turn in part": pair(
+        {**PHI, "hidden_size": 2560, "num_attention_heads": 32, "kv_channels": 80, "ffn_hidden_size": 10240},
+        {"hidden_size": 2048, "kv_channels": 64, "ffn_hidden_size": 8192},
+    ),
     "GPT-3 125M": pair(gpt3(12, 768, 12), {"hidden_size": 256, "num_attention_heads": 4}),
     "GPT-3 6.7B": pair(gpt3(32, 4096, 32), {"hidden_size": 256, "num_attention_heads": 2}),
     "GPT-3 175B": pair(gpt3(96, 12288, 96), {"hidden_size": 256, "num_attention_heads": 2}),
@@ -159,6 +168,8 @@ def test_a_check_of_any_target_is_cheap(name: str, tensor_parallel: int) -> None
     assert quick.calls < 5e6, f"{quick.calls:.3g}"
     assert standard.flops < 4e12, f"{standard.flops:.3g}"
     assert standard.calls < 2e7, f"{standard.calls:.3g}"
+    # Of all layers one model may be wider, see `run._Deep`.
+    assert at_width(small, here, 2 * widths[-1]).hidden_size == 2 * widths[-1]
 
 
 def grows(base: ModelFile, target: ModelFile) -> dict[str, bool]:

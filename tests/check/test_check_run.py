@@ -146,9 +146,11 @@ def check_virtual_stages(references: Path) -> Told:
         pipeline_model_parallel_size=2,
         num_layers_per_virtual_pipeline_stage=1,
     )
-    return told(
-        check_megatron(target, tuned(small), widths=WIDTHS, seeds=2, layout=layout, references=references, processes=2)
+    found = check_megatron(
+        target, tuned(small), widths=WIDTHS, seeds=2, layout=layout, references=references, processes=2
     )
+    assert any(remark.startswith("2 processes were asked for") for remark in found.remarks)
+    return told(found)
 
 
 def test_a_virtual_pipeline_has_its_stages_in_the_deep_model_too(references: Path) -> None:

@@ -109,9 +109,7 @@ COMMON = Machine(flops=3e10, calls=2e5)
 """A core, so that what is trained does not depend on where."""
 
 
-def affordable(
-    widths: Sequence[int], shapes: Callable[[int], Shapes], *, tokens: int, seeds: int
-) -> tuple[list[int], list[str]]:
+def affordable(widths: Sequence[int], shapes: Callable[[int], Shapes], *, tokens: int) -> tuple[list[int], list[str]]:
     """The widths of a check that nobody has chosen, fewer where a quick one would take far longer than usual; and what
     is to be said of that.
 
@@ -119,14 +117,13 @@ def affordable(
         widths: each twice the one before.
         shapes: width → of the parameters.
         tokens: of a sequence.
-        seeds: of the subject.
 
     Raises:
         InputError: it would take too long even so.
     """
 
     def seconds(some: Sequence[int]) -> float:
-        count = seeds + levels.correct_seeds(Rule.MUP) + levels.correct_seeds(Rule.STANDARD)
+        count = levels.SEEDS + levels.correct_seeds(Rule.MUP) + levels.correct_seeds(Rule.STANDARD)
         runs = (of_run(shapes(width), levels.EARLY, tokens=tokens) * count for width in some)
         return COMMON.seconds(sum(runs, Expense()), 1)
 

@@ -112,7 +112,7 @@ def check_hugging_face(
     remarks += _uncut(small, config, base)
     if widths is None:
         usual = widths_for(small, base, levels.WIDTHS)
-        chosen, fewer = affordable(usual, lambda width: [*shapes(width).values()], tokens=LENGTH, seeds=seeds)
+        chosen, fewer = affordable(usual, lambda width: [*shapes(width).values()], tokens=LENGTH)
         remarks += fewer
     else:
         chosen = list(widths)

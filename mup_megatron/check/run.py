@@ -220,7 +220,6 @@ def _checked(
             widths_for(small, small_recipe, levels.WIDTHS, tensor_parallel=shared),
             lambda width: _shapes(at_width(small, small_recipe, width), small_recipe),
             tokens=small.seq_length,
-            seeds=len(seeds),
         )
     models = {w: available_model(m, layout) for w, m in models_for(small, small_recipe, chosen).items()}
     world = ranks.world_size()

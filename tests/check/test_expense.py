@@ -20,7 +20,7 @@ def _layers(times: int) -> Shapes:
 
 def _affordable(of_least: int) -> tuple[list[int], list[str]]:
     widths = [of_least * width // 32 for width in WIDTHS]
-    return affordable(widths, _layers, tokens=32, seeds=3)
+    return affordable(widths, _layers, tokens=32)
 
 
 def test_usual_widths_stay() -> None:

@@ -8,7 +8,7 @@ other. What of these does not hold is named in the order in which a forward pass
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
@@ -67,6 +67,8 @@ class Known:
     """Modules that are blocks."""
     logits: str = "scale_mask_softmax"
     """Part of the names of attention logits."""
+    copying: Mapping[str, str] = field(default_factory=dict)
+    """Modules that copy one layer into all of theirs → how their class is called."""
     growth: Callable[[str], float] = lambda _: 0.0
     """Name of logits → exponent of width with which their heads grow."""
     own_tails: Mapping[str, float] = field(default_factory=dict)
@@ -114,7 +116,8 @@ def _places(measured: Measured) -> Callable[[str], float]:
 
 def _slopes_before(subject: Measured, known: Known, place: Callable[[str], float]) -> list[Finding]:
     found = []
-    at_readout = _at_readout(known, place)
+    at_readout = _at_readout(subject, known, place)
+    readouts, latest = set(_readouts(known)), _latest(subject, known, place)
     # With biases of positions, as ALiBi's, logits grow with the number of heads.
     there = {(key.quantity, key.name) for key in subject.keys()}  # noqa: SIM118
     for quantity in (Quantity.ACTIVATION, Quantity.INSIDE):
@@ -126,6 +129,9 @@ def _slopes_before(subject: Measured, known: Known, place: Callable[[str], float
                 growth = known.growth(key.name.removesuffix(f".{WITHOUT_MEAN}"))
                 # Of heads that grow they stay with 1/√d, and shrink with 1/d: between the two.
                 low, high = low - growth / 2, (-growth / 4 if growth else high)
+                if latest(key.name) in readouts:
+                    # A router's, or weights of a pool: one layer makes them, and no product of queries and keys.
+                    low = BEFORE_READOUT[0]
             elif at_readout(key.name):
                 low, high = BEFORE_READOUT
             if is_outside(compared.subject, low, high):
@@ -141,7 +147,7 @@ def _slopes_after(subject: Measured, known: Known, place: Callable[[str], float]
     if not moved:
         return []
     found = []
-    at_readout = _at_readout(known, place)
+    at_readout = _at_readout(subject, known, place)
     for key, compared in own_slopes(subject, Quantity.UPDATE, max(moved)).items():
         low, high = MOVED_READOUT if at_readout(key.name) else MOVED_LOGITS if known.logits in key.name else MOVED
         if is_outside(compared.subject, low, high):
@@ -149,28 +155,69 @@ def _slopes_after(subject: Measured, known: Known, place: Callable[[str], float]
     return found
 
 
-def _at_readout(known: Known, place: Callable[[str], float]) -> Callable[[str], bool]:
+def _at_readout(subject: Measured, known: Known, place: Callable[[str], float]) -> Callable[[str], bool]:
     """Name → whether it is of a readout, or computed from one: in a module that has one, and after it."""
     plan = next(iter(known.plans.values()))
-    readouts = [e.name.rpartition(".")[0] for e in plan.entries if e.role in (Role.OUTPUT, Role.SCALAR)]
-    if plan.readout is not None and plan.by_name[plan.readout].kind is not ParameterKind.EMBEDDING:
-        readouts.append(plan.readout.rpartition(".")[0])
+    readouts = _readouts(known)
     blocks = set(known.blocks)
+    bottlenecks = {block for block in blocks if _is_bottleneck(block, plan)}
+    beside = {key.name for key in subject.keys() if key.quantity is Quantity.INSIDE}  # noqa: SIM118
 
     def is_at(name: str) -> bool:
         if name.startswith(LOSS_INPUT) or any(
             name == readout or name.startswith(f"{readout}.") for readout in readouts if readout
         ):
             return True
-        owner = name if place(name) == math.inf else name.rpartition(".")[0]
+        owner = name if place(name) == math.inf else _owner(name, beside, plan)
         inside = next((block for block in blocks if name == block or name.startswith(f"{block}.")), None)
         if inside is not None and name.removeprefix(inside) in ("", ".added"):
-            return False
+            return inside in bottlenecks
         if plan.tied and inside is None and place(name) > _last_of_blocks(place, blocks):
             return True
         return any(place(r) < place(name) and (not owner or r.startswith(f"{owner}.")) for r in readouts if r)
 
     return is_at
+
+
+def _readouts(known: Known) -> list[str]:
+    """Modules that give something of a finite size."""
+    plan = next(iter(known.plans.values()))
+    readouts = [e.name.rpartition(".")[0] for e in plan.entries if e.role in (Role.OUTPUT, Role.SCALAR)]
+    if plan.readout is not None and plan.by_name[plan.readout].kind is not ParameterKind.EMBEDDING:
+        readouts.append(plan.readout.rpartition(".")[0])
+    return readouts
+
+
+def _latest(subject: Measured, known: Known, place: Callable[[str], float]) -> Callable[[str], str | None]:
+    """Name → the module that was done last before it is computed."""
+    of_plan = {entry.name.rpartition(".")[0] for entry in next(iter(known.plans.values())).entries}
+    modules = {key.name for key in subject.keys() if key.quantity is Quantity.ACTIVATION} & of_plan  # noqa: SIM118
+
+    def latest(name: str) -> str | None:
+        whole = name.removesuffix(f".{WITHOUT_MEAN}")
+        return max((m for m in modules if place(m) < place(whole)), key=place, default=None)
+
+    return latest
+
+
+def _is_bottleneck(block: str, plan: Plan) -> bool:
+    """Whether all that a block computes goes through a layer of a finite size, as in a block that is an adapter."""
+    roles = {entry.role for entry in plan.entries if entry.name.startswith(f"{block}.")}
+    return Role.OUTPUT in roles and Role.HIDDEN not in roles
+
+
+def _owner(name: str, beside: Collection[str], plan: Plan) -> str:
+    """The module that a module is in, or in which a value is computed: `block` of `block.summand.3` too.
+
+    A function that is a module, as `nn.SiLU`, counts as a part of the one that it is in.
+    """
+    owner, _, last = name.rpartition(".")
+    if name not in beside:
+        return owner
+    if last.isdigit():
+        owner = owner.rpartition(".")[0]
+    has_weights = any(entry.name.startswith(f"{owner}.") for entry in plan.entries)
+    return owner if has_weights or not owner else owner.rpartition(".")[0]
 
 
 def _last_of_blocks(place: Callable[[str], float], blocks: Iterable[str]) -> float:

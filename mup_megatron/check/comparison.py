@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import NormalDist, fmean, median
 
-from mup_megatron.check.measurements import BOUNDED, FROM_STEPS, Key, Measured, Quantity
+from mup_megatron.check.measurements import BOUNDED, FROM_STEPS, Key, Measured, Quantity, Run
 
 
 class Kind(StrEnum):
@@ -180,6 +180,18 @@ def only_rounding(reference: Measured) -> set[str]:
             for name, value in of_step.items():
                 largest[name] = max(largest.get(name, 0.0), value / usual)
     return {name for name, share in largest.items() if 0 < share < _ROUNDING}
+
+
+def without_gradient(runs: Sequence[Run]) -> set[str]:
+    """Parameters whose gradient was 0 or none whenever somebody looked: what the loss does not depend on, and what is
+    frozen.
+    """
+    largest: dict[str, float] = {}
+    for run in runs:
+        for key, value in run.values.items():
+            if key.quantity is Quantity.GRADIENT:
+                largest[key.name] = max(largest.get(key.name, 0.0), value)
+    return {name for name, value in largest.items() if value == 0}
 
 
 def _floors(reference: Measured, width: int, rounding: Collection[str]) -> dict[Quantity, float]:

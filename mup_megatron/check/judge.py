@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mup_megatron.check import levels
 from mup_megatron.check.bounds import BEFORE, MOVED, Known, out_of_bounds
 from mup_megatron.check.causes import TOLD, Cause, causes, of_bounds
-from mup_megatron.check.comparison import Comparison, Finding, Kind, compare, findings, only_rounding
+from mup_megatron.check.comparison import Comparison, Finding, Kind, compare, findings, only_rounding, without_gradient
 from mup_megatron.check.measurements import COORDINATES, DRAWS, Measured, Protocol, Quantity
 from mup_megatron.check.verdict import Level, Outcome, Section, Verdict
 from mup_megatron.check.wider import wider_is_better
@@ -17,8 +17,9 @@ from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 
 Measure = Callable[[Protocol], Measured]
-Later = Callable[[set[str]], tuple[Section, Cause | None]]
-"""Parameters of which nothing can be read → what later steps show, and why."""
+Later = Callable[[set[str], set[str]], tuple[Section, Cause | None]]
+"""Parameters of which nothing can be read, and those that get no gradient in the correct reference → what later steps
+show, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def judge(
             sections += _late(sides)
             sections += [more() for more in extra]
         elif later is not None:
-            section, cause = later(only_rounding(reference))
+            section, cause = later(only_rounding(reference), without_gradient(reference.runs))
             sections.append(section)
             of_later = () if cause is None or findings(comparison) else (cause,)
     known = Known(plans=facts.plans) if facts.known is None else facts.known()
@@ -98,7 +99,11 @@ def judge(
         have_size = all(c.off is None for key, c in comparison.items() if key.quantity is Quantity.INITIAL)
         drawn = [f for f in bounds.findings if f.key.quantity in DRAWS and have_size]
         # Draws come before all that is computed from them.
-        likely = (*of_bounds(drawn), *likely, *of_bounds([f for f in bounds.findings if f not in drawn]))[:TOLD]
+        likely = (
+            *of_bounds(drawn, known.copying),
+            *likely,
+            *of_bounds([f for f in bounds.findings if f not in drawn]),
+        )[:TOLD]
     return Verdict(
         outcome=outcome,
         level=level,
@@ -245,8 +250,9 @@ def _gradients(comparison: Comparison, subject: Measured, reference: Measured) -
         )
         return Section(name="gradients and updates", outcome=Outcome.NO_VERDICT, lines=(line,), findings=tuple(found))
     lines = []
+    untrained = without_gradient(reference.runs)
     for quantity in (Quantity.LEARNING_RATE, Quantity.EPS, Quantity.WEIGHT_DECAY):
-        of_it = [c for key, c in comparison.items() if key.quantity is quantity]
+        of_it = [c for key, c in comparison.items() if key.quantity is quantity and key.name not in untrained]
         if of_it:
             names = {c.key.name for c in of_it}
             worst = max(of_it, key=lambda c: max(abs(d) for d in c.deviations.values()))
@@ -254,6 +260,8 @@ def _gradients(comparison: Comparison, subject: Measured, reference: Measured) -
             lines.append(f"{quantity} of {len(names)} parameters, as they moved: within {by:.2g} of what is expected")
     if rounding := sorted(only_rounding(reference)):
         lines.append(f"Not of {_some(rounding)}: the right gradient is 0, and what is there is rounding")
+    if untrained:
+        lines.append(f"Not of {_some(sorted(untrained))}: no gradient, in the correct reference either")
     if not lines:
         lines.append(
             "Learning rates, eps and weight decay were not read: an optimizer without a replay, or gradients of which "

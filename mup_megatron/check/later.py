@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 
 from mup_megatron.check.causes import Cause
-from mup_megatron.check.comparison import TOLERANCES, Compared, Finding, Kind, Slope
+from mup_megatron.check.comparison import TOLERANCES, Compared, Finding, Kind, Slope, without_gradient
 from mup_megatron.check.measurements import Key, Protocol, Quantity, Run
 from mup_megatron.check.verdict import Outcome, Section
 from mup_megatron.theory import Plan
@@ -27,7 +27,11 @@ def width_of(plans: Mapping[int, Plan]) -> int:
 
 
 def later_section(
-    run: Run, plan: Plan, schedule: Callable[[int], float], rounding: Collection[str]
+    run: Run,
+    plan: Plan,
+    schedule: Callable[[int], float],
+    rounding: Collection[str],
+    untrained: Collection[str] = (),
 ) -> tuple[Section, Cause | None]:
     """What one run shows of later steps.
 
@@ -36,12 +40,14 @@ def later_section(
         plan: the right one at its width.
         schedule: step, from 0 → the learning rate's part of its peak.
         rounding: parameters of which nothing can be read.
+        untrained: those that get no gradient in the correct reference. Where they get none here either, they stay.
     """
     found = []
+    still = without_gradient([run]) & set(untrained)
     most = max(entry.weight_decay for entry in plan.entries)
     for key, value in run.values.items():
         entry = plan.by_name.get(key.name)
-        if entry is None or key.name in rounding or key.step < min(LATER.recorded):
+        if entry is None or key.name in rounding or key.name in still or key.step < min(LATER.recorded):
             continue
         if key.quantity is Quantity.LEARNING_RATE:
             expected = entry.lr * schedule(key.step - 1)
@@ -54,7 +60,8 @@ def later_section(
             found.append(_finding(run.width, key, value, expected))
     found.sort(key=lambda finding: (finding.key.step, finding.key.quantity is not Quantity.LEARNING_RATE))
     told = (
-        f"learning rate and weight decay of {len(plan.entries)} parameters to step {LATER.steps} at width {run.width}"
+        f"learning rate and weight decay of {len(plan.entries) - len(still)} parameters to step {LATER.steps} at width "
+        f"{run.width}"
     )
     outcome = Outcome.FAIL if found or run.problem else Outcome.PASS
     lines = (run.problem or told,)

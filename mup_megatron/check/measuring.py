@@ -164,7 +164,7 @@ class Recorder:
             now, before = parameter.detach(), self._before[name]
             sampled = self._some(name, now)
             if gradient is not None:
-                if record and self._protocol.activations:
+                if record:
                     self._note(Key(Quantity.GRADIENT, name, step), gradient)
                     rows = gradient.reshape(len(gradient), -1) if gradient.dim() else gradient.reshape(1, 1)
                     dead = (rows == 0).all(dim=1)

@@ -23,6 +23,7 @@ from mup_megatron.check.measuring import At
 from mup_megatron.check.reference import clipped, replay_for
 from mup_megatron.check.replay import Replay
 from mup_megatron.collectives import gathered
+from mup_megatron.errors import InputError
 from mup_megatron.modules.forward import FUSED_ATTENTION
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.ranks import world_size
@@ -80,6 +81,7 @@ class ModuleTrainee:
         scheduler: Any = None,
         alone: bool = False,
     ) -> None:
+        refuse_low_precision(model)
         self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
         self._alone = alone
         self._recipe, self._width, self._batch, self._loss = recipe, width, batch, loss
@@ -181,6 +183,7 @@ class EngineTrainee:
     """
 
     def __init__(self, engine: Any, recipe: Recipe, *, width: int, batch: Batch, loss: Loss) -> None:
+        refuse_low_precision(engine.module)
         self._engine, self._recipe = engine, recipe
         self._width, self._batch, self._loss = width, batch, loss
         self._sight = Sight(engine.module)
@@ -291,6 +294,21 @@ class EngineTrainee:
         return {id(self._copies[name]): factor * gradient for name, gradient in found.items()}
 
 
+def refuse_low_precision(model: nn.Module) -> None:
+    """Raises for a model of which nothing can be read: below float32 a step rounds away what it does to a weight.
+
+    Raises:
+        InputError: a parameter that is trained is in less than single precision.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{name} is in {dtype}, in which a step rounds away what a check reads from it. Build the model in "
+                "float32 for the check, and leave bf16 and fp16 off in what prepares it."
+            )
+
+
 def _copy(parameter: nn.Parameter) -> Tensor:
     """A whole one, in single precision."""
     from mup_megatron.modules.apply import whole
@@ -359,13 +377,23 @@ def of_one_token(batch: Any, index: int) -> Any:
 
 
 def blocks(model: nn.Module) -> list[str]:
-    """The names of what stands in lists of layers."""
+    """The names of what stands in lists of layers and has matrices.
+
+    A norm in a list is none: its input less its output is what is left of two things of one size, and follows width.
+    """
     return [
         f"{name}.{index}".removeprefix(".")
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
-        for index, _ in module.named_children()
+        for index, child in module.named_children()
+        if any(parameter.dim() > 1 for parameter in child.parameters())
     ]
+
+
+def copying(model: nn.Module) -> dict[str, str]:
+    """The modules of a model that copy the layer which they are given, weights too → how their class is called."""
+    kinds = (nn.TransformerEncoder, nn.TransformerDecoder)
+    return {name: f"nn.{kind.__name__}" for name, m in model.named_modules() for kind in kinds if isinstance(m, kind)}
 
 
 class Sight(TorchFunctionMode):

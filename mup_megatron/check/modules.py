@@ -26,7 +26,7 @@ from mup_megatron.check.later import LATER, later_section, width_of
 from mup_megatron.check.measurements import Measured, Protocol, Report, Run
 from mup_megatron.check.measuring import measure
 from mup_megatron.check.module_reference import carry_out, optimizer_for
-from mup_megatron.check.module_trainee import LOGITS, Batch, EngineTrainee, Loss, ModuleTrainee, blocks
+from mup_megatron.check.module_trainee import LOGITS, Batch, EngineTrainee, Loss, ModuleTrainee, blocks, copying
 from mup_megatron.check.report import text
 from mup_megatron.check.transfer import at_rate, transfer_section
 from mup_megatron.check.verdict import WITHOUT_DROPOUT, Level, Outcome, Section, Verdict
@@ -196,7 +196,7 @@ def _checked(
         level=level,
         fingerprint=recipe.fingerprint,
         extra=[lambda: family.transfer(prepare, first_seed)] if level is Level.FULL else [],
-        later=lambda rounding: family.later(prepare, first_seed, rounding | frozen),
+        later=lambda rounding, untrained: family.later(prepare, first_seed, rounding | frozen, untrained),
         remarks=(
             *remarks,
             *_dropping(models[chosen[0]]),
@@ -421,12 +421,15 @@ class ModuleFamily:
             shares_code=True,
             blocks=blocks(models[self.widths[0]]),
             logits=LOGITS,
+            copying=copying(models[self.widths[0]]),
             growth=lambda name: _growth(self.head_sizes, name),
             own_tails=_tails(models[self.widths[-1]]),
             differing=_differing(models),
         )
 
-    def later(self, prepare: Prepare, seed: int, rounding: set[str]) -> tuple[Section, Cause | None]:
+    def later(
+        self, prepare: Prepare, seed: int, rounding: set[str], untrained: set[str]
+    ) -> tuple[Section, Cause | None]:
         """What a run shows that goes on. Collective."""
         recipe = on_first_rank(lambda: self.stressed(LATER))
         plans = {width: self.plan(width, recipe) for width in self.widths}
@@ -434,7 +437,7 @@ class ModuleFamily:
         trainee = self._started(prepare, recipe, plans[width], width, seed, LATER.steps)
         run = measure(trainee, LATER, width=width, seed=seed)
         trainee.close()
-        return later_section(run, plans[width], lambda step: self.schedule(step, LATER.steps), rounding)
+        return later_section(run, plans[width], lambda step: self.schedule(step, LATER.steps), rounding, untrained)
 
     def transfer(self, prepare: Prepare, first_seed: int) -> Section:
         """The basins of the learning rate at three of the widths. Collective."""

@@ -19,6 +19,7 @@ from mup_megatron.check.bounds import Known, out_of_bounds
 from mup_megatron.check.causes import of_bounds
 from mup_megatron.check.comparison import Finding
 from mup_megatron.check.measurements import Key, Measured, Protocol, Quantity, Run
+from mup_megatron.check.module_trainee import copying
 from mup_megatron.check.modules import Loss, ModuleFamily, Prepare, Task, built, prepare_by_plan, warm_up_and_decay
 from mup_megatron.modules import module_base
 from mup_megatron.recipe import Recipe
@@ -110,6 +111,91 @@ class Pictures(nn.Module):
         return result
 
 
+class Stacked(nn.Module):
+    """Blocks of one kind between an embedding and a readout."""
+
+    def __init__(self, width: int, block: Factory) -> None:
+        super().__init__()
+        self.embedding, self.readout = nn.Embedding(VOCABULARY, width), nn.Linear(width, VOCABULARY)
+        self.blocks, self.norm = nn.ModuleList(block(width) for _ in range(2)), nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        result: Tensor = self.readout(self.norm(x))
+        return result
+
+
+class TokenMixer(nn.Module):
+    """Layers in lists of their own, norms too: mixes positions, whose number is fixed, then channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding, self.readout = nn.Embedding(VOCABULARY, width), nn.Linear(width, VOCABULARY)
+        self.over_tokens = nn.ModuleList(_mlp(small_nets.LENGTH, 16, small_nets.LENGTH) for _ in range(2))
+        self.over_channels = nn.ModuleList(_mlp(width, 2 * width, width) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for index, (tokens_mixed, channels_mixed) in enumerate(zip(self.over_tokens, self.over_channels, strict=True)):
+            x = x + tokens_mixed(self.norms[2 * index](x).transpose(1, 2)).transpose(1, 2)
+            x = x + channels_mixed(self.norms[2 * index + 1](x))
+        result: Tensor = self.readout(x)
+        return result
+
+
+def _mlp(*sizes: int, bias: bool = True) -> nn.Sequential:
+    first, inner, last = sizes
+    return nn.Sequential(nn.Linear(first, inner, bias=bias), nn.GELU(), nn.Linear(inner, last, bias=bias))
+
+
+class Gated(nn.Module):
+    """With a gate that squeezes width to 8, and an adapter of rank 4 beside a layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(width), nn.Linear(width, width)
+        self.gate = _mlp(width, 8, width)
+        self.down, self.up = nn.Linear(width, 4, bias=False), nn.Linear(4, width, bias=False)
+        self.other = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        x = x + self.layer(y).relu() * self.gate(y).sigmoid()
+        y = self.norm(x)
+        result: Tensor = x + self.other(y) + self.up(self.down(y))
+        return result
+
+
+class Adapter(nn.Module):
+    """A block that is an adapter and nothing else."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.inside = nn.LayerNorm(width), _mlp(width, 4, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.inside(self.norm(x))
+        return result
+
+
+class Routed(nn.Module):
+    """A dense mixture of four experts, whose router's softmax is no attention's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.router = nn.LayerNorm(width), nn.Linear(width, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        shares = self.router(y).softmax(-1)
+        result: Tensor = x + sum(shares[..., i : i + 1] * expert(y) for i, expert in enumerate(self.experts))
+        return result
+
+
 def pictures(step: int, _width: int) -> Tensor:
     return torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(step + 1))
 
@@ -134,6 +220,10 @@ def summed(model: Any, tokens: Tensor) -> Tensor:
         pytest.param(Turning, {"batch": long}, id="turning"),
         pytest.param(Pictures, {"batch": pictures, "loss": by_brightness}, id="batch norm"),
         pytest.param(Net, {"loss": averaged}, id="micro-batches averaged"),
+        pytest.param(TokenMixer, {}, id="mixing tokens"),
+        pytest.param(lambda w: Stacked(w, Gated), {}, id="gates and adapters of finite size"),
+        pytest.param(lambda w: Stacked(w, Adapter), {}, id="adapters alone"),
+        pytest.param(lambda w: Stacked(w, Routed), {}, id="a router"),
     ],
 )
 def test_nothing_is_out_of_bounds_in_a_right_model(factory: Factory, options: dict[str, Any]) -> None:
@@ -322,6 +412,35 @@ def test_a_draw_that_is_not_one_is_named(change: Any, quantity: Quantity, cause:
     assert (quantity, UP) in names(found)
     assert {q for q, _ in names(found)} == {quantity}
     assert of_bounds(found)[0].name == cause
+
+
+class Encoder(nn.Module):
+    """Torch's own encoder of two layers, which it copies from one."""
+
+    def __init__(self, width: int, *, anew: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, width // 16, 2 * width, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.embedding, self.readout = nn.Embedding(VOCABULARY, width), nn.Linear(width, VOCABULARY)
+        for parameter in self.encoder.parameters() if anew else ():
+            if parameter.dim() == 2:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        result: Tensor = self.readout(self.encoder(self.embedding(tokens)))
+        return result
+
+
+def test_layers_that_torch_copies_are_told_from_others() -> None:
+    found = found_in(lambda width: Encoder(width, anew=False))
+    assert {finding.key.quantity for finding in found} == {Quantity.ALIKE}
+    cause = of_bounds(found, copying(Encoder(32, anew=False)))[0]
+    assert cause.name == "draws-alike"
+    assert "nn.TransformerEncoder deep-copies the one layer" in cause.sentence
+    assert "draw each layer of `encoder.layers` anew" in cause.sentence
+    assert "nn.init.xavier_uniform_" in cause.sentence
+    # What is said helps.
+    assert found_in(lambda width: Encoder(width, anew=True)) == []
 
 
 def test_a_draw_may_be_normal_or_the_librarys() -> None:

@@ -21,7 +21,7 @@ from mup_megatron.check import hugging_face
 from mup_megatron.check.hugging_face import _shallow, _smallest, _uncut, at_width, check_hugging_face, widths_for
 from mup_megatron.check.measurements import Key, Quantity
 from mup_megatron.check.module_trainee import ModuleTrainee, Sight
-from mup_megatron.check.modules import Task, check_modules
+from mup_megatron.check.modules import Task, check_modules, prepare_by_plan
 from mup_megatron.check.report import text
 from mup_megatron.check.verdict import Level, Outcome, Verdict
 from mup_megatron.errors import InputError
@@ -65,6 +65,55 @@ def test_what_is_frozen_when_built_is_left_out_and_said() -> None:
     verdict = check_modules(factory, recipe_for(), **OPTIONS)
     _passes(verdict)
     assert verdict.remarks == ("Frozen as it is built, and not checked: embedding.weight.",)
+
+
+class Unused(Net):
+    """With layers that nothing depends on."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.pooler, self.last_norm = nn.Linear(width, width), nn.LayerNorm(width)
+
+
+@pytest.mark.parametrize("level", [Level.QUICK, pytest.param(Level.STANDARD, marks=pytest.mark.slow)])
+def test_what_the_loss_does_not_depend_on_is_left_out_and_said(level: Level) -> None:
+    verdict = check_modules(Unused, recipe_for(), level=level, seeds=2, **OPTIONS)
+    _passes(verdict)
+    [gradients] = [section for section in verdict.sections if section.name == "gradients and updates"]
+    said = "Not of last_norm.bias, last_norm.weight, pooler.bias …: no gradient, in the correct reference either"
+    assert gradients.lines[-1] == said
+    assert gradients.lines[0].startswith(f"learning rate of {len(list(Net(32).parameters()))} parameters")
+
+
+def test_what_the_reference_alone_trains_fails() -> None:
+    def prepare(model: nn.Module, task: Task) -> Any:
+        model.get_parameter("blocks.0.up.weight").requires_grad_(False)
+        return prepare_by_plan(model, task)
+
+    verdict = check_modules(Unused, recipe_for(), prepare=prepare, seeds=2, **OPTIONS)
+    assert (verdict.outcome, verdict.culprit) == (Outcome.FAIL, "blocks.0.up.weight")
+
+
+def _in_bf16(model: nn.Module, task: Task) -> Any:
+    return prepare_by_plan(model.to(torch.bfloat16), task)
+
+
+@pytest.mark.parametrize(
+    ("factory", "options"),
+    [
+        pytest.param(lambda w: Net(w).to(torch.bfloat16), {}, id="built in bf16"),
+        pytest.param(lambda w: Net(w).to(torch.float16), {}, id="built in fp16"),
+        pytest.param(Net, {"prepare": _in_bf16, "processes": 1}, id="made bf16 by the script"),
+    ],
+)
+def test_less_than_single_precision_is_refused(factory: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"is in b?float16.*Build the model in\s*float32 for the check") as told:
+        check_modules(factory, recipe_for(), seeds=2, **options, **OPTIONS)
+    assert len(str(told.value)) <= 300
+
+
+def test_double_precision_passes() -> None:
+    _passes(check_modules(lambda w: Net(w).double(), recipe_for(), seeds=2, **OPTIONS))
 
 
 # ---- DeepSpeed -----------------------------------------------------------------------------------------------------
@@ -127,6 +176,31 @@ def test_a_configuration_passes_in_plain_torch() -> None:
     assert any("Dropout is off" in remark for remark in verdict.remarks)
     seen = {key.name for key in verdict.comparison if key.quantity is Quantity.UPDATE}
     assert {"transformer.h.0", "transformer.h.0.attn.attention_logits", "lm_head"} <= seen
+
+
+@pytest.mark.slow
+def test_a_mask_token_that_nothing_masks_passes() -> None:
+    """It is there in every model that was pretrained with one."""
+
+    def configuration(width: int) -> transformers.PretrainedConfig:
+        return transformers.Dinov2Config(
+            hidden_size=width,
+            num_attention_heads=width // 16,
+            num_hidden_layers=1,
+            image_size=16,
+            patch_size=4,
+            num_labels=4,
+            layerscale_value=0.5,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            architectures=["Dinov2ForImageClassification"],
+        )
+
+    recipe = recipe_at(configuration(32), hyperparameters={"lr": 0.008, "init_method_std": 0.05, "weight_decay": 0.1})
+    verdict = check_hugging_face(configuration(256), recipe, widths=[32, 64, 128])
+    _passes(verdict)
+    [gradients] = [section for section in verdict.sections if section.name == "gradients and updates"]
+    assert any(line.startswith("Not of dinov2.embeddings.mask_token") for line in gradients.lines)
 
 
 @pytest.mark.slow

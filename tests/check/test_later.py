@@ -66,6 +66,18 @@ def test_what_goes_wrong_later_is_told_with_its_step(quantity: Quantity) -> None
     assert later_section(run(change), plan(64), schedule, {UP})[0].outcome is Outcome.PASS
 
 
+def test_what_gets_no_gradient_on_either_side_has_no_rate() -> None:
+    def at_rest(gradient: float) -> Run:
+        found = run(lambda key, value: 0.0 if key.name == UP else value)
+        gradients = {Key(Quantity.GRADIENT, UP, step): gradient for step in LATER.recorded}
+        return Run(64, 1, {**found.values, **gradients}, ())
+
+    assert later_section(at_rest(0.0), plan(64), schedule, (), {UP})[0].outcome is Outcome.PASS
+    # What the reference trains has to move, and so has what gets a gradient.
+    assert later_section(at_rest(0.0), plan(64), schedule, (), ())[0].outcome is Outcome.FAIL
+    assert later_section(at_rest(0.1), plan(64), schedule, (), {UP})[0].outcome is Outcome.FAIL
+
+
 def test_the_width_is_one_at_which_rates_differ() -> None:
     assert width_of({width: plan(width) for width in (32, 64, 128)}) == 64
 

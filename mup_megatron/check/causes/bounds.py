@@ -1,6 +1,6 @@
 """What is said of what is out of bounds: the first of each kind, and what to do."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mup_megatron.check.causes.ranking import Cause
 from mup_megatron.check.comparison import Finding
@@ -54,13 +54,19 @@ _ATTENTION = (
     "attention-follows-width",
     "attention logits follow width otherwise than in μP, where they stay, and fall as 1/√(head size) before training. "
     "Look for a scale of 1/√(head size) in the code where heads grow, or for another power of width. Give the "
-    "attention a float `scaling` and an integer `head_dim`, which a plan then sets, or let the number of heads grow.",
+    "attention a float `scaling` and an integer `head_dim`, which a plan then sets if the name of its class has "
+    "`Attention` in it, or let the number of heads grow.",
 )
 _LOGITS = ("attention_logits", "scale_mask_softmax")
 
 
-def of_bounds(found: Sequence[Finding]) -> tuple[Cause, ...]:
-    """The first of each kind; what slopes show is one kind, of which the first is told."""
+def of_bounds(found: Sequence[Finding], copying: Mapping[str, str] | None = None) -> tuple[Cause, ...]:
+    """The first of each kind; what slopes show is one kind, of which the first is told.
+
+    Args:
+        found: what is out of bounds.
+        copying: modules that copy one layer into all of theirs → how their class is called.
+    """
     causes: dict[str, Cause] = {}
     of_slopes = {_ATTENTION[0], _FORWARD[0]}
     for finding in found:
@@ -69,5 +75,20 @@ def of_bounds(found: Sequence[Finding]) -> tuple[Cause, ...]:
         culprit = finding.key.name.removesuffix(f".{WITHOUT_MEAN}")
         if name in of_slopes and of_slopes & set(causes):
             continue
+        if name == "draws-alike":
+            sentence = _of_copies(culprit, copying or {}) or sentence
         causes.setdefault(name, Cause(name, f"{culprit}: {sentence}", culprit, 1.0))
     return tuple(causes.values())
+
+
+def _of_copies(parameter: str, copying: Mapping[str, str]) -> str | None:
+    """What is said where torch itself has copied a layer."""
+    for module, kind in copying.items():
+        layers = f"{module}.layers".removeprefix(".")
+        if parameter.startswith(f"{layers}."):
+            return (
+                f"its initial weights are those of the other layers: {kind} deep-copies the one layer that it is "
+                f"given. After building it, draw each layer of `{layers}` anew, as nn.Transformer does: "
+                "`nn.init.xavier_uniform_(p)` for every parameter p of the layer that has two dimensions."
+            )
+    return None

@@ -232,9 +232,10 @@ def _coordinates(comparison: Comparison, control: Comparison, subject: Measured,
             f"{furthest.compared.subject}"
         )
     elif not found:
+        # More seeds would be the subject's alone, and it is the two others that are too close.
         lines.append(
-            "Standard parametrization of the same shape cannot be told from the reference, so this is no pass: check "
-            "wider models (--widths), or more of them (--seeds)."
+            "Standard parametrization of the same shape cannot be told from the reference over these widths, so this "
+            f"is no pass: add a model of width {2 * subject.widths[-1]} to them (--widths)."
         )
         return Section(name="coordinates", outcome=Outcome.NO_VERDICT, lines=tuple(lines))
     return _section("coordinates", found, lines)

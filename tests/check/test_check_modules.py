@@ -25,7 +25,8 @@ from mup_megatron.check.modules import Task, check_modules, prepare_by_plan
 from mup_megatron.check.report import text
 from mup_megatron.check.verdict import Level, Outcome, Verdict
 from mup_megatron.errors import InputError
-from mup_megatron.modules import apply_plan, param_groups
+from mup_megatron.modules import apply_plan, module_base, param_groups
+from mup_megatron.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +76,14 @@ class Unused(Net):
         self.pooler, self.last_norm = nn.Linear(width, width), nn.LayerNorm(width)
 
 
+def _of_unused() -> Recipe:
+    base = module_base(lambda: Unused(32), lambda: Unused(64))
+    return Recipe.model_validate({"base": base, "hyperparameters": {"lr": 0.004, "adam_beta2": 0.95}})
+
+
 @pytest.mark.parametrize("level", [Level.QUICK, pytest.param(Level.STANDARD, marks=pytest.mark.slow)])
 def test_what_the_loss_does_not_depend_on_is_left_out_and_said(level: Level) -> None:
-    verdict = check_modules(Unused, recipe_for(), level=level, seeds=2, **OPTIONS)
+    verdict = check_modules(Unused, _of_unused(), level=level, seeds=2, **OPTIONS)
     _passes(verdict)
     [gradients] = [section for section in verdict.sections if section.name == "gradients and updates"]
     said = "Not of last_norm.bias, last_norm.weight, pooler.bias …: no gradient, in the correct reference either"
@@ -90,7 +96,7 @@ def test_what_the_reference_alone_trains_fails() -> None:
         model.get_parameter("blocks.0.up.weight").requires_grad_(False)
         return prepare_by_plan(model, task)
 
-    verdict = check_modules(Unused, recipe_for(), prepare=prepare, seeds=2, **OPTIONS)
+    verdict = check_modules(Unused, _of_unused(), prepare=prepare, seeds=2, **OPTIONS)
     assert (verdict.outcome, verdict.culprit) == (Outcome.FAIL, "blocks.0.up.weight")
 
 

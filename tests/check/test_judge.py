@@ -36,7 +36,7 @@ def measured(protocol: Protocol, change: Change, *, update_slope: float = 0.0) -
     return Measured(tuple(runs))
 
 
-def verdict(change: Change, level: Level = Level.QUICK) -> Verdict:
+def verdict(change: Change, level: Level = Level.QUICK, *, apart: float = 1.0) -> Verdict:
     def same(_: Protocol, run: Run) -> Run:
         return run
 
@@ -44,7 +44,7 @@ def verdict(change: Change, level: Level = Level.QUICK) -> Verdict:
         Sides(
             subject=lambda protocol: measured(protocol, change),
             reference=lambda protocol: measured(protocol, same),
-            control=lambda protocol: measured(protocol, same, update_slope=1.0),
+            control=lambda protocol: measured(protocol, same, update_slope=apart),
         ),
         Facts(recipe=RECIPE, plans={width: RECIPE.plan(model) for width, model in MODELS.items()}, models=MODELS),
         level=level,
@@ -87,3 +87,30 @@ def test_the_short_runs_are_those_of_quick() -> None:
 
     verdict(noting)
     assert set(map(id, seen)) == {id(EARLY)}
+
+
+def test_without_a_verdict_the_width_that_is_to_be_added_is_named() -> None:
+    """More seeds would be the subject's, and tell reference and control no better apart."""
+    found = verdict(lambda _, run: run, apart=0.0)
+    assert found.outcome is Outcome.NO_VERDICT
+    [line] = [line for section in found.sections for line in section.lines if "cannot be told" in line]
+    assert "add a model of width 256" in line
+    assert "seeds" not in line
+
+
+def test_what_gets_no_gradient_is_told_and_passes() -> None:
+    def at_rest(_: Protocol, run: Run) -> Run:
+        gradients = {key: 0.0 for key in run.values if key.quantity is Quantity.GRADIENT and KEYS_BIAS in key.name}
+        return replace(run, values={**run.values, **gradients})
+
+    def sides(protocol: Protocol) -> Measured:
+        return measured(protocol, at_rest)
+
+    found = judge(
+        Sides(subject=sides, reference=sides, control=lambda p: measured(p, at_rest, update_slope=1.0)),
+        Facts(recipe=RECIPE, plans={width: RECIPE.plan(model) for width, model in MODELS.items()}, models=MODELS),
+        level=Level.QUICK,
+        fingerprint="0f",
+    )
+    assert found.outcome is Outcome.PASS
+    assert f"Not of {KEYS_BIAS}: no gradient, in the correct reference either" in found.sections[1].lines

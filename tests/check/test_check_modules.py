@@ -189,18 +189,19 @@ def test_a_mask_token_that_nothing_masks_passes() -> None:
     """It is there in every model that was pretrained with one."""
 
     def configuration(width: int) -> transformers.PretrainedConfig:
-        return transformers.Dinov2Config(
+        config = transformers.Dinov2Config(
             hidden_size=width,
             num_attention_heads=width // 16,
             num_hidden_layers=1,
             image_size=16,
             patch_size=4,
-            num_labels=4,
             layerscale_value=0.5,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             architectures=["Dinov2ForImageClassification"],
         )
+        config.num_labels = 4
+        return config
 
     recipe = recipe_at(configuration(32), hyperparameters={"lr": 0.008, "init_method_std": 0.05, "weight_decay": 0.1})
     verdict = check_hugging_face(configuration(256), recipe, widths=[32, 64, 128])

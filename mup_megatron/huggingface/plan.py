@@ -1,8 +1,9 @@
 """A recipe and a Hugging Face model or configuration → a plan. Models are built on the meta device alone."""
 
+import contextlib
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -126,13 +127,32 @@ def _factory(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Ca
         constructor: Callable[[PretrainedConfig], Any] = model_class
         with configs.refused(f"{model_class.__name__} cannot be built from the configuration"):
             model = constructor(copy.deepcopy(config))
+            assert isinstance(model, PreTrainedModel)
             # What it skips where the default device is meta.
-            with torch.device("cpu"):
+            with _untied(model), torch.device("cpu"):
                 model.initialize_weights()
-        assert isinstance(model, torch.nn.Module)
         return model
 
     return build
+
+
+@contextlib.contextmanager
+def _untied(model: torch.nn.Module) -> Iterator[None]:
+    """Within it no two modules share a weight: the library draws each module first and ties afterwards, so that a tied
+    weight starts as its first owner draws it.
+    """
+    seen: set[int] = set()
+    tied = []
+    for module in model.modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) in seen:
+                tied.append((module, attribute, parameter))
+            seen.add(id(parameter))
+    for module, attribute, parameter in tied:
+        setattr(module, attribute, torch.nn.Parameter(torch.empty_like(parameter)))
+    yield
+    for module, attribute, parameter in tied:
+        setattr(module, attribute, parameter)
 
 
 def _readout(model: Any) -> str | None:

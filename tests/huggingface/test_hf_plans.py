@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.hf_families import FAMILIES, config, recipe_at
 from support.hf_models import ATTENTION, built, with_class, with_heads_growing
 from transformers import PretrainedConfig
 
 from mup_megatron.errors import InputError
-from mup_megatron.huggingface import plan_for
+from mup_megatron.huggingface import apply_plan, plan_for
 from mup_megatron.recipe import load_recipe, save_recipe
 from mup_megatron.theory import Kind, Plan, Role
 
@@ -230,6 +231,27 @@ def test_readouts_tied_and_untied(family: str, tied: bool) -> None:
     assert found.embedding_multiplier == 5.0
     # Of T5's own 1/√d_model at a tied readout, four times as wide.
     assert found.stock_readout_ratio == pytest.approx(0.5 if family == "t5" and tied else 1.0, rel=1e-12)
+
+
+def test_a_tied_table_starts_as_its_embedding_and_not_as_its_readout_draws_it() -> None:
+    """ModernBERT draws the two with stds of their own, and ties afterwards."""
+
+    def modern(width: int) -> PretrainedConfig:
+        return transformers.ModernBertConfig(
+            hidden_size=width, intermediate_size=width, num_attention_heads=width // 16, num_hidden_layers=2,
+            vocab_size=96, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+            architectures=["ModernBertForMaskedLM"],
+        )  # fmt: skip
+
+    name = "model.embeddings.tok_embeddings.weight"
+    torch.manual_seed(0)
+    model = transformers.ModernBertForMaskedLM(modern(128))
+    live = model.get_parameter(name).square().mean().sqrt().item()
+    found = plan_for(model, recipe_at(modern(64), hyperparameters={"init_method_std": 0.03}))
+    assert found.tied
+    assert found[name].library_std == pytest.approx(live, rel=0.03)
+    apply_plan(model, found)
+    assert model.get_parameter(name).std().item() == pytest.approx(1.5 * live, rel=0.03)
 
 
 def test_tied_by_default_where_the_library_ties() -> None:

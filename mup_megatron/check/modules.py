@@ -4,9 +4,10 @@ The reference has the model's code in common with what is checked, so what is wr
 bounds beside the comparison that hold for every model in μP: see `bounds.py`.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -34,7 +35,7 @@ from mup_megatron.check.workers import Job, done, ignored, one_thread, usable
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, param_groups, plan_for_module
 from mup_megatron.recipe import HuggingFaceBase, Recipe
-from mup_megatron.theory import Plan, Rule
+from mup_megatron.theory import Plan, PlanError, Rule
 from mup_megatron.training.ranks import on_first_rank
 
 Factory = Callable[[int], nn.Module]
@@ -123,7 +124,7 @@ def check_modules(
     Raises:
         InputError: a model cannot be built, no plan can be made for it, or nobody says what it learns.
     """
-    with one_thread(), without_dropout():
+    with one_thread(), without_dropout(), _told():
         return _checked(
             factory,
             recipe,
@@ -233,6 +234,15 @@ def _dropping(model: nn.Module) -> list[str]:
 def _frozen(model: nn.Module) -> list[str]:
     names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     return [f"Frozen as it is built, and not checked: {', '.join(names[:5])}."] if names else []
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Turns what a plan says of parameters that it does not have into an error for users."""
+    try:
+        yield
+    except PlanError as error:
+        raise InputError(str(error)) from error
 
 
 # ---- models and batches --------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 `torch.compile`, data parallelism, FSDP, activation checkpointing and DeepSpeed's engine stand around a module, or
 around a part of it, and each adds a word to the names of what is inside. A plan has the names without. Wrappers are
-known by what they are, so that a module of one's own may be called `module`.
+known by what they are, so that a module of one's own may be called `module`, or `_orig_mod` beside others.
 """
 
 import itertools
@@ -14,6 +14,8 @@ import torch
 
 _INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What `torch.compile`, FSDP and activation checkpointing call the module that they hold."""
+_WRAPPERS = ("OptimizedModule", "FullyShardedDataParallel", "ActivationWrapper")
+"""Their classes, by name: to import them takes long."""
 _MODULE = "module"
 """So data parallelism and engines call it; and anybody may."""
 
@@ -54,8 +56,8 @@ def planned_name(name: str, planned: Container[str]) -> str | None:
     """
     if name in planned:
         return name
-    words = [word for word in name.split(".") if word not in _INNER]
-    places = [index for index, word in enumerate(words) if word == _MODULE]
+    words = name.split(".")
+    places = [index for index, word in enumerate(words) if word == _MODULE or word in _INNER]
     found = set()
     for count in range(len(places) + 1):
         for dropped in itertools.combinations(places, count):
@@ -68,10 +70,12 @@ def planned_name(name: str, planned: Container[str]) -> str | None:
 def _inner(module: Any) -> str | None:
     """The name under which a wrapper holds what is inside; None for any other module."""
     held = module._modules
-    found = next((name for name in _INNER if name in held), None)
-    if found is None and _MODULE in held and isinstance(module, _holders()):
+    if _MODULE in held and isinstance(module, _holders()):
         return _MODULE
-    return found
+    # A wrapper has nothing but what it wraps, or is one of torch's to which somebody has added something.
+    alone = len(held) == 1 and not module._parameters
+    known = alone or any(kind.__name__ in _WRAPPERS for kind in type(module).__mro__)
+    return next((name for name in _INNER if name in held), None) if known else None
 
 
 def _holders() -> tuple[type, ...]:

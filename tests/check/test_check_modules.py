@@ -122,6 +122,20 @@ def test_double_precision_passes() -> None:
     _passes(check_modules(lambda w: Net(w).double(), recipe_for(), seeds=2, **OPTIONS))
 
 
+def test_a_factory_that_builds_another_model_the_next_time_is_told_so() -> None:
+    built = []
+
+    def factory(width: int) -> nn.Module:
+        net = Net(width)
+        built.append(width)
+        if len(built) > 3 and not next(net.parameters()).is_meta:
+            net.added = nn.Linear(4, 4)
+        return net
+
+    with pytest.raises(InputError, match=r"added\.weight: the plan has no such parameter"):
+        check_modules(factory, recipe_for(), **OPTIONS)
+
+
 # ---- DeepSpeed -----------------------------------------------------------------------------------------------------
 
 

@@ -87,7 +87,42 @@ def test_a_factory_may_wrap(kind: str) -> None:
     assert plan_for_module(lambda: WRAPPERS[kind](Net()), recipe).entries == plan().entries
 
 
-PLANNED = {"a.module.b", "a.b", "module.c", "c", "d", "e.module.module.f"}
+class Own(nn.Module):
+    """It calls a layer of its own as `torch.compile` calls what it holds."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, width)
+        self._orig_mod = nn.Linear(width, width)
+
+
+class OwnParameter(nn.Module):
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self._orig_mod = nn.Linear(8, width)
+        self.shift = nn.Parameter(torch.zeros(width))
+
+
+@pytest.mark.parametrize("kind", [Own, OwnParameter])
+@pytest.mark.parametrize("wrapper", ["none", "compile", "checkpointing", "compile in data parallelism"])
+def test_a_layer_of_ones_own_that_is_called_as_a_wrapper_is_none(kind: Callable[..., Any], wrapper: str) -> None:
+    recipe = Recipe.model_validate(
+        {"base": module_base(lambda: kind(16), lambda: kind(24)), "hyperparameters": {"lr": 0.01}}
+    )
+    own, model = plan_for_module(kind, recipe), WRAPPERS[wrapper](kind())
+    assert [entry.name for entry in own.entries] == [name for name, _ in kind().named_parameters()]
+    assert [name for name, _ in named_parameters(model)] == [entry.name for entry in own.entries]
+    apply_plan(model, own)
+    check_optimizer(torch.optim.AdamW(param_groups(model.named_parameters(), own)), own, model)
+
+
+def test_a_wrapper_that_was_given_something_is_one_all_the_same() -> None:
+    model = torch.compile(Net())
+    model.register_parameter("mup_group_padding0", nn.Parameter(torch.zeros(1)))  # type: ignore[attr-defined]
+    assert isinstance(unwrapped(model), Net)  # type: ignore[arg-type]
+
+
+PLANNED = {"own._orig_mod.g", "a.module.b", "a.b", "module.c", "c", "d", "e.module.module.f"}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +135,8 @@ PLANNED = {"a.module.b", "a.b", "module.c", "c", "d", "e.module.module.f"}
         ("_fsdp_wrapped_module.module._checkpoint_wrapped_module.d", "d"),
         ("module.e.module.module._orig_mod.f", "e.module.module.f"),
         ("d._orig_mod", "d"),
+        ("own._orig_mod.g", "own._orig_mod.g"),
+        ("_orig_mod.own._orig_mod.g", "own._orig_mod.g"),
         ("other", None),
     ],
 )

@@ -222,10 +222,10 @@ def require_not_forgotten(arguments: Mapping[str, Any]) -> None:
     model, content = arguments["model"], getattr(arguments.get("config_class"), "_param_dict", {})
     if applied_by(model) is not None or not (arguments.get("optimizer") is not None or content.get("optimizer")):
         return
-    if (fingerprint := marked(model)) is not None:
+    if (mark := marked(model)) is not None:
         raise InputError(
-            f"the model was trained with the recipe {fingerprint[:12]}, and this engine would train it without its "
-            f'multipliers. Write "{entries.KEY}": {{"recipe": "…", "initialize": "keep"}} into the configuration.'
+            f"the model was trained with the recipe {mark.fingerprint[:12]}, and this engine would train it without a "
+            f'plan. Write "{entries.KEY}": {{"recipe": "…", "initialize": "keep"}} into the configuration.'
         )
 
 

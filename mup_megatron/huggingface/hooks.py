@@ -8,7 +8,7 @@ import wrapt
 from transformers import PreTrainedModel
 
 from mup_megatron.errors import InputError
-from mup_megatron.modules.apply import applied_plan, applied_to
+from mup_megatron.modules.apply import applied_plan, applied_to, require_kept
 from mup_megatron.modules.marker import KEY, marked, marker
 from mup_megatron.modules.names import unwrapped
 from mup_megatron.modules.optimizers import check_optimizer
@@ -39,6 +39,7 @@ def _save_pretrained(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any
     applied = applied_to(instance)
     if applied is None:
         return wrapped(*args, **kwargs)
+    require_kept(instance)
     config = instance.config
     before = getattr(config, KEY, None)
     setattr(config, KEY, marker(applied.fingerprint, applied.softmax_scale, applied.multipliers))
@@ -64,13 +65,14 @@ def _create_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> An
     given = args[0] if args else kwargs.get("model")  # the wrapped one, where it is made after wrapping
     model = unwrapped(instance.model if given is None else given)
     plan = applied_plan(model)
+    require_kept(model)
     if plan is not None:
         if not getattr(instance, "is_deepspeed_enabled", False):  # there the engine's guard looks
             check_optimizer(instance.optimizer, plan, model)
-    elif (fingerprint := marked(model)) is not None:
+    elif (mark := marked(model)) is not None:
+        effect = ", so it is another function" if mark.changes_function else ""
         raise InputError(
-            f"the model was trained with the recipe {fingerprint[:12]}, and no plan was applied to it since it was "
-            'loaded, so it is another function. Call apply_plan(model, plan, initialize="keep") before the Trainer is '
-            "made."
+            f"the model was trained with the recipe {mark.fingerprint[:12]}, and no plan was applied to it since it "
+            f'was loaded{effect}. Call apply_plan(model, plan, initialize="keep") before the Trainer is made.'
         )
     return result

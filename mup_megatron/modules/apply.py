@@ -37,16 +37,31 @@ class Applied:
     fingerprint: str
     """Of the recipe."""
     scales: Mapping[str, float | None]
-    """Of each of its attentions, by name."""
+    """Of each of its attentions, by name; None where it has none that can be told."""
     softmax_scale: float | None
     """None where attention keeps its own."""
     multipliers: Mapping[str, float]
-    """What the forward pass multiplies weights by, where that is not 1; by the weight's name."""
+    """What the forward pass multiplies weights by, where that is not 1; by the name in the layer that uses them, of
+    which a tied table has two."""
 
     @property
     def changes_function(self) -> bool:
         """Whether the model computes something else with these weights than it would without the plug-in."""
         return self.softmax_scale is not None or bool(self.multipliers)
+
+    def within(self, name: str) -> "Applied":
+        """What of it is in a submodule, by the names there."""
+        start = f"{name}."
+        scales, multipliers = (
+            {key.removeprefix(start): value for key, value in found.items() if key.startswith(start)}
+            for found in (self.scales, self.multipliers)
+        )
+        return Applied(
+            fingerprint=self.fingerprint,
+            scales=scales,
+            softmax_scale=self.softmax_scale if scales else None,
+            multipliers={key: factor for key, factor in multipliers.items() if factor is not None},
+        )
 
 
 _applied: "weakref.WeakKeyDictionary[torch.nn.Module, Plan]" = weakref.WeakKeyDictionary()
@@ -84,9 +99,9 @@ def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = I
     how = Initialize(initialize)
     _require_order(model, how)
     model = unwrapped(model)
-    _require_mark(model, plan, how)
     require_match(model, plan)
-    if hasattr(model, _MARK) or any(map(_is_scaled, model.modules())):
+    _require_mark(model, plan, how)
+    if any(hasattr(module, _MARK) or _factors(module) for module in model.modules()):
         raise InputError(
             "a plan was applied to this model already, or to the one that it is a copy of. Build the model anew, or "
             "apply one plan only."
@@ -108,13 +123,13 @@ def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = I
         fingerprint=plan.fingerprint,
         scales={name: attention.scale for name, _, attention in attention_modules(model)},
         softmax_scale=plan.softmax_scale if plan.changes_softmax_scale else None,
-        multipliers={
-            entry.name: factor
-            for module, _, entry in _owners(model, plan)
-            if (factor := _multiplier(module, entry, plan)) != 1.0
-        },
+        multipliers=_multipliers(model, plan),
     )
-    setattr(model, _MARK, applied)
+    for name, module in named_modules(model):
+        if not name:
+            setattr(module, _MARK, applied)
+        elif hasattr(type(module), "save_pretrained"):  # a model within the model, which may be saved by itself
+            setattr(module, _MARK, applied.within(name))
 
 
 def applied_plan(model: torch.nn.Module) -> Plan | None:
@@ -123,9 +138,20 @@ def applied_plan(model: torch.nn.Module) -> Plan | None:
 
 
 def applied_to(model: torch.nn.Module) -> Applied | None:
-    """What a plan has left in a module, or in the one that it is a copy of."""
-    found: Applied | None = getattr(unwrapped(model), _MARK, None)
-    return found
+    """What plans have left in a module or in parts of it, or in the one that it is a copy of."""
+    own: dict[str, Applied] = {}
+    for name, module in named_modules(unwrapped(model)):
+        found = getattr(module, _MARK, None)
+        if found is not None and not any(not outer or name.startswith(f"{outer}.") for outer in own):
+            own[name] = found
+    if "" in own or not own:
+        return own.get("")
+    return Applied(
+        fingerprint=next(iter(own.values())).fingerprint,
+        scales={f"{name}.{key}": scale for name, part in own.items() for key, scale in part.scales.items()},
+        softmax_scale=next((part.softmax_scale for part in own.values() if part.softmax_scale is not None), None),
+        multipliers={f"{name}.{key}": factor for name, part in own.items() for key, factor in part.multipliers.items()},
+    )
 
 
 def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
@@ -225,19 +251,27 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 
 def _require_mark(model: torch.nn.Module, plan: Plan, how: Initialize) -> None:
-    """Raises InputError for weights that were trained with another recipe, or that are not to be touched."""
-    fingerprint = marked(model)
-    if fingerprint is None:
+    """Raises InputError for weights that would be another function, or that are not to be touched.
+
+    A recipe that differs in learning rates alone may go on with them.
+    """
+    mark = marked(model)
+    if mark is None:
         return
     if how is not Initialize.KEEP:
         raise InputError(
-            f"the configuration says that the weights were trained with the recipe {fingerprint[:12]}. If they were "
-            'loaded, say initialize="keep"; if they are drawn anew, take "mup_megatron" out of the configuration.'
+            f"the configuration says that the weights were trained with the recipe {mark.fingerprint[:12]}. If they "
+            'were loaded, say initialize="keep"; if they are drawn anew, take "mup_megatron" out of the configuration.'
         )
-    if fingerprint != plan.fingerprint:
+    if mark.fingerprint == plan.fingerprint:
+        return
+    scale = plan.softmax_scale if plan.changes_softmax_scale else None
+    difference = mark.difference(scale, _multipliers(model, plan))
+    if difference is not None:
         raise InputError(
-            f"the weights were trained with the recipe {fingerprint[:12]}, and the plan is of {plan.fingerprint[:12]}: "
-            "they would be another function. Apply the plan of the recipe that they were trained with."
+            f"the weights were trained with the recipe {mark.fingerprint[:12]}, and the plan is of "
+            f"{plan.fingerprint[:12]}: {difference}, so they would be another function. Apply the plan of the recipe "
+            "that they were trained with."
         )
 
 
@@ -384,31 +418,55 @@ def _hook_multipliers(model: torch.nn.Module, plan: Plan) -> None:
 
 
 def require_applied(model: torch.nn.Module, plan: Plan) -> None:
-    """Raises InputError unless a model still is what `apply_plan` made of it, but for the values of its weights.
+    """Raises InputError unless a model still is what `apply_plan` made of it, but for the values of its weights."""
+    require_match(model, plan)
+    require_kept(model)
+
+
+def require_kept(model: torch.nn.Module) -> None:
+    """Raises InputError if a multiplier or a scale of attention that a plan has left in a model is gone.
 
     Something may have been replaced since: a readout or an embedding of another size, an attention.
     """
-    require_match(model, plan)
-    for module, _, entry in _owners(model, plan):
-        factor = _multiplier(module, entry, plan)
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if factor != 1.0 and not any(getattr(hook, "factor", None) == factor for hook in hooks):
+    applied = applied_to(model)
+    if applied is None:
+        return
+    model = unwrapped(model)
+    modules = dict(named_modules(model))
+    for key, factor in applied.multipliers.items():
+        layer = key.rpartition(".")[0]
+        # Another one may have been put around the layer, as LoRA does.
+        inside = [module for name, module in modules.items() if name == layer or name.startswith(f"{layer}.")]
+        if not any(factor in _factors(module) for module in inside):
             raise InputError(
-                f"{entry.name}: its multiplier {factor:g} is gone: the layer was replaced after the plan was applied. "
+                f"{key}: its multiplier {factor:g} is gone: the layer was replaced after the plan was applied. "
                 "Change the model first, and apply the plan then."
             )
-    scales = getattr(model, _MARK).scales
-    wrong = [name for name, _, found in attention_modules(model) if scales.get(name) != found.scale]
+    live = {name: found.scale for name, _, found in attention_modules(model)}
+    wrong = [name for name, scale in live.items() if applied.scales.get(name) != scale]
+    if applied.softmax_scale is not None:
+        wrong += [name for name in applied.scales if name in modules and name not in live]
     if wrong:
         raise InputError(
-            f"{wrong[0]}: its attention scale is not the plan's {plan.softmax_scale:g}: it was replaced after the "
+            f"{wrong[0]}: its attention scale is not what the plan has made it: it was changed or replaced after the "
             "plan was applied. Change the model first, and apply the plan then."
         )
 
 
-def _is_scaled(module: torch.nn.Module) -> bool:
+def _factors(module: torch.nn.Module) -> list[float]:
+    """The multipliers that a module has."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(isinstance(hook, ScaledInput | ScaledOutput) for hook in hooks)
+    return [hook.factor for hook in hooks if isinstance(hook, ScaledInput | ScaledOutput)]
+
+
+def _multipliers(model: torch.nn.Module, plan: Plan) -> dict[str, float]:
+    """Name of a weight in a layer that uses it → what has to be multiplied there, where that is not 1."""
+    names = {id(module): name for name, module in named_modules(model)}
+    return {
+        f"{names[id(module)]}.{attribute}".lstrip("."): factor
+        for module, attribute, entry in _owners(model, plan)
+        if (factor := _multiplier(module, entry, plan)) != 1.0
+    }
 
 
 def _multiplier(module: torch.nn.Module, entry: PlanEntry, plan: Plan) -> float:

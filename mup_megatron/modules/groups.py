@@ -21,6 +21,18 @@ PADDING = "mup_group_padding"
 """How the name of a parameter begins that only stands for a group of which a pipeline stage holds nothing."""
 
 
+FLAT = "_flat_param"
+"""What FullyShardedDataParallel makes of several parameters, unless it is told to keep them."""
+
+
+def flattened(name: str) -> str:
+    """What is said of such a one."""
+    return (
+        f"{name}: FullyShardedDataParallel has put weights together that have values of their own in the plan. Wrap "
+        "the model with use_orig_params=True."
+    )
+
+
 class Form(StrEnum):
     """How a group says what its parameters get."""
 
@@ -99,6 +111,8 @@ def param_groups(
         if name.rpartition(".")[2].startswith(PADDING) or not parameter.requires_grad:
             continue
         planned = planned_name(name, group_of)
+        if planned is None and name.rpartition(".")[2] == FLAT:
+            raise InputError(flattened(name))
         if planned is None:
             raise InputError(f"{name}: the plan has no such parameter. Make the plan from the model that is trained.")
         if planned in seen:

@@ -4,13 +4,16 @@ Multipliers and the scale of attention live in the process. A model that is load
 its configuration says that it has them. Hugging Face's configurations keep keys that they do not know.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mup_megatron.errors import InputError
 from mup_megatron.modules.names import unwrapped
+from mup_megatron.validation import brief
 
 KEY = "mup_megatron"
 
@@ -26,8 +29,40 @@ def marker(fingerprint: str, softmax_scale: float | None, multipliers: Mapping[s
     return {"fingerprint": fingerprint, "softmax_scale": softmax_scale, "multipliers": dict(multipliers)}
 
 
-def marked(model: torch.nn.Module) -> str | None:
-    """The fingerprint of the recipe that a loaded model was trained with; None where its configuration names none.
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What a configuration says."""
+
+    fingerprint: str
+    softmax_scale: float | None
+    multipliers: Mapping[str, float]
+
+    @property
+    def changes_function(self) -> bool:
+        """Whether the weights are another function without what it names."""
+        return self.softmax_scale is not None or bool(self.multipliers)
+
+    def difference(self, softmax_scale: float | None, multipliers: Mapping[str, float]) -> str | None:
+        """In what a plan with these differs, in a sentence; None where the weights are one function with both."""
+        if not _same(self.softmax_scale, softmax_scale):
+            return f"attention's scale was {_shown(self.softmax_scale)} and is {_shown(softmax_scale)}"
+        for name in (*self.multipliers, *multipliers):
+            one, other = self.multipliers.get(name, 1.0), multipliers.get(name, 1.0)
+            if not _same(one, other):
+                return f"the multiplier of {brief(name, 60)} was {one:g} and is {other:g}"
+        return None
+
+
+def _same(one: float | None, other: float | None) -> bool:
+    return one is other if one is None or other is None else math.isclose(one, other, rel_tol=1e-6)
+
+
+def _shown(scale: float | None) -> str:
+    return "the library's" if scale is None else f"{scale:g}"
+
+
+def marked(model: torch.nn.Module) -> Mark | None:
+    """What the configuration of a loaded model says; None where it says nothing.
 
     Raises:
         InputError: what stands there was not written by this package.
@@ -35,7 +70,22 @@ def marked(model: torch.nn.Module) -> str | None:
     found = getattr(getattr(unwrapped(model), "config", None), KEY, None)
     if found is None:
         return None
-    fingerprint = found.get("fingerprint") if isinstance(found, Mapping) else None
+    content = found if isinstance(found, Mapping) else {}
+    fingerprint = content.get("fingerprint")
     if not isinstance(fingerprint, str):
         raise InputError(f"{KEY} in the model's configuration has no fingerprint. Restore it, or take the key out.")
-    return fingerprint
+    scale, multipliers = content.get("softmax_scale"), content.get("multipliers", {})
+    if not (
+        (scale is None or _is_number(scale))
+        and isinstance(multipliers, Mapping)
+        and all(map(_is_number, multipliers.values()))
+    ):
+        raise InputError(
+            f"{KEY} in the model's configuration: softmax_scale must be a number or null, and multipliers an object "
+            "of numbers. Restore it, or take the key out."
+        )
+    return Mark(fingerprint, scale, {str(name): factor for name, factor in multipliers.items()})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from mup_megatron.errors import InputError
-from mup_megatron.modules.groups import PADDING, Group, GroupValues, members, values
+from mup_megatron.modules.apply import require_kept, whole_shape
+from mup_megatron.modules.groups import FLAT, PADDING, Group, GroupValues, flattened, members, values
 from mup_megatron.modules.names import named_parameters
 from mup_megatron.theory import Plan
 from mup_megatron.theory.rules import Optimizer
@@ -41,14 +42,18 @@ def check_optimizer(optimizer: Any, plan: Plan, model: torch.nn.Module | None = 
         model: the model, which tells frozen parameters from forgotten ones. Without it none may be frozen.
 
     Raises:
-        InputError: another kind of optimizer, a group with other values than the plan's, or parameters that are
-            missing or there twice; names them.
+        InputError: another kind of optimizer, a group with other values than the plan's, parameters that are missing
+            or there twice, or a model of which something was replaced after the plan was applied; names them.
     """
+    if model is not None:
+        require_kept(model)
+        _require_shapes(model, plan)
     inner = _unwrapped(optimizer)
     groups: list[Group] = optimizer.param_groups
     _require_rule(inner, groups, plan)
     _require_one_of_each(groups)
     _require_values(groups, plan, model)
+    _require_one_schedule(groups)
     if not type(optimizer).__module__.startswith("deepspeed"):  # those hold flat buffers
         _require_all(groups, plan, model)
 
@@ -149,6 +154,8 @@ def _moved(optimizer: Any) -> torch.Tensor:
     """Where some steps of an optimizer lead that has one parameter."""
     (parameter,) = optimizer.param_groups[0]["params"]
     slope = torch.tensor([[0.02, -0.3, 0.01], [-0.05, 0.4, 0.1]])
+    if getattr(optimizer, "defaults", {}).get("differentiable"):
+        optimizer.defaults = optimizer.defaults | {"differentiable": False}  # read there, and not in the group
     for size in (1.0, 1.5, 2.5):
         parameter.grad = slope * size
         optimizer.step()
@@ -170,14 +177,14 @@ def _require_one_of_each(groups: list[Group]) -> None:
             "the optimizer has a parameter twice, which would be stepped twice. Hand over param_groups(…) once."
         )
     if len({tuple(group["betas"]) for group in groups if "betas" in group}) > 1:
-        raise InputError("betas differ between the optimizer's groups. Give all of them the recipe's.")
+        raise InputError("betas differ between the optimizer's groups. Give all of them the same.")
 
 
 def _require_values(groups: list[Group], plan: Plan, model: torch.nn.Module | None) -> None:
     for name, wanted, group in _compared(groups, plan, model):
-        # What a scheduler starts from, where there is one.
         found: dict[str, Any] = {key: group.get(key) for key in ("weight_decay", "eps")}
-        found["lr"] = group.get("initial_lr", group["lr"])
+        # Where there is a scheduler: the peak that a cycle goes up to, or what it starts from.
+        found["lr"] = group.get("max_lr", group.get("initial_lr", group["lr"]))
         for key, value in (("lr", wanted.lr), ("weight_decay", wanted.weight_decay), ("eps", wanted.eps)):
             if value is not None and (found[key] is None or not math.isclose(found[key], value, rel_tol=_CLOSE)):
                 raise InputError(
@@ -186,24 +193,58 @@ def _require_values(groups: list[Group], plan: Plan, model: torch.nn.Module | No
                 )
 
 
+def _require_one_schedule(groups: list[Group]) -> None:
+    """Raises InputError where a scheduler, or somebody else, has moved learning rates apart."""
+    moved = [
+        (group.get("name", index), group["lr"] / group["initial_lr"])
+        for index, group in enumerate(groups)
+        if group.get("initial_lr")
+    ]
+    for name, factor in moved[1:]:
+        if not math.isclose(factor, moved[0][1], rel_tol=_SCHEDULED, abs_tol=1e-6):
+            raise InputError(
+                f"group {name}: lr is {factor:.4g} times its initial_lr, and {moved[0][1]:.4g} times in group "
+                f"{moved[0][0]}. Let one schedule multiply all groups, without a floor in lr that they share."
+            )
+
+
+_SCHEDULED = 1e-3
+"""Relative difference of two groups' parts of their peaks that is rounding: some schedulers multiply step by step."""
+
+
 def _compared(
     groups: list[Group], plan: Plan, model: torch.nn.Module | None
 ) -> Iterator[tuple[str, GroupValues, Group]]:
     """(who, what it should get, what it has) of each group, or of each parameter where groups are somebody's own."""
     planned = values(plan)
-    if all(group.get("name") in planned for group in groups):
-        yield from ((group["name"].removeprefix("mup "), planned[group["name"]], group) for group in groups)
-        return
-    if model is None:
+    if model is None and not all(group.get("name") in planned for group in groups):
         raise InputError(
             "the optimizer's groups are not the plan's. Make it of param_groups(model.named_parameters(), plan)."
         )
-    name_of = {id(parameter): name for name, parameter in named_parameters(model)}
+    name_of = {} if model is None else {id(parameter): name for name, parameter in named_parameters(model)}
     for group in groups:
+        if group.get("name") in planned:
+            yield group["name"].removeprefix("mup "), planned[group["name"]], group
+        # A parameter may have been moved into another group.
         for parameter in group["params"]:
             name = name_of.get(id(parameter))
             if name is not None and name in plan.by_name:
                 yield name, GroupValues.of(plan[name]), group
+
+
+def _require_shapes(model: torch.nn.Module, plan: Plan) -> None:
+    """Raises InputError for a model whose weights are not the plan's any more, or not seen under an older FSDP."""
+    sharded = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    for name, parameter in named_parameters(model):
+        if name.rpartition(".")[2] == FLAT:
+            raise InputError(flattened(name))
+        if sharded or not parameter.requires_grad or name not in plan.by_name:
+            continue
+        if whole_shape(parameter) != plan[name].shape:
+            raise InputError(
+                f"{name}: the model's shape is {whole_shape(parameter)}, the plan's {plan[name].shape}: it was replaced "
+                "after the plan was made. Change the model first, and make and apply the plan then."
+            )
 
 
 def _require_all(groups: list[Group], plan: Plan, model: torch.nn.Module | None) -> None:

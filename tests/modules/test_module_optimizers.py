@@ -10,7 +10,7 @@ from torch import nn, optim
 from transformers.optimization import Adafactor
 
 from mup_megatron.errors import InputError
-from mup_megatron.modules import check_optimizer, module_base, param_groups, plan_for_module
+from mup_megatron.modules import apply_plan, check_optimizer, module_base, param_groups, plan_for_module
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 
@@ -88,6 +88,7 @@ class Unseen(optim.Optimizer):
 
 RIGHT: dict[str, tuple[str, Make]] = {
     "AdamW": ("adam", optim.AdamW),
+    "differentiable": ("adam", lambda g: optim.AdamW(g, differentiable=True)),
     "its betas": ("adam", lambda g: optim.AdamW(g, betas=(0.8, 0.95))),
     "amsgrad": ("adam", lambda g: optim.AdamW(g, amsgrad=True)),
     "fused": ("adam", lambda g: optim.AdamW(g, fused=True)),
@@ -166,6 +167,88 @@ def test_trying_a_step_leaves_the_optimizer_alone() -> None:
         scheduler.step()
     assert not optimizer.state
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_cycle_goes_up_to_the_plans_rates(right: bool) -> None:
+    own, model = plan(), net()
+    optimizer = optim.AdamW(param_groups(model.named_parameters(), own))
+    peaks = [group["lr"] for group in optimizer.param_groups] if right else 0.01  # one for all is not the plan's
+    scheduler = optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=20)
+    for _ in range(15):
+        if right:
+            check_optimizer(optimizer, own, model)
+        else:
+            with pytest.raises(InputError, match="lr is 0.01 in the optimizer"):
+                check_optimizer(optimizer, own, model)
+        optimizer.step()
+        scheduler.step()
+
+
+SCHEDULES: dict[str, tuple[Callable[[optim.Optimizer], optim.lr_scheduler.LRScheduler], bool]] = {
+    "cosine": (lambda o: optim.lr_scheduler.CosineAnnealingLR(o, 20), True),
+    "exponential": (lambda o: optim.lr_scheduler.ExponentialLR(o, 0.9), True),
+    "warmup": (lambda o: optim.lr_scheduler.LinearLR(o, 0.01, total_iters=5), True),
+    "a floor for all": (lambda o: optim.lr_scheduler.CosineAnnealingLR(o, 20, eta_min=1e-3), False),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_schedule_multiplies_all_groups(kind: str) -> None:
+    make, right = SCHEDULES[kind]
+    own, model = plan(), net()
+    optimizer = optim.AdamW(param_groups(model.named_parameters(), own))
+    scheduler = make(optimizer)
+    for _ in range(20):
+        check_optimizer(optimizer, own, model)
+        optimizer.step()
+        scheduler.step()
+        if not right:
+            with pytest.raises(InputError, match="times its initial_lr"):
+                check_optimizer(optimizer, own, model)
+            break
+
+
+def test_rates_that_were_set_to_one_under_a_scheduler() -> None:
+    own, model = plan(), net()
+    optimizer = optim.AdamW(param_groups(model.named_parameters(), own))
+    optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    for held in (model, None):
+        with pytest.raises(InputError, match=r"group mup 2.weight: lr is .* times its initial_lr") as raised:
+            check_optimizer(optimizer, own, held)
+        assert len(str(raised.value)) <= 300
+
+
+def test_a_parameter_in_another_group_of_the_plan() -> None:
+    own, model = plan(), net()
+    optimizer = optim.AdamW(param_groups(model.named_parameters(), own))
+    one, other = optimizer.param_groups[0]["params"], optimizer.param_groups[2]["params"]
+    one[0], other[0] = other[0], one[0]
+    with pytest.raises(InputError, match=r"^(0|2)\.weight: lr is .* in the optimizer and .* in the plan"):
+        check_optimizer(optimizer, own, model)
+
+
+def test_a_model_of_which_something_was_replaced() -> None:
+    own, model = plan(), net()
+    apply_plan(model, own)
+    model[4] = nn.Linear(64, 4)  # type: ignore[operator]
+    groups = param_groups(model.named_parameters(), own)
+    with pytest.raises(InputError, match=r"4\.weight: its multiplier 0\.25 is gone"):
+        check_optimizer(optim.AdamW(groups), own, model)
+    plain = net()
+    plain[4] = nn.Linear(64, 6)  # type: ignore[operator]
+    with pytest.raises(InputError, match=r"4\.weight: the model's shape is \(6, 64\), the plan's \(4, 64\)"):
+        check_optimizer(optim.AdamW(param_groups(plain.named_parameters(), own)), own, plain)
+
+
+def test_betas_need_only_be_one_and_the_same() -> None:
+    own = plan()
+    optimizer = optim.AdamW(param_groups(net().named_parameters(), own))
+    optimizer.param_groups[0]["betas"] = (0.5, 0.6)
+    with pytest.raises(InputError, match="betas differ .* Give all of them the same"):
+        check_optimizer(optimizer, own)
 
 
 def _popped(groups: list[dict[str, Any]]) -> None:

@@ -118,7 +118,7 @@ def test_a_layer_that_was_replaced_after_the_plan_was_applied_is_noticed() -> No
     apply_plan(model, plan)
     model.head = nn.Linear(64, VOCABULARY, bias=False)
     model.head.weight = model.embed.weight
-    with pytest.raises(InputError, match=r"embed\.weight: its multiplier 0\.25 is gone"):
+    with pytest.raises(InputError, match=r"head\.weight: its multiplier 0\.25 is gone"):
         require_applied(model, plan)
 
 

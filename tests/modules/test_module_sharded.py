@@ -80,6 +80,12 @@ def fsdp_runs(rank: int) -> dict[str, Any]:
         built("llama", config("llama", 64, **OWN)), use_orig_params=True, device_id=torch.device("cpu")
     )
     found["wrapped before"] = refusal(lambda: apply_plan(model, plan))
+    flat = FullyShardedDataParallel(built("llama", config("llama", 64, **OWN)), device_id=torch.device("cpu"))
+    optimizer = torch.optim.AdamW(flat.parameters())
+    found["flat"] = [
+        refusal(lambda: param_groups(flat.named_parameters(), plan)),
+        refusal(lambda: check_optimizer(optimizer, plan, flat)),
+    ]
     found["wrapped groups"] = [group["name"] for group in param_groups(model.named_parameters(), plan)]
     return found
 
@@ -122,6 +128,10 @@ def test_what_was_sharded_or_emptied_too_early_is_told_the_order(found: dict[str
     assert "Call apply_plan first and fully_shard then" in found["before"]
     assert "Call apply_plan first and wrap the model then" in found["wrapped before"]
     assert "to_empty" in found["on meta"]
+
+
+def test_flattened_parameters_are_told_what_keeps_them(found: dict[str, Any]) -> None:
+    assert all("use_orig_params=True" in message for message in found["flat"])
 
 
 def test_groups_are_made_under_the_older_fsdp_too(found: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ The recipe travels in the client state, which every rank's file of model states 
 universal checkpoint copies. A copy for people lies in the checkpoint's folder.
 """
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.origin import SIDECAR
 from mup_megatron.readback import read_text
 from mup_megatron.recipe import Recipe
-from mup_megatron.unpickling import read_torch
+from mup_megatron.unpickling import read_plain_values
 
 KEY = "mup_megatron"
 """In the client state, which is the user's: so it is not the entry's short name."""
@@ -53,17 +52,12 @@ def origin(load_dir: str | Path, tag: str | None, *, universal: bool) -> Origin 
 
 
 def _client_state(states: Path) -> Any:
-    """What stands under our key in a file of model states.
+    """What stands under our key in a file of model states, which is plain.
 
-    DeepSpeed itself unpickles the file afterwards, whatever it asks for; this looks at it before, and takes no more
-    than tensors and plain values.
+    Beside it the user's own client state may be anything, and DeepSpeed unpickles the file afterwards whatever it asks
+    for: this looks at it before, and neither refuses nor runs any of it.
     """
-    remedy = (
-        "Nobody can tell its recipe: use another one; or, if you know who wrote it, name the class with "
-        "torch.serialization.add_safe_globals."
-    )
-    # Mapped, not read: of the weights only their sizes are looked at. The format before zip files can't be mapped.
-    content = read_torch(states, source=str(states), remedy=remedy, mmap=zipfile.is_zipfile(states))
+    content = read_plain_values(states, remedy="Use another checkpoint.")
     if not isinstance(content, Mapping):
         raise InputError(f"{states}: not a file of DeepSpeed's model states. Use another checkpoint.")
     return content.get(KEY)

@@ -489,13 +489,17 @@ def loading(engine: Any, load_dir: str, tag: str | None, *, optimizer: bool) -> 
 
 
 def _require_plain(engine: Any, load_dir: str, tag: str | None) -> None:
-    """For an engine without an entry. Not collective, and what cannot be read is DeepSpeed's to load or to refuse."""
+    """For an engine without an entry. Not collective, and what cannot be read is DeepSpeed's to load or to refuse.
+
+    Then it is told that nobody looked.
+    """
     plan = applied_by(engine)
     if engine.optimizer is None and plan is None:
         return
     try:
         found = checkpoints.origin(load_dir, tag, universal=engine.load_universal_checkpoint())
-    except (InputError, OSError, UnicodeError):
+    except (InputError, OSError) as error:
+        say(f"warning: {error} Whether the checkpoint was trained with a recipe is not known.")
         return
     if found is None:
         return

@@ -1,15 +1,18 @@
 """Whose a checkpoint of DeepSpeed's is, is read without running what the checkpoint asks for. No engine is needed."""
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fuzz_mutators import CANARY, RunsCode
 from support.ds_models import recipe_for
 
 from mup_megatron.deepspeed.checkpoints import client_state, origin
+from mup_megatron.deepspeed.run import loading
 from mup_megatron.errors import InputError
 
 STATES = "mp_rank_00_model_states.pt"
@@ -37,12 +40,51 @@ def test_the_recipe_is_found_beside_the_weights(root: Path, as_zip: bool) -> Non
 
 
 @pytest.mark.parametrize("as_zip", [True, False])
-@pytest.mark.parametrize("key", ["mup_megatron", "mine"])
-def test_a_class_is_refused_by_its_name_and_file(root: Path, as_zip: bool, key: str) -> None:
-    save(root, {"module": {}, key: RunsCode()}, as_zip=as_zip)
-    with pytest.raises(InputError, match=rf"{STATES}: holds posix\.mkdir, which .* may run code.*add_safe_globals"):
-        origin(root, None, universal=False)
+def test_the_users_own_client_state_may_be_anything(root: Path, as_zip: bool) -> None:
+    """Megatron-DeepSpeed's is its arguments and the state of its random numbers. DeepSpeed unpickles it right after."""
+    recipe = recipe_for("gpt2")
+    own = {"args": argparse.Namespace(lr=0.1), "rng": np.random.get_state(), "mine": RunsCode()}
+    save(root, {"module": {"w": torch.ones(2)}, **own, **client_state(recipe)}, as_zip=as_zip)
+    found = origin(root, None, universal=False)
+    assert found is not None
+    assert found.recipe == recipe
     assert not (root / CANARY).exists()
+
+
+def test_our_part_is_plain(root: Path) -> None:
+    for content in (RunsCode(), {"recipe": RunsCode()}):
+        save(root, {"module": {}, "mup_megatron": content})
+        with pytest.raises(InputError, match="recipe cannot be read"):
+            origin(root, None, universal=False)
+        assert not (root / CANARY).exists()
+
+
+class PlainEngine(torch.nn.Module):
+    """As much of an engine as is looked at before an engine without an entry loads."""
+
+    optimizer = object()
+
+    def load_universal_checkpoint(self) -> bool:
+        return False
+
+
+def test_a_run_without_an_entry_hears_of_the_recipe_beside_anything(root: Path) -> None:
+    save(root, {"module": {}, "args": argparse.Namespace(), **client_state(recipe_for("gpt2"))})
+    with (
+        pytest.raises(InputError, match="was trained with a recipe"),
+        loading(PlainEngine(), str(root), None, optimizer=True),
+    ):
+        raise AssertionError("loaded")
+
+
+def test_a_run_without_an_entry_hears_that_nobody_could_look(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "t" / STATES).write_bytes(b"\xff" * 50)
+    with loading(PlainEngine(), str(root), None, optimizer=True):
+        pass
+    told = capsys.readouterr().err
+    assert "warning: " in told
+    assert f"{STATES}: damaged" in told
+    assert "trained with a recipe is not known" in told
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from mup_megatron.errors import InputError
-from mup_megatron.validation import brief
+from mup_megatron.validation import brief, is_text
 
 _REMEDY = "Correct the file."
 
@@ -45,15 +45,6 @@ def _parsed(text: str, what: str, remedy: str) -> object:
     except ValueError as error:
         raise InputError(f"{what} ({brief(error)}). {remedy}") from None
     return content
-
-
-def is_text(content: object) -> bool:
-    """Whether all strings of JSON values can be written: JSON can spell half of a surrogate pair."""
-    try:
-        json.dumps(content, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError):
-        return False
-    return True
 
 
 def read_text(path: Path, *, remedy: str = _REMEDY) -> str:

@@ -4,6 +4,7 @@ Not the place for formats: what a model file or a recipe contains is in `models/
 """
 
 import difflib
+import json
 import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -83,15 +84,16 @@ def _not_plain(value: object) -> str | None:
         case int():
             return None if value.bit_length() <= _BITS else "a whole number with hundreds of digits"
         case str():
-            return None if _is_text(value) else "text with half a character in it (a lone surrogate)"
+            return None if is_text(value) else "text with half a character in it (a lone surrogate)"
         case _:
             return f"a value of type {type(value).__name__}, neither text nor number; quotes make text of it"
 
 
-def _is_text(value: str) -> bool:
+def is_text(content: object) -> bool:
+    """Whether all strings of JSON values can be written: JSON and YAML can spell half of a surrogate pair."""
     try:
-        value.encode()
-    except UnicodeEncodeError:
+        json.dumps(content, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
         return False
     return True
 

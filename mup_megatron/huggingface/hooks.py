@@ -3,6 +3,7 @@
 import logging
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 import wrapt
 from transformers import PreTrainedModel
@@ -15,6 +16,8 @@ from mup_megatron.modules.optimizers import check_optimizer
 
 _log = logging.getLogger(__name__)
 _installed = False
+_told: WeakSet[PreTrainedModel] = WeakSet()
+"""Models whose saving was warned of."""
 
 
 def install() -> None:
@@ -50,7 +53,8 @@ def _save_pretrained(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any
             delattr(config, KEY)
         else:
             setattr(config, KEY, before)
-    if applied.changes_function:
+    if applied.changes_function and instance not in _told:
+        _told.add(instance)  # the Trainer saves at every checkpoint
         _log.warning(
             "This model has multipliers or a scale of attention that are not in the saved weights: loaded without "
             'mup_megatron it is another function. Call apply_plan(model, plan, initialize="keep") after loading it; '

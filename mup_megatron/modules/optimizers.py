@@ -1,6 +1,7 @@
 """Whether an optimizer does what a plan's values are for. It is seen from what its step does, not from its name."""
 
 import collections
+import copy
 import inspect
 import logging
 import math
@@ -95,7 +96,12 @@ def _wrong(optimizer: Any, groups: list[Group], wanted: Optimizer) -> str | None
         return None if fits else "it is another optimizer"
     group = _probed_group(groups)
     try:
-        moved = _moved(_clone(optimizer, group))
+        clone = _clone(optimizer, group)
+    except Exception as error:  # what an optimizer of somebody's holds may not be copied
+        _log.warning("%s: it cannot be copied (%s), so whether it is %s was not checked.", kind.__name__, error, wanted)
+        return None
+    try:
+        moved = _moved(clone)
     except Exception as error:  # an optimizer of somebody's may raise anything
         if kind.__module__.startswith(("torch.optim", "transformers")):
             return f"its step cannot use the plan's groups ({type(error).__name__})"
@@ -124,11 +130,15 @@ def _probed_group(groups: list[Group]) -> Group:
     return group | {key: False for key in ("fused", "foreach", "capturable", "differentiable") if key in group}
 
 
+_REPLACED = ("param_groups", "state", "step", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+"""What a copy of an optimizer gets anew; a `step` among its attributes is a scheduler's."""
+
+
 def _clone(optimizer: Any, group: Group) -> Any:
     """An optimizer of the same class and settings that has no state, no hooks, and one small parameter."""
     clone = object.__new__(type(optimizer))
-    clone.__dict__.update(vars(optimizer))
-    clone.__dict__.pop("step", None)  # a scheduler's
+    # Copied, since a step may change whatever the optimizer holds: a count of its own, a list, a lock's owner.
+    clone.__dict__.update(copy.deepcopy({key: value for key, value in vars(optimizer).items() if key not in _REPLACED}))
     clone.state = collections.defaultdict(dict)
     clone._optimizer_step_pre_hooks = collections.OrderedDict()
     clone._optimizer_step_post_hooks = collections.OrderedDict()

@@ -25,11 +25,10 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mup_megatron.errors import InputError
-from mup_megatron.readback import is_text
 from mup_megatron.search.selection import Candidate, Selection
 from mup_megatron.search.space import Space
 from mup_megatron.search.storage import FAILURES, Storage, is_there, open_storage
-from mup_megatron.validation import Strict, brief
+from mup_megatron.validation import Strict, brief, is_text
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 

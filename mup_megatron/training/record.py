@@ -8,6 +8,7 @@ Every rank has a `Record` and so the rows; only the first rank's writes and spea
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -83,8 +84,41 @@ def require_same_run(
     if found.fingerprint != recipe.fingerprint:
         raise InputError(f"{source}: of another recipe than {RUN} beside it says. {remedy}")
     source = str(folder / PLAN)
-    if parse_json(texts[PLAN], source=source, remedy=remedy) != json.loads(json.dumps(plan.to_json())):
+    if not _same_plan(parse_json(texts[PLAN], source=source, remedy=remedy), json.loads(json.dumps(plan.to_json()))):
         raise InputError(f"{source}: not the plan that follows from the recipe with this version. {remedy}")
+
+
+_LAST_DIGITS = 1e-12
+"""Relative difference of numbers that two machines' mathematical libraries may have made of the same recipe."""
+_PER_PARAMETER = ("shape", "init_std", "multiplier", "lr", "eps", "weight_decay")
+"""What every release has written of a parameter."""
+
+
+def _same_plan(found: Any, wanted: Mapping[str, Any]) -> bool:
+    """Whether a stored plan is the wanted one, as far as the release that wrote it says the same things.
+
+    The recipe's fingerprint decides what run it is; this tells of damage.
+    """
+    if not (isinstance(found, Mapping) and isinstance(found.get("parameters"), list)):
+        return False
+    entries = {str(each.get("name")): each for each in found["parameters"] if isinstance(each, Mapping)}
+    planned = {each["name"]: each for each in wanted["parameters"]}
+    if entries.keys() != planned.keys() or len(found["parameters"]) != len(planned):
+        return False
+    if any(key not in entry for entry in entries.values() for key in _PER_PARAMETER):
+        return False
+    return _agree({**found, "parameters": entries}, {**wanted, "parameters": planned})
+
+
+def _agree(found: Any, wanted: Any) -> bool:
+    """Whether plain values are equal but for last digits, and for keys that one of them lacks."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        return all(_agree(found[key], wanted[key]) for key in found.keys() & wanted.keys())
+    if isinstance(found, list) and isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(_agree, found, wanted))
+    if type(found) is float and type(wanted) is float:
+        return math.isclose(found, wanted, rel_tol=_LAST_DIGITS)
+    return bool(found == wanted)
 
 
 def described(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions, data: Path) -> dict[str, Any]:

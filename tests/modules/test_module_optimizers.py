@@ -329,3 +329,33 @@ def test_a_wrapper_of_torchs_own() -> None:
     right, wrong = run_ranks(sharded_optimizers, 1)[0]
     assert right == ""
     assert "SGD: its step is not AdamW's" in wrong
+
+
+class Counting(OwnAdamW):
+    """It keeps account outside its state."""
+
+    def __init__(self, params: Iterable[Any]) -> None:
+        super().__init__(params)
+        self.steps: list[int] = []
+        self.sums: dict[str, torch.Tensor] = {"steps": torch.zeros(1)}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.steps.append(1)
+        self.sums["steps"] += 1
+        super().step(closure)
+
+
+def test_a_look_at_an_optimizer_leaves_it_alone() -> None:
+    model = net()
+    optimizer = Counting(param_groups(model.named_parameters(), plan()))
+    check_optimizer(optimizer, plan(), model)
+    assert (optimizer.steps, optimizer.sums["steps"].item(), len(optimizer.state)) == ([], 0, 0)
+
+
+def test_an_optimizer_that_cannot_be_copied_is_accepted_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    optimizer = OwnAdamW(param_groups(model.named_parameters(), plan()))
+    optimizer.held = iter(()), (n for n in ())  # type: ignore[attr-defined]
+    check_optimizer(optimizer, plan(), model)
+    assert "OwnAdamW: it cannot be copied" in caplog.text

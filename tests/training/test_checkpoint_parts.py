@@ -179,7 +179,12 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
         "of another recipe",
     ),
     "another plan": (
-        _json("mup/plan.json", lambda plan: {**plan, "softmax_scale": 1.0}),
+        _json("mup/plan.json", lambda plan: {**plan, "model": {**plan["model"], "softmax_scale": 1.0}}),
+        "mup/plan.json",
+        "not the plan",
+    ),
+    "a plan that lacks a parameter": (
+        _json("mup/plan.json", lambda plan: {**plan, "parameters": plan["parameters"][1:]}),
         "mup/plan.json",
         "not the plan",
     ),

@@ -40,8 +40,11 @@ _ABOUT = {
     Effect.MODEL: "They are keys of a model file, or decide one.",
     Effect.RECIPE: "`from-native` reads them, and a run with a recipe takes them from there; a line that says "
     "something else is an error, unless it has `--mup-override`.",
-    Effect.REFUSED: "They change parameters or their scale in a way that a model file cannot say. `model --from-args`, "
-    "`from-native` and a run with a recipe refuse them.",
+    Effect.REFUSED: "They change parameters or their scale in a way that a model file cannot say. `model --from-args` "
+    "and `from-native` refuse them. So does a run with a recipe, but for these: `--use-checkpoint-args` is right, "
+    "since Megatron has read the model from the checkpoint by then; `--model-provider` stops the run once the model is "
+    "built and is no GPT; and flags that only other programs have (ModelOpt's, multimodal, hybrid and retrieval ones, "
+    "the last six rows or a part of them) are not looked at.",
     Effect.STOPPED: "The model file is right; the run is stopped, because the plan would not hold in it. `model "
     "--from-args` says so.",
     Effect.ALIKE: "A model file has no key for them. They change what is computed, but no parameter and nothing that "

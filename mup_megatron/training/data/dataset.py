@@ -321,12 +321,13 @@ def _arrays_alone(indices: Path) -> Iterator[None]:
     before = np.load
 
     def load(*args: Any, **kwargs: Any) -> Any:
-        return before(*args, **{**kwargs, "allow_pickle": False})
+        try:
+            return before(*args, **{**kwargs, "allow_pickle": False})
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{indices}: damaged ({brief(error)}). Remove this folder; it is made again.") from None
 
     np.load = load
     try:
         yield
-    except ValueError as error:
-        raise InputError(f"{indices}: damaged ({brief(error)}). Remove this folder; it is made again.") from None
     finally:
         np.load = before

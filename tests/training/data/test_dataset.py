@@ -13,7 +13,13 @@ from support.processes import run_ranks
 
 from mup_megatron.errors import InputError
 from mup_megatron.training.data import dataset as module
-from mup_megatron.training.data.dataset import DatasetTokenizer, build_datasets, global_batch, sample_indices
+from mup_megatron.training.data.dataset import (
+    DatasetTokenizer,
+    _arrays_alone,
+    build_datasets,
+    global_batch,
+    sample_indices,
+)
 from mup_megatron.training.data.indexed import DataMeta, at, copy_data
 
 SETTINGS: dict[str, Any] = {"seq_length": 32, "train_samples": 200, "valid_samples": 10, "seed": 7, "split": "80,20,0"}
@@ -264,6 +270,16 @@ def test_damaged_indices_are_made_again_and_run_nothing(
     again, _ = build_datasets(data[0], cache_dir=tmp_path / "cache", **SETTINGS)
     assert np.array_equal(_tokens(again), before)
     assert not (tmp_path / CANARY).exists()
+
+
+def test_only_what_numpy_cannot_read_is_called_a_damaged_index(tmp_path: Path) -> None:
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (tmp_path / "empty.npy").write_bytes(b"")
+    for name in ("objects", "empty"):
+        with pytest.raises(InputError, match=r"damaged.*Remove this folder"), _arrays_alone(tmp_path):
+            np.load(tmp_path / f"{name}.npy", allow_pickle=True)
+    with pytest.raises(ValueError, match=r"^of the library's$"), _arrays_alone(tmp_path):
+        raise ValueError("of the library's")
 
 
 def test_tokens_that_are_none_of_the_vocabulary_are_found_when_the_indices_are_made(

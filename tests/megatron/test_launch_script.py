@@ -139,3 +139,39 @@ def test_the_flags_of_a_model_file_in_a_script_are_those_of_the_file(
 def test_a_model_file_that_is_not_known_yet_is_named(script: Script) -> None:
     with pytest.raises(InputError, match=r"in \$\(mup-megatron…\) \(line 1\)"):
         words_of_script(script("python x.py $(mup-megatron args $MODEL)"))
+
+
+# ---- a command in a variable ---------------------------------------------------------------------------------------
+
+SIZES = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 8 --vocab-size 9"
+PARTS = f'GPT_ARGS="{SIZES}"\nexport CMD="`pwd`/pretrain_gpt.py $GPT_ARGS --embed-layernorm"\n'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PARTS + "srun --jobid $ID bash -c '$LAUNCHER $CMD' 2>&1 | tee log\n",
+        PARTS + "srun bash -c 'exec \"$LAUNCHER\" $CMD'\n",
+        PARTS + 'srun bash -lc "$LAUNCHER \\$CMD"\n',
+        PARTS + "sbatch job.slurm\n",
+        PARTS.replace("export CMD=", "export ALL=1\nexport CMD="),
+        f"export GPT_ARGS='{SIZES}'\nsrun bash -c 'torchrun pretrain_gpt.py $GPT_ARGS --embed-layernorm'\n",
+    ],
+)
+def test_a_command_in_a_variable_is_read_whole(script: Script, text: str) -> None:
+    assert words_of_script(script(text))[-1] == "--embed-layernorm"
+
+
+@pytest.mark.parametrize("more", ["--model-provider mamba", "--optimizer muon", "--freeze-LM", "--embed-layernorm"])
+def test_variables_that_differ_in_more_than_sizes_are_two_commands(script: Script, more: str) -> None:
+    apart = script(f'A="pretrain_gpt.py {SIZES}"\nB="pretrain_gpt.py {SIZES} {more}"\n')
+    with pytest.raises(InputError, match=f"two commands .*{more.split()[0]}"):
+        words_of_script(script(apart.read_text().replace("--seq", "--bf16 --seq", 1)))
+    with pytest.raises(InputError, match=f"two commands .*{more.split()[0]}"):
+        words_of_script(script(f"torchrun pretrain_gpt.py {SIZES}\ntorchrun pretrain_gpt.py {SIZES} {more}\n"))
+
+
+def test_a_variable_within_one_that_is_not_known_is_no_command(script: Script) -> None:
+    path = script(f'A="{SIZES}"\nif x; then CMD="pretrain_gpt.py $A --embed-layernorm"; fi\nsbatch job.slurm\n')
+    with pytest.raises(InputError, match=r"CMD \(line 2\)"):
+        words_of_script(path)

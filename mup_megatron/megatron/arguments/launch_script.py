@@ -17,16 +17,18 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from mup_megatron.errors import InputError
 from mup_megatron.files import read_text
 from mup_megatron.megatron.arguments.convert import flags
-from mup_megatron.megatron.arguments.table import MODEL, unresolved
+from mup_megatron.megatron.arguments.effects import Effect, row_of
+from mup_megatron.megatron.arguments.table import EVERY, MODEL, TOKENIZER, unresolved
 from mup_megatron.models.model_file import load_model_file
-from mup_megatron.validation import shortened
+from mup_megatron.validation import brief, shortened
 
-_MODEL_FLAGS = {flag.name: flag for flag in MODEL}
+_MODEL_FLAGS = {flag.name for flag in MODEL}
+_READ = {flag.name: flag for flag in (*EVERY, *TOKENIZER)}
 
 
 class Word(str):
@@ -372,6 +374,7 @@ _SET_BY_ARITHMETIC = re.compile(
     rf"|(?P<any>\$\{{?\w+\}}?\s*(?:{_OPERATED})|(?:\+\+|--)\s*\$)"
 )
 _SET_BY_DEFAULT = re.compile(r"\$\{([A-Za-z_]\w*):?=")
+_SHELLS = frozenset({"bash", "sh", "zsh", "dash", "ksh"})
 _LAUNCHERS = frozenset({"torchrun", "python", "python3", "srun", "mpirun", "eval"})
 _POSITIONS = tuple("123456789")
 """The script's arguments, as variables."""
@@ -382,6 +385,8 @@ _FOLDER = re.compile(
 )
 _OWN_ARGS = re.compile(r"\$\(\s*(?:mup-megatron|python3?\s+-m\s+mup_megatron)\s+args\s+(?P<words>.*)\)", re.DOTALL)
 _MOST_SEEN_AGAIN = 100_000
+_MOST_COMMANDS = 200
+"""Variables that hold a command."""
 _LONGEST = 100_000
 """Characters of a variable. `A=$A$A` doubles it, and so a short script could fill any memory."""
 _ANY = "$"
@@ -459,7 +464,7 @@ class _Reader:
         assignments, others = self._parts(command)
         fields: list[Word] = []
         if others and others[0].plain not in _DECLARATIONS:
-            fields = [expanded for word in others for expanded in self._expanded(word)]
+            fields = [expanded for word in _for_a_shell(others) for expanded in self._expanded(word)]
             self._keep(fields)
         for word in assignments:
             self._assign(word, conditional=command.conditional)
@@ -688,26 +693,55 @@ class _Reader:
 
     def launch(self, source: str) -> list[Word]:
         """The words of the one command that has flags of a model."""
-        if not self._found:
-            # A file for other scripts to read, which sets a variable and starts nothing.
-            self._found = [
-                [said for word in words for said in self._said(word)]
-                for words in map(_split, self._values.values())
-                if "--num-layers" in words
-            ]
+        self._found = self._found or self._in_variables(source)
         if not self._found:
             raise InputError(
                 f"{source}: no command with a model's flags, such as --num-layers, was found. "
                 f"{self._where_they_may_be()}"
             )
         first, *others = self._found
+        said = _what_matters(first)
         for other in others:
-            if _about_the_model(other) != _about_the_model(first):
+            here = _what_matters(other)
+            differ = [name for name in said | here if said.get(name) != here.get(name)]
+            if differ:
                 raise InputError(
                     f"{source}: two commands describe different models, with flags from lines {first[0].line} and "
-                    f"{other[0].line}. Give the flags of one of them in the script's place."
+                    f"{other[0].line}; they differ in {brief(differ[0], 60)}. Give the flags of one of them in the "
+                    "script's place."
                 )
         return first
+
+    def _in_variables(self, source: str) -> list[list[Word]]:
+        """The commands, or the flags, that variables hold: of a script that starts nothing which is seen to have them.
+
+        What another one of them contains is a part of that.
+        """
+        split = {
+            name: _split(value) for name, value in self._values.items() if "--num-layers" in " ".join(_words(value))
+        }
+        held = {name: words for name, words in split.items() if any(w.startswith("--num-layers") for w in words)}
+        if len(held) > _MOST_COMMANDS:
+            raise _TooMuchError
+        texts = {name: f" {' '.join(words)} " for name, words in held.items()}
+        found: dict[str, list[Word]] = {}
+        for name, words in held.items():
+            if not any(len(texts[name]) < len(text) and texts[name] in text for text in texts.values()):
+                found.setdefault(texts[name], [said for word in words for said in self._said(word)])
+                self._require_used_where_known(name, source)
+        return sorted(found.values(), key=lambda words: not any(word.endswith(".py") for word in words))
+
+    def _require_used_where_known(self, name: str, source: str) -> None:
+        """Raises InputError where a variable becomes a part of another one whose value is not known."""
+        for command in self._commands:
+            for word in self._parts(command)[0]:
+                match = self._assignment(word)
+                target = match[1] if match else ""
+                if target not in self._values and re.search(rf"\$\{{?{name}\b", word.text):
+                    raise InputError(
+                        f"{source}: the flags in {brief(name, 60)} are a part of {brief(target, 60)} "
+                        f"(line {word.line}), which cannot be read off the script. Give the flags in its place."
+                    )
 
     def _where_they_may_be(self) -> str:
         if not self._unread:
@@ -732,6 +766,17 @@ class _Reader:
             lines = [line for flag, line in flags if word == f"{flag}=${name}"]
             return [Word(word, lines[0])] if lines else [word]
         return [Word(f"{flag}={word}", line) for flag, line in flags] or [word]
+
+
+def _for_a_shell(words: Sequence[_Token]) -> Iterator[_Token]:
+    """The words of a command; of `bash -c '…'`, the text as that shell expands it."""
+    shell = False
+    for before, word in zip((None, *words), words, strict=False):
+        if shell and before is not None and re.fullmatch(r"-\w*c", before.plain):
+            text = re.sub(r"\\(?=\$)|[\"']", "", word.text)
+            word = replace(word, pieces=(_Piece(text, expands=True, quoted=True),))
+        shell = shell or PurePosixPath(word.plain).name in _SHELLS
+        yield word
 
 
 def _set_by(words: Sequence[str]) -> set[str]:
@@ -855,12 +900,15 @@ def _joined(old: _Value | None, new: _Value) -> _Value:
     return Word(old + new, old.line) if old else new
 
 
-def _about_the_model(words: Sequence[Word]) -> list[tuple[str, str]]:
-    """The flags of a model with their values, in order."""
-    found = []
+def _what_matters(words: Sequence[Word]) -> dict[str, str]:
+    """The flags that are read, refused or not known, with their values: what else differs is without effect."""
+    found = {}
     for word, following in zip(words, (*words[1:], ""), strict=True):
-        name, equals, _ = word.partition("=")
-        flag = _MODEL_FLAGS.get(name)
-        if flag is not None:
-            found.append((str(word), "" if equals or flag.parse is None else str(following)))
+        name, equals, attached = word.partition("=")
+        row = row_of(name)
+        if not name.startswith("--") or (row is not None and row.effect is Effect.HARMLESS):
+            continue
+        flag = _READ.get(name)
+        takes = flag.parse is not None if flag else not following.startswith("-")
+        found[name] = attached if equals else str(following) if takes else ""
     return found

@@ -8,8 +8,9 @@ from support.lines import ACCEPTED, NULL, REFUSED, words
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import versions
+from mup_megatron.megatron.arguments import fork, read_line
 from mup_megatron.megatron.arguments import line as lines
-from mup_megatron.megatron.arguments import read_line
+from mup_megatron.megatron.arguments.effects import row_of
 from mup_megatron.models.model_file import ModelFile
 
 
@@ -80,7 +81,96 @@ def test_a_program_of_ones_own_is_taken_for_a_gpts_and_its_flags_are_named() -> 
 
 
 def test_the_deepspeed_fork_has_flags_of_its_own() -> None:
-    assert "--deepspeed, --zero-stage: no flag" in read("--deepspeed --zero-stage 1").remarks[0]
+    assert read("--deepspeed --zero-stage 1 --deepspeed_config ds.json").remarks == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "plain"),
+    [
+        ("--num-key-value-heads 2", "--group-query-attention --num-query-groups 2"),
+        ("--layernorm-epsilon=1e-3", "--norm-epsilon 1e-3"),
+        ("--rotary-position-embeddings-theta 500000", "--rotary-base 500000"),
+    ],
+)
+def test_what_the_fork_calls_otherwise_is_read(flags: str, plain: str) -> None:
+    assert read(f"--deepspeed {flags}").model() == read(plain).model() != read("").model()
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--mlp-type residual", "--mlp-type: models with experts"),
+        ("--kd", "--kd: distillation"),
+        ("--random-ltd", "--random-ltd: it changes"),
+        ("--embed-layernorm", "--embed-layernorm: no flag of pretrain_gpt.py"),
+        ("--glu-activation geglu", "--glu-activation: no flag of pretrain_gpt.py"),
+        ("--no-such-flag 3", "or of Megatron-DeepSpeed"),
+    ],
+)
+def test_what_the_fork_cannot_say_either_is_refused(flag: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        read(f"--deepspeed {flag}")
+
+
+def test_every_flag_of_the_fork_means_one_thing() -> None:
+    assert not fork.HARMLESS & set(fork.REFUSED)
+    assert not [name for name in (*fork.HARMLESS, *fork.REFUSED) if row_of(name) is not None]
+
+
+# ---- which program -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "python bind.py pretrain_bert.py",
+        "python wrapper.py --nproc 3 -- python pretrain_bert.py",
+        "torchrun --log-dir x.py pretrain_bert.py",
+        "nsys profile -o a.py torchrun pretrain_bert.py",
+        "python -u -m accelerate.commands.launch pretrain_bert.py",
+        "python -m pretrain_bert",
+        "python -mpretrain_bert",
+        "python -m torch.distributed.run --module examples.pretrain_bert",
+        "torchrun PRETRAIN_BERT.PY",
+        "torchrun pretrain_bert.pyc",
+        "torchrun ./pretrain_bert",
+        "torchrun pretrain_gpt.py pretrain_bert.py",
+    ],
+)
+def test_another_program_is_found_behind_what_starts_it(start: str, tmp_path: Path) -> None:
+    script = tmp_path / "run.sh"
+    script.write_text(f"{start} {' '.join(words(''))}\n", encoding="utf-8")
+    for given in ([*start.split(), *words("")], [str(script)]):
+        with pytest.raises(InputError, match=r"pretrain_bert\.py: BERT"):
+            read_line(given)
+
+
+@pytest.mark.parametrize("start", ["python bind.py pretrain_gpt.py", "python w.py -n 3 -- python pretrain_gpt.py"])
+def test_a_gpt_behind_what_starts_it_is_one(start: str) -> None:
+    line = read_line([*start.split(), *words("--use-mcore-models")])
+    assert line.model() == read("").model()
+    assert line.remarks == ()
+
+
+def test_a_value_that_looks_like_a_program_is_a_value(tmp_path: Path) -> None:
+    script = tmp_path / "run.sh"
+    script.write_text(f"torchrun pretrain_gpt.py --no-such-flag x.py {' '.join(words(''))}\n", encoding="utf-8")
+    for given in ([str(script)], ["torchrun", "pretrain_gpt.py", "--no-such-flag", "x.py", *words("")]):
+        with pytest.raises(InputError, match="--no-such-flag"):
+            read_line(given)
+
+
+@pytest.mark.parametrize("start", ["torchrun $PROG", "torchrun pretrain_${M}.py", "torchrun --nproc 2 train"])
+def test_a_program_that_is_not_known_is_remarked(start: str) -> None:
+    (remark,) = (each for each in read_line([*start.split(), *words("")]).remarks if "--nproc" not in each)
+    assert remark.startswith(f"{start.split()[-1]}: which program this is, is not known here")
+
+
+@pytest.mark.parametrize("flag", ["--model-type BERT", "--model-type=T5"])
+def test_another_type_of_model_is_refused(flag: str) -> None:
+    assert read("--model-type GPT").model() == read("").model()
+    with pytest.raises(InputError, match=r"--model-type [BT]"):
+        read(flag)
 
 
 def test_what_generates_text_passes() -> None:

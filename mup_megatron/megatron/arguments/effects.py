@@ -380,7 +380,8 @@ def _rows() -> Iterator[Row]:
         yield Row(flag.name, Effect.MODEL, "decides the vocabulary where `--vocab-size` does not")
     for name in ("--tokenizer-special-tokens", "--tiktoken-special-tokens", "--tokenizer-metadata"):
         yield Row(name, Effect.MODEL, "adds to the vocabulary; `model --from-args` then asks for its size")
-    yield Row("--model-provider", Effect.REFUSED, "another model than a GPT is built, unless it says `gpt`.")
+    for name in ("--model-provider", "--model-type"):
+        yield Row(name, Effect.REFUSED, "another model than a GPT is built, unless it says `gpt`.")
     for flag in HYPERPARAMETERS.values():
         if flag.name not in {field.name for field in FIELDS.values()}:
             more = ", which knows adam and sgd; another one is refused" if flag.name == "--optimizer" else ""

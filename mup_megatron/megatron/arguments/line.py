@@ -7,11 +7,12 @@ tokenizer's vocabulary is (`vocabulary`). Needs no Megatron; where one is instal
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments import programs
+from mup_megatron.megatron.arguments import fork, programs
 from mup_megatron.megatron.arguments.convert import model_from_values, naming_unread, not_in_model_file
 from mup_megatron.megatron.arguments.effects import Effect, row_of
 from mup_megatron.megatron.arguments.launch_script import words_of_launch
@@ -28,6 +29,7 @@ from mup_megatron.megatron.arguments.table import (
 from mup_megatron.megatron.arguments.vocabulary import vocabulary
 from mup_megatron.megatron.versions import core_version, range_remark
 from mup_megatron.models.model_file import ModelFile
+from mup_megatron.validation import brief
 
 _OPTIMIZERS = ("adam", "sgd")
 _FLAGS = "flags"
@@ -78,6 +80,8 @@ def read_line(given: Sequence[str], *, vocab_size: int | None = None, native: bo
     words, source = words_of_launch(given)
     script, flags = _program(given, words, source)
     remarks = [*_version_remarks(), *_unknown(script, flags, source)]
+    if fork.MARK in flags:
+        flags = [*fork.renamed(flags)]
     values = {flag.key: flag.default for flag in (*EVERY, *TOKENIZER)}
     values |= _parsed(flags, source, native=native, answered=vocab_size is not None)
     size, more = _vocabulary(flags, values, vocab_size, source)
@@ -98,11 +102,14 @@ def read_line(given: Sequence[str], *, vocab_size: int | None = None, native: bo
 def _program(given: Sequence[str], words: Sequence[str], source: str) -> tuple[str | None, list[str]]:
     """The script that the line starts, if it names one, and the words that are the script's."""
     named = None if source == _FLAGS else _program_of_script(Path(given[0]))
+    if named is not None and words[0].startswith("-"):
+        return named, [*words]  # a script's words begin behind the program
+    for script, _ in programs.programs_of(words):
+        programs.require_gpt(script, source=source)
     found = programs.script_of(words)
     if found is None:
         return named, [*words]
     script, begin = found
-    programs.require_gpt(script, source=source)
     return script, [*words[begin:]]
 
 
@@ -129,19 +136,34 @@ def _unknown(script: str | None, flags: Sequence[str], source: str) -> Iterator[
     """Remarks on what is not known of a line; flags that Megatron-LM's own program would refuse are an error."""
     known = script is not None and programs.family_of(script) is programs.Family.GPT
     names = list(dict.fromkeys(w.partition("=")[0] for w in flags if w.startswith("--") and len(w) > 2))
-    unknown = [name for name in names if row_of(name) is None and unresolved(name) is None]
-    if script is not None and not known:
-        yield f"{script}: no program of Megatron-LM's. What it builds is taken for the GPT that its flags describe."
+    forks = fork.MARK in names
+    unknown = [
+        name for name in names if row_of(name) is None and unresolved(name) is None and not (forks and fork.known(name))
+    ]
+    before = [*takewhile(lambda word: not word.startswith("-"), reversed([*takewhile(_no_model_flag, flags)]))]
+    program = script if script is not None else before[0] if before else None
+    if program is not None and (script is None or unresolved(program) is not None):
+        yield (
+            f"{brief(program, 60)}: which program this is, is not known here. What it builds is taken for the GPT that "
+            "its flags describe."
+        )
+    elif script is not None and not known:
+        yield (
+            f"{brief(script, 100)}: no program of Megatron-LM's. What it builds is taken for the GPT that its flags "
+            "describe."
+        )
     for name in names:
         row = row_of(name)
         if row is not None and row.effect is Effect.REFUSED and name not in _PARSED:
             _refuse_of_others(name, row.reason, flags, source)
+        if forks and name in fork.REFUSED:
+            raise InputError(f"{source}: {name}: {fork.REFUSED[name]}")
     if not unknown:
         return
-    # The fork Megatron-DeepSpeed has programs of the same names.
-    if known and "--deepspeed" not in unknown:
+    if known:
+        of = " or of Megatron-DeepSpeed" if forks else ""
         raise InputError(
-            f"{source}: {_listed(unknown)}: no flag of {script} in Megatron-LM 0.16 to 0.19. Correct or drop it; a "
+            f"{source}: {_listed(unknown)}: no flag of {script} in Megatron-LM 0.16 to 0.19{of}. Correct or drop it; a "
             "changed script of your own may have another name."
         )
     yield f"{_listed(unknown)}: no flag of Megatron-LM 0.16 to 0.19. What it changes of a model, the file lacks."
@@ -150,18 +172,26 @@ def _unknown(script: str | None, flags: Sequence[str], source: str) -> Iterator[
 _PARSED = {flag.name for flag in EVERY}
 
 
+_SAYS_WHICH = ("--model-provider", "--model-type")
+"""Flags that say which model is built."""
+
+
+def _no_model_flag(word: str) -> bool:
+    return word.partition("=")[0] not in _PARSED
+
+
 def _refuse_of_others(name: str, reason: str, flags: Sequence[str], source: str) -> None:
-    if name == "--model-provider":
+    if name in _SAYS_WHICH:
         follows = [after for word, after in zip(flags, [*flags[1:], ""], strict=True) if word == name]
         follows += [word.partition("=")[2] for word in flags if word.startswith(f"{name}=")]
-        if follows[-1:] == ["gpt"]:
+        if follows and follows[-1].lower() == "gpt":
             return
-        name = f"{name} {''.join(follows[-1:])}"
+        name = f"{name} {brief(''.join(follows[-1:]), 60)}"
     raise InputError(f"{source}: {name}: {reason}")
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(brief(name, 40) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # ---- values --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Which programs of Megatron-LM build a GPT, and what the others are: known by the script's name.
 
-Lists every program at the tags core_v0.16.1 to core_v0.19.0 that takes Megatron's flags. Without this, a BERT's line
-reads like a GPT's.
+Lists every program at the tags core_v0.16.1 to core_v0.19.0 that takes Megatron's flags, and those of older releases
+and forks that many lines name. Without this, a BERT's line reads like a GPT's.
 """
 
 import re
@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path, PurePosixPath
 
 from mup_megatron.errors import InputError
+from mup_megatron.megatron.arguments.table import EVERY
 
 
 class Family(Enum):
@@ -25,7 +26,7 @@ class Family(Enum):
 
 
 _GPT = """
-pretrain_gpt.py finetune_gpt.py generate_samples_gpt.py gpt_dynamic_inference.py
+pretrain_gpt.py pretrain_gpt_core.py finetune_gpt.py finetune_llama.py generate_samples_gpt.py gpt_dynamic_inference.py
 gpt_dynamic_inference_with_coordinator.py gpt_static_inference.py offline_inference.py launch_inference_server.py
 run_text_generation_server.py run_dynamic_text_generation_server.py run_inference_performance_test.py
 report_theoretical_memory.py
@@ -40,6 +41,7 @@ _RETRIEVAL = "retrieval models, of several encoders, are not supported yet"
 _RL = "reinforcement learning is not supported yet"
 _MODELOPT = "ModelOpt changes the model (quantised, pruned, distilled), which is not supported yet"
 _TASKS = "programs that evaluate or finetune on single tasks are not supported"
+_PREFIX = "prefix language models and non-causal decoders are not supported yet"
 _NO_MODEL = "it trains no model"
 
 OTHERS: dict[str, str] = {
@@ -61,7 +63,20 @@ OTHERS: dict[str, str] = {
     ),
     **dict.fromkeys(("pretrain_vision_classify.py", "pretrain_vision_dino.py", "pretrain_vision_inpaint.py"), _VISION),
     **dict.fromkeys(("pretrain_ict.py", "pretrain_realm.py", "pretrain_retro.py"), _RETRIEVAL),
-    **dict.fromkeys(("tasks/main.py", "msdp/main.py"), _TASKS),
+    **dict.fromkeys(
+        (
+            "tasks/main.py",
+            "msdp/main.py",
+            "vision/main.py",
+            "msdp/evaluate.py",
+            "orqa/evaluate_orqa.py",
+            "eval_harness/evaluate.py",
+            "zeroshot_gpt/evaluate.py",
+        ),
+        _TASKS,
+    ),
+    **dict.fromkeys(("pretrain_prefix_lm.py", "finetune_t0_non_causal_decoder.py"), _PREFIX),
+    "text_generation_ptq.py": _MODELOPT,
     **dict.fromkeys(("train_rl.py", "benchmark_refit.py"), _RL),
     **dict.fromkeys(
         [
@@ -77,21 +92,53 @@ OTHERS: dict[str, str] = {
 
 _DATA = """
 preprocess_data.py preprocess_data_nmt.py preprocess_mmdata.py build_sequences_per_dataset.py prepare_cache.py
-checkpoint/convert.py
+checkpoint/convert.py merge_mp_partitions.py analyze_data.py create_doc_index.py build_retro_db.py merge_datasets.py
+checkpoint_util.py hf2megads_weight_converter.py deepspeed_to_megatron.py deepspeed_to_transformers.py
+inspect_checkpoint.py inspect_deepspeed_checkpoint.py cleanup_dataset.py
 """.split()
 
 LAUNCHERS = frozenset({"mup_megatron.launch", "torch.distributed.run", "torch.distributed.launch"})
 """Modules that are started with -m and run a script."""
 
+_SCRIPT = re.compile(r"\.pyc?\Z", re.IGNORECASE)
+_MODEL_FLAGS = {flag.name for flag in EVERY}
+
+
+def programs_of(words: Sequence[str]) -> list[tuple[str, int]]:
+    """The scripts and modules that a line names before a model's flags, and where each one's own words begin.
+
+    The last of them is the program: those before it start it, or belong to a launcher's option.
+    """
+    found: list[tuple[str, int]] = []
+    for index, word in enumerate(words):
+        option = word.startswith("-")
+        if option and (word.partition("=")[0] in _MODEL_FLAGS or (found and family_of(found[-1][0]) is Family.GPT)):
+            break
+        before = words[index - 1] if index else ""
+        module = word[2:] if re.fullmatch(r"-m\w.*", word) else word if before in ("-m", "--module") else ""
+        if module:
+            found += [] if module in LAUNCHERS else [(_file_of(module), index + 1)]
+        elif not option and (_SCRIPT.search(word) or (not before.startswith("-") and _is_known(f"{word}.py"))):
+            found.append((_SCRIPT.sub(".py", word) if _SCRIPT.search(word) else f"{word}.py", index + 1))
+    return found
+
+
+def _file_of(module: str) -> str:
+    return _SCRIPT.sub(".py", module) if _SCRIPT.search(module) else f"{module.replace('.', '/')}.py"
+
 
 def script_of(words: Sequence[str]) -> tuple[str, int] | None:
     """The program that a line starts, as a script's path, and where its own words begin; None where there is none."""
-    for index, word in enumerate(words):
-        if word.endswith(".py") and not word.startswith("-"):
-            return word, index + 1
-        if word in ("-m", "--module") and index + 1 < len(words) and words[index + 1] not in LAUNCHERS:
-            return f"{words[index + 1].replace('.', '/')}.py", index + 2
-    return None
+    found = programs_of(words)
+    if not found:
+        return None
+    script, begin = found[-1]
+    # Of a program that nobody knows, what looks like a later one may be the value of a flag.
+    return script, begin if _is_known(script) else found[0][1]
+
+
+def _is_known(script: str) -> bool:
+    return family_of(script) is not Family.OWN
 
 
 def family_of(script: str) -> Family:
@@ -124,7 +171,7 @@ def scripts_in(path: Path) -> list[str]:
 
 def _find(script: str, known: dict[str, str] | list[str]) -> str | None:
     """The entry for a script: one with its folder, or its bare name."""
-    parts = PurePosixPath(script.replace("\\", "/")).parts
+    parts = PurePosixPath(script.replace("\\", "/").lower()).parts
     for count in (2, 1):
         name = "/".join(parts[-count:])
         if name in known:

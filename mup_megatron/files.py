@@ -1,6 +1,7 @@
 """Reading text files, and writing files so that nothing is ever half written or lost."""
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def read_text(path: Path) -> str:
         InputError: the file is missing, unreadable, too large or not UTF-8.
     """
     try:
-        if path.is_file() and path.stat().st_size > LARGEST:
+        require_ordinary(path)
+        if path.stat().st_size > LARGEST:
             raise InputError(f"{path}: larger than {LARGEST >> 20} MiB. Check the path.")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -30,6 +32,19 @@ def read_text(path: Path) -> str:
         raise
     except ValueError:
         raise InputError(f"{str(path)!r}: not the name of a file. Check the path.") from None
+
+
+def require_ordinary(path: Path) -> None:
+    """Raises InputError for a pipe, a socket or a device: reading these may wait for ever, or never end.
+
+    A folder passes: whoever opens it is told so.
+
+    Raises:
+        OSError: there is no such file, or its folder may not be looked into.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(f"{path}: no ordinary file, but a pipe or a device. Save its content in a file.")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from mup_megatron.errors import InputError
+from mup_megatron.files import require_ordinary
 from mup_megatron.validation import brief, is_text
 
 _REMEDY = "Correct the file."
@@ -51,9 +52,10 @@ def read_text(path: Path, *, remedy: str = _REMEDY) -> str:
     """The content of a text file.
 
     Raises:
-        InputError: the file is missing, unreadable or not UTF-8.
+        InputError: the file is missing, unreadable, not UTF-8, or a pipe or device.
     """
     try:
+        require_ordinary(path)
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file. {remedy}") from None

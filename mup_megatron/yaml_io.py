@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.constructor import ConstructorError, DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.nodes import MappingNode, ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from mup_megatron.errors import InputError
@@ -16,10 +16,21 @@ from mup_megatron.files import read_text
 from mup_megatron.validation import brief, require_plain
 
 
+class _Constructor(SafeConstructor):
+    """Plain values; without merge keys, which YAML 1.2 does not have and which can stand for any number of keys."""
+
+    def flatten_mapping(self, node: MappingNode) -> None:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise ConstructorError(problem="merge keys (<<) are not of YAML 1.2", problem_mark=key.start_mark)
+
+
 def _yaml() -> YAML:
     # The pure parser is the one that follows YAML 1.2, where 1e-8 is a number and `no` is a word; "safe" builds
     # nothing but plain values, so a file cannot run code.
-    return YAML(typ="safe", pure=True)
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = _Constructor
+    return yaml
 
 
 def read_yaml(path: Path) -> object:

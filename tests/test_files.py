@@ -4,10 +4,12 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mup_megatron import readback
 from mup_megatron.errors import InputError
 from mup_megatron.files import LARGEST, read_text, write_atomically
 
@@ -87,3 +89,15 @@ def test_a_text_that_is_too_large_is_not_read(tmp_path: Path) -> None:
         stream.truncate(LARGEST + 1)
     with pytest.raises(InputError, match=r"a\.yaml: larger than 16 MiB\. Check the path\."):
         read_text(path)
+
+
+@pytest.mark.parametrize("read", [read_text, readback.read_text])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_ordinary_file_is_not_waited_for(tmp_path: Path, read: Callable[[Path], str], kind: str) -> None:
+    path = tmp_path / "a.yaml"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/null")
+    with pytest.raises(InputError, match=r"a\.yaml: no ordinary file, but a pipe or a device"):
+        read(path)

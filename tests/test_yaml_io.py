@@ -171,3 +171,12 @@ def test_aliases_that_double_at_each_line_are_not_resolved() -> None:
     with pytest.raises(InputError, match="too large once its aliases are resolved"):
         _parse("\n".join(lines))
     assert _parse("a: &a {b: 1}\nc: [*a, *a]") == {"a": {"b": 1}, "c": [{"b": 1}, {"b": 1}]}
+
+
+def test_merge_keys_are_refused_before_they_stand_for_anything() -> None:
+    """Eight levels of nine would be 43 million keys."""
+    levels = "".join(f"{chr(98 + i)}: &{chr(98 + i)}\n  <<: [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(8))
+    for text in ("a: &a {x: 1}\n" + levels, "a: {!!merge b: {x: 1}}"):
+        with pytest.raises(InputError, match=r"a\.yaml: line [13]: not valid YAML: merge keys"):
+            _parse(text)
+    assert _parse('"<<": 1') == {"<<": 1}

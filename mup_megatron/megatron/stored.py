@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from mup_megatron.errors import InputError
+from mup_megatron.files import require_ordinary
 from mup_megatron.unpickling import not_read, read_pickle, read_torch, torch_loads_only_tensors
 from mup_megatron.validation import brief
 
@@ -68,6 +69,7 @@ def read_metadata(folder: Path, *, files: Collection[str], remedy: str) -> Metad
     """
     path = folder / METADATA
     try:
+        require_ordinary(path)
         with path.open("rb") as stream:
             metadata = read_pickle(stream, _CLASSES, source=str(path), remedy=remedy)
     except OSError as error:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from mup_megatron.collectives import raise_together
 from mup_megatron.errors import InputError
-from mup_megatron.files import write_atomically
+from mup_megatron.files import require_ordinary, write_atomically
 from mup_megatron.megatron import stored, versions
 from mup_megatron.readback import read_json, read_text
 from mup_megatron.training.build import Built
@@ -195,6 +195,7 @@ def latest(root: Path) -> int | None:
         InputError: what says so is damaged.
     """
     try:
+        require_ordinary(root / TRACKER)
         text = (root / TRACKER).read_text(encoding="utf-8")
         iteration = int(text)
     except (FileNotFoundError, NotADirectoryError):

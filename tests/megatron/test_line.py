@@ -173,6 +173,23 @@ def test_another_type_of_model_is_refused(flag: str) -> None:
         read(flag)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("-- --hidden-size 128", "flags: --: Megatron takes no words"),
+        ("@args.txt", "@args.txt: Megatron reads no flags from a file"),
+        ("--swiglu @args.txt", "@args.txt: Megatron reads no flags from a file"),
+        ("--swiglu --squared-relu", "--swiglu beside --squared-relu"),
+        ("--make-vocab-size-divisible-by 0", "--make-vocab-size-divisible-by"),
+        ("--make-vocab-size-divisible-by 0 --padded-vocab-size 512", "--make-vocab-size-divisible-by"),
+    ],
+)
+def test_what_megatron_stops_at_is_no_model(flags: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        read(flags).model()
+    assert read("--wandb-exp-name @args.txt").model() == read("").model()
+
+
 def test_what_generates_text_passes() -> None:
     assert read("--prompts a --num-tokens-to-generate 4 --model-provider gpt").model() == read("").model()
 

@@ -287,6 +287,7 @@ def test_without_a_base_native_is_off_and_the_note_says_so() -> None:
         (f"{MODEL.replace('--lr 1e-3', '')} {MUP}", "--lr is missing"),
         (f"{MODEL} {MUP} --num-experts 8", "--num-experts: models with experts"),
         (f"{MODEL} {MUP} --mup-base-head-dim -1", "--mup-base-head-dim -1: must be positive"),
+        (f"{MODEL} {MUP} --embedding-init-method-std 0", "--embedding-init-method-std 0: must be positive"),
         (f"{MODEL} {MUP} --lr-warmup-iters 20", "--lr-warmup-iters 20: a recipe counts in fractions of the run"),
         (f"{MODEL} {MUP} --lr-decay-style WSD --train-iters 10", "--lr-wsd-decay-iters is missing"),
         (f"{MODEL} {MUP} --min-lr 1", "--min-lr 1 is above --lr 0.001. Lower it."),

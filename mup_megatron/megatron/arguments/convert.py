@@ -145,9 +145,10 @@ def _vocabulary(values: Mapping[str, Any], vocab_size: int | None) -> tuple[int 
     which can have another size than the arguments say.
     """
     stated = vocab_size if vocab_size is not None else values.get("vocab_size")
-    divisor = int(values.get("make_vocab_size_divisible_by") or FIELDS["make_vocab_size_divisible_by"].default)
+    given = values.get("make_vocab_size_divisible_by")
+    divisor = int(FIELDS["make_vocab_size_divisible_by"].default if given is None else given)
     padded = values.get("padded_vocab_size")
-    if padded is None:
+    if padded is None or divisor < 1:
         return stated, divisor
     if padded % divisor:
         return padded, 1
@@ -174,6 +175,8 @@ def _read_other_ways(content: dict[str, Any], values: Mapping[str, Any], source:
             f"{source}: --no-position-embedding: Megatron itself refuses it unless positions are rotary. "
             "Use --position-embedding-type none."
         )
+    if values.get("swiglu") and values.get("squared_relu"):
+        raise InputError(f"{source}: --swiglu beside --squared-relu: Megatron itself refuses both. Drop one of them.")
     if values.get(SOFTMAX_TYPE.key) == "learnable":
         raise InputError(
             f"{source}: {SOFTMAX_TYPE.name} learnable: it adds a parameter that a model file does not know. "

@@ -79,6 +79,7 @@ def read_line(given: Sequence[str], *, vocab_size: int | None = None, native: bo
     """
     words, source = words_of_launch(given)
     script, flags = _program(given, words, source)
+    _require_flags(flags, source)
     remarks = [*_version_remarks(), *_unknown(script, flags, source)]
     if fork.MARK in flags:
         flags = [*fork.renamed(flags)]
@@ -169,7 +170,19 @@ def _unknown(script: str | None, flags: Sequence[str], source: str) -> Iterator[
     yield f"{_listed(unknown)}: no flag of Megatron-LM 0.16 to 0.19. What it changes of a model, the file lacks."
 
 
-_PARSED = {flag.name for flag in EVERY}
+_PARSED = {flag.name: flag for flag in EVERY}
+
+
+def _require_flags(flags: Sequence[str], source: str) -> None:
+    """Raises InputError for words that Megatron's parser takes for no flag, and which would be passed over here."""
+    if "--" in flags:
+        raise InputError(f"{source}: --: Megatron takes no words behind a lone `--`. Drop it, or what follows it.")
+    for before, word in zip(("", *flags), flags, strict=False):
+        flag = _PARSED.get(before)
+        if word.startswith("@") and (not before.startswith("-") or (flag is not None and flag.parse is None)):
+            raise InputError(
+                f"{source}: {brief(word, 60)}: Megatron reads no flags from a file on its line. Write them on the line."
+            )
 
 
 _SAYS_WHICH = ("--model-provider", "--model-type")

@@ -147,7 +147,7 @@ def recipe_from_native(
         )
     if values["lr"] is None:
         raise InputError(f"{source}: --lr is missing. Give it.")
-    for key in ("mup_base_hidden_size", "mup_base_head_dim"):
+    for key in ("mup_base_hidden_size", "mup_base_head_dim", "embedding_init_method_std"):
         if values[key] is not None and values[key] <= 0:
             raise InputError(f"{source}: --{key.replace('_', '-')} {values[key]:g}: must be positive. Correct it.")
     # The recipe says it with per_parameter, the model file need not.

@@ -13,6 +13,7 @@ from typing import Any
 from mup_megatron import origin as origins
 from mup_megatron.complaint import is_first
 from mup_megatron.errors import InputError
+from mup_megatron.files import require_ordinary
 from mup_megatron.origin import SIDECAR
 from mup_megatron.recipe import Recipe
 
@@ -126,6 +127,8 @@ def _sidecar(root: Path, step: str | None) -> Path | None:
 
 def _current(root: Path, step: str | None) -> Path | None:
     try:
+        if step is None:
+            require_ordinary(root / _TRACKER)
         text = step if step is not None else (root / _TRACKER).read_text(encoding="utf-8").strip()
         return root / (text if text == "release" else f"iter_{int(text):07d}")
     except (OSError, ValueError):

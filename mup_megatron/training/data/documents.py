@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mup_megatron.errors import InputError
+from mup_megatron.files import require_ordinary
 from mup_megatron.readback import parse_json
 from mup_megatron.training.data import Progress, silent
 
@@ -65,6 +66,7 @@ def documents(sources: Sequence[Source]) -> Iterator[str]:
 
 def _texts(path: Path) -> Iterator[str]:
     try:
+        require_ordinary(path)
         if path.suffix == ".jsonl":
             yield from _json_lines(path)
         else:

@@ -25,6 +25,7 @@ from pydantic import Field
 
 from mup_megatron import __version__
 from mup_megatron.errors import InputError
+from mup_megatron.files import require_ordinary
 from mup_megatron.megatron.versions import core_version_text
 from mup_megatron.readback import read_json
 from mup_megatron.training.data import Progress, silent
@@ -291,6 +292,7 @@ def read_index(prefix: Path) -> Index:
     """
     path = at(prefix, ".idx")
     try:
+        require_ordinary(path)
         size = path.stat().st_size
         with path.open("rb") as stream:
             header = stream.read(_HEADER.size)
@@ -335,6 +337,7 @@ def require_known_tokens(prefix: Path, meta: DataMeta) -> None:
     path = at(prefix, ".bin")
     dtype = read_index(prefix).dtype
     try:
+        require_ordinary(path)
         with path.open("rb") as stream:
             for start in range(0, _SCANNED, _CHUNK):
                 tokens = np.frombuffer(stream.read(_CHUNK), dtype=dtype)

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from mup_megatron.errors import InputError
+from mup_megatron.validation import shortened
 
 LARGEST = 16 * 2**20
 """Bytes of a text file: no configuration, recipe or script is as large, and one that is would take minutes to read."""
@@ -20,18 +21,20 @@ def read_text(path: Path) -> str:
     try:
         require_ordinary(path)
         if path.stat().st_size > LARGEST:
-            raise InputError(f"{path}: larger than {LARGEST >> 20} MiB. Check the path.")
+            raise InputError(f"{_name(path)}: larger than {LARGEST >> 20} MiB. Check the path.")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file. Check the path.") from None
+        raise InputError(f"{_name(path)}: no such file. Check the path.") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+        raise InputError(f"{_name(path)}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from None
+        raise InputError(
+            f"{_name(path)}: cannot be read ({error.strerror}). Check the path and its permissions."
+        ) from None
     except InputError:
         raise
     except ValueError:
-        raise InputError(f"{str(path)!r}: not the name of a file. Check the path.") from None
+        raise InputError(f"{shortened(repr(str(path)), 120)}: not the name of a file. Check the path.") from None
 
 
 def require_ordinary(path: Path) -> None:
@@ -44,7 +47,11 @@ def require_ordinary(path: Path) -> None:
     """
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise InputError(f"{path}: no ordinary file, but a pipe or a device. Save its content in a file.")
+        raise InputError(f"{_name(path)}: no ordinary file, but a pipe or a device. Save its content in a file.")
+
+
+def _name(path: Path) -> str:
+    return shortened(str(path), 180)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -8,6 +8,8 @@ from mup_megatron.errors import InputError
 from mup_megatron.files import read_text
 from mup_megatron.validation import brief, require_plain
 
+_DIGITS = 400
+
 
 def read_json(path: Path) -> object:
     """The content of a JSON file as plain Python values. NaN and Infinity, which Python writes, are numbers.
@@ -15,15 +17,21 @@ def read_json(path: Path) -> object:
     Raises:
         InputError: the file is missing, unreadable, not UTF-8, not JSON, or repeats a key.
     """
-    text = read_text(path)
+    text = read_text(path).removeprefix("\ufeff")  # as YAML's, whose reader passes over it
     try:
-        content = json.loads(text, object_pairs_hook=_each_key_once)
+        content = json.loads(text, object_pairs_hook=_each_key_once, parse_int=_whole_number)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (RecursionError, ValueError) as error:
         raise InputError(f"{path}: not JSON ({brief(error)}). Correct the file.") from None
     require_plain(content, source=str(path))
     return content
+
+
+def _whole_number(digits: str) -> int:
+    # Python reads no more than some thousand digits; of fewer it is known as well that no float is as large, and then
+    # the key is named.
+    return int(digits[:_DIGITS])
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """YAML 1.2 in and out, safely. Not validation: see `validation.py`."""
 
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from mup_megatron.errors import InputError
 from mup_megatron.files import read_text
 from mup_megatron.validation import brief, require_plain
 
+_DIGITS = 400
+
 
 class _Constructor(SafeConstructor):
     """Plain values; without merge keys, which YAML 1.2 does not have and which can stand for any number of keys."""
@@ -23,6 +26,13 @@ class _Constructor(SafeConstructor):
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 raise ConstructorError(problem="merge keys (<<) are not of YAML 1.2", problem_mark=key.start_mark)
+
+    def construct_yaml_int(self, node: ScalarNode) -> int:
+        # Python reads no more than some thousand digits. Of one beyond every float it is enough to know that.
+        return 1 << 4 * _DIGITS if len(node.value) > _DIGITS else super().construct_yaml_int(node)
+
+
+_Constructor.add_constructor("tag:yaml.org,2002:int", _Constructor.construct_yaml_int)
 
 
 def _yaml() -> YAML:
@@ -52,7 +62,9 @@ def parse_yaml(text: str, *, source: str) -> object:
     try:
         content = _yaml().load(text)
     except DuplicateKeyError as error:
-        raise InputError(f"{source}: {_where(error)}a key is given twice. Remove one of the two.") from None
+        found = re.match(r'found duplicate key "(.*?)" with value', error.problem or "", re.DOTALL)
+        key = f"{brief(found[1], 60)}: this key is" if found else "a key is"
+        raise InputError(f"{source}: {_where(error)}{key} given twice. Remove one of the two.") from None
     except YAMLError as error:
         what = brief(getattr(error, "problem", None) or str(error).partition("\n")[0])
         raise InputError(f"{source}: {_where(error)}not valid YAML: {what}. Correct the file.") from None

@@ -33,7 +33,7 @@ def test_values(file: Path) -> None:
         ("[" * 100_000, "a.json: not JSON (maximum recursion depth exceeded"),
         ("[" * 100 + "]" * 100, "a.json: nested too deeply"),
         (f'{{"a": [0, {"9" * 400}]}}', "a.json: a.1: a whole number with hundreds of digits"),
-        (f'{{"a": {"9" * 5000}}}', "a.json: not JSON (Exceeds the limit"),
+        (f'{{"a": {"9" * 5000}}}', "a.json: a: a whole number with hundreds of digits"),
         ('{"a": "\\ud800"}', "a.json: a: text with half a character in it (a lone surrogate). Correct this value."),
         ('{"\\udfff": 1}', "text with half a character in it"),
     ],
@@ -57,3 +57,12 @@ def test_files_that_are_none(file: Path, tmp_path: Path) -> None:
     file.write_bytes(b"\xff{}")
     with pytest.raises(InputError, match=r"not UTF-8 text \(byte 0\)"):
         read_json(file)
+
+
+def test_a_byte_order_mark_is_passed_over_and_a_long_number_has_its_key(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(path) == {"a": 1}
+    path.write_text(f'{{"a": {{"b": -{"9" * 6000}}}}}')
+    with pytest.raises(InputError, match=r"a\.b: a whole number with hundreds of digits"):
+        read_json(path)

@@ -69,8 +69,8 @@ def test_a_file_cannot_run_code(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\nb: 2\na: 3\n", r"^a\.yaml: line 3: a key is given twice\. Remove one of the two\.$"),
-        ("a: {b: 1, b: 2}\n", r"^a\.yaml: line 1: a key is given twice\."),
+        ("a: 1\nb: 2\na: 3\n", r"^a\.yaml: line 3: a: this key is given twice\. Remove one of the two\.$"),
+        ("a: {b: 1, b: 2}\n", r"^a\.yaml: line 1: b: this key is given twice\."),
         ("a: [1, 2\n", r"^a\.yaml: line 2: not valid YAML: .* Correct the file\.$"),
         ("a: 1\n\tb: 2\n", r"^a\.yaml: line 2: not valid YAML: "),
         ("a: *nowhere\n", r"^a\.yaml: line 1: not valid YAML: found undefined alias"),
@@ -153,7 +153,7 @@ def test_keys_keep_their_order() -> None:
         ("a: !!float x", "not valid YAML: "),
         ("a: 2001-99-99", "not valid YAML: "),
         (f"a: {'9' * 400}", "a: a whole number with hundreds of digits"),
-        (f"a: {'9' * 5000}", "not valid YAML: "),
+        (f"a: {'9' * 5000}", "a: a whole number with hundreds of digits"),
         (f"a: 0x{'f' * 5000}", "a: a whole number with hundreds of digits"),
         (r'a: "\ud800"', "a: text with half a character in it"),
     ],
@@ -180,3 +180,14 @@ def test_merge_keys_are_refused_before_they_stand_for_anything() -> None:
         with pytest.raises(InputError, match=r"a\.yaml: line [13]: not valid YAML: merge keys"):
             _parse(text)
     assert _parse('"<<": 1') == {"<<": 1}
+
+
+@pytest.mark.parametrize("digits", ["9" * 6000, "0x" + "f" * 6000, "-" + "9" * 500])
+def test_a_long_number_has_its_key(digits: str) -> None:
+    with pytest.raises(InputError, match=r"a\.b: a whole number with hundreds of digits"):
+        _parse(f"a: {{b: {digits}}}")
+
+
+def test_a_key_that_is_given_twice_is_named() -> None:
+    with pytest.raises(InputError, match=r"line 2: a b: this key is given twice"):
+        _parse("a b: 1\na b: 2")

@@ -118,7 +118,10 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a word": (lambda path: path.write_text("hello"), "expected keys and values, found str."),
     "an open bracket": (lambda path: path.write_text("a: 1\nb: {c: 1\n"), "line 3: not valid YAML: "),
     "a tab": (lambda path: path.write_text("a: 1\n\tb: 1\n"), "line 2: not valid YAML: "),
-    "a key given twice": (lambda path: path.write_text("a: 1\na: 2\n"), "line 2: a key is given twice. Remove one"),
+    "a key given twice": (
+        lambda path: path.write_text("a: 1\na: 2\n"),
+        "line 2: a: this key is given twice. Remove one",
+    ),
     "two documents": (lambda path: path.write_text("a: 1\n---\nb: 1\n"), "not valid YAML: but found another document"),
     "cut in the middle": (lambda path: path.write_bytes(path.read_bytes()[:-40]), ""),
     "nested without end": (lambda path: path.write_text("[" * 1000), "not valid YAML: "),

@@ -190,6 +190,58 @@ def test_what_megatron_stops_at_is_no_model(flags: str, said: str) -> None:
     assert read("--wandb-exp-name @args.txt").model() == read("").model()
 
 
+LONG = "9" * 600
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        f"--hidden-size {LONG}",
+        f"--hidden-size {LONG * 10}",
+        f"--{LONG}",
+        f"--optimizer o{LONG}",
+        f"--train-iters 0xf{LONG}",
+        f"--init-method-std x{LONG}",
+        f"--hidden-size $A{LONG}",
+        f"--swiglu=x{LONG}",
+        f"--normalization x{LONG}",
+        f"--model-provider x{LONG}",
+        f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {LONG}/{LONG}",
+        f"@{LONG}",
+    ],
+)
+def test_no_word_of_a_line_is_told_at_length(flags: str) -> None:
+    said = ""
+    try:
+        line = read(flags)
+        line.model()
+        said = "\n".join(line.remarks)
+    except InputError as error:
+        said = str(error)
+    assert all(len(sentence) <= 300 for sentence in said.splitlines())
+
+
+ARGS = "${A_ARGS[@]} ${MODEL_ARGS[@]} $MY_ARGS ${DISTRIBUTED_ARGS[@]} $DATA_ARGS --save $CHECKPOINT_PATH"
+
+
+def test_where_flags_may_be_is_told_of_two_variables() -> None:
+    with pytest.raises(InputError) as raised:
+        read_line(["torchrun", "pretrain_gpt.py", *ARGS.split()]).model()
+    assert "--vocab-size" in str(raised.value)
+    assert len(str(raised.value)) <= 300
+    assert "They may be in $DATA_ARGS, $MY_ARGS and 2 more, which" in str(raised.value)
+    with pytest.raises(InputError, match=r"Give it\.$"):
+        read_line(["torchrun", "pretrain_gpt.py", *words("")[2:], "$DATA_ARGS", *ARGS.split()[-2:]]).model()
+
+
+@pytest.mark.parametrize("name", ["folder", "dangling", "missing", "a" * 300])
+def test_a_single_word_is_a_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"no such file|cannot be read"):
+        read_line([str(tmp_path / name)])
+
+
 def test_what_generates_text_passes() -> None:
     assert read("--prompts a --num-tokens-to-generate 4 --model-provider gpt").model() == read("").model()
 

@@ -20,6 +20,7 @@ from mup_megatron.megatron.arguments.table import (
 )
 from mup_megatron.models.model_file import ModelFile, model_file
 from mup_megatron.recipe import Recipe, Schedule
+from mup_megatron.validation import brief
 
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_size")
 
@@ -184,6 +185,12 @@ def _read_other_ways(content: dict[str, Any], values: Mapping[str, Any], source:
         )
 
 
+_ON_THE_VOCABULARY = (
+    " --vocab-size N, also before the --, is the number of entries of the tokenizer, before padding; it is read from a "
+    "tokenizer's file that is here (--tokenizer-type with --tokenizer-model or --vocab-file)."
+)
+
+
 def _require_all(content: Mapping[str, Any], source: str) -> None:
     missing = [key for key in _REQUIRED if content[key] is None]
     if not missing:
@@ -191,10 +198,7 @@ def _require_all(content: Mapping[str, Any], source: str) -> None:
     names = ", ".join(FIELDS[key].name for key in missing)
     text = f"{source}: missing: {names}. Give {'it' if len(missing) == 1 else 'them'}."
     if "vocab_size" in missing:
-        text += (
-            " --vocab-size N, also before the --, is the number of entries of the tokenizer, before padding; it is "
-            "read from a tokenizer's file that is here (--tokenizer-type with --tokenizer-model or --vocab-file)."
-        )
+        text += _ON_THE_VOCABULARY
     raise InputError(text)
 
 
@@ -265,7 +269,28 @@ def model_from_flags(words: Sequence[str], *, source: str) -> ModelFile:
 
 def naming_unread(error: InputError, words: Sequence[str]) -> InputError:
     """The error; where flags are missing, with the variables among the words that may hold them."""
-    hidden = sorted({word for word in words if unresolved(word) == word})
-    if "missing: " not in str(error) or not hidden:
+    if "missing: " not in str(error):
         return error
-    return InputError(f"{error} They may be in {', '.join(hidden[:3])}, which is not known here.")
+    may_hold = [word for before, word in zip(("", *words), words, strict=False) if _may_hold_flags(before, word)]
+    names = sorted({brief(word, 30) for word in may_hold if "vocab" in str(error) or "DATA" not in word.upper()})
+    if not names:
+        return error
+    more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
+    what = " and ".join([", ".join(names[:_NAMED]), *more])
+    return InputError(f"{str(error).removesuffix(_ON_THE_VOCABULARY)} They may be in {what}, which is not known here.")
+
+
+def _may_hold_flags(before: str, word: str) -> bool:
+    """Whether a word is a variable that can stand for flags, and no flag's value, as far as its name says."""
+    if unresolved(word) != word or _HOLDS_OTHERS.search(word):
+        return False
+    return not before.startswith("--") or _HOLDS_FLAGS.search(word) is not None
+
+
+_NAMED = 2
+_HOLDS_FLAGS = re.compile(r"ARG|OPT|FLAG|CONFIG|MODEL|PARAM|CMD|COMMAND", re.IGNORECASE)
+_HOLDS_OTHERS = re.compile(
+    r"PATH|DIR|OUTPUT|LOG|EVAL|DISTRIBUTED|TORCHRUN|LAUNCH|CHECKPOINT|CKPT|SAVE|LOAD|TENSORBOARD|WANDB|PARALLEL|RANK|"
+    r"NODE|GPU|HOST|PORT|DEEPSPEED|DS_|ZERO|PROFIL",
+    re.IGNORECASE,
+)

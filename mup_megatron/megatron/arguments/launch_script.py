@@ -52,15 +52,18 @@ def words_of_launch(words: Sequence[str]) -> tuple[list[str], str]:
         InputError: as `words_of_script`.
     """
     script = Path(words[0]) if words else Path()
-    if (
-        not words
-        or words[0].startswith("-")
-        or script.suffix == ".py"
-        or not (script.suffix == ".sh" or script.is_file())
-    ):
+    if not words or words[0].startswith("-") or script.suffix == ".py" or not _is_script(script, alone=len(words) == 1):
         return [*words], "flags"
     arguments = [*takewhile(lambda word: not word.startswith("-"), words[1:])]
-    return [*words_of_script(script, arguments), *words[1:]], str(script)
+    return [*words_of_script(script, arguments), *words[1:]], shortened(str(script), 100)
+
+
+def _is_script(path: Path, *, alone: bool) -> bool:
+    """Whether a word is a launch script: by its name, because it is there, or because it cannot be a command's."""
+    try:
+        return alone or path.suffix == ".sh" or path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def words_of_script(path: Path, arguments: Sequence[str] = ()) -> list[str]:
@@ -83,7 +86,7 @@ def words_of_script(path: Path, arguments: Sequence[str] = ()) -> list[str]:
         commands = _Commands(_Lexer(text).tokens())
         reader = _Reader(commands.all(), commands.functions, path.parent, arguments)
         reader.read()
-        return [*reader.launch(str(path))]
+        return [*reader.launch(shortened(str(path), 100))]
     except (RecursionError, _TooMuchError):
         raise InputError(f"{path}: too long, or nested too deeply, to be read. Give the flags in its place.") from None
 
@@ -747,7 +750,7 @@ class _Reader:
         if not self._unread:
             return "Give the script that starts the training, or the flags in its place."
         places = [f"{shortened(word, 30)} (line {line})" for word, line in self._unread.items()]
-        some = f"{', '.join(places[:3])}{' and others' if len(places) > 3 else ''}"
+        some = f"{', '.join(places[:2])}{' and others' if len(places) > 2 else ''}"
         own = "the script's own arguments behind it, or " if "1" in self._unknown else ""
         return f"They may be in {some}, which cannot be read off the script. Give {own}the flags in its place."
 

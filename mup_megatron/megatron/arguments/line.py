@@ -142,7 +142,8 @@ def _unknown(script: str | None, flags: Sequence[str], source: str) -> Iterator[
         name for name in names if row_of(name) is None and unresolved(name) is None and not (forks and fork.known(name))
     ]
     before = [*takewhile(lambda word: not word.startswith("-"), reversed([*takewhile(_no_model_flag, flags)]))]
-    program = script if script is not None else before[0] if before else None
+    launched = before[0] if before and not flags[0].startswith("-") else None
+    program = script if script is not None else launched
     if program is not None and (script is None or unresolved(program) is not None):
         yield (
             f"{brief(program, 60)}: which program this is, is not known here. What it builds is taken for the GPT that "
@@ -164,8 +165,8 @@ def _unknown(script: str | None, flags: Sequence[str], source: str) -> Iterator[
     if known:
         of = " or of Megatron-DeepSpeed" if forks else ""
         raise InputError(
-            f"{source}: {_listed(unknown)}: no flag of {script} in Megatron-LM 0.16 to 0.19{of}. Correct or drop it; a "
-            "changed script of your own may have another name."
+            f"{source}: {_listed(unknown)}: no flag of {brief(script, 60)} in Megatron-LM 0.16 to 0.19{of}. Correct or "
+            "drop it; a changed script of your own may have another name."
         )
     yield f"{_listed(unknown)}: no flag of Megatron-LM 0.16 to 0.19. What it changes of a model, the file lacks."
 
@@ -228,7 +229,7 @@ def _parsed(flags: Sequence[str], source: str, *, native: bool, answered: bool) 
 def _require_known_optimizer(values: Mapping[str, Any], source: str) -> None:
     found = values[HYPERPARAMETERS["optimizer"].key]
     if found not in _OPTIMIZERS:
-        raise InputError(f"{source}: --optimizer {found}: a recipe knows adam and sgd. Choose one of them.")
+        raise InputError(f"{source}: --optimizer {brief(found, 60)}: a recipe knows adam and sgd. Choose one of them.")
 
 
 def _stopped(values: Mapping[str, Any]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from mup_megatron.models.model_file import ModelFile, model_file
 from mup_megatron.recipe import LONGEST_SCHEDULE, Recipe, Schedule, recipe
 from mup_megatron.theory import Kind, Plan, PlanEntry, Role
 from mup_megatron.theory.rules import softmax_scale
+from mup_megatron.validation import brief
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,19 @@ class Native:
                 return None
 
 
+_POSITIVE = (
+    "lr",
+    "decoupled_lr",
+    "init_method_std",
+    "embedding_init_method_std",
+    "mup_base_hidden_size",
+    "mup_base_head_dim",
+    "mup_embedding_mult",
+    "mup_output_mult",
+)
+"""Of these a recipe has quotients, or a key of another name: what is wrong is said before."""
+
+
 def recipe_from_native(
     line: Sequence[str] | Mapping[str, Any], *, vocab_size: int | None = None, source: str
 ) -> NativeRecipe:
@@ -143,12 +157,12 @@ def recipe_from_native(
         )
     if values["optimizer"] not in ("adam", "sgd"):
         raise InputError(
-            f"{source}: --optimizer {values['optimizer']}: a recipe knows adam and sgd. Choose one of them."
+            f"{source}: --optimizer {brief(values['optimizer'], 60)}: a recipe knows adam and sgd. Choose one of them."
         )
     if values["lr"] is None:
         raise InputError(f"{source}: --lr is missing. Give it.")
-    for key in ("mup_base_hidden_size", "mup_base_head_dim", "embedding_init_method_std"):
-        if values[key] is not None and values[key] <= 0:
+    for key in _POSITIVE:
+        if values.get(key) is not None and values[key] <= 0:
             raise InputError(f"{source}: --{key.replace('_', '-')} {values[key]:g}: must be positive. Correct it.")
     # The recipe says it with per_parameter, the model file need not.
     model = model_from_values({**values, "embedding_init_method_std": None}, vocab_size=vocab_size, source=source)
@@ -309,7 +323,7 @@ def _schedule(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
     style, decay_key, warmup_key = values["lr_decay_style"], f"lr_decay_{unit}", f"lr_warmup_{unit}"
     if style not in get_args(Schedule.model_fields["lr_decay_style"].annotation):
-        refuse(f"--lr-decay-style {style}: a recipe does not know it", "Choose another.")
+        refuse(f"--lr-decay-style {brief(style, 60)}: a recipe does not know it", "Choose another.")
     decay = 1.0 if values[decay_key] is None else fraction(decay_key, values[decay_key])
     end = said(decay_key) if values[decay_key] is not None else said(f"train_{unit}") if run is not None else "the run"
     if values["lr_warmup_fraction"] is not None:

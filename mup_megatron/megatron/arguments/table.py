@@ -11,14 +11,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mup_megatron.errors import InputError
+from mup_megatron.validation import brief
+
+_BITS = 63
+"""Of a whole number: no size, length or count of Megatron's has more."""
 
 
 def whole_number(text: str) -> int:
     """As argparse's `type=int`."""
     try:
-        return int(text)
+        value = int(text)
     except ValueError:
-        raise InputError(f"'{text}' is not a whole number") from None
+        raise InputError(f"'{brief(text, 60)}' is not a whole number") from None
+    if value.bit_length() > _BITS:
+        raise InputError(f"'{brief(text, 60)}' is too large")
+    return value
 
 
 def number(text: str) -> float:
@@ -26,9 +33,9 @@ def number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise InputError(f"'{text}' is not a number") from None
+        raise InputError(f"'{brief(text, 60)}' is not a number") from None
     if not math.isfinite(value):
-        raise InputError(f"'{text}' is not a finite number")
+        raise InputError(f"'{brief(text, 60)}' is not a finite number")
     return value
 
 
@@ -360,12 +367,12 @@ def _value(flag: Flag, text: str | None) -> Any:
         line, why = getattr(text, "line", None), getattr(text, "why", "")
         added = flag.name if flag.parse is None else f"{flag.name} with its value"
         raise InputError(
-            f"{flag.name} {text}{f' in line {line}' if line else ''}: what {variable} stands for is not known here"
-            f"{f', because {why}' if why else ''}. "
+            f"{flag.name} {brief(text, 60)}{f' in line {line}' if line else ''}: what {brief(variable, 40)} stands for "
+            f"is not known here{f', because {brief(why, 60)}' if why else ''}. "
             f"Write the value itself, or add {added} after the script."
         )
     if flag.parse is None:
-        raise InputError(f"{flag.name}: takes no value, found '{text}'. Write the flag alone.")
+        raise InputError(f"{flag.name}: takes no value, found '{brief(text, 60)}'. Write the flag alone.")
     return flag.value(text)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mup_megatron.errors import InputError
+from mup_megatron.validation import shortened
 
 TIKTOKEN_DEFAULT = 2**17
 """Of Megatron's TikTokenizer without --vocab-size. The file has to have as many as it takes."""
@@ -68,7 +69,7 @@ def _path(values: Mapping[str, Any], key: str) -> Path | None:
 
 
 def _refused(flag: str, path: Path, what: str) -> InputError:
-    return InputError(f"{flag} {path}: {what}. Give the tokenizer's own file, or --vocab-size.")
+    return InputError(f"{flag} {shortened(str(path), 120)}: {what}. Give the tokenizer's own file, or --vocab-size.")
 
 
 def _bytes(path: Path, flag: str) -> bytes:

@@ -172,6 +172,11 @@ def _require_known_scale(base: PretrainedConfig, target: PretrainedConfig, model
     """Raises InputError if heads grow in size, and attention hides its scale."""
     one, other = configs.head_size(base), configs.head_size(target)
     attention = attention_of(model)
+    if one != other and (one is None or other is None):
+        raise InputError(
+            f"the size of heads is known from the {'target' if one is None else 'recipe'}'s configuration alone, and "
+            f"{base.model_type} has no such key of its own. Take num_attention_heads and head_dim out of it."
+        )
     if one != other and (attention is None or attention.scale is None):
         raise InputError(
             f"the size of heads is {one} in the recipe's base and {other} in the target, and the attention of "
@@ -182,12 +187,15 @@ def _require_known_scale(base: PretrainedConfig, target: PretrainedConfig, model
 def _require_no_embedding_scale(base: torch.nn.Module, target: torch.nn.Module) -> None:
     """Raises InputError if a model multiplies its embeddings by something that grows with width, as Gemma does."""
     at_base = dict(base.named_modules())
+    key = "scale_embedding"
+    can = hasattr(getattr(target, "config", None), key)
+    hint = f"Set {key} to false in base and target." if can else "Its family has no key for it: choose another model."
     for name, module in target.named_modules():
         scale = getattr(module, "embed_scale", None)
         if scale is not None and not _same(scale, getattr(at_base.get(name), "embed_scale", None)):
             raise InputError(
                 f"{name}: {type(module).__name__} multiplies embeddings by a factor that grows with width "
-                "(embed_scale), which μP has no place for. Choose a model without, or set scale_embedding to false."
+                f"(embed_scale), which μP has no place for. {hint}"
             )
 
 

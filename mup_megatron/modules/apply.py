@@ -23,6 +23,7 @@ from mup_megatron.modules.marker import marked
 from mup_megatron.modules.names import named_buffers, named_modules, named_parameters, unwrapped
 from mup_megatron.modules.shapes import TABLES, linear_sides
 from mup_megatron.theory import Kind, Plan, PlanEntry
+from mup_megatron.validation import brief
 
 _MARK = "_mup_applied"
 """Attribute of a model, not of its tensors: `Applied`. It goes with copies and pickles, to which the plan is applied
@@ -205,14 +206,12 @@ def _require_drawn(model: torch.nn.Module, plan: Plan) -> None:
         # Six standard errors of the root mean square of so many draws, and half precision's rounding.
         allowed = entry.library_std * (6.0 / math.sqrt(2.0 * math.prod(entry.shape)) + 4e-3)
         if abs(found - entry.library_std) > allowed:
-            wrong.append(f"{name} has a root mean square of {found:.4g}, drawn would be {entry.library_std:.4g}")
+            wrong.append(f"{brief(name, 90)} has an RMS of {found:.4g}, drawn would be {entry.library_std:.4g}")
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise InputError(
-            f"{wrong[0]}{more}: these weights are not as the library draws them, so they cannot be rescaled. If they "
-            f"were "
-            'loaded, say `initialize: "keep"`; if the model was built inside deepspeed.zero.Init, where the library\'s '
-            'draw does not happen, say `initialize: "redraw"`.'
+            f'{wrong[0]}{more}: not as the library draws it, so it cannot be rescaled. Say `initialize: "keep"` for '
+            'weights that were loaded, `"redraw"` for a model built inside deepspeed.zero.Init.'
         )
 
 

@@ -13,6 +13,7 @@ import torch
 
 from mup_megatron.errors import InputError
 from mup_megatron.modules.names import named_modules
+from mup_megatron.validation import brief
 
 _HEAD_SIZES = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _SCALES = ("scaling", "scale", "softmax_scale")
@@ -49,11 +50,21 @@ def attention_of(model: torch.nn.Module) -> Attention | None:
     Raises:
         InputError: their head sizes differ.
     """
-    found = [attention for _, _, attention in attention_modules(model)]
-    sizes = sorted({attention.head_size for attention in found})
-    if len(sizes) > 1:
+    found = {name: attention for name, _, attention in attention_modules(model)}
+    first = {attention.head_size: name for name, attention in reversed(found.items())}
+    if len(first) > 1:
+        one, other = sorted(first)[:2]
         raise InputError(
-            f"attentions with heads of different sizes ({', '.join(map(str, sizes))}) are not supported: one model has "
-            "one scale of attention logits here."
+            f"heads of different sizes ({other} in {brief(first[other], 60)}, {one} in {brief(first[one], 60)}) are not "
+            f"supported: one model has one attention scale here. {_remedy(model)}"
         )
-    return found[0] if found else None
+    return next(iter(found.values()), None)
+
+
+def _remedy(model: torch.nn.Module) -> str:
+    """What can be done about a model that has several kinds of attention."""
+    config = getattr(model, "config", None)
+    within = next((key for key in ("text_config", "vision_config", "audio_config") if hasattr(config, key)), None)
+    if within is not None:
+        return f"Make base and target of {within} alone, with the architectures of that model."
+    return "Give all attentions heads of one size, or choose another model."

@@ -18,6 +18,7 @@ from mup_megatron.modules.draws import Draw, Watch, build_on_meta
 from mup_megatron.modules.names import named_modules, named_parameters
 from mup_megatron.recipe import ModuleParameter
 from mup_megatron.theory import Dimension, Kind, ModelShape, Parameter, family_of
+from mup_megatron.validation import brief
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ def _require_understood(built: Built) -> None:
     unknown = [name for name, draw in built.draws.items() if not draw.understood]
     if unknown:
         raise InputError(
-            f"{_listed(unknown)}: how it is drawn is not understood, so its std is unknown. Initialise it with "
-            "torch.nn.init's normal_, uniform_, trunc_normal_, kaiming_* or xavier_* around 0, or with a constant; a "
-            "library's model that does otherwise is not supported."
+            f"{_listed(unknown)}: how it is drawn is not understood, so its std is unknown. In a model of your own draw "
+            "it with one of torch.nn.init's functions around 0, or set it to a constant; in place of a library's, "
+            "choose another model."
         )
 
 
@@ -99,7 +100,7 @@ def _listed(names: list[str]) -> str:
     """The first ones, and how many there are beside them: more would hide what is to be done."""
     shown = next(n for n in range(len(names), 0, -1) if n == 1 or len(", ".join(names[:n])) <= _LINE)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    return brief(", ".join(names[:shown]), _LINE) + more
 
 
 _LINE = 90

@@ -16,6 +16,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.huggingface import apply_plan, configs, plan_for
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.modules import module_base, plan_for_module
+from mup_megatron.modules.attention import attention_of
 from mup_megatron.recipe import Recipe, recipe
 
 
@@ -201,7 +202,7 @@ def test_embeddings_that_grow_with_width(kind: str) -> None:
             num_key_value_heads=1, head_dim=16, vocab_size=64, architectures=[kind.replace("Config", "ForCausalLM")],
         )  # fmt: skip
 
-    _refused(lambda: plan_for(gemma(64), recipe_at(gemma(32))), "model.embed_tokens", "embed_scale")
+    _refused(lambda: plan_for(gemma(64), recipe_at(gemma(32))), "model.embed_tokens", "embed_scale", "no key for it")
 
 
 def test_bart_may_scale_its_embedding_or_not() -> None:
@@ -236,6 +237,34 @@ def test_attention_that_hides_its_scale_must_not_have_larger_heads(kind: str) ->
 
     _refused(lambda: plan_for(at(2, 4), recipe_at(at(1, 4))), "head", "scale")
     assert plan_for(at(2, 8), recipe_at(at(1, 4))).entries
+
+
+def test_heads_of_a_model_that_has_none() -> None:
+    def fnet(width: int, **own: int) -> PretrainedConfig:
+        return transformers.FNetConfig(
+            hidden_size=width, intermediate_size=width, num_hidden_layers=1, vocab_size=64, **own,
+            architectures=["FNetForMaskedLM"],
+        )  # fmt: skip
+
+    _refused(lambda: plan_for(fnet(64, num_attention_heads=4), recipe_at(fnet(32))), "num_attention_heads", "fnet")
+
+
+def test_a_draw_of_a_librarys_model_that_is_not_understood() -> None:
+    def mamba(width: int) -> PretrainedConfig:
+        return transformers.MambaConfig(
+            hidden_size=width, num_hidden_layers=2, vocab_size=64, architectures=["MambaForCausalLM"]
+        )
+
+    _refused(lambda: plan_for(mamba(64), recipe_at(mamba(32))), "is not understood", "choose another model")
+
+
+def test_two_kinds_of_attention_in_one_configuration() -> None:
+    with torch.device("meta"):
+        model = nn.ModuleDict({"vision": nn.Module(), "text": nn.Module()})
+    for name, size in (("vision", 72), ("text", 128)):
+        model[name].attn = type("OwnAttention", (nn.Module,), {"head_dim": size})()
+    model.config = transformers.LlavaConfig()  # type: ignore[assignment]
+    _refused(lambda: attention_of(model), "128 in text.attn", "72 in vision.attn", "text_config alone")
 
 
 # ---- the wrong kind of recipe --------------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ def attention_of(model: torch.nn.Module) -> Attention | None:
     if len(first) > 1:
         one, other = sorted(first)[:2]
         raise InputError(
-            f"heads of different sizes ({other} in {brief(first[other], 60)}, {one} in {brief(first[one], 60)}) are not "
-            f"supported: one model has one attention scale here. {_remedy(model)}"
+            f"heads of different sizes ({other} in {brief(first[other], 60)}, {one} in {brief(first[one], 60)}) are "
+            f"not supported: one model has one attention scale here. {_remedy(model)}"
         )
     return next(iter(found.values()), None)
 

@@ -252,8 +252,8 @@ def _require_shapes(model: torch.nn.Module, plan: Plan) -> None:
             continue
         if whole_shape(parameter) != plan[name].shape:
             raise InputError(
-                f"{name}: the model's shape is {whole_shape(parameter)}, the plan's {plan[name].shape}: it was replaced "
-                "after the plan was made. Change the model first, and make and apply the plan then."
+                f"{name}: the model's shape is {whole_shape(parameter)}, the plan's {plan[name].shape}: it was "
+                "replaced after the plan was made. Change the model first, and make and apply the plan then."
             )
 
 

@@ -206,7 +206,7 @@ def test_the_trainer_does_not_train_a_saved_model_whose_plan_was_forgotten(
     saved: tuple[LlamaForCausalLM, Path],
 ) -> None:
     loaded = LlamaForCausalLM.from_pretrained(saved[1])
-    with pytest.raises(InputError, match="no plan was applied.*another function"):
+    with pytest.raises(InputError, match=r"no plan was applied.*another function"):
         trainer(loaded, saved[1]).train()
     loaded.config.mup_megatron |= {"softmax_scale": None, "multipliers": {}}
     with pytest.raises(InputError, match="no plan was applied") as raised:

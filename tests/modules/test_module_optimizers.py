@@ -179,7 +179,7 @@ def test_a_cycle_goes_up_to_the_plans_rates(right: bool) -> None:
         if right:
             check_optimizer(optimizer, own, model)
         else:
-            with pytest.raises(InputError, match="lr is 0.01 in the optimizer"):
+            with pytest.raises(InputError, match=r"lr is 0\.01 in the optimizer"):
                 check_optimizer(optimizer, own, model)
         optimizer.step()
         scheduler.step()
@@ -216,7 +216,7 @@ def test_rates_that_were_set_to_one_under_a_scheduler() -> None:
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     for held in (model, None):
-        with pytest.raises(InputError, match=r"group mup 2.weight: lr is .* times its initial_lr") as raised:
+        with pytest.raises(InputError, match=r"group mup 2\.weight: lr is .* times its initial_lr") as raised:
             check_optimizer(optimizer, own, held)
         assert len(str(raised.value)) <= 300
 
@@ -247,7 +247,7 @@ def test_betas_need_only_be_one_and_the_same() -> None:
     own = plan()
     optimizer = optim.AdamW(param_groups(net().named_parameters(), own))
     optimizer.param_groups[0]["betas"] = (0.5, 0.6)
-    with pytest.raises(InputError, match="betas differ .* Give all of them the same"):
+    with pytest.raises(InputError, match=r"betas differ .* Give all of them the same"):
         check_optimizer(optimizer, own)
 
 

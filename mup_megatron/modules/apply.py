@@ -206,7 +206,7 @@ def _require_drawn(model: torch.nn.Module, plan: Plan) -> None:
         # Six standard errors of the root mean square of so many draws, and half precision's rounding.
         allowed = entry.library_std * (6.0 / math.sqrt(2.0 * math.prod(entry.shape)) + 4e-3)
         if abs(found - entry.library_std) > allowed:
-            wrong.append(f"{brief(name, 90)} has an RMS of {found:.4g}, drawn would be {entry.library_std:.4g}")
+            wrong.append(f"{brief(name, 60)} has an RMS of {found:.4g}, drawn would be {entry.library_std:.4g}")
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise InputError(

@@ -77,9 +77,8 @@ def _require_understood(built: Built) -> None:
     unknown = [name for name, draw in built.draws.items() if not draw.understood]
     if unknown:
         raise InputError(
-            f"{_listed(unknown)}: how it is drawn is not understood, so its std is unknown. In a model of your own "
-            "draw it with one of torch.nn.init's functions around 0, or set it to a constant; in place of a library's, "
-            "choose another model."
+            f"{_listed(unknown)}: how it is drawn is not understood, so its std is unknown. Draw it in your own "
+            "model with one of torch.nn.init's functions around 0; in place of a library's, choose another model."
         )
 
 

@@ -211,8 +211,12 @@ def in_one_sentence(what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        # An assertion without words is its own text.
-        said = _short(str(error)) or _short(traceback.extract_tb(error.__traceback__)[-1].line or "")
+        # An assertion without words is its own text. What torch says about `weights_only` is advice to run a file.
+        said = (
+            _NOT_PLAIN
+            if "weights_only" in str(error)
+            else _short(str(error)) or _short(traceback.extract_tb(error.__traceback__)[-1].line or "")
+        )
         said = said or type(error).__name__
         raise InputError(f"{_SOURCE}: Megatron-LM {core_version_text()} {what}: {said}") from error
 
@@ -220,6 +224,9 @@ def in_one_sentence(what: str) -> Iterator[None]:
 def _short(text: str) -> str:
     line = re.sub(r"\s+", " ", text).strip()
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
+
+
+_NOT_PLAIN = "a checkpoint holds more than tensors and plain values, or is damaged. Nothing of it was run"
 
 
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]

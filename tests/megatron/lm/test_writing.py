@@ -13,7 +13,9 @@ from support.lines import ACCEPTED, REFUSED, words
 from support.lm_runs import SCRIPT, Finished, run_script
 
 from mup_megatron import launch
+from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments import read_line
+from mup_megatron.megatron.lm import writing
 from mup_megatron.models.model_file import ModelFile, load_model_file
 
 pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megatron.training in its wheel")
@@ -163,3 +165,11 @@ def test_a_script_that_never_reads_a_line(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, env=dict(os.environ))
     assert ended.returncode == 2
     assert "the script has ended and never read Megatron's arguments" in ended.stderr
+
+
+def test_advice_to_run_a_file_is_not_passed_on() -> None:
+    advice = "Weights only load failed. Re-running `torch.load` with `weights_only` set to `False` will likely succeed"
+    with pytest.raises(InputError) as raised, writing.in_one_sentence("cannot read it"):
+        raise RuntimeError(advice)
+    assert "weights_only" not in str(raised.value)
+    assert "more than tensors and plain values" in str(raised.value)

@@ -130,7 +130,7 @@ def _factory(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Ca
             assert isinstance(model, PreTrainedModel)
             # What it skips where the default device is meta.
             with _untied(model), torch.device("cpu"):
-                model.initialize_weights()
+                model.initialize_weights()  # type: ignore[no-untyped-call]
         return model
 
     return build

@@ -269,7 +269,7 @@ def test_what_is_wrong_is_said_with_the_flags_name(words: list[str], said: str) 
 
 
 def test_a_missing_vocabulary_is_the_tokenizers() -> None:
-    with pytest.raises(InputError, match=r"missing: --vocab-size\. Give it\. .* entries of the tokenizer"):
+    with pytest.raises(InputError, match=r"missing: --vocab-size\. Give it\. .* the tokenizer.s size before padding"):
         model_from_flags(REQUIRED[:-2], source="line")
     with pytest.raises(InputError, match="missing: --num-layers, --hidden-size, "):
         model_from_flags([], source="line")

@@ -186,8 +186,8 @@ def _read_other_ways(content: dict[str, Any], values: Mapping[str, Any], source:
 
 
 _ON_THE_VOCABULARY = (
-    " --vocab-size N, also before the --, is the number of entries of the tokenizer, before padding; it is read from a "
-    "tokenizer's file that is here (--tokenizer-type with --tokenizer-model or --vocab-file)."
+    " --vocab-size N, also before the --, is the tokenizer's size before padding; it is read from a file that is here "
+    "(--tokenizer-type with --tokenizer-model or --vocab-file)."
 )
 
 

@@ -238,8 +238,8 @@ def check_prefix(prefix: Path) -> DataMeta:
             if prefix.suffix in (".bin", ".idx", ".json") and prefix.is_file():
                 hint = f" Leave the suffix away: {prefix.with_suffix('')}."
             raise InputError(
-                f"{at(prefix, suffix)}: no such file, so there are no data at {prefix}.{hint} "
-                f"Make them: mup-megatron data FILES… -o {prefix}"
+                f"{at(prefix, suffix)}: no such file, so there are no data.{hint} Make them with mup-megatron data, "
+                "and give the prefix that stands behind its -o."
             )
     index = read_index(prefix)
     meta = read_meta(prefix)

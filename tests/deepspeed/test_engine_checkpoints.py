@@ -294,7 +294,7 @@ def test_without_an_entry_deepspeed_decides_what_it_can_read(tmp_path: Path) -> 
     assert "was trained without a recipe" in found["not a zip, with an entry"]
     assert "was trained with a recipe, and without it" in found["of a recipe"]
     assert not found["broken"].startswith("InputError")
-    assert re.match("InputError: .*mp_rank_00_model_states.pt: .*cannot be read", found["broken, with an entry"])
+    assert re.match("InputError: .*mp_rank_00_model_states.pt: .*damaged", found["broken, with an entry"])
 
 
 def _edited_plainly(root: str) -> dict[str, LiveValues]:

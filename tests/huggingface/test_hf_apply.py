@@ -297,7 +297,7 @@ def test_weights_that_were_changed_are_noticed(change: str) -> None:
         for _ in range(3):
             loss_of(model, "gpt2").backward()
             optimizer.step()
-    with pytest.raises(ValueError, match="not as the library draws them"):
+    with pytest.raises(ValueError, match="not as the library draws it"):
         apply_plan(model, plan_for(model, _recipe("gpt2")))
 
 

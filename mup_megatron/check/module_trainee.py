@@ -55,7 +55,21 @@ _MASKED_BELOW = -1e4
 """What no logit is, but for the masks that are added to them."""
 
 
-class ModuleTrainee:
+class _Seen:
+    """What a trainee says of its forward passes, from what its `Sight` has seen of them."""
+
+    _sight: "Sight"
+
+    def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
+        """As attention takes them in."""
+        return self._sight.queries()
+
+    def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
+        """What was computed between modules."""
+        return self._sight.beside
+
+
+class ModuleTrainee(_Seen):
     """A module with a torch optimizer; a `Trainee`. One process, or several that do the same.
 
     Args:
@@ -130,14 +144,6 @@ class ModuleTrainee:
             self._loss(self._model, repeated)
         return True
 
-    def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
-        """As attention takes them in."""
-        return self._sight.queries()
-
-    def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
-        """What was computed between modules."""
-        return self._sight.beside
-
     def gradient_norm(self) -> float | None:
         """Of the last step, before clipping."""
         return self._norm
@@ -171,7 +177,7 @@ class ModuleTrainee:
         """Nothing is kept."""
 
 
-class EngineTrainee:
+class EngineTrainee(_Seen):
     """A DeepSpeed engine of any ZeRO stage; a `Trainee`. Every rank holds whole copies of the parameters.
 
     Args:
@@ -233,14 +239,6 @@ class EngineTrainee:
         with self._sight:
             self._loss(self._engine, repeated)
         return True
-
-    def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
-        """As attention takes them in."""
-        return self._sight.queries()
-
-    def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
-        """What was computed between modules."""
-        return self._sight.beside
 
     def gradient_norm(self) -> float | None:
         """Over all ranks, before clipping."""

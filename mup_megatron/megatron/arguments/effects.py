@@ -13,6 +13,7 @@ from mup_megatron.megatron.arguments.table import (
     ALSO_READ,
     FIELDS,
     HYPERPARAMETERS,
+    MORE_TOKENS,
     NATIVE_MUP,
     NOT_SAID,
     REFUSED,
@@ -378,7 +379,7 @@ def _rows() -> Iterator[Row]:
         yield Row(flag.name, Effect.MODEL, "says what a key of a model file says")
     for flag in TOKENIZER:
         yield Row(flag.name, Effect.MODEL, "decides the vocabulary where `--vocab-size` does not")
-    for name in ("--tokenizer-special-tokens", "--tiktoken-special-tokens", "--tokenizer-metadata"):
+    for name in MORE_TOKENS:
         yield Row(name, Effect.MODEL, "adds to the vocabulary; `model --from-args` then asks for its size")
     for name in ("--model-provider", "--model-type"):
         yield Row(name, Effect.REFUSED, "another model than a GPT is built, unless it says `gpt`.")

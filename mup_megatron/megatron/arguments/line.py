@@ -21,6 +21,7 @@ from mup_megatron.megatron.arguments.table import (
     FIELDS,
     HYPERPARAMETERS,
     MODEL,
+    MORE_TOKENS,
     STOPPED,
     TOKENIZER,
     parsed,
@@ -34,8 +35,6 @@ from mup_megatron.validation import brief
 _OPTIMIZERS = ("adam", "sgd")
 _FLAGS = "flags"
 """What `words_of_launch` calls words that are no launch script."""
-_MORE_TOKENS = ("--tokenizer-special-tokens", "--tiktoken-special-tokens", "--tokenizer-metadata")
-"""Flags after which a tokenizer has more entries than its file, or is another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +251,7 @@ def _vocabulary(
         return None, _unasked(answer, f"--padded-vocab-size {values['padded_vocab_size']}")
     if not values["pad_vocab_size"]:
         return stated if stated is not None else answer, []
-    more = any(row.partition("=")[0] in _MORE_TOKENS for row in flags)
+    more = any(row.partition("=")[0] in MORE_TOKENS for row in flags)
     try:
         found = None if more else vocabulary(values, _core())
     except InputError as error:

@@ -305,6 +305,9 @@ STOPPED = (
 )
 """What leaves the model as it is, and with which a run with a recipe is stopped: `refusal` says why."""
 
+MORE_TOKENS = ("--tokenizer-special-tokens", "--tiktoken-special-tokens", "--tokenizer-metadata")
+"""Flags after which a tokenizer has more entries than its file, or is another one."""
+
 TOKENIZER = (
     Flag("--tokenizer-type", "tokenizer_type", None, str),
     Flag("--tokenizer-model", "tokenizer_model", None, str),

@@ -24,7 +24,7 @@ from mup_megatron.megatron.arguments.table import NOT_SAID, REFUSED, STOPPED
 from mup_megatron.megatron.lm import flags
 from mup_megatron.megatron.versions import core_version_text, range_remark
 from mup_megatron.models.model_file import ModelFile
-from mup_megatron.yaml_io import dump_yaml
+from mup_megatron.yaml_io import dump_yaml, read_yaml
 
 _SOURCE = "the command line"
 _LONGEST = 200
@@ -132,6 +132,23 @@ def _validate_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     return validate(*args, **kwargs)
 
 
+def _load_args_from_checkpoint(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    with in_one_sentence("cannot read a checkpoint's arguments"):
+        try:
+            return wrapped(*args, **kwargs)
+        except SystemExit as end:  # is what Megatron makes of an error there, after printing it
+            if isinstance(end.__context__, Exception):
+                raise end.__context__ from None
+            raise
+
+
+def _load_yaml(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    path = Path(args[0] if args else kwargs["yaml_path"])
+    if not isinstance(read_yaml(path), Mapping):
+        raise InputError(f"{path}: no keys with values. --yaml-cfg wants Megatron's arguments in it.")
+    return wrapped(*args, **kwargs)
+
+
 def _validate_yaml(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     with in_one_sentence("refuses it"):
         return wrapped(*args, **kwargs)
@@ -155,7 +172,10 @@ def _vocabulary(values: Any) -> int | None:
         return stated
     from megatron.training import global_vars
 
-    with in_one_sentence(f"cannot build the tokenizer of --tokenizer-type {values.tokenizer_type}"):
+    with in_one_sentence(
+        f"cannot build the tokenizer of --tokenizer-type {values.tokenizer_type}. Give its files (--tokenizer-model, or "
+        "--vocab-file and --merge-file), or --tokenizer-type NullTokenizer with --vocab-size. It says"
+    ):
         return int(global_vars.build_tokenizer(values).vocab_size)
 
 
@@ -239,8 +259,9 @@ _READING = {
 }
 PLACES: Mapping[str, Mapping[str, Wrapper]] = {
     "megatron.training.arguments": {"add_megatron_arguments": _add_megatron_arguments, **_READING},
-    "megatron.training.yaml_arguments": {"validate_yaml": _validate_yaml},
+    "megatron.training.yaml_arguments": {"load_yaml": _load_yaml, "validate_yaml": _validate_yaml},
     "megatron.training.global_vars": {"set_global_variables": _set_global_variables},
+    "megatron.training.checkpointing": {"load_args_from_checkpoint": _load_args_from_checkpoint},
     "megatron.training.initialize": _READING,
 }
 """Module → its functions, as in `hooks.py`. Up to 0.17 it is `initialize` that reads the line, later `arguments`."""

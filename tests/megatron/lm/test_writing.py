@@ -1,5 +1,6 @@
 """`--mup-write-model-file`: Megatron reads its own line, and says what a reader of its flags says."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.lines import ACCEPTED, REFUSED, words
 from support.lm_runs import SCRIPT, Finished, run_script
 
@@ -76,6 +78,37 @@ def test_an_error_of_megatrons_is_one_sentence(tmp_path: Path) -> None:
         assert said in finished.err[0].splitlines()[-1]
         assert "Traceback" not in finished.err[0]
         assert not path.exists()
+
+
+def test_files_that_megatron_cannot_read_are_named(tmp_path: Path) -> None:
+    """Megatron itself fails at a number in place of keys, and ends the process at a checkpoint it does not read."""
+    (tmp_path / "one.yaml").write_text("1\n")
+    saved = tmp_path / "checkpoint" / "iter_0000001" / "mp_rank_00"
+    saved.mkdir(parents=True)
+    (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("1")
+    torch.save({"args": argparse.Namespace(num_layers=2), "more": Path}, saved / "model_optim_rng.pt")
+    for number, (flags, said) in enumerate(
+        (
+            (f"--yaml-cfg {tmp_path}/one.yaml", f"{tmp_path}/one.yaml: no keys with values."),
+            (
+                f"--use-checkpoint-args --load {tmp_path}/checkpoint --ckpt-format torch",
+                "a checkpoint holds more than tensors and plain values",
+            ),
+        )
+    ):
+        finished, path = write(tmp_path / str(number), words(flags))
+        assert finished.codes == [2]
+        assert said in finished.err[0].splitlines()[-1]
+        assert not path.exists()
+
+
+def test_a_tokenizer_without_files_says_what_to_give(tmp_path: Path) -> None:
+    offline = {"HF_HUB_OFFLINE": "1"}
+    line = words("", tokenizer=f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {tmp_path}/none")
+    finished, path = write(tmp_path, line, offline)
+    assert finished.codes == [2]
+    assert "Give its files (--tokenizer-model, or" in finished.err[0].splitlines()[-1]
+    assert not path.exists()
 
 
 def test_the_tokenizer_is_megatrons_own(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from mup_megatron.check.expense import BUILT, Shapes, affordable, prediction
 from mup_megatron.check.family import (
     PILOT,
     PILOT_RATE,
+    SEQUENCE,
     at_width,
     condensed,
     eps_from,
@@ -191,6 +192,24 @@ def check_megatron(
         )
 
 
+def usual_widths(target: ModelFile, recipe: Recipe, *, tensor_parallel: int) -> tuple[list[int], list[str]]:
+    """The widths of a check that nobody has chosen, and what is to be said of them.
+
+    Args:
+        target: as `condensed` leaves it.
+        recipe: likewise.
+        tensor_parallel: ranks that share heads and groups.
+
+    Raises:
+        InputError: as `affordable`.
+    """
+    return affordable(
+        widths_for(target, recipe, levels.WIDTHS, tensor_parallel=tensor_parallel),
+        lambda width: _shapes(at_width(target, recipe, width), recipe),
+        tokens=SEQUENCE,
+    )
+
+
 def _checked(
     target: ModelFile,
     recipe: Recipe,
@@ -216,11 +235,7 @@ def _checked(
     small, small_recipe = condensed(target, recipe, tensor_parallel=shared, stages=stages)
     chosen, fewer = [*(widths or ())], []  # type: tuple[list[int], list[str]]
     if not chosen:
-        chosen, fewer = affordable(
-            widths_for(small, small_recipe, levels.WIDTHS, tensor_parallel=shared),
-            lambda width: _shapes(at_width(small, small_recipe, width), small_recipe),
-            tokens=small.seq_length,
-        )
+        chosen, fewer = usual_widths(small, small_recipe, tensor_parallel=shared)
     models = {w: available_model(m, layout) for w, m in models_for(small, small_recipe, chosen).items()}
     world = ranks.world_size()
     family = Family(recipe=small_recipe, models=models, cache=references, processes=usable(processes))

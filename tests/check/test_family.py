@@ -7,6 +7,7 @@ import pytest
 from mup_megatron.check.expense import Expense, of_run
 from mup_megatron.check.family import DEPTH, FLOOR, at_width, condensed, models_for, stressed, widths_for
 from mup_megatron.check.levels import CONTROL_SEEDS, EARLY, LATE, REFERENCE_SEEDS, SEEDS, WIDTHS
+from mup_megatron.check.run import usual_widths
 from mup_megatron.errors import InputError
 from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Hyperparameters, Parametrization, PerParameter, Recipe
@@ -157,8 +158,8 @@ def test_a_check_of_any_target_is_cheap(name: str, tensor_parallel: int) -> None
     """The predicted cost stands for the time: a core does some 3e10 FLOPs, or 2e5 calls, in a second."""
     whole, tuned = TARGETS[name]
     small, here = condensed(whole, tuned, tensor_parallel=tensor_parallel)
-    widths = widths_for(small, here, WIDTHS, tensor_parallel=tensor_parallel)
-    assert widths[-1] == 8 * widths[0]
+    widths, remarks = usual_widths(small, here, tensor_parallel=tensor_parallel)
+    assert (widths[-1], remarks) == (8 * widths[0], [])
     quick, standard = Expense(), Expense()
     for model in models_for(small, here, widths).values():
         shapes = [entry.shape for entry in here.plan(model).entries]

@@ -173,8 +173,8 @@ def _vocabulary(values: Any) -> int | None:
     from megatron.training import global_vars
 
     with in_one_sentence(
-        f"cannot build the tokenizer of --tokenizer-type {values.tokenizer_type}. Give its files (--tokenizer-model, or "
-        "--vocab-file and --merge-file), or --tokenizer-type NullTokenizer with --vocab-size. It says"
+        f"cannot build the tokenizer of --tokenizer-type {values.tokenizer_type}. Give its files (--tokenizer-model, "
+        "or --vocab-file and --merge-file), or --tokenizer-type NullTokenizer with --vocab-size. It says"
     ):
         return int(global_vars.build_tokenizer(values).vocab_size)
 

@@ -107,7 +107,7 @@ def test_a_tokenizer_without_files_says_what_to_give(tmp_path: Path) -> None:
     line = words("", tokenizer=f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {tmp_path}/none")
     finished, path = write(tmp_path, line, offline)
     assert finished.codes == [2]
-    assert "Give its files (--tokenizer-model, or" in finished.err[0].splitlines()[-1]
+    assert "Give its files (--tokenizer-model, " in finished.err[0].splitlines()[-1]
     assert not path.exists()
 
 

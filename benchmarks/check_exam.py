@@ -269,7 +269,7 @@ def _checked(job: Job, folder: Path) -> dict[str, Any]:
     from exam.right import RIGHT
     from exam.setups import Modules
 
-    from mup_megatron.check.comparison import findings
+    from mup_megatron.check.verdict.comparison import findings
 
     setup = MISTAKES[job.name].wrong if job.part == "mistakes" else RIGHT[job.name].make()
     if isinstance(setup, Modules):
@@ -294,7 +294,7 @@ def _checked(job: Job, folder: Path) -> dict[str, Any]:
 
 def _keep_references(key: str) -> None:
     """Lets checks of one model share their correct runs."""
-    from mup_megatron.check.modules import ModuleFamily
+    from mup_megatron.check.subjects.modules import ModuleFamily
     from mup_megatron.recipe import Recipe
 
     train: Callable[..., Any] = ModuleFamily._correct

@@ -6,7 +6,7 @@ Parts:
 
     tune               correct models of the two architectures that thresholds were set on, seeds below 100
     quick-correct      100 correct models, which have to pass
-    quick-mutants      each mistake of `mup_megatron.check.mutants` on 5 seeds, one architecture each, in turn
+    quick-mutants      each mistake of `mup_megatron.check.mutants.mutants` on 5 seeds, one architecture each, in turn
     standard-mutants   those that quick did not always find, on 3 seeds
     standard-correct   20 correct models
 
@@ -33,10 +33,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import mup_megatron
-from mup_megatron.check import family, levels
-from mup_megatron.check.measurements import Protocol
-from mup_megatron.check.mutants import MUTANTS, Context, Mutant
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.measure import levels
+from mup_megatron.check.measure.measurements import Protocol
+from mup_megatron.check.mutants.mutants import MUTANTS, Context, Mutant
+from mup_megatron.check.subjects import family
 from mup_megatron.recipe import Recipe, recipe
 
 PARTS = ("tune", "quick-correct", "quick-mutants", "standard-mutants", "standard-correct")
@@ -248,9 +249,9 @@ def _start_worker(log: Path) -> None:
 
 
 def _check(job: Job, output: Path) -> dict[str, Any]:
-    from mup_megatron.check.comparison import findings
-    from mup_megatron.check.run import check_megatron
-    from mup_megatron.check.verdict import Level
+    from mup_megatron.check.subjects.megatron_check import check_megatron
+    from mup_megatron.check.verdict.comparison import findings
+    from mup_megatron.check.verdict.verdict import Level
 
     architecture = ARCHITECTURES[job.architecture]
     mutant = None if job.mutant is None else MUTANTS[job.mutant]
@@ -303,7 +304,7 @@ def difference(right: Mapping[str, Any], wrong: Mapping[str, Any]) -> float:
 
 def trained(mutant: Mutant | None, architecture: Architecture, output: Path, width: int) -> dict[str, Any]:
     """The weights of a model of a width after 20 steps, by name."""
-    from mup_megatron.check.run import Family
+    from mup_megatron.check.subjects.megatron_check import Family
     from mup_megatron.training import ranks
     from mup_megatron.training.build import available_model
 
@@ -314,13 +315,13 @@ def trained(mutant: Mutant | None, architecture: Architecture, output: Path, wid
 
 
 def _one_process() -> Any:
-    from mup_megatron.check.run import ONE_PROCESS
+    from mup_megatron.check.subjects.megatron_check import ONE_PROCESS
 
     return ONE_PROCESS
 
 
 def _weights_after(model: ModelFile, stressed: Recipe, width: int, mutant: Mutant | None) -> dict[str, Any]:
-    from mup_megatron.check.megatron_subject import build_megatron
+    from mup_megatron.check.subjects.megatron import build_megatron
 
     context = Context(base=stressed.megatron_base, target=model, recipe=stressed, width=width)
     plan = stressed.plan(model)

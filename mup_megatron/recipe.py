@@ -12,10 +12,10 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
 from mup_megatron import theory
+from mup_megatron.architectures.gpt import gpt_shapes
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
-from mup_megatron.models.gpt import gpt_shapes
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.validation import Strict, validated
 from mup_megatron.yaml_io import dump_yaml, read_yaml
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mup_megatron.architectures.model_file import model_file
 from mup_megatron.errors import InputError
 from mup_megatron.json_io import read_json
-from mup_megatron.models.model_file import model_file
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, Recipe
 from mup_megatron.theory import Plan
 from mup_megatron.validation import quoted

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, model_validator
 
+from mup_megatron.architectures.model_file import ModelFile, model_file
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import ModelFile, model_file
 from mup_megatron.recipe import Hyperparameters, Recipe, recipe
 from mup_megatron.search import (
     Outcome,

@@ -1,6 +1,6 @@
 """Plain values from a file → checked, immutable objects; what is wrong is said in words for people.
 
-Not the place for formats: what a model file or a recipe contains is in `models/model_file.py` and `recipe.py`.
+Not the place for formats: what a model file or a recipe contains is in `architectures/model_file.py` and `recipe.py`.
 """
 
 import difflib

@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from mup_megatron.models.gpt import gpt_shapes
-from mup_megatron.models.model_file import load_model_file
+from mup_megatron.architectures.gpt import gpt_shapes
+from mup_megatron.architectures.model_file import load_model_file
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mup_megatron"
@@ -26,7 +26,7 @@ MODEL_FILES = sorted((ROOT / "configs" / "models").glob("*.yaml"))
 NAMED_SIZES = {"m": 1e6, "b": 1e9}
 
 GROUND = {
-    *("collectives", "complaint", "errors", "files", "json_io", "readback", "unpickling", "validation", "yaml_io"),
+    *("collectives", "messages", "errors", "files", "json_io", "readback", "unpickling", "validation", "yaml_io"),
 }
 """Errors, what raises them for files and on all ranks, and what tells them: whoever may import `errors` may import all
 of these."""
@@ -102,7 +102,8 @@ def test_the_ground_imports_only_itself() -> None:
 
 def test_explaining_needs_no_torch() -> None:
     program = (
-        "import sys, mup_megatron.theory, mup_megatron.models.gpt, mup_megatron.recipe, mup_megatron.cli.explain\n"
+        "import sys, mup_megatron.theory, mup_megatron.architectures.gpt, mup_megatron.recipe\n"
+        "import mup_megatron.cli.explain\n"
         "print(sorted({'torch', 'megatron'} & {name.split('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,7 +1,7 @@
 """What the experiment costs: every job with its FLOPs, and the total beside the paper's own formula. Runs nothing.
 
-FLOPs are those of `mup_megatron.models.cost`: computed from the model files, the embedding and the attention scores
-included. The paper's formula (Tensor Programs V, section 7.4) multiplies parameters by tokens and knows neither.
+FLOPs are those of `mup_megatron.architectures.cost`: computed from the model files, the embedding and the attention
+scores included. The paper's formula (Tensor Programs V, section 7.4) multiplies parameters by tokens and knows neither.
 """
 
 import json
@@ -13,9 +13,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from mup_megatron.architectures.cost import parameter_count, training_flops
+from mup_megatron.architectures.model_file import ModelFile, load_model_file
 from mup_megatron.files import write_atomically
-from mup_megatron.models.cost import parameter_count, training_flops
-from mup_megatron.models.model_file import ModelFile, load_model_file
 
 ITEMS = ("attention_projections", "attention_scores", "mlp", "readout", "total")
 

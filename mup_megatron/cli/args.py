@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 
+from mup_megatron.architectures.model_file import load_model_file
 from mup_megatron.cli.options import FILE, load_planned, target_argument
 from mup_megatron.megatron.arguments import flags
-from mup_megatron.models.model_file import load_model_file
 
 
 @click.command()

@@ -7,9 +7,9 @@ from typing import Literal
 
 import click
 
+from mup_megatron.architectures.model_file import load_model_file
 from mup_megatron.cli.options import FILE
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import load_model_file
 from mup_megatron.recipe import load_recipe
 from mup_megatron.search import StudySpec, default_storage, load_space, run_sweep
 from mup_megatron.training.data.indexed import check_prefix, require_vocab, small_vocabulary_warning

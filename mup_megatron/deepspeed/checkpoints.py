@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mup_megatron import origin as origins
+from mup_megatron import checkpoint_recipe as origins
+from mup_megatron.checkpoint_recipe import SIDECAR
 from mup_megatron.errors import InputError
-from mup_megatron.origin import SIDECAR
 from mup_megatron.readback import read_text
 from mup_megatron.recipe import Recipe
 from mup_megatron.unpickling import read_plain_values

@@ -15,10 +15,10 @@ from typing import Any
 
 import wrapt
 
-from mup_megatron.complaint import complain_when_uncaught
 from mup_megatron.deepspeed import versions
 from mup_megatron.deepspeed.entry import KEY, drop_auto, has_entry
 from mup_megatron.errors import InputError
+from mup_megatron.messages import complain_when_uncaught
 
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 

@@ -38,14 +38,14 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.spec_utils import build_module
 
+from mup_megatron.architectures.gpt import HEAD, WORD_EMBEDDINGS
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.collectives import raise_together
 from mup_megatron.deepspeed.names import prepared
 from mup_megatron.deepspeed.pipeline import count_once
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import cpu, names
 from mup_megatron.megatron.model import apply_plan
-from mup_megatron.models.gpt import HEAD, WORD_EMBEDDINGS
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.modules import groups
 from mup_megatron.modules.groups import Form, Group
 from mup_megatron.theory import Plan

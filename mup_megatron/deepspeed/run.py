@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
+from mup_megatron.checkpoint_recipe import write_sidecar
 from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.deepspeed import checkpoints, guard, pipeline, versions
 from mup_megatron.deepspeed import entry as entries
@@ -29,7 +30,6 @@ from mup_megatron.modules.groups import Group, members
 from mup_megatron.modules.marker import marked
 from mup_megatron.modules.names import unwrapped
 from mup_megatron.modules.plan import plan_for_module
-from mup_megatron.origin import write_sidecar
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, Recipe, load_recipe
 from mup_megatron.targets import plan_for_file
 from mup_megatron.theory import Plan

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from mup_megatron.architectures.gpt import POSITION_EMBEDDINGS, WORD_EMBEDDINGS
 from mup_megatron.collectives import raise_together
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.names import named_parameters, require_match, unwrapped
 from mup_megatron.megatron.versions import native_mup
-from mup_megatron.models.gpt import POSITION_EMBEDDINGS, WORD_EMBEDDINGS
 from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
 from mup_megatron.theory import Kind, Plan, PlanEntry
 

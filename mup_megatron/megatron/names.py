@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from mup_megatron.architectures.gpt import global_name
 from mup_megatron.collectives import gathered, raise_together
-from mup_megatron.models.gpt import global_name
 from mup_megatron.theory import Plan, PlanEntry
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from mup_megatron.architectures.gpt import HEAD
 from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.megatron_deepspeed.names import is_pipe, mismatches, named_parameters, unwrapped
-from mup_megatron.models.gpt import HEAD
 from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
 from mup_megatron.theory import Kind, Plan
 from mup_megatron.theory.roles import default_softmax_scale

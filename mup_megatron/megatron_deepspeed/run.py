@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from mup_megatron.complaint import is_first, say
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.lm import checkpoints, flags
+from mup_megatron.megatron.pretrain import checkpoints, flags
 from mup_megatron.megatron_deepspeed import arguments, groups
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.messages import is_first, say
 from mup_megatron.modules.groups import Group
 from mup_megatron.plan_table import print_plan
 from mup_megatron.recipe import Recipe

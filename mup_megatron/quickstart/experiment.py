@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe, save_recipe
 from mup_megatron.search import Outcome, ReportFn, Space, StudySpec, default_storage, run_sweep
 from mup_megatron.search.jobs import run_jobs

@@ -22,12 +22,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import cpu, versions
 from mup_megatron.megatron.guard import require_as_planned
 from mup_megatron.megatron.model import apply_plan, configure
 from mup_megatron.megatron.optimizer import config_overrides
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 from mup_megatron.training.options import TrainingOptions

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.readback import parse_json
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.data.indexed import at, check_prefix

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.data import CACHE
 from mup_megatron.training.data.dataset import DEFAULT_SPLIT

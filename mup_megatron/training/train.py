@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 from mup_megatron.training import ranks

@@ -14,13 +14,21 @@ from support.small_nets import VOCABULARY, Net, recipe_for
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mup_megatron.check import batches
-from mup_megatron.check.bounds import Known, out_of_bounds
-from mup_megatron.check.causes import of_bounds
-from mup_megatron.check.comparison import Finding
-from mup_megatron.check.measurements import Key, Measured, Protocol, Quantity, Run
-from mup_megatron.check.module_trainee import copying
-from mup_megatron.check.modules import Loss, ModuleFamily, Prepare, Task, built, prepare_by_plan, warm_up_and_decay
+from mup_megatron.check.measure import batches
+from mup_megatron.check.measure.measurements import Key, Measured, Protocol, Quantity, Run
+from mup_megatron.check.subjects.module_trainee import copying
+from mup_megatron.check.subjects.modules import (
+    Loss,
+    ModuleFamily,
+    Prepare,
+    Task,
+    built,
+    prepare_by_plan,
+    warm_up_and_decay,
+)
+from mup_megatron.check.verdict.bounds import Known, out_of_bounds
+from mup_megatron.check.verdict.causes import of_bounds
+from mup_megatron.check.verdict.comparison import Finding
 from mup_megatron.modules import module_base
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mup_megatron.check.cache import cached
-from mup_megatron.check.measurements import Key, Measured, Quantity, Run
+from mup_megatron.check.measure.measurements import Key, Measured, Quantity, Run
+from mup_megatron.check.reference.cache import cached
 
 FOUND = Measured(
     (Run(32, 1, {Key(Quantity.LOSS, "loss", 1): 5.5, Key(Quantity.LOSS, "loss", 2): float("inf")}, (5.5,)),)

@@ -17,13 +17,20 @@ from support.small_nets import OPTIONS, Mixer, Net, recipe_for
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from mup_megatron.check import hugging_face
-from mup_megatron.check.hugging_face import _shallow, _smallest, _uncut, at_width, check_hugging_face, widths_for
-from mup_megatron.check.measurements import Key, Quantity
-from mup_megatron.check.module_trainee import ModuleTrainee, Sight
-from mup_megatron.check.modules import Task, check_modules, prepare_by_plan
-from mup_megatron.check.report import text
-from mup_megatron.check.verdict import Level, Outcome, Verdict
+from mup_megatron.check.measure.measurements import Key, Quantity
+from mup_megatron.check.report.report import text
+from mup_megatron.check.subjects import huggingface as hugging_face
+from mup_megatron.check.subjects.huggingface import (
+    _shallow,
+    _smallest,
+    _uncut,
+    at_width,
+    check_hugging_face,
+    widths_for,
+)
+from mup_megatron.check.subjects.module_trainee import ModuleTrainee, Sight
+from mup_megatron.check.subjects.modules import Task, check_modules, prepare_by_plan
+from mup_megatron.check.verdict.verdict import Level, Outcome, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, module_base, param_groups
 from mup_megatron.recipe import Recipe

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from mup_megatron.check.comparison import ORDER, Finding, Kind, Slope, compare, findings, t_quantile
-from mup_megatron.check.measurements import Key, Measured, Quantity, Run
+from mup_megatron.check.measure.measurements import Key, Measured, Quantity, Run
+from mup_megatron.check.verdict.comparison import ORDER, Finding, Kind, Slope, compare, findings, t_quantile
 
 WIDTHS = (32, 64, 128, 256)
 UPDATE = Key(Quantity.UPDATE, "decoder.layers.0", 3)

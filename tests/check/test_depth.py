@@ -9,11 +9,11 @@ import torch
 from support.processes import run_ranks
 from support.shapes import gpt, recipe_for
 
-from mup_megatron.check.depth import Grouped, at_depth, narrowest
-from mup_megatron.check.mutants import Context, Mutant
-from mup_megatron.check.run import check_megatron
-from mup_megatron.check.verdict import Outcome, Section
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.mutants.mutants import Context, Mutant
+from mup_megatron.check.subjects.depth import Grouped, at_depth, narrowest
+from mup_megatron.check.subjects.megatron_check import check_megatron
+from mup_megatron.check.verdict.verdict import Outcome, Section
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Plan
 

@@ -6,11 +6,11 @@ import sys
 _IMPORTED_WITHIN = """
 import torch
 own = torch.nn.functional.scaled_dot_product_attention
-from mup_megatron.check.dropout import without_dropout
+from mup_megatron.check.measure.dropout import without_dropout
 with without_dropout():
     assert torch.nn.functional.scaled_dot_product_attention is not own
     from mup_megatron.modules import forward
-    from mup_megatron.check import module_trainee
+    from mup_megatron.check.subjects import module_trainee
 assert torch.nn.functional.scaled_dot_product_attention is own
 assert forward.FUSED_ATTENTION is module_trainee.FUSED_ATTENTION is own
 """

@@ -12,10 +12,10 @@ from support.small_nets import OPTIONS, Net, recipe_for
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mup_megatron.check.measurements import Quantity
-from mup_megatron.check.modules import Task, check_modules, prepare_by_plan
-from mup_megatron.check.report import text
-from mup_megatron.check.verdict import Outcome, Verdict
+from mup_megatron.check.measure.measurements import Quantity
+from mup_megatron.check.report.report import text
+from mup_megatron.check.subjects.modules import Task, check_modules, prepare_by_plan
+from mup_megatron.check.verdict.verdict import Outcome, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, param_groups
 

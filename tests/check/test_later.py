@@ -9,10 +9,10 @@ from support import small_nets
 from support.small_nets import OPTIONS, Net, recipe_for
 from torch import nn
 
-from mup_megatron.check.later import LATER, later_section, width_of
-from mup_megatron.check.measurements import Key, Quantity, Run
-from mup_megatron.check.modules import Task, check_modules, prepare_by_plan, warm_up_and_decay
-from mup_megatron.check.verdict import Outcome
+from mup_megatron.check.measure.measurements import Key, Quantity, Run
+from mup_megatron.check.subjects.modules import Task, check_modules, prepare_by_plan, warm_up_and_decay
+from mup_megatron.check.verdict.later import LATER, later_section, width_of
+from mup_megatron.check.verdict.verdict import Outcome
 from mup_megatron.modules import plan_for_module
 from mup_megatron.theory import Plan
 

@@ -6,11 +6,11 @@ from statistics import fmean
 import pytest
 import torch
 
-from mup_megatron.check.family import stressed
-from mup_megatron.check.measurements import Key, Measured, Protocol, Quantity, Run
-from mup_megatron.check.measuring import measure
-from mup_megatron.check.reference import Reference
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.measure.measurements import Key, Measured, Protocol, Quantity, Run
+from mup_megatron.check.measure.measuring import measure
+from mup_megatron.check.reference.megatron import Reference
+from mup_megatron.check.subjects.family import stressed
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Kind, Plan
 

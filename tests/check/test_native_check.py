@@ -13,11 +13,11 @@ from support import planned, stock
 from support.processes import run_ranks
 from support.shapes import gpt
 
-from mup_megatron.check.comparison import Comparison, Kind, compare, findings
-from mup_megatron.check.family import stressed
-from mup_megatron.check.measurements import Measured, Protocol, Quantity, Run
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.measure.measurements import Measured, Protocol, Quantity, Run
+from mup_megatron.check.subjects.family import stressed
+from mup_megatron.check.verdict.comparison import Comparison, Kind, compare, findings
 from mup_megatron.megatron.versions import core_version
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(core_version() < (0, 17, 0), reason="megatron-core 0.16 has no μP of its own")
@@ -58,8 +58,8 @@ def _native(case: Case, model: ModelFile, seed: int) -> Run:
     """A run as Megatron-LM sets it up under --use-mup, measured."""
     from megatron.core.optimizer import get_mup_config_overrides, get_standard_config_overrides
 
-    from mup_megatron.check.measuring import measure
-    from mup_megatron.check.megatron_subject import MegatronTrainee
+    from mup_megatron.check.measure.measuring import measure
+    from mup_megatron.check.subjects.megatron import MegatronTrainee
     from mup_megatron.training.build import Built
     from mup_megatron.training.options import BatchSizes
 
@@ -85,8 +85,8 @@ def _native(case: Case, model: ModelFile, seed: int) -> Run:
 
 
 def _reference(case: Case, model: ModelFile, seed: int) -> Run:
-    from mup_megatron.check.measuring import measure
-    from mup_megatron.check.reference import Reference
+    from mup_megatron.check.measure.measuring import measure
+    from mup_megatron.check.reference.megatron import Reference
 
     plan = case.recipe.plan(model)
     trainee = Reference(model, case.recipe, plan, seed=seed, steps=PROTOCOL.steps, batch_size=PROTOCOL.batch_size)

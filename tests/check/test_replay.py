@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mup_megatron.check.replay import SAMPLE, AdamReplay, Fitted, SGDReplay, sample
+from mup_megatron.check.measure.replay import SAMPLE, AdamReplay, Fitted, SGDReplay, sample
 
 STEPS = 6
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from mup_megatron.check.measurements import Measured, Run
-from mup_megatron.check.wider import TOLERANCE, wider_is_better
+from mup_megatron.check.measure.measurements import Measured, Run
+from mup_megatron.check.verdict.wider import TOLERANCE, wider_is_better
 
 WIDTHS = (32, 64, 128, 256)
 STEPS = 48

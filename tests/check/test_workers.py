@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from mup_megatron.check import workers
-from mup_megatron.check.workers import Job, done
+from mup_megatron.check.measure import workers
+from mup_megatron.check.measure.workers import Job, done
 from mup_megatron.errors import InputError
 
 

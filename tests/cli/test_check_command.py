@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.commands import BASE, RECIPE, TARGET, Command, contents, write
 
-from mup_megatron.check.verdict import Outcome
+from mup_megatron.check.verdict.verdict import Outcome
 from mup_megatron.cli.check import EXIT_CODES
 from mup_megatron.megatron import cpu
 from mup_megatron.yaml_io import dump_yaml

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from support.processes import HANGS_AFTER_S
 
-from mup_megatron.models.gpt import gpt_shapes
-from mup_megatron.models.model_file import ModelFile, load_model_file
+from mup_megatron.architectures.gpt import gpt_shapes
+from mup_megatron.architectures.model_file import ModelFile, load_model_file
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from support.lm_arguments import parser_of_megatron, said_once
 from support.shapes import gpt, recipe_for
 
+from mup_megatron.architectures.gpt import gpt_shapes
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments import (
     flags,
@@ -26,8 +28,6 @@ from mup_megatron.megatron.arguments import (
     words_of_launch,
     words_of_script,
 )
-from mup_megatron.models.gpt import gpt_shapes
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe, Schedule
 
 ROOT = Path(__file__).parents[2]

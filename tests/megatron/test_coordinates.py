@@ -14,7 +14,7 @@ from support.coordinates import STEPS, Sizes, megatron_gradients, megatron_updat
 from support.processes import run_ranks
 from support.shapes import gpt, recipe_for
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Role, rules
 from mup_megatron.theory.rules import ONE

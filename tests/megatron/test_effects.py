@@ -8,7 +8,7 @@ from support.lm_arguments import parser_of_megatron
 
 from mup_megatron.megatron.arguments.effects import ROWS, Effect, page, row_of
 from mup_megatron.megatron.arguments.table import EVERY, HYPERPARAMETERS, NOT_SAID, REFUSED, SCHEDULE, STOPPED
-from mup_megatron.megatron.lm import flags
+from mup_megatron.megatron.pretrain import flags
 
 PAGE = Path(__file__).parents[2] / "docs" / "flags.md"
 

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from support.lines import ACCEPTED, NULL, REFUSED, words
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import versions
 from mup_megatron.megatron.arguments import fork, read_line
 from mup_megatron.megatron.arguments import line as lines
 from mup_megatron.megatron.arguments.effects import row_of
-from mup_megatron.models.model_file import ModelFile
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,11 @@ from support import planned, stock
 from support.processes import run_ranks
 from support.stock import Layout
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments import values_from_flags
 from mup_megatron.megatron.arguments.native import Difference, Native, NativeRecipe, recipe_from_native
 from mup_megatron.megatron.versions import core_version
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.theory import Kind
 
 MODEL = (

@@ -16,7 +16,7 @@ from support.processes import run_ranks
 from support.shapes import HYPERPARAMETERS, batch, gpt, recipe_for
 from torch import Tensor
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Optimizer, Role, rules
 from mup_megatron.theory.folding import READOUT, fold, fold_attention
 from mup_megatron.theory.rules import ONE

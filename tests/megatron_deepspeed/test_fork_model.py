@@ -12,9 +12,9 @@ from support.plain_gpt import PlainGPT
 from support.shapes import gpt, recipe_for
 
 from mup_megatron import megatron_deepspeed
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron_deepspeed.names import core_names
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import PerParameter, Recipe, save_recipe
 from mup_megatron.theory import Plan
 

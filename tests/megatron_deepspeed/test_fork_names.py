@@ -8,9 +8,9 @@ import torch
 from support.fork_models import MODELS, GPTModel, GPTModelPipe, Layout
 from support.shapes import gpt, recipe_for
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.megatron_deepspeed import core_names
 from mup_megatron.megatron_deepspeed.names import expected_shape, mismatches, named_parameters, stored_shape
-from mup_megatron.models.model_file import ModelFile
 
 SHAPES = {
     "as GPT-3": {},

@@ -16,8 +16,8 @@ import optuna
 import pytest
 from support.commands import contents
 
+from mup_megatron.architectures.model_file import load_model_file
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import load_model_file
 from mup_megatron.quickstart.experiment import Cell, Experiment, GridFile, Result, Settings, claim, run
 from mup_megatron.recipe import load_recipe
 from mup_megatron.training.data.indexed import read_meta

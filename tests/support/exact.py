@@ -16,7 +16,7 @@ from support.shapes import batch
 from support.stock import Layout, Run, Training
 from torch import Tensor
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Plan
 
 Weights = Mapping[str, Tensor]

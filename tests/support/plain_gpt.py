@@ -5,9 +5,9 @@ from typing import Any
 import mup
 from torch import nn
 
-from mup_megatron.check.plain_gpt import PlainGPT as _PlainGPT
-from mup_megatron.check.plain_gpt import cross_entropy, draw_weights
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.reference.plain_gpt import PlainGPT as _PlainGPT
+from mup_megatron.check.reference.plain_gpt import cross_entropy, draw_weights
 
 __all__ = ["PlainGPT", "cross_entropy", "draw_weights"]
 

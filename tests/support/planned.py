@@ -12,7 +12,7 @@ import torch
 from support import stock
 from support.stock import Layout, Run, Sizes, Training
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.recipe import Hyperparameters, Parametrization, PerParameter, Recipe
 from mup_megatron.theory import Plan
 

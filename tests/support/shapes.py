@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.recipe import Hyperparameters, Parametrization, Recipe
 
 HYPERPARAMETERS: dict[str, Any] = {

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mup_megatron.check import batches
-from mup_megatron.check.measurements import Measured, Protocol
-from mup_megatron.check.modules import ModuleFamily
+from mup_megatron.check.measure import batches
+from mup_megatron.check.measure.measurements import Measured, Protocol
+from mup_megatron.check.subjects.modules import ModuleFamily
 from mup_megatron.modules import module_base
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Rule

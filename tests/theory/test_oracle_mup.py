@@ -13,7 +13,7 @@ from support.mup_oracle import mup_adamw, mup_gpt, mup_numbers, mup_sgd, readout
 from support.plan_runs import optimizer_from_plan, plain_from_plan, train
 from support.shapes import HYPERPARAMETERS, gpt, recipe_for
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Kind, Optimizer, Role, rules
 from mup_megatron.theory.rules import ONE, Power
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.shapes import HYPERPARAMETERS, gpt, recipe_for
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import PerParameter, Recipe
 from mup_megatron.theory import (
     Dimension,

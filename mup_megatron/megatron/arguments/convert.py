@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mup_megatron.architectures.model_file import ModelFile, model_file
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.table import (
     EVERY,
@@ -18,7 +19,6 @@ from mup_megatron.megatron.arguments.table import (
     parsed,
     unresolved,
 )
-from mup_megatron.models.model_file import ModelFile, model_file
 from mup_megatron.recipe import Recipe, Schedule
 from mup_megatron.validation import brief
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from pathlib import Path, PurePosixPath
 
+from mup_megatron.architectures.model_file import load_model_file
 from mup_megatron.errors import InputError
 from mup_megatron.files import read_text
 from mup_megatron.megatron.arguments.convert import flags
 from mup_megatron.megatron.arguments.effects import Effect, row_of
 from mup_megatron.megatron.arguments.table import EVERY, MODEL, TOKENIZER, unresolved
-from mup_megatron.models.model_file import load_model_file
 from mup_megatron.validation import brief, shortened
 
 _MODEL_FLAGS = {flag.name for flag in MODEL}

@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments import fork, programs
 from mup_megatron.megatron.arguments.convert import model_from_values, naming_unread, not_in_model_file
@@ -29,7 +30,6 @@ from mup_megatron.megatron.arguments.table import (
 )
 from mup_megatron.megatron.arguments.vocabulary import vocabulary
 from mup_megatron.megatron.versions import core_version, range_remark
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.validation import brief
 
 _OPTIMIZERS = ("adam", "sgd")

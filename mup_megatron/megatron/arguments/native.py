@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_args
 
+from mup_megatron.architectures.gpt import HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS
+from mup_megatron.architectures.model_file import ModelFile, model_file
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.convert import model_from_values, values_from_flags
 from mup_megatron.megatron.arguments.table import HYPERPARAMETERS
-from mup_megatron.models.gpt import HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS
-from mup_megatron.models.model_file import ModelFile, model_file
 from mup_megatron.recipe import LONGEST_SCHEDULE, Recipe, Schedule, recipe
 from mup_megatron.theory import Kind, Plan, PlanEntry, Role
 from mup_megatron.theory.rules import softmax_scale

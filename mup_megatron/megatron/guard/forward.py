@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from mup_megatron.architectures.gpt import HEAD
 from mup_megatron.megatron.guard.problems import Problem, number
 from mup_megatron.megatron.model import core_attentions, part_scales
 from mup_megatron.megatron.names import named_parameters, unwrapped
-from mup_megatron.models.gpt import HEAD
 from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
 from mup_megatron.theory import Kind, Plan
 from mup_megatron.theory.roles import default_softmax_scale

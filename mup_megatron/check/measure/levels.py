@@ -1,0 +1,29 @@
+"""How long each level trains, on how many widths and seeds: what is fixed, and why."""
+
+from mup_megatron.check.measure.measurements import Protocol
+from mup_megatron.theory import Rule
+
+WIDTHS = 4
+"""Over a range of 8: a power of width that is wrong by ½ changes a measurement by a factor of 2.8."""
+SEEDS = 3
+REFERENCE_SEEDS = 4
+"""One more than the subject's: they are cached, and every comparison has their noise in it."""
+FIRST_REFERENCE_SEED = 10_000
+CONTROL_SEEDS = 2
+
+EARLY = Protocol(steps=8, recorded=(3, 5, 8))
+"""A warm-up of two steps, of which the first has no learning rate yet; the peak; a decay to the floor."""
+LATE = Protocol(steps=48, recorded=(16, 32, 48), spectral=False)
+"""Long enough for weight decay to have acted and for the loss to tell widths apart."""
+TRANSFER_RATES = 7
+TRANSFER_SEEDS = 2
+
+
+def run_seed(seed: int, width_index: int) -> int:
+    """Of weights and data of one run. No two widths share theirs, so that their noise is independent."""
+    return 100 * seed + width_index
+
+
+def correct_seeds(rule: Rule) -> int:
+    """How many runs the reference has at each width, or the control."""
+    return REFERENCE_SEEDS if rule is Rule.MUP else CONTROL_SEEDS

@@ -1,0 +1,427 @@
+"""Trains one model for a few steps and measures it, whoever built it and however its ranks share it.
+
+Every number is made of sums over elements, so that ranks that hold shards add theirs up, and ranks that hold copies
+change nothing. Spectral norms alone need whole matrices.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mup_megatron.check.measure import measurements
+from mup_megatron.check.measure.measurements import TURNING, Key, Quantity, Run
+from mup_megatron.check.measure.replay import AdamReplay, Replay, SGDReplay, Sums, rms_of, sample
+
+At = Literal["input", "output"]
+
+
+class Trainee(Protocol):
+    """A model with its optimizer, ready to train: this rank's part of it."""
+
+    def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
+        """(global name, module, whether its input or output is looked at) of what this rank holds."""
+
+    def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """(global name, this rank's shard or whole of it), each once."""
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """As the optimizer saw it in the last step; None where this rank cannot say."""
+
+    def replay(self) -> Replay | None:
+        """A new replay of one tensor's optimizer state; None for an optimizer that none is written for."""
+
+    def forward(self) -> None:
+        """A forward pass on the batch that activations are compared on, as training does it; trains nothing."""
+
+    def evaluate(self) -> bool:
+        """The same as evaluation does it, or as much of it as can be done; False where that is not asked."""
+
+    def repeat(self, index: int) -> bool:
+        """A forward pass on sequences each of which repeats one token, the one that stands at an index of the batch for
+        comparisons; False where batches have no tokens.
+        """
+
+    def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
+        """(global name, module whose first input are queries, which of its dimensions runs over positions)."""
+
+    def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
+        """What the last forward pass computed beside modules, (sum, count) each; of `Quantity.INSIDE` a sum of
+        squares.
+        """
+
+    def gradient_norm(self) -> float | None:
+        """Of all gradients of the last step, before clipping, the same on all ranks; None where nobody can say."""
+
+    def step(self, step: int) -> float:
+        """Forward, backward, update on the batch of a step, counted from 0. Returns the loss, the same on all ranks."""
+
+    def whole(self, name: str, shard: Tensor) -> Tensor | None:
+        """A whole matrix from the ranks' shards, on the ranks that can say. Collective among those that hold it."""
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all ranks. Collective."""
+
+
+def measure(trainee: Trainee, protocol: measurements.Protocol, *, width: int, seed: int) -> Run:
+    """One run. Collective; every rank returns the same.
+
+    Args:
+        trainee: freshly built.
+        protocol: how long, and when to look.
+        width: that it has.
+        seed: that it was built with.
+    """
+    recorder = Recorder(trainee, protocol)
+    problem = recorder.start()
+    losses: list[float] = []
+    for step in range(protocol.steps if problem is None else 0):
+        recorder.before_step()
+        loss = trainee.step(step)
+        losses.append(loss)
+        problem = recorder.after_step(step + 1, loss)
+        if problem is not None:
+            break
+    values = recorder.values()
+    values |= {Key(Quantity.LOSS, "loss", step + 1): loss for step, loss in enumerate(losses)}
+    return Run(width, seed, values, tuple(losses), problem)
+
+
+class Recorder:
+    """Measures a model whose steps somebody else takes: `start`, then `before_step` and `after_step` around each, then
+    `values`. Collective in all that it does.
+    """
+
+    def __init__(self, trainee: Trainee, protocol: measurements.Protocol) -> None:
+        self._trainee = trainee
+        self._protocol = protocol
+        self._parameters = list(trainee.parameters())
+        self._replays = {name: replay for name, _ in self._parameters if (replay := trainee.replay()) is not None}
+        self._first = {name: p.detach().clone() for name, p in self._parameters}
+        self._sampled = {name: sample(p) for name, p in self._parameters}
+        self._before: dict[str, Tensor] = {}
+        self._activations: dict[str, Tensor] = {}
+        self._squares: dict[Key, tuple[float, float]] = {}
+        """Sum of squares and count."""
+        self._shares: dict[Key, tuple[float, float]] = {}
+        """Of how many, out of how many."""
+        self._overlaps: dict[Key, tuple[float, float]] = {}
+        self._equations: dict[tuple[str, int], Sums] = {}
+        self._whole: dict[Key, float] = {}
+        """What is taken of whole matrices, on the ranks that have them."""
+        self._moments: dict[str, NDArray[np.float64]] = {}
+        """Of draws: how many elements, and the sums of their first, second and fourth powers."""
+        self._beside: dict[tuple[Quantity, str], tuple[float, float]] = {}
+        self._evaluated: dict[Key, tuple[float, float]] = {}
+        """Squares of what evaluation makes different, and of what training has."""
+        self._norms: dict[Key, float] = {}
+        self._turned: dict[tuple[int, int], NDArray[np.float64]] = {}
+        """Of queries of so many channels, so far apart: sums of products of the earlier ones, of later with earlier
+        ones, and of the later ones."""
+
+    def start(self) -> str | None:
+        """Looks at the model before training; returns what makes it no use to go on."""
+        if not self._protocol.activations:
+            return None
+        self._activations = self._recorded(self._trainee.forward)
+        self._beside = dict(self._trainee.beside())
+        # What evaluation repeats to the last bit is deterministic; else it takes another pass to tell.
+        again = self._evaluate(0, self._activations)
+        if self._of_all([name for name, x in self._activations.items() if not _is_same(x, again.get(name))]):
+            again = self._recorded(self._trainee.forward)
+        differing = [n for n, x in self._activations.items() if x.isfinite().all() and not _is_same(x, again.get(n))]
+        bad = [name for name, x in self._activations.items() if not x.isfinite().all() and not name.endswith(_MASKED)]
+        for name, x in self._activations.items():
+            self._note(Key(Quantity.ACTIVATION, name, 0), x)
+        for name, w in self._first.items():
+            self._note(Key(Quantity.INITIAL, name, 0), w)
+        self._take_draws()
+        self._take_positions()
+        differing, bad = self._of_all(differing), self._of_all(bad)
+        if differing:
+            # What evaluation differs from is not one thing.
+            self._evaluated.clear()
+        if bad:
+            return f"{bad[0]}: not finite before the first step"
+        if differing:
+            return f"{differing[0]}: not deterministic, two forward passes on one batch differ"
+        return None
+
+    def before_step(self) -> None:
+        """Keeps some of each weight as it is."""
+        self._before = {name: self._some(name, p.detach()).clone() for name, p in self._parameters}
+
+    def after_step(self, step: int, loss: float) -> str | None:
+        """Looks at what a step did; returns what makes it no use to go on."""
+        broken = []
+        record = step in self._protocol.recorded
+        for name, parameter in self._parameters:
+            gradient = self._trainee.gradient(parameter)
+            now, before = parameter.detach(), self._before[name]
+            sampled = self._some(name, now)
+            if gradient is not None:
+                if record:
+                    self._note(Key(Quantity.GRADIENT, name, step), gradient)
+                    rows = gradient.reshape(len(gradient), -1) if gradient.dim() else gradient.reshape(1, 1)
+                    dead = (rows == 0).all(dim=1)
+                    self._shares[Key(Quantity.DEAD, name, step)] = (dead.sum().item(), len(rows))
+                if (replay := self._replays.get(name)) is not None:
+                    replay.observe(self._some(name, gradient), before)
+                    if record or step == 1:
+                        self._equations[name, step] = replay.sums(before, sampled - before)
+            if not sampled.isfinite().all():
+                broken.append(name)
+        broken = self._of_all(broken)
+        if broken or not math.isfinite(loss):
+            what = f"{broken[0]}: not finite" if broken else "loss: not finite"
+            return f"{what} after {step} step{'s' if step > 1 else ''}"
+        if record and self._protocol.activations:
+            now_computed = self._recorded(self._trainee.forward)
+            for name, x in now_computed.items():
+                self._note(Key(Quantity.UPDATE, name, step), x - self._activations[name])
+            if step == self._protocol.steps:
+                self._evaluate(step, now_computed)
+            if (norm := self._trainee.gradient_norm()) is not None:
+                self._norms[Key(Quantity.NORM, "all parameters", step)] = norm
+            for name, parameter in self._parameters:
+                first = self._first[name].double()
+                both = (parameter.detach().double() * first).sum().item()
+                self._overlaps[Key(Quantity.OVERLAP, name, step)] = (both, first.square().sum().item())
+        if step == self._protocol.steps and self._protocol.spectral:
+            self._take_spectral_norms(step)
+        return None
+
+    def _take_spectral_norms(self, step: int) -> None:
+        for name, parameter in self._parameters:
+            if parameter.dim() != 2:
+                continue
+            update = self._trainee.whole(name, parameter.detach() - self._first[name])
+            if update is not None:
+                rows, columns = update.shape
+                self._whole[Key(Quantity.SPECTRAL, name, step)] = _spectral_norm(update) / math.sqrt(rows / columns)
+
+    def _evaluate(self, step: int, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What evaluation computes; nothing where it is not asked."""
+        asked: list[bool] = []
+        with torch.no_grad():
+            found = self._recorded(lambda: asked.append(self._trainee.evaluate()), training=False)
+        if not asked or not asked[0]:
+            return {}
+        for name, x in trained.items():
+            other = found.get(name)
+            if other is None or other.shape != x.shape:
+                continue
+            difference, there = (other - x).double(), x.double()
+            known = difference.isfinite()
+            squares = [y[known].square().sum().item() for y in (difference, there)]
+            self._evaluated[Key(Quantity.EVALUATION, name, step)] = (squares[0], squares[1])
+        return found
+
+    def _take_draws(self) -> None:
+        drawn = {name: w.double() for name, w in self._first.items() if w.numel() > 1 and bool((w != w.min()).any())}
+        for name, w in drawn.items():
+            square = w.square()
+            sums = [float(w.numel()), *(x.sum().item() for x in (w, square, square.square()))]
+            self._moments[name] = np.asarray(sums)
+        long = {name: w.flatten()[:_PREFIX] for name, w in drawn.items() if w.numel() >= _PREFIX}
+        if len(long) > 1:
+            prefixes = torch.stack(list(long.values()))
+            prefixes = prefixes - prefixes.mean(dim=1, keepdim=True)
+            prefixes = prefixes / prefixes.norm(dim=1, keepdim=True).clamp(min=1e-30)
+            largest = (prefixes @ prefixes.T).fill_diagonal_(0.0).abs().amax(dim=1)
+            for name, value in zip(long, largest.tolist(), strict=True):
+                self._whole[Key(Quantity.ALIKE, name, 0)] = value
+        for name, w in self._first.items():
+            if w.dim() < 2:
+                continue
+            matrix = self._trainee.whole(name, w.reshape(len(w), -1))
+            if matrix is not None and name in drawn and (value := _likeness_of_rows(matrix)) is not None:
+                self._whole[Key(Quantity.ROWS, name, 0)] = value
+
+    def _take_positions(self) -> None:
+        def see(name: str, dim: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                q = args[0].detach().double().movedim(dim, 0)
+                for distance in DISTANCES:
+                    if distance < len(q):
+                        both = (q[distance:] * q[:-distance]).sum().item()
+                        itself = q[:-distance].square().sum().item()
+                        self._turn(distance, q[:-distance], q[distance:])
+                        for where in (name, ALL):
+                            key = Key(Quantity.POSITION, f"{where}, {distance} apart", 0)
+                            sums = self._overlaps.get(key, (0.0, 0.0))
+                            self._overlaps[key] = (sums[0] + both, sums[1] + itself)
+
+            return hook
+
+        hooks = [module.register_forward_pre_hook(see(name, dim)) for name, module, dim in self._trainee.queries()]
+        try:
+            with torch.no_grad():
+                for index in _REPEATED:
+                    if not self._trainee.repeat(index):
+                        break
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _turn(self, distance: int, earlier: Tensor, later: Tensor) -> None:
+        channels = earlier.shape[-1]
+        one, other = (x.reshape(-1, channels) for x in (earlier, later))
+        sums = torch.stack([one.T @ one, other.T @ one, other.T @ other]).cpu().numpy()
+        self._turned[channels, distance] = self._turned.get((channels, distance), 0.0) + sums
+
+    def values(self) -> dict[Key, float]:
+        """Everything that was measured, over all ranks. Collective."""
+        squares: dict[Key, Any] = {}
+        shares: dict[Key, Any] = {}
+        overlaps: dict[Key, Any] = {}
+        equations: dict[tuple[str, int], Any] = {}
+        moments: dict[str, Any] = {}
+        evaluated: dict[Key, Any] = {}
+        beside: dict[tuple[Quantity, str], Any] = {}
+        found: dict[Key, float] = {}
+        turned: dict[tuple[int, int], Any] = {}
+        summed: list[dict[Any, Any]] = [squares, shares, overlaps, equations, moments, evaluated, beside, turned]
+        own = (self._squares, self._shares, self._overlaps, self._equations, self._moments, self._evaluated)
+        for of_rank in self._trainee.gathered((*own, self._beside, self._turned, {**self._whole, **self._norms})):
+            for total, part in zip(summed, of_rank[:-1], strict=True):
+                _add(total, part)
+            found |= of_rank[-1]
+        found |= {key: rms_of(*sums) for key, sums in squares.items()}
+        found |= {key: float(some / of) for key, (some, of) in shares.items()}
+        found |= {key: float(both / itself) for key, (both, itself) in overlaps.items() if itself > 0}
+        found |= {key: math.sqrt(of / itself) for key, (of, itself) in evaluated.items() if itself > 0}
+        if len({channels for channels, _ in turned}) == 1:
+            for (_, distance), sums in turned.items():
+                if (value := _turning(*sums)) is not None:
+                    found[Key(Quantity.POSITION, f"{TURNING}, {distance} apart", 0)] = value
+        for name, (count, first, second, fourth) in moments.items():
+            found[Key(Quantity.MEAN, name, 0)] = float(first / math.sqrt(count * second))
+            found[Key(Quantity.TAILS, name, 0)] = float(fourth * count / second**2)
+        for (quantity, name), (total, count) in beside.items():
+            found[Key(quantity, name, 0)] = float(total / count) if quantity in _MEANS else rms_of(total, count)
+        for (name, step), sums in equations.items():
+            # Told by their shape: a rank may have seen none of them itself.
+            fitted = (AdamReplay if len(sums) == AdamReplay.COLUMNS else SGDReplay).fitted(sums)
+            if fitted.lr is not None:
+                found[Key(Quantity.LEARNING_RATE, name, step)] = fitted.lr
+            found[Key(Quantity.UNEXPLAINED, name, step)] = fitted.unexplained
+            if fitted.eps is not None:
+                found[Key(Quantity.EPS, name, step)] = fitted.eps
+            if fitted.weight_decay is not None:
+                found[Key(Quantity.WEIGHT_DECAY, name, step)] = fitted.weight_decay
+        return found
+
+    def _recorded(self, forward: Callable[[], object], *, training: bool = True) -> dict[str, Tensor]:
+        """What modules give in a forward pass, in the order in which they are done."""
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str, at: At) -> Callable[..., None]:
+            def output_hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                found[name] = _plain(output)
+
+            def input_hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                found[name] = _plain(args[0])
+
+            return output_hook if at == "output" else input_hook
+
+        hooks = [
+            module.register_forward_hook(keep(name, at))
+            if at == "output"
+            else module.register_forward_pre_hook(keep(name, at))
+            for name, module, at in self._trainee.modules()
+        ]
+        try:
+            # With gradients where training has them: a model may ask.
+            with torch.set_grad_enabled(training):
+                forward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def _some(self, name: str, x: Tensor) -> Tensor:
+        return x.flatten()[self._sampled[name]]
+
+    def _note(self, key: Key, x: Tensor) -> None:
+        self._squares[key] = (x.double().square().sum().item(), x.numel())
+
+    def _of_all(self, names: list[str]) -> list[str]:
+        return [name for of_rank in self._trainee.gathered(names) for name in of_rank]
+
+
+def _add(total: dict[Any, Any], part: Mapping[Any, Any]) -> None:
+    """Adds up sums by key."""
+    for key, sums in part.items():
+        total[key] = np.asarray(sums) + total[key] if key in total else np.asarray(sums)
+
+
+_MASKED = "scale_mask_softmax"
+_MEANS = (Quantity.CONSTANT, Quantity.SUMMED, Quantity.PLACE)
+_PREFIX = 512
+"""Elements of a draw that are compared with other draws."""
+_REPEATED = (0, 2, 4, 6)
+"""Which tokens of each sequence stand for all of it: they differ from sequence to sequence."""
+DISTANCES = (1, 2, 4, 8, 16)
+ALL = "all queries"
+
+
+def _turning(earlier: NDArray[np.float64], both: NDArray[np.float64], later: NDArray[np.float64]) -> float | None:
+    """The mean cosine of what turns queries into those some positions on; None where something else is done to them.
+
+    A turn is one linear map for all queries: least squares find it, and leave nothing over.
+    """
+    turn = np.linalg.lstsq(earlier, both.T, rcond=1e-9)[0].T
+    left, size = np.trace(later - turn @ both.T), np.trace(later)
+    return float(np.trace(turn) / len(turn)) if size > 0 and abs(left) < _NOTHING_LEFT * size else None
+
+
+_NOTHING_LEFT = 1e-5
+
+
+def _is_same(x: Tensor, other: Tensor | None) -> bool:
+    return other is not None and x.shape == other.shape and torch.equal(x.nan_to_num(), other.nan_to_num())
+
+
+def _likeness_of_rows(matrix: Tensor) -> float | None:
+    """The mean square of correlations between rows, in units of that of independent ones; None for a few of them.
+
+    Of so many rows that a matrix of two or three equal parts shows rows of each that belong together.
+    """
+    rows, columns = matrix.shape
+    if rows < 16 or columns < 16:
+        return None
+    step = 1
+    while rows % (2 * step) == 0 and rows // (2 * step) >= _ROWS:
+        step *= 2
+    some = matrix[::step][: 2 * _ROWS].double()
+    some = some - some.mean()
+    some = some / some.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    gram = (some @ some.T).fill_diagonal_(0.0)
+    value: float = gram.square().sum().item() / (len(some) * (len(some) - 1)) * columns
+    return value
+
+
+_ROWS = 128
+
+
+def _plain(output: Any) -> Tensor:
+    """A copy: Megatron masks attention logits in place. With the bias that its linear layers leave to what follows."""
+    if isinstance(output, tuple):
+        output, *rest = output
+        bias = rest[0] if rest and isinstance(rest[0], Tensor) and rest[0].dim() == 1 else None
+        output = output if bias is None else output + bias
+    result: Tensor = output.detach().clone()
+    return result
+
+
+def _spectral_norm(matrix: Tensor) -> float:
+    """From the smaller Gram matrix, whose eigenvalues cost less than the matrix's singular values."""
+    m = matrix.double()
+    gram = m @ m.T if m.shape[0] <= m.shape[1] else m.T @ m
+    largest: float = torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt().item()
+    return largest

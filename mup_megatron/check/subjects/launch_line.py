@@ -1,0 +1,390 @@
+"""A check of the model that a Megatron-LM launch line builds, in the layout that it has there.
+
+The user's own line is run, once for each width and seed, with sizes, length, data and recipe of the check in place of
+its own and everything that writes or reads checkpoints and logs left out. So script, model builder, optimizer flags and
+parallel layout are those of the run to come. The plug-in in that run measures it (`in_the_loop.py`).
+
+Importing this module imports neither torch nor Megatron.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.measure import levels
+from mup_megatron.check.measure.cost import about
+from mup_megatron.check.measure.measurements import Measured, Protocol, Report, Run
+from mup_megatron.check.reference import cache
+from mup_megatron.check.subjects.family import DEPTH, condensed, models_for, widths_for
+from mup_megatron.check.subjects.megatron_check import Family
+from mup_megatron.check.subjects.run_request import Order, result_of
+from mup_megatron.check.verdict.judge import Facts, Sides, judge
+from mup_megatron.check.verdict.verdict import Level, Verdict
+from mup_megatron.errors import InputError
+from mup_megatron.megatron.arguments import model_from_values, values_from_flags
+from mup_megatron.recipe import Recipe, save_recipe
+from mup_megatron.theory import Rule
+
+OBSERVER = "mup_megatron.check.subjects.pretrain_observer"
+WIDTHS = 3
+"""Fewer than `levels.WIDTHS`: every run starts Megatron anew."""
+SEEDS = 2
+_SOURCE = "the launch line"
+_VOCABULARY = 256
+
+_OF_LAYERS = re.compile(
+    r"--(?:num-layers-per-virtual|num-virtual-stages|pipeline-model-parallel-layout|decoder-first-pipeline|"
+    r"decoder-last-pipeline|account-for-|.*-layer-freq|.*-layer-pattern|.*-num-layers$|no-rope-freq)"
+)
+"""Flags that speak of single layers, or of how many a stage has."""
+_DROPPED = re.compile(
+    r"--(?:save|load|use-checkpoint-args|finetune|pretrained-checkpoint|ckpt-|async-save|non-persistent-|"
+    r"exit-|override-opt|use-checkpoint-opt|no-load-|no-save-|auto-detect-ckpt|dist-ckpt|use-persistent-ckpt|"
+    r"tensorboard-|wandb-|profile|use-pytorch-profiler|record-memory-history|one-logger|enable-one-logger|straggler|"
+    r"log-straggler|enable-ft|rampup-batch-size|step-batch-size|train-samples|lr-decay-samples|lr-warmup-samples|"
+    r"lr-wsd-decay-samples|lr-warmup-iters|lr-decay-iters|lr-warmup-fraction|lr-wsd-decay-iters|"
+    r"data-path|data-args-path|per-split-data|train-data-path|valid-data-path|test-data-path|blend|"
+    r"data-cache-path|vocab-file|merge-file|tokenizer-|legacy-tokenizer|tiktoken|fp16|bf16|fp8|fp4|"
+    r"overlap-param-gather|cuda-graph|enable-cuda-graph|external-cuda-graph|rerun-mode|error-injection|"
+    r"manual-gc|iterations-to-skip|skip-train|mup-recipe|mup-override|mup-print-plan|mup-coordinates|"
+    r"mup-accept|mup-observe)"
+)
+"""Flags that begin so, with what follows them: what writes, reads or ends a run, the data, and the precision, in which
+a weight's movement could not be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What became of a process."""
+
+    code: int
+    said: str
+    """Its standard error, or the end of it."""
+
+
+Execute = Callable[[Sequence[str]], Ended]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A launch line in its parts."""
+
+    start: tuple[str, ...]
+    """Everything before the flags: launcher, its options, the script."""
+    flags: tuple[str, ...]
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> "Line":
+        """Takes a line apart at its script.
+
+        Raises:
+            InputError: there is no script in it.
+        """
+        for index, word in enumerate(words):
+            if word.endswith(".py") and not word.startswith("-"):
+                return cls(start=tuple(words[: index + 1]), flags=tuple(words[index + 1 :]))
+        if words and words[0].endswith(".sh"):
+            raise InputError(
+                f"{words[0]}: a shell script hides the command that it runs. Give that: torchrun … SCRIPT.py FLAGS…"
+            )
+        raise InputError(
+            f"{shlex.join(words) or 'nothing'} after --: there is no script in it. Give the command that starts the "
+            "run: torchrun … -m mup_megatron.launch pretrain_gpt.py FLAGS…"
+        )
+
+    @property
+    def world_size(self) -> int:
+        """How many processes it starts: torchrun's flags, or the environment of other launchers."""
+        given = {}
+        words = iter(self.start)
+        for word in words:
+            name, equals, value = word.partition("=")
+            if name.lstrip("-").replace("_", "-") in ("nproc-per-node", "nnodes"):
+                given[name.lstrip("-").replace("_", "-")] = value if equals else next(words, "")
+        if not given:
+            return int(os.environ.get("WORLD_SIZE", "1"))
+        return _count(given.get("nproc-per-node", "1")) * _count(given.get("nnodes", "1"))
+
+    @property
+    def tensor_parallel(self) -> int:
+        """How many ranks share a layer."""
+        return self._whole("--tensor-model-parallel-size")
+
+    @property
+    def pipeline_parallel(self) -> int:
+        """How many stages there are."""
+        return self._whole("--pipeline-model-parallel-size")
+
+    @property
+    def depth_is_free(self) -> bool:
+        """Whether it may have another number of layers: where nothing says which stage has which."""
+        return not any(_OF_LAYERS.match(word) for word in self.flags)
+
+    def _whole(self, flag: str) -> int:
+        value = "1"
+        for word, following in zip(self.flags, (*self.flags[1:], ""), strict=True):
+            if word.partition("=")[0] == flag:
+                value = word.partition("=")[2] or following
+        if not value.isdigit() or int(value) < 1:
+            raise InputError(f"{_SOURCE}: {flag} {value}: not a number of ranks. Give one of 1 or more.")
+        return int(value)
+
+    def batch(self, size: int) -> "Batch":
+        """The least batch of `size` or more that the layout can share out: a micro-batch for each pipeline stage.
+
+        Raises:
+            InputError: the processes cannot be laid out so.
+        """
+        model, world = self.pipeline_parallel * self.tensor_parallel, self.world_size
+        if world % model:
+            raise InputError(
+                f"{_SOURCE} starts {world} process{'es' if world > 1 else ''}, and its tensor × pipeline parallelism "
+                f"needs a multiple of {model}. Give both as of the run to come."
+            )
+        share = world // self.tensor_parallel
+        micro = -(-size // share)
+        return Batch(micro * share, micro)
+
+    def model(self) -> ModelFile:
+        """What it trains, with the vocabulary of the check.
+
+        Raises:
+            InputError: it is no model that is supported, or its flags leave it open.
+        """
+        values = values_from_flags([*self._kept(), *_DATA], source=_SOURCE)
+        return model_from_values(values, vocab_size=_VOCABULARY, source=_SOURCE)
+
+    def measuring(
+        self, model: ModelFile, recipe: Path, order: Path, *, seed: int, batch: "Batch", steps: int
+    ) -> list[str]:
+        """The words that train a model of the check instead.
+
+        Args:
+            model: of one width.
+            recipe: of the check.
+            order: what is to be measured.
+            seed: of the run.
+            batch: how many sequences.
+            steps: how long.
+        """
+        changed = {
+            "num-layers": model.num_layers,
+            "hidden-size": model.hidden_size,
+            "num-attention-heads": model.num_attention_heads,
+            "kv-channels": model.head_size,
+            "ffn-hidden-size": model.ffn_size,
+            **({"num-query-groups": model.query_groups} if model.group_query_attention else {}),
+            "seq-length": model.seq_length,
+            "max-position-embeddings": model.positions,
+            "make-vocab-size-divisible-by": model.make_vocab_size_divisible_by,
+            "attention-dropout": 0,
+            "hidden-dropout": 0,
+            "context-parallel-size": 1,
+            "micro-batch-size": batch.micro,
+            "global-batch-size": batch.whole,
+            "train-iters": steps,
+            "eval-iters": 0,
+            "eval-interval": steps + 1,
+            "seed": seed,
+            "mup-recipe": recipe,
+            "mup-observe": f"{OBSERVER}:{order}",
+        }
+        said = [word for name, value in changed.items() for word in (f"--{name}", str(value))]
+        return [*self.start, *self._kept(), *_DATA, *said, "--mup-override", "--no-check-for-nan-in-loss-and-grad"]
+
+    def _kept(self) -> Iterator[str]:
+        dropping = False
+        for word in self.flags:
+            if word.startswith("--"):
+                dropping = _DROPPED.match(word) is not None
+            if not dropping:
+                yield word
+
+
+_DATA = (
+    *("--mock-data", "--split", "949,50,1", "--tokenizer-type", "NullTokenizer"),
+    # The end of a document is one more.
+    *("--vocab-size", str(_VOCABULARY - 1)),
+)
+
+
+def _count(word: str) -> int:
+    """A number of torchrun's: of nodes, at least so many; of processes on one, as many as devices unless it is said."""
+    number = word.partition(":")[0]
+    if number.isdigit():
+        return int(number)
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences of an iteration, and those that go through the model at once."""
+
+    whole: int
+    micro: int
+
+
+def check_launch_line(
+    words: Sequence[str],
+    recipe: Recipe,
+    *,
+    level: Level = Level.QUICK,
+    widths: Sequence[int] | None = None,
+    seeds: int = SEEDS,
+    first_seed: int = 1,
+    references: Path | None = cache.FOLDER,
+    report: Report | None = None,
+    execute: Execute | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Verdict:
+    """A verdict on what a launch line would train with a recipe.
+
+    Args:
+        words: the line: launcher, script, flags.
+        recipe: with which it is to be trained.
+        level: how much is looked at; transfer is not, which the target's model file can be checked for.
+        widths: hidden sizes of the models.
+        seeds: of each width.
+        first_seed: the first of them.
+        references: folder of references that were measured before; None keeps none.
+        report: called as models are done.
+        execute: runs a command line; by default as a process of its own.
+        tell: called before the first run, with how many there will be; and after it, with how long they take.
+
+    Raises:
+        InputError: the line cannot be read, its model does not go with the recipe, or it does not run.
+    """
+    begun = time.monotonic()
+    line = Line.of(words)
+    # The reference has its norms outside, as local layers do, and so have the names of what is measured.
+    whole = line.model().model_copy(update={"transformer_impl": "local"})
+    whole.require_tensor_parallel(line.tensor_parallel)
+    target, recipe_here = condensed(
+        whole,
+        _local(recipe),
+        tensor_parallel=line.tensor_parallel,
+        stages=line.pipeline_parallel,
+        depth=DEPTH if line.depth_is_free else None,
+    )
+    chosen = list(widths or widths_for(target, recipe_here, WIDTHS, tensor_parallel=line.tensor_parallel))
+    models = models_for(target, recipe_here, chosen)
+    for model in models.values():
+        model.require_tensor_parallel(line.tensor_parallel)
+    batch = line.batch(levels.EARLY.batch_size)
+    family = Family(recipe=recipe_here, models=models, cache=references)
+
+    def protocol_of(protocol: Protocol) -> Protocol:
+        return replace(protocol, batch_size=batch.whole)
+
+    with tempfile.TemporaryDirectory(prefix="mup-check-") as folder:
+        runner = _Runner(line, recipe, family, Path(folder), batch, execute or _execute, report, tell)
+        early = family.correct(protocol_of(levels.EARLY))
+        verdict = judge(
+            Sides(
+                subject=lambda p: runner.measured(protocol_of(p), range(first_seed, first_seed + seeds)),
+                reference=lambda p: family.reference(protocol_of(p), report=report),
+                control=lambda p: family.reference(protocol_of(p), rule=Rule.STANDARD, report=report),
+            ),
+            Facts(recipe=early, plans={w: early.plan(m) for w, m in models.items()}, models=models),
+            level=level,
+            fingerprint=recipe.fingerprint,
+            remarks=_remarks(line, level),
+        )
+    return replace(verdict, seconds=time.monotonic() - begun)
+
+
+def _local(recipe: Recipe) -> Recipe:
+    base = recipe.megatron_base.model_copy(update={"transformer_impl": "local"})
+    return recipe.model_copy(update={"base": base})
+
+
+def _remarks(line: Line, level: Level) -> list[str]:
+    remarks = ["Data, vocabulary and sequence length are the check's; the line's own were not read."]
+    if any(word in ("--bf16", "--fp16") for word in line.flags):
+        remarks.append("Trained in fp32: in half precision the movement of a weight could not be read.")
+    if "--use-distributed-optimizer" in line.flags:
+        remarks.append(
+            "With the distributed optimizer over several data-parallel ranks no rank has whole gradients, so learning "
+            "rates, eps and weight decay are not read from movements there."
+        )
+    if level is Level.FULL:
+        remarks.append("Transfer of the learning rate was not tried: check the model file with --level full for that.")
+    return remarks
+
+
+@dataclass(frozen=True, slots=True)
+class _Runner:
+    line: Line
+    recipe: Recipe
+    family: Family
+    folder: Path
+    batch: Batch
+    execute: Execute
+    report: Report | None
+    tell: Callable[[str], None] | None
+
+    def measured(self, protocol: Protocol, seeds: Sequence[int]) -> Measured:
+        """The line's runs, one after the other."""
+        # As the user's own recipe, whose base may have Transformer Engine as the line has.
+        stress = self.family.at(protocol)
+        own = {"transformer_impl": self.recipe.megatron_base.transformer_impl}
+        stress = stress.model_copy(update={"base": stress.megatron_base.model_copy(update=own)})
+        path = self.folder / "check.recipe.yaml"
+        save_recipe(stress, path)
+        runs: list[Run] = []
+        total = len(self.family.models) * len(seeds)
+        begun = time.monotonic()
+        self._tell(f"{total} runs of the line, of {protocol.steps} steps each; the first one shows how long they take")
+        for index, (width, model) in enumerate(self.family.models.items()):
+            for seed in seeds:
+                order = self.folder / f"{protocol.steps}-{width}-{seed}.json"
+                Order(width=width, seed=seed, protocol=protocol).write(order)
+                words = self.line.measuring(
+                    model,
+                    path,
+                    order,
+                    seed=levels.run_seed(seed, index),
+                    batch=self.batch,
+                    steps=protocol.steps,
+                )
+                runs.append(_result(words, order, self.execute(words)))
+                if len(runs) == 1:
+                    self._tell(f"{total - 1} more: {about((total - 1) * (time.monotonic() - begun))}")
+                if self.report is not None:
+                    self.report("launch line", len(runs), total)
+        return Measured(tuple(runs))
+
+    def _tell(self, what: str) -> None:
+        if self.tell is not None:
+            self.tell(what)
+
+
+def _result(words: Sequence[str], order: Path, ended: Ended) -> Run:
+    try:
+        return Run.from_json(json.loads(result_of(order).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        end = "\n".join(f"  {line}" for line in ended.said.strip().splitlines()[-15:])
+        how = f"with code {ended.code}" if ended.code else "without having trained with the plug-in"
+        raise InputError(
+            f"{_SOURCE} ended {how}. Its last words:\n{end}\nIt was run as\n  {shlex.join(words)}"
+        ) from None
+
+
+def _execute(words: Sequence[str]) -> Ended:
+    try:
+        done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    except OSError as error:
+        raise InputError(
+            f"{words[0]}: cannot be run ({error.strerror}). Give the command that starts the run."
+        ) from None
+    return Ended(done.returncode, done.stderr)

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from mup_megatron.architectures.gpt import POSITION_EMBEDDINGS, WORD_EMBEDDINGS
+from mup_megatron.architectures.names import POSITION_EMBEDDINGS, WORD_EMBEDDINGS
 from mup_megatron.collectives import raise_together
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.names import named_parameters, require_match, unwrapped
 from mup_megatron.megatron.versions import native_mup
 from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
-from mup_megatron.theory import Kind, Plan, PlanEntry
+from mup_megatron.theory import Plan, PlanEntry
 
 _applied: "weakref.WeakKeyDictionary[torch.nn.Module, Plan]" = weakref.WeakKeyDictionary()
 _EMBEDDINGS = {WORD_EMBEDDINGS, POSITION_EMBEDDINGS}
@@ -54,12 +54,11 @@ def apply_plan(model_chunks: Sequence[torch.nn.Module], plan: Plan, *, initializ
         problems += [problem for model in models for problem in _draw_problems(model)]
     raise_together(problems)
     require_match(models, plan)
-    rescaling = _stock_stds(models[0].config) if initialize else {}
     with torch.no_grad():
         for name, parameter in named_parameters(models, tied=plan.tied):
             entry = plan[name]
             if initialize:
-                _initialize(parameter, entry, rescaling)
+                _initialize(parameter, entry, models[0].config)
     for model in models:
         _set_softmax_scale(model, plan)
         _hook_multipliers(model, plan)
@@ -182,16 +181,12 @@ def _draw_problems(model: torch.nn.Module) -> list[str]:
     ]
 
 
-def _stock_stds(config: Any) -> dict[Kind, float | None]:
-    """The std with which Megatron drew each kind of weight."""
-    weight = _std(config.init_method)
+def _stock_std(entry: PlanEntry, config: Any) -> float | None:
+    """The std with which Megatron drew a weight."""
     # A readout is drawn as other weights are, except by native μP, which is refused.
-    return {
-        Kind.EMBEDDING: _std(config.embedding_init_method),
-        Kind.WEIGHT: weight,
-        Kind.HEAD: weight,
-        Kind.RESIDUAL: _std(config.output_layer_init_method),
-    }
+    if entry.is_embedding:
+        return _std(config.embedding_init_method)
+    return _std(config.output_layer_init_method if entry.is_residual else config.init_method)
 
 
 def _std(init_method: Callable[..., Any]) -> float | None:
@@ -201,13 +196,13 @@ def _std(init_method: Callable[..., Any]) -> float | None:
     return None
 
 
-def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, stock: dict[Kind, float | None]) -> None:
+def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, config: Any) -> None:
     if entry.init_std is None:
         if entry.folded != 1.0:
             assert entry.init_value is not None
             parameter.fill_(entry.init_value)
         return
-    drawn = stock[entry.kind]
+    drawn = _stock_std(entry, config)
     assert drawn is not None
     if entry.init_std != drawn:
         parameter.mul_(entry.init_std / drawn)
@@ -267,7 +262,7 @@ def _multiplied_modules(model: torch.nn.Module, plan: Plan) -> list[tuple[torch.
         for name, parameter in named_parameters([model], tied=plan.tied)
         if (entry := plan.by_name.get(name)) is not None
         and entry.multiplier != 1.0
-        and entry.kind not in (Kind.EMBEDDING, Kind.HEAD)
+        and not (entry.is_embedding or entry.is_readout)
     ]
 
 

@@ -19,7 +19,7 @@ from mup_megatron.check.measure.replay import AdamReplay, Replay, SGDReplay
 from mup_megatron.check.reference.modules import multiply, optimizer_for
 from mup_megatron.check.reference.plain_gpt import PlainGPT, cross_entropy, draw_weights
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Kind, Plan
+from mup_megatron.theory import Plan
 
 
 class Reference:
@@ -135,7 +135,7 @@ def carried_out(plan: Plan, model: ModelFile, *, dtype: torch.dtype) -> PlainGPT
         if entry.init_value is not None:
             with torch.no_grad():
                 gpt.get_parameter(entry.name).fill_(entry.init_value)
-        if entry.multiplier != 1.0 and entry.kind is not Kind.HEAD:
+        if entry.multiplier != 1.0 and not entry.is_readout:
             multiply(gpt.get_submodule(entry.name.rpartition(".")[0]), entry.multiplier)
     return gpt
 

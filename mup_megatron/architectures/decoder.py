@@ -50,7 +50,7 @@ class Decoder(ABC):
     final_norm: ClassVar[str]
     """The prefix of the parameters of the norm before the readout."""
     branches: ClassVar[int]
-    """Residual branches of a layer, as its stock initialisation counts them."""
+    """Residual branches of a layer; the stock initialisation counts them likewise (`is_hybrid_model`)."""
 
     @abstractmethod
     def layers(self, model: ModelFile) -> Sequence[Sequence[Family]]:
@@ -108,9 +108,7 @@ class Decoder(ABC):
             for tensor, tuned in zip(shape.tensors, tuned_names, strict=True)
         )
         at_base = self._shape(own.model_copy(update={"transformer_impl": target.transformer_impl}), growth)
-        # A target of the same branches starts as the base's own initialisation would have it.
-        stacks = {STACK: Stack(base.num_layers, of_base.branches)}
-        return replace(at_base, stacks=stacks), replace(shape, tensors=tensors)
+        return at_base, replace(shape, tensors=tensors)
 
     def _shape(self, model: ModelFile, growth: Growth) -> ModelShape:
         tensors = tuple(self._tensors(model, growth))

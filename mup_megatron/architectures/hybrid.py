@@ -110,24 +110,42 @@ class Hybrid(Decoder):
         period = next(n for n in range(1, len(letters) + 1) if letters == (letters[:n] * len(letters))[: len(letters)])
         return self.with_layers(model, range(min(len(letters), max(1, layers // period) * period)))
 
-    def adopted(self, model: ModelFile) -> ModelFile | None:
+    def taken_from(self, other: Decoder, model: ModelFile) -> ModelFile | None:
         """Returns a GPT as the pattern `*-*-…` of twice as many layers."""
-        if type(model) is not GPT.file:
-            return super().adopted(model)
+        if other is not GPT:
+            return super().taken_from(other, model)
         pattern = "*-" * model.num_layers
         return HybridFile.model_construct(
             **{**dict(model), "num_layers": len(pattern), "hybrid_layer_pattern": pattern}
         )
 
-    def name_at(self, other: Decoder, name: str) -> str:
-        """Returns what a GPT of the same layers calls a parameter."""
+    def given_to(self, other: Decoder, model: ModelFile) -> ModelFile | None:
+        """Returns a pattern `*-*-…` as a GPT of half as many layers."""
         if other is not GPT:
-            return super().name_at(other, name)
+            return super().given_to(other, model)
+        letters = _file(model).letters
+        if _AS_GPT.fullmatch(letters) is None:
+            return None
+        shared = {key: getattr(model, key) for key in ModelFile.model_fields}
+        return ModelFile.model_construct(**{**shared, "num_layers": len(letters) // 2})
+
+    def name_in(self, other: Decoder, name: str) -> str:
+        """Returns what a GPT of the same layers calls a parameter."""
+        assert other is GPT
         parts = layer_of(name)
         if parts is None:
             return name.replace(self.final_norm, GPT.final_norm)
         stack, index, rest = parts
         return in_layer(stack, index // 2, rest)
+
+    def name_from(self, other: Decoder, name: str) -> str:
+        """Returns the name here of a GPT's parameter: its attention is in one layer, its MLP in the next."""
+        assert other is GPT
+        parts = layer_of(name)
+        if parts is None:
+            return name.replace(GPT.final_norm, self.final_norm)
+        stack, index, rest = parts
+        return in_layer(stack, 2 * index + rest.startswith(("mlp.", "pre_mlp_layernorm.")), rest)
 
 
 def _file(model: ModelFile) -> HybridFile:

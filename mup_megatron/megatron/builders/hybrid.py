@@ -1,7 +1,7 @@
 """Builds Megatron-Core's `HybridModel`, and the stack of its local layers, which Megatron has none of.
 
-`local_stack_spec` is for `--spec` too, as `--spec mup_megatron.megatron.builders.hybrid local_stack_spec`, where there is
-no Transformer Engine. It is the stock stack with the local layers of a GPT.
+`local_stack_spec` is for `--spec` too, as `--spec mup_megatron.megatron.builders.hybrid local_stack_spec`, where there
+is no Transformer Engine. It is the stock stack with the local layers of a GPT.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ _classes = hybrid_classes()
 class LocalStack(_classes.stack):  # type: ignore[misc, name-defined]
     """The hybrid stack of local layers: with torch's final norm where the stock one asks for Transformer Engine."""
 
-    def __init__(self, config: Any, submodules: Any, **given: Any) -> None:
+    def __init__(self, config: Any, **given: Any) -> None:
         norm = _submodules(config).input_layernorm
         layers = {
             "attention_layer": ModuleSpec(module=TransformerLayer, submodules=_attention(config)),
@@ -38,7 +38,7 @@ class LocalStack(_classes.stack):  # type: ignore[misc, name-defined]
             self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
 
-local_stack_spec = ModuleSpec(module=LocalStack, submodules=None)
+local_stack_spec = ModuleSpec(module=LocalStack)
 
 
 def _submodules(config: Any) -> Any:

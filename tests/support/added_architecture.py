@@ -62,8 +62,7 @@ class Bank:
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         return {"bank": 6.0 * EXPERTS * model.hidden_size * (1 + 2 * RANK)}
 
-    def plain(self, model: ModelFile) -> tuple[str, str, nn.Module]:
-        """Names of norm and branch, and the branch."""
+    def plain(self, model: ModelFile, softmax_scale: float) -> tuple[str, str, nn.Module]:
         return "pre_mlp_layernorm", "mlp", PlainBank(model.hidden_size)
 
 

@@ -35,7 +35,7 @@ class Entry(Strict):
     recipe: Annotated[str, Field(min_length=1)]
     """Path of the recipe."""
     target: Annotated[str, Field(min_length=1)] | None = None
-    """What the model is, where that can't be read off it: see `run.plan_for`."""
+    """What the model is, where that can't be read off it: see `planning.plan_for`."""
     readout: Annotated[str, Field(min_length=1)] | None = None
     """Name of the weight that computes a torch module's output, where it is tied to an embedding."""
     initialize: bool | Literal["rescale", "redraw", "keep"] = True

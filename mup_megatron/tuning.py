@@ -15,16 +15,16 @@ from mup_megatron.architectures.model_file import ModelFile, model_file
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Hyperparameters, Recipe, recipe
 from mup_megatron.search import (
-    Outcome,
     ReportFn,
     Selection,
     Space,
     StudyRecord,
+    TrialOutcome,
     default_storage,
     find_study,
     read_study,
 )
-from mup_megatron.search.space import Dimension
+from mup_megatron.search.space import SearchRange
 from mup_megatron.training.options import TrainingOptions, require_possible
 from mup_megatron.validation import Strict, validated
 
@@ -33,11 +33,11 @@ SEARCHABLE = tuple(Hyperparameters.model_fields)
 
 DEFAULT_SPACE = Space(
     {
-        "lr": Dimension(1e-4, 1e-1, log=True),
-        "init_method_std": Dimension(0.002, 0.2, log=True),
-        "embedding_multiplier": Dimension(0.1, 10.0, log=True),
-        "attention_multiplier": Dimension(0.25, 4.0, log=True),
-        "output_multiplier": Dimension(0.25, 4.0, log=True),
+        "lr": SearchRange(1e-4, 1e-1, log=True),
+        "init_method_std": SearchRange(0.002, 0.2, log=True),
+        "embedding_multiplier": SearchRange(0.1, 10.0, log=True),
+        "attention_multiplier": SearchRange(0.25, 4.0, log=True),
+        "output_multiplier": SearchRange(0.25, 4.0, log=True),
     }
 )
 """What TP5 searched for GPT-3 6.7B; the same as configs/spaces/gpt3_6.7b.yaml."""
@@ -70,9 +70,9 @@ class ProxyTraining:
             InputError: names what is wrong; `source` is what the space is called.
         """
         base = self.proxy.model_dump(mode="json")
-        bounds = [(dimension.low, dimension.high) for dimension in space.dimensions.values()]
+        bounds = [(each.low, each.high) for each in space.ranges.values()]
         for corner in itertools.product(*bounds):
-            made = _recipe(base, self.fixed, dict(zip(space.dimensions, corner, strict=True)), source=source)
+            made = _recipe(base, self.fixed, dict(zip(space.ranges, corner, strict=True)), source=source)
         made.plan(self.proxy)
         require_possible(self.proxy, made, self.options, world_size=1)
 
@@ -86,13 +86,13 @@ class ProxyTraining:
             "training": {key: options[key] for key in _RUN_KEYS},
         }
 
-    def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         """Runs one trial, in a process of its own."""
         from mup_megatron.megatron.versions import installed
         from mup_megatron.training.train import run_training
 
         result = run_training(self.proxy, self.recipe(parameters), self.data, self.options, report=report)
-        return Outcome(
+        return TrialOutcome(
             loss=result.validation_loss,
             diverged=result.status == "diverged",
             reason=result.reason,

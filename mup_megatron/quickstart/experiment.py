@@ -16,11 +16,11 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
 from mup_megatron.recipe import Recipe, save_recipe
-from mup_megatron.search import Outcome, ReportFn, Space, StudySpec, default_storage, run_sweep
+from mup_megatron.search import ReportFn, Space, StudySpec, TrialOutcome, default_storage, run_sweep
 from mup_megatron.search.jobs import run_jobs
-from mup_megatron.search.space import Dimension
-from mup_megatron.search.worker import Job
-from mup_megatron.training.data.indexed import check_prefix
+from mup_megatron.search.space import SearchRange
+from mup_megatron.search.worker import TrialJob
+from mup_megatron.training.data.reading import check_prefix
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.tuning import ProxyTraining, transferred
 from mup_megatron.validation import Strict, brief
@@ -28,9 +28,9 @@ from mup_megatron.yaml_io import dump_yaml
 
 SPACE = Space(
     {
-        "lr": Dimension(2.0**-9, 2.0**-5, log=True),
-        "embedding_multiplier": Dimension(2.0, 16.0, log=True),
-        "output_multiplier": Dimension(1.0, 8.0, log=True),
+        "lr": SearchRange(2.0**-9, 2.0**-5, log=True),
+        "embedding_multiplier": SearchRange(2.0, 16.0, log=True),
+        "output_multiplier": SearchRange(1.0, 8.0, log=True),
     }
 )
 FIXED = {
@@ -251,7 +251,7 @@ class GridTraining:
     options: TrainingOptions
     cells: tuple[Cell, ...]
 
-    def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         """Runs one cell, in a process of its own."""
         from mup_megatron.training.train import run_training
 
@@ -263,7 +263,7 @@ class GridTraining:
             }
         )
         result = run_training(self.settings.model(cell.width), recipe, self.data, self.options)
-        return Outcome(loss=result.validation_loss, diverged=result.status == "diverged", reason=result.reason)
+        return TrialOutcome(loss=result.validation_loss, diverged=result.status == "diverged", reason=result.reason)
 
 
 class _Row(Strict):
@@ -348,7 +348,7 @@ def _run_grid(objective: GridTraining, stored: GridFile, logs: Path, workers: in
     cells = objective.cells
     found = stored.read()
 
-    def ended(job: Job, outcome: Outcome) -> None:
+    def ended(job: TrialJob, outcome: TrialOutcome) -> None:
         cell = cells[job.number]
         outcome = outcome.checked()
         found[cell] = Result(cell=cell, loss=outcome.loss, reason=outcome.reason)
@@ -357,7 +357,7 @@ def _run_grid(objective: GridTraining, stored: GridFile, logs: Path, workers: in
         done = sum(cell in found for cell in cells)
         tick(done, len(cells), f"width {cell.width}, {cell.rule}, lr {cell.lr:.3g}: {shown}")
 
-    missing = [Job(index, {"cell": index}) for index, cell in enumerate(cells) if cell not in found]
+    missing = [TrialJob(index, {"cell": index}) for index, cell in enumerate(cells) if cell not in found]
     if missing:
         folder = logs / f"grid-{cells[0].width}"
         run_jobs(objective, missing, workers=workers, on_end=ended, log_folder=folder)

@@ -65,7 +65,7 @@ class Owner:
         return {**asdict(self), "beat": beat}
 
 
-class Watch:
+class OwnerWatch:
     """Finds owners that are dead."""
 
     def __init__(self, grace_s: float) -> None:

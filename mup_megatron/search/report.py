@@ -11,8 +11,7 @@ from typing import Any
 
 import sqlalchemy
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mup_megatron.files import write_atomically
 from mup_megatron.search.study import StudyRecord, Trial
@@ -23,7 +22,7 @@ def trials_csv(record: StudyRecord) -> str:
 
     Where they are the best of another study, `source_trial` and `source_loss` say which each is, and what it came to.
     """
-    names = list(record.spec.space.dimensions)
+    names = list(record.spec.space.ranges)
     selection = record.spec.selection
     source = [] if selection is None else ["source_trial", "source_loss"]
     stream = io.StringIO()
@@ -84,14 +83,14 @@ def plain(value: Any) -> Any:
     return value
 
 
-class Progress:
+class SweepProgress:
     """A bar on a terminal, one line per trial elsewhere; on standard error. Starts no thread."""
 
     def __init__(self, total: int) -> None:
         """`total`: the number of trials that the sweep is to finish."""
         self._total = total
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar = Bar(
+        self._bar = Progress(
             TextColumn("trials"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -109,7 +108,7 @@ class Progress:
         """Whether standard error is a terminal."""
         return self._console.is_terminal
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "SweepProgress":
         self._bar.start()
         return self
 

@@ -11,7 +11,8 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.readback import parse_json
 from mup_megatron.recipe import Recipe
-from mup_megatron.training.data.indexed import at, check_prefix
+from mup_megatron.training.data.prefix import at
+from mup_megatron.training.data.reading import check_prefix
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.validation import brief
 

@@ -17,7 +17,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 from mup_megatron.training import ranks
-from mup_megatron.training.data.indexed import small_vocabulary_warning
+from mup_megatron.training.data.reading import small_vocabulary_warning
 from mup_megatron.training.metrics import Row, ValidationRow, divergence, train_loss
 from mup_megatron.training.options import BatchSizes, TrainingOptions, batch_sizes, require_possible
 

@@ -20,7 +20,7 @@ from mup_megatron.architectures.model_file import load_model_file
 from mup_megatron.errors import InputError
 from mup_megatron.quickstart.experiment import Cell, Experiment, GridFile, Result, Settings, claim, run
 from mup_megatron.recipe import load_recipe
-from mup_megatron.training.data.indexed import read_meta
+from mup_megatron.training.data.reading import read_meta
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Settings(
@@ -44,7 +44,7 @@ from pathlib import Path
 from mup_megatron.cli.quickstart import conduct
 from mup_megatron.quickstart.experiment import Settings
 from mup_megatron.training.data.documents import documents, scan
-from mup_megatron.training.data.indexed import write_data
+from mup_megatron.training.data.writing import write_data
 from mup_megatron.training.data.tokenizer import make_tokenizer, parse_tokenizer
 from mup_megatron.training.ranks import preload
 

@@ -7,10 +7,9 @@ iteration, and the same samples make up a global batch in every layout.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +19,8 @@ import psutil  # type: ignore[import-untyped]
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.versions import core_version_text
 from mup_megatron.training.data import CACHE
-from mup_megatron.training.data.indexed import (
-    DataMeta,
-    at,
-    check_prefix,
-    read_index,
-    require_known_tokens,
-    staging,
-)
+from mup_megatron.training.data.prefix import DataMeta, at, publish, remove_damaged, staging
+from mup_megatron.training.data.reading import check_prefix, read_index, require_known_tokens
 from mup_megatron.training.ranks import on_first_rank
 from mup_megatron.validation import brief
 
@@ -98,19 +91,12 @@ def build_datasets(
         key = hashlib.sha256(json.dumps([core_version_text(), *settings]).encode()).hexdigest()[:16]
         indices = cache_dir / "index" / key
         if indices.exists() and not _are_sound(indices, len(read_index(prefix).sequence_lengths)):
-            # Somebody damaged it. Out of the way under a name of its own, since others may look at this moment.
-            with staging(indices.parent) as folder, suppress(FileNotFoundError):
-                os.rename(indices, folder / "damaged")
+            remove_damaged(indices)
         if not indices.is_dir():
             require_known_tokens(prefix, meta)
             with staging(indices.parent) as folder:
                 _construct(prefix, _with_cache(config, folder), wanted)
-                try:
-                    os.rename(folder, indices)
-                except OSError:
-                    # Another process was faster; its files are the same. Anything else is an error.
-                    if not indices.is_dir():
-                        raise
+                publish(folder, indices)
         return meta, indices
 
     meta, indices = on_first_rank(prepare)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mup_megatron.checkpoint_recipe import SIDECAR, differences, packed, unpacked
 from mup_megatron.errors import InputError
-from mup_megatron.readback import read_text
+from mup_megatron.files import read_text
 from mup_megatron.recipe import Recipe
 from mup_megatron.unpickling import read_plain_values
 

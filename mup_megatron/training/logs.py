@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mup_megatron.errors import InputError
-from mup_megatron.files import write_atomically
-from mup_megatron.readback import read_text
+from mup_megatron.files import read_text, write_atomically
 from mup_megatron.training.metrics import Row, ValidationRow
 from mup_megatron.training.options import TrainingOptions
 

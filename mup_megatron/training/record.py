@@ -16,10 +16,10 @@ from typing import Any
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.files import write_atomically
+from mup_megatron.files import read_text, write_atomically
 from mup_megatron.megatron import versions
 from mup_megatron.megatron.schedule import peak_lr_per_role
-from mup_megatron.readback import parse_json, read_text
+from mup_megatron.readback import parse_json
 from mup_megatron.recipe import Recipe
 from mup_megatron.recipe import recipe as make_recipe
 from mup_megatron.theory import Plan

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mup_megatron.errors import InputError
+from mup_megatron.files import read_text
 from mup_megatron.megatron.versions import core_version_text
-from mup_megatron.readback import read_text
 from mup_megatron.training.data import CACHE, ProgressFn, silent
 from mup_megatron.training.data.documents import Source, documents, scan
 from mup_megatron.training.data.prefix import DataMeta, publish, remove_damaged, staging

@@ -12,7 +12,7 @@ from typing import Literal
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mup_megatron.errors import InputError
-from mup_megatron.readback import read_text
+from mup_megatron.files import read_text
 from mup_megatron.validation import brief
 
 EOD_TOKEN = "<|endoftext|>"

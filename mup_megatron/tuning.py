@@ -120,7 +120,7 @@ def fixed_content(given: Recipe | None) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Searched:
+class SearchSetup:
     """What a study varies, and what it leaves alone."""
 
     space: Space
@@ -132,7 +132,7 @@ class Searched:
 
 def best_of(
     other: str, count: int, *, study: str, storage: str | None, proxy: ModelFile, accept_unfinished: bool
-) -> Searched:
+) -> SearchSetup:
     """The best trials of one study, to be run by another: all that they depend on but data and length of the run.
 
     Once that study exists, it keeps the trials that it was made of, whatever has become of the other one.
@@ -158,9 +158,9 @@ def best_of(
                 f"--best {count}: study {study!r} was made of the best {len(selection.candidates)} of {other!r}. Give "
                 "that number to go on with it, or another name with --study."
             )
-        return Searched(made.spec.space, made.spec.context["fixed"], selection)
+        return SearchSetup(made.spec.space, made.spec.context["fixed"], selection)
     found = read_study(storage or default_storage(other), other)
-    context = _sweep_context(found, _Searched, flag="--of")
+    context = _sweep_context(found, _ModelContext, flag="--of")
     if context["proxy"] != proxy.model_dump(mode="json"):
         before = context["proxy"]
         differing = [key for key, value in proxy.model_dump(mode="json").items() if before.get(key) != value]
@@ -168,7 +168,9 @@ def best_of(
             f"--of {other}: that study trained another model ({', '.join(differing)} differ), and hyperparameters "
             "belong to the shape they were tuned at. Give the model file of that study."
         )
-    return Searched(found.spec.space, context["fixed"], found.select_best(count, accept_unfinished=accept_unfinished))
+    return SearchSetup(
+        found.spec.space, context["fixed"], found.select_best(count, accept_unfinished=accept_unfinished)
+    )
 
 
 class _Training(Strict):
@@ -180,7 +182,7 @@ class _Training(Strict):
     global_batch_size: Annotated[int, Field(gt=0)]
 
 
-class _Searched(Strict):
+class _ModelContext(Strict):
     """What `ProxyTraining.context` gives a study of the model and of what is not searched."""
 
     model_config = ConfigDict(extra="ignore")
@@ -189,20 +191,20 @@ class _Searched(Strict):
     fixed: dict[str, Any]
 
     @model_validator(mode="after")
-    def _of_a_recipe(self) -> "_Searched":
+    def _of_a_recipe(self) -> "_ModelContext":
         if not isinstance(self.fixed.get("hyperparameters", {}), dict):
             raise ValueError("fixed.hyperparameters: no keys and values. Restore the database.")
         return self
 
 
-class _Context(_Searched):
+class _SweepContext(_ModelContext):
     """All that it gives a study."""
 
     data: dict[str, str | None]
     training: _Training
 
 
-def _sweep_context(study: StudyRecord, kind: type[_Searched], *, flag: str) -> Mapping[str, Any]:
+def _sweep_context(study: StudyRecord, kind: type[_ModelContext], *, flag: str) -> Mapping[str, Any]:
     """What a study of `mup-megatron sweep` says of its trials, as far as `kind` asks for it."""
     source = f"study {study.spec.name!r}"
     if "proxy" not in study.spec.context:
@@ -219,7 +221,7 @@ def transferred(study: StudyRecord) -> Recipe:
         InputError: no trial is complete, or the study is not one of `mup-megatron sweep`.
     """
     best = study.require_best()
-    context = _sweep_context(study, _Context, flag="--study")
+    context = _sweep_context(study, _SweepContext, flag="--study")
     selection = study.spec.selection
     chosen = None if selection is None else selection.at(best.slot)
     training = context["training"]

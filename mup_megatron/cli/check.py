@@ -154,7 +154,7 @@ def command(
         raise InputError(f"--json {json_file}: a folder. Give the name of a file.")
     if not rest_of_line:
         chosen["processes"] = processes
-    with _Told(is_first_process()) as told:
+    with _CheckProgress(is_first_process()) as told:
         verdict = check(level, report=told, tell=told.before, **chosen)
     if is_first_process():
         answer(verdict, target, recipe_path, output, json_file)
@@ -255,7 +255,7 @@ def _make(folder: Path) -> None:
         raise InputError(f"{folder}: not a folder to write to ({error.strerror}). Choose another place.") from None
 
 
-class _Told:
+class _CheckProgress:
     """Progress on standard error: a bar on a terminal, else a line at each quarter. Nothing if it is not to speak."""
 
     def __init__(self, speaks: bool) -> None:
@@ -273,7 +273,7 @@ class _Told:
         self._lines = speaks and not sys.stderr.isatty()
         self._tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> "_Told":
+    def __enter__(self) -> "_CheckProgress":
         self._bar.start()
         return self
 

@@ -37,7 +37,7 @@ LONGEST = 500
 """Characters of a message of click's; the lists of choices in some are long."""
 
 
-class _Commands(click.Group):
+class _CommandGroup(click.Group):
     """Imports a command's module only when it is needed: `explain` must not wait for torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -55,7 +55,7 @@ class _Commands(click.Group):
 
 
 @click.group(
-    cls=_Commands,
+    cls=_CommandGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     epilog="--debug, anywhere on the line, shows the traceback of an error.",
 )

@@ -40,7 +40,7 @@ FIXED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ExperimentSettings:
     """The size of the experiment. Defaults fit two CPU cores and a few minutes."""
 
     seed: int = 1
@@ -111,7 +111,7 @@ class Result:
 class Experiment:
     """Everything that was found."""
 
-    settings: Settings
+    settings: ExperimentSettings
     recipe: Recipe
     results: tuple[Result, ...]
 
@@ -138,7 +138,9 @@ Say = Callable[[str], None]
 Tick = Callable[[int, int, str], None]
 
 
-def run(settings: Settings, data: Path, folder: Path, *, cache: Path, workers: int, say: Say, tick: Tick) -> Experiment:
+def run(
+    settings: ExperimentSettings, data: Path, folder: Path, *, cache: Path, workers: int, say: Say, tick: Tick
+) -> Experiment:
     """Runs the experiment, or what is left of it, into `folder`. Call `training.ranks.preload` before.
 
     Args:
@@ -177,7 +179,7 @@ def run(settings: Settings, data: Path, folder: Path, *, cache: Path, workers: i
     return Experiment(settings=settings, recipe=recipe, results=found)
 
 
-def described(settings: Settings, objective: ProxyTraining) -> dict[str, Any]:
+def described(settings: ExperimentSettings, objective: ProxyTraining) -> dict[str, Any]:
     """All that the results depend on, as JSON gives it back. Another Python version has another text."""
     content = {
         **asdict(settings),
@@ -215,7 +217,7 @@ def claim(folder: Path, experiment: Mapping[str, Any]) -> None:
         raise InputError(f"{file}: holds another experiment: {brief('; '.join(changed), 250)}. {remedy}")
 
 
-def grid(settings: Settings, width: int, rule: str) -> tuple[Cell, ...]:
+def grid(settings: ExperimentSettings, width: int, rule: str) -> tuple[Cell, ...]:
     """A run for every learning rate."""
     return tuple(Cell(width=width, rule=rule, lr=lr) for lr in settings.learning_rates)
 
@@ -245,7 +247,7 @@ def with_best_lr(searched: Recipe, narrow: Mapping[float, float]) -> Recipe:
 class GridTraining:
     """The objective of the grid: trains the cell whose index it is given."""
 
-    settings: Settings
+    settings: ExperimentSettings
     recipe: Recipe
     data: Path
     options: TrainingOptions
@@ -314,7 +316,7 @@ class GridFile:
         write_atomically(self.path, json.dumps(content, indent=1))
 
 
-def _searched(settings: Settings, objective: ProxyTraining, folder: Path, workers: int) -> Recipe:
+def _searched(settings: ExperimentSettings, objective: ProxyTraining, folder: Path, workers: int) -> Recipe:
     spec = StudySpec(
         name="quickstart",
         storage=default_storage("study", folder),

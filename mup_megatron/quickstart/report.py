@@ -19,7 +19,7 @@ MOVED = 0.5
 
 
 @dataclass(frozen=True)
-class Optimum:
+class GridOptimum:
     """The best learning rate of a curve."""
 
     lr: float
@@ -37,7 +37,7 @@ class Comparison:
     rule: str
     transferred: float | None
     """Loss at the tuned learning rate; None if it diverged."""
-    optimum: Optimum | None
+    optimum: GridOptimum | None
     """None if every run diverged."""
     shift: float | None
     """Octaves from the proxy's optimum to this one; None if there is none."""
@@ -55,7 +55,7 @@ class Comparison:
         return self.shift is None or abs(self.shift) > MOVED
 
 
-def optimum(curve: Mapping[float, float], learning_rates: Sequence[float]) -> Optimum | None:
+def optimum(curve: Mapping[float, float], learning_rates: Sequence[float]) -> GridOptimum | None:
     """Where a curve of losses over learning rates is lowest; None if it has no point.
 
     Args:
@@ -69,13 +69,13 @@ def optimum(curve: Mapping[float, float], learning_rates: Sequence[float]) -> Op
     index = grid.index(best)
     at_edge = index in (0, len(grid) - 1)
     if at_edge or grid[index - 1] not in curve or grid[index + 1] not in curve:
-        return Optimum(best, curve[best], at_edge)
+        return GridOptimum(best, curve[best], at_edge)
     left, right = curve[grid[index - 1]] - curve[best], curve[grid[index + 1]] - curve[best]
     octaves = (left - right) / (2 * (left + right)) if left + right else 0.0
-    return Optimum(best * 2.0**octaves, curve[best], at_edge)
+    return GridOptimum(best * 2.0**octaves, curve[best], at_edge)
 
 
-def proxy_optimum(experiment: Experiment) -> Optimum:
+def proxy_optimum(experiment: Experiment) -> GridOptimum:
     """The proxy's optimum, which there always is: without one there was nothing to transfer."""
     settings = experiment.settings
     found = optimum(experiment.curve(settings.width, "mup"), settings.learning_rates)

@@ -180,7 +180,7 @@ class _Selected(Strict):
     trials: Annotated[list[list[float]], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _whole(self) -> "_Selected":
+    def _complete(self) -> "_Selected":
         if any(len(row) != 2 + len(self.parameters) or row[0] != int(row[0]) for row in self.trials):
             raise ValueError("a trial lacks a value")
         return self

@@ -18,7 +18,7 @@ from mup_megatron.training.options import BatchSizes
 Batch = dict[str, torch.Tensor]
 
 
-class Measured(NamedTuple):
+class IterationResult(NamedTuple):
     """What all ranks know of an iteration after it."""
 
     loss: float
@@ -28,7 +28,7 @@ class Measured(NamedTuple):
     """Whether a rank said that something went wrong outside of training."""
 
 
-def train_iteration(built: Built, dataset: Any, iteration: int, sizes: BatchSizes, *, problem: bool) -> Measured:
+def train_iteration(built: Built, dataset: Any, iteration: int, sizes: BatchSizes, *, problem: bool) -> IterationResult:
     """Forward, backward, update. Collective; every rank returns the same loss.
 
     Args:
@@ -47,7 +47,7 @@ def train_iteration(built: Built, dataset: Any, iteration: int, sizes: BatchSize
     grad_norm = float(grad_norm)
     loss, bad_norms, problems = _summed(_share_of_mean(losses), float(not math.isfinite(grad_norm)), float(problem))
     # All ranks compute one global norm; that they stop together must not hang on it.
-    return Measured(loss, grad_norm if not bad_norms or not math.isfinite(grad_norm) else math.nan, problems > 0)
+    return IterationResult(loss, grad_norm if not bad_norms or not math.isfinite(grad_norm) else math.nan, problems > 0)
 
 
 def validation_loss(built: Built, dataset: Any, iterations: int, sizes: BatchSizes) -> float:

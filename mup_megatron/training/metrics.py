@@ -24,7 +24,7 @@ LAST_SHARE = 0.1
 """A run's training loss is the mean over this last share of its iterations."""
 
 
-class Row(NamedTuple):
+class TrainingRow(NamedTuple):
     """One iteration of training: a line of `metrics.csv`."""
 
     iteration: int
@@ -45,7 +45,7 @@ class ValidationRow(NamedTuple):
     loss: float
 
 
-RowT = TypeVar("RowT", Row, ValidationRow)
+RowT = TypeVar("RowT", TrainingRow, ValidationRow)
 
 
 def to_csv(kind: type[RowT], rows: Iterable[RowT], *, header: bool = True) -> str:
@@ -116,7 +116,7 @@ class RowFile(Generic[RowT]):
         self._file.close()
 
 
-def divergence(rows: Sequence[Row]) -> str | None:
+def divergence(rows: Sequence[TrainingRow]) -> str | None:
     """Why the run is lost as of its last row; None while it is not.
 
     It is lost when loss or gradient norm is not a finite number, or when the loss of each of the last
@@ -137,7 +137,7 @@ def divergence(rows: Sequence[Row]) -> str | None:
     return None
 
 
-def train_loss(rows: Sequence[Row]) -> float:
+def train_loss(rows: Sequence[TrainingRow]) -> float:
     """Mean loss over the last LAST_SHARE of the iterations, at least one."""
     count = max(1, round(LAST_SHARE * len(rows)))
     return math.fsum(row.loss for row in rows[-count:]) / count

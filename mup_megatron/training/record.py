@@ -26,7 +26,7 @@ from mup_megatron.theory import Plan
 from mup_megatron.training import identity as identities
 from mup_megatron.training.identity import Identity
 from mup_megatron.training.logs import Log
-from mup_megatron.training.metrics import Row, RowFile, ValidationRow, from_csv, to_csv
+from mup_megatron.training.metrics import RowFile, TrainingRow, ValidationRow, from_csv, to_csv
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.yaml_io import parse_yaml
 
@@ -142,14 +142,14 @@ def described(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOpt
 class Record:
     """The rows of a run so far, with the files and logs that they go to on the first rank."""
 
-    def __init__(self, rows: Sequence[Row] = (), validations: Sequence[ValidationRow] = ()) -> None:
+    def __init__(self, rows: Sequence[TrainingRow] = (), validations: Sequence[ValidationRow] = ()) -> None:
         """A run that has measured this before."""
         self.rows = list(rows)
         self.validations = list(validations)
         self.problem: str | None = None
         """What went wrong while writing. The run has to stop on all ranks together."""
         self._folder: Path | None = None
-        self._files: tuple[RowFile[Row], RowFile[ValidationRow]] | None = None
+        self._files: tuple[RowFile[TrainingRow], RowFile[ValidationRow]] | None = None
         self._logs: list[Log] = []
 
     @classmethod
@@ -165,7 +165,7 @@ class Record:
         Raises:
             InputError: it is not one.
         """
-        rows = from_csv(Row, texts[METRICS], source=str(source / METRICS))
+        rows = from_csv(TrainingRow, texts[METRICS], source=str(source / METRICS))
         validations = from_csv(ValidationRow, texts[VALIDATION], source=str(source / VALIDATION))
         if len(rows) != iteration or (rows and rows[-1].iteration != iteration):
             raise InputError(
@@ -177,7 +177,7 @@ class Record:
 
     def texts(self) -> dict[str, str]:
         """The rows as files."""
-        return {METRICS: to_csv(Row, self.rows), VALIDATION: to_csv(ValidationRow, self.validations)}
+        return {METRICS: to_csv(TrainingRow, self.rows), VALIDATION: to_csv(ValidationRow, self.validations)}
 
     def open(self, folder: Path, texts: Mapping[str, str]) -> None:
         """Begins to write into a folder: first what run it is, then what it has measured so far.
@@ -189,7 +189,7 @@ class Record:
             write_atomically(folder / name, text)
         self._folder = folder
         self._files = (
-            RowFile(folder / METRICS, Row, self.rows),
+            RowFile(folder / METRICS, TrainingRow, self.rows),
             RowFile(folder / VALIDATION, ValidationRow, self.validations),
         )
 
@@ -197,7 +197,7 @@ class Record:
         """Tells one more log from now on."""
         self._logs.append(log)
 
-    def add(self, row: Row, lr_per_role: Mapping[str, float] | None) -> None:
+    def add(self, row: TrainingRow, lr_per_role: Mapping[str, float] | None) -> None:
         """An iteration is over. The logs are told if there is an `lr_per_role` to tell."""
         self.rows.append(row)
         if self._files is not None:
@@ -231,7 +231,7 @@ class Record:
         for log in self._logs:
             log.close(failed=failed)
 
-    def _guarded(self, file: Any, row: Row | ValidationRow) -> None:
+    def _guarded(self, file: Any, row: TrainingRow | ValidationRow) -> None:
         try:
             file.append(row)
         except InputError as error:

@@ -40,7 +40,7 @@ class LearningRate:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class SchedulerRule:
     """What is known of a scheduler. Parameters that are not named are steps and factors, the same for all groups."""
 
     learning_rates: tuple[LearningRate, ...] = ()
@@ -58,43 +58,45 @@ def _each(name: str, attribute: str | None = None) -> LearningRate:
     return LearningRate(name, Takes.EACH, attribute or name)
 
 
-_ETA_MIN = Rule((LearningRate("eta_min", Takes.SHARED, "eta_min"),))
+_ETA_MIN = SchedulerRule((LearningRate("eta_min", Takes.SHARED, "eta_min"),))
 _EPS = LearningRate("eps", Takes.SMALLEST_CHANGE, "eps")
-_WARMUP = Rule((_peak("warmup_max_lr", "max_lrs"), _each("warmup_min_lr", "min_lrs")))
+_WARMUP = SchedulerRule((_peak("warmup_max_lr", "max_lrs"), _each("warmup_min_lr", "min_lrs")))
 
-RULES: Mapping[str, Rule] = {
+RULES: Mapping[str, SchedulerRule] = {
     # DeepSpeed
     "WarmupLR": _WARMUP,
     "WarmupDecayLR": _WARMUP,
-    "WarmupCosineLR": Rule(),
-    "OneCycle": Rule((_peak("cycle_max_lr", "max_lrs"), _each("cycle_min_lr", "min_lrs")), cycles_momentum=True),
+    "WarmupCosineLR": SchedulerRule(),
+    "OneCycle": SchedulerRule(
+        (_peak("cycle_max_lr", "max_lrs"), _each("cycle_min_lr", "min_lrs")), cycles_momentum=True
+    ),
     # A search for a learning rate begins where it likes and goes where it likes: it has no maximum.
-    "LRRangeTest": Rule((_each("lr_range_test_min_lr", "min_lr"),)),
+    "LRRangeTest": SchedulerRule((_each("lr_range_test_min_lr", "min_lr"),)),
     # torch; Hugging Face's schedules are LambdaLR and ReduceLROnPlateau
-    "LambdaLR": Rule(needs_code=True),
-    "MultiplicativeLR": Rule(needs_code=True),
-    "StepLR": Rule(),
-    "MultiStepLR": Rule(),
-    "ConstantLR": Rule(),
-    "LinearLR": Rule(),
-    "ExponentialLR": Rule(),
-    "PolynomialLR": Rule(),
+    "LambdaLR": SchedulerRule(needs_code=True),
+    "MultiplicativeLR": SchedulerRule(needs_code=True),
+    "StepLR": SchedulerRule(),
+    "MultiStepLR": SchedulerRule(),
+    "ConstantLR": SchedulerRule(),
+    "LinearLR": SchedulerRule(),
+    "ExponentialLR": SchedulerRule(),
+    "PolynomialLR": SchedulerRule(),
     "CosineAnnealingLR": _ETA_MIN,
     "CosineAnnealingWarmRestarts": _ETA_MIN,
-    "CyclicLR": Rule((_peak("max_lr", "max_lrs"), _each("base_lr", "base_lrs")), cycles_momentum=True),
-    "OneCycleLR": Rule((_peak("max_lr"),), cycles_momentum=True),
-    "ReduceLROnPlateau": Rule((_each("min_lr", "min_lrs"), _EPS)),
-    "SequentialLR": Rule(needs_code=True),
-    "ChainedScheduler": Rule(needs_code=True),
+    "CyclicLR": SchedulerRule((_peak("max_lr", "max_lrs"), _each("base_lr", "base_lrs")), cycles_momentum=True),
+    "OneCycleLR": SchedulerRule((_peak("max_lr"),), cycles_momentum=True),
+    "ReduceLROnPlateau": SchedulerRule((_each("min_lr", "min_lrs"), _EPS)),
+    "SequentialLR": SchedulerRule(needs_code=True),
+    "ChainedScheduler": SchedulerRule(needs_code=True),
     # Hugging Face. Its max_lr is a bound of an adaptive schedule, not the schedule's peak.
-    "GreedyLR": Rule((_each("min_lr", "min_lrs"), _each("max_lr", "max_lrs"), _EPS)),
+    "GreedyLR": SchedulerRule((_each("min_lr", "min_lrs"), _each("max_lr", "max_lrs"), _EPS)),
 }
 
 _MADE_BY = ("deepspeed", "torch", "transformers")
 """The packages whose classes the rules are about."""
 
 
-def rule_of(scheduler: object) -> Rule | None:
+def rule_of(scheduler: object) -> SchedulerRule | None:
     """Returns the rule of a scheduler's class; None of a class that nobody knows."""
     # Not isinstance: a subclass may compute something else.
     kind = type(scheduler)
@@ -103,7 +105,7 @@ def rule_of(scheduler: object) -> Rule | None:
 
 def drives_betas(name: str, params: Mapping[str, Any]) -> bool:
     """Says of a JSON entry if it changes the optimizer's betas or momentum from step to step, as it does by default."""
-    return RULES.get(name, Rule()).cycles_momentum and bool(params.get("cycle_momentum", True))
+    return RULES.get(name, SchedulerRule()).cycles_momentum and bool(params.get("cycle_momentum", True))
 
 
 def class_of(name: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Where search and training meet: a trial is a training of the proxy, and the best one becomes a recipe.
+"""Tuning joins search and training: a trial is a training of the proxy, and the best one becomes a recipe.
 
 Knows neither how trials are run (`search/`) nor what the hyperparameters do (`theory/`).
 """
@@ -58,7 +58,7 @@ class ProxyTraining:
     options: TrainingOptions
 
     def recipe(self, parameters: Mapping[str, float]) -> Recipe:
-        """The recipe of a trial: the proxy is its base."""
+        """Returns the recipe of a trial: the proxy is its base."""
         return _recipe(self.proxy.model_dump(mode="json"), self.fixed, parameters, source="trial")
 
     def require_possible(self, space: Space, *, source: str) -> None:
@@ -77,7 +77,7 @@ class ProxyTraining:
         require_possible(self.proxy, made, self.options, world_size=1)
 
     def context(self) -> dict[str, Any]:
-        """What must stay the same while a study goes on."""
+        """Returns what must stay the same while a study goes on."""
         options = asdict(self.options)
         return {
             "proxy": self.proxy.model_dump(mode="json"),
@@ -113,7 +113,7 @@ def _recipe(
 
 
 def fixed_content(given: Recipe | None) -> dict[str, Any]:
-    """What a search leaves alone: a recipe's content without its base; every default without a recipe."""
+    """Returns what a search leaves alone: a recipe's content without its base; every default without a recipe."""
     if given is None:
         return {}
     return given.model_dump(mode="json", exclude={"base", "training", "provenance"})
@@ -121,7 +121,7 @@ def fixed_content(given: Recipe | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SearchSetup:
-    """What a study varies, and what it leaves alone."""
+    """The hyperparameters that a study varies, and what it leaves alone."""
 
     space: Space
     fixed: Mapping[str, Any]
@@ -133,7 +133,7 @@ class SearchSetup:
 def best_of(
     other: str, count: int, *, study: str, storage: str | None, proxy: ModelFile, accept_unfinished: bool
 ) -> SearchSetup:
-    """The best trials of one study, to be run by another: all that they depend on but data and length of the run.
+    """Selects the best trials of one study for another: all that they depend on but data and length of the run.
 
     Once that study exists, it keeps the trials that it was made of, whatever has become of the other one.
 
@@ -215,7 +215,7 @@ def _sweep_context(study: StudyRecord, kind: type[_ModelContext], *, flag: str) 
 
 
 def transferred(study: StudyRecord) -> Recipe:
-    """The best trial of a study as a recipe, with its provenance.
+    """Returns the best trial of a study as a recipe, with its provenance.
 
     Raises:
         InputError: no trial is complete, or the study is not one of `mup-megatron sweep`.

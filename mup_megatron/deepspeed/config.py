@@ -23,7 +23,7 @@ _SHORTEST_WARMUP = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """What a configuration says that no recipe does."""
+    """The values of a configuration that no recipe has."""
 
     train_iters: int | None = None
     """Length of the run in optimizer steps: the recipe's schedule is in fractions of it. None: no "scheduler"."""
@@ -117,7 +117,7 @@ def _scheduler(recipe: Recipe, train_iters: int) -> dict[str, Any] | None:
 
 
 def problems(content: object, recipe: Recipe, plan: Plan, *, source: str) -> list[str]:
-    """What of a configuration does not go with a recipe, each in a sentence; nothing where all does.
+    """Lists what of a configuration does not go with a recipe, each in a sentence; nothing where all does.
 
     Raises:
         InputError: it is no configuration: something in it is not of its type; names key and `source`.

@@ -48,7 +48,7 @@ class Entry(Strict):
 
     @property
     def how_to_initialize(self) -> Initialize:
-        """What happens to the weights."""
+        """The way in which the weights become the plan's."""
         if isinstance(self.initialize, bool):
             return Initialize.RESCALE if self.initialize else Initialize.KEEP
         return Initialize(self.initialize)
@@ -64,7 +64,7 @@ def entry_of(config: Mapping[str, Any]) -> Entry | None:
 
 
 def has_entry(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration has the entry.
+    """Says if a configuration has the entry.
 
     Raises:
         InputError: it has one that is written otherwise, which nobody would read.
@@ -130,7 +130,7 @@ class OptimizerSection(_Section):
 
 
 class SchedulerSection(_Section):
-    """Likewise the scheduler."""
+    """The scheduler that DeepSpeed is to make."""
 
     type: Annotated[str, Field(min_length=1)] | None = None
     params: Annotated[dict[str, Any] | None, BeforeValidator(_scheduler_values)] = None

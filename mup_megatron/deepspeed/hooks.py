@@ -1,4 +1,4 @@
-"""Where the plug-in stands in DeepSpeed's engine, the Hugging Face Trainer and Accelerate.
+"""The plug-in's places in DeepSpeed's engine, the Hugging Face Trainer and Accelerate.
 
 Methods are replaced when their modules are imported, or at once where they have been already. The engine's construction
 is one of them, so it does not matter through whom `deepspeed.initialize` is called. Without an entry everything is

@@ -23,7 +23,7 @@ from mup_megatron.theory.roles import default_softmax_scale
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """How the fork has built the model."""
+    """The values by which the fork drew the weights of a model."""
 
     init_method_std: float
     num_layers: int
@@ -31,7 +31,7 @@ class Drawn:
     tensor_parallel: int
 
     def std(self, kind: Kind) -> float:
-        """With which std it draws a kind of weight."""
+        """Returns the std with which it draws a kind of weight."""
         residual = kind is Kind.RESIDUAL
         return self.init_method_std / math.sqrt(2.0 * self.num_layers) if residual else self.init_method_std
 

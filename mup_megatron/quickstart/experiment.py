@@ -1,4 +1,4 @@
-"""What is run: a search and a grid of learning rates on the proxy, then the same grid at the wide model.
+"""The runs: a search and a grid of learning rates on the proxy, then the same grid at the wide model.
 
 What is transferred is the best trial of the search with the best learning rate of the proxy's grid. Grid and seed are
 fixed before the first run, and every run is reported. Not how it is shown: that is `report.py` and `picture.py`.
@@ -58,7 +58,7 @@ class ExperimentSettings:
     eval_iters: int = 20
 
     def model(self, width: int) -> ModelFile:
-        """The model of a width: heads of one size, ffn 4× the width."""
+        """Returns the model of a width: heads of one size, ffn 4× the width."""
         return ModelFile(
             num_layers=self.num_layers,
             hidden_size=width,
@@ -75,7 +75,7 @@ class ExperimentSettings:
         return self.width * self.widening
 
     def options(self, cache: Path) -> TrainingOptions:
-        """How every run is trained."""
+        """Returns the options of every run."""
         return TrainingOptions(
             train_iters=self.train_iters,
             global_batch_size=self.global_batch_size,
@@ -96,14 +96,14 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a cell came to. A diverged run has a reason instead of a loss."""
+    """The result of a cell. A diverged run has a reason instead of a loss."""
 
     cell: Cell
     loss: float | None
     reason: str | None
 
     def row(self) -> dict[str, Any]:
-        """As JSON and CSV hold it."""
+        """Returns the run as JSON and CSV hold it."""
         return {**asdict(self.cell), "loss": self.loss, "reason": self.reason}
 
 
@@ -121,12 +121,12 @@ class Experiment:
         return self.recipe.hyperparameters.lr
 
     def curve(self, width: int, rule: str) -> dict[float, float]:
-        """Learning rate → loss, of the runs that have one. At the proxy's width both rules are the same runs."""
+        """Returns learning rate → loss of the runs that have one. At the proxy's width both rules are the same runs."""
         return curve(self.results, width, "mup" if width == self.settings.width else rule)
 
 
 def curve(results: Iterable[Result], width: int, rule: str) -> dict[float, float]:
-    """Learning rate → loss, of the runs at one width under one rule that have a loss."""
+    """Returns learning rate → loss, of the runs at one width under one rule that have a loss."""
     return {
         result.cell.lr: result.loss
         for result in results
@@ -180,7 +180,7 @@ def run(
 
 
 def described(settings: ExperimentSettings, objective: ProxyTraining) -> dict[str, Any]:
-    """All that the results depend on, as JSON gives it back. Another Python version has another text."""
+    """Returns all that the results depend on, as JSON gives it back. Another Python version has another text."""
     content = {
         **asdict(settings),
         "data_sha256": objective.data_sha256,
@@ -207,10 +207,10 @@ def claim(folder: Path, experiment: Mapping[str, Any]) -> None:
         return
     recorded = _read_json(file)
     if not isinstance(recorded, dict):
-        raise _foreign(file)
+        raise _not_of_the_quickstart(file)
     if recorded != experiment:
         changed = [
-            f"{brief(key, 40)} was {_shown(recorded.get(key))} and is {_shown(experiment.get(key))}"
+            f"{brief(key, 40)} was {brief(repr(recorded.get(key)), 80)} and is {brief(repr(experiment.get(key)), 80)}"
             for key in sorted({*recorded, *experiment})
             if recorded.get(key) != experiment.get(key)
         ]
@@ -218,12 +218,12 @@ def claim(folder: Path, experiment: Mapping[str, Any]) -> None:
 
 
 def grid(settings: ExperimentSettings, width: int, rule: str) -> tuple[Cell, ...]:
-    """A run for every learning rate."""
+    """Returns a run for every learning rate."""
     return tuple(Cell(width=width, rule=rule, lr=lr) for lr in settings.learning_rates)
 
 
 def with_best_lr(searched: Recipe, narrow: Mapping[float, float]) -> Recipe:
-    """The recipe to transfer: the search's, with the best learning rate of the proxy's grid.
+    """Returns the recipe to transfer: the search's, with the best learning rate of the proxy's grid.
 
     Raises:
         InputError: every run of the grid diverged.
@@ -287,7 +287,7 @@ class GridFile:
     """As JSON gives it back. Runs of anything else are neither used nor lost: the file is refused."""
 
     def read(self) -> dict[Cell, Result]:
-        """What is done so far.
+        """Returns the runs that are done so far.
 
         Raises:
             InputError: the file is of another experiment or recipe, or is not a grid at all.
@@ -303,7 +303,7 @@ class GridFile:
                 )
             rows = [_Row.model_validate(row) for row in content["runs"]]
         except (KeyError, TypeError, ValidationError):
-            raise _foreign(self.path) from None
+            raise _not_of_the_quickstart(self.path) from None
         results = [
             Result(cell=Cell(width=row.width, rule=row.rule, lr=row.lr), loss=row.loss, reason=row.reason)
             for row in rows
@@ -372,12 +372,8 @@ def _read_json(file: Path) -> Any:
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}). Give another --output.") from None
     except (ValueError, RecursionError):
-        raise _foreign(file) from None
+        raise _not_of_the_quickstart(file) from None
 
 
-def _shown(value: object) -> str:
-    return brief(repr(value), 80)
-
-
-def _foreign(file: Path) -> InputError:
+def _not_of_the_quickstart(file: Path) -> InputError:
     return InputError(f"{file}: not what the quickstart wrote. Give another --output, or move {file.parent} away.")

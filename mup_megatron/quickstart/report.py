@@ -1,4 +1,4 @@
-"""What the experiment says: where each optimum is, what the transferred rate loses, in numbers and in words.
+"""The findings of the experiment: where each optimum is, what the transferred rate loses, in numbers and in words.
 
 Every sentence is computed from the data, also the one that says that it did not work.
 """
@@ -44,19 +44,19 @@ class Comparison:
 
     @property
     def regret(self) -> float | None:
-        """What the tuned learning rate loses to the best of the grid; None if it diverged."""
+        """The loss of the tuned learning rate above the best of the grid; None if it diverged."""
         if self.transferred is None or self.optimum is None:
             return None
         return self.transferred - self.optimum.loss
 
     @property
     def moved(self) -> bool:
-        """Whether the optimum is somewhere else, or nowhere."""
+        """True if the optimum is somewhere else, or nowhere."""
         return self.shift is None or abs(self.shift) > MOVED
 
 
 def optimum(curve: Mapping[float, float], learning_rates: Sequence[float]) -> GridOptimum | None:
-    """Where a curve of losses over learning rates is lowest; None if it has no point.
+    """Returns where a curve of losses over learning rates is lowest; None if it has no point.
 
     Args:
         curve: learning rate → loss, of the runs that did not diverge.
@@ -76,7 +76,7 @@ def optimum(curve: Mapping[float, float], learning_rates: Sequence[float]) -> Gr
 
 
 def proxy_optimum(experiment: Experiment) -> GridOptimum:
-    """The proxy's optimum, which there always is: without one there was nothing to transfer."""
+    """Returns the proxy's optimum, which there always is: without one there was nothing to transfer."""
     settings = experiment.settings
     found = optimum(experiment.curve(settings.width, "mup"), settings.learning_rates)
     assert found is not None
@@ -84,7 +84,7 @@ def proxy_optimum(experiment: Experiment) -> GridOptimum:
 
 
 def compare(experiment: Experiment, rule: str) -> Comparison:
-    """The wide model under a rule."""
+    """Compares the wide model under a rule with the proxy."""
     settings = experiment.settings
     wide = experiment.curve(settings.wide, rule)
     best = optimum(wide, settings.learning_rates)
@@ -93,7 +93,7 @@ def compare(experiment: Experiment, rule: str) -> Comparison:
 
 
 def sentences(experiment: Experiment) -> tuple[str, ...]:
-    """What the picture shows, computed from it: first what was done, then each rule."""
+    """Says what the picture shows, computed from it: first what was done, then each rule."""
     settings = experiment.settings
     edge = ", at the edge of the grid" if proxy_optimum(experiment).at_edge else ""
     first = (
@@ -104,7 +104,7 @@ def sentences(experiment: Experiment) -> tuple[str, ...]:
 
 
 def caption(experiment: Experiment) -> str:
-    """The sentences as one text."""
+    """Returns the sentences as one text."""
     return " ".join(sentences(experiment))
 
 
@@ -129,7 +129,7 @@ def _sentence(found: Comparison) -> str:
 
 
 def summary(experiment: Experiment) -> dict[str, Any]:
-    """The results as plain values. What there is none of because runs diverged is None."""
+    """Returns the results as plain values. What there is none of because runs diverged is None."""
     from mup_megatron.megatron.versions import installed
 
     settings = experiment.settings
@@ -163,7 +163,7 @@ def summary(experiment: Experiment) -> dict[str, Any]:
 
 
 def grid_csv(experiment: Experiment) -> str:
-    """Every run of the grid as CSV, one row each. Numbers in full precision."""
+    """Returns every run of the grid as CSV, one row each. Numbers in full precision."""
     stream = io.StringIO()
     rows = [result.row() for result in experiment.results]
     writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
@@ -173,7 +173,7 @@ def grid_csv(experiment: Experiment) -> str:
 
 
 def table(experiment: Experiment) -> Table:
-    """The results for a terminal."""
+    """Returns the results as a table for a terminal."""
     settings = experiment.settings
     lr = experiment.lr
     shown = Table(box=None, pad_edge=False, header_style="bold")

@@ -1,4 +1,4 @@
-"""Which trials of a study a call runs: taken so that no slot is run twice at a time, and given back when it stops.
+"""The trials of a study that a call runs: taken so that no slot is run twice at a time, put back when it stops.
 
 Every method that changes the study may meet another call that has been faster; it then leaves what that one did.
 """

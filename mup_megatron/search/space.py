@@ -36,7 +36,7 @@ class SearchRange:
     log: bool
 
     def at(self, fraction: float) -> float:
-        """The value below which `fraction` (0 to 1) of the distribution lies."""
+        """Returns the value below which `fraction` (0 to 1) of the distribution lies."""
         if self.log:
             value = math.exp(math.log(self.low) + fraction * (math.log(self.high) - math.log(self.low)))
         else:
@@ -51,21 +51,21 @@ class Space:
     ranges: Mapping[str, SearchRange]
 
     def sample(self, seed: int, trial: int) -> dict[str, float]:
-        """The hyperparameters of trial number `trial` (from 0) of a random search with this seed."""
+        """Returns the hyperparameters of trial number `trial` (from 0) of a random search with this seed."""
         # Python promises `random()` of a seeded generator to be the same in every version; numpy promises less.
         return {
             name: bounds.at(random.Random(f"{seed}/{trial}/{name}").random()) for name, bounds in self.ranges.items()
         }
 
     def to_json(self) -> dict[str, dict[str, float | bool]]:
-        """Plain values. The three forms of a file are gone: bounds are values, and `log` says how they are drawn."""
+        """Returns plain values. The forms of a file are gone: bounds are values, and `log` says how they are drawn."""
         return {
             name: {"low": bounds.low, "high": bounds.high, "log": bounds.log} for name, bounds in self.ranges.items()
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Mapping[str, Any]]) -> "Space":
-        """The inverse of `to_json`."""
+        """Inverts `to_json`."""
         return cls({name: SearchRange(entry["low"], entry["high"], entry["log"]) for name, entry in content.items()})
 
 
@@ -105,7 +105,7 @@ class _Entry(Strict):
 
 
 def load_space(path: Path, allowed: Collection[str]) -> Space:
-    """The space of a YAML file.
+    """Reads the space of a YAML file.
 
     Args:
         path: the file.

@@ -27,7 +27,7 @@ from mup_megatron.search.study import (
     Trial,
     trials_of,
 )
-from mup_megatron.validation import Strict, brief, is_text
+from mup_megatron.validation import Strict, brief, is_text, listed
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -38,7 +38,7 @@ SHOWN_ENTRIES = 10
 
 
 def read_study(storage: str, name: str) -> StudyRecord:
-    """A study that exists, and its trials.
+    """Reads a study that exists, and its trials.
 
     Raises:
         InputError: no such storage or study, or a study that no sweep has made.
@@ -48,8 +48,8 @@ def read_study(storage: str, name: str) -> StudyRecord:
             study = optuna.load_study(study_name=name, storage=opened.backend)
         except KeyError:
             others = optuna.get_all_study_names(storage=opened.backend)
-            listed = f", only {brief(', '.join(repr(other) for other in sorted(others)))}" if others else ""
-            raise InputError(f"{opened.label}: no study {name!r} in it{listed}. Check --study.") from None
+            only = f", only {brief(', '.join(repr(other) for other in sorted(others)))}" if others else ""
+            raise InputError(f"{opened.label}: no study {name!r} in it{only}. Check --study.") from None
         attributes = study.user_attrs
         if study.directions != [StudyDirection.MINIMIZE]:
             raise InputError(f"{opened.label}: study {name!r} is no minimisation. Choose another with --study.")
@@ -64,7 +64,7 @@ def read_study(storage: str, name: str) -> StudyRecord:
 
 
 def find_study(storage: str, name: str) -> StudyRecord | None:
-    """As `read_study`, but None if there is no such study yet."""
+    """Reads a study as `read_study` does; returns None if there is no such study yet."""
     if not is_there(storage):
         return None
     with open_storage(storage, create=False) as opened, reading(opened, name):
@@ -73,7 +73,7 @@ def find_study(storage: str, name: str) -> StudyRecord | None:
 
 
 def best_trial(storage: str, name: str) -> Trial:
-    """The complete trial with the lowest loss.
+    """Returns the complete trial with the lowest loss.
 
     Raises:
         InputError: as `read_study`, or no trial is complete.
@@ -82,7 +82,7 @@ def best_trial(storage: str, name: str) -> Trial:
 
 
 def open_study(spec: StudySpec, storage: Storage, n_trials: int) -> tuple[optuna.Study, StudySpec]:
-    """The study, made or found, and the same as before in all that must not change; and its spec as it is recorded."""
+    """Makes or finds a study, the same as before in all that must not change; returns its spec as recorded too."""
     with storage.lock(), reading(storage, spec.name):
         study = optuna.create_study(
             study_name=spec.name, storage=storage.backend, direction="minimize", load_if_exists=True
@@ -109,17 +109,16 @@ def open_study(spec: StudySpec, storage: Storage, n_trials: int) -> tuple[optuna
         if not differences and n_trials > size:
             study.set_user_attr(SIZE, n_trials)
     if differences:
-        more = f"; and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
+        shown = listed(differences, SHOWN_DIFFERENCES, separator="; ")
         raise InputError(
-            f"{storage.label}: study {spec.name!r} was made with other settings: "
-            f"{'; '.join(differences[:SHOWN_DIFFERENCES])}{more}. Give those of the study to go on with it, or another "
-            "name with --study. Nothing was changed."
+            f"{storage.label}: study {spec.name!r} was made with other settings: {shown}. Give those of the study to "
+            "go on with it, or another name with --study. Nothing was changed."
         )
     return study, spec
 
 
 def _as_selected(spec: StudySpec, recorded: StudySpec) -> StudySpec:
-    """The spec with the trials that the study has recorded, if it is one of as many trials of the same other study.
+    """Returns the spec with the recorded trials of the study, if it is one of as many trials of the same other study.
 
     That one may go on and have other best trials by now, also while two calls make this study at the same moment.
     """
@@ -131,7 +130,7 @@ def _as_selected(spec: StudySpec, recorded: StudySpec) -> StudySpec:
 
 
 def _differences(recorded: Any, wanted: Any, key: str = "") -> list[str]:
-    """What differs between two JSON values, one sentence for each difference."""
+    """Lists what differs between two JSON values, one sentence for each difference."""
     if isinstance(recorded, dict) and isinstance(wanted, dict):
         missing = object()
         found = []
@@ -240,7 +239,7 @@ def reading(storage: Storage, name: str) -> Iterator[None]:
 
 
 def damaged(storage: Storage, name: str, what: object) -> InputError:
-    """The sentence for a study whose content cannot be."""
+    """Returns the error for a study whose content cannot be."""
     return InputError(
         f"{storage.label}: study {brief(name, 40)!r} is damaged ({brief(what)}). Restore the database, or "
         "choose another study with --study."
@@ -248,7 +247,7 @@ def damaged(storage: Storage, name: str, what: object) -> InputError:
 
 
 def spec_of(content: object, storage: Storage, *, name: str, storage_url: str) -> StudySpec:
-    """What a study's attribute SPEC says.
+    """Reads what a study's attribute SPEC says.
 
     Raises:
         InputError: it is not what a sweep records.
@@ -267,7 +266,7 @@ def spec_of(content: object, storage: Storage, *, name: str, storage_url: str) -
 
 
 def size_of(attributes: Mapping[str, Any], storage: Storage, name: str, default: int) -> int:
-    """How many trials a study was asked for; `default` if it does not say so."""
+    """Returns the number of trials that a study was asked for; `default` if it does not say so."""
     size = attributes.get(SIZE, default)
     if type(size) is not int or not 0 <= size <= MOST_TRIALS:
         raise damaged(storage, name, f"{SIZE} is {size!r}")
@@ -295,7 +294,7 @@ def require_sound(trials: Sequence[FrozenTrial], spec: StudySpec, storage: Stora
 
 
 def _sound(model: type[ModelT], content: object, where: str, storage: Storage, name: str) -> ModelT:
-    """Content of a study as a `model`."""
+    """Returns content of a study as a `model`."""
     if not isinstance(content, Mapping) or not is_text(content):
         raise damaged(storage, name, f"{where} holds no keys and values that can be text")
     try:

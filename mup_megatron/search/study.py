@@ -1,4 +1,4 @@
-"""What a study is and what is in it: reading only. Running it is `sweep.py`.
+"""A study and what is in it, as values. How it is stored is in `stored.py`, running it in `sweep.py`.
 
 A study is Optuna's, and every Optuna tool opens it. What this package adds:
 
@@ -54,7 +54,7 @@ _STATES: Mapping[TrialState, State] = {
 
 @dataclass(frozen=True)
 class StudySpec:
-    """What a study searches and how. All but `name` and `storage` is recorded in it and cannot change."""
+    """The search of a study. All but `name` and `storage` is recorded in it and cannot change."""
 
     name: str
     storage: str
@@ -77,14 +77,14 @@ class StudySpec:
             raise InputError("--best 0: must be at least 1.")
 
     def at(self, slot: int) -> Mapping[str, float]:
-        """The hyperparameters of a slot, which TPE alone does not know beforehand."""
+        """Returns the hyperparameters of a slot, which TPE alone does not know beforehand."""
         assert self.sampler != "tpe"
         if self.selection is not None:
             return self.selection.candidates[slot].parameters
         return self.space.sample(self.seed, slot)
 
     def recorded(self) -> dict[str, Any]:
-        """What the study keeps, as JSON gives it back."""
+        """Returns what the study keeps, as JSON gives it back."""
         content = {
             "version": 1,
             "seed": self.seed,
@@ -115,7 +115,7 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Whether the trial has answered its question: complete or diverged."""
+        """True if the trial has answered its question: complete or diverged."""
         return self.state in ("complete", "diverged")
 
 
@@ -135,21 +135,21 @@ class StudyRecord:
         return min(complete, key=lambda trial: trial.loss, default=None)  # type: ignore[arg-type, return-value]
 
     def require_best(self) -> Trial:
-        """The best trial; InputError if none is complete."""
+        """Returns the best trial; raises InputError if none is complete."""
         if self.best is None:
             raise InputError(f"study {self.spec.name!r}: no complete trial yet. Run the sweep on, or widen its space.")
         return self.best
 
     @property
     def unfinished(self) -> dict[str, int]:
-        """How many of the trials that were asked for have no result, by what became of them. Empty: all have one."""
+        """The numbers of trials asked for that have no result, by what became of them. Empty: all have one."""
         result = {trial.slot for trial in self.trials if trial.finished}
         latest = {trial.slot: trial.state for trial in self.trials if trial.slot not in result}
         states = [latest.get(slot, "not begun") for slot in range(self.size) if slot not in result]
         return dict(sorted(Counter(states).items()))
 
     def select_best(self, count: int, *, accept_unfinished: bool = False) -> Selection:
-        """The `count` complete trials with the lowest losses; of equals the first.
+        """Selects the `count` complete trials with the lowest losses; of equals the first.
 
         Args:
             count: how many.
@@ -179,12 +179,12 @@ class StudyRecord:
 
 
 def trials_of(frozen: Sequence[FrozenTrial]) -> tuple[Trial, ...]:
-    """All trials of a study, given all that Optuna has, by number."""
+    """Returns all trials of a study, given all that Optuna has, by number."""
     return tuple(_trial(trial, slot) for trial, slot in zip(frozen, slots_of(frozen), strict=True))
 
 
 def slots_of(trials: Iterable[FrozenTrial]) -> list[int]:
-    """The slot of each trial. Needs all trials of the study, by number: they are numbered in the order of creation."""
+    """Returns the slot of each trial. Needs all of the study, by number: they are numbered in the order of creation."""
     slots, first_attempts = [], 0
     for trial in trials:
         if RETRY_OF in trial.user_attrs:

@@ -37,7 +37,7 @@ LEAVE_S = 10.0
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """What a trial came to."""
+    """The outcome of a trial."""
 
     loss: float | None
     """What the search minimises. None, NaN or infinite: the trial diverged."""
@@ -49,7 +49,7 @@ class TrialOutcome:
     """Anything else worth keeping, as JSON would hold it."""
 
     def checked(self) -> "TrialOutcome":
-        """The same outcome, diverged if its loss is no finite number, and with a reason if it diverged."""
+        """Returns the same outcome, diverged if its loss is no finite number, and with a reason if it diverged."""
         if self.diverged:
             return TrialOutcome(None, True, self.reason or "diverged", self.metrics)
         if self.loss is None or not math.isfinite(self.loss):
@@ -139,7 +139,7 @@ class Worker:
             raise WorkerDiedError from error
 
     def receive(self) -> Message:
-        """The next message; waits for it.
+        """Waits for the next message and returns it.
 
         Raises:
             WorkerDiedError: it is gone.

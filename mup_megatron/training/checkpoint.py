@@ -62,7 +62,7 @@ class Found:
 
     @property
     def remedy(self) -> str:
-        """What to do about a checkpoint that cannot be used after all, as a sentence."""
+        """The advice about a checkpoint that cannot be used after all, as a sentence."""
         return _remedy(self.folder)
 
 
@@ -188,7 +188,7 @@ def _reason(error: BaseException) -> str:
 
 
 def latest(root: Path) -> int | None:
-    """The iteration of the checkpoint that counts; None if there is none yet.
+    """Returns the iteration of the checkpoint that counts; None if there is none yet.
 
     Raises:
         InputError: what says so is damaged.
@@ -207,7 +207,7 @@ def latest(root: Path) -> int | None:
 
 
 def find(root: Path, iteration: int, *, extras: Collection[str]) -> Found:
-    """The checkpoint of an iteration, once every file of it is what was written. Collective.
+    """Returns the checkpoint of an iteration, once every file of it is what was written. Collective.
 
     Args:
         root: folder of the run's checkpoints.

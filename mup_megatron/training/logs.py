@@ -1,4 +1,4 @@
-"""Where a run shows how it goes: a progress bar on a terminal, lines elsewhere, Weights & Biases when asked.
+"""The logs of a run: a progress bar on a terminal, lines elsewhere, Weights & Biases when asked.
 
 Only the first rank has any of these. What is kept is `record.py`'s matter.
 """
@@ -18,7 +18,7 @@ from mup_megatron.training.options import TrainingOptions
 
 
 class Log(Protocol):
-    """Is told what happens in a run."""
+    """A log is told what happens in a run."""
 
     def iteration(self, row: TrainingRow, lr_per_role: Mapping[str, float]) -> None:
         """A logged iteration is over. `lr_per_role` is what each role's parameters were updated with."""

@@ -19,7 +19,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class IterationResult(NamedTuple):
-    """What all ranks know of an iteration after it."""
+    """The values of an iteration that all ranks know after it."""
 
     loss: float
     """Mean over the global batch."""
@@ -29,7 +29,7 @@ class IterationResult(NamedTuple):
 
 
 def train_iteration(built: Built, dataset: Any, iteration: int, sizes: BatchSizes, *, problem: bool) -> IterationResult:
-    """Forward, backward, update. Collective; every rank returns the same loss.
+    """Does forward, backward and update. Collective; every rank returns the same loss.
 
     Args:
         built: the run's parts.
@@ -51,7 +51,7 @@ def train_iteration(built: Built, dataset: Any, iteration: int, sizes: BatchSize
 
 
 def validation_loss(built: Built, dataset: Any, iterations: int, sizes: BatchSizes) -> float:
-    """Mean loss over the first `iterations` global batches of the validation set: always the same ones. Collective."""
+    """Returns the mean loss over the first `iterations` batches of the validation set, always the same. Collective."""
     for chunk in built.chunks:
         chunk.eval()
     with torch.no_grad():
@@ -67,7 +67,7 @@ def validation_loss(built: Built, dataset: Any, iterations: int, sizes: BatchSiz
 def forward_backward(
     built: Built, dataset: Any, iteration: int, sizes: BatchSizes, *, forward_only: bool
 ) -> list[torch.Tensor]:
-    """The loss of each micro-batch, on the last pipeline stage; nothing on the others."""
+    """Returns the loss of each micro-batch, on the last pipeline stage; nothing on the others."""
     batches = _batches(dataset, iteration, sizes)
     losses: list[torch.Tensor] = get_forward_backward_func()(
         forward_step_func=_forward_step,

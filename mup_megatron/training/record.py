@@ -1,4 +1,4 @@
-"""What is kept of a run, and who is told: the files of its output folder, and its logs.
+"""The record of a run: the files of its output folder, and the logs that are told.
 
     metrics.csv, validation.csv          grow with the run
     run.json, recipe.yaml, plan.json     what run this is
@@ -122,7 +122,7 @@ def _agree(found: Any, wanted: Any) -> bool:
 
 
 def described(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions, data: Path) -> dict[str, Any]:
-    """A run in plain values, for people and for Weights & Biases."""
+    """Describes a run in plain values, for people and for Weights & Biases."""
     return {
         "fingerprint": recipe.fingerprint,
         "recipe": recipe.model_dump(mode="json"),
@@ -154,7 +154,7 @@ class Record:
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], *, source: Path, iteration: int, remedy: str) -> "Record":
-        """The record that `texts` was made of.
+        """Reads the record that `texts` was made of.
 
         Args:
             texts: the files, by name.
@@ -176,7 +176,7 @@ class Record:
         return cls(rows, validations)
 
     def texts(self) -> dict[str, str]:
-        """The rows as files."""
+        """Returns the rows as files."""
         return {METRICS: to_csv(TrainingRow, self.rows), VALIDATION: to_csv(ValidationRow, self.validations)}
 
     def open(self, folder: Path, texts: Mapping[str, str]) -> None:
@@ -198,7 +198,7 @@ class Record:
         self._logs.append(log)
 
     def add(self, row: TrainingRow, lr_per_role: Mapping[str, float] | None) -> None:
-        """An iteration is over. The logs are told if there is an `lr_per_role` to tell."""
+        """Adds an iteration that is over. The logs are told if there is an `lr_per_role` to tell."""
         self.rows.append(row)
         if self._files is not None:
             self._guarded(self._files[0], row)
@@ -207,7 +207,7 @@ class Record:
                 log.iteration(row, lr_per_role)
 
     def add_validation(self, row: ValidationRow) -> None:
-        """A validation is over."""
+        """Adds a validation that is over."""
         self.validations.append(row)
         if self._files is not None:
             self._guarded(self._files[1], row)
@@ -220,12 +220,12 @@ class Record:
             log.say(text)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        """What came of the run. Raises InputError if the disk is full."""
+        """Writes what came of the run. Raises InputError if the disk is full."""
         if self._folder is not None:
             write_atomically(self._folder / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
     def close(self, *, failed: bool) -> None:
-        """Nothing follows."""
+        """Closes files and logs: nothing follows."""
         for file in self._files or ():
             file.close()
         for log in self._logs:

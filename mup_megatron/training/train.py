@@ -32,7 +32,7 @@ Report = Callable[[int, float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a run came to; the same on every rank."""
+    """The result of a run; the same on every rank."""
 
     status: Literal["complete", "diverged"]
     reason: str | None

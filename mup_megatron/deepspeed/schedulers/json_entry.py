@@ -14,7 +14,7 @@ from deepspeed.utils import logger
 
 from mup_megatron.deepspeed.entry import AUTO
 from mup_megatron.deepspeed.schedulers import trial
-from mup_megatron.deepspeed.schedulers.ratios import SAME, is_proportional, listed
+from mup_megatron.deepspeed.schedulers.ratios import SAME, as_list, is_proportional
 from mup_megatron.deepspeed.schedulers.table import RULES, Takes, class_of
 from mup_megatron.errors import InputError
 from mup_megatron.theory import Plan
@@ -128,7 +128,7 @@ def _share_of_each(parameter: str, value: Any, plan: Plan, peaks: list[float]) -
     if not is_proportional(shares, peaks):
         raise InputError(
             f"scheduler.params.{parameter} is {quoted(list(value))}, which is not in the ratio of the groups' peaks, "
-            f"{listed(peaks)}. {write}"
+            f"{as_list(peaks)}. {write}"
         )
     return shares
 

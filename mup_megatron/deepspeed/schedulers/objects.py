@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mup_megatron.deepspeed.schedulers import trial
-from mup_megatron.deepspeed.schedulers.ratios import SAME, RatioWatch, is_proportional, listed
+from mup_megatron.deepspeed.schedulers.ratios import SAME, RatioWatch, as_list, is_proportional
 from mup_megatron.deepspeed.schedulers.table import LearningRate, Takes, rule_of
 from mup_megatron.errors import InputError
 
@@ -76,18 +76,18 @@ def _require_proportional(learning_rate: LearningRate, scheduler: Any, peaks: li
     kind, found = type(scheduler).__name__, _one_or_all(given)
     match takes:
         case Takes.PEAK:
-            wrong = f"{name} {found}, and the plan's peaks of its groups are others. Write {name}={listed(peaks)}."
+            wrong = f"{name} {found}, and the plan's peaks of its groups are others. Write {name}={as_list(peaks)}."
         case Takes.EACH:
             shares = [max(given) * (peak / max(peaks)) for peak in peaks]
             wrong = (
-                f"{name} {found}, which is not in the ratio of its groups' peaks, {listed(peaks)}. Write one value for "
-                f"each, such as {name}={listed(shares)}."
+                f"{name} {found}, which is not in the ratio of its groups' peaks, {as_list(peaks)}. Write one value "
+                f"for each, such as {name}={as_list(shares)}."
             )
         case Takes.SHARED | Takes.SMALLEST_CHANGE:
             other = _OTHER_FLOOR if kind == "CosineAnnealingLR" else ""
             wrong = (
-                f"one {name} of {found} for all groups, whose peaks are {listed(peaks)}, so that their ratios are lost "
-                f"when it is reached. Write {name}=0{other}."
+                f"one {name} of {found} for all groups, whose peaks are {as_list(peaks)}, so that their ratios are "
+                f"lost when it is reached. Write {name}=0{other}."
             )
     raise InputError(f"lr_scheduler: {kind} has {wrong}")
 
@@ -100,13 +100,13 @@ def _require_start(scheduler: Any, peaks: list[float]) -> None:
     if not is_proportional([float(lr) for lr in start], peaks):
         raise InputError(
             f"lr_scheduler: {type(scheduler).__name__} was made when its groups had the learning rates "
-            f"{_one_or_all(start)}, and the plan's are {listed(peaks)}. Make it when the optimizer has the plan's "
+            f"{_one_or_all(start)}, and the plan's are {as_list(peaks)}. Make it when the optimizer has the plan's "
             "groups."
         )
 
 
 def _one_or_all(values: Sequence[Any]) -> str:
-    return f"{float(values[0]):.9g}" if len({float(value) for value in values}) == 1 else listed(values)
+    return f"{float(values[0]):.9g}" if len({float(value) for value in values}) == 1 else as_list(values)
 
 
 def _require_tried(scheduler: Any, peaks: list[float]) -> None:
@@ -124,7 +124,7 @@ def _require_tried(scheduler: Any, peaks: list[float]) -> None:
         step, lrs = broken
         raise InputError(
             f"lr_scheduler: {kind} breaks the ratios between groups: at step {step} from here their learning rates are "
-            f"{listed(lrs)}, and their peaks are {listed(peaks)}. {_USE_LAMBDA}"
+            f"{as_list(lrs)}, and their peaks are {as_list(peaks)}. {_USE_LAMBDA}"
         )
 
 

@@ -23,7 +23,7 @@ def is_proportional(values: Sequence[float], peaks: Sequence[float]) -> bool:
     return all(math.isclose(factor, factors[0], rel_tol=SAME, abs_tol=NEGLIGIBLE) for factor in factors)
 
 
-def listed(values: Sequence[Any]) -> str:
+def as_list(values: Sequence[Any]) -> str:
     """Returns learning rates as a list in Python's and JSON's terms."""
     return f"[{', '.join(f'{float(value):.9g}' for value in values)}]"
 

@@ -13,7 +13,7 @@ from mup_megatron.validation import brief
 
 
 class Takes(Enum):
-    """How a scheduler takes a parameter that is a learning rate."""
+    """The ways in which schedulers take a parameter that is a learning rate."""
 
     PEAK = "its maximum, one value for each group"
     EACH = "one value for each group"
@@ -41,7 +41,7 @@ class LearningRate:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerRule:
-    """What is known of a scheduler. Parameters that are not named are steps and factors, the same for all groups."""
+    """A row of the table. Parameters that are not named are steps and factors, the same for all groups."""
 
     learning_rates: tuple[LearningRate, ...] = ()
     needs_code: bool = False

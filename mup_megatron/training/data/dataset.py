@@ -33,14 +33,14 @@ DEFAULT_SPLIT = "99,1,0"
 
 @dataclass(frozen=True)
 class DatasetTokenizer:
-    """As much of a tokenizer as GPTDataset asks for. It has no padding token, so no token of the data is masked."""
+    """The part of a tokenizer that GPTDataset asks for. It has no padding token, so no token of the data is masked."""
 
     vocab_size: int
     eod: int
 
     @property
     def unique_identifiers(self) -> dict[str, int]:
-        """What Megatron names its cached indices after."""
+        """The values that Megatron names its cached indices after."""
         return {"vocab_size": self.vocab_size, "eod": self.eod}
 
 
@@ -54,7 +54,7 @@ def build_datasets(
     split: str = DEFAULT_SPLIT,
     cache_dir: Path = CACHE,
 ) -> tuple["GPTDataset", "GPTDataset | None"]:
-    """Megatron's data sets for training and validation.
+    """Builds Megatron's data sets for training and validation.
 
     Call it on all ranks when torch.distributed is on: the first rank checks the data and makes the indices, in a folder
     that appears only when they are whole; the others wait, then read them. `cache_dir` must be seen by all.
@@ -117,7 +117,7 @@ def sample_indices(
     data_parallel_rank: int = 0,
     data_parallel_size: int = 1,
 ) -> list[list[int]]:
-    """Which samples a data-parallel rank takes in an iteration (counted from 0): one list per micro-batch.
+    """Lists the samples that a data-parallel rank takes in an iteration (counted from 0), one list per micro-batch.
 
     Iteration i uses samples i·GBS … (i+1)·GBS − 1. They are dealt out as by Megatron's `MegatronPretrainingSampler`:
     a micro-batch of consecutive samples to every rank in turn, until none is left.
@@ -146,7 +146,7 @@ def global_batch(
     data_parallel_rank: int = 0,
     data_parallel_size: int = 1,
 ) -> list[dict[str, "torch.Tensor"]]:
-    """This rank's micro-batches of an iteration (counted from 0), each with tensors of shape [micro_batch, seq_length].
+    """Returns this rank's micro-batches of an iteration (counted from 0), with tensors [micro_batch, seq_length].
 
     Raises:
         InputError: see `sample_indices`.

@@ -39,7 +39,7 @@ def embedded_data(
     eod_token: str | None = None,
     progress: ProgressFn = silent,
 ) -> Path:
-    """The PREFIX of the embedded corpus, which is made at the first call.
+    """Returns the PREFIX of the embedded corpus, which is made at the first call.
 
     A folder of the cache is named after the Python version and a hash of the sources, the tokenizer and the versions of
     what writes it. Takes about 10 s the first time, later as long as reading 9 MB takes.
@@ -71,7 +71,7 @@ def embedded_data(
 
 
 def embedded_sources(*, progress: ProgressFn = silent) -> tuple[Source, ...]:
-    """The files of the corpus, in an order that has nothing to do with their subjects.
+    """Returns the files of the corpus, in an order that has nothing to do with their subjects.
 
     Megatron validates on the last documents. In alphabetical order that would be `xml`, `zipfile` and `zoneinfo`.
 

@@ -7,7 +7,7 @@ from mup_megatron.checkpoint_recipe import SIDECAR
 from mup_megatron.deepspeed import checkpoints
 from mup_megatron.deepspeed.entry import KEY
 from mup_megatron.deepspeed.planning import plan_applied_to
-from mup_megatron.deepspeed.ranks import say
+from mup_megatron.deepspeed.remarks import say
 from mup_megatron.errors import InputError
 from mup_megatron.modules.marker import marked
 

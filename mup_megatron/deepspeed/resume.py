@@ -11,7 +11,7 @@ from mup_megatron.checkpoint_recipe import write_sidecar
 from mup_megatron.collectives import raising_together
 from mup_megatron.deepspeed import checkpoints, no_entry
 from mup_megatron.deepspeed.planning import plan_of_entry
-from mup_megatron.deepspeed.ranks import say
+from mup_megatron.deepspeed.remarks import say
 from mup_megatron.deepspeed.run import PEAK, EngineRun, run_of, verify
 from mup_megatron.errors import InputError
 from mup_megatron.modules.groups import Group, members

@@ -16,7 +16,7 @@ from mup_megatron.deepspeed import entry as entries
 from mup_megatron.deepspeed import guard, pipeline, versions
 from mup_megatron.deepspeed.names import is_pipeline, named_parameters, param_groups, prepared_plan
 from mup_megatron.deepspeed.planning import plan_applied_to, plan_on_all_ranks, require_match
-from mup_megatron.deepspeed.ranks import say
+from mup_megatron.deepspeed.remarks import say
 from mup_megatron.errors import InputError
 from mup_megatron.modules.apply import Initialize, apply_plan, require_applied
 from mup_megatron.modules.groups import members

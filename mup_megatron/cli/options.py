@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mup_megatron.architectures.model_file import ModelFile, load_model_file
 from mup_megatron.errors import InputError
+from mup_megatron.files import write_atomically
 from mup_megatron.recipe import Recipe, load_recipe
 from mup_megatron.targets import plan_for_file
 from mup_megatron.theory import Plan
@@ -109,3 +110,17 @@ def require_new(path: Path, *, force: bool) -> None:
         raise InputError(f"{path}: not a usable name ({error.strerror}). Choose another.") from None
     if exists and not force:
         raise InputError(f"{path}: exists already. Give --force to replace it, or another name.")
+
+
+def answer(text: str, output: Path | None, *, force: bool) -> None:
+    """Writes an answer to a file, whose name is then the answer; on standard output if there is none.
+
+    Raises:
+        InputError: the file exists and may not be replaced, or cannot be written.
+    """
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        require_new(output, force=force)
+        write_atomically(output, text)
+        click.echo(output)

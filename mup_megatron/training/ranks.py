@@ -162,11 +162,6 @@ def seed_all(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def is_first_process() -> bool:
-    """Says if this is the process that speaks; also before the ranks have joined, and after they have parted."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def is_first() -> bool:
     """Says if this rank is the one that writes and speaks."""
     from torch import distributed

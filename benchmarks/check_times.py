@@ -16,7 +16,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from mup_megatron.architectures.model_file import ModelFile, load_model_file
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.check.verdict.verdict import Level, Verdict
 from mup_megatron.recipe import Recipe, load_recipe, recipe
 from mup_megatron.training import ranks

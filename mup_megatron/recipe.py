@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
 from mup_megatron import theory
-from mup_megatron.architectures.gpt import gpt_shapes
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import AnyModelFile, shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
-from mup_megatron.validation import Strict, validated
+from mup_megatron.validation import Strict, brief, validated
 from mup_megatron.yaml_io import dump_yaml, read_yaml
 
 Positive = Annotated[float, Field(gt=0)]
@@ -97,11 +97,19 @@ class PerParameter(Strict):
     multiplier: Positive = 1.0
 
 
+def _known_optimizer(name: str) -> str:
+    if name not in theory.optimizers():
+        raise ValueError(
+            f"'{brief(name, 40)}' is none that has a rule. Choose one of {', '.join(theory.optimizers())}."
+        )
+    return name
+
+
 class Parametrization(Strict):
     """Which rules carry the hyperparameters from base to target."""
 
     rule: Literal["mup", "standard"] = "mup"
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Annotated[str, AfterValidator(_known_optimizer)] = "adam"
     weight_decay_exponent: Fraction = 1.0
     """λ·r_in^exponent for hidden weights: 1 keeps AdamW's averaging timescale, 0 leaves λ alone."""
 
@@ -167,7 +175,7 @@ class Recipe(Strict):
 
     version: Literal[1] = 1
     base: Annotated[
-        Annotated[ModelFile, Tag("(megatron)")]
+        Annotated[AnyModelFile, Tag("(megatron)")]
         | Annotated[HuggingFaceBase, Tag("(huggingface)")]
         | Annotated[ModuleBase, Tag("(module)")],
         Discriminator(_kind_of_base),
@@ -193,7 +201,7 @@ class Recipe(Strict):
         Raises:
             InputError: target and base differ in more than size, or an override matches nothing.
         """
-        return self.plan_for_shapes(*gpt_shapes(self.megatron_base, target))
+        return self.plan_for_shapes(*shapes_of(self.megatron_base, target))
 
     @property
     def megatron_base(self) -> ModelFile:
@@ -226,7 +234,7 @@ class Recipe(Strict):
         return theory.build_plan(
             base_shape,
             target_shape,
-            theory.Hyperparameters(
+            theory.Tuned(
                 lr=h.lr,
                 min_lr=h.min_lr,
                 init_method_std=h.init_method_std,
@@ -236,9 +244,9 @@ class Recipe(Strict):
                 weight_decay=h.weight_decay,
                 adam_eps=h.adam_eps,
             ),
-            parametrization=theory.Parametrization(
+            rules_used=theory.Rules(
                 rule=theory.Rule(self.parametrization.rule),
-                optimizer=theory.Optimizer(self.parametrization.optimizer),
+                optimizer=theory.optimizers()[self.parametrization.optimizer],
                 weight_decay_exponent=self.parametrization.weight_decay_exponent,
             ),
             overrides=[theory.Override(**own.model_dump()) for own in self.per_parameter],

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mup_megatron.architectures.model_file import model_file
+from mup_megatron.architectures.registry import model_file
 from mup_megatron.errors import InputError
 from mup_megatron.json_io import read_json
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, Recipe

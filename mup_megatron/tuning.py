@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, model_validator
 
-from mup_megatron.architectures.model_file import ModelFile, model_file
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import model_file
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Hyperparameters, Recipe, recipe
 from mup_megatron.search import (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.commands import BASE
 
-from mup_megatron.architectures.model_file import model_file
+from mup_megatron.architectures.registry import model_file
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe, recipe
 from mup_megatron.search import Space, StudyRecord, StudySpec, Trial, load_space

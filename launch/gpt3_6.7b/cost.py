@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mup_megatron.architectures.cost import parameter_count, training_flops
-from mup_megatron.architectures.model_file import ModelFile, load_model_file
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.files import write_atomically
 
 ITEMS = ("attention_projections", "attention_scores", "mlp", "readout", "total")

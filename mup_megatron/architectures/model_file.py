@@ -1,27 +1,28 @@
 """Model files: the shape of a model in Megatron-LM's own argument names, with Megatron's own defaults.
 
-Not what its parameters are called: that is `gpt.py`.
+Not what its parameters are called: that is `families.py`. Files are read by `registry.py`, which knows of what
+architecture one is.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from mup_megatron.errors import InputError
-from mup_megatron.validation import Strict, validated
-from mup_megatron.yaml_io import read_yaml
+from mup_megatron.validation import Strict
 
 Count = Annotated[int, Field(gt=0, le=10**9)]
 _NOT_SUPPORTED = ("moe_", "expert_", "multi_latent_", "q_lora_", "kv_lora_", "qk_head_dim", "v_head_dim", "mtp_")
-"""How the keys of Megatron's begin that ask for layers which `gpt.py` does not know."""
+"""How the keys of Megatron's begin that ask for layers which `families.py` does not know."""
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelFile(Strict):
-    """A GPT model's shape. Field names, meanings and defaults are Megatron-LM's arguments of the same name.
+    """The shape of a language model of one stack.
+
+    Field names, meanings and defaults are Megatron-LM's arguments of the same name.
 
     Two defaults differ: dropout is 0, and `max_position_embeddings` follows `seq_length`.
     """
@@ -149,23 +150,3 @@ class ModelFile(Strict):
                 raise InputError(
                     f"--tensor-model-parallel-size {size} does not divide {key} {value}. Choose a divisor of it."
                 )
-
-
-def model_file(content: Mapping[str, Any] | object, *, source: str) -> ModelFile:
-    """A model file from plain values; `source` names them in messages.
-
-    Raises:
-        InputError: unknown key, wrong type or impossible shape; names file, key and remedy.
-    """
-    if isinstance(content, Mapping) and "model_type" in content and "num_layers" not in content:
-        raise InputError(f"{source}: a Hugging Face configuration, and a model file of Megatron's is needed here.")
-    return validated(ModelFile, content, source=source)
-
-
-def load_model_file(path: Path) -> ModelFile:
-    """Reads a model file (YAML).
-
-    Raises:
-        InputError: as `model_file`, and for a file that cannot be read.
-    """
-    return model_file(read_yaml(path), source=str(path))

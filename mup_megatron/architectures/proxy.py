@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from mup_megatron.architectures.cost import training_flops
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.errors import InputError
 
 MIN_DEPTH = 4
@@ -74,14 +75,15 @@ def choose_proxy(target: ModelFile, search: Search, *, width: int = MIN_WIDTH, b
         }
     )
     depth = target.num_layers
-    while depth > MIN_DEPTH and search.fraction(model.model_copy(update={"num_layers": depth}), target) > budget:
+    stack = architecture_of(target)
+    while depth > MIN_DEPTH and search.fraction(stack.with_depth(model, depth), target) > budget:
         depth -= 1
     if depth < target.num_layers:
         notes.append(
             f"{depth} of the target's {target.num_layers} layers, for the cost: transfer over depth is empirical "
             "(TP5 §6.1) and does not cover the init std."
         )
-    model = model.model_copy(update={"num_layers": depth})
+    model = stack.with_depth(model, depth)
     if search.fraction(model, target) > budget:
         notes.append(f"the search costs more than {budget:.0%} of the target even at {depth} layers: use fewer trials.")
     if hidden < MIN_WIDTH:

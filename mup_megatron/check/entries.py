@@ -1,6 +1,6 @@
 """Which parameters are meant: predicates on a plan's entries, for mistakes and for what is said of them."""
 
-from mup_megatron.theory import Kind, PlanEntry, Role
+from mup_megatron.theory import PlanEntry, Role
 
 
 def is_any(_: PlanEntry) -> bool:
@@ -20,32 +20,37 @@ def is_input_role(entry: PlanEntry) -> bool:
 
 def is_embedding(entry: PlanEntry) -> bool:
     """A lookup table."""
-    return entry.kind is Kind.EMBEDDING
+    return entry.is_embedding
 
 
 def is_readout(entry: PlanEntry) -> bool:
     """A readout with a weight of its own."""
-    return entry.kind is Kind.HEAD
+    return entry.is_readout
 
 
 def is_residual(entry: PlanEntry) -> bool:
     """Writes into the residual stream."""
-    return entry.kind is Kind.RESIDUAL
+    return entry.is_residual
 
 
 def is_vector(entry: PlanEntry) -> bool:
     """A bias or gain."""
-    return entry.kind.is_vector
+    return entry.is_vector
 
 
 def is_gain(entry: PlanEntry) -> bool:
     """A norm's gain that grows with width."""
-    return entry.kind is Kind.GAIN and entry.role is Role.INPUT
+    return entry.is_gain and entry.role is Role.INPUT
+
+
+def is_plain_bias(entry: PlanEntry) -> bool:
+    """A vector that is added."""
+    return entry.is_vector and not entry.is_gain
 
 
 def is_bias(entry: PlanEntry) -> bool:
     """A bias that grows with width."""
-    return entry.kind is Kind.BIAS and entry.role is Role.INPUT
+    return is_plain_bias(entry) and entry.role is Role.INPUT
 
 
 def is_not_hidden(entry: PlanEntry) -> bool:
@@ -55,9 +60,9 @@ def is_not_hidden(entry: PlanEntry) -> bool:
 
 def is_linear_bias(entry: PlanEntry) -> bool:
     """A bias, and not a norm's."""
-    return entry.kind is Kind.BIAS and "norm" not in entry.name
+    return is_plain_bias(entry) and "norm" not in entry.name
 
 
 def is_matrix(entry: PlanEntry) -> bool:
     """Neither bias nor gain."""
-    return not entry.kind.is_vector
+    return not entry.is_vector

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from mup_megatron.architectures.model_file import load_model_file
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.options import FILE, load_planned, target_argument
 from mup_megatron.megatron.arguments import flags
 

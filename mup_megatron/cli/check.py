@@ -10,7 +10,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from mup_megatron.architectures.model_file import ModelFile, load_model_file
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.options import FILE, load_plan, recipe_option
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically

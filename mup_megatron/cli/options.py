@@ -8,7 +8,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-from mup_megatron.architectures.model_file import ModelFile, load_model_file
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
 from mup_megatron.recipe import Recipe, load_recipe

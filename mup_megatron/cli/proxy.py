@@ -6,8 +6,9 @@ import click
 from rich.table import Table
 
 from mup_megatron.architectures.cost import parameter_count, training_flops
-from mup_megatron.architectures.model_file import ModelFile, load_model_file
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import MIN_WIDTH, Proxy, Search, choose_proxy
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.options import FILE, FiniteFloat, answer_console, force_option, require_new, target_argument
 from mup_megatron.files import write_atomically
 from mup_megatron.yaml_io import dump_yaml

@@ -8,7 +8,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mup_megatron import recipe as recipes
-from mup_megatron.architectures.model_file import ModelFile, model_file
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import model_file
 from mup_megatron.cli.options import FILE, answer, force_option
 from mup_megatron.targets import hugging_face_config, is_hugging_face, read_target
 from mup_megatron.yaml_io import dump_yaml

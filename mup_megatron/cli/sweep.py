@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from mup_megatron.architectures.model_file import load_model_file
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.options import FILE
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import load_recipe

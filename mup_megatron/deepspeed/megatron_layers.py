@@ -12,8 +12,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.spec_utils import build_module
 
-from mup_megatron.architectures.gpt import HEAD, WORD_EMBEDDINGS
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.names import HEAD, WORD_EMBEDDINGS
 
 Tensor = torch.Tensor
 

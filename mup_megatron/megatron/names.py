@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from mup_megatron.architectures.gpt import global_name
+from mup_megatron.architectures.names import global_name
 from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.theory import Plan, PlanEntry
 
@@ -33,9 +33,18 @@ def named_parameters(
     """
     for chunk in model_chunks:
         model: Any = unwrapped(chunk)
-        layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+        layers = layers_of(model)
         for name, parameter in model.named_parameters():
             yield global_name(name, layers, tied=tied), parameter
+
+
+def layers_of(model: torch.nn.Module) -> dict[str, list[int]]:
+    """Returns the global index, from 0, of each layer that each stack of a model holds; the model is not wrapped."""
+    return {
+        name: [int(layer.layer_number) - 1 for layer in stack.layers]  # type: ignore[union-attr]
+        for name, stack in model.named_children()
+        if hasattr(stack, "layers")
+    }
 
 
 def require_match(model_chunks: Sequence[torch.nn.Module], plan: Plan) -> None:

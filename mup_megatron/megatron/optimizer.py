@@ -15,7 +15,7 @@ from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.names import named_parameters, require_match
 from mup_megatron.megatron.versions import distinct_lr_mults
-from mup_megatron.theory import Optimizer, Plan, PlanEntry
+from mup_megatron.theory import Plan, PlanEntry
 
 Override = Mapping[str, float]
 
@@ -61,7 +61,7 @@ def overrides_by_name(plan: Plan) -> dict[str, Override]:
 
 def _override(entry: PlanEntry, plan: Plan) -> dict[str, float]:
     override = {}
-    if entry.kind.is_vector:
+    if entry.is_vector:
         override["wd_mult"] = 0.0
     elif entry.weight_decay != plan.weight_decay:
         override["wd_mult"] = entry.weight_decay / plan.weight_decay
@@ -77,7 +77,7 @@ def _override(entry: PlanEntry, plan: Plan) -> dict[str, float]:
 def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
     """Raises InputError unless an optimizer's configuration is what the plan's ratios are relative to."""
     expected = {"lr": plan.lr, "min_lr": plan.min_lr, "weight_decay": plan.weight_decay}
-    if plan.optimizer is Optimizer.ADAM:
+    if plan.optimizer == "adam":
         expected["adam_eps"] = plan.adam_eps
     problems = [
         f"{key}: the optimizer is configured with {getattr(config, key)!r}, the recipe says {value!r}. "
@@ -85,9 +85,9 @@ def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
         for key, value in expected.items()
         if getattr(config, key) != value
     ]
-    if config.optimizer != plan.optimizer.value:
+    if config.optimizer != plan.optimizer:
         problems.append(
-            f"optimizer: configured is {config.optimizer!r}, the recipe was tuned with {plan.optimizer.value!r}. "
+            f"optimizer: configured is {config.optimizer!r}, the recipe was tuned with {plan.optimizer!r}. "
             "Use the recipe's."
         )
     if config.decoupled_lr is not None:
@@ -95,7 +95,7 @@ def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
             "decoupled_lr: it would overwrite what the plan gives to embedding and readout. Drop it, and use "
             "per_parameter in the recipe."
         )
-    if plan.optimizer is Optimizer.ADAM and not config.decoupled_weight_decay:
+    if plan.optimizer == "adam" and not config.decoupled_weight_decay:
         problems.append("decoupled_weight_decay: it is off, and the plan's weight decay is AdamW's. Set it to True.")
     if config.apply_wd_to_qk_layernorm:
         problems.append("apply_wd_to_qk_layernorm: the plan has no weight decay for norms. Turn it off.")

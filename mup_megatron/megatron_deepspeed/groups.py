@@ -38,7 +38,7 @@ def problems(chunks: Sequence[torch.nn.Module], plan: Plan, given: Iterable[Grou
         own = given_of.get(id(parameter), {})
         # Under ZeRO-3 the fork itself takes every parameter for a vector, because what is left of one is.
         decays = own.get("wd_mult", 1.0) != 0.0
-        other_decay = not hasattr(parameter, "ds_shape") and decays == plan[name].kind.is_vector
+        other_decay = not hasattr(parameter, "ds_shape") and decays == plan[name].is_vector
         if own.get("lr_mult", 1.0) != 1.0 or (own and other_decay):
             found.append(
                 f"{fork_name}: the script gives it a learning rate or weight decay of its own, which the plan would "

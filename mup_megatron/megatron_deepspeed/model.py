@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from mup_megatron.architectures.gpt import HEAD
+from mup_megatron.architectures.names import HEAD
 from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.megatron_deepspeed.names import is_pipe, mismatches, named_parameters, unwrapped
 from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
-from mup_megatron.theory import Kind, Plan
-from mup_megatron.theory.roles import default_softmax_scale
+from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.theory.rules import default_softmax_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,9 @@ class Drawn:
     """Of the whole model."""
     tensor_parallel: int
 
-    def std(self, kind: Kind) -> float:
-        """Returns the std with which it draws a kind of weight."""
-        residual = kind is Kind.RESIDUAL
-        return self.init_method_std / math.sqrt(2.0 * self.num_layers) if residual else self.init_method_std
+    def std(self, entry: PlanEntry) -> float:
+        """Returns the std with which it draws a weight."""
+        return self.init_method_std / math.sqrt(2.0 * self.num_layers) if entry.is_residual else self.init_method_std
 
 
 def apply_plan(chunks: Sequence[torch.nn.Module], plan: Plan, drawn: Drawn, *, initialize: bool) -> None:
@@ -66,8 +65,8 @@ def apply_plan(chunks: Sequence[torch.nn.Module], plan: Plan, drawn: Drawn, *, i
     if initialize:
         for _, name, parameter in named_parameters(models):
             entry = plan[name]
-            if entry.init_std is not None and entry.init_std != drawn.std(entry.kind):
-                _multiply(parameter, entry.init_std / drawn.std(entry.kind))
+            if entry.init_std is not None and entry.init_std != drawn.std(entry):
+                _multiply(parameter, entry.init_std / drawn.std(entry))
     for model in models:
         _set_attention_scale(model, plan)
         _hook_multipliers(model, plan)
@@ -147,7 +146,7 @@ def _hook_multipliers(model: torch.nn.Module, plan: Plan) -> None:
         entry, owner = plan[name], owners[id(parameter)]
         if entry.multiplier == 1.0:
             continue
-        if entry.kind is Kind.EMBEDDING:
+        if entry.is_embedding:
             owner.register_forward_hook(ScaledOutput(entry.multiplier))
         elif name != HEAD or is_pipe(model):
             # GPTModel uses the readout's weight alone, never its module.

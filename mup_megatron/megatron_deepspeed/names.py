@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mup_megatron.architectures.gpt import HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS
+from mup_megatron.architectures.names import HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS
 from mup_megatron.modules.groups import PADDING
 from mup_megatron.theory import Plan, PlanEntry
 

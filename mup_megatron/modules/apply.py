@@ -22,7 +22,7 @@ from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
 from mup_megatron.modules.marker import marked
 from mup_megatron.modules.names import named_buffers, named_modules, named_parameters, unwrapped
 from mup_megatron.modules.shapes import TABLES, linear_sides
-from mup_megatron.theory import Kind, Plan, PlanEntry
+from mup_megatron.theory import Plan, PlanEntry
 from mup_megatron.validation import brief
 
 _MARK = "_mup_applied"
@@ -373,18 +373,13 @@ def set_attention_scale(model: torch.nn.Module, plan: Plan) -> None:
     """Tells the attentions of a model the plan's scale."""
     if not plan.changes_softmax_scale:
         return
-    stock = stock_softmax_scale(plan)
+    stock = plan.own_softmax_scale
     for _, module, attention in attention_modules(model):
         key = scale_attribute(module)
         assert key is not None
         # A layer may have a scale of its own, as with GPT-2's scale_attn_by_inverse_layer_idx.
         own = 1.0 if attention.scale is None else attention.scale / stock
         setattr(module, key, plan.softmax_scale if own == 1.0 else plan.softmax_scale * own)
-
-
-def stock_softmax_scale(plan: Plan) -> float:
-    """What attention uses where nothing is said."""
-    return 1.0 / math.sqrt(plan.head_size) if plan.stock_softmax_scale is None else plan.stock_softmax_scale
 
 
 # ---- multipliers ---------------------------------------------------------------------------------------------------
@@ -472,7 +467,7 @@ def _multiplier(module: torch.nn.Module, entry: PlanEntry, plan: Plan) -> float:
     """What has to be multiplied where a module uses a weight: a table that is the readout as well has two factors."""
     if isinstance(module, TABLES):
         return entry.multiplier
-    factor = plan.output_multiplier if entry.kind is Kind.EMBEDDING else entry.multiplier
+    factor = plan.output_multiplier if entry.is_embedding else entry.multiplier
     return factor / plan.stock_readout_ratio if entry.name == plan.readout else factor
 
 
@@ -490,5 +485,5 @@ def _owners(model: torch.nn.Module, plan: Plan) -> Iterator[tuple[torch.nn.Modul
     for module in model.modules():
         for attribute, parameter in module.named_parameters(recurse=False):
             entry = plan[name_of[id(parameter)]]
-            if not entry.kind.is_vector:
+            if not entry.is_vector:
                 yield module, attribute, entry

@@ -57,7 +57,7 @@ class GroupValues:
     @classmethod
     def of(cls, entry: PlanEntry) -> "GroupValues":
         """What a parameter needs."""
-        return cls(entry.lr, entry.weight_decay, entry.eps, entry.kind.is_vector)
+        return cls(entry.lr, entry.weight_decay, entry.eps, entry.is_vector)
 
     def as_keys(self, plan: Plan, form: Form) -> dict[str, float]:
         """The keys of a group."""

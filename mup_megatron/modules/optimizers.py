@@ -15,17 +15,16 @@ from mup_megatron.modules.apply import require_kept, whole_shape
 from mup_megatron.modules.groups import FLAT, PADDING, Group, GroupValues, flattened, members, values
 from mup_megatron.modules.names import named_parameters
 from mup_megatron.theory import Plan
-from mup_megatron.theory.rules import Optimizer
 
 _log = logging.getLogger(__name__)
 
 _FITTING = {
-    Optimizer.ADAM: "torch.optim.AdamW, FusedAdam or DeepSpeedCPUAdam with adam_w_mode, or bitsandbytes' AdamW",
-    Optimizer.SGD: "torch.optim.SGD, with or without momentum",
+    "adam": "torch.optim.AdamW, FusedAdam or DeepSpeedCPUAdam with adam_w_mode, or bitsandbytes' AdamW",
+    "sgd": "torch.optim.SGD, with or without momentum",
 }
 _KERNELS = {
-    Optimizer.ADAM: ("FusedAdam", "DeepSpeedCPUAdam", "ZenFlowCPUAdam", "ZenFlowSelectiveAdamW"),
-    Optimizer.SGD: ("FusedSGD",),
+    "adam": ("FusedAdam", "DeepSpeedCPUAdam", "ZenFlowCPUAdam", "ZenFlowSelectiveAdamW"),
+    "sgd": ("FusedSGD",),
 }
 """Classes whose step is a kernel for a device of its own, by the optimizer that they are."""
 _CLOSE = 1e-6
@@ -80,7 +79,7 @@ def _require_rule(optimizer: Any, groups: list[Group], plan: Plan) -> None:
         )
 
 
-def _wrong(optimizer: Any, groups: list[Group], wanted: Optimizer) -> str | None:
+def _wrong(optimizer: Any, groups: list[Group], wanted: str) -> str | None:
     """Why an optimizer is not the wanted one; None where it is, or where that cannot be seen."""
     kind = type(optimizer)
     names = {name for own in kind.__mro__ for name in (own.__name__,)}
@@ -92,7 +91,7 @@ def _wrong(optimizer: Any, groups: list[Group], wanted: Optimizer) -> str | None
     if any(names & set(others) for others in _KERNELS.values()):
         return "it is another optimizer"
     if kind.__module__.startswith("bitsandbytes"):
-        fits = kind.__name__.removeprefix("Paged").startswith("Adam" if wanted is Optimizer.ADAM else "SGD")
+        fits = kind.__name__.removeprefix("Paged").startswith("Adam" if wanted == "adam" else "SGD")
         return None if fits else "it is another optimizer"
     group = _probed_group(groups)
     try:
@@ -112,11 +111,11 @@ def _wrong(optimizer: Any, groups: list[Group], wanted: Optimizer) -> str | None
             wanted,
         )
         return None
-    if _alike(moved, _reference(torch.optim.AdamW if wanted is Optimizer.ADAM else torch.optim.SGD, group)):
+    if _alike(moved, _reference(torch.optim.AdamW if wanted == "adam" else torch.optim.SGD, group)):
         return None
-    if wanted is Optimizer.ADAM and _alike(moved, _reference(torch.optim.Adam, group)):
+    if wanted == "adam" and _alike(moved, _reference(torch.optim.Adam, group)):
         return "it puts weight decay into the gradient"
-    return "its step is not AdamW's" if wanted is Optimizer.ADAM else "its step is not SGD's"
+    return "its step is not AdamW's" if wanted == "adam" else "its step is not SGD's"
 
 
 def _probed_group(groups: list[Group]) -> Group:

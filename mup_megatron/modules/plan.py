@@ -10,7 +10,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.modules.attention import Attention, attention_modules, attention_of
 from mup_megatron.modules.shapes import Built, Facts, base_parameters, model_shapes
 from mup_megatron.recipe import ModuleBase, Recipe
-from mup_megatron.theory import Kind, Plan
+from mup_megatron.theory import Plan, Property
 
 _log = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def plan_for_module(target: Callable[[], torch.nn.Module], recipe: Recipe, *, re
     attention = None if base.head_size is None else Attention(base.head_size, base.softmax_scale)
     built = Built.of(target)
     shapes = model_shapes(built, parameters, Facts(readout=readout, base_attention=attention))
-    kinds = {parameter.name: parameter.kind for parameter in shapes[1].parameters}
-    if readout is not None and kinds[shapes[1].readout or ""] not in (Kind.HEAD, Kind.EMBEDDING):
+    properties = {tensor.name: tensor.properties for tensor in shapes[1].tensors}
+    if readout is not None and not properties[shapes[1].readout or ""] & {Property.READOUT, Property.EMBEDDING}:
         raise InputError(
             f"readout {readout}: it is no weight from a growing side to a fixed one, and no tied table. Name the "
             "weight that computes the model's output, or none."

@@ -41,29 +41,26 @@ class Claim:
     """How often it has crashed."""
 
 
+@dataclass
 class Claims:
     """The trials of a study as one call saw them last, and those among them that it runs."""
 
-    def __init__(
-        self, spec: StudySpec, study: optuna.Study, storage: Storage, n_trials: int, owner: Owner, watch: OwnerWatch
-    ) -> None:
-        """Reads the study. `n_trials`: the slots that are to be filled."""
-        self._spec = spec
-        self._study = study
-        self._storage = storage
-        self._backend = storage.backend
-        self._size = int(study.user_attrs[SIZE])
-        self._study_id = storage.backend.get_study_id_from_name(spec.name)
-        self._n_trials = n_trials
-        self._owner = owner
-        self._watch = watch
+    spec: StudySpec
+    study: optuna.Study
+    storage: Storage
+    n_trials: int
+    """The slots that are to be filled."""
+    owner: Owner
+    watch: OwnerWatch
+
+    def __post_init__(self) -> None:
+        """Reads the study."""
+        self._backend = self.storage.backend
+        self._size = int(self.study.user_attrs[SIZE])
+        self._study_id = self._backend.get_study_id_from_name(self.spec.name)
         self._beat = 0
         self._held: dict[int, Claim] = {}
         """Number → the claims that have not ended."""
-        self._trials: list[FrozenTrial] = []
-        """All trials of the study at the last look."""
-        self._slots: dict[int, list[FrozenTrial]] = {}
-        """Slot → its trials, by number, at the last look."""
         self.look()
         # Slots that earlier calls gave up, each to be tried once more by this one.
         self._to_retry = {slot for slot, trials in self._slots.items() if _failed(trials)}
@@ -72,31 +69,31 @@ class Claims:
 
     def look(self) -> None:
         """Reads the study. Between two looks this call works with what it saw."""
-        self._trials = self._study.get_trials(deepcopy=False)
-        self._slots = {}
+        self._trials = self.study.get_trials(deepcopy=False)
+        self._slots: dict[int, list[FrozenTrial]] = {}
         for trial, slot in zip(self._trials, slots_of(self._trials), strict=True):
             self._slots.setdefault(slot, []).append(trial)
 
     def record(self) -> StudyRecord:
         """Returns the study as it was at the last look."""
-        return StudyRecord(self._spec, trials_of(self._trials), self._size)
+        return StudyRecord(self.spec, trials_of(self._trials), self._size)
 
     def settled(self) -> int:
         """Counts the slots that need nothing more from this call."""
         return sum(
-            slot < self._n_trials and (_finished(trials) or (_failed(trials) and slot not in self._to_retry))
+            slot < self.n_trials and (_finished(trials) or (_failed(trials) and slot not in self._to_retry))
             for slot, trials in self._slots.items()
         )
 
     def given_up(self) -> list[int]:
         """Lists the number of the last failed trial of each slot that has no result."""
-        return [trials[-1].number for slot, trials in self._slots.items() if slot < self._n_trials and _failed(trials)]
+        return [trials[-1].number for slot, trials in self._slots.items() if slot < self.n_trials and _failed(trials)]
 
     # ---- taking a trial
 
     def take(self) -> Claim | None:
         """Takes a trial: a waiting one, one whose owner is dead, a new one, or a further attempt at one given up."""
-        with self._storage.lock():
+        with self.storage.lock():
             claim = self._next()
         if claim is not None:
             self._held[claim.number] = claim
@@ -104,7 +101,7 @@ class Claims:
 
     def _next(self) -> Claim | None:
         self.look()
-        for slot in range(self._n_trials):
+        for slot in range(self.n_trials):
             if slot not in self._slots:
                 return self._create({})
             trials = self._slots[slot]
@@ -113,7 +110,7 @@ class Claims:
             trial = next(trial for trial in trials if trial.state != TrialState.FAIL)
             if self._take_over(trial):
                 return Claim(trial._trial_id, trial.number, slot, trial.user_attrs.get(ATTEMPTS, 0))
-        for slot in sorted(slot for slot in self._to_retry if slot < self._n_trials):
+        for slot in sorted(slot for slot in self._to_retry if slot < self.n_trials):
             self._to_retry.remove(slot)
             if _failed(self._slots[slot]):
                 return self._create({RETRY_OF: slot})
@@ -128,7 +125,7 @@ class Claims:
                 return self._backend.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
             if trial.number in self._held:
                 return False
-            if not self._watch.is_dead(trial.number, trial.user_attrs.get(OWNER)):
+            if not self.watch.is_dead(trial.number, trial.user_attrs.get(OWNER)):
                 return False
             self._own(trial._trial_id)
             return True
@@ -138,14 +135,14 @@ class Claims:
     def _create(self, attributes: Mapping[str, Any]) -> Claim | None:
         """Makes a trial, for the next slot unless said otherwise; None if a call elsewhere has been faster."""
         template = optuna.trial.create_trial(
-            state=TrialState.RUNNING, user_attrs={OWNER: self._owner.record(self._beat), **attributes}
+            state=TrialState.RUNNING, user_attrs={OWNER: self.owner.record(self._beat), **attributes}
         )
         trial_id = self._backend.create_new_trial(self._study_id, template)
         self.look()
         slot, trial = next(
             (slot, trial) for slot, trials in self._slots.items() for trial in trials if trial._trial_id == trial_id
         )
-        if slot >= self._n_trials:
+        if slot >= self.n_trials:
             # It stays for a larger search.
             self._backend.set_trial_state_values(trial_id, TrialState.WAITING)
             return None
@@ -156,21 +153,21 @@ class Claims:
         return Claim(trial_id, trial.number, slot, attempts=0)
 
     def _own(self, trial_id: int) -> None:
-        self._backend.set_trial_user_attr(trial_id, OWNER, self._owner.record(self._beat))
+        self._backend.set_trial_user_attr(trial_id, OWNER, self.owner.record(self._beat))
 
     # ---- a trial that was taken
 
     def parameters(self, claim: Claim) -> dict[str, float]:
         """Draws the hyperparameters of a trial, and records where they come from."""
-        self._study.sampler = sampler_of(self._spec, claim.slot)
-        if self._spec.selection is not None:
-            chosen = self._spec.selection.candidates[claim.slot]
-            source = {"study": self._spec.selection.study, "trial": chosen.trial, "loss": chosen.loss}
+        self.study.sampler = sampler_of(self.spec, claim.slot)
+        if self.spec.selection is not None:
+            chosen = self.spec.selection.candidates[claim.slot]
+            source = {"study": self.spec.selection.study, "trial": chosen.trial, "loss": chosen.loss}
             self._backend.set_trial_user_attr(claim.trial_id, SOURCE, source)
-        trial = optuna.trial.Trial(self._study, claim.trial_id)
+        trial = optuna.trial.Trial(self.study, claim.trial_id)
         return {
             name: trial.suggest_float(name, bounds.low, bounds.high, log=bounds.log)
-            for name, bounds in self._spec.space.ranges.items()
+            for name, bounds in self.spec.space.ranges.items()
         }
 
     def report(self, claim: Claim, step: int, value: float) -> None:
@@ -180,14 +177,14 @@ class Claims:
 
     def end(self, claim: Claim, state: TrialState, loss: float | None, attributes: Mapping[str, Any]) -> Trial | None:
         """Records what became of a trial. Returns it; None if it is to be run again, or another call has ended it."""
-        with self._storage.lock():
+        with self.storage.lock():
             try:
                 for key, value in attributes.items():
                     self._backend.set_trial_user_attr(claim.trial_id, key, value)
                 if state == TrialState.WAITING:
                     self._backend.set_trial_state_values(claim.trial_id, state)
                 else:
-                    self._study.tell(claim.number, loss, state, skip_if_finished=True)
+                    self.study.tell(claim.number, loss, state, skip_if_finished=True)
             except UpdateFinishedTrialError:
                 state = TrialState.WAITING
         del self._held[claim.number]
@@ -207,10 +204,10 @@ class Claims:
     def put_back(self) -> None:
         """Lets the trials that were running be taken by the next call at once. Without it they count as orphans."""
         # If the storage is what failed, the next call finds them as orphans.
-        with contextlib.suppress(UpdateFinishedTrialError, *FAILURES), self._storage.lock():
+        with contextlib.suppress(UpdateFinishedTrialError, *FAILURES), self.storage.lock():
             for claim in self._held.values():
                 trial = self._backend.get_trial(claim.trial_id)
-                if trial.user_attrs[OWNER]["token"] == self._owner.token and not trial.state.is_finished():
+                if trial.user_attrs[OWNER]["token"] == self.owner.token and not trial.state.is_finished():
                     self._backend.set_trial_state_values(claim.trial_id, TrialState.WAITING)
 
 

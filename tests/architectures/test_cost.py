@@ -7,7 +7,8 @@ import pytest
 from support.commands import TARGET
 
 from mup_megatron.architectures.cost import parameter_count, training_flops
-from mup_megatron.architectures.model_file import ModelFile, load_model_file, model_file
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import load_model_file, model_file
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 GPT3 = {"125m": 125e6, "350m": 350e6, "760m": 760e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "6.7b": 6.7e9, "13b": 13e9,

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from support.shapes import gpt
 
-from mup_megatron.architectures.gpt import global_name, gpt_shapes, stage_layers
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.names import global_name, stage_layers
+from mup_megatron.architectures.registry import shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.theory import Dimension, Kind, Parameter
 
@@ -18,7 +19,7 @@ HEAD = "output_layer.weight"
 
 
 def _parameters(model: ModelFile, base: ModelFile | None = None) -> dict[str, Parameter]:
-    return {p.name: p for p in gpt_shapes(base or model, model)[1].parameters}
+    return {p.name: p for p in shapes_of(base or model, model)[1].parameters}
 
 
 def _shapes(**changes: Any) -> dict[str, tuple[int, ...]]:
@@ -147,7 +148,7 @@ def test_a_head_size_grows_only_where_base_and_target_differ_in_it() -> None:
 def test_the_base_is_named_as_the_target() -> None:
     base = gpt(1, transformer_impl="local")
     target = gpt(2, transformer_impl="transformer_engine")
-    base_shape, target_shape = gpt_shapes(base, target)
+    base_shape, target_shape = shapes_of(base, target)
     assert [p.name for p in base_shape.parameters] == [p.name for p in target_shape.parameters]
 
 
@@ -165,15 +166,15 @@ def test_the_base_is_named_as_the_target() -> None:
 )
 def test_base_and_target_of_different_architecture_are_refused(key: str, value: object) -> None:
     with pytest.raises(InputError, match=rf"^{key} is .* in the recipe's base but {value} in the target\."):
-        gpt_shapes(gpt(1), gpt(2, **{key: value}))
-    gpt_shapes(gpt(1, **{key: value}), gpt(2, **{key: value}))
+        shapes_of(gpt(1), gpt(2, **{key: value}))
+    shapes_of(gpt(1, **{key: value}), gpt(2, **{key: value}))
 
 
 def test_a_bias_on_queries_keys_and_values_counts_only_where_not_every_layer_has_one() -> None:
-    gpt_shapes(gpt(1, add_qkv_bias=True), gpt(2))
+    shapes_of(gpt(1, add_qkv_bias=True), gpt(2))
     without: dict[str, Any] = {"add_bias_linear": False}
     with pytest.raises(InputError, match=r"^add_qkv_bias is True in the recipe's base but False in the target"):
-        gpt_shapes(gpt(1, **without, add_qkv_bias=True), gpt(2, **without))
+        shapes_of(gpt(1, **without, add_qkv_bias=True), gpt(2, **without))
 
 
 def test_gpt3_175b_has_its_number_of_parameters() -> None:

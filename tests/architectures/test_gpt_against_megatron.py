@@ -15,8 +15,8 @@ from support.shapes import gpt
 from support.stock import Layout
 
 from mup_megatron.architectures import gpt as gpt_module
-from mup_megatron.architectures.gpt import gpt_shapes
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import shapes_of
 from mup_megatron.megatron.versions import core_version
 from mup_megatron.theory import Parameter
 
@@ -79,7 +79,7 @@ def live() -> dict[str, tuple[dict[str, tuple[int, ...]], Constants, set[str]]]:
 
 def _parameters(case: str, **changes: Any) -> tuple[Parameter, ...]:
     model = gpt(1, **MODELS[case], **changes)
-    return gpt_shapes(model, model)[1].parameters
+    return shapes_of(model, model)[1].parameters
 
 
 @pytest.mark.parametrize("case", MODELS)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from mup_megatron.architectures.model_file import ModelFile, load_model_file, model_file
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import load_model_file, model_file
 from mup_megatron.errors import InputError
 
 SMALL: dict[str, Any] = {

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from mup_megatron.architectures.cost import training_flops
-from mup_megatron.architectures.model_file import ModelFile, load_model_file, model_file
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import Proxy, Search, choose_proxy
+from mup_megatron.architectures.registry import load_model_file, model_file
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import recipe
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from support.commands import BASE, RECIPE, TARGET, Command, write
 
-from mup_megatron.architectures.model_file import load_model_file
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.megatron.arguments import model_from_flags, values_from_flags
 
 MODEL = (

@@ -7,7 +7,7 @@ import pytest
 from support.commands import Command, contents
 from support.lm_arguments import parser_of_megatron
 
-from mup_megatron.architectures.model_file import load_model_file
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.model import command
 
 FLAGS = (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.commands import Command, contents
 
-from mup_megatron.architectures.model_file import load_model_file
+from mup_megatron.architectures.registry import load_model_file
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 TARGET = CONFIGS / "gpt3_6.7b.yaml"

@@ -11,7 +11,7 @@ import optuna
 import pytest
 from support.commands import TARGET, Command, contents, write
 
-from mup_megatron.architectures.model_file import load_model_file
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.recipe import load_recipe
 from mup_megatron.search import StudySpec, TrialOutcome, default_storage, run_sweep
 from mup_megatron.training.data.reading import read_meta

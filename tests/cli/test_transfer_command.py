@@ -6,7 +6,7 @@ from pathlib import Path
 import optuna
 from support.commands import BASE, Command, contents
 
-from mup_megatron.architectures.model_file import model_file
+from mup_megatron.architectures.registry import model_file
 from mup_megatron.recipe import load_recipe, recipe
 from mup_megatron.search import Objective, ReportFn, StudySpec, TrialOutcome, default_storage, run_sweep
 from mup_megatron.training.options import TrainingOptions

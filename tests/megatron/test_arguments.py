@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from support.lm_arguments import parser_of_megatron, said_once
 from support.shapes import gpt, recipe_for
 
-from mup_megatron.architectures.gpt import gpt_shapes
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments import (
     flags,
@@ -337,7 +337,7 @@ def test_what_validation_fills_in_changes_nothing() -> None:
     before = model_from_values(values(), source="line")
     filled = {"ffn_hidden_size": 256, "kv_channels": 16, "add_qkv_bias": True, "encoder_num_layers": 2}
     after = model_from_values(values(**filled, encoder_seq_length=16, max_position_embeddings=16), source="line")
-    assert gpt_shapes(before, before) == gpt_shapes(before, after)
+    assert shapes_of(before, before) == shapes_of(before, after)
     assert after.max_position_embeddings is None
 
 

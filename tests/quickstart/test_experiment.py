@@ -16,7 +16,7 @@ import optuna
 import pytest
 from support.commands import contents
 
-from mup_megatron.architectures.model_file import load_model_file
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.errors import InputError
 from mup_megatron.quickstart.experiment import Cell, Experiment, ExperimentSettings, GridFile, Result, claim, run
 from mup_megatron.recipe import load_recipe

@@ -137,7 +137,7 @@ def _plain(plan: Any) -> dict[str, Any]:
 
 
 def _gpt(name: str) -> Any:
-    from mup_megatron.architectures.model_file import model_file
+    from mup_megatron.architectures.registry import model_file
     from mup_megatron.recipe import recipe
 
     base, target, content = GPT[name]

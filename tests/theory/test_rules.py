@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable
 
 import pytest
+from mup_megatron.theory.roles import Ratios
 
 from mup_megatron.theory import Kind, Optimizer, Role, rules
-from mup_megatron.theory.roles import Ratios
 
 SIGMA, ETA, EPSILON, LAMBDA = 0.05, 0.006, 1e-8, 0.1
 ALPHA_IN, ALPHA_OUT = 10.0, 3.0

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from mup_megatron.architectures.gpt import gpt_shapes
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import shapes_of
 from mup_megatron.check.entries import (
     is_any,
     is_bias,
@@ -29,7 +29,7 @@ from mup_megatron.check.entries import (
 )
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan, PlanEntry, family_of
-from mup_megatron.theory.roles import Ratios, ratios
+from mup_megatron.theory.widths import Scaling, Sizes, scaling
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Context:
         return self.target.hidden_size / self.base.hidden_size
 
     @cached_property
-    def ratios(self) -> Mapping[str, Ratios]:
+    def ratios(self) -> Mapping[str, Scaling]:
         """Of each tensor, by global name."""
-        base, target = gpt_shapes(self.base, self.target)
-        by_family = {family_of(parameter.name): parameter for parameter in base.parameters}
-        return {p.name: ratios(by_family[family_of(p.name)], p) for p in target.parameters}
+        base, target = shapes_of(self.base, self.target)
+        by_family = {family_of(parameter.name): parameter for parameter in base.tensors}
+        return {p.name: scaling(by_family[family_of(p.name)], p, Sizes(1, 1)) for p in target.tensors}
 
 
 PlanChange = Callable[[Plan, Context], Plan]
@@ -109,7 +109,7 @@ class Mutant:
 # ---- which tensors -------------------------------------------------------------------------------------------------
 
 Select = Callable[[PlanEntry], bool]
-Factor = Callable[[PlanEntry, Ratios, Context], float]
+Factor = Callable[[PlanEntry, Scaling, Context], float]
 
 
 def _word_embedding(entry: PlanEntry) -> bool:
@@ -285,7 +285,7 @@ def _collapsing(scheduler: Any, optimizer: Any, _plan: Plan, context: Context) -
     scheduler.step = stepped
 
 
-def _groups(select: Select, change: Callable[[dict[str, Any], PlanEntry, Ratios, Context], None]) -> OptimizerChange:
+def _groups(select: Select, change: Callable[[dict[str, Any], PlanEntry, Scaling, Context], None]) -> OptimizerChange:
     """Changes the optimizer's groups of single parameters."""
 
     def changed(optimizer: Any, chunks: Sequence[Any], plan: Plan, context: Context) -> None:
@@ -310,7 +310,7 @@ def _single_groups(optimizer: Any, chunks: Sequence[Any], plan: Plan) -> list[tu
 def _rates(select: Select, factor: Factor) -> OptimizerChange:
     """Multiplies learning rates, the floor's too."""
 
-    def change(group: dict[str, Any], entry: PlanEntry, r: Ratios, context: Context) -> None:
+    def change(group: dict[str, Any], entry: PlanEntry, r: Scaling, context: Context) -> None:
         f = factor(entry, r, context)
         group["max_lr"], group["min_lr"] = entry.lr * f, entry.min_lr * f
 
@@ -318,7 +318,7 @@ def _rates(select: Select, factor: Factor) -> OptimizerChange:
 
 
 def _eps(select: Select, factor: Factor) -> OptimizerChange:
-    def change(group: dict[str, Any], entry: PlanEntry, r: Ratios, context: Context) -> None:
+    def change(group: dict[str, Any], entry: PlanEntry, r: Scaling, context: Context) -> None:
         assert entry.eps is not None
         group["eps"] = entry.eps * factor(entry, r, context)
 
@@ -326,17 +326,17 @@ def _eps(select: Select, factor: Factor) -> OptimizerChange:
 
 
 def _decay(select: Select, wd_mult: Factor) -> OptimizerChange:
-    def change(group: dict[str, Any], entry: PlanEntry, r: Ratios, context: Context) -> None:
+    def change(group: dict[str, Any], entry: PlanEntry, r: Scaling, context: Context) -> None:
         group["wd_mult"] = wd_mult(entry, r, context)
 
     return _groups(select, change)
 
 
-def _floor(group: dict[str, Any], entry: PlanEntry, _: Ratios, context: Context) -> None:
+def _floor(group: dict[str, Any], entry: PlanEntry, _: Scaling, context: Context) -> None:
     group["max_lr"], group["min_lr"] = entry.lr, context.recipe.hyperparameters.min_lr
 
 
-def _other_beta2(group: dict[str, Any], _entry: PlanEntry, _r: Ratios, context: Context) -> None:
+def _other_beta2(group: dict[str, Any], _entry: PlanEntry, _r: Scaling, context: Context) -> None:
     h = context.recipe.hyperparameters
     group["betas"] = (h.adam_beta1, 0.99 if h.adam_beta2 < 0.97 else 0.9)
 
@@ -437,7 +437,7 @@ def _several_ratios(context: Context) -> bool:
     return any(side != context.r for r in _hidden_ratios(context) for side in (r.r_in, r.r_out))
 
 
-def _hidden_ratios(context: Context) -> list[Ratios]:
+def _hidden_ratios(context: Context) -> list[Scaling]:
     return [context.ratios[e.name] for e in context.recipe.plan(context.target).entries if is_hidden(e)]
 
 

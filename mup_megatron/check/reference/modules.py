@@ -11,7 +11,7 @@ from torch import nn
 
 from mup_megatron.modules.attention import attention_modules, scale_attribute
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Kind, Optimizer, Plan
+from mup_megatron.theory import Plan
 
 
 def carry_out(model: nn.Module, plan: Plan, *, seed: int) -> None:
@@ -51,7 +51,7 @@ def carry_out(model: nn.Module, plan: Plan, *, seed: int) -> None:
 def _factor(module: nn.Module, model: nn.Module, plan: Plan) -> float:
     """What a module's weight is to be multiplied by."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    own = [names[id(p)] for p in module.parameters(False) if not plan[names[id(p)]].kind.is_vector]
+    own = [names[id(p)] for p in module.parameters(False) if not plan[names[id(p)]].is_vector]
     if not own:
         return 1.0
     entry = plan[own[0]]
@@ -59,7 +59,7 @@ def _factor(module: nn.Module, model: nn.Module, plan: Plan) -> float:
         return entry.multiplier
     if entry.name != plan.readout:
         return entry.multiplier
-    factor = plan.output_multiplier if entry.kind is Kind.EMBEDDING else entry.multiplier
+    factor = plan.output_multiplier if entry.is_embedding else entry.multiplier
     return factor / plan.stock_readout_ratio
 
 
@@ -82,6 +82,6 @@ def optimizer_for(model: nn.Module, recipe: Recipe, plan: Plan) -> torch.optim.O
     ]
     if not groups:
         return None
-    if plan.optimizer is Optimizer.SGD:
+    if plan.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=plan.lr, momentum=h.sgd_momentum)
     return torch.optim.AdamW(groups, lr=plan.lr, betas=(h.adam_beta1, h.adam_beta2))

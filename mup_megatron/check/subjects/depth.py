@@ -52,7 +52,7 @@ def narrowest(widths: Iterable[int], plan: Callable[[int], Plan]) -> tuple[int, 
 
 
 def _smallest(plan: Plan) -> int:
-    drawn = [math.prod(e.shape) for e in plan.entries if e.init_std and len(e.shape) > 1 and not e.kind.is_vector]
+    drawn = [math.prod(e.shape) for e in plan.entries if e.init_std and len(e.shape) > 1 and not e.is_vector]
     return min(drawn, default=ELEMENTS)
 
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from statistics import median
 
-from mup_megatron.architectures.gpt import gpt_shapes
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import shapes_of
 from mup_megatron.check.measure.measurements import Protocol, Quantity, Run
 from mup_megatron.check.measure.sizes import require_trainable
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, PerParameter, Recipe, Schedule
-from mup_megatron.theory import Parameter, Plan, PlanEntry, Role, Rule
+from mup_megatron.theory import Plan, PlanEntry, Role, Rule, Tensor
 
 SMALLEST = 32
 """Below this a width says more about itself than about the limit of many."""
@@ -378,13 +378,13 @@ def _kept_layers(target: ModelFile, recipe: Recipe, stages: int, depth: int | No
 def _indices(target: ModelFile, recipe: Recipe) -> dict[int, tuple[int | None, ...]]:
     """Layer → for each of its parameters which of the recipe's patterns meets it."""
     found: dict[int, list[int | None]] = {}
-    for parameter in gpt_shapes(recipe.megatron_base, target)[1].parameters:
+    for parameter in shapes_of(recipe.megatron_base, target)[1].tensors:
         if (match := _LAYER.match(parameter.name)) is not None:
             found.setdefault(int(match[2]), []).append(_index(recipe, parameter))
     return {layer: tuple(indices) for layer, indices in found.items()}
 
 
-def _index(recipe: Recipe, parameter: Parameter) -> int | None:
+def _index(recipe: Recipe, parameter: Tensor) -> int | None:
     name = parameter.name_at_base or parameter.name
     own = recipe.per_parameter
     return next((index for index, one in enumerate(own) if fnmatch.fnmatchcase(name, one.match)), None)
@@ -395,7 +395,7 @@ def _of_layers(target: ModelFile, recipe: Recipe, kept: Sequence[int]) -> tuple[
     if len(set(_indices(target, recipe).values())) == 1:
         return recipe.per_parameter
     found = []
-    for parameter in gpt_shapes(recipe.megatron_base, target)[1].parameters:
+    for parameter in shapes_of(recipe.megatron_base, target)[1].tensors:
         name = parameter.name_at_base or parameter.name
         index, match = _index(recipe, parameter), _LAYER.match(name)
         if index is None or (match is not None and int(match[2]) not in kept):

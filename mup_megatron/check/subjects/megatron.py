@@ -11,8 +11,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from mup_megatron.architectures.gpt import global_name
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.names import global_name
 from mup_megatron.check.measure import batches, measurements
 from mup_megatron.check.measure.measurements import Quantity
 from mup_megatron.check.measure.measuring import At
@@ -20,7 +20,7 @@ from mup_megatron.check.measure.replay import Replay
 from mup_megatron.check.reference.megatron import ATTENTION, looked_at, replay_for
 from mup_megatron.check.subjects.depth import Grouped
 from mup_megatron.collectives import gathered
-from mup_megatron.megatron.names import named_parameters, unwrapped
+from mup_megatron.megatron.names import layers_of, named_parameters, unwrapped
 from mup_megatron.megatron.optimizer import is_sharded, live_values, parts_of
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
@@ -90,7 +90,7 @@ class MegatronTrainee:
         """Every layer's output and the attention logits, by global name."""
         for chunk in self._built.chunks:
             model: Any = unwrapped(chunk)
-            layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+            layers = layers_of(model)
             for name, module, at in looked_at(model.named_modules()):
                 # Names of parameters are what is translated. A tied readout is a readout here.
                 yield global_name(f"{name}.weight", layers, tied=False).removesuffix(".weight"), module, at
@@ -137,7 +137,7 @@ class MegatronTrainee:
         """What attention proper takes in, [position, batch, head, channel]."""
         for chunk in self._built.chunks:
             model: Any = unwrapped(chunk)
-            layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+            layers = layers_of(model)
             for name, module in model.named_modules():
                 if name.endswith(ATTENTION):
                     yield global_name(f"{name}.weight", layers, tied=False).removesuffix(".weight"), module, 0

@@ -33,7 +33,7 @@ from mup_megatron.check.subjects.transfer import at_rate, transfer_section
 from mup_megatron.check.verdict.judge import Facts, Measure, Sides, judge
 from mup_megatron.check.verdict.verdict import WITHOUT_DROPOUT, Level, Section, Verdict
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Optimizer, Plan, Rule
+from mup_megatron.theory import Plan, Rule
 from mup_megatron.training import ranks
 from mup_megatron.training.options import TrainingOptions, require_possible
 
@@ -63,7 +63,7 @@ class Family:
     def at(self, protocol: Protocol) -> Recipe:
         """The recipe under stress for runs of this length."""
         pilot, recipe, plan = self._pilot
-        if recipe.parametrization.optimizer == Optimizer.ADAM.value:
+        if recipe.parametrization.optimizer == "adam":
             return stressed(self.recipe, steps=protocol.steps, eps=eps_from(pilot, plan))
         return stressed(self.recipe, steps=protocol.steps, rate=rate_from(pilot, plan, recipe))
 

@@ -14,7 +14,6 @@ from statistics import fmean
 
 from mup_megatron.check.measure.measurements import TURNING, WITHOUT_MEAN, Key, Measured, Quantity
 from mup_megatron.check.verdict.comparison import CONFIDENCE, Compared, Finding, Kind, Slope, own_slopes, t_quantile
-from mup_megatron.theory import Kind as ParameterKind
 from mup_megatron.theory import Plan, Role
 
 Bounds = tuple[float, float]
@@ -183,7 +182,7 @@ def _readouts(known: Known) -> list[str]:
     """Modules that give something of a finite size."""
     plan = next(iter(known.plans.values()))
     readouts = [e.name.rpartition(".")[0] for e in plan.entries if e.role in (Role.OUTPUT, Role.SCALAR)]
-    if plan.readout is not None and plan.by_name[plan.readout].kind is not ParameterKind.EMBEDDING:
+    if plan.readout is not None and not plan.tied:
         readouts.append(plan.readout.rpartition(".")[0])
     return readouts
 

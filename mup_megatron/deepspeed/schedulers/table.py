@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from deepspeed.runtime import lr_schedules
@@ -25,8 +26,8 @@ class Takes(Enum):
 class LearningRate:
     """A parameter of a scheduler that is a learning rate."""
 
-    name: str
     takes: Takes
+    name: str
     attribute: str
     """The attribute of the scheduler, or key of a group, that holds it."""
 
@@ -50,16 +51,9 @@ class SchedulerRule:
     """It drives betas or momentum as well, unless told otherwise."""
 
 
-def _peak(name: str, attribute: str | None = None) -> LearningRate:
-    return LearningRate(name, Takes.PEAK, attribute or name)
-
-
-def _each(name: str, attribute: str | None = None) -> LearningRate:
-    return LearningRate(name, Takes.EACH, attribute or name)
-
-
-_ETA_MIN = SchedulerRule((LearningRate("eta_min", Takes.SHARED, "eta_min"),))
-_EPS = LearningRate("eps", Takes.SMALLEST_CHANGE, "eps")
+_peak, _each = partial(LearningRate, Takes.PEAK), partial(LearningRate, Takes.EACH)
+_ETA_MIN = SchedulerRule((LearningRate(Takes.SHARED, "eta_min", "eta_min"),))
+_EPS = LearningRate(Takes.SMALLEST_CHANGE, "eps", "eps")
 _WARMUP = SchedulerRule((_peak("warmup_max_lr", "max_lrs"), _each("warmup_min_lr", "min_lrs")))
 
 RULES: Mapping[str, SchedulerRule] = {
@@ -84,7 +78,7 @@ RULES: Mapping[str, SchedulerRule] = {
     "CosineAnnealingLR": _ETA_MIN,
     "CosineAnnealingWarmRestarts": _ETA_MIN,
     "CyclicLR": SchedulerRule((_peak("max_lr", "max_lrs"), _each("base_lr", "base_lrs")), cycles_momentum=True),
-    "OneCycleLR": SchedulerRule((_peak("max_lr"),), cycles_momentum=True),
+    "OneCycleLR": SchedulerRule((_peak("max_lr", "max_lr"),), cycles_momentum=True),
     "ReduceLROnPlateau": SchedulerRule((_each("min_lr", "min_lrs"), _EPS)),
     "SequentialLR": SchedulerRule(needs_code=True),
     "ChainedScheduler": SchedulerRule(needs_code=True),

@@ -4,7 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mup_megatron.architectures.model_file import ModelFile, model_file
+from mup_megatron.architectures.flag import Flag
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import model_file
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.table import (
     EVERY,
@@ -15,7 +17,6 @@ from mup_megatron.megatron.arguments.table import (
     REFUSED,
     ROPE_SCALING,
     SOFTMAX_TYPE,
-    Flag,
     parsed,
     unresolved,
 )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from pathlib import Path, PurePosixPath
 
-from mup_megatron.architectures.model_file import load_model_file
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.errors import InputError
 from mup_megatron.files import read_text
 from mup_megatron.megatron.arguments.convert import flags

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_args
 
-from mup_megatron.architectures.gpt import HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS
-from mup_megatron.architectures.model_file import ModelFile, model_file
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.names import HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS
+from mup_megatron.architectures.registry import model_file
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.convert import model_from_values, values_from_flags
 from mup_megatron.megatron.arguments.table import HYPERPARAMETERS
 from mup_megatron.recipe import LONGEST_SCHEDULE, Recipe, Schedule, recipe
-from mup_megatron.theory import Kind, Plan, PlanEntry, Role
+from mup_megatron.theory import Plan, PlanEntry, Role
 from mup_megatron.theory.rules import softmax_scale
 from mup_megatron.validation import brief
 
@@ -96,7 +97,7 @@ class Native:
     def of(self, entry: PlanEntry) -> NativeValues:
         """What a parameter gets."""
         v, m = self.values, self.width_mult
-        hidden = not entry.kind.is_vector and entry.kind not in (Kind.EMBEDDING, Kind.HEAD)
+        hidden = not entry.is_vector and not (entry.is_embedding or entry.is_readout)
         adam = v["optimizer"] == "adam"
         factor = (1.0 / m if hidden else 1.0) if adam else (1.0 if hidden else m)
         lr, min_lr = v["lr"] * factor, v["min_lr"] * factor
@@ -104,20 +105,17 @@ class Native:
             # An absolute value, with the floor of all others if it has none of its own.
             lr, min_lr = v["decoupled_lr"], v["min_lr"] if v["decoupled_min_lr"] is None else v["decoupled_min_lr"]
         eps = v["adam_eps"] * (1.0 / m if hidden else 1.0) if adam else None
-        return NativeValues(self._std(entry), lr, min_lr, eps, 0.0 if entry.kind.is_vector else v["weight_decay"])
+        return NativeValues(self._std(entry), lr, min_lr, eps, 0.0 if entry.is_vector else v["weight_decay"])
 
     def _std(self, entry: PlanEntry) -> float | None:
         sigma = self.values["init_method_std"]
         embedding = self.values["embedding_init_method_std"]
-        match entry.kind:
-            case Kind.EMBEDDING | Kind.HEAD:
-                return float(sigma if embedding is None else embedding)
-            case Kind.WEIGHT:
-                return float(sigma / math.sqrt(self.width_mult))
-            case Kind.RESIDUAL:
-                return float(sigma / math.sqrt(2.0 * self.model.num_layers * self.width_mult))
-            case _:
-                return None
+        if entry.is_vector:
+            return None
+        if entry.is_embedding or entry.is_readout:
+            return float(sigma if embedding is None else embedding)
+        layers = 2.0 * self.model.num_layers if entry.is_residual else 1.0
+        return float(sigma / math.sqrt(layers * self.width_mult))
 
 
 _POSITIVE = (

@@ -4,69 +4,14 @@ Data, and how words become values. The four supported releases agree on every en
 exist in some of them only.
 """
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+from mup_megatron.architectures.flag import Flag, number, whole_number
 from mup_megatron.errors import InputError
 from mup_megatron.validation import brief
-
-_BITS = 63
-"""Of a whole number: no size, length or count of Megatron's has more."""
-
-
-def whole_number(text: str) -> int:
-    """As argparse's `type=int`."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise InputError(f"'{brief(text, 60)}' is not a whole number") from None
-    if value.bit_length() > _BITS:
-        raise InputError(f"'{brief(text, 60)}' is too large")
-    return value
-
-
-def number(text: str) -> float:
-    """As argparse's `type=float`, without NaN and infinity."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise InputError(f"'{brief(text, 60)}' is not a number") from None
-    if not math.isfinite(value):
-        raise InputError(f"'{brief(text, 60)}' is not a finite number")
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """A flag, and the attribute of Megatron's namespace that it sets."""
-
-    name: str
-    key: str
-    default: Any
-    """The attribute's value without the flag."""
-    parse: Callable[[str], Any] | None = None
-    """What its word becomes; None where the flag takes none and turns `default` into its opposite."""
-    refusal: str = ""
-    """For what a model file cannot say and the plan cannot allow: why, and what to do."""
-    fine: tuple[Any, ...] = ()
-    """Other values that change nothing."""
-
-    def value(self, word: str) -> Any:
-        """The attribute that a word gives; InputError names the flag."""
-        assert self.parse is not None
-        try:
-            return self.parse(word)
-        except InputError as error:
-            raise InputError(f"{self.name}: {error}. Correct this value.") from None
-
-    def changed(self, values: Mapping[str, Any]) -> bool:
-        """Whether parsed arguments have something else than Megatron's default; off in either way is off."""
-        found = values.get(self.key, self.default)
-        return bool(found != self.default and (found or self.default) and found not in self.fine)
-
 
 FIELDS: dict[str, Flag] = {
     "num_layers": Flag("--num-layers", "num_layers", None, whole_number),

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from mup_megatron.architectures.gpt import HEAD
+from mup_megatron.architectures.names import HEAD
 from mup_megatron.megatron.guard.problems import Problem, number
 from mup_megatron.megatron.model import core_attentions, part_scales
 from mup_megatron.megatron.names import named_parameters, unwrapped
 from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
-from mup_megatron.theory import Kind, Plan
-from mup_megatron.theory.roles import default_softmax_scale
+from mup_megatron.theory import Plan
+from mup_megatron.theory.rules import default_softmax_scale
 
 # ---- attention -----------------------------------------------------------------------------------------------------
 
@@ -185,9 +185,9 @@ def _expected_hooks(model: torch.nn.Module, plan: Plan) -> dict[str, _Hooks]:
     own_names = (name for name, _ in model.named_parameters())
     for own_name, (name, _) in zip(own_names, named_parameters([model], tied=plan.tied), strict=True):
         entry = plan[name]
-        if own_name != HEAD and entry.kind is not Kind.HEAD and entry.multiplier != 1.0:
+        if own_name != HEAD and not entry.is_readout and entry.multiplier != 1.0:
             # The input is what scales a weight and leaves its bias alone; a table has no input to scale.
-            side = "output" if entry.kind is Kind.EMBEDDING else "input"
+            side = "output" if entry.is_embedding else "input"
             expected[own_name.rpartition(".")[0]] = [(side, entry.multiplier)]
     # A tied readout on the embedding's own stage has no parameter.
     if hasattr(model, "output_layer") and plan.output_multiplier != 1.0:

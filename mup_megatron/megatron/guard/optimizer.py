@@ -231,7 +231,7 @@ def _decay_problems(owned: list[_Held], plan: Plan, scheduler: Any) -> list[Prob
         live = base * item.live.wd_mult if scheduler is None else item.live.weight_decay
         if _close(live, expected):
             continue
-        if item.entry.kind.is_vector:
+        if item.entry.is_vector:
             cause = f"Biases and gains have none, and this group's wd_mult is lost. {_REBUILD}"
         elif _close(live, base):
             cause = f"That is the base's, not compensated for this group's learning rate. {_REBUILD}"

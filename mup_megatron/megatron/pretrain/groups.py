@@ -6,7 +6,7 @@ from typing import Any
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.optimizer import overrides_by_name, parts_of
-from mup_megatron.theory import Optimizer, Plan
+from mup_megatron.theory import Plan
 
 _VALUES = ("max_lr", "min_lr", "wd_mult", "lr_mult", "eps")
 """What a group holds that the plan decides."""
@@ -59,7 +59,7 @@ def show_as(optimizer: Any, before: Plan, now: Plan) -> None:
 def _full(override: Mapping[str, float], plan: Plan) -> tuple[tuple[str, float], ...]:
     """All that a group holds for an override."""
     base = {"max_lr": plan.lr, "min_lr": plan.min_lr, "wd_mult": 1.0, "lr_mult": 1.0}
-    eps = {} if plan.optimizer is Optimizer.SGD else {"eps": plan.adam_eps}
+    eps = {} if plan.rules.eps is None else {"eps": plan.adam_eps}
     return _key({**base, **eps, **override})
 
 

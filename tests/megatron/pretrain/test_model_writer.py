@@ -15,7 +15,8 @@ from support.lines import ACCEPTED, REFUSED, words
 from support.lm_runs import SCRIPT, Finished, run_script
 
 from mup_megatron import launch
-from mup_megatron.architectures.model_file import ModelFile, load_model_file
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments import read_line
 from mup_megatron.megatron.pretrain import model_writer

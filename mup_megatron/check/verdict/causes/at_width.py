@@ -6,7 +6,7 @@ from functools import cached_property
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.recipe import PerParameter, Recipe
-from mup_megatron.theory import Kind, Plan, PlanEntry, Role
+from mup_megatron.theory import Plan, PlanEntry, Role
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class AtWidth:
         for entry in self.plan.entries:
             if entry.role is Role.OUTPUT:
                 return entry.width_ratio
-        return next((self.r_out(entry) for entry in self.plan.entries if entry.kind is Kind.EMBEDDING), 1.0)
+        return next((self.r_out(entry) for entry in self.plan.entries if entry.is_embedding), 1.0)
 
     def r_out(self, entry: PlanEntry) -> float:
         """The ratio of a tensor's fan_out, as its eps or, with SGD, its learning rate has it."""

@@ -26,7 +26,7 @@ from mup_megatron.check.verdict.causes.hypothesis import (
     of_weights,
 )
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Optimizer, Plan, PlanEntry
+from mup_megatron.theory import Plan, PlanEntry
 
 
 def rates(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
@@ -118,7 +118,7 @@ def _descended(step: int, recipe: Recipe) -> float:
 
 def eps(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     """Adam's eps that follows another rule; of SGD there is none."""
-    if next(iter(at.values())).plan.optimizer is not Optimizer.ADAM:
+    if next(iter(at.values())).plan.rules.eps is None:
         return []
 
     def unscaled(entry: PlanEntry, here: AtWidth) -> float:

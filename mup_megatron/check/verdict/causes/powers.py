@@ -13,7 +13,6 @@ from mup_megatron.check.entries import (
 from mup_megatron.check.measure.measurements import Quantity
 from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.hypothesis import Hypothesis, LogFactor, Select, of_weights
-from mup_megatron.theory import Optimizer
 
 POWERS = {-2.0: "1/r²", -1.0: "1/r", -0.5: "1/√r", 0.5: "√r", 1.0: "r"}
 _CLASSES: tuple[tuple[str, str, Select], ...] = (
@@ -62,7 +61,7 @@ def _power(power: float) -> LogFactor:
 
 def powers(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     """Something of one class of tensors is a power of the width ratio away from its rule."""
-    adam = next(iter(at.values())).plan.optimizer is Optimizer.ADAM
+    adam = next(iter(at.values())).plan.optimizer == "adam"
     found = []
     for quantity, short, long, rule, powers in QUANTITIES:
         for kind, who, select in _CLASSES:

@@ -25,7 +25,8 @@ MODEL_FILES = sorted((ROOT / "configs" / "models").glob("*.yaml"))
 NAMED_SIZES = {"m": 1e6, "b": 1e9}
 
 GROUND = {
-    *("collectives", "messages", "errors", "files", "json_io", "readback", "unpickling", "validation", "yaml_io"),
+    *("by_optimizer", "collectives", "messages", "errors", "files", "json_io", "readback", "unpickling", "validation"),
+    "yaml_io",
 }
 """Errors, what raises them for files and on all ranks, and what tells them: whoever may import `errors` may import all
 of these."""

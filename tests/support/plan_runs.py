@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.plain import PlainDecoder, cross_entropy
 from mup_megatron.check.reference.megatron import carried_out
-from mup_megatron.theory import Optimizer, Plan
+from mup_megatron.theory import Plan
 
 
 def plain_from_plan(plan: Plan, target: ModelFile, *, dtype: torch.dtype = torch.float64) -> PlainDecoder:
@@ -20,7 +20,7 @@ def optimizer_from_plan(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
     named = list(model.named_parameters())
     assert [name for name, _ in named] == [entry.name for entry in plan.entries]
     groups = [{"params": [p], "lr": plan[name].lr, "weight_decay": plan[name].weight_decay} for name, p in named]
-    if plan.optimizer is Optimizer.SGD:
+    if plan.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9)
     for group, (name, _) in zip(groups, named, strict=True):
         group["eps"] = plan[name].eps

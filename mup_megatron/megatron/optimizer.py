@@ -14,7 +14,7 @@ from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.names import named_parameters, require_match
-from mup_megatron.megatron.optimizers import OPTIMIZERS
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
 from mup_megatron.megatron.versions import distinct_lr_mults
 from mup_megatron.theory import Plan, PlanEntry
 
@@ -96,7 +96,7 @@ def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
             "decoupled_lr: it would overwrite what the plan gives to embedding and readout. Drop it, and use "
             "per_parameter in the recipe."
         )
-    if OPTIMIZERS[plan.optimizer].decoupled_weight_decay and not config.decoupled_weight_decay:
+    if MEGATRON_OPTIMIZERS[plan.optimizer].decoupled_weight_decay and not config.decoupled_weight_decay:
         problems.append("decoupled_weight_decay: it is off, and the plan's weight decay is AdamW's. Set it to True.")
     if config.apply_wd_to_qk_layernorm:
         problems.append("apply_wd_to_qk_layernorm: the plan has no weight decay for norms. Turn it off.")

@@ -29,8 +29,8 @@ class MegatronOptimizer:
     """None without eps."""
 
 
-OPTIMIZERS = ByOptimizer[MegatronOptimizer]("Megatron")
-register = OPTIMIZERS.register
+MEGATRON_OPTIMIZERS = ByOptimizer[MegatronOptimizer]("Megatron")
+register = MEGATRON_OPTIMIZERS.register
 
 register(
     "adam",
@@ -54,15 +54,15 @@ register(
 
 def require_known(flag: str, source: str) -> None:
     """Raises InputError unless `--optimizer` says one that a recipe can have."""
-    if flag not in OPTIMIZERS:
+    if flag not in MEGATRON_OPTIMIZERS:
         raise InputError(
-            f"{source}: --optimizer {brief(flag, 60)}: a recipe knows {OPTIMIZERS.names}. Choose one of them."
+            f"{source}: --optimizer {brief(flag, 60)}: a recipe knows {MEGATRON_OPTIMIZERS.names}. Choose one of them."
         )
 
 
 def distributed_problem(name: str) -> str | None:
     """Returns why a recipe's optimizer cannot be a distributed one of Megatron's; None where it can."""
-    if OPTIMIZERS[name].distributed:
+    if MEGATRON_OPTIMIZERS[name].distributed:
         return None
-    those = " and ".join(optimizers()[each].title for each, known in OPTIMIZERS.items() if known.distributed)
+    those = " and ".join(optimizers()[each].title for each, known in MEGATRON_OPTIMIZERS.items() if known.distributed)
     return f"--use-distributed-optimizer: Megatron has it for {those}, and the recipe's optimizer is {name}. Drop it."

@@ -14,7 +14,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.modules.apply import require_kept, whole_shape
 from mup_megatron.modules.groups import FLAT, PADDING, Group, GroupValues, flattened, members, values
 from mup_megatron.modules.names import named_parameters
-from mup_megatron.modules.optimizers import OPTIMIZERS
+from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 from mup_megatron.theory import Plan
 
 _log = logging.getLogger(__name__)
@@ -67,20 +67,20 @@ def _require_rule(optimizer: Any, groups: list[Group], plan: Plan) -> None:
     if cause is not None:
         raise InputError(
             f"{type(optimizer).__name__}: {cause}, and the plan is for {plan.optimizer}: its values would have wrong "
-            f"effects. Use {OPTIMIZERS[plan.optimizer].fitting}."
+            f"effects. Use {TORCH_OPTIMIZERS[plan.optimizer].fitting}."
         )
 
 
 def _wrong(optimizer: Any, groups: list[Group], wanted: str) -> str | None:
     """Why an optimizer is not the wanted one; None where it is, or where that cannot be seen."""
-    kind, known = type(optimizer), OPTIMIZERS[wanted]
+    kind, known = type(optimizer), TORCH_OPTIMIZERS[wanted]
     names = {name for own in kind.__mro__ for name in (own.__name__,)}
     if names & set(known.kernels):
         decays = any(group.get("weight_decay") for group in groups)
         if getattr(optimizer, "adam_w_mode", True) in (False, 0) and decays:
             return "without adam_w_mode it puts weight decay into the gradient"
         return None
-    if any(names & set(other.kernels) for other in OPTIMIZERS.values()):
+    if any(names & set(other.kernels) for other in TORCH_OPTIMIZERS.values()):
         return "it is another optimizer"
     if kind.__module__.startswith("bitsandbytes"):
         own = kind.__name__.removeprefix("Paged")

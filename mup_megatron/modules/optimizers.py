@@ -39,8 +39,8 @@ class TorchOptimizer:
         return kind(groups, lr=h.lr, **self.settings(h), **self.options)
 
 
-OPTIMIZERS = ByOptimizer[TorchOptimizer]("torch")
-register = OPTIMIZERS.register
+TORCH_OPTIMIZERS = ByOptimizer[TorchOptimizer]("torch")
+register = TORCH_OPTIMIZERS.register
 
 register(
     "adam",

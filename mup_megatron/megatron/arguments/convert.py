@@ -20,7 +20,7 @@ from mup_megatron.megatron.arguments.table import (
     parsed,
     unresolved,
 )
-from mup_megatron.megatron.optimizers import OPTIMIZERS
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
 from mup_megatron.recipe import Recipe, Schedule
 from mup_megatron.theory import optimizers
 from mup_megatron.validation import brief
@@ -62,7 +62,7 @@ def _written(flag: Flag, value: Any) -> list[str]:
 def _recipe_flags(recipe: Recipe, train_iters: int | None) -> list[str]:
     optimizer = recipe.parametrization.optimizer
     values = recipe.hyperparameters.model_dump() | {"optimizer": optimizer}
-    OPTIMIZERS.require(optimizer)
+    MEGATRON_OPTIMIZERS.require(optimizer)
     others = {key for each in optimizers().values() for key in each.hyperparameters}
     words: list[str] = []
     for key, flag in HYPERPARAMETERS.items():

@@ -16,7 +16,7 @@ from mup_megatron.architectures.registry import model_file
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.convert import model_from_values, values_from_flags
 from mup_megatron.megatron.arguments.table import HYPERPARAMETERS
-from mup_megatron.megatron.optimizers import OPTIMIZERS, MegatronOptimizer, require_known
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS, MegatronOptimizer, require_known
 from mup_megatron.recipe import LONGEST_SCHEDULE, Recipe, Schedule, recipe
 from mup_megatron.theory import Plan, PlanEntry, Role, optimizers
 from mup_megatron.theory.rules import softmax_scale
@@ -86,7 +86,7 @@ class Native:
     @property
     def rules(self) -> MegatronOptimizer:
         """What it does with this optimizer."""
-        return OPTIMIZERS[self.values["optimizer"]]
+        return MEGATRON_OPTIMIZERS[self.values["optimizer"]]
 
     @property
     def softmax_scale(self) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.table import STOPPED
-from mup_megatron.megatron.optimizers import OPTIMIZERS, distributed_problem
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS, distributed_problem
 from mup_megatron.recipe import Recipe, load_recipe
 from mup_megatron.theory import optimizers
 
@@ -271,7 +271,7 @@ def _settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
         ("apply_wd_to_qk_layernorm", False, "no weight decay on norms"),
         ("decoupled_weight_decay", True, "AdamW's weight decay"),
     ):
-        unused = dest == "decoupled_weight_decay" and not OPTIMIZERS[p.optimizer].decoupled_weight_decay
+        unused = dest == "decoupled_weight_decay" and not MEGATRON_OPTIMIZERS[p.optimizer].decoupled_weight_decay
         if hasattr(values, dest) and not unused:
             yield _Setting(dest, value, means)
 

@@ -11,7 +11,7 @@ from typing import Any
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mup_megatron.megatron.optimizer import parts_of
-from mup_megatron.modules.optimizers import OPTIMIZERS
+from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import optimizers
 
@@ -29,7 +29,7 @@ def problems(recipe: Recipe, values: argparse.Namespace, optimizer: Any, schedul
 
 def _optimizer_problems(recipe: Recipe, optimizer: Any) -> list[str]:
     h, name = recipe.hyperparameters, recipe.parametrization.optimizer
-    settings = OPTIMIZERS[name].settings(h)
+    settings = TORCH_OPTIMIZERS[name].settings(h)
     found: dict[str, tuple[Any, Any]] = {}
     for part in parts_of(optimizer):
         found["clip_grad"] = (part.config.clip_grad, h.clip_grad)

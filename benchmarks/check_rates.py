@@ -6,7 +6,7 @@ Parts:
 
     tune               correct models of the two architectures that thresholds were set on, seeds below 100
     quick-correct      100 correct models, which have to pass
-    quick-mutants      each mistake of `mup_megatron.check.mutants.mutants` on 5 seeds, one architecture each, in turn
+    quick-mutants      each mistake of `mup_megatron.check.mutants` on 5 seeds, one architecture each, in turn
     standard-mutants   those that quick did not always find, on 3 seeds
     standard-correct   20 correct models
 
@@ -34,10 +34,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import mup_megatron
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.family import gpt as family
+from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure import levels
 from mup_megatron.check.measure.measurements import Protocol
-from mup_megatron.check.mutants.mutants import MUTANTS, Context, Mutant
-from mup_megatron.check.subjects import family
+from mup_megatron.check.mutants import MUTANTS
+from mup_megatron.check.mutants.mutant import Context, Mutant
 from mup_megatron.recipe import Recipe, recipe
 
 PARTS = ("tune", "quick-correct", "quick-mutants", "standard-mutants", "standard-correct")
@@ -83,8 +85,8 @@ class Architecture:
         """At the widest model of a check."""
         width = family.widths_for(self.target, self.recipe, levels.WIDTHS)[-1]
         model = family.at_width(self.target, self.recipe, width)
-        stressed = family.stressed(self.recipe, steps=levels.EARLY.steps)
-        return Context(base=self.recipe.megatron_base, target=model, recipe=stressed, width=width)
+        under_stress = stressed(self.recipe, steps=levels.EARLY.steps)
+        return Context(base=self.recipe.megatron_base, target=model, recipe=under_stress, width=width)
 
 
 def architecture(base: dict[str, Any], target: dict[str, Any], per_parameter: object = (), **values: float) -> Any:
@@ -249,9 +251,9 @@ def _start_worker(log: Path) -> None:
 
 
 def _check(job: Job, output: Path) -> dict[str, Any]:
-    from mup_megatron.check.subjects.megatron_check import check_megatron
+    from mup_megatron.check.measure.levels import Level
+    from mup_megatron.check.run_megatron import check_megatron
     from mup_megatron.check.verdict.comparison import findings
-    from mup_megatron.check.verdict.verdict import Level
 
     architecture = ARCHITECTURES[job.architecture]
     mutant = None if job.mutant is None else MUTANTS[job.mutant]
@@ -304,7 +306,7 @@ def difference(right: Mapping[str, Any], wrong: Mapping[str, Any]) -> float:
 
 def trained(mutant: Mutant | None, architecture: Architecture, output: Path, width: int) -> dict[str, Any]:
     """The weights of a model of a width after 20 steps, by name."""
-    from mup_megatron.check.subjects.megatron_check import Family
+    from mup_megatron.check.gpt_family import Family
     from mup_megatron.training import ranks
     from mup_megatron.training.build import available_model
 
@@ -315,7 +317,7 @@ def trained(mutant: Mutant | None, architecture: Architecture, output: Path, wid
 
 
 def _one_process() -> Any:
-    from mup_megatron.check.subjects.megatron_check import ONE_PROCESS
+    from mup_megatron.check.run_megatron import ONE_PROCESS
 
     return ONE_PROCESS
 
@@ -323,7 +325,7 @@ def _one_process() -> Any:
 def _weights_after(model: ModelFile, stressed: Recipe, width: int, mutant: Mutant | None) -> dict[str, Any]:
     from mup_megatron.check.subjects.megatron import build_megatron
 
-    context = Context(base=stressed.megatron_base, target=model, recipe=stressed, width=width)
+    context = Context(base=stressed.megatron_base, target=model, recipe=under_stress, width=width)
     plan = stressed.plan(model)
     if mutant is not None and mutant.plan is not None:
         plan = mutant.plan(plan, context)

@@ -18,6 +18,16 @@ def is_input_role(entry: PlanEntry) -> bool:
     return entry.role is Role.INPUT
 
 
+def is_output_role(entry: PlanEntry) -> bool:
+    """Returns whether the side that is multiplied grows with width, and what comes out is of a finite size."""
+    return entry.role is Role.OUTPUT
+
+
+def is_scalar_role(entry: PlanEntry) -> bool:
+    """Returns whether no side grows with width."""
+    return entry.role is Role.SCALAR
+
+
 def is_embedding(entry: PlanEntry) -> bool:
     """A lookup table."""
     return entry.kind is Kind.EMBEDDING
@@ -46,6 +56,11 @@ def is_gain(entry: PlanEntry) -> bool:
 def is_bias(entry: PlanEntry) -> bool:
     """A bias that grows with width."""
     return entry.kind is Kind.BIAS and entry.role is Role.INPUT
+
+
+def is_bias_of_any_size(entry: PlanEntry) -> bool:
+    """Returns whether it is a bias, whichever of its sides grow."""
+    return entry.kind is Kind.BIAS
 
 
 def is_not_hidden(entry: PlanEntry) -> bool:

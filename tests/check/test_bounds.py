@@ -16,18 +16,12 @@ from torch.nn import functional
 
 from mup_megatron.check.measure import batches
 from mup_megatron.check.measure.measurements import Key, Measured, Protocol, Quantity, Run
-from mup_megatron.check.subjects.module_trainee import copying
-from mup_megatron.check.subjects.modules import (
-    Loss,
-    ModuleFamily,
-    Prepare,
-    Task,
-    built,
-    prepare_by_plan,
-    warm_up_and_decay,
-)
+from mup_megatron.check.module_family import ModuleFamily
+from mup_megatron.check.subjects.modules import Loss
+from mup_megatron.check.subjects.scripts import Prepare, Task, built, prepare_by_plan, warm_up_and_decay
+from mup_megatron.check.subjects.sight import copying
 from mup_megatron.check.verdict.bounds import Known, out_of_bounds
-from mup_megatron.check.verdict.causes import of_bounds
+from mup_megatron.check.verdict.causes.bounds import of_bounds
 from mup_megatron.check.verdict.comparison import Finding
 from mup_megatron.modules import module_base
 from mup_megatron.recipe import Recipe

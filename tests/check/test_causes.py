@@ -13,10 +13,11 @@ import pytest
 from support.shapes import gpt, recipe_for
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure.levels import EARLY
 from mup_megatron.check.measure.measurements import Key, Measured, Quantity, Run
-from mup_megatron.check.subjects.family import stressed
-from mup_megatron.check.verdict.causes import TOLD, Cause, causes
+from mup_megatron.check.verdict.causes import TOLD, causes
+from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import Comparison, compare
 from mup_megatron.recipe import PerParameter, Recipe
 from mup_megatron.theory import Kind, Plan, PlanEntry, Role

@@ -11,7 +11,8 @@ from support.lm_recipes import FROM_RECIPE, WIDTH, a_recipe
 from support.lm_runs import CPU_FLAGS, SCRIPT, gpt, run_script
 
 from mup_megatron.check.measure.measurements import Quantity
-from mup_megatron.check.subjects.launch_line import Batch, Ended, Line, check_launch_line
+from mup_megatron.check.run_launch_line import check_launch_line
+from mup_megatron.check.subjects.launch_line import Batch, Ended, Line
 from mup_megatron.check.verdict.verdict import Outcome, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import cpu

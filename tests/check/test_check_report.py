@@ -10,12 +10,13 @@ from dataclasses import replace
 
 import pytest
 
+from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.measure.measurements import COORDINATES, Key, Measured, Quantity, Run
 from mup_megatron.check.report.picture import png
 from mup_megatron.check.report.report import alike, comparison_csv, measurements_csv, section_csv, text, verdict_json
-from mup_megatron.check.verdict.causes import Cause
+from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import Finding, compare, findings
-from mup_megatron.check.verdict.verdict import Level, Outcome, Section, Verdict
+from mup_megatron.check.verdict.verdict import Outcome, Section, Verdict
 
 WIDTHS = (32, 64, 128, 256)
 STEPS = (3, 8)

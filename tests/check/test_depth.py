@@ -10,9 +10,11 @@ from support.processes import run_ranks
 from support.shapes import gpt, recipe_for
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.check.mutants.mutants import Context, Mutant
-from mup_megatron.check.subjects.depth import Grouped, at_depth, narrowest
-from mup_megatron.check.subjects.megatron_check import check_megatron
+from mup_megatron.check.family.sizes import narrowest
+from mup_megatron.check.measure.measurements import Grouped
+from mup_megatron.check.mutants.mutant import Context, Mutant
+from mup_megatron.check.run_megatron import check_megatron
+from mup_megatron.check.verdict.depth import at_depth
 from mup_megatron.check.verdict.verdict import Outcome, Section
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Plan

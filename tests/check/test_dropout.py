@@ -10,9 +10,9 @@ from mup_megatron.check.measure.dropout import without_dropout
 with without_dropout():
     assert torch.nn.functional.scaled_dot_product_attention is not own
     from mup_megatron.modules import forward
-    from mup_megatron.check.subjects import module_trainee
+    from mup_megatron.check.subjects import sight
 assert torch.nn.functional.scaled_dot_product_attention is own
-assert forward.FUSED_ATTENTION is module_trainee.FUSED_ATTENTION is own
+assert forward.FUSED_ATTENTION is sight.FUSED_ATTENTION is own
 """
 
 

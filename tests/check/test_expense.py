@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from mup_megatron.check.measure import cost as expense
-from mup_megatron.check.measure.cost import Expense, Machine, Shapes, affordable, prediction
+from mup_megatron.check.family import cost as expense
+from mup_megatron.check.family.cost import Expense, Machine, Shapes, affordable, prediction
+from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.verdict.later import LATER
-from mup_megatron.check.verdict.verdict import Level
 from mup_megatron.errors import InputError
 
 WIDTHS = [32, 64, 128, 256]

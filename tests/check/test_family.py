@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.check.measure.cost import Expense, of_run
+from mup_megatron.check.family.cost import Expense, of_run
+from mup_megatron.check.family.gpt import at_width, condensed, models_for, widths_for
+from mup_megatron.check.family.sizes import DEPTH
+from mup_megatron.check.family.stress import FLOOR, stressed
 from mup_megatron.check.measure.levels import CONTROL_SEEDS, EARLY, LATE, REFERENCE_SEEDS, SEEDS, WIDTHS
-from mup_megatron.check.subjects.family import DEPTH, FLOOR, at_width, condensed, models_for, stressed, widths_for
-from mup_megatron.check.subjects.megatron_check import usual_widths
+from mup_megatron.check.run_megatron import usual_widths
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Hyperparameters, Parametrization, PerParameter, Recipe
 

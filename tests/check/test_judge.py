@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from support.shapes import gpt, recipe_for
 
-from mup_megatron.check.measure.levels import EARLY, LATE
+from mup_megatron.check.measure.levels import EARLY, LATE, Level
 from mup_megatron.check.measure.measurements import Key, Measured, Protocol, Quantity, Run
 from mup_megatron.check.verdict.judge import Facts, Sides, judge
-from mup_megatron.check.verdict.verdict import Level, Outcome, Verdict
+from mup_megatron.check.verdict.verdict import Outcome, Verdict
 
 WIDTHS = (32, 64, 128)
 BASE, MODELS = gpt(1), {width: gpt(ratio) for width, ratio in zip(WIDTHS, (1, 2, 4), strict=True)}

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from mup_megatron.check.measure.measurements import Quantity
 from mup_megatron.check.report.report import text
-from mup_megatron.check.subjects.modules import Task, check_modules, prepare_by_plan
+from mup_megatron.check.run_modules import check_modules
+from mup_megatron.check.subjects.scripts import Task, prepare_by_plan
 from mup_megatron.check.verdict.verdict import Outcome, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, param_groups

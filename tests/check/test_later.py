@@ -10,7 +10,8 @@ from support.small_nets import OPTIONS, Net, recipe_for
 from torch import nn
 
 from mup_megatron.check.measure.measurements import Key, Quantity, Run
-from mup_megatron.check.subjects.modules import Task, check_modules, prepare_by_plan, warm_up_and_decay
+from mup_megatron.check.run_modules import check_modules
+from mup_megatron.check.subjects.scripts import Task, prepare_by_plan, warm_up_and_decay
 from mup_megatron.check.verdict.later import LATER, later_section, width_of
 from mup_megatron.check.verdict.verdict import Outcome
 from mup_megatron.modules import plan_for_module

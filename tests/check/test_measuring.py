@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure.measurements import Key, Measured, Protocol, Quantity, Run
 from mup_megatron.check.measure.measuring import measure
-from mup_megatron.check.reference.megatron import Reference
-from mup_megatron.check.subjects.family import stressed
+from mup_megatron.check.reference.gpt import Reference
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Kind, Plan
 

@@ -11,9 +11,10 @@ from support.processes import run_ranks
 from support.shapes import gpt, recipe_for
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure.measurements import Protocol
-from mup_megatron.check.mutants.mutants import MUTANTS, Context
-from mup_megatron.check.subjects.family import stressed
+from mup_megatron.check.mutants import MUTANTS
+from mup_megatron.check.mutants.mutant import Context
 from mup_megatron.recipe import PerParameter, Recipe
 
 PROTOCOL = Protocol(steps=4, recorded=(4,), batch_size=4, spectral=False)
@@ -47,8 +48,8 @@ def _context(name: str) -> Context:
 
 
 def _weights_after(name: str, mutant: str | None) -> dict[str, object]:
+    from mup_megatron.check.run_megatron import ONE_PROCESS
     from mup_megatron.check.subjects.megatron import build_megatron
-    from mup_megatron.check.subjects.megatron_check import ONE_PROCESS
 
     recipe, model = CASES[name]
     plan = recipe.plan(model)

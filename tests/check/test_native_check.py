@@ -14,8 +14,8 @@ from support.processes import run_ranks
 from support.shapes import gpt
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure.measurements import Measured, Protocol, Quantity, Run
-from mup_megatron.check.subjects.family import stressed
 from mup_megatron.check.verdict.comparison import Comparison, Kind, compare, findings
 from mup_megatron.megatron.versions import core_version
 from mup_megatron.recipe import Recipe
@@ -86,7 +86,7 @@ def _native(case: Case, model: ModelFile, seed: int) -> Run:
 
 def _reference(case: Case, model: ModelFile, seed: int) -> Run:
     from mup_megatron.check.measure.measuring import measure
-    from mup_megatron.check.reference.megatron import Reference
+    from mup_megatron.check.reference.gpt import Reference
 
     plan = case.recipe.plan(model)
     trainee = Reference(model, case.recipe, plan, seed=seed, steps=PROTOCOL.steps, batch_size=PROTOCOL.batch_size)

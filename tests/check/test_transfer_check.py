@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 from support.shapes import gpt
 
-from mup_megatron.check.subjects.transfer import at_rate, final_loss, judged, learning_rates, transfer
+from mup_megatron.check.transfer import at_rate, final_loss, learning_rates, transfer
+from mup_megatron.check.verdict.basins import judged
 from mup_megatron.check.verdict.verdict import Outcome
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe

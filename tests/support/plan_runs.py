@@ -5,7 +5,7 @@ from support.shapes import batch
 from torch import Tensor, nn
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.check.reference.megatron import carried_out
+from mup_megatron.check.reference.gpt import carried_out
 from mup_megatron.check.reference.plain_gpt import PlainGPT, cross_entropy
 from mup_megatron.theory import Optimizer, Plan
 

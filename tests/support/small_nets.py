@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from mup_megatron.check.measure import batches
 from mup_megatron.check.measure.measurements import Measured, Protocol
-from mup_megatron.check.subjects.modules import ModuleFamily
+from mup_megatron.check.module_family import ModuleFamily
 from mup_megatron.modules import module_base
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Rule

@@ -1,7 +1,21 @@
 """How long each level trains, on how many widths and seeds: what is fixed, and why."""
 
+from enum import StrEnum
+
 from mup_megatron.check.measure.measurements import Protocol
 from mup_megatron.theory import Rule
+
+
+class Level(StrEnum):
+    """How much is looked at."""
+
+    QUICK = "quick"
+    """Coordinates, gradients and updates."""
+    STANDARD = "standard"
+    """Late steps and wider-is-better as well."""
+    FULL = "full"
+    """Transfer of the learning rate as well."""
+
 
 WIDTHS = 4
 """Over a range of 8: a power of width that is wrong by ½ changes a measurement by a factor of 2.8."""

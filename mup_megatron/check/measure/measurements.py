@@ -61,6 +61,7 @@ class Quantity(StrEnum):
     """The loss in units of the mean of the losses of the forward passes that it is made of: 1 if it is their mean."""
 
 
+LOSS_INPUT = "what the loss takes in"
 TURNING = "turning of queries"
 """Of `POSITION`, where what positions do to queries is a turn: the mean cosine of its angles."""
 WITHOUT_MEAN = "without mean"
@@ -175,3 +176,15 @@ class Protocol:
     def fingerprint(self) -> str:
         """Changes whenever the protocol does."""
         return json.dumps([self.steps, list(self.recorded), self.batch_size, self.spectral, self.activations])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grouped:
+    """What an optimizer holds for a parameter."""
+
+    lr: float
+    """The peak."""
+    min_lr: float | None
+    """The floor; None where the optimizer does not know it."""
+    eps: float | None
+    weight_decay: float

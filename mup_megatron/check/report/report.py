@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,12 @@ from statistics import fmean
 from typing import Any
 
 from mup_megatron.check.measure.measurements import Key, Measured, Quantity
+from mup_megatron.check.measure.names import in_layer, layer_of
 from mup_megatron.check.verdict.comparison import Compared, Finding, Kind
 from mup_megatron.check.verdict.verdict import Outcome, Section, Verdict
 
 TOLD = 5
 """Findings that are told of one section; the rest is counted and in a file."""
-
-_LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.|$)")
 
 
 def text(verdict: Verdict, *, title: str, files: Sequence[Path]) -> str:
@@ -90,8 +88,8 @@ class Alike:
     @property
     def name(self) -> str:
         """With all the layers, as `layers.0-3`, where the finding is in several."""
-        layers = sorted({int(match[0]) for f in self.findings if (match := _LAYER.search(f.key.name))})
-        return _LAYER.sub(_ranges(layers), self.shown.key.name, count=1) if layers else self.shown.key.name
+        layers = sorted({layer for f in self.findings if (layer := layer_of(f.key.name)) is not None})
+        return in_layer(self.shown.key.name, _ranges(layers))
 
     @property
     def later(self) -> list[int]:
@@ -103,7 +101,7 @@ def alike(findings: Iterable[Finding]) -> list[Alike]:
     """What is the same in several layers and at several steps, put together, in the order in which each comes first."""
     groups: dict[tuple[Quantity, str], list[Finding]] = {}
     for finding in findings:
-        groups.setdefault((finding.key.quantity, _LAYER.sub("", finding.key.name)), []).append(finding)
+        groups.setdefault((finding.key.quantity, in_layer(finding.key.name, "")), []).append(finding)
     return [Alike(tuple(group)) for group in groups.values()]
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from mup_megatron.architectures.gpt import global_name
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.measure import batches, measurements
-from mup_megatron.check.measure.measurements import Quantity
-from mup_megatron.check.measure.measuring import At
+from mup_megatron.check.measure.measurements import Grouped, Quantity
+from mup_megatron.check.measure.names import ATTENTION, looked_at
+from mup_megatron.check.measure.optimizers import replay_for
 from mup_megatron.check.measure.replay import Replay
-from mup_megatron.check.reference.megatron import ATTENTION, looked_at, replay_for
-from mup_megatron.check.subjects.depth import Grouped
+from mup_megatron.check.measure.trainee import At
 from mup_megatron.collectives import gathered
 from mup_megatron.megatron.names import named_parameters, unwrapped
 from mup_megatron.megatron.optimizer import is_sharded, live_values, parts_of

@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
-from mup_megatron.check.measure.measurements import TURNING, WITHOUT_MEAN, Key, Measured, Quantity
+from mup_megatron.check.entries import is_embedding, is_hidden, is_output_role, is_scalar_role
+from mup_megatron.check.measure.measurements import LOSS_INPUT, TURNING, WITHOUT_MEAN, Key, Measured, Quantity
 from mup_megatron.check.verdict.comparison import CONFIDENCE, Compared, Finding, Kind, Slope, own_slopes, t_quantile
-from mup_megatron.theory import Kind as ParameterKind
-from mup_megatron.theory import Plan, Role
+from mup_megatron.theory import Plan
 
 Bounds = tuple[float, float]
 
@@ -34,7 +34,6 @@ MOVED_READOUT: Bounds = (-0.9, 0.4)
 """Likewise of what a readout gives: its updates shrink at the widths of a check, in right models too."""
 LOSS: Bounds = (-1.1, 0.1)
 """Slopes of the first loss. It may fall: what a readout gives before training does, and its square is in the loss."""
-LOSS_INPUT = "what the loss takes in"
 EVALUATION = 1e-3
 """Of what training computes: kernels differ by rounding, mistakes by a factor."""
 POSITIONS = 0.02
@@ -182,8 +181,8 @@ def _at_readout(subject: Measured, known: Known, place: Callable[[str], float]) 
 def _readouts(known: Known) -> list[str]:
     """Modules that give something of a finite size."""
     plan = next(iter(known.plans.values()))
-    readouts = [e.name.rpartition(".")[0] for e in plan.entries if e.role in (Role.OUTPUT, Role.SCALAR)]
-    if plan.readout is not None and plan.by_name[plan.readout].kind is not ParameterKind.EMBEDDING:
+    readouts = [e.name.rpartition(".")[0] for e in plan.entries if is_output_role(e) or is_scalar_role(e)]
+    if plan.readout is not None and not is_embedding(plan.by_name[plan.readout]):
         readouts.append(plan.readout.rpartition(".")[0])
     return readouts
 
@@ -202,8 +201,8 @@ def _latest(subject: Measured, known: Known, place: Callable[[str], float]) -> C
 
 def _is_bottleneck(block: str, plan: Plan) -> bool:
     """Whether all that a block computes goes through a layer of a finite size, as in a block that is an adapter."""
-    roles = {entry.role for entry in plan.entries if entry.name.startswith(f"{block}.")}
-    return Role.OUTPUT in roles and Role.HIDDEN not in roles
+    inside = [entry for entry in plan.entries if entry.name.startswith(f"{block}.")]
+    return any(map(is_output_role, inside)) and not any(map(is_hidden, inside))
 
 
 def _owner(name: str, beside: Collection[str], plan: Plan) -> str:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.measure import levels
+from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.measure.measurements import COORDINATES, DRAWS, Measured, Protocol, Quantity
 from mup_megatron.check.verdict.bounds import BEFORE, MOVED, Known, out_of_bounds
-from mup_megatron.check.verdict.causes import TOLD, Cause, causes, of_bounds
+from mup_megatron.check.verdict.causes import TOLD, causes
+from mup_megatron.check.verdict.causes.bounds import of_bounds
+from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import (
     Comparison,
     Finding,
@@ -19,7 +22,7 @@ from mup_megatron.check.verdict.comparison import (
     only_rounding,
     without_gradient,
 )
-from mup_megatron.check.verdict.verdict import Level, Outcome, Section, Verdict
+from mup_megatron.check.verdict.verdict import Outcome, Section, Verdict
 from mup_megatron.check.verdict.wider import wider_is_better
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 
 from mup_megatron.check.measure.measurements import Key, Protocol, Quantity, Run
-from mup_megatron.check.verdict.causes import Cause
+from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import TOLERANCES, Compared, Finding, Kind, Slope, without_gradient
 from mup_megatron.check.verdict.verdict import Outcome, Section
 from mup_megatron.theory import Plan

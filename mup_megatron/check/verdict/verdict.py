@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.measure.measurements import Key, Measured
-from mup_megatron.check.verdict.causes import Cause
+from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import Compared, Comparison, Finding
 
 WITHOUT_DROPOUT = "Dropout is off in the check, so that differences are not its own."
@@ -20,17 +21,6 @@ class Outcome(StrEnum):
     FAIL = "fail"
     NO_VERDICT = "no verdict"
     """Nothing can be concluded, and it says why. Not a pass."""
-
-
-class Level(StrEnum):
-    """How much is looked at."""
-
-    QUICK = "quick"
-    """Coordinates, gradients and updates."""
-    STANDARD = "standard"
-    """Late steps and wider-is-better as well."""
-    FULL = "full"
-    """Transfer of the learning rate as well."""
 
 
 @dataclass(frozen=True, kw_only=True)

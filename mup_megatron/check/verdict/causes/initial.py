@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from mup_megatron.check.entries import (
+    is_bias_of_any_size,
     is_embedding,
     is_hidden,
     is_linear_bias,
@@ -15,7 +16,7 @@ from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.forward import at_module
 from mup_megatron.check.verdict.causes.hypothesis import Hypothesis, LogFactor, Predict, Select, of_weights
 from mup_megatron.check.verdict.causes.powers import POWERS
-from mup_megatron.theory import Kind, PlanEntry
+from mup_megatron.theory import PlanEntry
 
 
 def initial_weights(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
@@ -79,7 +80,7 @@ def initial_weights(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
         h(
             "bias-init",
             "biases do not start at 0, nor do those of norms. Initialise them at 0.",
-            lambda e: e.kind is Kind.BIAS,
+            is_bias_of_any_size,
             lambda _e, _w: math.inf,
         ),
     ]

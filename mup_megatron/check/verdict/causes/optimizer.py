@@ -15,6 +15,7 @@ from mup_megatron.check.entries import (
 )
 from mup_megatron.check.measure import levels
 from mup_megatron.check.measure.measurements import Key, Protocol, Quantity
+from mup_megatron.check.measure.optimizers import has_eps
 from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.hypothesis import (
     ANY,
@@ -26,7 +27,7 @@ from mup_megatron.check.verdict.causes.hypothesis import (
     of_weights,
 )
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Optimizer, Plan, PlanEntry
+from mup_megatron.theory import Plan, PlanEntry
 
 
 def rates(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
@@ -118,7 +119,7 @@ def _descended(step: int, recipe: Recipe) -> float:
 
 def eps(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     """Adam's eps that follows another rule; of SGD there is none."""
-    if next(iter(at.values())).plan.optimizer is not Optimizer.ADAM:
+    if not has_eps(next(iter(at.values())).recipe):
         return []
 
     def unscaled(entry: PlanEntry, here: AtWidth) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from mup_megatron.check.measure.measurements import FROM_STEPS, Key, Quantity
-from mup_megatron.check.verdict.causes.at_width import layer_of
+from mup_megatron.check.measure.names import layer_of
 from mup_megatron.check.verdict.causes.hypothesis import Hypothesis, absorbing
 from mup_megatron.check.verdict.causes.observed import DIRECT, GONE, Observation
 from mup_megatron.check.verdict.causes.powers import QUANTITIES

@@ -1,10 +1,9 @@
-"""The correct run that a live model is compared with: a plain GPT, torch's optimizer, and a plan carried out by hand.
+"""The correct run that a live GPT is compared with: a plain GPT, torch's optimizer, and a plan carried out by hand.
 
 Nothing here is shared with the adapters but the plan: no Megatron, no hooks of theirs, another optimizer, another
 schedule, another clipping. A tied plan, grouped queries, gates, norms of all kinds are `plain_gpt.py`'s.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.entries import is_readout
 from mup_megatron.check.measure import batches
 from mup_megatron.check.measure.measurements import Quantity
-from mup_megatron.check.measure.measuring import At
-from mup_megatron.check.measure.replay import AdamReplay, Replay, SGDReplay
+from mup_megatron.check.measure.names import ATTENTION, looked_at
+from mup_megatron.check.measure.optimizers import clip, replay_for
+from mup_megatron.check.measure.replay import Replay
+from mup_megatron.check.measure.trainee import At
 from mup_megatron.check.reference.modules import multiply, optimizer_for
 from mup_megatron.check.reference.plain_gpt import PlainGPT, cross_entropy, draw_weights
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Kind, Plan
+from mup_megatron.theory import Plan
 
 
 class Reference:
@@ -93,7 +95,7 @@ class Reference:
         loss = cross_entropy(self._gpt(tokens[:, :-1]), tokens[:, 1:])
         self._optimizer.zero_grad()
         loss.backward()
-        self._norm = clipped(self._gpt, self._recipe.hyperparameters.clip_grad)
+        self._norm = clip(self._gpt, self._recipe.hyperparameters.clip_grad)
         for group in self._optimizer.param_groups:
             entry = self._plan[group["name"]]
             group["lr"] = self._rate(step, entry.lr, entry.min_lr)
@@ -123,11 +125,6 @@ class Reference:
         return peak + (floor - peak) * (step - warm) / (end - warm)
 
 
-def clipped(model: nn.Module, most: float) -> float:
-    """Clips a model's gradients, unless `most` is 0, and says their norm before."""
-    return float(nn.utils.clip_grad_norm_(model.parameters(), most if most > 0 else math.inf))
-
-
 def carried_out(plan: Plan, model: ModelFile, *, dtype: torch.dtype) -> PlainGPT:
     """The plain GPT with each of a plan's multipliers at its weight, and constants as the plan starts them."""
     gpt = PlainGPT(model, output_multiplier=plan.output_multiplier, softmax_scale=plan.softmax_scale, dtype=dtype)
@@ -135,38 +132,6 @@ def carried_out(plan: Plan, model: ModelFile, *, dtype: torch.dtype) -> PlainGPT
         if entry.init_value is not None:
             with torch.no_grad():
                 gpt.get_parameter(entry.name).fill_(entry.init_value)
-        if entry.multiplier != 1.0 and entry.kind is not Kind.HEAD:
+        if entry.multiplier != 1.0 and not is_readout(entry):
             multiply(gpt.get_submodule(entry.name.rpartition(".")[0]), entry.multiplier)
     return gpt
-
-
-def replay_for(recipe: Recipe) -> Replay:
-    """A new replay of one tensor's state in the recipe's optimizer."""
-    h = recipe.hyperparameters
-    if recipe.parametrization.optimizer == "sgd":
-        return SGDReplay(h.sgd_momentum)
-    return AdamReplay(h.adam_beta1, h.adam_beta2)
-
-
-_OUTPUTS = (
-    "_embeddings",
-    "linear_qkv",
-    "linear_proj",
-    "linear_fc1",
-    "linear_fc2",
-    "layernorm",
-    "output_layer",
-)
-LOGITS = "scale_mask_softmax"
-ATTENTION = "core_attention"
-
-
-def looked_at(modules: Iterable[tuple[str, nn.Module]]) -> Iterable[tuple[str, nn.Module, At]]:
-    """Of a GPT's modules with Megatron's names: every layer's output, the residual stream after each block, the
-    readout, and the attention logits.
-    """
-    for name, module in modules:
-        if name.endswith(LOGITS):
-            yield name, module, "input"
-        elif name.endswith(_OUTPUTS) or name.rpartition(".")[0] == "decoder.layers":
-            yield name, module, "output"

@@ -1,71 +1,32 @@
-"""The models that a target is checked on: of its architecture, at several small widths, and the recipe under stress.
+"""The models that a GPT target is checked on: of its architecture, at several small widths.
 
 Every dimension that differs between the recipe's base and the target grows with the width here too; what the two share
 (a fixed ffn, a fixed number of key/value groups) stays fixed. The code path is the target's. What no rule depends on
 is cut, in base and target alike, to what a quick run can afford: vocabulary, sequence, the size and number of what
-stays fixed, and layers, of which every kind stays that the recipe tells apart. `depth.py` looks at all of them.
+stays fixed, and layers (`layers.py`).
 """
 
 import contextlib
-import fnmatch
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from statistics import median
 
-from mup_megatron.architectures.gpt import gpt_shapes
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.check.measure.measurements import Protocol, Quantity, Run
-from mup_megatron.check.measure.sizes import require_trainable
+from mup_megatron.check.family.layers import kept_layers, overrides_of_layers
+from mup_megatron.check.family.sizes import DEPTH, HEAD, SEQUENCE, SMALLEST, VOCABULARY, require_trainable
+from mup_megatron.check.measure.optimizers import clamped
 from mup_megatron.errors import InputError
-from mup_megatron.recipe import HuggingFaceBase, ModuleBase, PerParameter, Recipe, Schedule
-from mup_megatron.theory import Parameter, Plan, PlanEntry, Role, Rule
+from mup_megatron.recipe import Recipe
 
-SMALLEST = 32
-"""Below this a width says more about itself than about the limit of many."""
 WIDEST_BASE = 4096
 """Beyond which no base is looked for."""
 BASE = 64
 """How wide the base is at most: the second of the usual widths, so that there are models on both sides of it."""
-HEAD = 16
-"""Size of heads that do not grow. Smaller where ranks or groups share them, or the narrowest model would have to be
-wider."""
 FFN = 256
 """Likewise of MLPs, at most."""
 FFN_RATIOS = (0.125, 8.0)
 """Of MLPs that grow to the hidden size, in eighths."""
-DEPTH = 4
-"""Layers that are trained, of more. All of a target's are looked at once: see `depth.py`."""
-VOCABULARY = 256
-SEQUENCE = 32
-_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..+)$")
-WARM_UP = 0.25
-FLOOR = 0.1
-"""Of the peak, at least; else the last steps would have no learning rate to look at."""
-DECAY = 0.4
-"""How much weight decay alone shrinks a weight over the run, at least: so much that a wrong one shows."""
-MOVEMENT = 0.125
-"""How far one step at the peak moves a hidden weight, in units of its initial std, at least."""
-
-MOST_MOVEMENT = 0.25
-"""Likewise at most: beyond, training is chaos, and seeds hide what differs."""
-MOST_FLOOR = 0.5
-"""Of the peak: else there is no decay."""
-STDS = (0.01, 0.1)
-MULTIPLIERS = (0.1, 10.0)
-"""Between which values are taken as they are."""
-_MULTIPLIERS = ("embedding_multiplier", "output_multiplier", "attention_multiplier")
-LEAST_CLIP = 0.01
-"""Below, what is left of gradients comes near the smallest numbers."""
-
-EPS_SHARE = 0.1
-"""The eps of a check, relative to the gradients: it acts, and Adam is Adam still."""
-PILOT_RATE = 1e-7
-"""SGD's learning rate in it: so small that nothing moves."""
-PILOT = Protocol(steps=3, recorded=(3,), spectral=False)
-"""How the run is trained that shows how large gradients are."""
 
 
 def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel: int = 1) -> list[int]:
@@ -218,9 +179,6 @@ def models_for(target: ModelFile, recipe: Recipe, widths: Sequence[int]) -> dict
     return models
 
 
-# ---- what is smaller than the target's besides ---------------------------------------------------------------------
-
-
 def condensed(
     target: ModelFile, recipe: Recipe, *, tensor_parallel: int = 1, stages: int = 1, depth: int | None = DEPTH
 ) -> tuple[ModelFile, Recipe]:
@@ -244,8 +202,8 @@ def condensed(
     # So far away that what grows differs for certain.
     width = _first_that(cut.fits, range(64 * base_width, 64 * WIDEST_BASE, base_width))
     small_base, small = cut.model(base, base_width), cut.model(target, width)
-    kept = _kept_layers(target, recipe, stages, depth)
-    overrides = recipe.per_parameter if kept is None else _of_layers(target, recipe, kept)
+    kept = kept_layers(target, recipe, stages, depth)
+    overrides = recipe.per_parameter if kept is None else overrides_of_layers(target, recipe, kept)
     layers = target.num_layers if kept is None else len(kept)
     own = base.num_layers
     if own > layers:
@@ -328,7 +286,7 @@ class _Cut:
         found = self._attention(model, width)
         assert found is not None
         heads, size, groups = found
-        ratio = within(round(8 * model.ffn_size / model.hidden_size) / 8, FFN_RATIOS)
+        ratio = clamped(round(8 * model.ffn_size / model.hidden_size) / 8, FFN_RATIOS)
         return model.model_copy(
             update={
                 "hidden_size": width,
@@ -360,150 +318,3 @@ class _Cut:
         if not whole or size < 1 or not _rotates(model, size) or (self.head_size is None and size % 2):
             return None
         return int(heads), size, int(groups)
-
-
-def _kept_layers(target: ModelFile, recipe: Recipe, stages: int, depth: int | None) -> list[int] | None:
-    """Which of the target's layers are trained: the first of each kind, and then the first ones; None for all."""
-    count = target.num_layers if depth is None else min(target.num_layers, -(-depth // stages) * stages)
-    if count == target.num_layers:
-        return None
-    kinds: dict[tuple[int | None, ...], int] = {}
-    for layer, indices in _indices(target, recipe).items():
-        kinds.setdefault(indices, layer)
-    firsts = list(kinds.values())[:count]
-    rest = [layer for layer in range(target.num_layers) if layer not in firsts]
-    return sorted([*firsts, *rest[: count - len(firsts)]])
-
-
-def _indices(target: ModelFile, recipe: Recipe) -> dict[int, tuple[int | None, ...]]:
-    """Layer → for each of its parameters which of the recipe's patterns meets it."""
-    found: dict[int, list[int | None]] = {}
-    for parameter in gpt_shapes(recipe.megatron_base, target)[1].parameters:
-        if (match := _LAYER.match(parameter.name)) is not None:
-            found.setdefault(int(match[2]), []).append(_index(recipe, parameter))
-    return {layer: tuple(indices) for layer, indices in found.items()}
-
-
-def _index(recipe: Recipe, parameter: Parameter) -> int | None:
-    name = parameter.name_at_base or parameter.name
-    own = recipe.per_parameter
-    return next((index for index, one in enumerate(own) if fnmatch.fnmatchcase(name, one.match)), None)
-
-
-def _of_layers(target: ModelFile, recipe: Recipe, kept: Sequence[int]) -> tuple[PerParameter, ...]:
-    """The recipe's overrides for a model of these layers alone: by whole names where a pattern tells layers apart."""
-    if len(set(_indices(target, recipe).values())) == 1:
-        return recipe.per_parameter
-    found = []
-    for parameter in gpt_shapes(recipe.megatron_base, target)[1].parameters:
-        name = parameter.name_at_base or parameter.name
-        index, match = _index(recipe, parameter), _LAYER.match(name)
-        if index is None or (match is not None and int(match[2]) not in kept):
-            continue
-        if match is not None:
-            name = f"{match[1]}{kept.index(int(match[2]))}{match[3]}"
-        found.append(recipe.per_parameter[index].model_copy(update={"match": name}))
-    return tuple(found)
-
-
-def stressed(recipe: Recipe, *, steps: int, eps: float | None = None, rate: float | None = None) -> Recipe:
-    """The recipe with values at which a mistake shows within `steps`, and a right model trains.
-
-    The same base, overrides and rules: whether the plan is carried out is checked, not whether its values are good. So
-    a value at which nothing would be seen is brought to where it acts, and one at which nothing would train to where it
-    does. A learning rate that moves weights visibly, a floor above 0, weight decay that acts within the run, an eps of
-    the gradients' size; a warm-up and a decay, however short.
-
-    Args:
-        recipe: as tuned.
-        steps: of the run.
-        eps: at the base, if the optimizer has one.
-        rate: SGD's learning rate at which weights move by `MOVEMENT`, which depends on gradients.
-    """
-    h = recipe.hyperparameters
-    sgd = recipe.parametrization.optimizer == "sgd"
-    changes: dict[str, float] = {name: within(getattr(h, name), MULTIPLIERS) for name in _MULTIPLIERS}
-    changes["init_method_std"] = within(h.init_method_std, STDS)
-    if h.clip_grad > 0:
-        changes["clip_grad"] = max(h.clip_grad, LEAST_CLIP)
-    if not sgd:
-        std = _std(recipe.base, changes["init_method_std"])
-        lr = changes["lr"] = within(h.lr, (MOVEMENT * std, MOST_MOVEMENT * std))
-        # The mean of the schedule below is a little above half of its peak.
-        changes["weight_decay"] = DECAY / (0.5 * steps * lr)
-        if eps is not None:
-            changes["adam_eps"] = eps
-    else:
-        lr = changes["lr"] = h.lr if rate is None else within(h.lr, (rate / 4, rate))
-        # What momentum adds up moves a weight as well.
-        changes["weight_decay"] = DECAY * (1 - h.sgd_momentum) / (0.5 * steps * lr)
-    changes["min_lr"] = within(h.min_lr * lr / h.lr, (FLOOR * lr, MOST_FLOOR * lr))
-    return recipe.model_copy(
-        update={
-            "hyperparameters": h.model_copy(update=changes),
-            "per_parameter": tuple(_tempered(own) for own in recipe.per_parameter),
-            "schedule": Schedule(lr_decay_style="linear", lr_warmup_fraction=WARM_UP),
-        }
-    )
-
-
-def _std(base: ModelFile | HuggingFaceBase | ModuleBase, tuned: float) -> float:
-    """How large weights are at the base, by and large."""
-    if not isinstance(base, ModuleBase):
-        return tuned
-    drawn = [parameter.init_std for parameter in base.parameters.values() if parameter.init_std]
-    return max(tuned, median(drawn)) if drawn else tuned
-
-
-def _tempered(own: PerParameter) -> PerParameter:
-    """An override that leaves its tensor trainable, and is one still. What starts at 0 does."""
-    factors = {name: getattr(own, name) for name in ("lr_mult", "init_mult", "multiplier")}
-    return own.model_copy(update={name: within(x, MULTIPLIERS) for name, x in factors.items() if x > 0})
-
-
-def within(value: float, bounds: tuple[float, float]) -> float:
-    """The value, or the bound that it is beyond."""
-    low, high = bounds
-    return min(max(value, low), high)
-
-
-def eps_from(pilot: Run, plan: Plan) -> float | None:
-    """The eps of a check at the base: a share of the gradients, which follow the base as the rule for eps has it.
-
-    Args:
-        pilot: a correct run.
-        plan: that it was trained with.
-    """
-    at_base = [
-        value * plan.adam_eps / entry.eps
-        for value, entry in _gradients(pilot, plan)
-        if entry.eps is not None and value > 0
-    ]
-    return EPS_SHARE * median(at_base) if at_base else None
-
-
-def rate_from(pilot: Run, plan: Plan, recipe: Recipe) -> float | None:
-    """SGD's learning rate of a check at the base, by which steps add up to `MOVEMENT` of hidden weights.
-
-    Args:
-        pilot: a correct run.
-        plan: that it was trained with.
-        recipe: likewise.
-    """
-    h = recipe.hyperparameters
-    moved = [
-        value * entry.lr / plan.lr * entry.width_ratio
-        for value, entry in _gradients(pilot, plan)
-        if entry.role is Role.HIDDEN and value > 0
-    ]
-    return MOVEMENT * (1 - h.sgd_momentum) * h.init_method_std / median(moved) if moved else None
-
-
-def _gradients(pilot: Run, plan: Plan) -> list[tuple[float, PlanEntry]]:
-    return [(value, plan[key.name]) for key, value in pilot.values.items() if key.quantity is Quantity.GRADIENT]
-
-
-def under_rule(recipe: Recipe, rule: Rule) -> Recipe:
-    """The recipe with other rules."""
-    own = recipe.parametrization.model_copy(update={"rule": rule.value})
-    return recipe.model_copy(update={"parametrization": own})

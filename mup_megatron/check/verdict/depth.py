@@ -7,19 +7,19 @@ optimizer's groups are compared with the plan directly.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mup_megatron.check.verdict.causes import Cause
+from mup_megatron.check.measure.measurements import Grouped
+from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.verdict import Outcome, Section, Verdict
 from mup_megatron.theory import Plan, PlanEntry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 NAME = "every layer"
-ELEMENTS = 4096
-"""Of the smallest matrix of a layer, if that can be had: then an initial std that is off by 10 % shows."""
 CERTAIN = 6.0
 """Standard errors of a std that are not called a mistake, with so many tensors."""
 LEAST = 0.005
@@ -27,33 +27,6 @@ LEAST = 0.005
 EXACT = 1e-4
 """Relative: what is set and not drawn."""
 TOLD = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grouped:
-    """What an optimizer holds for a parameter."""
-
-    lr: float
-    """The peak."""
-    min_lr: float | None
-    """The floor; None where the optimizer does not know it."""
-    eps: float | None
-    weight_decay: float
-
-
-def narrowest(widths: Iterable[int], plan: Callable[[int], Plan]) -> tuple[int, Plan]:
-    """The narrowest of some widths at which every matrix has enough elements, with its plan; the widest if none has."""
-    found = [(width, plan(width)) for width in sorted(widths)[:1]]
-    for width in sorted(widths)[1:]:
-        if _smallest(found[-1][1]) >= ELEMENTS:
-            break
-        found.append((width, plan(width)))
-    return found[-1]
-
-
-def _smallest(plan: Plan) -> int:
-    drawn = [math.prod(e.shape) for e in plan.entries if e.init_std and len(e.shape) > 1 and not e.kind.is_vector]
-    return min(drawn, default=ELEMENTS)
 
 
 def at_depth(

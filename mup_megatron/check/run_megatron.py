@@ -1,145 +1,39 @@
-"""A check of a Megatron-Core target from beginning to end: its family of models, who trains them, the verdict."""
+"""A check of a Megatron-Core target from beginning to end."""
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.family.cost import BUILT, Shapes, affordable, prediction
+from mup_megatron.check.family.gpt import at_width, condensed, models_for, widths_for
+from mup_megatron.check.family.sizes import SEQUENCE, narrowest
+from mup_megatron.check.family.stress import stressed
+from mup_megatron.check.gpt_family import Family, counting
 from mup_megatron.check.measure import levels
-from mup_megatron.check.measure.cost import BUILT, Shapes, affordable, prediction
+from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.measure.measurements import Measured, Protocol, Report, Run
 from mup_megatron.check.measure.workers import Job, done, ignored, one_thread, usable
-from mup_megatron.check.mutants.mutants import Context, Mutant
 from mup_megatron.check.reference import cache
-from mup_megatron.check.subjects.depth import at_depth, narrowest, with_depth
-from mup_megatron.check.subjects.family import (
-    PILOT,
-    PILOT_RATE,
-    SEQUENCE,
-    at_width,
-    condensed,
-    eps_from,
-    models_for,
-    rate_from,
-    stressed,
-    under_rule,
-    widths_for,
-)
-from mup_megatron.check.subjects.transfer import at_rate, transfer_section
+from mup_megatron.check.transfer import at_rate, transfer_section
+from mup_megatron.check.verdict.depth import at_depth, with_depth
 from mup_megatron.check.verdict.judge import Facts, Measure, Sides, judge
-from mup_megatron.check.verdict.verdict import WITHOUT_DROPOUT, Level, Section, Verdict
+from mup_megatron.check.verdict.verdict import WITHOUT_DROPOUT, Section, Verdict
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Optimizer, Plan, Rule
+from mup_megatron.theory import Plan, Rule
 from mup_megatron.training import ranks
 from mup_megatron.training.options import TrainingOptions, require_possible
 
 if TYPE_CHECKING:
+    from mup_megatron.check.mutants import Mutant
     from mup_megatron.check.subjects.megatron import MegatronTrainee
 
+
 ONE_PROCESS = TrainingOptions(train_iters=1, global_batch_size=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """What is trained in a check: the models of a target's shape, and the recipe under stress."""
-
-    recipe: Recipe
-    """The user's, with the base of the check."""
-    models: dict[int, ModelFile]
-    """Width → model, as it can be built here."""
-    cache: Path | None
-    processes: int = 1
-    """How many train at once."""
-
-    @cached_property
-    def plain(self) -> dict[int, ModelFile]:
-        """The same, with norms that are layers of their own, as the reference's are: the names of measurements."""
-        return {w: model.model_copy(update={"transformer_impl": "local"}) for w, model in self.models.items()}
-
-    def at(self, protocol: Protocol) -> Recipe:
-        """The recipe under stress for runs of this length."""
-        pilot, recipe, plan = self._pilot
-        if recipe.parametrization.optimizer == Optimizer.ADAM.value:
-            return stressed(self.recipe, steps=protocol.steps, eps=eps_from(pilot, plan))
-        return stressed(self.recipe, steps=protocol.steps, rate=rate_from(pilot, plan, recipe))
-
-    def correct(self, protocol: Protocol, rule: Rule = Rule.MUP) -> Recipe:
-        """Likewise with the rules that are right, or with none."""
-        return under_rule(self.at(protocol), rule)
-
-    def reference(self, protocol: Protocol, *, rule: Rule = Rule.MUP, report: Report | None = None) -> Measured:
-        """The correct runs, or those in standard parametrization: from the cache, or trained."""
-        return self._kept(self._correct_runs(protocol, rule), report)
-
-    def is_kept(self, protocol: Protocol, rule: Rule) -> bool:
-        """Whether they are in the cache."""
-        return cache.has(self.cache, self._correct_runs(protocol, rule).facts)
-
-    def _correct_runs(self, protocol: Protocol, rule: Rule) -> "_Correct":
-        what = "reference" if rule is Rule.MUP else "control"
-        seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + levels.correct_seeds(rule))
-        return _Correct(self.plain, self.correct(protocol, rule), protocol, seeds, what)
-
-    def _kept(self, runs: "_Correct", report: Report | None) -> Measured:
-        return cache.cached(self.cache, runs.facts, lambda: runs.trained(self.processes, report))
-
-    @cached_property
-    def _pilot(self) -> tuple[Run, Recipe, Plan]:
-        """A short run, for how large gradients are."""
-        recipe = under_rule(stressed(self.recipe, steps=PILOT.steps, rate=PILOT_RATE), Rule.MUP)
-        width, model = next(iter(self.plain.items()))
-        seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + 1)
-        [run] = self._kept(_Correct({width: model}, recipe, PILOT, seeds, "pilot"), None).runs
-        return run, recipe, recipe.plan(model)
-
-
-@dataclass(frozen=True)
-class _Correct:
-    """Runs of the reference or of the control."""
-
-    models: dict[int, ModelFile]
-    recipe: Recipe
-    protocol: Protocol
-    seeds: Sequence[int]
-    what: str
-
-    @property
-    def facts(self) -> object:
-        """What they follow from."""
-        shapes = [model.model_dump(mode="json") for model in self.models.values()]
-        return [self.recipe.fingerprint, shapes, self.protocol.fingerprint(), list(self.seeds)]
-
-    def trained(self, processes: int, report: Report | None) -> Measured:
-        """All of them."""
-        jobs = [
-            Job(width, partial(self._run, index, width, seed))
-            for index, width in enumerate(self.models)
-            for seed in self.seeds
-        ]
-        return Measured(tuple(done(jobs, processes, _told(report, self.what, len(jobs)))))
-
-    def _run(self, index: int, width: int, seed: int) -> Run:
-        from mup_megatron.check.measure.measuring import measure
-        from mup_megatron.check.reference.megatron import Reference
-
-        model = self.models[width]
-        trainee = Reference(
-            model,
-            self.recipe,
-            self.recipe.plan(model),
-            seed=levels.run_seed(seed, index),
-            steps=self.protocol.steps,
-            batch_size=self.protocol.batch_size,
-        )
-        return measure(trainee, self.protocol, width=width, seed=seed)
-
-
-def _told(report: Report | None, what: str, total: int) -> Callable[[int], None]:
-    return lambda count: None if report is None else report(what, count, total)
 
 
 def check_megatron(
@@ -151,7 +45,7 @@ def check_megatron(
     seeds: int = levels.SEEDS,
     first_seed: int = 1,
     layout: TrainingOptions = ONE_PROCESS,
-    mutant: Mutant | None = None,
+    mutant: "Mutant | None" = None,
     references: Path | None = cache.FOLDER,
     report: Report | None = None,
     processes: int | None = None,
@@ -219,7 +113,7 @@ def _checked(
     widths: Sequence[int] | None,
     seeds: range,
     layout: TrainingOptions,
-    mutant: Mutant | None,
+    mutant: "Mutant | None",
     references: Path | None,
     report: Report | None,
     processes: int | None,
@@ -337,7 +231,7 @@ class _Subject:
     family: Family
     layout: TrainingOptions
     world_size: int
-    mutant: Mutant | None
+    mutant: "Mutant | None"
     report: Report | None
     first_seed: int
 
@@ -360,7 +254,7 @@ class _Subject:
         ]
         processes = self.family.processes
         within = nullcontext if processes == 1 else self.joined
-        return Measured(tuple(done(jobs, processes, _told(self.report, "subject", len(jobs)), within)))
+        return Measured(tuple(done(jobs, processes, counting(self.report, "subject", len(jobs)), within)))
 
     def _run(self, recipe: Recipe, width: int, seed: int, protocol: Protocol) -> Run:
         from mup_megatron.check.measure.measuring import measure
@@ -395,10 +289,9 @@ class _Subject:
     def _built(self, model: ModelFile, recipe: Recipe, seed: int, protocol: Protocol) -> "MegatronTrainee":
         from mup_megatron.check.subjects.megatron import build_megatron
 
-        mutant = self.mutant
-        context = Context(base=recipe.megatron_base, target=model, recipe=recipe, width=model.hidden_size)
-        right = recipe.plan(model)
-        plan = right if mutant is None or mutant.plan is None else mutant.plan(right, context)
+        plan, tamper = recipe.plan(model), None
+        if self.mutant is not None:
+            plan, tamper = self.mutant.mistaken(plan, recipe, model)
         return build_megatron(
             model,
             recipe,
@@ -407,7 +300,7 @@ class _Subject:
             protocol=protocol,
             layout=self.layout,
             world_size=self.world_size,
-            tamper=None if mutant is None else mutant.tamper(plan, context),
+            tamper=tamper,
         )
 
     def at_depth(self, deep: _Deep) -> Section:
@@ -423,7 +316,7 @@ class _Subject:
         return section
 
 
-def _remarks(target: ModelFile, models: dict[int, ModelFile], mutant: Mutant | None) -> list[str]:
+def _remarks(target: ModelFile, models: dict[int, ModelFile], mutant: "Mutant | None") -> list[str]:
     remarks = []
     some = next(iter(models.values()))
     if mutant is not None:

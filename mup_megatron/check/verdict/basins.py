@@ -1,13 +1,12 @@
-"""Transfer, the purpose of it all: the learning rate that is best for a narrow model is best for a wide one.
+"""Where the learning rate is best at each width, and whether it is the same one. Pure numbers.
 
-Each width is trained at several learning rates. Its basin, final loss over log2 of the learning rate, is a parabola
-near its minimum; where the minimum of the widest lies against that of the narrowest is the shift, in octaves, and what
-the narrow one's optimum costs at the wide one is the regret. Both come with what the seeds allow. All but `transfer`
-and `final_loss` is pure numbers.
+A width's basin, final loss over log2 of the learning rate, is a parabola near its minimum; where the minimum of the
+widest lies against that of the narrowest is the shift, in octaves, and what the narrow one's optimum costs at the wide
+one is the regret. Both come with what the seeds allow.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -15,16 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mup_megatron.check.measure import levels
-from mup_megatron.check.measure.measurements import Report
-from mup_megatron.check.measure.measuring import Trainee
-from mup_megatron.check.verdict.verdict import Outcome, Section
+from mup_megatron.check.verdict.verdict import Outcome
 from mup_megatron.errors import InputError
-from mup_megatron.recipe import Recipe
 
 Losses = Mapping[int, Mapping[float, Sequence[float]]]
 """Width → learning rate → final loss of each seed, infinite where a run diverged."""
-
 SHIFT = 0.5
 """Octaves that an optimum may move: the finite width of models this small moves it by some of that. In standard
 parametrization Adam's moves by a whole octave at every doubling of the width."""
@@ -35,11 +29,6 @@ REGRET = 0.005
 NEAR = 2
 """Learning rates on either side of the best one that take part in the fit."""
 REPLICATES = 500
-LAST = 0.1
-"""Share of a run's steps, at its end, whose mean loss is its result."""
-EXTENSIONS = 6
-"""How many learning rates are tried beyond those asked for, on each side, until the basin has both."""
-
 Array = NDArray[np.float64]
 
 
@@ -92,15 +81,12 @@ class TransferResult:
         )
 
 
-# ---- basins --------------------------------------------------------------------------------------------------------
-
-
 class _Basin:
     """One width's losses: means over seeds, and by how much such a mean is off by chance."""
 
     def __init__(self, losses: Mapping[float, Sequence[float]]) -> None:
         self.x: Array = np.log2(np.array(sorted(losses)))
-        self.mean = _means(losses)
+        self.mean = mean_losses(losses)
         self._fits: dict[int, Array] = {}
         self._seeds = min(len(values) for values in losses.values())
         finite = [np.array(losses[lr])[: self._seeds] for lr in sorted(losses)]
@@ -148,7 +134,7 @@ class _Basin:
         return sum(part * loss for part, loss in ends if part > 0)
 
 
-def _means(losses: Mapping[float, Sequence[float]]) -> Array:
+def mean_losses(losses: Mapping[float, Sequence[float]]) -> Array:
     """Over seeds, by rising learning rate: infinite from the first at which a run diverges."""
     means = np.array([fmean(losses[lr]) for lr in sorted(losses)])
     diverged = ~np.isfinite(means)
@@ -188,7 +174,7 @@ def judged(losses: Losses) -> TransferResult:
         raise InputError("transfer: needs at least 3 widths and 3 learning rates at each. Give more.")
     if any(len(values) < 2 for w in widths for values in losses[w].values()):
         raise InputError("transfer: without a second seed nothing says how much is noise. Give --seeds 2 or more.")
-    dead = [w for w in widths if not np.isfinite(_means(losses[w])).any()]
+    dead = [w for w in widths if not np.isfinite(mean_losses(losses[w])).any()]
     if dead:
         return _nothing_trains(losses, dead[0])
     basins = {w: _Basin(losses[w]) for w in widths}
@@ -276,114 +262,3 @@ def _conclude(
     if half > PRECISION and regret_interval[1] > REGRET:
         return Outcome.NO_VERDICT, f"{told}: the seeds differ too much to say. Give more seeds or steps."
     return Outcome.PASS, told
-
-
-# ---- the runs ------------------------------------------------------------------------------------------------------
-
-
-def at_rate(recipe: Recipe, lr: float) -> Recipe:
-    """The recipe with another learning rate; the floor keeps its ratio, and weight decay its product with the rate.
-
-    With a product that grew along, the optimum of a run this short would be the weight decay's.
-    """
-    h = recipe.hyperparameters
-    changes = {"lr": lr, "min_lr": h.min_lr * lr / h.lr, "weight_decay": h.weight_decay * h.lr / lr}
-    return recipe.model_copy(update={"hyperparameters": h.model_copy(update=changes)})
-
-
-def learning_rates(centre: float, count: int) -> list[float]:
-    """Whole octaves around a learning rate, in rising order."""
-    return [centre * 2.0 ** (i - count // 2) for i in range(count)]
-
-
-def transfer(
-    start_with_lr: Callable[[int, int, float], Trainee],
-    widths: Sequence[int],
-    lrs: Sequence[float],
-    seeds: Sequence[int],
-    steps: int,
-    report: Callable[[str], None] = lambda _line: None,
-) -> TransferResult:
-    """Trains every width at every learning rate and judges. Collective, as the trainees are.
-
-    Where the best of `lrs` is the lowest or the highest, further ones follow at the same ratio, at that width alone.
-
-    Args:
-        start_with_lr: (width, seed, learning rate) → freshly built.
-        widths: three or more.
-        lrs: evenly spaced on a logarithmic scale.
-        seeds: two or more.
-        steps: of each run.
-        report: is told how far it is.
-    """
-    losses: dict[int, dict[float, list[float]]] = {}
-    for width in sorted(widths):
-        basin: dict[float, list[float]] = {}
-
-        def train(lr: float, width: int = width, basin: dict[float, list[float]] = basin) -> None:
-            report(f"transfer: width {width}, learning rate {lr:.3g}")
-            basin[lr] = [final_loss(start_with_lr(width, seed, lr), steps) for seed in seeds]
-
-        for lr in sorted(lrs):
-            train(lr)
-        for _ in range(2 * EXTENSIONS):
-            beyond = _beyond(basin, sorted(lrs))
-            if beyond is None:
-                break
-            train(beyond)
-        losses[width] = basin
-    return judged(losses)
-
-
-def transfer_section(
-    start_with_lr: Callable[[int, int, float], Trainee],
-    widths: Sequence[int],
-    lr: float,
-    first_seed: int,
-    report: Report | None,
-) -> Section:
-    """The basins of three of the widths, around a learning rate, as a part of a verdict. Collective.
-
-    Args:
-        start_with_lr: (width, seed, learning rate) → freshly built, for runs of `levels.LATE`.
-        widths: of the check, in rising order.
-        lr: the recipe's.
-        first_seed: the first of `levels.TRANSFER_SEEDS`.
-        report: is told how far it is.
-    """
-    chosen = sorted({widths[0], widths[len(widths) // 2], widths[-1]})
-    rates = learning_rates(lr, levels.TRANSFER_RATES)
-    seeds = range(first_seed, first_seed + levels.TRANSFER_SEEDS)
-    done = 0
-
-    def tell(_line: str) -> None:
-        nonlocal done
-        done += 1
-        if report is not None:
-            report("transfer", done, max(done, len(chosen) * len(rates)))
-
-    result = transfer(start_with_lr, chosen, rates, seeds, levels.LATE.steps, report=tell)
-    return Section(name="transfer", outcome=result.outcome, lines=result.lines, rows=result.rows)
-
-
-def _beyond(basin: Mapping[float, Sequence[float]], asked: Sequence[float]) -> float | None:
-    """The next learning rate to try; None if the basin has two sides, or its end is too far."""
-    tried = sorted(basin)
-    ratio = asked[1] / asked[0]
-    means = _means(basin)
-    best = int(np.argmin(means))
-    if best == 0 or not math.isfinite(means[best]):
-        return tried[0] / ratio if tried[0] > asked[0] / ratio ** (EXTENSIONS - 0.5) else None
-    if best == len(tried) - 1:
-        return tried[-1] * ratio if tried[-1] < asked[-1] * ratio ** (EXTENSIONS - 0.5) else None
-    return None
-
-
-def final_loss(trainee: Trainee, steps: int) -> float:
-    """The mean loss of a run's last tenth; infinite if it diverges."""
-    losses = []
-    for step in range(steps):
-        losses.append(trainee.step(step))
-        if not math.isfinite(losses[-1]):
-            return math.inf
-    return fmean(losses[-max(1, round(LAST * steps)) :])

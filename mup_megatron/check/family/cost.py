@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mup_megatron.check.measure import levels
+from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.measure.measurements import Protocol
-from mup_megatron.check.verdict.verdict import Level
 from mup_megatron.errors import InputError
 from mup_megatron.theory import Rule
 

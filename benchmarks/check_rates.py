@@ -37,7 +37,7 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family import gpt as family
 from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure import levels
-from mup_megatron.check.measure.measurements import Protocol
+from mup_megatron.check.measure.measurements import RunProtocol
 from mup_megatron.check.mutants import MUTANTS
 from mup_megatron.check.mutants.mutant import Context, Mutant
 from mup_megatron.recipe import Recipe, recipe
@@ -45,7 +45,7 @@ from mup_megatron.recipe import Recipe, recipe
 PARTS = ("tune", "quick-correct", "quick-mutants", "standard-mutants", "standard-correct")
 TUNE_SEEDS, CORRECT_QUICK, CORRECT_STANDARD, MUTANT_QUICK, MUTANT_STANDARD = 10, 100, 20, 5, 3
 FIRST_SEED = 1000
-COUNTED = Protocol(steps=20, recorded=(20,), spectral=False)
+COUNTED = RunProtocol(steps=20, recorded=(20,), spectral=False)
 CHANGED = 1e-5
 """What some weight differs by after 20 steps, relative to the largest of its tensor: more than rounding."""
 
@@ -306,12 +306,12 @@ def difference(right: Mapping[str, Any], wrong: Mapping[str, Any]) -> float:
 
 def trained(mutant: Mutant | None, architecture: Architecture, output: Path, width: int) -> dict[str, Any]:
     """The weights of a model of a width after 20 steps, by name."""
-    from mup_megatron.check.gpt_family import Family
+    from mup_megatron.check.gpt_family import GPTFamily
     from mup_megatron.training import ranks
     from mup_megatron.training.build import available_model
 
     model = available_model(family.at_width(architecture.target, architecture.recipe, width), _one_process())
-    of_one = Family(recipe=architecture.recipe, models={width: model}, cache=output / "references")
+    of_one = GPTFamily(recipe=architecture.recipe, models={width: model}, cache=output / "references")
     with ranks.joined(tensor=1, pipeline=1, virtual_stages=None, seed=1):
         return _weights_after(model, of_one.at(COUNTED), width, mutant)
 
@@ -325,7 +325,7 @@ def _one_process() -> Any:
 def _weights_after(model: ModelFile, stressed: Recipe, width: int, mutant: Mutant | None) -> dict[str, Any]:
     from mup_megatron.check.subjects.megatron import build_megatron
 
-    context = Context(base=stressed.megatron_base, target=model, recipe=under_stress, width=width)
+    context = Context(base=stressed.megatron_base, target=model, recipe=stressed, width=width)
     plan = stressed.plan(model)
     if mutant is not None and mutant.plan is not None:
         plan = mutant.plan(plan, context)

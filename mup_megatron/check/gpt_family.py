@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import PILOT, Pilot, pilot_recipe, stressed_after, under_rule
 from mup_megatron.check.measure import levels
-from mup_megatron.check.measure.measurements import Measured, Protocol, Report, Run
-from mup_megatron.check.measure.workers import Job, done
+from mup_megatron.check.measure.measurements import MeasuredRun, Measurements, Report, RunProtocol
+from mup_megatron.check.measure.workers import WorkerJob, run_jobs
 from mup_megatron.check.reference import cache
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Rule
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class GPTFamily:
     """What is trained in a check: the models of a target's shape, and the recipe under stress."""
 
     recipe: Recipe
@@ -36,28 +36,28 @@ class Family:
         """The same, with norms that are layers of their own, as the reference's are: the names of measurements."""
         return {w: model.model_copy(update={"transformer_impl": "local"}) for w, model in self.models.items()}
 
-    def at(self, protocol: Protocol) -> Recipe:
+    def at(self, protocol: RunProtocol) -> Recipe:
         """The recipe under stress for runs of this length."""
         return stressed_after(self._pilot, self.recipe, steps=protocol.steps)
 
-    def correct(self, protocol: Protocol, rule: Rule = Rule.MUP) -> Recipe:
+    def correct(self, protocol: RunProtocol, rule: Rule = Rule.MUP) -> Recipe:
         """Likewise with the rules that are right, or with none."""
         return under_rule(self.at(protocol), rule)
 
-    def reference(self, protocol: Protocol, *, rule: Rule = Rule.MUP, report: Report | None = None) -> Measured:
+    def reference(self, protocol: RunProtocol, *, rule: Rule = Rule.MUP, report: Report | None = None) -> Measurements:
         """The correct runs, or those in standard parametrization: from the cache, or trained."""
         return self._kept(self._correct_runs(protocol, rule), report)
 
-    def is_kept(self, protocol: Protocol, rule: Rule) -> bool:
+    def is_kept(self, protocol: RunProtocol, rule: Rule) -> bool:
         """Whether they are in the cache."""
         return cache.has(self.cache, self._correct_runs(protocol, rule).facts)
 
-    def _correct_runs(self, protocol: Protocol, rule: Rule) -> "_Correct":
+    def _correct_runs(self, protocol: RunProtocol, rule: Rule) -> "_Correct":
         what = "reference" if rule is Rule.MUP else "control"
         seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + levels.correct_seeds(rule))
         return _Correct(self.plain, self.correct(protocol, rule), protocol, seeds, what)
 
-    def _kept(self, runs: "_Correct", report: Report | None) -> Measured:
+    def _kept(self, runs: "_Correct", report: Report | None) -> Measurements:
         return cache.cached(self.cache, runs.facts, lambda: runs.trained(self.processes, report))
 
     @cached_property
@@ -75,7 +75,7 @@ class _Correct:
 
     models: dict[int, ModelFile]
     recipe: Recipe
-    protocol: Protocol
+    protocol: RunProtocol
     seeds: Sequence[int]
     what: str
 
@@ -85,16 +85,16 @@ class _Correct:
         shapes = [model.model_dump(mode="json") for model in self.models.values()]
         return [self.recipe.fingerprint, shapes, self.protocol.fingerprint(), list(self.seeds)]
 
-    def trained(self, processes: int, report: Report | None) -> Measured:
+    def trained(self, processes: int, report: Report | None) -> Measurements:
         """All of them."""
         jobs = [
-            Job(width, partial(self._run, index, width, seed))
+            WorkerJob(width, partial(self._run, index, width, seed))
             for index, width in enumerate(self.models)
             for seed in self.seeds
         ]
-        return Measured(tuple(done(jobs, processes, counting(report, self.what, len(jobs)))))
+        return Measurements(tuple(run_jobs(jobs, processes, counting(report, self.what, len(jobs)))))
 
-    def _run(self, index: int, width: int, seed: int) -> Run:
+    def _run(self, index: int, width: int, seed: int) -> MeasuredRun:
         from mup_megatron.check.measure.measuring import measure
         from mup_megatron.check.reference.gpt import Reference
 

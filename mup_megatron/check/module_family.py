@@ -14,12 +14,12 @@ from mup_megatron.check.family.sizes import SEQUENCE, narrowest
 from mup_megatron.check.family.stress import PILOT, Pilot, pilot_recipe, stressed, stressed_after, under_rule
 from mup_megatron.check.measure import levels
 from mup_megatron.check.measure.levels import Level
-from mup_megatron.check.measure.measurements import Grouped, Measured, Protocol, Report, Run
+from mup_megatron.check.measure.measurements import Grouped, MeasuredRun, Measurements, Report, RunProtocol
 from mup_megatron.check.measure.measuring import measure
-from mup_megatron.check.measure.workers import Job, done
+from mup_megatron.check.measure.workers import WorkerJob, run_jobs
 from mup_megatron.check.reference.modules import carry_out, optimizer_for
 from mup_megatron.check.subjects.modules import Batch, EngineTrainee, Loss, ModuleTrainee
-from mup_megatron.check.subjects.scripts import Factory, Prepare, Schedule, Task, built
+from mup_megatron.check.subjects.scripts import Factory, Prepare, Schedule, Task, bare_model
 from mup_megatron.check.subjects.sight import LOGITS, blocks, copying
 from mup_megatron.check.transfer import at_rate, transfer_section
 from mup_megatron.check.verdict.bounds import Known
@@ -55,7 +55,7 @@ class ModuleFamily:
     head_sizes: dict[int, dict[str, int]] = field(default_factory=dict)
     """Width → attention logits → the size of their heads, as the subject's runs have shown."""
 
-    def stressed(self, protocol: Protocol) -> Recipe:
+    def stressed(self, protocol: RunProtocol) -> Recipe:
         """The recipe with values at which mistakes show within a protocol's steps."""
         return stressed_after(self._pilot, self.recipe, steps=protocol.steps)
 
@@ -74,7 +74,7 @@ class ModuleFamily:
         if deep is not None:
             factory, _, widths = deep
             with torch.device("meta"):
-                once.append((_shapes(built(factory, min(widths), seed=0)), BUILT))
+                once.append((_shapes(bare_model(factory, min(widths), seed=0)), BUILT))
         return prediction(
             shapes,
             # Of a vector for each sample, or a sequence of them.
@@ -91,26 +91,26 @@ class ModuleFamily:
         if isinstance(recipe.base, HuggingFaceBase):
             from mup_megatron.huggingface.plan import plan_for
 
-            model: Any = built(self.factory, width, seed=0)
+            model: Any = bare_model(self.factory, width, seed=0)
             return plan_for(model, recipe)
-        return plan_for_module(lambda: built(self.factory, width, seed=0), recipe, readout=self.readout)
+        return plan_for_module(lambda: bare_model(self.factory, width, seed=0), recipe, readout=self.readout)
 
-    def subject(self, protocol: Protocol, prepare: Prepare, seeds: Sequence[int]) -> Measured:
+    def subject(self, protocol: RunProtocol, prepare: Prepare, seeds: Sequence[int]) -> Measurements:
         """What a script makes of the models. Collective."""
         recipe = on_first_rank(lambda: self.stressed(protocol))
         plans = {width: self.plan(width, recipe) for width in self.widths}
 
-        def trained(width: int, seed: int) -> tuple[Run, dict[str, int]]:
+        def trained(width: int, seed: int) -> tuple[MeasuredRun, dict[str, int]]:
             trainee = self._started(prepare, recipe, plans[width], width, seed, protocol.steps)
             run = measure(trainee, protocol, width=width, seed=seed)
             sizes = trainee.head_sizes()
             trainee.close()
             return run, sizes
 
-        jobs = [Job(width, partial(trained, width, seed)) for width in self.widths for seed in seeds]
-        found = done(jobs, self.processes, partial(self._tell, "subject", of=len(jobs)))
+        jobs = [WorkerJob(width, partial(trained, width, seed)) for width in self.widths for seed in seeds]
+        found = run_jobs(jobs, self.processes, partial(self._tell, "subject", of=len(jobs)))
         self.head_sizes.update({run.width: sizes for run, sizes in found})
-        return Measured(tuple(run for run, _ in found))
+        return Measurements(tuple(run for run, _ in found))
 
     def at_depth(self, deep: tuple[Factory, Recipe, Sequence[int]], prepare: Prepare, first_seed: int) -> Section:
         """All layers, in one model that is not trained. Collective."""
@@ -118,7 +118,7 @@ class ModuleFamily:
         whole = replace(self, factory=factory, recipe=own)
         recipe = stressed(own, steps=levels.EARLY.steps)
         width, plan = narrowest(widths, lambda width: whole.plan(width, recipe))
-        model = built(factory, width, seed=first_seed)
+        model = bare_model(factory, width, seed=first_seed)
         task = Task(plan=plan, recipe=recipe, width=width, seed=first_seed, steps=levels.EARLY.steps)
         prepared = prepare(model, task)
         trainee = whole._trainee(model, prepared, task)
@@ -190,18 +190,18 @@ class ModuleFamily:
         self, prepare: Prepare, recipe: Recipe, plan: Plan, width: int, seed: int, steps: int
     ) -> ModuleTrainee | EngineTrainee:
         """One model of the subject, as a script makes it."""
-        model = built(self.factory, width, seed=levels.run_seed(seed, self.widths.index(width)))
+        model = bare_model(self.factory, width, seed=levels.run_seed(seed, self.widths.index(width)))
         task = Task(plan=plan, recipe=recipe, width=width, seed=seed, steps=steps)
         return self._trainee(model, prepare(model, task), task)
 
-    def reference(self, protocol: Protocol) -> Measured:
+    def reference(self, protocol: RunProtocol) -> Measurements:
         """The correct runs."""
         seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + levels.REFERENCE_SEEDS)
         return on_first_rank(
             lambda: self._correct(self.stressed(protocol), protocol, Rule.MUP, self.widths, seeds, "reference")
         )
 
-    def control(self, protocol: Protocol) -> Measured:
+    def control(self, protocol: RunProtocol) -> Measurements:
         """The correct runs of standard parametrization."""
         seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + levels.CONTROL_SEEDS)
         return on_first_rank(
@@ -211,26 +211,26 @@ class ModuleFamily:
     def _correct(
         self,
         recipe: Recipe,
-        protocol: Protocol,
+        protocol: RunProtocol,
         rule: Rule,
         widths: Sequence[int],
         seeds: Sequence[int],
         what: str,
-    ) -> Measured:
+    ) -> Measurements:
         recipe = under_rule(recipe, rule)
         plans = {width: self.plan(width, recipe) for width in widths}
 
-        def trained(width: int, seed: int) -> Run:
+        def trained(width: int, seed: int) -> MeasuredRun:
             own_seed = levels.run_seed(seed, self.widths.index(width))
-            model = built(self.factory, width, seed=own_seed)
+            model = bare_model(self.factory, width, seed=own_seed)
             carry_out(model, plans[width], seed=own_seed)
             task = Task(plan=plans[width], recipe=recipe, width=width, seed=seed, steps=protocol.steps)
             trainee = self._trainee(model, optimizer_for(model, recipe, plans[width]), task, alone=True)
             return measure(trainee, protocol, width=width, seed=seed)
 
-        jobs = [Job(width, partial(trained, width, seed)) for width in widths for seed in seeds]
+        jobs = [WorkerJob(width, partial(trained, width, seed)) for width in widths for seed in seeds]
         processes = self.processes if len(jobs) > 1 else 1
-        return Measured(tuple(done(jobs, processes, partial(self._tell, what, of=len(jobs)))))
+        return Measurements(tuple(run_jobs(jobs, processes, partial(self._tell, what, of=len(jobs)))))
 
     def _trainee(
         self, model: nn.Module, prepared: Any, task: Task, *, alone: bool = False
@@ -258,9 +258,9 @@ class ModuleFamily:
         [run] = self._correct(recipe, PILOT, Rule.MUP, [width], [levels.FIRST_REFERENCE_SEED], "pilot").runs
         return Pilot(run, recipe, self.plan(width, recipe))
 
-    def _tell(self, what: str, done: int, *, of: int) -> None:
+    def _tell(self, what: str, run_jobs: int, *, of: int) -> None:
         if self.report is not None:
-            self.report(what, done, of)
+            self.report(what, run_jobs, of)
 
 
 def _growth(head_sizes: Mapping[int, Mapping[str, int]], name: str) -> float:

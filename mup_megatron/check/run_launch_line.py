@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mup_megatron.check.family.cost import about
+from mup_megatron.check.family.cost import rounded_duration
 from mup_megatron.check.family.gpt import condensed, models_for, widths_for
 from mup_megatron.check.family.sizes import DEPTH
-from mup_megatron.check.gpt_family import Family
+from mup_megatron.check.gpt_family import GPTFamily
 from mup_megatron.check.measure import levels
 from mup_megatron.check.measure.levels import Level
-from mup_megatron.check.measure.measurements import Measured, Protocol, Report, Run
+from mup_megatron.check.measure.measurements import MeasuredRun, Measurements, Report, RunProtocol
 from mup_megatron.check.reference import cache
-from mup_megatron.check.subjects.launch_line import Batch, Execute, Line, result_of_line, run_line
-from mup_megatron.check.subjects.run_request import Order
-from mup_megatron.check.verdict.judge import Facts, Sides, judge
+from mup_megatron.check.subjects.launch_line import Execute, LaunchLine, LineBatch, result_of_line, run_line
+from mup_megatron.check.subjects.run_request import RunRequest
+from mup_megatron.check.verdict.judge import Expectation, Sides, judge
 from mup_megatron.check.verdict.verdict import Verdict
 from mup_megatron.recipe import Recipe, save_recipe
 from mup_megatron.theory import Rule
@@ -61,7 +61,7 @@ def check_launch_line(
         InputError: the line cannot be read, its model does not go with the recipe, or it does not run.
     """
     begun = time.monotonic()
-    line = Line.of(words)
+    line = LaunchLine.of(words)
     # The reference has its norms outside, as local layers do, and so have the names of what is measured.
     whole = line.model().model_copy(update={"transformer_impl": "local"})
     whole.require_tensor_parallel(line.tensor_parallel)
@@ -77,9 +77,9 @@ def check_launch_line(
     for model in models.values():
         model.require_tensor_parallel(line.tensor_parallel)
     batch = line.batch(levels.EARLY.batch_size)
-    family = Family(recipe=recipe_here, models=models, cache=references)
+    family = GPTFamily(recipe=recipe_here, models=models, cache=references)
 
-    def protocol_of(protocol: Protocol) -> Protocol:
+    def protocol_of(protocol: RunProtocol) -> RunProtocol:
         return replace(protocol, batch_size=batch.whole)
 
     with tempfile.TemporaryDirectory(prefix="mup-check-") as folder:
@@ -91,7 +91,7 @@ def check_launch_line(
                 reference=lambda p: family.reference(protocol_of(p), report=report),
                 control=lambda p: family.reference(protocol_of(p), rule=Rule.STANDARD, report=report),
             ),
-            Facts(recipe=early, plans={w: early.plan(m) for w, m in models.items()}, models=models),
+            Expectation(recipe=early, plans={w: early.plan(m) for w, m in models.items()}, models=models),
             level=level,
             fingerprint=recipe.fingerprint,
             remarks=_remarks(line, level),
@@ -104,7 +104,7 @@ def _local(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"base": base})
 
 
-def _remarks(line: Line, level: Level) -> list[str]:
+def _remarks(line: LaunchLine, level: Level) -> list[str]:
     remarks = ["Data, vocabulary and sequence length are the check's; the line's own were not read."]
     if any(word in ("--bf16", "--fp16") for word in line.flags):
         remarks.append("Trained in fp32: in half precision the movement of a weight could not be read.")
@@ -120,16 +120,16 @@ def _remarks(line: Line, level: Level) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Runner:
-    line: Line
+    line: LaunchLine
     recipe: Recipe
-    family: Family
+    family: GPTFamily
     folder: Path
-    batch: Batch
+    batch: LineBatch
     execute: Execute
     report: Report | None
     tell: Callable[[str], None] | None
 
-    def measured(self, protocol: Protocol, seeds: Sequence[int]) -> Measured:
+    def measured(self, protocol: RunProtocol, seeds: Sequence[int]) -> Measurements:
         """The line's runs, one after the other."""
         # As the user's own recipe, whose base may have Transformer Engine as the line has.
         stress = self.family.at(protocol)
@@ -137,28 +137,28 @@ class _Runner:
         stress = stress.model_copy(update={"base": stress.megatron_base.model_copy(update=own)})
         path = self.folder / "check.recipe.yaml"
         save_recipe(stress, path)
-        runs: list[Run] = []
+        runs: list[MeasuredRun] = []
         total = len(self.family.models) * len(seeds)
         begun = time.monotonic()
         self._tell(f"{total} runs of the line, of {protocol.steps} steps each; the first one shows how long they take")
         for index, (width, model) in enumerate(self.family.models.items()):
             for seed in seeds:
-                order = self.folder / f"{protocol.steps}-{width}-{seed}.json"
-                Order(width=width, seed=seed, protocol=protocol).write(order)
+                request = self.folder / f"{protocol.steps}-{width}-{seed}.json"
+                RunRequest(width=width, seed=seed, protocol=protocol).write(request)
                 words = self.line.measuring(
                     model,
                     path,
-                    order,
+                    request,
                     seed=levels.run_seed(seed, index),
                     batch=self.batch,
                     steps=protocol.steps,
                 )
-                runs.append(result_of_line(words, order, self.execute(words)))
+                runs.append(result_of_line(words, request, self.execute(words)))
                 if len(runs) == 1:
-                    self._tell(f"{total - 1} more: {about((total - 1) * (time.monotonic() - begun))}")
+                    self._tell(f"{total - 1} more: {rounded_duration((total - 1) * (time.monotonic() - begun))}")
                 if self.report is not None:
                     self.report("launch line", len(runs), total)
-        return Measured(tuple(runs))
+        return Measurements(tuple(runs))
 
     def _tell(self, what: str) -> None:
         if self.tell is not None:

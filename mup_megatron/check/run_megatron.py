@@ -13,15 +13,15 @@ from mup_megatron.check.family.cost import BUILT, Shapes, affordable, prediction
 from mup_megatron.check.family.gpt import at_width, condensed, models_for, widths_for
 from mup_megatron.check.family.sizes import SEQUENCE, narrowest
 from mup_megatron.check.family.stress import stressed
-from mup_megatron.check.gpt_family import Family, counting
+from mup_megatron.check.gpt_family import GPTFamily, counting
 from mup_megatron.check.measure import levels
 from mup_megatron.check.measure.levels import Level
-from mup_megatron.check.measure.measurements import Measured, Protocol, Report, Run
-from mup_megatron.check.measure.workers import Job, done, ignored, one_thread, usable
+from mup_megatron.check.measure.measurements import MeasuredRun, Measurements, Report, RunProtocol
+from mup_megatron.check.measure.workers import WorkerJob, ignored_processes, one_thread, run_jobs, usable_processes
 from mup_megatron.check.reference import cache
 from mup_megatron.check.transfer import at_rate, transfer_section
 from mup_megatron.check.verdict.depth import at_depth, with_depth
-from mup_megatron.check.verdict.judge import Facts, Measure, Sides, judge
+from mup_megatron.check.verdict.judge import Expectation, Measure, Sides, judge
 from mup_megatron.check.verdict.verdict import WITHOUT_DROPOUT, Section, Verdict
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan, Rule
@@ -133,7 +133,7 @@ def _checked(
         chosen, fewer = usual_widths(small, small_recipe, tensor_parallel=shared)
     models = {w: available_model(m, layout) for w, m in models_for(small, small_recipe, chosen).items()}
     world = ranks.world_size()
-    family = Family(recipe=small_recipe, models=models, cache=references, processes=usable(processes))
+    family = GPTFamily(recipe=small_recipe, models=models, cache=references, processes=usable_processes(processes))
     possible = replace(layout, train_iters=levels.EARLY.steps, global_batch_size=levels.EARLY.batch_size)
     deep = _Deep.of(target, recipe, chosen, layout)
     for model in (*models.values(), deep.model):
@@ -156,11 +156,16 @@ def _checked(
                 reference=correct(Rule.MUP),
                 control=correct(Rule.STANDARD),
             ),
-            Facts(recipe=early, plans={w: early.plan(m) for w, m in family.plain.items()}, models=family.plain),
+            Expectation(recipe=early, plans={w: early.plan(m) for w, m in family.plain.items()}, models=family.plain),
             level=level,
             fingerprint=recipe.fingerprint,
             extra=[lambda: subject.transfer()] if level is Level.FULL else [],
-            remarks=[*without, *fewer, *_remarks(target, models, mutant), *ignored(processes, family.processes)],
+            remarks=[
+                *without,
+                *fewer,
+                *_remarks(target, models, mutant),
+                *ignored_processes(processes, family.processes),
+            ],
         )
         groups.close()
         verdict = with_depth(verdict, subject.at_depth(deep))
@@ -182,7 +187,7 @@ def _possible(target: ModelFile, recipe: Recipe) -> tuple[ModelFile, Recipe, lis
     return target.model_copy(update=plain), recipe.model_copy(update={"base": base}), [remark]
 
 
-def _prediction(family: Family, deep: "_Deep", level: Level, seeds: int) -> str:
+def _prediction(family: GPTFamily, deep: "_Deep", level: Level, seeds: int) -> str:
     """How many models there will be, and how long they take. The pilot has run."""
     some = next(iter(family.models.values()))
     return prediction(
@@ -228,7 +233,7 @@ class _Deep:
 class _Subject:
     """What is checked. Where there is one process, Megatron's groups have to be joined, and all of it is collective."""
 
-    family: Family
+    family: GPTFamily
     layout: TrainingOptions
     world_size: int
     mutant: "Mutant | None"
@@ -244,19 +249,19 @@ class _Subject:
             seed=self.first_seed,
         )
 
-    def measured(self, protocol: Protocol, seeds: Sequence[int]) -> Measured:
+    def measured(self, protocol: RunProtocol, seeds: Sequence[int]) -> Measurements:
         """All runs of one length."""
         recipe = ranks.on_first_rank(lambda: self.family.at(protocol))
         jobs = [
-            Job(width, partial(self._run, recipe, width, seed, protocol))
+            WorkerJob(width, partial(self._run, recipe, width, seed, protocol))
             for width in self.family.models
             for seed in seeds
         ]
         processes = self.family.processes
         within = nullcontext if processes == 1 else self.joined
-        return Measured(tuple(done(jobs, processes, counting(self.report, "subject", len(jobs)), within)))
+        return Measurements(tuple(run_jobs(jobs, processes, counting(self.report, "subject", len(jobs)), within)))
 
-    def _run(self, recipe: Recipe, width: int, seed: int, protocol: Protocol) -> Run:
+    def _run(self, recipe: Recipe, width: int, seed: int, protocol: RunProtocol) -> MeasuredRun:
         from mup_megatron.check.measure.measuring import measure
 
         return measure(self._started(recipe, width, seed, protocol), protocol, width=width, seed=seed)
@@ -278,15 +283,15 @@ class _Subject:
         """Something that takes Megatron's groups: in a process of its own, if there are several at all."""
         if self.family.processes == 1:
             return work()
-        [section] = done([Job(1, work)], self.family.processes, lambda _: None, self.joined)
+        [section] = run_jobs([WorkerJob(1, work)], self.family.processes, lambda _: None, self.joined)
         return section
 
-    def _started(self, recipe: Recipe, width: int, seed: int, protocol: Protocol) -> "MegatronTrainee":
+    def _started(self, recipe: Recipe, width: int, seed: int, protocol: RunProtocol) -> "MegatronTrainee":
         """One model, freshly built, with its mistake."""
         seed = levels.run_seed(seed, list(self.family.models).index(width))
         return self._built(self.family.models[width], recipe, seed, protocol)
 
-    def _built(self, model: ModelFile, recipe: Recipe, seed: int, protocol: Protocol) -> "MegatronTrainee":
+    def _built(self, model: ModelFile, recipe: Recipe, seed: int, protocol: RunProtocol) -> "MegatronTrainee":
         from mup_megatron.check.subjects.megatron import build_megatron
 
         plan, tamper = recipe.plan(model), None
@@ -312,7 +317,7 @@ class _Subject:
             trainee = alone._built(deep.model, deep.recipe, self.first_seed, levels.EARLY)
             return at_depth(deep.plan, width, trainee.parameters(), trainee.groups(), trainee.gathered)
 
-        [section] = done([Job(1, compared)], self.family.processes, lambda _: None, alone.joined)
+        [section] = run_jobs([WorkerJob(1, compared)], self.family.processes, lambda _: None, alone.joined)
         return section
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from mup_megatron.check.measure import levels
 from mup_megatron.check.measure.dropout import drops, without_dropout
 from mup_megatron.check.measure.levels import Level
-from mup_megatron.check.measure.measurements import Measured, Protocol, Report
-from mup_megatron.check.measure.workers import ignored, one_thread, usable
+from mup_megatron.check.measure.measurements import Measurements, Report, RunProtocol
+from mup_megatron.check.measure.workers import ignored_processes, one_thread, usable_processes
 from mup_megatron.check.module_family import ModuleFamily
 from mup_megatron.check.report.report import text
 from mup_megatron.check.subjects.modules import Batch, Loss
@@ -24,15 +24,15 @@ from mup_megatron.check.subjects.scripts import (
     Factory,
     Prepare,
     Schedule,
-    built,
+    bare_model,
     default_batch,
     default_loss,
     prepare_by_plan,
     warm_up_and_decay,
 )
 from mup_megatron.check.verdict.depth import with_depth
-from mup_megatron.check.verdict.judge import Facts, Sides, judge
-from mup_megatron.check.verdict.verdict import WITHOUT_DROPOUT, Outcome, Verdict
+from mup_megatron.check.verdict.judge import Expectation, Sides, judge
+from mup_megatron.check.verdict.verdict import WITHOUT_DROPOUT, CheckOutcome, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import PlanError
@@ -129,7 +129,7 @@ def _checked(
         raise InputError(
             f"widths {list(widths)}: a slope over width takes at least three. Give for example 64 128 256."
         )
-    models = {width: built(factory, width, seed=first_seed) for width in chosen}
+    models = {width: bare_model(factory, width, seed=first_seed) for width in chosen}
     family = ModuleFamily(
         factory=factory,
         recipe=recipe,
@@ -139,12 +139,12 @@ def _checked(
         schedule=schedule,
         readout=readout,
         report=report,
-        processes=usable(processes),
+        processes=usable_processes(processes),
     )
     if tell is not None:
         tell(family.prediction(models, level, seeds, deep))
 
-    def subject(protocol: Protocol) -> Measured:
+    def subject(protocol: RunProtocol) -> Measurements:
         return family.subject(protocol, prepare, range(first_seed, first_seed + seeds))
 
     frozen = {name for name, p in models[chosen[0]].named_parameters() if not p.requires_grad}
@@ -152,7 +152,7 @@ def _checked(
     plans = {w: family.plan(w, early) for w in chosen}
     verdict = judge(
         Sides(subject=subject, reference=family.reference, control=family.control),
-        Facts(recipe=early, plans=plans, known=lambda: family.known(models, plans)),
+        Expectation(recipe=early, plans=plans, known=lambda: family.known(models, plans)),
         level=level,
         fingerprint=recipe.fingerprint,
         extra=[lambda: family.transfer(prepare, first_seed)] if level is Level.FULL else [],
@@ -161,12 +161,12 @@ def _checked(
             *remarks,
             *_dropping(models[chosen[0]]),
             *_frozen(models[chosen[0]]),
-            *ignored(processes, family.processes),
+            *ignored_processes(processes, family.processes),
         ),
     )
     if deep is not None:
         verdict = with_depth(verdict, family.at_depth(deep, prepare, first_seed))
-    return replace(blamed(verdict), seconds=time.monotonic() - begun)
+    return replace(blaming_own_code(verdict), seconds=time.monotonic() - begun)
 
 
 def assert_mup(model_factory: Factory, recipe: Recipe, **options: Any) -> None:
@@ -200,9 +200,9 @@ def _told() -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
-def blamed(verdict: Verdict) -> Verdict:
+def blaming_own_code(verdict: Verdict) -> Verdict:
     """The verdict, with what is the model's own fault said so: the reference has its code too."""
-    if verdict.outcome is not Outcome.NO_VERDICT or not verdict.subject.problems or not verdict.reference.problems:
+    if verdict.outcome is not CheckOutcome.NO_VERDICT or not verdict.subject.problems or not verdict.reference.problems:
         return verdict
     at_start = "not finite before the first step"
     problem = verdict.subject.problems[0]
@@ -211,8 +211,8 @@ def blamed(verdict: Verdict) -> Verdict:
     where = next(run.problem for run in verdict.subject.runs if run.problem is not None)
     section = replace(
         verdict.sections[0],
-        outcome=Outcome.FAIL,
+        outcome=CheckOutcome.FAIL,
         lines=(problem, "It is so with the right initial weights as well: the model's own code is at fault."),
     )
     culprit = where.partition(":")[0]
-    return replace(verdict, outcome=Outcome.FAIL, culprit=culprit, sections=(section, *verdict.sections[1:]))
+    return replace(verdict, outcome=CheckOutcome.FAIL, culprit=culprit, sections=(section, *verdict.sections[1:]))

@@ -9,7 +9,7 @@ import numpy as np
 from mup_megatron.check.measure import levels
 from mup_megatron.check.measure.measurements import Report
 from mup_megatron.check.measure.trainee import Trainee
-from mup_megatron.check.verdict.basins import TransferResult, judged, mean_losses
+from mup_megatron.check.verdict.basins import TransferResult, judge_transfer, mean_losses
 from mup_megatron.check.verdict.verdict import Section
 from mup_megatron.recipe import Recipe
 
@@ -70,7 +70,7 @@ def transfer(
                 break
             train(beyond)
         losses[width] = basin
-    return judged(losses)
+    return judge_transfer(losses)
 
 
 def transfer_section(

@@ -27,7 +27,7 @@ from mup_megatron.check.run_modules import check_modules
 from mup_megatron.check.subjects.modules import ModuleTrainee
 from mup_megatron.check.subjects.scripts import Task, prepare_by_plan
 from mup_megatron.check.subjects.sight import Sight
-from mup_megatron.check.verdict.verdict import Outcome, Verdict
+from mup_megatron.check.verdict.verdict import CheckOutcome, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, module_base, param_groups
 from mup_megatron.recipe import Recipe
@@ -39,7 +39,7 @@ def _references(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _passes(verdict: Verdict) -> None:
-    assert verdict.outcome is Outcome.PASS, text(verdict, title="it", files=())
+    assert verdict.outcome is CheckOutcome.PASS, text(verdict, title="it", files=())
 
 
 # ---- right models --------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def test_what_the_reference_alone_trains_fails() -> None:
         return prepare_by_plan(model, task)
 
     verdict = check_modules(Unused, _of_unused(), prepare=prepare, seeds=2, **OPTIONS)
-    assert (verdict.outcome, verdict.culprit) == (Outcome.FAIL, "blocks.0.up.weight")
+    assert (verdict.outcome, verdict.culprit) == (CheckOutcome.FAIL, "blocks.0.up.weight")
 
 
 def _in_bf16(model: nn.Module, task: Task) -> Any:
@@ -143,7 +143,7 @@ def test_a_factory_that_builds_another_model_the_next_time_is_told_so() -> None:
 # ---- DeepSpeed -----------------------------------------------------------------------------------------------------
 
 
-Found = tuple[Outcome, str, set[str]]
+Found = tuple[CheckOutcome, str, set[str]]
 
 
 def _under_deepspeed(stages: Sequence[int]) -> dict[int, Found]:
@@ -185,7 +185,7 @@ def _constant(_step: int, _steps: int) -> float:
 def test_an_engine_passes_at_every_stage(ranks: int, stages: Sequence[int]) -> None:
     for of_rank in run_ranks(_under_deepspeed, ranks, stages):
         for stage, (outcome, told, rates) in of_rank.items():
-            assert outcome is Outcome.PASS, f"stage {stage}: {told}"
+            assert outcome is CheckOutcome.PASS, f"stage {stage}: {told}"
             assert rates == {name for name, _ in Net(32).named_parameters()}
 
 
@@ -239,7 +239,7 @@ def test_every_family_passes(family: str) -> None:
     _passes(check_hugging_face(target, recipe_at(base, hyperparameters=values)))
 
 
-def _entry(path: str, recipe_path: str) -> tuple[Outcome, str]:
+def _entry(path: str, recipe_path: str) -> tuple[CheckOutcome, str]:
     from mup_megatron.recipe import load_recipe
 
     config = ds_models.config("llama", 4)
@@ -261,7 +261,7 @@ def test_a_configuration_passes_with_the_entry_and_a_schedule_of_deepspeeds(tmp_
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
     outcome, told = run_ranks(_entry, 1, str(path), recipe_path)[0]
-    assert outcome is Outcome.PASS, told
+    assert outcome is CheckOutcome.PASS, told
     assert "single precision" in told
 
 

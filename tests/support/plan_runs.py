@@ -5,14 +5,14 @@ from support.shapes import batch
 from torch import Tensor, nn
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.check.reference.gpt import carried_out
+from mup_megatron.check.reference.gpt import planned_gpt
 from mup_megatron.check.reference.plain_gpt import PlainGPT, cross_entropy
 from mup_megatron.theory import Optimizer, Plan
 
 
 def plain_from_plan(plan: Plan, target: ModelFile, *, dtype: torch.dtype = torch.float64) -> PlainGPT:
     """The plain GPT with each of the plan's multipliers at its weight, and constants as the plan starts them."""
-    return carried_out(plan, target, dtype=dtype)
+    return planned_gpt(plan, target, dtype=dtype)
 
 
 def optimizer_from_plan(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from mup_megatron.check.measure import levels
 from mup_megatron.check.measure.levels import Level
-from mup_megatron.check.measure.measurements import Protocol
+from mup_megatron.check.measure.measurements import RunProtocol
 from mup_megatron.errors import InputError
 from mup_megatron.theory import Rule
 
 Shapes = Sequence[Sequence[int]]
 """Of a model's parameters."""
-BUILT = Protocol(steps=0, recorded=(), spectral=False)
+BUILT = RunProtocol(steps=0, recorded=(), spectral=False)
 """Of a model that is built and looked at, and not trained."""
 USUAL_S = 120
 """A quick check in one process of `COMMON`, at most: where it takes longer, fewer widths are trained."""
@@ -47,7 +47,7 @@ class Expense:
         return Expense(self.flops * times, self.calls * times)
 
 
-def of_run(shapes: Iterable[Sequence[int]], protocol: Protocol, *, tokens: int) -> Expense:
+def expense_of_run(shapes: Iterable[Sequence[int]], protocol: RunProtocol, *, tokens: int) -> Expense:
     """One run of a model.
 
     Args:
@@ -124,7 +124,7 @@ def affordable(widths: Sequence[int], shapes: Callable[[int], Shapes], *, tokens
 
     def seconds(some: Sequence[int]) -> float:
         count = levels.SEEDS + levels.correct_seeds(Rule.MUP) + levels.correct_seeds(Rule.STANDARD)
-        runs = (of_run(shapes(width), levels.EARLY, tokens=tokens) * count for width in some)
+        runs = (expense_of_run(shapes(width), levels.EARLY, tokens=tokens) * count for width in some)
         return COMMON.seconds(sum(runs, Expense()), 1)
 
     if seconds(widths) <= USUAL_S:
@@ -135,10 +135,10 @@ def affordable(widths: Sequence[int], shapes: Callable[[int], Shapes], *, tokens
     if left > LONGEST_S:
         raise InputError(
             f"models of the target's kind cannot be built smaller than at widths {told}, which take a core "
-            f"{about(left)}. Give --widths {told.replace(' ', '')} if they shall train all the same, or a target with "
-            "smaller heads or common factors."
+            f"{rounded_duration(left)}. Give --widths {told.replace(' ', '')} if they shall train all the same, or a "
+            "target with smaller heads or common factors."
         )
-    long = "" if left <= USUAL_S else f" Even so it takes a core {about(left)}."
+    long = "" if left <= USUAL_S else f" Even so it takes a core {rounded_duration(left)}."
     return fewer, [
         f"{FEWEST_WIDTHS} widths, {told}, and not {len(widths)}: models of the target's kind cannot be built narrower, "
         f"and wider ones take long.{long}"
@@ -152,8 +152,8 @@ def prediction(
     level: Level,
     seeds: int,
     processes: int,
-    kept: Callable[[Protocol, Rule], bool],
-    once: Sequence[tuple[Shapes, Protocol]],
+    kept: Callable[[RunProtocol, Rule], bool],
+    once: Sequence[tuple[Shapes, RunProtocol]],
     layers: str = "",
 ) -> str:
     """How many models there will be, and how long they take.
@@ -175,18 +175,18 @@ def prediction(
         own += seeds * len(shapes)
         correct += count * len(shapes)
         for of_width in shapes.values():
-            ahead += of_run(of_width, protocol, tokens=tokens) * (seeds + count)
+            ahead += expense_of_run(of_width, protocol, tokens=tokens) * (seeds + count)
     machine = Machine.measured()
     seconds = machine.seconds(ahead, processes)
-    seconds += sum(machine.seconds(of_run(of_one, protocol, tokens=tokens), 1) for of_one, protocol in once)
+    seconds += sum(machine.seconds(expense_of_run(of_one, protocol, tokens=tokens), 1) for of_one, protocol in once)
     more = "" if level is not Level.FULL else " and then the learning rates of transfer, longer than all of it"
     return (
         f"{own} + {correct} models{layers}, widths {', '.join(map(str, shapes))}, in {processes} "
-        f"process{'es' if processes > 1 else ''}: {about(seconds)} on this machine{more}"
+        f"process{'es' if processes > 1 else ''}: {rounded_duration(seconds)} on this machine{more}"
     )
 
 
-def about(seconds: float) -> str:
+def rounded_duration(seconds: float) -> str:
     """Seconds in words, as well as they are known."""
     if seconds < 90:
         return f"about {max(5, 5 * round(seconds / 5))} s"

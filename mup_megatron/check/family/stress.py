@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.check.measure.measurements import Protocol, Quantity, Run
+from mup_megatron.check.measure.measurements import MeasuredRun, Quantity, RunProtocol
 from mup_megatron.check.measure.optimizers import PILOT_RATE, clamped, from_gradients, stressed_values
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, PerParameter, Recipe, Schedule
 from mup_megatron.theory import Plan, Rule
@@ -20,7 +20,7 @@ MULTIPLIERS = (0.1, 10.0)
 _MULTIPLIERS = ("embedding_multiplier", "output_multiplier", "attention_multiplier")
 LEAST_CLIP = 0.01
 """Below, what is left of gradients comes near the smallest numbers."""
-PILOT = Protocol(steps=3, recorded=(3,), spectral=False)
+PILOT = RunProtocol(steps=3, recorded=(3,), spectral=False)
 """How the run is trained that shows how large gradients are."""
 
 
@@ -28,7 +28,7 @@ PILOT = Protocol(steps=3, recorded=(3,), spectral=False)
 class Pilot:
     """A short correct run, which shows how large gradients are."""
 
-    run: Run
+    run: MeasuredRun
     recipe: Recipe
     plan: Plan
 

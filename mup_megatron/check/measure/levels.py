@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-from mup_megatron.check.measure.measurements import Protocol
+from mup_megatron.check.measure.measurements import RunProtocol
 from mup_megatron.theory import Rule
 
 
@@ -25,9 +25,9 @@ REFERENCE_SEEDS = 4
 FIRST_REFERENCE_SEED = 10_000
 CONTROL_SEEDS = 2
 
-EARLY = Protocol(steps=8, recorded=(3, 5, 8))
+EARLY = RunProtocol(steps=8, recorded=(3, 5, 8))
 """A warm-up of two steps, of which the first has no learning rate yet; the peak; a decay to the floor."""
-LATE = Protocol(steps=48, recorded=(16, 32, 48), spectral=False)
+LATE = RunProtocol(steps=48, recorded=(16, 32, 48), spectral=False)
 """Long enough for weight decay to have acted and for the loss to tell widths apart."""
 TRANSFER_RATES = 7
 TRANSFER_SEEDS = 2

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mup_megatron.check.measure import measurements
 from mup_megatron.check.measure.matrices import likeness_of_rows, spectral_norm, turning
-from mup_megatron.check.measure.measurements import TURNING, Key, Quantity, Run
+from mup_megatron.check.measure.measurements import TURNING, Key, MeasuredRun, Quantity
 from mup_megatron.check.measure.optimizers import fitted
 from mup_megatron.check.measure.replay import Sums, rms_of, sample
 from mup_megatron.check.measure.trainee import At, Trainee
@@ -30,7 +30,7 @@ DISTANCES = (1, 2, 4, 8, 16)
 ALL = "all queries"
 
 
-def measure(trainee: Trainee, protocol: measurements.Protocol, *, width: int, seed: int) -> Run:
+def measure(trainee: Trainee, protocol: measurements.RunProtocol, *, width: int, seed: int) -> MeasuredRun:
     """One run. Collective; every rank returns the same.
 
     Args:
@@ -51,7 +51,7 @@ def measure(trainee: Trainee, protocol: measurements.Protocol, *, width: int, se
             break
     values = recorder.values()
     values |= {Key(Quantity.LOSS, "loss", step + 1): loss for step, loss in enumerate(losses)}
-    return Run(width, seed, values, tuple(losses), problem)
+    return MeasuredRun(width, seed, values, tuple(losses), problem)
 
 
 class Recorder:
@@ -59,7 +59,7 @@ class Recorder:
     `values`. Collective in all that it does.
     """
 
-    def __init__(self, trainee: Trainee, protocol: measurements.Protocol) -> None:
+    def __init__(self, trainee: Trainee, protocol: measurements.RunProtocol) -> None:
         self._trainee = trainee
         self._protocol = protocol
         self._parameters = list(trainee.parameters())

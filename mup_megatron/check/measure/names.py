@@ -23,7 +23,7 @@ _OUTPUTS = (
 _LAYER = re.compile(r"(?:^|(?<=\.))layers\.(\d+)(?=\.|$)")
 
 
-def looked_at(modules: Iterable[tuple[str, "nn.Module"]]) -> Iterable[tuple[str, "nn.Module", "At"]]:
+def watched_modules(modules: Iterable[tuple[str, "nn.Module"]]) -> Iterable[tuple[str, "nn.Module", "At"]]:
     """Of a GPT's modules with Megatron's names: every layer's output, the residual stream after each block, the
     readout, and the attention logits.
     """

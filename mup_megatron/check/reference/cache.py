@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from mup_megatron.check.measure.measurements import Measured
+from mup_megatron.check.measure.measurements import Measurements
 from mup_megatron.files import write_atomically
 
 FOLDER = Path("results/check/references")
@@ -19,7 +19,7 @@ _WHAT_COUNTS = (
 """Files and folders of the package whose code a reference follows from, beside its facts."""
 
 
-def cached(folder: Path | None, facts: object, make: Callable[[], Measured]) -> Measured:
+def cached(folder: Path | None, facts: object, make: Callable[[], Measurements]) -> Measurements:
     """What `make` gives, or gave before for the same facts; a file that cannot be read is made anew.
 
     Args:
@@ -40,7 +40,7 @@ def cached(folder: Path | None, facts: object, make: Callable[[], Measured]) -> 
         return measured
 
 
-def _read(text: str) -> Measured:
+def _read(text: str) -> Measurements:
     """The measurement in a file. Raises ValueError, LookupError, TypeError or RecursionError for one that is damaged.
 
     Without the hash a file that lacks a number, or has another, would decide a verdict.
@@ -48,7 +48,7 @@ def _read(text: str) -> Measured:
     content = json.loads(text)
     if content["sha256"] != _digest(content["runs"]):
         raise ValueError("not what was written")
-    return Measured.from_json(content["runs"])
+    return Measurements.from_json(content["runs"])
 
 
 def _digest(runs: object) -> str:

@@ -14,7 +14,7 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.entries import is_readout
 from mup_megatron.check.measure import batches
 from mup_megatron.check.measure.measurements import Quantity
-from mup_megatron.check.measure.names import ATTENTION, looked_at
+from mup_megatron.check.measure.names import ATTENTION, watched_modules
 from mup_megatron.check.measure.optimizers import clip, replay_for
 from mup_megatron.check.measure.replay import Replay
 from mup_megatron.check.measure.trainee import At
@@ -40,7 +40,7 @@ class Reference:
         assert recipe.schedule.lr_decay_style == "linear"
         self._model_file, self._recipe, self._plan = model, recipe, plan
         self._seed, self._steps, self._batch_size = seed, steps, batch_size
-        self._gpt = carried_out(plan, model, dtype=torch.float32)
+        self._gpt = planned_gpt(plan, model, dtype=torch.float32)
         draw_weights(self._gpt, {e.name: e.init_std for e in plan.entries if e.init_std is not None}, seed)
         optimizer = optimizer_for(self._gpt, recipe, plan)
         assert optimizer is not None
@@ -49,7 +49,7 @@ class Reference:
 
     def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
         """Every layer's output and the attention logits."""
-        return looked_at(self._gpt.named_modules())
+        return watched_modules(self._gpt.named_modules())
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """All of them."""
@@ -125,7 +125,7 @@ class Reference:
         return peak + (floor - peak) * (step - warm) / (end - warm)
 
 
-def carried_out(plan: Plan, model: ModelFile, *, dtype: torch.dtype) -> PlainGPT:
+def planned_gpt(plan: Plan, model: ModelFile, *, dtype: torch.dtype) -> PlainGPT:
     """The plain GPT with each of a plan's multipliers at its weight, and constants as the plan starts them."""
     gpt = PlainGPT(model, output_multiplier=plan.output_multiplier, softmax_scale=plan.softmax_scale, dtype=dtype)
     for entry in plan.entries:

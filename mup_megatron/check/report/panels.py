@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from mup_megatron.check.measure.measurements import Key, Measured, Quantity
+from mup_megatron.check.measure.measurements import Key, Measurements, Quantity
 from mup_megatron.check.measure.names import layer_of
 from mup_megatron.check.report.report import typical
-from mup_megatron.check.verdict.comparison import ORDER, TOLERANCES, Compared, Finding, Kind, t_quantile
-from mup_megatron.check.verdict.verdict import Outcome, Verdict
+from mup_megatron.check.verdict.comparison import ORDER, TOLERANCES, Compared, Finding, Mismatch, t_quantile
+from mup_megatron.check.verdict.verdict import CheckOutcome, Verdict
 
 FAULT, CALM, GREY, BAND, PASSED, UNDECIDED = "#c0271c", "#3f5468", "#8a929b", "#bfd3e6", "#2e7d4f", "#9a6a00"
 _LEAST_RANGE = 6.0
@@ -92,7 +92,7 @@ def _told(finding: Finding) -> str:
     c = finding.compared
     if finding.key.quantity is Quantity.UNEXPLAINED:
         return f"{finding.compared.largest:.0%} of a step is unexplained"
-    if finding.kind is Kind.SLOPE:
+    if finding.kind is Mismatch.SLOPE:
         return f"slope {c.subject.value:+.2f}, expected {c.reference}"
     return f"{c.factor:.3g} × what is expected, at every width"
 
@@ -229,7 +229,7 @@ def loss_panel(axes: Any, picture: ShownVerdict) -> None:
     failed = [
         section
         for section in verdict.sections
-        if section.outcome is Outcome.FAIL and not section.findings and section.name != "coordinates"
+        if section.outcome is CheckOutcome.FAIL and not section.findings and section.name != "coordinates"
     ]
     if failed and failed[0].lines:
         _note(axes, textwrap.fill(failed[0].lines[0], 48), off=True)
@@ -238,7 +238,7 @@ def loss_panel(axes: Any, picture: ShownVerdict) -> None:
     picture.frame(axes, found)
 
 
-def _band(axes: Any, reference: Measured, key: Key, widths: Sequence[int]) -> None:
+def _band(axes: Any, reference: Measurements, key: Key, widths: Sequence[int]) -> None:
     """Where 95% of single seeds of the reference fall, with the spread of all widths."""
     logs = {w: [math.log(run.values[key]) for run in reference.at(w) if run.values.get(key, 0.0) > 0] for w in widths}
     logs = {w: values for w, values in logs.items() if values}
@@ -250,7 +250,7 @@ def _band(axes: Any, reference: Measured, key: Key, widths: Sequence[int]) -> No
     axes.fill_between(list(logs), low, high, color=BAND, linewidth=0)
 
 
-def _mean_losses(measured: Measured, width: int) -> list[float]:
+def _mean_losses(measured: Measurements, width: int) -> list[float]:
     runs = [run.losses for run in measured.at(width)]
     length = min((len(losses) for losses in runs), default=0)
     return [fmean(losses[step] for losses in runs) for step in range(length)]

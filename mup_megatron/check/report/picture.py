@@ -33,7 +33,7 @@ from mup_megatron.check.report.panels import (
     settings_panel,
 )
 from mup_megatron.check.report.report import conditions, headline, why_none
-from mup_megatron.check.verdict.verdict import Outcome, Verdict
+from mup_megatron.check.verdict.verdict import CheckOutcome, Verdict
 
 _FIRST_ROW = (
     "What each weight got, read from its draw and from how it moved: found / expected. 1 is right, at every width. Of "
@@ -80,8 +80,8 @@ def _cells(grid: GridSpec) -> list[SubplotSpec]:
 
 
 def _words(figure: Figure, verdict: Verdict, title: str) -> None:
-    color = {Outcome.PASS: PASSED, Outcome.FAIL: FAULT}.get(verdict.outcome, UNDECIDED)
-    head = f"NO VERDICT {title}" if verdict.outcome is Outcome.NO_VERDICT else headline(verdict, title=title)
+    color = {CheckOutcome.PASS: PASSED, CheckOutcome.FAIL: FAULT}.get(verdict.outcome, UNDECIDED)
+    head = f"NO VERDICT {title}" if verdict.outcome is CheckOutcome.NO_VERDICT else headline(verdict, title=title)
     head = textwrap.fill(head, 88)
     figure.text(0.012, 0.985, head, fontsize=17, fontweight="bold", color=color, va="top")
     lines = textwrap.wrap(_because(verdict), 190)[:3]
@@ -98,17 +98,17 @@ def _words(figure: Figure, verdict: Verdict, title: str) -> None:
 
 def _because(verdict: Verdict) -> str:
     """Why the verdict is what it is, in one or two sentences."""
-    if verdict.outcome is Outcome.PASS:
+    if verdict.outcome is CheckOutcome.PASS:
         return (
             "At every width the live model starts, moves and is updated as the correct reference, within what seeds "
             "explain; standard parametrization of the same shape is told apart."
         )
-    if verdict.outcome is Outcome.NO_VERDICT:
+    if verdict.outcome is CheckOutcome.NO_VERDICT:
         return f"Nothing can be concluded: {why_none(verdict)}"
     if verdict.causes:
         cause = verdict.causes[0]
         return f"Most likely cause, with which {cause.share:.0%} of the deviation is explained: {cause.sentence}"
-    failed = next(section for section in verdict.sections if section.outcome is Outcome.FAIL)
+    failed = next(section for section in verdict.sections if section.outcome is CheckOutcome.FAIL)
     told = [finding.sentence for finding in failed.findings[:1]] or list(failed.lines)
     return f"{failed.name}: {' '.join(told)}"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mup_megatron.check.measure.measurements import Key, Measured, Quantity
+from mup_megatron.check.measure.measurements import Key, Measurements, Quantity
 from mup_megatron.check.measure.names import in_layer, layer_of
-from mup_megatron.check.verdict.comparison import Compared, Finding, Kind
-from mup_megatron.check.verdict.verdict import Outcome, Section, Verdict
+from mup_megatron.check.verdict.comparison import Compared, Finding, Mismatch
+from mup_megatron.check.verdict.verdict import CheckOutcome, Section, Verdict
 
 TOLD = 5
 """Findings that are told of one section; the rest is counted and in a file."""
@@ -48,16 +48,18 @@ def text(verdict: Verdict, *, title: str, files: Sequence[Path]) -> str:
 
 def headline(verdict: Verdict, *, title: str) -> str:
     """The first line."""
-    if verdict.outcome is Outcome.PASS:
+    if verdict.outcome is CheckOutcome.PASS:
         return f"PASS {title}"
-    if verdict.outcome is Outcome.FAIL:
+    if verdict.outcome is CheckOutcome.FAIL:
         return f"FAIL {title}: {verdict.culprit}"
     return f"NO VERDICT {title}: {why_none(verdict)}"
 
 
 def why_none(verdict: Verdict) -> str:
     """What kept the check from a conclusion."""
-    said = [line for section in verdict.sections if section.outcome is Outcome.NO_VERDICT for line in section.lines]
+    said = [
+        line for section in verdict.sections if section.outcome is CheckOutcome.NO_VERDICT for line in section.lines
+    ]
     return said[-1] if said else "nothing was measured"
 
 
@@ -120,7 +122,7 @@ def sentence(group: Alike, verdict: Verdict) -> str:
     return told
 
 
-def typical(measured: Measured, key: Key, width: int) -> float | None:
+def typical(measured: Measurements, key: Key, width: int) -> float | None:
     """The geometric mean over seeds; None where it was not measured. 0 where it is 0 for a seed."""
     values = [run.values[key] for run in measured.at(width) if key in run.values]
     if not values:
@@ -202,7 +204,7 @@ def comparison_csv(verdict: Verdict) -> str:
 
 def _ratio(compared: Compared, width: int) -> float | None:
     """None where it was not measured, or is held against no reference."""
-    if width not in compared.deviations or compared.off is Kind.BOUND:
+    if width not in compared.deviations or compared.off is Mismatch.BOUND:
         return None
     return math.exp(compared.deviations[width])
 

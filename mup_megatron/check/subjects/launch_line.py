@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.check.measure.measurements import Run
+from mup_megatron.check.measure.measurements import MeasuredRun
 from mup_megatron.check.subjects.run_request import result_of
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments import model_from_values, values_from_flags
@@ -64,7 +64,7 @@ Execute = Callable[[Sequence[str]], Ended]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class LaunchLine:
     """A launch line in its parts."""
 
     start: tuple[str, ...]
@@ -72,7 +72,7 @@ class Line:
     flags: tuple[str, ...]
 
     @classmethod
-    def of(cls, words: Sequence[str]) -> "Line":
+    def of(cls, words: Sequence[str]) -> "LaunchLine":
         """Takes a line apart at its script.
 
         Raises:
@@ -127,7 +127,7 @@ class Line:
             raise InputError(f"{_SOURCE}: {flag} {value}: not a number of ranks. Give one of 1 or more.")
         return int(value)
 
-    def batch(self, size: int) -> "Batch":
+    def batch(self, size: int) -> "LineBatch":
         """The least batch of `size` or more that the layout can share out: a micro-batch for each pipeline stage.
 
         Raises:
@@ -141,7 +141,7 @@ class Line:
             )
         share = world // self.tensor_parallel
         micro = -(-size // share)
-        return Batch(micro * share, micro)
+        return LineBatch(micro * share, micro)
 
     def model(self) -> ModelFile:
         """What it trains, with the vocabulary of the check.
@@ -153,14 +153,14 @@ class Line:
         return model_from_values(values, vocab_size=_VOCABULARY, source=_SOURCE)
 
     def measuring(
-        self, model: ModelFile, recipe: Path, order: Path, *, seed: int, batch: "Batch", steps: int
+        self, model: ModelFile, recipe: Path, request: Path, *, seed: int, batch: "LineBatch", steps: int
     ) -> list[str]:
         """The words that train a model of the check instead.
 
         Args:
             model: of one width.
             recipe: of the check.
-            order: what is to be measured.
+            request: what is to be measured.
             seed: of the run.
             batch: how many sequences.
             steps: how long.
@@ -185,7 +185,7 @@ class Line:
             "eval-interval": steps + 1,
             "seed": seed,
             "mup-recipe": recipe,
-            "mup-observe": f"{OBSERVER}:{order}",
+            "mup-observe": f"{OBSERVER}:{request}",
         }
         said = [word for name, value in changed.items() for word in (f"--{name}", str(value))]
         return [*self.start, *self._kept(), *_DATA, *said, "--mup-override", "--no-check-for-nan-in-loss-and-grad"]
@@ -200,7 +200,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class LineBatch:
     """Sequences of an iteration, and those that go through the model at once."""
 
     whole: int
@@ -217,14 +217,14 @@ def _count(word: str) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def result_of_line(words: Sequence[str], order: Path, ended: Ended) -> Run:
+def result_of_line(words: Sequence[str], request: Path, ended: Ended) -> MeasuredRun:
     """Reads what a run of the line has measured.
 
     Raises:
         InputError: it measured nothing.
     """
     try:
-        return Run.from_json(json.loads(result_of(order).read_text(encoding="utf-8")))
+        return MeasuredRun.from_json(json.loads(result_of(request).read_text(encoding="utf-8")))
     except FileNotFoundError:
         end = "\n".join(f"  {line}" for line in ended.said.strip().splitlines()[-15:])
         how = f"with code {ended.code}" if ended.code else "without having trained with the plug-in"

@@ -15,7 +15,7 @@ from mup_megatron.architectures.gpt import global_name
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.measure import batches, measurements
 from mup_megatron.check.measure.measurements import Grouped, Quantity
-from mup_megatron.check.measure.names import ATTENTION, looked_at
+from mup_megatron.check.measure.names import ATTENTION, watched_modules
 from mup_megatron.check.measure.optimizers import replay_for
 from mup_megatron.check.measure.replay import Replay
 from mup_megatron.check.measure.trainee import At
@@ -91,7 +91,7 @@ class MegatronTrainee:
         for chunk in self._built.chunks:
             model: Any = unwrapped(chunk)
             layers = [layer.layer_number - 1 for layer in model.decoder.layers]
-            for name, module, at in looked_at(model.named_modules()):
+            for name, module, at in watched_modules(model.named_modules()):
                 # Names of parameters are what is translated. A tied readout is a readout here.
                 yield global_name(f"{name}.weight", layers, tied=False).removesuffix(".weight"), module, at
 
@@ -200,7 +200,7 @@ def build_megatron(
     plan: Plan,
     *,
     seed: int,
-    protocol: measurements.Protocol,
+    protocol: measurements.RunProtocol,
     layout: TrainingOptions,
     world_size: int,
     tamper: Callable[[Built], None] | None = None,
@@ -225,7 +225,7 @@ def build_megatron(
     return MegatronTrainee(built, model, recipe, seed=seed, sizes=batch_sizes(options, world_size))
 
 
-def options_for(protocol: measurements.Protocol, layout: TrainingOptions, *, seed: int) -> TrainingOptions:
+def options_for(protocol: measurements.RunProtocol, layout: TrainingOptions, *, seed: int) -> TrainingOptions:
     """The options of one run of a check."""
     return replace(
         layout,

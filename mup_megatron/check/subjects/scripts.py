@@ -54,7 +54,7 @@ def warm_up_and_decay(step: int, steps: int) -> float:
     return step / warm if step <= warm else 1 + (FLOOR - 1) * (step - warm) / (steps - warm)
 
 
-def built(factory: Factory, width: int, *, seed: int) -> nn.Module:
+def bare_model(factory: Factory, width: int, *, seed: int) -> nn.Module:
     """A bare model, always the same for a seed.
 
     Raises:

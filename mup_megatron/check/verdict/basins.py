@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mup_megatron.check.verdict.verdict import Outcome
+from mup_megatron.check.verdict.verdict import CheckOutcome
 from mup_megatron.errors import InputError
 
 Losses = Mapping[int, Mapping[float, Sequence[float]]]
@@ -33,7 +33,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Optimum:
+class BasinOptimum:
     """Where a width's basin has its minimum."""
 
     log2_lr: float
@@ -53,9 +53,9 @@ class Optimum:
 class TransferResult:
     """What the basins say."""
 
-    outcome: Outcome
+    outcome: CheckOutcome
     lines: tuple[str, ...]
-    optima: Mapping[int, Optimum]
+    optima: Mapping[int, BasinOptimum]
     shift: float
     """Octaves from the narrowest's optimum to the widest's."""
     shift_interval: tuple[float, float]
@@ -160,7 +160,7 @@ def _residuals(losses: Array) -> Array:
     return result
 
 
-def judged(losses: Losses) -> TransferResult:
+def judge_transfer(losses: Losses) -> TransferResult:
     """Whether the learning rate transfers.
 
     Args:
@@ -190,7 +190,7 @@ def judged(losses: Losses) -> TransferResult:
     optima = {}
     for w, basin in basins.items():
         low, high = np.quantile(found[w], [0.025, 0.975])
-        optima[w] = Optimum(basin.optimum(basin.mean), float(low), float(high), basin.edge(basin.mean))
+        optima[w] = BasinOptimum(basin.optimum(basin.mean), float(low), float(high), basin.edge(basin.mean))
     first, last = optima[widths[0]], optima[widths[-1]]
     shifts = np.array(found[widths[-1]]) - np.array(found[widths[0]])
     low, high = np.quantile(shifts, [0.025, 0.975])
@@ -220,9 +220,9 @@ def _regret(basin: _Basin, mean: Array, transferred: float, own: float) -> float
 def _nothing_trains(losses: Losses, width: int) -> TransferResult:
     line = f"width {width} diverges at the lowest learning rate that was tried. Try lower ones."
     return TransferResult(
-        outcome=Outcome.NO_VERDICT,
+        outcome=CheckOutcome.NO_VERDICT,
         lines=(line,),
-        optima={w: Optimum(math.nan, math.nan, math.nan, 0) for w in losses},
+        optima={w: BasinOptimum(math.nan, math.nan, math.nan, 0) for w in losses},
         shift=math.nan,
         shift_interval=(math.nan, math.nan),
         regret=math.nan,
@@ -233,12 +233,12 @@ def _nothing_trains(losses: Losses, width: int) -> TransferResult:
 
 def _conclude(
     widths: Sequence[int],
-    optima: Mapping[int, Optimum],
+    optima: Mapping[int, BasinOptimum],
     shift: float,
     interval: tuple[float, float],
     regret: float,
     regret_interval: tuple[float, float],
-) -> tuple[Outcome, str]:
+) -> tuple[CheckOutcome, str]:
     narrowest, widest = widths[0], widths[-1]
     half = (interval[1] - interval[0]) / 2
     open_ends = {w: optimum.edge for w, optimum in optima.items() if optimum.edge != 0}
@@ -251,14 +251,14 @@ def _conclude(
     # Where the widest's minimum lies beyond the rates tried, it is further away still, if in that direction.
     further = open_ends.get(widest, 0) in (0, math.copysign(1, shift))
     if moved and regret_interval[0] > REGRET and further and narrowest not in open_ends:
-        return Outcome.FAIL, told
+        return CheckOutcome.FAIL, told
     if open_ends:
         width, edge = next(iter(open_ends.items()))
         end, remedy = ("lowest", "lower") if edge < 0 else ("highest", "higher")
         return (
-            Outcome.NO_VERDICT,
+            CheckOutcome.NO_VERDICT,
             f"width {width} does best at the {end} learning rate that was tried. Try {remedy} ones.",
         )
     if half > PRECISION and regret_interval[1] > REGRET:
-        return Outcome.NO_VERDICT, f"{told}: the seeds differ too much to say. Give more seeds or steps."
-    return Outcome.PASS, told
+        return CheckOutcome.NO_VERDICT, f"{told}: the seeds differ too much to say. Give more seeds or steps."
+    return CheckOutcome.PASS, told

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mup_megatron.check.measure.measurements import Grouped
 from mup_megatron.check.verdict.causes.ranking import Cause
-from mup_megatron.check.verdict.verdict import Outcome, Section, Verdict
+from mup_megatron.check.verdict.verdict import CheckOutcome, Section, Verdict
 from mup_megatron.theory import Plan, PlanEntry
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ def at_depth(
             f"{len(plan.entries)} parameters of {plan.num_layers} layers, {width} wide: names, initial weights"
             f"{' and groups of the optimizer' if held else ''} are the plan's"
         )
-        return Section(name=NAME, outcome=Outcome.PASS, lines=(line,))
+        return Section(name=NAME, outcome=CheckOutcome.PASS, lines=(line,))
     more = [f"… and {len(wrong) - TOLD} more"] if len(wrong) > TOLD else []
-    return Section(name=NAME, outcome=Outcome.FAIL, lines=(*wrong[:TOLD], *more))
+    return Section(name=NAME, outcome=CheckOutcome.FAIL, lines=(*wrong[:TOLD], *more))
 
 
 def _wrong(entry: PlanEntry, sums: tuple[float, float] | None, groups: set[Grouped]) -> Iterable[str]:
@@ -93,7 +93,7 @@ def _wrong(entry: PlanEntry, sums: tuple[float, float] | None, groups: set[Group
 def with_depth(verdict: Verdict, section: Section) -> Verdict:
     """The verdict with this section; where nothing else failed, it says what is at fault."""
     sections = (*verdict.sections, section)
-    if section.outcome is Outcome.PASS or verdict.outcome is Outcome.FAIL:
+    if section.outcome is CheckOutcome.PASS or verdict.outcome is CheckOutcome.FAIL:
         return replace(verdict, sections=sections)
     name, _, what = section.lines[0].partition(": ")
     cause = Cause(
@@ -102,4 +102,4 @@ def with_depth(verdict: Verdict, section: Section) -> Verdict:
         culprit=name,
         share=1.0,
     )
-    return replace(verdict, outcome=Outcome.FAIL, culprit=name, causes=(cause,), sections=sections)
+    return replace(verdict, outcome=CheckOutcome.FAIL, culprit=name, causes=(cause,), sections=sections)

@@ -14,7 +14,7 @@ from mup_megatron.check.entries import (
     is_vector,
 )
 from mup_megatron.check.measure import levels
-from mup_megatron.check.measure.measurements import Key, Protocol, Quantity
+from mup_megatron.check.measure.measurements import Key, Quantity, RunProtocol
 from mup_megatron.check.measure.optimizers import has_eps
 from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.hypothesis import (
@@ -63,7 +63,7 @@ def rates(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     ]
 
 
-def _protocol(step: int) -> Protocol:
+def _protocol(step: int) -> RunProtocol:
     return levels.EARLY if step <= levels.EARLY.steps else levels.LATE
 
 

@@ -7,18 +7,18 @@ from contextlib import contextmanager
 import pytest
 
 from mup_megatron.check.measure import workers
-from mup_megatron.check.measure.workers import Job, done
+from mup_megatron.check.measure.workers import WorkerJob, run_jobs
 from mup_megatron.errors import InputError
 
 
-def _jobs() -> list[Job[tuple[int, int]]]:
-    return [Job(cost, lambda cost=cost: (cost, os.getpid())) for cost in (3, 1, 2, 5)]  # type: ignore[misc]
+def _jobs() -> list[WorkerJob[tuple[int, int]]]:
+    return [WorkerJob(cost, lambda cost=cost: (cost, os.getpid())) for cost in (3, 1, 2, 5)]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 9])
 def test_what_comes_back_is_in_the_order_of_the_jobs(processes: int) -> None:
     told: list[int] = []
-    found = done(_jobs(), processes, told.append)
+    found = run_jobs(_jobs(), processes, told.append)
     assert [cost for cost, _ in found] == [3, 1, 2, 5]
     assert told == [1, 2, 3, 4]
     assert (os.getpid() in {process for _, process in found}) == (processes == 1)
@@ -32,8 +32,8 @@ def test_each_process_enters_what_it_needs_once() -> None:
         entered.append(os.getpid())
         yield
 
-    jobs = [Job(1, lambda: list(entered)) for _ in range(6)]
-    for of_job in done(jobs, 2, lambda _: None, within):
+    jobs = [WorkerJob(1, lambda: list(entered)) for _ in range(6)]
+    for of_job in run_jobs(jobs, 2, lambda _: None, within):
         assert len(of_job) == 1
         assert of_job != [os.getpid()]
 
@@ -44,7 +44,7 @@ def _wrong() -> int:
 
 def test_a_users_mistake_in_a_process_is_told_as_it_is() -> None:
     with pytest.raises(InputError, match="width 7"):
-        done([Job(1, _wrong), Job(1, lambda: 1)], 2, lambda _: None)
+        run_jobs([WorkerJob(1, _wrong), WorkerJob(1, lambda: 1)], 2, lambda _: None)
 
 
 class Demanding(Exception):
@@ -83,7 +83,7 @@ def test_an_exception_that_no_other_process_can_raise_is_told_with_its_traceback
     work: Callable[[], int], told: str
 ) -> None:
     with pytest.raises(InputError, match=told) as raised:
-        done([Job(1, work), Job(1, lambda: 1)], 2, lambda _: None)
+        run_jobs([WorkerJob(1, work), WorkerJob(1, lambda: 1)], 2, lambda _: None)
     assert f"in {work.__name__}" in str(raised.value.__cause__)
 
 
@@ -93,35 +93,35 @@ def _unlike() -> int:
 
 def test_an_exception_of_a_process_is_the_same_here() -> None:
     with pytest.raises(ZeroDivisionError, match="by 0") as raised:
-        done([Job(1, _unlike), Job(1, lambda: 1)], 2, lambda _: None)
+        run_jobs([WorkerJob(1, _unlike), WorkerJob(1, lambda: 1)], 2, lambda _: None)
     assert "in _unlike" in str(raised.value.__cause__)
 
 
 def test_a_process_that_is_ended_from_outside_is_no_traceback() -> None:
     with pytest.raises(InputError, match="--processes 1"):
-        done([Job(1, lambda: os._exit(9)), Job(1, lambda: 1)], 2, lambda _: None)
+        run_jobs([WorkerJob(1, lambda: os._exit(9)), WorkerJob(1, lambda: 1)], 2, lambda _: None)
 
 
 def test_where_ranks_may_have_met_nothing_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(workers.ranks, "has_met", lambda: False)
-    assert workers.usable(3) == 3
+    assert workers.usable_processes(3) == 3
     monkeypatch.setattr(workers.ranks, "has_met", lambda: True)
-    assert workers.usable(3) == 1
+    assert workers.usable_processes(3) == 1
     monkeypatch.setattr(workers.ranks, "has_met", lambda: False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert workers.usable(3) == 1
+    assert workers.usable_processes(3) == 1
 
 
 def test_that_other_processes_were_asked_for_is_said() -> None:
-    assert workers.ignored(None, 1) == workers.ignored(3, 3) == []
-    [remark] = workers.ignored(3, 1)
+    assert workers.ignored_processes(None, 1) == workers.ignored_processes(3, 3) == []
+    [remark] = workers.ignored_processes(3, 1)
     assert remark.startswith("3 processes were asked for")
 
 
 def test_cores_are_counted_where_affinity_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    assert workers.available() == 3
+    assert workers.available_processes() == 3
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert workers.available() == 1
+    assert workers.available_processes() == 1

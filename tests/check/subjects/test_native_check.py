@@ -15,14 +15,14 @@ from support.shapes import gpt
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import stressed
-from mup_megatron.check.measure.measurements import Measured, Protocol, Quantity, Run
-from mup_megatron.check.verdict.comparison import Comparison, Kind, compare, findings
+from mup_megatron.check.measure.measurements import MeasuredRun, Measurements, Quantity, RunProtocol
+from mup_megatron.check.verdict.comparison import Comparison, Mismatch, compare, findings
 from mup_megatron.megatron.versions import core_version
 from mup_megatron.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(core_version() < (0, 17, 0), reason="megatron-core 0.16 has no μP of its own")
 
-PROTOCOL = Protocol(steps=8, recorded=(3, 8), spectral=False)
+PROTOCOL = RunProtocol(steps=8, recorded=(3, 8), spectral=False)
 SEEDS = 2
 EPS = 0.003
 """Of the gradients' size, so that it acts."""
@@ -54,7 +54,7 @@ CASES = {
 # ---- in the rank -----------------------------------------------------------------------------------------------------
 
 
-def _native(case: Case, model: ModelFile, seed: int) -> Run:
+def _native(case: Case, model: ModelFile, seed: int) -> MeasuredRun:
     """A run as Megatron-LM sets it up under --use-mup, measured."""
     from megatron.core.optimizer import get_mup_config_overrides, get_standard_config_overrides
 
@@ -84,7 +84,7 @@ def _native(case: Case, model: ModelFile, seed: int) -> Run:
     return measure(trainee, PROTOCOL, width=model.hidden_size, seed=seed)
 
 
-def _reference(case: Case, model: ModelFile, seed: int) -> Run:
+def _reference(case: Case, model: ModelFile, seed: int) -> MeasuredRun:
     from mup_megatron.check.measure.measuring import measure
     from mup_megatron.check.reference.gpt import Reference
 
@@ -93,11 +93,11 @@ def _reference(case: Case, model: ModelFile, seed: int) -> Run:
     return measure(trainee, PROTOCOL, width=model.hidden_size, seed=seed)
 
 
-def _both(case: Case) -> tuple[Measured, Measured]:
+def _both(case: Case) -> tuple[Measurements, Measurements]:
     """(native, reference)"""
     native = tuple(_native(case, model, seed) for model in case.models for seed in range(SEEDS))
     reference = tuple(_reference(case, model, 100 + seed) for model in case.models for seed in range(SEEDS))
-    return Measured(native), Measured(reference)
+    return Measurements(native), Measurements(reference)
 
 
 # ---- what is found ---------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def _compared(name: str) -> Comparison:
 
 def _off(comparison: Comparison, quantity: Quantity) -> dict[str, float]:
     """Names of what is off with width, and by which power of it."""
-    found = [f for f in findings(comparison) if f.key.quantity is quantity and f.kind is Kind.SLOPE]
+    found = [f for f in findings(comparison) if f.key.quantity is quantity and f.kind is Mismatch.SLOPE]
     return {f.key.name: f.compared.slope for f in found}
 
 

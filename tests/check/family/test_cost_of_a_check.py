@@ -63,7 +63,7 @@ def _seconds(told: str) -> int:
 def test_what_runs_once_is_part_of_what_is_told_and_not_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     without, all_of_it = (_told(Level.QUICK, monkeypatch, once=once) for once in (False, True))
     assert without.startswith("12 + 16 models of 4 of 80 layers, widths 32, 64, 128, 256, in 2 processes: about ")
-    own: Expense = expense.of_run(_layers(32), LATER, tokens=32)
+    own: Expense = expense.expense_of_run(_layers(32), LATER, tokens=32)
     assert _seconds(all_of_it) - _seconds(without) == pytest.approx(own.calls / 1e3, abs=60)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mup_megatron.check.measure.measurements import Measured, Run
+from mup_megatron.check.measure.measurements import MeasuredRun, Measurements
 from mup_megatron.check.verdict.wider import TOLERANCE, wider_is_better
 
 WIDTHS = (32, 64, 128, 256)
@@ -14,7 +14,9 @@ STEPS = 48
 TIMES = (16, 32, 48)
 
 
-def _measured(loss: Callable[[int, int], float], *, noise: float = 0.0, seeds: int = 3, chance: int = 0) -> Measured:
+def _measured(
+    loss: Callable[[int, int], float], *, noise: float = 0.0, seeds: int = 3, chance: int = 0
+) -> Measurements:
     """`loss(width, step)` with noise between seeds and noise between steps, both relative."""
     rng = random.Random(chance)
     runs = []
@@ -22,8 +24,8 @@ def _measured(loss: Callable[[int, int], float], *, noise: float = 0.0, seeds: i
         for seed in range(seeds):
             own = 1 + noise * rng.gauss(0, 1)
             losses = [loss(width, step) * own * (1 + noise * rng.gauss(0, 1)) for step in range(1, STEPS + 1)]
-            runs.append(Run(width, seed, {}, tuple(losses)))
-    return Measured(tuple(runs))
+            runs.append(MeasuredRun(width, seed, {}, tuple(losses)))
+    return Measurements(tuple(runs))
 
 
 def _better(width: int, step: int) -> float:
@@ -95,10 +97,12 @@ def test_a_single_hard_batch_is_averaged_out() -> None:
 def test_a_wider_run_that_ended_early_is_worse_and_a_narrower_one_is_not_an_excuse() -> None:
     measured = _measured(_better)
     broken = [
-        Run(run.width, run.seed, {}, (*run.losses[:20], math.nan)) if run.width == 128 and run.seed == 1 else run
+        MeasuredRun(run.width, run.seed, {}, (*run.losses[:20], math.nan))
+        if run.width == 128 and run.seed == 1
+        else run
         for run in measured.runs
     ]
 
-    result = wider_is_better(Measured(tuple(broken)), TIMES)
+    result = wider_is_better(Measurements(tuple(broken)), TIMES)
 
     assert {(pair.narrower, pair.wider, pair.step) for pair in result.offending} == {(64, 128, 32), (64, 128, 48)}

@@ -8,13 +8,13 @@ import torch
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import stressed
-from mup_megatron.check.measure.measurements import Key, Measured, Protocol, Quantity, Run
+from mup_megatron.check.measure.measurements import Key, MeasuredRun, Measurements, Quantity, RunProtocol
 from mup_megatron.check.measure.measuring import measure
 from mup_megatron.check.reference.gpt import Reference
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Kind, Plan
 
-PROTOCOL = Protocol(steps=8, recorded=(3, 8))
+PROTOCOL = RunProtocol(steps=8, recorded=(3, 8))
 BASE = ModelFile(
     num_layers=2, hidden_size=32, num_attention_heads=2, vocab_size=64, seq_length=32, transformer_impl="local"
 )
@@ -32,7 +32,7 @@ def reference() -> Reference:
 
 
 @pytest.fixture(scope="module")
-def run() -> Run:
+def run() -> MeasuredRun:
     return measure(reference(), PROTOCOL, width=64, seed=3)
 
 
@@ -46,14 +46,14 @@ def rate(step: int) -> float:
     return (step - 1) / 2 if step <= 3 else 1 - 0.9 * (step - 3) / 6
 
 
-def test_an_initial_weight_has_the_std_of_its_plan(run: Run, plan: Plan) -> None:
+def test_an_initial_weight_has_the_std_of_its_plan(run: MeasuredRun, plan: Plan) -> None:
     for entry in plan.entries:
         found = run.values[Key(Quantity.INITIAL, entry.name, 0)]
         expected = abs(entry.init_value) if entry.init_value is not None else entry.init_std
         assert found == pytest.approx(expected, rel=0.05), entry.name
 
 
-def test_learning_rate_eps_and_weight_decay_are_the_plans(run: Run, plan: Plan) -> None:
+def test_learning_rate_eps_and_weight_decay_are_the_plans(run: MeasuredRun, plan: Plan) -> None:
     for entry in plan.entries:
         for step in PROTOCOL.recorded:
             values = [
@@ -64,11 +64,11 @@ def test_learning_rate_eps_and_weight_decay_are_the_plans(run: Run, plan: Plan) 
             assert values == pytest.approx(expected, rel=0.01, abs=1e-4 * RECIPE.hyperparameters.weight_decay), entry
 
 
-def test_the_first_step_of_a_warm_up_has_no_rate(run: Run, plan: Plan) -> None:
+def test_the_first_step_of_a_warm_up_has_no_rate(run: MeasuredRun, plan: Plan) -> None:
     assert {run.values[Key(Quantity.LEARNING_RATE, entry.name, 1)] for entry in plan.entries} == {0.0}
 
 
-def test_weight_decay_alone_makes_the_overlap_of_hidden_weights(run: Run, plan: Plan) -> None:
+def test_weight_decay_alone_makes_the_overlap_of_hidden_weights(run: MeasuredRun, plan: Plan) -> None:
     for entry in plan.entries:
         if entry.kind in (Kind.WEIGHT, Kind.RESIDUAL):
             decays = [1 - entry.lr * rate(step) * entry.weight_decay for step in range(1, LAST + 1)]
@@ -86,16 +86,16 @@ def test_a_spectral_norm_is_that_of_the_whole_update_in_units_of_its_sides() -> 
     assert found == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_the_model_learns_and_every_loss_is_kept(run: Run) -> None:
+def test_the_model_learns_and_every_loss_is_kept(run: MeasuredRun) -> None:
     assert len(run.losses) == PROTOCOL.steps
     assert fmean(run.losses[-2:]) < run.losses[0]
     assert run.values[Key(Quantity.LOSS, "loss", LAST)] == run.losses[-1]
 
 
-def test_two_runs_of_one_seed_are_one_run(run: Run) -> None:
+def test_two_runs_of_one_seed_are_one_run(run: MeasuredRun) -> None:
     assert measure(reference(), PROTOCOL, width=64, seed=3) == run
 
 
-def test_runs_survive_a_file(run: Run) -> None:
-    measured = Measured((run,))
-    assert Measured.from_json(measured.to_json()) == measured
+def test_runs_survive_a_file(run: MeasuredRun) -> None:
+    measured = Measurements((run,))
+    assert Measurements.from_json(measured.to_json()) == measured

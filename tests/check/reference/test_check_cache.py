@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from mup_megatron.check.measure.measurements import Key, Measured, Quantity, Run
+from mup_megatron.check.measure.measurements import Key, MeasuredRun, Measurements, Quantity
 from mup_megatron.check.reference.cache import cached
 
-FOUND = Measured(
-    (Run(32, 1, {Key(Quantity.LOSS, "loss", 1): 5.5, Key(Quantity.LOSS, "loss", 2): float("inf")}, (5.5,)),)
+FOUND = Measurements(
+    (MeasuredRun(32, 1, {Key(Quantity.LOSS, "loss", 1): 5.5, Key(Quantity.LOSS, "loss", 2): float("inf")}, (5.5,)),)
 )
 
 
-def never() -> Measured:
+def never() -> Measurements:
     raise AssertionError("it was cached")
 
 
@@ -46,6 +46,6 @@ def test_a_damaged_file_is_measured_anew(tmp_path: Path, damage: Callable[[Path]
     cached(tmp_path, {"width": 32}, lambda: FOUND)
     (path,) = tmp_path.iterdir()
     damage(path)
-    other = Measured((Run(64, 2, {}, ()),))
+    other = Measurements((MeasuredRun(64, 2, {}, ()),))
     assert cached(tmp_path, {"width": 32}, lambda: other) == other
     assert cached(tmp_path, {"width": 32}, never) == other

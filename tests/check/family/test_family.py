@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.check.family.cost import Expense, of_run
+from mup_megatron.check.family.cost import Expense, expense_of_run
 from mup_megatron.check.family.gpt import at_width, condensed, models_for, widths_for
 from mup_megatron.check.family.sizes import DEPTH
 from mup_megatron.check.family.stress import FLOOR, stressed
@@ -165,8 +165,8 @@ def test_a_check_of_any_target_is_cheap(name: str, tensor_parallel: int) -> None
     quick, standard = Expense(), Expense()
     for model in models_for(small, here, widths).values():
         shapes = [entry.shape for entry in here.plan(model).entries]
-        quick += of_run(shapes, EARLY, tokens=model.seq_length) * (SEEDS + REFERENCE_SEEDS + CONTROL_SEEDS)
-        standard += of_run(shapes, LATE, tokens=model.seq_length) * (SEEDS + REFERENCE_SEEDS)
+        quick += expense_of_run(shapes, EARLY, tokens=model.seq_length) * (SEEDS + REFERENCE_SEEDS + CONTROL_SEEDS)
+        standard += expense_of_run(shapes, LATE, tokens=model.seq_length) * (SEEDS + REFERENCE_SEEDS)
     assert quick.flops < 8e11, f"{quick.flops:.3g}"
     assert quick.calls < 5e6, f"{quick.calls:.3g}"
     assert standard.flops < 4e12, f"{standard.flops:.3g}"

@@ -15,7 +15,7 @@ from support.shapes import gpt, recipe_for
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure.levels import EARLY
-from mup_megatron.check.measure.measurements import Key, Measured, Quantity, Run
+from mup_megatron.check.measure.measurements import Key, MeasuredRun, Measurements, Quantity
 from mup_megatron.check.verdict.causes import TOLD, causes
 from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import Comparison, compare
@@ -77,15 +77,15 @@ def _as_is(_key: Key, _width: int, value: float) -> float:
 
 def _measured(
     case: Case, plans: Mapping[int, Plan], value: Value, *, first_seed: int, noise: float = 0.003
-) -> Measured:
+) -> Measurements:
     runs = []
     for width, plan in plans.items():
         right = _values(case.models[width], plan, case.recipe)
         for seed in range(first_seed, first_seed + 3):
             rng = random.Random(f"{width} {seed}")
             values = {k: value(k, width, v) * math.exp(noise * rng.gauss(0, 1)) for k, v in right.items()}
-            runs.append(Run(width, seed, values, ()))
-    return Measured(tuple(runs))
+            runs.append(MeasuredRun(width, seed, values, ()))
+    return Measurements(tuple(runs))
 
 
 def _values(model: ModelFile, plan: Plan, recipe: Recipe) -> dict[Key, float]:
@@ -163,7 +163,7 @@ def _compared(
 
 
 @cache
-def _reference(index: int) -> Measured:
+def _reference(index: int) -> Measurements:
     case = CASES[index]
     return _measured(case, case.plans, _as_is, first_seed=100)
 

@@ -12,12 +12,12 @@ from support.shapes import gpt, recipe_for
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import stressed
-from mup_megatron.check.measure.measurements import Protocol
+from mup_megatron.check.measure.measurements import RunProtocol
 from mup_megatron.check.mutants import MUTANTS
 from mup_megatron.check.mutants.mutant import Context
 from mup_megatron.recipe import PerParameter, Recipe
 
-PROTOCOL = Protocol(steps=4, recorded=(4,), batch_size=4, spectral=False)
+PROTOCOL = RunProtocol(steps=4, recorded=(4,), batch_size=4, spectral=False)
 ROUNDING = 1e-5
 UNTIED = {"untie_embeddings_and_output_weights": True}
 ROPE = {"position_embedding_type": "rope"}

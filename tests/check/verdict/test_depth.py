@@ -15,7 +15,7 @@ from mup_megatron.check.measure.measurements import Grouped
 from mup_megatron.check.mutants.mutant import Context, Mutant
 from mup_megatron.check.run_megatron import check_megatron
 from mup_megatron.check.verdict.depth import at_depth
-from mup_megatron.check.verdict.verdict import Outcome, Section
+from mup_megatron.check.verdict.verdict import CheckOutcome, Section
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Plan
 
@@ -47,7 +47,7 @@ def _seen(change: Callable[[Tensors, Groups], None]) -> Section:
 
 def test_a_model_that_is_as_planned_passes() -> None:
     section = _seen(lambda *_: None)
-    assert section.outcome is Outcome.PASS
+    assert section.outcome is CheckOutcome.PASS
     assert "12 layers" in section.lines[0]
 
 
@@ -78,7 +78,7 @@ def _decay(_: Tensors, groups: Groups) -> None:
 @pytest.mark.parametrize("change", [_scaled, _constant, _missing, _rate, _floor, _decay])
 def test_one_layer_that_is_off_is_named(change: Callable[[Tensors, Groups], None]) -> None:
     section = _seen(change)
-    assert section.outcome is Outcome.FAIL
+    assert section.outcome is CheckOutcome.FAIL
     assert len(section.lines) == 1
     assert section.lines[0].startswith("decoder.layers.7.")
 
@@ -88,7 +88,7 @@ def test_shards_of_ranks_add_up() -> None:
     halves = [{n: t.flatten()[i::2] for n, t in tensors.items()} for i in range(2)]
     squares = [{n: (t.double().square().sum().item(), t.numel()) for n, t in half.items()} for half in halves]
     section = at_depth(PLAN, 64, halves[0].items(), groups, lambda _: [(of_rank, groups) for of_rank in squares])
-    assert section.outcome is Outcome.PASS
+    assert section.outcome is CheckOutcome.PASS
 
 
 def test_the_narrowest_width_tells_ten_percent() -> None:

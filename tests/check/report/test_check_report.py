@@ -11,12 +11,12 @@ from dataclasses import replace
 import pytest
 
 from mup_megatron.check.measure.levels import Level
-from mup_megatron.check.measure.measurements import COORDINATES, Key, Measured, Quantity, Run
+from mup_megatron.check.measure.measurements import COORDINATES, Key, MeasuredRun, Measurements, Quantity
 from mup_megatron.check.report.picture import png
 from mup_megatron.check.report.report import alike, comparison_csv, measurements_csv, section_csv, text, verdict_json
 from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import Finding, compare, findings
-from mup_megatron.check.verdict.verdict import Outcome, Section, Verdict
+from mup_megatron.check.verdict.verdict import CheckOutcome, Section, Verdict
 
 WIDTHS = (32, 64, 128, 256)
 STEPS = (3, 8)
@@ -27,7 +27,7 @@ CAUSE = Cause("learning-rate-collapsed", "all groups have one learning rate.", f
 Factor = Callable[[Key, int], float]
 
 
-def measured(seeds: int, *, factor: Factor = lambda _key, _width: 1.0, first: int = 0) -> Measured:
+def measured(seeds: int, *, factor: Factor = lambda _key, _width: 1.0, first: int = 0) -> Measurements:
     """Runs in which everything is 1 but for noise of a hundredth, times a factor."""
     keys = [Key(Quantity.INITIAL, f"{name}.weight", 0) for name in HIDDEN]
     for step in STEPS:
@@ -39,8 +39,8 @@ def measured(seeds: int, *, factor: Factor = lambda _key, _width: 1.0, first: in
         for seed in range(first, first + seeds):
             noise = random.Random(1000 * width + seed)
             values = {key: factor(key, width) * math.exp(noise.gauss(0, 0.005)) for key in keys}
-            runs.append(Run(width, seed, values, (5.0, 4.5, 4.2)))
-    return Measured(tuple(runs))
+            runs.append(MeasuredRun(width, seed, values, (5.0, 4.5, 4.2)))
+    return Measurements(tuple(runs))
 
 
 def verdict(factor: Factor | None = None, *causes: Cause, **changes: object) -> Verdict:
@@ -54,7 +54,7 @@ def verdict(factor: Factor | None = None, *causes: Cause, **changes: object) -> 
         for name, coordinates in (("coordinates", True), ("gradients and updates", False))
     ]
     made = Verdict(
-        outcome=Outcome.FAIL if off else Outcome.PASS,
+        outcome=CheckOutcome.FAIL if off else CheckOutcome.PASS,
         level=Level.QUICK,
         fingerprint="0123456789abcdef",
         culprit=causes[0].culprit if causes else (off[0].key.name if off else None),
@@ -74,7 +74,7 @@ def verdict(factor: Factor | None = None, *causes: Cause, **changes: object) -> 
 
 
 def section(name: str, found: tuple[Finding, ...]) -> Section:
-    outcome = Outcome.FAIL if found else Outcome.PASS
+    outcome = CheckOutcome.FAIL if found else CheckOutcome.PASS
     return Section(name=name, outcome=outcome, lines=("what was looked at",), findings=found)
 
 
@@ -102,8 +102,8 @@ def test_a_fail_begins_with_the_culprit() -> None:
 
 
 def test_no_verdict_begins_with_why() -> None:
-    none = Section(name="training", outcome=Outcome.NO_VERDICT, lines=("loss: not finite", "Lower the lr."))
-    told = of(verdict(outcome=Outcome.NO_VERDICT, sections=(none,)))
+    none = Section(name="training", outcome=CheckOutcome.NO_VERDICT, lines=("loss: not finite", "Lower the lr."))
+    told = of(verdict(outcome=CheckOutcome.NO_VERDICT, sections=(none,)))
     assert told.splitlines()[0] == "NO VERDICT target.yaml: Lower the lr."
 
 
@@ -159,7 +159,7 @@ def test_json_is_the_verdict_and_has_only_what_json_has() -> None:
     content = json.loads(verdict_json(made, title="target.yaml"))
     assert (content["target"], content["outcome"], content["culprit"]) == ("target.yaml", "fail", CAUSE.culprit)
     assert content["causes"][0]["share"] == 0.9
-    infinite = Section(name="transfer", outcome=Outcome.PASS, lines=(), rows=({"lr": 1.0, "loss": math.inf},))
+    infinite = Section(name="transfer", outcome=CheckOutcome.PASS, lines=(), rows=({"lr": 1.0, "loss": math.inf},))
     told = verdict_json(replace(made, sections=(infinite,)), title="t")
 
     def refused(name: str) -> None:
@@ -189,7 +189,7 @@ def test_the_comparison_marks_what_is_off_and_gives_the_ratio_at_each_width() ->
 
 
 def test_a_section_with_a_table_gets_all_its_columns() -> None:
-    made = Section(name="x", outcome=Outcome.PASS, lines=(), rows=({"a": 1}, {"a": 2, "b": 3}))
+    made = Section(name="x", outcome=CheckOutcome.PASS, lines=(), rows=({"a": 1}, {"a": 2, "b": 3}))
     assert section_csv(made) == "a,b\n1,\n2,3\n"
 
 
@@ -249,12 +249,12 @@ def test_a_model_of_other_names_is_drawn_too(monkeypatch: pytest.MonkeyPatch) ->
     def other(name: str) -> str:
         return name.replace("decoder.layers", "blocks").replace("output_layer", "head")
 
-    def renamed(side: Measured) -> Measured:
+    def renamed(side: Measurements) -> Measurements:
         runs = [
             replace(run, values={Key(k.quantity, other(k.name), k.step): v for k, v in run.values.items()})
             for run in side.runs
         ]
-        return Measured(tuple(runs))
+        return Measurements(tuple(runs))
 
     made = verdict()
     subject, reference = renamed(made.subject), renamed(made.reference)
@@ -267,9 +267,9 @@ def test_a_model_of_other_names_is_drawn_too(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_runs_without_a_measurement_are_drawn_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = Measured(tuple(Run(width, 1, {}, (), "loss: not finite after 1 step") for width in WIDTHS))
-    none = Section(name="training", outcome=Outcome.FAIL, lines=("loss: not finite after 1 step",))
-    made = verdict(culprit="loss", outcome=Outcome.FAIL, sections=(none,))
+    nothing = Measurements(tuple(MeasuredRun(width, 1, {}, (), "loss: not finite after 1 step") for width in WIDTHS))
+    none = Section(name="training", outcome=CheckOutcome.FAIL, lines=("loss: not finite after 1 step",))
+    made = verdict(culprit="loss", outcome=CheckOutcome.FAIL, sections=(none,))
     made = replace(made, subject=nothing, comparison={}, control_comparison={})
     assert drawn(made, monkeypatch)["Training loss by width"][0] > 3
     assert "FAIL target.yaml: loss" in of(made)

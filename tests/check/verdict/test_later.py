@@ -9,11 +9,11 @@ from support import small_nets
 from support.small_nets import OPTIONS, Net, recipe_for
 from torch import nn
 
-from mup_megatron.check.measure.measurements import Key, Quantity, Run
+from mup_megatron.check.measure.measurements import Key, MeasuredRun, Quantity
 from mup_megatron.check.run_modules import check_modules
 from mup_megatron.check.subjects.scripts import Task, prepare_by_plan, warm_up_and_decay
 from mup_megatron.check.verdict.later import LATER, later_section, width_of
-from mup_megatron.check.verdict.verdict import Outcome
+from mup_megatron.check.verdict.verdict import CheckOutcome
 from mup_megatron.modules import plan_for_module
 from mup_megatron.theory import Plan
 
@@ -34,7 +34,7 @@ def schedule(step: int) -> float:
     return warm_up_and_decay(step, LATER.steps)
 
 
-def run(change: Callable[[Key, float], float]) -> Run:
+def run(change: Callable[[Key, float], float]) -> MeasuredRun:
     """A run that does what the plan says, but for a change."""
     values: dict[Key, float] = {}
     for entry in plan(64).entries:
@@ -45,12 +45,12 @@ def run(change: Callable[[Key, float], float]) -> Run:
             ):
                 key = Key(quantity, entry.name, step)
                 values[key] = change(key, value)
-    return Run(64, 1, values, ())
+    return MeasuredRun(64, 1, values, ())
 
 
 def test_a_run_that_follows_its_plan_passes() -> None:
     section, cause = later_section(run(lambda _, value: value), plan(64), schedule, ())
-    assert (section.outcome, section.findings, cause) == (Outcome.PASS, (), None)
+    assert (section.outcome, section.findings, cause) == (CheckOutcome.PASS, (), None)
 
 
 @pytest.mark.parametrize("quantity", [Quantity.LEARNING_RATE, Quantity.WEIGHT_DECAY])
@@ -59,24 +59,24 @@ def test_what_goes_wrong_later_is_told_with_its_step(quantity: Quantity) -> None
         return value * (2.0 if (key.quantity, key.name) == (quantity, UP) and key.step > 30 else 1.0)
 
     section, cause = later_section(run(change), plan(64), schedule, ())
-    assert section.outcome is Outcome.FAIL
+    assert section.outcome is CheckOutcome.FAIL
     assert section.findings[0].key == Key(quantity, UP, 32)
     assert "2 times what is expected, at width 64" in section.findings[0].sentence
     assert cause is not None
     assert (cause.name, cause.culprit) == ("later-steps", UP)
-    assert later_section(run(change), plan(64), schedule, {UP})[0].outcome is Outcome.PASS
+    assert later_section(run(change), plan(64), schedule, {UP})[0].outcome is CheckOutcome.PASS
 
 
 def test_what_gets_no_gradient_on_either_side_has_no_rate() -> None:
-    def at_rest(gradient: float) -> Run:
+    def at_rest(gradient: float) -> MeasuredRun:
         found = run(lambda key, value: 0.0 if key.name == UP else value)
         gradients = {Key(Quantity.GRADIENT, UP, step): gradient for step in LATER.recorded}
-        return Run(64, 1, {**found.values, **gradients}, ())
+        return MeasuredRun(64, 1, {**found.values, **gradients}, ())
 
-    assert later_section(at_rest(0.0), plan(64), schedule, (), {UP})[0].outcome is Outcome.PASS
+    assert later_section(at_rest(0.0), plan(64), schedule, (), {UP})[0].outcome is CheckOutcome.PASS
     # What the reference trains has to move, and so has what gets a gradient.
-    assert later_section(at_rest(0.0), plan(64), schedule, (), ())[0].outcome is Outcome.FAIL
-    assert later_section(at_rest(0.1), plan(64), schedule, (), {UP})[0].outcome is Outcome.FAIL
+    assert later_section(at_rest(0.0), plan(64), schedule, (), ())[0].outcome is CheckOutcome.FAIL
+    assert later_section(at_rest(0.1), plan(64), schedule, (), {UP})[0].outcome is CheckOutcome.FAIL
 
 
 def test_the_width_is_one_at_which_rates_differ() -> None:
@@ -97,7 +97,7 @@ def test_rates_that_collapse_after_ten_steps_fail_a_quick_check() -> None:
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
 
     verdict = check_modules(Net, RECIPE, prepare=prepare, **OPTIONS)
-    assert verdict.outcome is Outcome.FAIL
-    assert [section.name for section in verdict.sections if section.outcome is Outcome.FAIL] == ["later steps"]
+    assert verdict.outcome is CheckOutcome.FAIL
+    assert [section.name for section in verdict.sections if section.outcome is CheckOutcome.FAIL] == ["later steps"]
     assert verdict.causes[0].name == "later-steps"
     assert {finding.key.step for finding in verdict.sections[2].findings} == set(LATER.recorded)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mup_megatron.check.measure import batches
-from mup_megatron.check.measure.measurements import Key, Measured, Protocol, Quantity, Run
+from mup_megatron.check.measure.measurements import Key, MeasuredRun, Measurements, Quantity, RunProtocol
 from mup_megatron.check.module_family import ModuleFamily
 from mup_megatron.check.subjects.modules import Loss
-from mup_megatron.check.subjects.scripts import Prepare, Task, built, prepare_by_plan, warm_up_and_decay
+from mup_megatron.check.subjects.scripts import Prepare, Task, bare_model, prepare_by_plan, warm_up_and_decay
 from mup_megatron.check.subjects.sight import copying
 from mup_megatron.check.verdict.bounds import Known, out_of_bounds
 from mup_megatron.check.verdict.causes.bounds import of_bounds
@@ -28,7 +28,7 @@ from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 
 WIDTHS = (32, 64, 128)
-STEP = Protocol(steps=1, recorded=(1,), spectral=False)
+STEP = RunProtocol(steps=1, recorded=(1,), spectral=False)
 Factory = Callable[[int], nn.Module]
 
 
@@ -61,8 +61,8 @@ def found_in(
     )
     subject = family.subject(STEP, prepare, range(1, 4))
     plans = {width: family.plan(width, recipe) for width in WIDTHS}
-    models = {width: built(factory, width, seed=1) for width in WIDTHS}
-    return out_of_bounds(subject, Measured(()), family.known(models, plans))
+    models = {width: bare_model(factory, width, seed=1) for width in WIDTHS}
+    return out_of_bounds(subject, Measurements(()), family.known(models, plans))
 
 
 def names(found: Sequence[Finding]) -> list[tuple[Quantity, str]]:
@@ -332,9 +332,9 @@ def test_positions_that_follow_width_are_seen_in_queries(how: dict[str, float]) 
 def test_positions_are_held_against_a_reference_of_its_own_code() -> None:
     key = Key(Quantity.POSITION, "all queries, 4 apart", 0)
 
-    def measured(value: float) -> Measured:
-        runs = [Run(w, s, {key: value + 0.001 * s}, ()) for w in WIDTHS for s in range(3)]
-        return Measured(tuple(runs))
+    def measured(value: float) -> Measurements:
+        runs = [MeasuredRun(w, s, {key: value + 0.001 * s}, ()) for w in WIDTHS for s in range(3)]
+        return Measurements(tuple(runs))
 
     known = Known(plans={32: plan_of(Net)})
     assert out_of_bounds(measured(0.6), measured(0.61), known) == []

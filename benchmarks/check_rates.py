@@ -38,8 +38,7 @@ from mup_megatron.check.family import gpt as family
 from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure import levels
 from mup_megatron.check.measure.measurements import RunProtocol
-from mup_megatron.check.mutants import MUTANTS
-from mup_megatron.check.mutants.mutant import Context, Mutant
+from mup_megatron.check.mutants import MUTANTS, Context, Mutant
 from mup_megatron.recipe import Recipe, recipe
 
 PARTS = ("tune", "quick-correct", "quick-mutants", "standard-mutants", "standard-correct")

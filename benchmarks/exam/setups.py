@@ -13,7 +13,7 @@ from exam import models
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure.levels import Level
-from mup_megatron.check.mutants.mutant import Mutant
+from mup_megatron.check.mutants import Mutant
 from mup_megatron.check.run_modules import check_modules
 from mup_megatron.check.subjects.modules import ModuleTrainee
 from mup_megatron.check.subjects.scripts import Task, prepare_by_plan, warm_up_and_decay

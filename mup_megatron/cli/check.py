@@ -18,7 +18,7 @@ from mup_megatron.recipe import Recipe, load_recipe
 from mup_megatron.targets import CONFIG_FILE, hugging_face_config, is_hugging_face, read_target
 
 if TYPE_CHECKING:
-    from mup_megatron.check.mutants.mutant import Mutant
+    from mup_megatron.check.mutants import Mutant
     from mup_megatron.check.verdict.verdict import Verdict
 
 FAILED, UNDECIDED = 1, 2
@@ -235,8 +235,7 @@ def answer(verdict: "Verdict", target: Path, recipe_path: Path, output: Path, js
 def _mutant(name: str, model: ModelFile, recipe: Recipe) -> "Mutant":
     from mup_megatron.check.family.stress import stressed
     from mup_megatron.check.measure.levels import EARLY
-    from mup_megatron.check.mutants import MUTANTS
-    from mup_megatron.check.mutants.mutant import Context
+    from mup_megatron.check.mutants import MUTANTS, Context
 
     stress = stressed(recipe, steps=EARLY.steps, eps=recipe.hyperparameters.adam_eps)
     context = Context(base=recipe.megatron_base, target=model, recipe=stress, width=model.hidden_size)

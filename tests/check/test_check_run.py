@@ -10,8 +10,7 @@ from support.processes import run_ranks
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.measure.measurements import Key, Quantity
-from mup_megatron.check.mutants import MUTANTS
-from mup_megatron.check.mutants.mutant import Context, Mutant
+from mup_megatron.check.mutants import MUTANTS, Context, Mutant
 from mup_megatron.check.run_megatron import check_megatron
 from mup_megatron.check.verdict.comparison import Compared
 from mup_megatron.check.verdict.verdict import Verdict

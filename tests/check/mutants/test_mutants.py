@@ -13,8 +13,7 @@ from support.shapes import gpt, recipe_for
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure.measurements import RunProtocol
-from mup_megatron.check.mutants import MUTANTS
-from mup_megatron.check.mutants.mutant import Context
+from mup_megatron.check.mutants import MUTANTS, Context
 from mup_megatron.recipe import PerParameter, Recipe
 
 PROTOCOL = RunProtocol(steps=4, recorded=(4,), batch_size=4, spectral=False)

@@ -12,7 +12,7 @@ from support.shapes import gpt, recipe_for
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.sizes import narrowest
 from mup_megatron.check.measure.measurements import Grouped
-from mup_megatron.check.mutants.mutant import Context, Mutant
+from mup_megatron.check.mutants import Context, Mutant
 from mup_megatron.check.run_megatron import check_megatron
 from mup_megatron.check.verdict.depth import at_depth
 from mup_megatron.check.verdict.verdict import CheckOutcome, Section

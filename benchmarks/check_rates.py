@@ -187,7 +187,7 @@ def seed_of(round_: int, *what: object) -> int:
     return FIRST_SEED + 10 * (zlib.crc32(repr((round_, *what)).encode()) % 800)
 
 
-_WHAT_COUNTS = ("check", "huggingface", "megatron", "models", "modules", "theory", "training", "recipe.py")
+_WHAT_COUNTS = ("check", "huggingface", "megatron", "architectures", "modules", "theory", "training", "recipe.py")
 
 
 def code_of_check() -> str:

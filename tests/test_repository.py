@@ -45,9 +45,9 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide who imports whom"
             # `from mup_megatron import theory` imports theory.
-            yield from (
-                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "mup_megatron" else []
-            )
+            # Likewise `from mup_megatron.check import transfer`.
+            folders = ("mup_megatron", "mup_megatron.check")
+            yield from ([f"{node.module}.{alias.name}" for alias in node.names] if node.module in folders else [])
             yield str(node.module)
 
 
@@ -88,6 +88,36 @@ def test_imports_follow_the_table_of_the_architecture(part: str) -> None:
     allowed = table[part] | {part, "__version__"}
     found = {(path.relative_to(ROOT).as_posix(), part_of(name)) for path in files_of(part) for name in imports(path)}
     assert [(path, name) for path, name in sorted(found, key=str) if name is not None and name not in allowed] == []
+
+
+CHECK = PACKAGE / "check"
+ROOMS = {path.relative_to(CHECK).parts[0].removesuffix(".py") for path in CHECK.rglob("*.py")} - {"__init__"}
+
+
+def rooms_of_check() -> dict[str, set[str]]:
+    """The second table of docs/architecture.md: room of check → the rooms that it may import, in its order."""
+    table: dict[str, set[str]] = {}
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for room, cell in re.findall(r"^\| check/(\w+) \| ([^|]+) \|$", text, flags=re.MULTILINE):
+        if cell == "all of the above":
+            table[room] = set(table)
+        else:
+            table[room] = set() if cell == "nothing of check" else set(cell.split(", "))
+        assert table[room] <= set(table) - {room}, f"{room} may import what comes after it"
+    return table
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_imports_within_check_follow_the_table_of_its_rooms(room: str) -> None:
+    table = rooms_of_check()
+    assert set(table) == ROOMS
+    found = {
+        (path.relative_to(ROOT).as_posix(), name.split(".")[2])
+        for path in sorted((CHECK / room).rglob("*.py")) or [CHECK / f"{room}.py"]
+        for name in imports(path)
+        if name.startswith("mup_megatron.check.")
+    }
+    assert [(path, name) for path, name in sorted(found) if name not in table[room] | {room}] == []
 
 
 def test_the_theory_is_pure_python() -> None:

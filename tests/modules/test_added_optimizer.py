@@ -148,7 +148,9 @@ def test_others_are_told_from_it() -> None:
     plan, model = plan_for_module(net, own_recipe()), net()
     apply_plan(model, plan)
     for wrong in (made(model, plan), optim.AdamW(param_groups(model.named_parameters(), plan), betas=BETAS)):
-        with pytest.raises(InputError, match=r"its step is not NAdam's, and the plan is for nadam.* Use torch.optim.NA"):
+        with pytest.raises(
+            InputError, match=r"its step is not NAdam's, and the plan is for nadam.* Use torch.optim.NA"
+        ):
             check_optimizer(wrong, plan, model)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from exam.mistakes.entries import mistake
 from exam.setups import Megatron, Setup
-from mup_megatron.check.mutants.mutants import Context, Mutant
+from mup_megatron.check.mutants import Context, Mutant
 from mup_megatron.megatron.names import named_parameters, unwrapped
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan, PlanEntry

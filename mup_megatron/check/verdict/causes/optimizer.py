@@ -14,7 +14,8 @@ from mup_megatron.check.entries import (
     is_vector,
 )
 from mup_megatron.check.measure import levels
-from mup_megatron.check.measure.measurements import Key, Protocol, Quantity
+from mup_megatron.check.measure.measurements import Key, Quantity, RunProtocol
+from mup_megatron.check.measure.optimizers import has_eps
 from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.hypothesis import (
     ANY,
@@ -62,7 +63,7 @@ def rates(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     ]
 
 
-def _protocol(step: int) -> Protocol:
+def _protocol(step: int) -> RunProtocol:
     return levels.EARLY if step <= levels.EARLY.steps else levels.LATE
 
 
@@ -118,7 +119,7 @@ def _descended(step: int, recipe: Recipe) -> float:
 
 def eps(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     """Adam's eps that follows another rule; of SGD there is none."""
-    if next(iter(at.values())).plan.rules.eps is None:
+    if not has_eps(next(iter(at.values())).recipe):
         return []
 
     def unscaled(entry: PlanEntry, here: AtWidth) -> float:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from mup_megatron.check.measure import measurements
 from mup_megatron.check.measure.matrices import likeness_of_rows, spectral_norm, turning
 from mup_megatron.check.measure.measurements import TURNING, Key, MeasuredRun, Quantity
-from mup_megatron.check.measure.optimizers import fitted
 from mup_megatron.check.measure.replay import Sums, rms_of, sample
 from mup_megatron.check.measure.trainee import At, Trainee
 
@@ -267,8 +266,11 @@ class Recorder:
             found[Key(Quantity.TAILS, name, 0)] = float(fourth * count / second**2)
         for (quantity, name), (total, count) in beside.items():
             found[Key(quantity, name, 0)] = float(total / count) if quantity in _MEANS else rms_of(total, count)
+        # A rank may have seen none of a tensor itself, but it has the same optimizer.
+        replay = self._trainee.replay()
         for (name, step), sums in equations.items():
-            of_step = fitted(sums)
+            assert replay is not None
+            of_step = replay.fitted(sums)
             if of_step.lr is not None:
                 found[Key(Quantity.LEARNING_RATE, name, step)] = of_step.lr
             found[Key(Quantity.UNEXPLAINED, name, step)] = of_step.unexplained

@@ -1,24 +1,26 @@
-"""What a check asks of a recipe's optimizer: which one of torch it is, how its steps are replayed, which of its values
-make a mistake show, and what its rules are in words.
+"""What a check asks of a recipe's optimizer: how its steps are replayed, which of its values make a mistake show, and
+what its rules are in words.
 
-Everything that a check knows of single optimizers is here. Importing it does not import torch.
+To add one, `register` it here, in `modules/optimizers.py`, whose class trains the correct runs, and its rules in
+`theory.optimizers`. Importing it does not import torch.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mup_megatron.by_optimizer import ByOptimizer
 from mup_megatron.check.entries import is_hidden
 from mup_megatron.check.measure.measurements import Quantity
-from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.recipe import Hyperparameters, Recipe
+from mup_megatron.theory import Optimizer, Plan, PlanEntry, optimizers
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-    from mup_megatron.check.measure.replay import Fitted, Replay, Sums
+    from mup_megatron.check.measure.replay import Replay
 
 DECAY = 0.4
 """How much weight decay alone shrinks a weight over the run, at least: so much that a wrong one shows."""
@@ -29,7 +31,8 @@ MOST_MOVEMENT = 0.25
 EPS_SHARE = 0.1
 """The eps of a check, relative to the gradients: it acts, and Adam is Adam still."""
 PILOT_RATE = 1e-7
-"""SGD's learning rate in the run that shows how large gradients are: so small that nothing moves."""
+"""Of an optimizer whose step grows with gradients, the learning rate in the run that shows how large these are: so
+small that nothing moves."""
 
 _ADAM_IN_WORDS: Mapping[Quantity, Mapping[str, str]] = {
     Quantity.INITIAL: {
@@ -51,28 +54,53 @@ _ADAM_IN_WORDS: Mapping[Quantity, Mapping[str, str]] = {
 }
 
 
-def _is_sgd(recipe: Recipe) -> bool:
-    return recipe.parametrization.optimizer == "sgd"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedOptimizer:
+    """An optimizer as a check sees it, beside its rules."""
+
+    replay: "Callable[[Hyperparameters], Replay]"
+    """Makes a new replay of one tensor's state."""
+    damping: Callable[[Hyperparameters], float] = lambda _: 1.0
+    """How much shorter a first step is than what repeated ones add up to: 1 - μ with a momentum that is no mean."""
+    in_words: Mapping[Quantity, Mapping[str, str]] = field(default_factory=dict)
+    """Quantity and kind of parameter → what the rules give it, for people."""
 
 
-def has_eps(recipe: Recipe) -> bool:
-    """Returns whether the optimizer has an eps, and betas."""
-    return not _is_sgd(recipe)
+def _adam_replay(h: Hyperparameters) -> "Replay":
+    from mup_megatron.check.measure.replay import AdamReplay
+
+    return AdamReplay(h.adam_beta1, h.adam_beta2)
+
+
+def _sgd_replay(h: Hyperparameters) -> "Replay":
+    from mup_megatron.check.measure.replay import SGDReplay
+
+    return SGDReplay(h.sgd_momentum)
+
+
+CHECKED_OPTIMIZERS = ByOptimizer[CheckedOptimizer]("a check")
+register = CHECKED_OPTIMIZERS.register
+
+register("adam", CheckedOptimizer(replay=_adam_replay, in_words=_ADAM_IN_WORDS))
+register("sgd", CheckedOptimizer(replay=_sgd_replay, damping=lambda h: 1 - h.sgd_momentum))
+
+
+def _rules(recipe: Recipe) -> Optimizer:
+    return optimizers()[recipe.parametrization.optimizer]
+
+
+def _checked(recipe: Recipe) -> CheckedOptimizer:
+    return CHECKED_OPTIMIZERS[recipe.parametrization.optimizer]
 
 
 def rule_in_words(recipe: Recipe, quantity: Quantity, kind: str) -> str:
-    """Returns what the rules give a kind of parameter: "hidden", "embedding", "readout", "gain" or "bias"."""
-    return "the plan's" if _is_sgd(recipe) else _ADAM_IN_WORDS[quantity][kind]
+    """Returns what the rules give a kind of parameter ("hidden", "embedding", "readout", "gain", "bias"), for people."""
+    return _checked(recipe).in_words.get(quantity, {}).get(kind, "the plan's")
 
 
-def torch_optimizer(groups: Iterable[dict[str, Any]], recipe: Recipe) -> "torch.optim.Optimizer":
-    """Builds the recipe's optimizer as torch has it, with these parameter groups."""
-    import torch
-
-    h = recipe.hyperparameters
-    if _is_sgd(recipe):
-        return torch.optim.SGD(groups, lr=h.lr, momentum=h.sgd_momentum)
-    return torch.optim.AdamW(groups, lr=h.lr, betas=(h.adam_beta1, h.adam_beta2))
+def replay_for(recipe: Recipe) -> "Replay":
+    """Returns a new replay of one tensor's state in the recipe's optimizer."""
+    return _checked(recipe).replay(recipe.hyperparameters)
 
 
 def clip(model: "nn.Module", most: float) -> float:
@@ -80,23 +108,6 @@ def clip(model: "nn.Module", most: float) -> float:
     from torch import nn
 
     return float(nn.utils.clip_grad_norm_(model.parameters(), most if most > 0 else math.inf))
-
-
-def replay_for(recipe: Recipe) -> "Replay":
-    """Returns a new replay of one tensor's state in the recipe's optimizer."""
-    from mup_megatron.check.measure.replay import AdamReplay, SGDReplay
-
-    h = recipe.hyperparameters
-    return SGDReplay(h.sgd_momentum) if _is_sgd(recipe) else AdamReplay(h.adam_beta1, h.adam_beta2)
-
-
-def fitted(sums: "Sums") -> "Fitted":
-    """Solves the equations of a step, of whichever replay: a rank may have seen none of the tensor itself, so they are
-    told by their shape.
-    """
-    from mup_megatron.check.measure.replay import AdamReplay, SGDReplay
-
-    return (AdamReplay if len(sums) == AdamReplay.COLUMNS else SGDReplay).fitted(sums)
 
 
 def stressed_values(
@@ -109,20 +120,21 @@ def stressed_values(
         steps: of the run.
         std: of weights at the base, by and large.
         eps: at the base, if the optimizer has one.
-        rate: SGD's learning rate at which weights move by `MOVEMENT`, which depends on gradients.
+        rate: of an optimizer whose step grows with gradients, the learning rate at which weights move by `MOVEMENT`.
     """
     h = recipe.hyperparameters
-    if _is_sgd(recipe):
+    if _rules(recipe).step == 0:
+        lr = clamped(h.lr, (MOVEMENT * std, MOST_MOVEMENT * std))
+    else:
         lr = h.lr if rate is None else clamped(h.lr, (rate / 4, rate))
-        # What momentum adds up moves a weight as well.
-        return {"lr": lr, "weight_decay": DECAY * (1 - h.sgd_momentum) / (0.5 * steps * lr)}
-    lr = clamped(h.lr, (MOVEMENT * std, MOST_MOVEMENT * std))
-    # The mean of a check's schedule is a little above half of its peak.
-    return {"lr": lr, "weight_decay": DECAY / (0.5 * steps * lr)} | ({} if eps is None else {"adam_eps": eps})
+    # The mean of a check's schedule is a little above half of its peak; what momentum adds up moves a weight as well.
+    decay = DECAY * _checked(recipe).damping(h) / (0.5 * steps * lr)
+    return {"lr": lr, "weight_decay": decay} | ({} if eps is None else {"adam_eps": eps})
 
 
 def from_gradients(gradients: Sequence[tuple[float, PlanEntry]], plan: Plan, recipe: Recipe) -> dict[str, float | None]:
-    """Returns the value of `stressed_values` that depends on how large gradients are: Adam's eps, SGD's learning rate.
+    """Returns the value of `stressed_values` that depends on how large gradients are: the eps, or where they make the
+    step, the learning rate.
 
     Args:
         gradients: of a correct run, each with its entry.
@@ -130,10 +142,10 @@ def from_gradients(gradients: Sequence[tuple[float, PlanEntry]], plan: Plan, rec
         recipe: likewise.
     """
     there = [(value, entry) for value, entry in gradients if value > 0]
-    if _is_sgd(recipe):
+    if _rules(recipe).step > 0:
         h = recipe.hyperparameters
         moved = [value * entry.lr / plan.lr * entry.width_ratio for value, entry in there if is_hidden(entry)]
-        return {"rate": MOVEMENT * (1 - h.sgd_momentum) * h.init_method_std / median(moved) if moved else None}
+        return {"rate": MOVEMENT * _checked(recipe).damping(h) * h.init_method_std / median(moved) if moved else None}
     # Gradients follow the base as the rule for eps has it.
     at_base = [value * plan.adam_eps / entry.eps for value, entry in there if entry.eps is not None]
     return {"eps": EPS_SHARE * median(at_base) if at_base else None}

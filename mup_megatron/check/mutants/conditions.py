@@ -6,14 +6,19 @@ from collections.abc import Callable
 from mup_megatron.check.entries import (
     is_hidden,
 )
-from mup_megatron.check.measure.optimizers import has_eps
 from mup_megatron.check.mutants.mutant import Context
+from mup_megatron.theory import optimizers
 from mup_megatron.theory.widths import Scaling
 
 
 def scales_eps(context: Context) -> bool:
-    """Returns whether the optimizer has an eps that follows width, and betas."""
-    return has_eps(context.recipe)
+    """Returns whether the optimizer has an eps that follows width."""
+    return optimizers()[context.recipe.parametrization.optimizer].eps is not None
+
+
+def has_second_beta(context: Context) -> bool:
+    """Returns whether the optimizer has a second beta."""
+    return "adam_beta2" in optimizers()[context.recipe.parametrization.optimizer].hyperparameters
 
 
 def is_untied(context: Context) -> bool:

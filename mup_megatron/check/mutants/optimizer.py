@@ -12,6 +12,7 @@ from mup_megatron.check.entries import (
 )
 from mup_megatron.check.mutants.conditions import (
     has_clipping,
+    has_second_beta,
     has_weight_decay,
     scales_eps,
     sides_differ,
@@ -96,7 +97,7 @@ OPTIMIZER = (
         what="Adam's second beta is not the recipe's.",
         cause=("optimizer-differs",),
         optimizer=changed_groups(is_any, _other_beta2),
-        when=scales_eps,
+        when=has_second_beta,
     ),
     Mutant(
         name="clipping-lower",

@@ -15,7 +15,6 @@ from mup_megatron.check.entries import (
 )
 from mup_megatron.check.measure import levels
 from mup_megatron.check.measure.measurements import Key, Quantity, RunProtocol
-from mup_megatron.check.measure.optimizers import has_eps
 from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.hypothesis import (
     ANY,
@@ -118,8 +117,8 @@ def _descended(step: int, recipe: Recipe) -> float:
 
 
 def eps(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
-    """Adam's eps that follows another rule; of SGD there is none."""
-    if not has_eps(next(iter(at.values())).recipe):
+    """An eps that follows another rule, of an optimizer that has one."""
+    if next(iter(at.values())).plan.rules.eps is None:
         return []
 
     def unscaled(entry: PlanEntry, here: AtWidth) -> float:

@@ -94,7 +94,7 @@ def _checked(recipe: Recipe) -> CheckedOptimizer:
 
 
 def rule_in_words(recipe: Recipe, quantity: Quantity, kind: str) -> str:
-    """Returns what the rules give a kind of parameter ("hidden", "embedding", "readout", "gain", "bias"), for people."""
+    """Returns what rules give a kind of parameter ("hidden", "embedding", "readout", "gain", "bias"), for people."""
     return _checked(recipe).in_words.get(quantity, {}).get(kind, "the plan's")
 
 

@@ -8,11 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from support import small_nets
 from support.commands import command, write
 from support.shapes import gpt
 from support.shapes import recipe_for as megatron_recipe
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
+from mup_megatron.check.measure.optimizers import CHECKED_OPTIMIZERS, CheckedOptimizer
+from mup_megatron.check.measure.optimizers import register as register_in_check
+from mup_megatron.check.measure.replay import AdamReplay, Sums
+from mup_megatron.check.run_modules import assert_mup
+from mup_megatron.check.subjects.scripts import Task
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, check_optimizer, module_base, param_groups, plan_for_module
 from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS, TorchOptimizer
@@ -25,6 +31,40 @@ from mup_megatron.theory.optimizers import optimizers as theirs
 BETAS = (0.8, 0.95)
 EPS = 1e-3
 VALUES = {"lr": 0.01, "adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "adam_eps": EPS, "weight_decay": 0.1}
+
+
+def momentum(step: int, beta: float) -> float:
+    """Of Dozat's schedule, with torch's decay of it."""
+    return beta * (1 - 0.5 * 0.96 ** (step * 4e-3))
+
+
+class NAdamReplay:
+    """Adam's, with Nesterov's momentum: Δw = -η · d / (√v̂ + ε) - η·λ·w."""
+
+    fitted = staticmethod(AdamReplay.fitted)
+
+    def __init__(self, beta1: float, beta2: float) -> None:
+        self._betas = beta1, beta2
+        self._step, self._product = 0, 1.0
+        self._g, self._m, self._v = (torch.tensor(0.0) for _ in range(3))
+
+    def observe(self, gradient: Tensor, before: Tensor) -> None:
+        one, two = self._betas
+        self._step += 1
+        self._product *= momentum(self._step, one)
+        self._g = gradient.double()
+        self._m = one * self._m + (1 - one) * self._g
+        self._v = two * self._v + (1 - two) * self._g**2
+
+    def sums(self, before: Tensor, moved: Tensor) -> Sums:
+        one, two = self._betas
+        now, after = momentum(self._step, one), momentum(self._step + 1, one)
+        d = self._g * (1 - now) / (1 - self._product) + self._m * after / (1 - self._product * after)
+        s = (self._v / (1 - two**self._step)).sqrt()
+        w, delta = before.double(), moved.double()
+        columns = torch.stack([d, delta, w * s, w, delta * s])
+        result: Sums = (columns @ columns.T).numpy()
+        return result
 
 
 @pytest.fixture
@@ -50,7 +90,9 @@ def known() -> Iterator[None]:
             fitting="torch.optim.NAdam with decoupled_weight_decay",
         ),
     )
+    register_in_check("nadam", CheckedOptimizer(replay=lambda h: NAdamReplay(h.adam_beta1, h.adam_beta2)))
     yield
+    del CHECKED_OPTIMIZERS["nadam"]
     del theirs()["nadam"]  # type: ignore[attr-defined]
     del TORCH_OPTIMIZERS["nadam"]
 
@@ -135,12 +177,12 @@ def _by_hand(name: str) -> tuple[float, float, float]:
     return lr, eps, decay
 
 
-def _updated(weight: torch.Tensor, gradient: torch.Tensor, lr: float, eps: float, decay: float) -> torch.Tensor:
+def _updated(weight: Tensor, gradient: Tensor, lr: float, eps: float, decay: float) -> Tensor:
     """The first step of Dozat's NAdam: after it, m is (1-β₁)g and v is (1-β₂)g²."""
-    mu, after = (BETAS[0] * (1 - 0.5 * 0.96 ** (t * 4e-3)) for t in (1, 2))
+    mu, after = momentum(1, BETAS[0]), momentum(2, BETAS[0])
     root = gradient.abs() + eps
-    momentum = (1 - BETAS[0]) * gradient
-    return weight * (1 - lr * decay) - lr * gradient / root - lr * after / (1 - mu * after) * momentum / root
+    mean = (1 - BETAS[0]) * gradient
+    return weight * (1 - lr * decay) - lr * gradient / root - lr * after / (1 - mu * after) * mean / root
 
 
 @pytest.mark.usefixtures("known")
@@ -152,6 +194,24 @@ def test_others_are_told_from_it() -> None:
             InputError, match=r"its step is not NAdam's, and the plan is for nadam.* Use torch.optim.NA"
         ):
             check_optimizer(wrong, plan, model)
+
+
+@pytest.mark.usefixtures("known")
+def test_a_check_reads_its_values_and_finds_another_optimizers() -> None:
+    own = small_nets.recipe_for(optimizer="nadam")
+    assert_mup(small_nets.Net, own, **small_nets.OPTIONS)
+    with pytest.raises(AssertionError, match=r"(?s)\AFAIL the model: .*blocks.*weight: learning rate"):
+        assert_mup(small_nets.Net, own, prepare=_adams_rates, **small_nets.OPTIONS)
+
+
+def _adams_rates(model: nn.Module, task: Task) -> optim.Optimizer:
+    """Hidden weights at η/r_in, where the rule is η/√r_in."""
+    apply_plan(model, task.plan)
+    groups = param_groups(model.named_parameters(), task.plan)
+    for group in groups:
+        entry = task.plan[group["name"].removeprefix("mup ")]
+        group["lr"] /= math.sqrt(entry.width_ratio) if entry.role is Role.HIDDEN else 1.0
+    return TORCH_OPTIMIZERS["nadam"].made(groups, task.recipe.hyperparameters)
 
 
 @pytest.mark.usefixtures("known")

@@ -1,7 +1,9 @@
 """An optimizer is its rules and one registration per adapter: one that is defined here goes the whole way."""
 
+import ast
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from support.shapes import gpt
 from support.shapes import recipe_for as megatron_recipe
 from torch import Tensor, nn, optim
 
+import mup_megatron
 from mup_megatron.check.measure.optimizers import CHECKED_OPTIMIZERS, CheckedOptimizer
 from mup_megatron.check.measure.optimizers import register as register_in_check
 from mup_megatron.check.measure.replay import AdamReplay, Sums
@@ -230,3 +233,62 @@ def test_where_it_was_not_registered_the_message_says_which_were() -> None:
             InputError, match=rf"optimizer: the recipe's is nadam, and for {framework} there is adam and sgd\. Take"
         ):
             asked()
+
+
+# ---- and nobody else asks ------------------------------------------------------------------------------------------
+
+REGISTRATIONS = {
+    "modules/optimizers.py",
+    "megatron/optimizers.py",
+    "deepspeed/optimizers.py",
+    "check/measure/optimizers.py",
+}
+WORDS_OF_OTHERS = {
+    "megatron/arguments/table.py": "the default of Megatron's --optimizer",
+    "megatron/cpu/core.py": "the class of Megatron's that is replaced on the CPU",
+    "deepspeed/schedulers/json_entry.py": "some optimizer, to build a schedule on",
+    "deepspeed/schedulers/trial.py": "some optimizer, to try a schedule on",
+}
+
+
+def named_optimizers(path: Path) -> Iterator[str]:
+    """Lines of a file whose code, and not its prose, names an optimizer."""
+    names = {*theirs(), *(f"{name}_" for name in theirs())}
+    names |= {known.kind.__name__.lower() for known in TORCH_OPTIMIZERS.values()}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Constant(value=str(word)) if word.lower() in names:
+                yield f"{path.name}:{node.lineno}: {word!r}"
+            case ast.Attribute(value=ast.Attribute(attr="optim"), attr=word) if (
+                word[0].isupper() and word != "Optimizer"
+            ):
+                yield f"{path.name}:{node.lineno}: {word}"
+            case ast.Name(id=word) | ast.Attribute(attr=word) | ast.FunctionDef(name=word) if re.search(
+                rf"\bis_({'|'.join(names)})", word.lower().removeprefix("_")
+            ):
+                yield f"{path.name}:{node.lineno}: {word}"
+
+
+def test_nothing_but_registrations_names_an_optimizer() -> None:
+    package = Path(mup_megatron.__file__).parent
+    files = [path for path in package.rglob("*.py") if path.parent.name != "theory"]
+    found = {str(path.relative_to(package)): lines for path in files if (lines := [*named_optimizers(path)])}
+    assert found.keys() - REGISTRATIONS == WORDS_OF_OTHERS.keys(), found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'if recipe.parametrization.optimizer == "adam": ...',
+        'kind = {"adam": "AdamW", "sgd": "SGD"}',
+        'others = ("sgd_",)',
+        "optimizer = torch.optim.AdamW(groups)",
+        "def _is_sgd(recipe): ...",
+        "if plan.is_adam: ...",
+    ],
+)
+def test_the_ways_to_name_one_are_seen(code: str, tmp_path: Path) -> None:
+    (tmp_path / "asks.py").write_text(code)
+    assert [*named_optimizers(tmp_path / "asks.py")]
+    (tmp_path / "asks.py").write_text('"""AdamW, or SGD."""\nh.adam_beta1 = 0.9\nrules.eps is None')
+    assert not [*named_optimizers(tmp_path / "asks.py")]

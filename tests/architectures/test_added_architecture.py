@@ -45,7 +45,7 @@ def file(content: dict[str, object]) -> ModelFile:
 
 
 def test_it_is_not_known_before() -> None:
-    with pytest.raises(InputError, match=r"architecture: 'bank' is no architecture that is supported. Choose one of"):
+    with pytest.raises(InputError, match=r"architecture: 'bank' is no architecture that is supported\. Choose"):
         file(SMALL)
 
 

@@ -120,6 +120,19 @@ def test_imports_within_check_follow_the_table_of_its_rooms(room: str) -> None:
     assert [(path, name) for path, name in sorted(found) if name not in table[room] | {room}] == []
 
 
+@pytest.mark.parametrize(
+    ("words", "places"),
+    [
+        (r"import .*\b(?:Kind|Role)\b", {"entries.py"}),
+        (r"\b(?:AdamReplay|SGDReplay)\b|parametrization\.optimizer|\boptim\.(?:SGD|Adam)", {"measure/optimizers.py"}),
+    ],
+    ids=["kinds and roles", "optimizers"],
+)
+def test_what_check_knows_of_single_ones_is_in_one_place(words: str, places: set[str]) -> None:
+    files = {path.relative_to(CHECK).as_posix(): path.read_text(encoding="utf-8") for path in CHECK.rglob("*.py")}
+    assert {name for name, text in files.items() if re.search(words, text)} - {"measure/replay.py"} == places
+
+
 def test_the_theory_is_pure_python() -> None:
     names = {name.split(".")[0] for path in files_of("theory") for name in imports(path)}
     assert names - sys.stdlib_module_names == {"mup_megatron"}

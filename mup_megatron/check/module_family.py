@@ -194,19 +194,11 @@ class ModuleFamily:
         task = Task(plan=plan, recipe=recipe, width=width, seed=seed, steps=steps)
         return self._trainee(model, prepare(model, task), task)
 
-    def reference(self, protocol: RunProtocol) -> Measurements:
-        """The correct runs."""
-        seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + levels.REFERENCE_SEEDS)
-        return on_first_rank(
-            lambda: self._correct(self.stressed(protocol), protocol, Rule.MUP, self.widths, seeds, "reference")
-        )
-
-    def control(self, protocol: RunProtocol) -> Measurements:
-        """The correct runs of standard parametrization."""
-        seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + levels.CONTROL_SEEDS)
-        return on_first_rank(
-            lambda: self._correct(self.stressed(protocol), protocol, Rule.STANDARD, self.widths, seeds, "control")
-        )
+    def correct(self, protocol: RunProtocol, rule: Rule) -> Measurements:
+        """The correct runs, or those of standard parametrization."""
+        what = "reference" if rule is Rule.MUP else "control"
+        seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + levels.correct_seeds(rule))
+        return on_first_rank(lambda: self._correct(self.stressed(protocol), protocol, rule, self.widths, seeds, what))
 
     def _correct(
         self,

@@ -1,8 +1,8 @@
 """A check of a Megatron-Core target from beginning to end."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,15 @@ if TYPE_CHECKING:
 ONE_PROCESS = TrainingOptions(train_iters=1, global_batch_size=1)
 
 
+@contextmanager
+def _on_one_thread() -> Iterator[None]:
+    """Megatron on a CPU if there is no GPU, which has to be said before torch is imported; torch with one thread."""
+    ranks.enable_cpu()
+    with one_thread():
+        yield
+
+
+@_on_one_thread()
 def check_megatron(
     target: ModelFile,
     recipe: Recipe,
@@ -70,55 +79,6 @@ def check_megatron(
     Raises:
         InputError: a model of a width cannot be built, or the layout is not possible.
     """
-    ranks.enable_cpu()
-    with one_thread():
-        return _checked(
-            target,
-            recipe,
-            level=level,
-            widths=widths,
-            seeds=range(first_seed, first_seed + seeds),
-            layout=layout,
-            mutant=mutant,
-            references=references,
-            report=report,
-            processes=processes,
-            tell=tell,
-        )
-
-
-def usual_widths(target: ModelFile, recipe: Recipe, *, tensor_parallel: int) -> tuple[list[int], list[str]]:
-    """The widths of a check that nobody has chosen, and what is to be said of them.
-
-    Args:
-        target: as `condensed` leaves it.
-        recipe: likewise.
-        tensor_parallel: ranks that share heads and groups.
-
-    Raises:
-        InputError: as `affordable`.
-    """
-    return affordable(
-        widths_for(target, recipe, levels.WIDTHS, tensor_parallel=tensor_parallel),
-        lambda width: _shapes(at_width(target, recipe, width), recipe),
-        tokens=SEQUENCE,
-    )
-
-
-def _checked(
-    target: ModelFile,
-    recipe: Recipe,
-    *,
-    level: Level,
-    widths: Sequence[int] | None,
-    seeds: range,
-    layout: TrainingOptions,
-    mutant: "Mutant | None",
-    references: Path | None,
-    report: Report | None,
-    processes: int | None,
-    tell: Callable[[str], None] | None,
-) -> Verdict:
     begun = time.monotonic()
     from mup_megatron.training.build import available_model
 
@@ -138,7 +98,7 @@ def _checked(
     deep = _Deep.of(target, recipe, chosen, layout)
     for model in (*models.values(), deep.model):
         require_possible(model, small_recipe, possible, world)
-    subject = _Subject(family, layout, world, mutant, report, seeds[0])
+    subject = _Subject(family, layout, world, mutant, report, first_seed)
     alone = family.processes == 1
     with ranks.met() if alone else nullcontext(), ExitStack() as groups:
         if alone:
@@ -149,10 +109,10 @@ def _checked(
 
         early = ranks.on_first_rank(lambda: family.correct(levels.EARLY))
         if tell is not None:
-            tell(ranks.on_first_rank(lambda: _prediction(family, deep, level, len(seeds))))
+            tell(ranks.on_first_rank(lambda: _prediction(family, deep, level, seeds)))
         verdict = judge(
             Sides(
-                subject=lambda protocol: subject.measured(protocol, seeds),
+                subject=lambda protocol: subject.measured(protocol, range(first_seed, first_seed + seeds)),
                 reference=correct(Rule.MUP),
                 control=correct(Rule.STANDARD),
             ),
@@ -170,6 +130,24 @@ def _checked(
         groups.close()
         verdict = with_depth(verdict, subject.at_depth(deep))
     return replace(verdict, fingerprint=recipe.fingerprint, seconds=time.monotonic() - begun)
+
+
+def usual_widths(target: ModelFile, recipe: Recipe, *, tensor_parallel: int) -> tuple[list[int], list[str]]:
+    """The widths of a check that nobody has chosen, and what is to be said of them.
+
+    Args:
+        target: as `condensed` leaves it.
+        recipe: likewise.
+        tensor_parallel: ranks that share heads and groups.
+
+    Raises:
+        InputError: as `affordable`.
+    """
+    return affordable(
+        widths_for(target, recipe, levels.WIDTHS, tensor_parallel=tensor_parallel),
+        lambda width: _shapes(at_width(target, recipe, width), recipe),
+        tokens=SEQUENCE,
+    )
 
 
 def _possible(target: ModelFile, recipe: Recipe) -> tuple[ModelFile, Recipe, list[str]]:

@@ -35,10 +35,22 @@ from mup_megatron.check.verdict.judge import Expectation, Sides, judge
 from mup_megatron.check.verdict.verdict import WITHOUT_DROPOUT, CheckOutcome, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import PlanError
+from mup_megatron.theory import PlanError, Rule
 from mup_megatron.training.ranks import on_first_rank
 
 
+@contextlib.contextmanager
+def _errors_for_users() -> Iterator[None]:
+    """Turns what a plan says of parameters that it does not have into an error for users."""
+    try:
+        yield
+    except PlanError as error:
+        raise InputError(str(error)) from error
+
+
+@one_thread()
+@without_dropout()
+@_errors_for_users()
 def check_modules(
     factory: Factory,
     recipe: Recipe,
@@ -83,46 +95,6 @@ def check_modules(
     Raises:
         InputError: a model cannot be built, no plan can be made for it, or nobody says what it learns.
     """
-    with one_thread(), without_dropout(), _told():
-        return _checked(
-            factory,
-            recipe,
-            widths=widths,
-            batch=batch,
-            loss=loss,
-            prepare=prepare,
-            schedule=schedule,
-            readout=readout,
-            level=level,
-            seeds=seeds,
-            first_seed=first_seed,
-            remarks=remarks,
-            report=report,
-            processes=processes,
-            tell=tell,
-            deep=deep,
-        )
-
-
-def _checked(
-    factory: Factory,
-    recipe: Recipe,
-    *,
-    widths: Sequence[int],
-    batch: Batch | None,
-    loss: Loss | None,
-    prepare: Prepare,
-    schedule: Schedule,
-    readout: str | None,
-    level: Level,
-    seeds: int,
-    first_seed: int,
-    remarks: Sequence[str],
-    report: Report | None,
-    processes: int | None,
-    tell: Callable[[str], None] | None,
-    deep: tuple[Factory, Recipe, Sequence[int]] | None,
-) -> Verdict:
     begun = time.monotonic()
     chosen = sorted(set(widths))
     if len(chosen) < 3:
@@ -151,7 +123,11 @@ def _checked(
     early = on_first_rank(lambda: family.stressed(levels.EARLY))
     plans = {w: family.plan(w, early) for w in chosen}
     verdict = judge(
-        Sides(subject=subject, reference=family.reference, control=family.control),
+        Sides(
+            subject=subject,
+            reference=lambda protocol: family.correct(protocol, Rule.MUP),
+            control=lambda protocol: family.correct(protocol, Rule.STANDARD),
+        ),
         Expectation(recipe=early, plans=plans, known=lambda: family.known(models, plans)),
         level=level,
         fingerprint=recipe.fingerprint,
@@ -189,15 +165,6 @@ def _dropping(model: nn.Module) -> list[str]:
 def _frozen(model: nn.Module) -> list[str]:
     names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     return [f"Frozen as it is built, and not checked: {', '.join(names[:5])}."] if names else []
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Turns what a plan says of parameters that it does not have into an error for users."""
-    try:
-        yield
-    except PlanError as error:
-        raise InputError(str(error)) from error
 
 
 def blaming_own_code(verdict: Verdict) -> Verdict:

@@ -1,4 +1,4 @@
-"""The verdict: pass or fail, where, and why. Plain data; how it is told is in `report.py` and `picture.py`."""
+"""The verdict: pass or fail, where, and why. Plain data; how it is told is in `report/`."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

@@ -6,10 +6,10 @@ To add one, `register` it here, in `modules/optimizers.py`, whose class trains t
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mup_megatron.by_optimizer import ByOptimizer
 from mup_megatron.check.entries import is_hidden
@@ -18,6 +18,7 @@ from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Optimizer, Plan, PlanEntry, optimizers
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from mup_megatron.check.measure.replay import Replay
@@ -85,7 +86,8 @@ register("adam", CheckedOptimizer(replay=_adam_replay, in_words=_ADAM_IN_WORDS))
 register("sgd", CheckedOptimizer(replay=_sgd_replay, damping=lambda h: 1 - h.sgd_momentum))
 
 
-def _rules(recipe: Recipe) -> Optimizer:
+def rules_of(recipe: Recipe) -> Optimizer:
+    """Returns the rules of the recipe's optimizer."""
     return optimizers()[recipe.parametrization.optimizer]
 
 
@@ -96,6 +98,13 @@ def _checked(recipe: Recipe) -> CheckedOptimizer:
 def rule_in_words(recipe: Recipe, quantity: Quantity, kind: str) -> str:
     """Returns what rules give a kind of parameter ("hidden", "embedding", "readout", "gain", "bias"), for people."""
     return _checked(recipe).in_words.get(quantity, {}).get(kind, "the plan's")
+
+
+def torch_optimizer(groups: Iterable[dict[str, Any]], recipe: Recipe) -> "torch.optim.Optimizer":
+    """Builds the recipe's optimizer as torch has it, with these parameter groups."""
+    from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
+
+    return TORCH_OPTIMIZERS[recipe.parametrization.optimizer].made(groups, recipe.hyperparameters)
 
 
 def replay_for(recipe: Recipe) -> "Replay":
@@ -123,7 +132,7 @@ def stressed_values(
         rate: of an optimizer whose step grows with gradients, the learning rate at which weights move by `MOVEMENT`.
     """
     h = recipe.hyperparameters
-    if _rules(recipe).step == 0:
+    if rules_of(recipe).step == 0:
         lr = clamped(h.lr, (MOVEMENT * std, MOST_MOVEMENT * std))
     else:
         lr = h.lr if rate is None else clamped(h.lr, (rate / 4, rate))
@@ -142,7 +151,7 @@ def from_gradients(gradients: Sequence[tuple[float, PlanEntry]], plan: Plan, rec
         recipe: likewise.
     """
     there = [(value, entry) for value, entry in gradients if value > 0]
-    if _rules(recipe).step > 0:
+    if rules_of(recipe).step > 0:
         h = recipe.hyperparameters
         moved = [value * entry.lr / plan.lr * entry.width_ratio for value, entry in there if is_hidden(entry)]
         return {"rate": MOVEMENT * _checked(recipe).damping(h) * h.init_method_std / median(moved) if moved else None}

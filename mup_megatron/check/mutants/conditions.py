@@ -6,19 +6,19 @@ from collections.abc import Callable
 from mup_megatron.check.entries import (
     is_hidden,
 )
+from mup_megatron.check.measure.optimizers import rules_of
 from mup_megatron.check.mutants.mutant import Context
-from mup_megatron.theory import optimizers
 from mup_megatron.theory.widths import Scaling
 
 
 def scales_eps(context: Context) -> bool:
     """Returns whether the optimizer has an eps that follows width."""
-    return optimizers()[context.recipe.parametrization.optimizer].eps is not None
+    return rules_of(context.recipe).eps is not None
 
 
 def has_second_beta(context: Context) -> bool:
     """Returns whether the optimizer has a second beta."""
-    return "adam_beta2" in optimizers()[context.recipe.parametrization.optimizer].hyperparameters
+    return "adam_beta2" in rules_of(context.recipe).hyperparameters
 
 
 def is_untied(context: Context) -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from mup_megatron.check.entries import is_embedding, is_vector
+from mup_megatron.check.measure.optimizers import torch_optimizer
 from mup_megatron.modules.attention import attention_modules, scale_attribute
-from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 
@@ -81,5 +81,4 @@ def optimizer_for(model: nn.Module, recipe: Recipe, plan: Plan) -> torch.optim.O
         for name, p in model.named_parameters()
         if p.requires_grad
     ]
-    own = TORCH_OPTIMIZERS[recipe.parametrization.optimizer]
-    return own.made(groups, recipe.hyperparameters) if groups else None
+    return torch_optimizer(groups, recipe) if groups else None

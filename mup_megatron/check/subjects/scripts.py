@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from mup_megatron.check.family.sizes import SEQUENCE, VOCABULARY
 from mup_megatron.check.family.stress import FLOOR
 from mup_megatron.check.measure import batches, levels
+from mup_megatron.check.measure.optimizers import torch_optimizer
 from mup_megatron.check.subjects.modules import Batch
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, param_groups
-from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 
@@ -45,8 +45,7 @@ def prepare_by_plan(model: nn.Module, task: Task) -> torch.optim.Optimizer | Non
     """What `mup_megatron.modules` makes of a model."""
     apply_plan(model, task.plan)
     groups = param_groups(model.named_parameters(), task.plan)
-    own = TORCH_OPTIMIZERS[task.recipe.parametrization.optimizer]
-    return own.made(groups, task.recipe.hyperparameters) if groups else None
+    return torch_optimizer(groups, task.recipe) if groups else None
 
 
 def warm_up_and_decay(step: int, steps: int) -> float:

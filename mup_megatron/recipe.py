@@ -109,7 +109,7 @@ class Parametrization(Strict):
     """The rules that carry the hyperparameters from base to target."""
 
     rule: Literal["mup", "standard"] = "mup"
-    optimizer: Annotated[str, AfterValidator(_known_optimizer)] = "adam"
+    optimizer: Annotated[str, AfterValidator(_known_optimizer)] = theory.ADAM.name
     weight_decay_exponent: Fraction = 1.0
     """λ·r_in^exponent for hidden weights: 1 keeps AdamW's averaging timescale, 0 leaves λ alone."""
 

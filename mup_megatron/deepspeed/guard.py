@@ -29,7 +29,7 @@ class LiveValues:
     lr: float
     weight_decay: float
     eps: float | None
-    """None for SGD."""
+    """None for an optimizer without."""
 
 
 def live_values(engine: Any) -> dict[str, LiveValues]:

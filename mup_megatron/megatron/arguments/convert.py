@@ -20,7 +20,9 @@ from mup_megatron.megatron.arguments.table import (
     parsed,
     unresolved,
 )
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
 from mup_megatron.recipe import Recipe, Schedule
+from mup_megatron.theory import optimizers
 from mup_megatron.validation import brief
 
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_size")
@@ -60,10 +62,11 @@ def _written(flag: Flag, value: Any) -> list[str]:
 def _recipe_flags(recipe: Recipe, train_iters: int | None) -> list[str]:
     optimizer = recipe.parametrization.optimizer
     values = recipe.hyperparameters.model_dump() | {"optimizer": optimizer}
-    others = ("sgd_",) if optimizer == "adam" else ("adam_",)
+    MEGATRON_OPTIMIZERS.require(optimizer)
+    others = {key for each in optimizers().values() for key in each.hyperparameters}
     words: list[str] = []
     for key, flag in HYPERPARAMETERS.items():
-        if not key.startswith(others):
+        if key not in others or key in optimizers()[optimizer].hyperparameters:
             words += _written(flag, values[key])
     return words + _schedule_flags(recipe.schedule, train_iters)
 

@@ -8,7 +8,7 @@ import pytest
 
 from mup_megatron.check.mutants import MUTANTS
 
-BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")

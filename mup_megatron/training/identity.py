@@ -13,7 +13,7 @@ from mup_megatron.readback import parse_json
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.data.indexed import at, check_prefix
 from mup_megatron.training.options import TrainingOptions
-from mup_megatron.validation import brief
+from mup_megatron.validation import brief, plain
 
 Identity = dict[str, Any]
 
@@ -38,7 +38,7 @@ def identity_of(model: ModelFile, recipe: Recipe, data: Path, options: TrainingO
     return {
         "version": VERSION,
         "fingerprint": recipe.fingerprint,
-        "model": model.model_dump(mode="json"),
+        "model": plain(model),
         "data": {
             "bin_bytes": at(data, ".bin").stat().st_size,
             "bin_sha256": meta.bin_sha256,

@@ -208,9 +208,10 @@ class Plan:
         """
         try:
             rest = {key: value for key, value in content.items() if key not in {"model", "parameters"}}
-            if rest["optimizer"] not in optimizers():
-                raise ValueError(f"{rest['optimizer']!r} is no optimizer")
             entries = tuple(_entry_from_json(entry) for entry in content["parameters"])
+            for name in (rest["optimizer"], *(entry.optimizer for entry in entries)):
+                if name not in optimizers():
+                    raise ValueError(f"{name!r} is no optimizer")
             model: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content["model"].items()}
             for key in _FOLLOWS:
                 del model[key]

@@ -30,7 +30,7 @@ class LiveValues:
 
 
 def live_values(engine: Any) -> dict[str, LiveValues]:
-    """Returns name → values of every parameter that this rank's optimizer steps; its learning rate is the present one."""
+    """Returns name → values of every parameter that this rank's optimizer steps; the rate is the present one."""
     return {name: _values(groups[-1]) for name, groups in _groups(engine).items()}
 
 

@@ -19,7 +19,7 @@ from mup_megatron.check.subjects.family import stressed
 from mup_megatron.check.verdict.causes import TOLD, Cause, causes
 from mup_megatron.check.verdict.comparison import Comparison, compare
 from mup_megatron.recipe import PerParameter, Recipe
-from mup_megatron.theory import Kind, Plan, PlanEntry, Role
+from mup_megatron.theory import Plan, PlanEntry, Property, Role
 
 WIDTHS = (32, 64, 128, 256)
 UNTIED = {"untie_embeddings_and_output_weights": True}
@@ -197,8 +197,12 @@ def _hidden_only(change: Wrong) -> Wrong:
     return lambda entry, plan: change(entry, plan) if _hidden(entry) else {}
 
 
-def _of_kind(kind: Kind, change: Wrong) -> Wrong:
-    return lambda entry, plan: change(entry, plan) if entry.kind is kind else {}
+def _with(property_: Property, change: Wrong) -> Wrong:
+    return lambda entry, plan: change(entry, plan) if property_ in entry.properties else {}
+
+
+def _of_biases(change: Wrong) -> Wrong:
+    return lambda entry, plan: change(entry, plan) if entry.is_vector and not entry.is_gain else {}
 
 
 def _standard_values(entry: PlanEntry, plan: Plan) -> dict[str, float]:
@@ -234,25 +238,25 @@ WRONG_PLANS: dict[str, tuple[Case, Wrong, str, str]] = {
     ),
     "the embedding's rate divided": (
         PLAIN,
-        _of_kind(Kind.EMBEDDING, lambda e, p: _lr(e, 1 / _r(p))),
+        _with(Property.EMBEDDING, lambda e, p: _lr(e, 1 / _r(p))),
         "embedding-learning-rate",
         f"{WORDS}.weight",
     ),
     "the readout's rate divided": (
         PLAIN,
-        _of_kind(Kind.HEAD, lambda e, p: _lr(e, 1 / _r(p))),
+        _with(Property.READOUT, lambda e, p: _lr(e, 1 / _r(p))),
         "readout-learning-rate",
         "output_layer.weight",
     ),
     "the gains' rate divided": (
         PLAIN,
-        _of_kind(Kind.GAIN, lambda e, p: _lr(e, 1 / _r(p))),
+        _with(Property.GAIN, lambda e, p: _lr(e, 1 / _r(p))),
         "gain-learning-rate",
         "decoder.layers.0.input_layernorm.weight",
     ),
     "the biases' rate divided": (
         PLAIN,
-        _of_kind(Kind.BIAS, lambda e, p: _lr(e, 1 / _r(p))),
+        _of_biases(lambda e, p: _lr(e, 1 / _r(p))),
         "bias-learning-rate",
         "decoder.layers.0.input_layernorm.bias",
     ),
@@ -328,7 +332,7 @@ WRONG_PLANS: dict[str, tuple[Case, Wrong, str, str]] = {
     ),
     "weight decay on vectors": (
         PLAIN,
-        lambda e, p: {"weight_decay": p.weight_decay} if e.kind.is_vector else {},
+        lambda e, p: {"weight_decay": p.weight_decay} if e.is_vector else {},
         "weight-decay-on-vectors",
         "decoder.layers.0.input_layernorm.weight",
     ),
@@ -337,29 +341,29 @@ WRONG_PLANS: dict[str, tuple[Case, Wrong, str, str]] = {
     "σ/r": (PLAIN, _hidden_only(lambda e, _: _std(e, 1 / math.sqrt(e.width_ratio))), "hidden-init", QKV),
     "no 1/√(2L)": (
         PLAIN,
-        _of_kind(Kind.RESIDUAL, lambda e, p: _std(e, math.sqrt(2 * p.num_layers))),
+        _with(Property.RESIDUAL, lambda e, p: _std(e, math.sqrt(2 * p.num_layers))),
         "residual-init",
         "decoder.layers.0.self_attention.linear_proj.weight",
     ),
     "the base's depth": (
         DEEP,
-        _of_kind(Kind.RESIDUAL, lambda e, p: _std(e, math.sqrt(p.num_layers / 3))),
+        _with(Property.RESIDUAL, lambda e, p: _std(e, math.sqrt(p.num_layers / 3))),
         "residual-init",
         "decoder.layers.0.self_attention.linear_proj.weight",
     ),
     "a shard's fan_in": (
         PLAIN,
-        _of_kind(Kind.RESIDUAL, lambda e, _: _std(e, math.sqrt(2))),
+        _with(Property.RESIDUAL, lambda e, _: _std(e, math.sqrt(2))),
         "init-by-shard",
         "decoder.layers.0.self_attention.linear_proj.weight",
     ),
     "a readout drawn as hidden": (
         PLAIN,
-        _of_kind(Kind.HEAD, lambda e, p: _std(e, 1 / math.sqrt(_r(p)))),
+        _with(Property.READOUT, lambda e, p: _std(e, 1 / math.sqrt(_r(p)))),
         "readout-init",
         "output_layer.weight",
     ),
-    "a readout of 0": (PLAIN, _of_kind(Kind.HEAD, lambda e, _: _std(e, 0.0)), "zero-init", "output_layer.weight"),
+    "a readout of 0": (PLAIN, _with(Property.READOUT, lambda e, _: _std(e, 0.0)), "zero-init", "output_layer.weight"),
     "a tied table drawn as a readout": (
         TIED,
         lambda e, _: _std(e, e.fan_out / 64) if e.name == f"{WORDS}.weight" else {},
@@ -368,13 +372,13 @@ WRONG_PLANS: dict[str, tuple[Case, Wrong, str, str]] = {
     ),
     "gains at 1/√r": (
         PLAIN,
-        _of_kind(Kind.GAIN, lambda _, p: {"init_value": 1 / math.sqrt(_r(p))}),
+        _with(Property.GAIN, lambda _, p: {"init_value": 1 / math.sqrt(_r(p))}),
         "gain-init",
         "decoder.layers.0.input_layernorm.weight",
     ),
     "no embedding multiplier": (
         PLAIN,
-        _of_kind(Kind.EMBEDDING, lambda _e, _p: {"multiplier": 1.0}),
+        _with(Property.EMBEDDING, lambda _e, _p: {"multiplier": 1.0}),
         "embedding-multiplier-dropped",
         WORDS,
     ),
@@ -598,7 +602,7 @@ def test_without_a_known_pattern_the_first_thing_that_is_off_is_the_culprit() ->
 
 def test_two_mistakes_are_both_told() -> None:
     def both(entry: PlanEntry, plan: Plan) -> dict[str, float]:
-        if entry.kind is Kind.EMBEDDING:
+        if entry.is_embedding:
             return _lr(entry, 1 / _r(plan))
         return {"weight_decay": plan.weight_decay} if _hidden(entry) else {}
 

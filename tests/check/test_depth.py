@@ -99,7 +99,7 @@ def test_the_narrowest_width_tells_ten_percent() -> None:
     one = gpt(1).hidden_size
     width, found = narrowest([one, 2 * one, 4 * one, 8 * one], plan)
     assert made[-1] == width
-    smallest = min(e.fan_in * e.fan_out for e in found.entries if e.init_std and not e.kind.is_vector)
+    smallest = min(e.fan_in * e.fan_out for e in found.entries if e.init_std and not e.is_vector)
     assert smallest >= 4096 or width == 8 * one
 
 

@@ -12,7 +12,7 @@ from mup_megatron.check.measure.measuring import measure
 from mup_megatron.check.reference.megatron import Reference
 from mup_megatron.check.subjects.family import stressed
 from mup_megatron.recipe import Hyperparameters, Recipe
-from mup_megatron.theory import Kind, Plan
+from mup_megatron.theory import Plan
 
 PROTOCOL = Protocol(steps=8, recorded=(3, 8))
 BASE = ModelFile(
@@ -70,7 +70,7 @@ def test_the_first_step_of_a_warm_up_has_no_rate(run: Run, plan: Plan) -> None:
 
 def test_weight_decay_alone_makes_the_overlap_of_hidden_weights(run: Run, plan: Plan) -> None:
     for entry in plan.entries:
-        if entry.kind in (Kind.WEIGHT, Kind.RESIDUAL):
+        if not entry.properties or entry.is_residual:
             decays = [1 - entry.lr * rate(step) * entry.weight_decay for step in range(1, LAST + 1)]
             found = run.values[Key(Quantity.OVERLAP, entry.name, LAST)]
             assert found == pytest.approx(math.prod(decays), rel=0.05), entry.name

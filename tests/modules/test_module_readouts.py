@@ -13,7 +13,7 @@ from mup_megatron.live.hooks import ScaledInput
 from mup_megatron.modules import apply_plan, module_base, plan_for_module
 from mup_megatron.modules.apply import require_applied
 from mup_megatron.recipe import Hyperparameters, Recipe
-from mup_megatron.theory import Kind, Plan
+from mup_megatron.theory import Plan, Property
 
 VOCABULARY = 12
 
@@ -89,7 +89,7 @@ def test_a_tied_readout_that_is_no_layer_has_no_place_for_its_multiplier() -> No
 
 def test_a_readout_among_layers_has_the_output_multiplier_if_it_is_named() -> None:
     plan = planned(Listed, readout="layers.2.weight", output=3.0)
-    assert (plan["layers.2.weight"].kind, plan["layers.2.weight"].multiplier) == (Kind.HEAD, 0.75)
+    assert (set(plan["layers.2.weight"].properties), plan["layers.2.weight"].multiplier) == ({Property.READOUT}, 0.75)
 
 
 @pytest.mark.parametrize(

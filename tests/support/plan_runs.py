@@ -20,7 +20,7 @@ def optimizer_from_plan(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
     named = list(model.named_parameters())
     assert [name for name, _ in named] == [entry.name for entry in plan.entries]
     groups = [{"params": [p], "lr": plan[name].lr, "weight_decay": plan[name].weight_decay} for name, p in named]
-    if plan.optimizer is Optimizer.SGD:
+    if plan.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9)
     for group, (name, _) in zip(groups, named, strict=True):
         group["eps"] = plan[name].eps

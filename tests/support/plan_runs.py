@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.plain import PlainDecoder, cross_entropy
 from mup_megatron.check.reference.megatron import carried_out
-from mup_megatron.theory import Optimizer, Plan
+from mup_megatron.theory import Plan
 
 
 def plain_from_plan(plan: Plan, target: ModelFile, *, dtype: torch.dtype = torch.float64) -> PlainDecoder:

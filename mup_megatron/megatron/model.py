@@ -140,7 +140,7 @@ def _problems(model: torch.nn.Module, plan: Plan) -> list[str]:
 def _multiplier_problems(model: torch.nn.Module, plan: Plan) -> list[str]:
     modules = dict(named_modules(model))
     return [
-        f"{name}: a multiplier cannot act through the norm that is fused into this layer. "
+        f"{name}.weight: a multiplier cannot act through the norm that is fused into this layer. "
         "Use transformer_impl local, or fold the multiplier (init_mult and lr_mult by the same factor)."
         for name in hooks.wanted(plan.sites)
         if hasattr(modules.get(name), "layer_norm_weight")

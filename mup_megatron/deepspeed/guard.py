@@ -1,4 +1,4 @@
-"""What a live engine really does with each parameter, read back by name and compared with the plan. Changes nothing.
+"""A live engine compared with the plan: what it really does with each parameter, read back by name. Changes nothing.
 
 ZeRO's optimizers hold flat buffers instead of parameters, but still know which parameters a group was made of. So what
 is read here are the very groups that the optimizer steps with, not what was handed over to it.
@@ -21,7 +21,7 @@ __all__ = ["CLOSE", "LiveValues", "group_problem", "live_values", "problems"]
 
 @dataclass(frozen=True, slots=True)
 class LiveValues:
-    """What the optimizer does with a parameter at this moment."""
+    """The values that the optimizer uses for a parameter at this moment."""
 
     lr: float
     weight_decay: float

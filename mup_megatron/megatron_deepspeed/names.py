@@ -50,7 +50,7 @@ def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
 
 
 def is_pipe(model: torch.nn.Module) -> bool:
-    """Whether a model that is not wrapped is DeepSpeed's pipeline, which keeps the layers of all stages as `specs`."""
+    """Says if a model that is not wrapped is DeepSpeed's pipeline, which keeps the layers of all stages as `specs`."""
     return hasattr(model, "specs")
 
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from mup_megatron.errors import InputError
-from mup_megatron.modules.apply import require_kept, whole_shape
+from mup_megatron.live.compare import value_problems
+from mup_megatron.modules.applied import require_kept
 from mup_megatron.modules.groups import FLAT, PADDING, Group, GroupValues, flattened, members, values
 from mup_megatron.modules.names import named_parameters
 from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
+from mup_megatron.modules.weights import whole_shape
 from mup_megatron.theory import Plan
 
 _log = logging.getLogger(__name__)
-
-_CLOSE = 1e-6
 
 
 def check_optimizer(optimizer: Any, plan: Plan, model: torch.nn.Module | None = None) -> None:
@@ -182,16 +182,14 @@ def _require_one_of_each(groups: list[Group]) -> None:
 
 
 def _require_values(groups: list[Group], plan: Plan, model: torch.nn.Module | None) -> None:
+    cause = "Make the optimizer of param_groups(model.named_parameters(), plan), and leave its groups alone."
     for name, wanted, group in _compared(groups, plan, model):
-        found: dict[str, Any] = {key: group.get(key) for key in ("weight_decay", "eps")}
+        planned = {"lr": wanted.lr, "weight decay": wanted.weight_decay, "eps": wanted.eps}
         # Where there is a scheduler: the peak that a cycle goes up to, or what it starts from.
-        found["lr"] = group.get("max_lr", group.get("initial_lr", group["lr"]))
-        for key, value in (("lr", wanted.lr), ("weight_decay", wanted.weight_decay), ("eps", wanted.eps)):
-            if value is not None and (found[key] is None or not math.isclose(found[key], value, rel_tol=_CLOSE)):
-                raise InputError(
-                    f"{name}: {key} is {found[key]} in the optimizer and {value:g} in the plan. Make the optimizer of "
-                    "param_groups(model.named_parameters(), plan), and leave its groups alone."
-                )
+        peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
+        live = {"lr": peak, "weight decay": group.get("weight_decay"), "eps": group.get("eps")}
+        for problem in value_problems(name, planned, live, cause):
+            raise InputError(str(problem))
 
 
 def _require_one_schedule(groups: list[Group]) -> None:

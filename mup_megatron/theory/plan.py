@@ -180,9 +180,10 @@ class Plan:
             for entry in self.entries
             if entry.multiplier != 1.0 and entry.name not in placed
         )
-        return (*(self._site(place) for place in self.places), *own)
+        return (*(self.site(place) for place in self.places), *own)
 
-    def _site(self, place: Place) -> Site:
+    def site(self, place: Place) -> Site:
+        """Returns a place with its factor; also one that is known from the live model alone."""
         if place.carries == SOFTMAX:
             reason = "attention logits scale as 1/d in the head size"
             return Site(place.module, place.acts, self.softmax_scale, self.own_softmax_scale, reason)

@@ -1,15 +1,11 @@
 """Initial weights against the plan: constants exactly, draws by their statistics. Reads, changes nothing."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
-from mup_megatron.megatron.guard.problems import Problem, number
-from mup_megatron.megatron.names import named_parameters
-from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.live.problems import Problem, number
+from mup_megatron.theory import PlanEntry
 
 SURPRISE = 34.0
 """A right draw is taken for a wrong one with probability e⁻³⁴, 2·10⁻¹⁵, per tensor and rank. GPT-3 175B has 3·10³ drawn
@@ -19,30 +15,25 @@ _PIECE = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Elements that are looked at together: what stays in a processor's cache, or 128 MiB beside a model on a full GPU."""
 
 
-def weight_problems(chunks: Sequence[torch.nn.Module], plan: Plan) -> list[Problem]:
-    """Where this rank's initial weights are not the plan's; for a model that was just drawn.
+def is_drawn_with(rms: float, std: float, n: int, *, rounding: float) -> bool:
+    """Returns whether n values of this root mean square can be a draw of N(0, std²), within a relative error.
 
-    A drawn shard of n elements has the second moment n·σ² and the sum 0 within sampling error: the first is χ² with n
-    degrees of freedom (bounds of Laurent and Massart, right also where n is small), the second normal. Both are
-    widened by the rounding of the stored type. Rows that only pad the vocabulary do not count.
+    n·(rms/std)² is χ² with n degrees of freedom, of which values on the far side of n·t have a probability of at most
+    exp(-n·(t - 1 - ln t)/2) (Chernoff's bound, right also where n is small). NaN is no draw.
     """
-    found = []
-    for name, parameter in named_parameters(chunks, tied=plan.tied):
-        if parameter.is_meta:
-            continue
-        entry = plan[name]
-        values = _without_padding(parameter.detach(), parameter, entry)
-        if values.numel():
-            found += _constant(values, entry) if entry.init_std is None else _drawn(values, entry, entry.init_std)
-    return found
+    if not math.isfinite(rms):
+        return False
+    # The nearest to 1 that the ratio can have been before values were rounded.
+    lowest, highest = (rms / std * (1.0 - rounding)) ** 2, (rms / std * (1.0 + rounding)) ** 2
+    t = min(max(lowest, 1.0), highest)
+    return t > 0.0 and n / 2.0 * (t - 1.0 - math.log(t)) <= SURPRISE
 
 
-def _without_padding(values: torch.Tensor, parameter: torch.nn.Parameter, entry: PlanEntry) -> torch.Tensor:
-    if entry.padded_to is None:
-        return values
-    sharded = getattr(parameter, "tensor_model_parallel", False)
-    first = parallel_state.get_tensor_model_parallel_rank() * len(values) if sharded else 0
-    return values[: max(0, entry.shape[0] - first)]
+def weight_problems(values: torch.Tensor, entry: PlanEntry) -> list[Problem]:
+    """Returns why a parameter, or a rank's shard of it, does not start as the plan says; for one just drawn."""
+    if not values.numel():
+        return []
+    return _constant(values, entry) if entry.init_std is None else _drawn(values, entry, entry.init_std)
 
 
 def _constant(values: torch.Tensor, entry: PlanEntry) -> list[Problem]:
@@ -64,15 +55,12 @@ def _constant(values: torch.Tensor, entry: PlanEntry) -> list[Problem]:
 def _drawn(values: torch.Tensor, entry: PlanEntry, std: float) -> list[Problem]:
     n = values.numel()
     total, squares = _sums(values)
+    found = math.sqrt(squares / n)
     if std == 0.0:
         cause = "The recipe starts it at zero. Something drew it after the plan was applied."
-        return [Problem(entry.name, "initial std", "0", number(math.sqrt(squares / n)), cause)] if squares else []
-    rounding = _rounding(values.dtype)
-    lowest = math.sqrt(max(0.0, 1.0 - 2.0 * math.sqrt(SURPRISE / n))) * (1.0 - rounding)
-    highest = math.sqrt(1.0 + 2.0 * math.sqrt(SURPRISE / n) + 2.0 * SURPRISE / n) * (1.0 + rounding)
-    found = math.sqrt(squares / n)
-    # Written so that NaN is a problem.
-    if not lowest * std <= found <= highest * std:
+        return [Problem(entry.name, "initial std", "0", number(found), cause)] if squares else []
+    rounding = torch.finfo(values.dtype).eps / 2
+    if not is_drawn_with(found, std, n, rounding=rounding):
         return [Problem(entry.name, "initial std", number(std), number(found), _std_cause(entry, std, found))]
     largest = std * (math.sqrt(2.0 * SURPRISE / n) + rounding * rounding)
     if not abs(total / n) <= largest:
@@ -102,8 +90,3 @@ def _sums(values: torch.Tensor) -> tuple[float, float]:
         total += exact.sum().item()
         squares += exact.square().sum().item()
     return total, squares
-
-
-def _rounding(dtype: Any) -> float:
-    """The relative error of one rounding to a type."""
-    return torch.finfo(dtype).eps / 2

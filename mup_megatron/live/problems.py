@@ -1,17 +1,13 @@
-"""What the guard says when a run is not what its plan says: single problems, and one message made of many.
+"""What is said of a run that is not what its plan says: single problems, and one message made of many."""
 
-Nothing here looks at a model.
-"""
-
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mup_megatron.theory import family_of
+
 SHOWN = 5
 """How many problems a message describes; the rest is counted."""
-
-_LAYER = re.compile(r"\.layers\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +26,25 @@ class Problem:
         return self.described()
 
     def described(self, others: int = 0) -> str:
-        """The problem in one line, which says of how many further layers it holds."""
+        """Returns the problem in one line, which says of how many further layers it holds."""
         layers = f" (and {others} more layer{'s' if others > 1 else ''})" if others else ""
         return f"{self.name}{layers}: {self.quantity} should be {self.expected} and is {self.found}. {self.cause}"
 
 
 def number(value: float | None) -> str:
-    """A value as messages show it."""
+    """Returns a value as messages show it."""
     return "not set" if value is None else f"{value:.6g}"
 
 
-def message(problems: Iterable[Problem]) -> str:
-    """All problems of all ranks in a few lines.
+def message(problems: Iterable[Problem], *, of: str = "This run is not what its recipe says") -> str:
+    """Returns all problems in a few lines, after a line on what they are `of`.
 
     What is the same in many layers, or on many ranks, is said once. One problem of each quantity and cause comes before
     the second of any, so that a mistake with many victims does not hide another.
     """
     alike: dict[tuple[str, str, str, str], list[Problem]] = {}
     for p in problems:
-        alike.setdefault((_LAYER.sub(".layers.*.", p.name), p.quantity, p.expected, p.cause), []).append(p)
+        alike.setdefault((family_of(p.name), p.quantity, p.expected, p.cause), []).append(p)
     seen: Counter[tuple[str, str]] = Counter()
     turns = []
     for (_, quantity, _, cause), group in alike.items():
@@ -59,4 +55,4 @@ def message(problems: Iterable[Problem]) -> str:
     rest = Counter(group[0].quantity for group in ordered[SHOWN:] for _ in {p.name for p in group})
     if rest:
         lines.append("  Besides: " + ", ".join(f"{count} × {quantity}" for quantity, count in rest.items()) + ".")
-    return "\n".join(["This run is not what its recipe says, so it was stopped:", *lines])
+    return "\n".join([f"{of}, so it was stopped:", *lines])

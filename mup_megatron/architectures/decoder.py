@@ -50,7 +50,7 @@ class Decoder(ABC):
     final_norm: ClassVar[str]
     """The prefix of the parameters of the norm before the readout."""
     branches: ClassVar[int]
-    """Residual branches of a layer, as its stock initialisation counts them."""
+    """Residual branches of a layer; the stock initialisation counts them likewise (`is_hybrid_model`)."""
 
     @abstractmethod
     def layers(self, model: ModelFile) -> Sequence[Sequence[Family]]:
@@ -64,14 +64,21 @@ class Decoder(ABC):
         """Returns the model with its first layers alone."""
         return self.with_layers(model, range(layers))
 
-    def adopted(self, model: ModelFile) -> ModelFile | None:
-        """Returns another architecture's model as one of this, if it is one; None if it is not."""
-        return model if isinstance(model, self.file) and type(model) is self.file else None
+    def taken_from(self, other: "Decoder", model: ModelFile) -> ModelFile | None:
+        """Returns another architecture's model as one of this; None if this has none that is equal."""
+        return model if other is self else None
 
-    def name_at(self, other: "Decoder", name: str) -> str:
-        """Returns what another architecture calls a parameter of this one, where both are one model."""
-        assert other is self
-        return name
+    def given_to(self, other: "Decoder", model: ModelFile) -> ModelFile | None:
+        """Returns a model of this architecture as one of another; None if that has none that is equal."""
+        return model if other is self else None
+
+    def name_from(self, other: "Decoder", name: str) -> str:
+        """Returns the name here of another architecture's parameter, where both are one model."""
+        raise NotImplementedError
+
+    def name_in(self, other: "Decoder", name: str) -> str:
+        """Returns the name in another architecture of a parameter of this one, where both are one model."""
+        raise NotImplementedError
 
     def shapes(self, base: ModelFile, target: ModelFile, of_base: "Decoder") -> tuple[ModelShape, ModelShape]:
         """Returns the shapes of base and target, named as in the target, with the names that patterns mean.
@@ -93,24 +100,22 @@ class Decoder(ABC):
                     f"{key} is {at_base} in the recipe's base but {at_target} in the target. "
                     "Hyperparameters transfer between widths of one architecture: tune a base that has the target's."
                 )
-        own = self.adopted(base)
-        if own is None or of_base.adopted(target) is None:
+        own = as_other(of_base, self, base)
+        if own is None or as_other(self, of_base, target) is None:
             raise InputError(
                 f"the recipe's base is {of_base.description} and the target {self.description}, which are not one "
                 "model. Tune a base of the target's architecture."
             )
         growth = Growth(own, target)
         tuned_impl = target.model_copy(update={"transformer_impl": base.transformer_impl})
-        tuned_names = [of_base_name(self, of_base, tensor.name) for tensor in self._tensors(tuned_impl, growth)]
+        tuned_names = [name_in_other(self, of_base, tensor.name) for tensor in self._tensors(tuned_impl, growth)]
         shape = self._shape(target, growth)
         tensors = tuple(
             replace(tensor, name_at_base=tuned if tuned != tensor.name else None)
             for tensor, tuned in zip(shape.tensors, tuned_names, strict=True)
         )
         at_base = self._shape(own.model_copy(update={"transformer_impl": target.transformer_impl}), growth)
-        # A target of the same branches starts as the base's own initialisation would have it.
-        stacks = {STACK: Stack(base.num_layers, of_base.branches)}
-        return replace(at_base, stacks=stacks), replace(shape, tensors=tensors)
+        return at_base, replace(shape, tensors=tensors)
 
     def _shape(self, model: ModelFile, growth: Growth) -> ModelShape:
         tensors = tuple(self._tensors(model, growth))
@@ -166,9 +171,20 @@ class Decoder(ABC):
         return {**found, "readout": 6.0 * model.hidden_size * model.padded_vocab_size()}
 
 
-def of_base_name(target: Decoder, base: Decoder, name: str) -> str:
-    """Returns what the base's architecture calls a parameter of the target's."""
-    return name if base is target else target.name_at(base, name)
+def as_other(one: Decoder, other: Decoder, model: ModelFile) -> ModelFile | None:
+    """Returns a model of one architecture as one of another, by whichever of the two knows; None if they differ."""
+    given = one.given_to(other, model)
+    return other.taken_from(one, model) if given is None else given
+
+
+def name_in_other(one: Decoder, other: Decoder, name: str) -> str:
+    """Returns what another architecture calls a parameter, where both are one model: see `as_other`."""
+    if one is other:
+        return name
+    try:
+        return one.name_in(other, name)
+    except NotImplementedError:
+        return other.name_from(one, name)
 
 
 def _embedding(name: str, entries: Side, hidden: Side) -> Tensor:

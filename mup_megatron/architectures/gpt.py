@@ -15,7 +15,7 @@ class Gpt(Decoder):
     description: ClassVar[str] = "a GPT"
     file: ClassVar[type[ModelFile]] = ModelFile
     live_classes: ClassVar[tuple[str, ...]] = ("GPTModel",)
-    builder: ClassVar[str] = "mup_megatron.architectures.gpt_live"
+    builder: ClassVar[str] = "mup_megatron.megatron.builders.gpt"
     final_norm: ClassVar[str] = "decoder.final_layernorm."
     branches: ClassVar[int] = 2
 

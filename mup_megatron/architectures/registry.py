@@ -11,6 +11,7 @@ from pydantic import SerializeAsAny, WrapValidator
 
 from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.gpt import GPT
+from mup_megatron.architectures.hybrid import HYBRID
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.theory import ModelShape
@@ -39,7 +40,7 @@ def architecture_of(model: ModelFile) -> Decoder:
     return next(each for each in _ARCHITECTURES.values() if each.file is type(model))
 
 
-for _each in (GPT,):
+for _each in (GPT, HYBRID):
     register(_each)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mup_megatron.architectures.names import POSITION_EMBEDDINGS, WORD_EMBEDDINGS
+from mup_megatron.architectures.registry import architectures
 from mup_megatron.collectives import raise_together
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.names import named_parameters, require_match, unwrapped
@@ -51,7 +52,7 @@ def apply_plan(model_chunks: Sequence[torch.nn.Module], plan: Plan, *, initializ
     models = [unwrapped(chunk) for chunk in model_chunks]
     problems = [problem for model in models for problem in _problems(model, plan)]
     if initialize:
-        problems += [problem for model in models for problem in _draw_problems(model)]
+        problems += [problem for model in models for problem in _draw_problems(model)] if not problems else []
     raise_together(problems)
     require_match(models, plan)
     with torch.no_grad():
@@ -81,34 +82,31 @@ def refuse_native(config: Any) -> None:
 
 # ---- what cannot be done right -------------------------------------------------------------------------------------
 
-_OTHER_KINDS = {
-    "HybridModel": "a hybrid of Mamba, attention and other layers",
-    "MambaModel": "a hybrid of Mamba, attention and other layers",
-    "T5Model": "an encoder and a decoder",
-    "BertModel": "an encoder",
-    "LLaVAModel": "a multimodal model",
-    "MimoModel": "a multimodal model",
-}
-"""Megatron-Core's models that are no GPT, some of which look like one: class → what it is."""
 
-
-def _other_kind(model: torch.nn.Module) -> str | None:
-    """What a model is, if it is no GPTModel."""
-    known = [_OTHER_KINDS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in _OTHER_KINDS]
-    if known:
-        return known[0]
-    return None if hasattr(model, "decoder") else "a model without a decoder"
+def _foreign(model: torch.nn.Module, plan: Plan) -> str | None:
+    """Why a model is none that the plan is for; None if it is one."""
+    classes = [kind.__name__ for kind in type(model).__mro__]
+    if set(architectures()[plan.architecture].live_classes) & set(classes):
+        return None
+    wanted = architectures()[plan.architecture].description
+    other = next((each for each in architectures().values() if set(each.live_classes) & set(classes)), None)
+    if other is not None:
+        return (
+            f"the model is a {type(model).__name__}, {other.description}, and the plan is for {wanted}. Give the model "
+            "file of the model that is built."
+        )
+    return (
+        f"the model is a {type(model).__name__}, which is not supported. Supported are "
+        f"{', '.join(each.live_classes[0] for each in architectures().values())}."
+    )
 
 
 def _problems(model: torch.nn.Module, plan: Plan) -> list[str]:
     from megatron.core.fp8_utils import is_float8tensor
 
-    what = _other_kind(model)
-    if what is not None:
-        return [
-            f"the model is a {type(model).__name__}, {what}, and a plan is for Megatron-Core's GPTModel. Such models "
-            "are not supported until a later release."
-        ]
+    foreign = _foreign(model, plan)
+    if foreign is not None:
+        return [foreign]
     config: Any = model.config
     problems = []
     if model in _applied:
@@ -160,8 +158,6 @@ def _multiplier_problems(model: torch.nn.Module, plan: Plan) -> list[str]:
 
 def _draw_problems(model: torch.nn.Module) -> list[str]:
     """Why Megatron's draw cannot be rescaled, if it cannot."""
-    if _other_kind(model) is not None:
-        return []  # has been said
     config: Any = model.config
     if any(parameter.is_meta for parameter in model.parameters()):
         return [

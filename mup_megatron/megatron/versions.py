@@ -11,6 +11,7 @@ import platform
 import queue
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,48 @@ def _zero_momenta(optimizer: Any, config: Any = None) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+@dataclass(frozen=True, slots=True)
+class HybridClasses:
+    """Megatron-Core's classes of a hybrid model, and what its constructor calls them."""
+
+    model: Any
+    stack: Any
+    submodules: Any
+    spec_key: str
+    pattern_key: str
+    builds_stages: bool
+    """Whether the model takes a virtual pipeline stage, and `|` in its pattern."""
+    specs: str
+    """The module that has the stock spec."""
+
+    def stock_spec(self) -> Any:
+        """Returns the spec that ships, of Transformer Engine's layers."""
+        specs = importlib.import_module(self.specs)
+        return getattr(specs, "hybrid_stack_spec", None) or specs.mamba_stack_spec
+
+
+def hybrid_classes() -> HybridClasses:
+    """Returns the hybrid model of this release: `HybridModel`, and `MambaModel` before 0.18. Imports Megatron."""
+    version = core_version()[:2]
+    if version >= (0, 18):
+        model: Any = importlib.import_module("megatron.core.models.hybrid.hybrid_model").HybridModel
+        block: Any = importlib.import_module("megatron.core.models.hybrid.hybrid_block")
+        specs = "megatron.core.models.hybrid.hybrid_layer_specs"
+        return HybridClasses(
+            model,
+            block.HybridStack,
+            block.HybridStackSubmodules,
+            "hybrid_stack_spec",
+            "hybrid_layer_pattern",
+            True,
+            specs,
+        )
+    model = importlib.import_module("megatron.core.models.mamba.mamba_model").MambaModel
+    block = importlib.import_module("megatron.core.ssm.mamba_block")
+    pattern, stages = ("hybrid_layer_pattern", True) if version == (0, 17) else ("hybrid_override_pattern", False)
+    specs = "megatron.core.models.mamba.mamba_layer_specs"
+    return HybridClasses(
+        model, block.MambaStack, block.MambaStackSubmodules, "mamba_stack_spec", pattern, stages, specs
+    )

@@ -13,7 +13,7 @@ from mup_megatron.theory.plan import Plan, PlanEntry
 from mup_megatron.theory.rules import Rule
 from mup_megatron.theory.sites import Place
 from mup_megatron.theory.tensors import Constant, Kept, LibraryDraw, Property, Role, Tensor
-from mup_megatron.theory.widths import Scaling, Sizes, Stack, layers_as_counted, scaling
+from mup_megatron.theory.widths import Scaling, Sizes, Stack, scaling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,11 +96,11 @@ def build_plan(
     overrides = tuple(overrides)
     at_base = counterparts(base.tensors)
     standard = rules_used.rule is Rule.STANDARD
-    layers = {name: layers_as_counted(base.stacks.get(name, stack), stack) for name, stack in target.stacks.items()}
+    depths = {name: Sizes(base.stacks.get(name, stack).depth, stack.depth) for name, stack in target.stacks.items()}
     entries = []
     for tensor in target.tensors:
         counterpart = at_base.of(tensor.name)
-        s = scaling(counterpart, tensor, layers.get(tensor.stack, Sizes(1, 1)))
+        s = scaling(counterpart, tensor, depths.get(tensor.stack, Sizes(1, 1)))
         entry = _entry(tensor, counterpart, s.without_width() if standard else s, tuned, rules_used)
         entries.append(_overridden(entry, tensor, overrides))
     _require_all_used(overrides, target.tensors)
@@ -128,7 +128,6 @@ def build_plan(
             (each.multiplier for each in entries if each.is_readout and each.name == target.readout), tied_output
         ),
         stacks=dict(target.stacks),
-        residual_layers={name: counted.target for name, counted in layers.items()},
         readout=target.readout,
         readout_norm=target.readout_norm,
         query_norms=target.query_norms,

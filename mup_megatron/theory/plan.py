@@ -110,8 +110,6 @@ class Plan:
     """On the readout's input; α_out/r_in, also where the readout is the embedding."""
     stacks: Mapping[str, Stack]
     """Stacks of layers, by the name of the module that has the `layers`."""
-    residual_layers: Mapping[str, float]
-    """For each stack, the L in the std σ/√(2L) of what writes into the residual stream."""
     readout: str | None
     """Name of the weight that computes the logits: a tied model's token embedding. None without a readout."""
     readout_norm: tuple[str, ...]
@@ -234,7 +232,6 @@ _MODEL_KEYS = (
     "head_size",
     "num_layers",
     "stacks",
-    "residual_layers",
     "tied",
     "readout",
     "readout_norm",

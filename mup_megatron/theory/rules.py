@@ -68,10 +68,10 @@ MULTIPLIER: Mapping[Role, Factor] = {**EVERYWHERE, Role.OUTPUT: Power(r_in=-1)}
 def init_std(role: Role, properties: frozenset[Property], s: Scaling, *, sigma: float) -> float:
     """Returns the std of the initial draw (TP5 Table 8).
 
-    A matrix that writes into the residual stream keeps Megatron's further 1/√(2L), L the target's (M).
+    A matrix that writes into the residual stream keeps Megatron's further 1/√(2L), 2L being the target's branches (M).
     """
     std = sigma * INIT_STD[role](s)
-    return std / math.sqrt(2.0 * s.layers.target) if Property.RESIDUAL in properties else std
+    return std / math.sqrt(s.depth.target) if Property.RESIDUAL in properties else std
 
 
 def carried_init_std(role: Role, s: Scaling, *, std_at_base: float) -> float:

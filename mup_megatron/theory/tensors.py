@@ -28,7 +28,7 @@ class Property(StrEnum):
     READOUT = "readout"
     """Computes the model's output; carries the output multiplier α_out."""
     RESIDUAL = "residual"
-    """Writes into the residual stream: drawn with a further 1/√(2L), as Megatron does."""
+    """Writes into the residual stream: drawn with a further 1/√(number of residual branches), as Megatron does."""
     EXPERT = "expert"
     """One of several that share the tokens."""
     FOLDED = "folded"

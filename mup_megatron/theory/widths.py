@@ -42,8 +42,8 @@ class Scaling:
 
     fan_in: Sizes
     fan_out: Sizes
-    layers: Sizes = Sizes(1, 1)
-    """L of its stack, counted as the base counts: a target of the same branches has the same L."""
+    depth: Sizes = Sizes(1, 1)
+    """Residual branches of its stack. A GPT's layer has two and a hybrid model's one, so that equal models agree."""
 
     @property
     def r_in(self) -> float:
@@ -57,26 +57,18 @@ class Scaling:
 
     def without_width(self) -> "Scaling":
         """The same with the target's width at the base already: every width rule is the identity."""
-        return Scaling(_still(self.fan_in), _still(self.fan_out), self.layers)
+        return Scaling(_still(self.fan_in), _still(self.fan_out), self.depth)
 
 
 def _still(sizes: Sizes) -> Sizes:
     return Sizes(sizes.target, sizes.target, sizes.grows)
 
 
-def scaling(base: Tensor, target: Tensor, layers: Sizes) -> Scaling:
-    """Returns the sizes of one tensor at base and target, given those of its stack."""
-    return Scaling(_sizes(base.fan_in, target.fan_in), _sizes(base.fan_out, target.fan_out), layers)
+def scaling(base: Tensor, target: Tensor, depth: Sizes) -> Scaling:
+    """Returns the sizes of one tensor at base and target, given the two depths of its stack."""
+    return Scaling(_sizes(base.fan_in, target.fan_in), _sizes(base.fan_out, target.fan_out), depth)
 
 
 def _sizes(base: Side, target: Side) -> Sizes:
     assert base.grows == target.grows
     return Sizes(base.size, target.size, target.grows)
-
-
-def layers_as_counted(base: Stack, target: Stack) -> Sizes:
-    """Returns the two depths L in layers of the base's kind.
-
-    A GPT's layer has two branches and a hybrid model's one, so `*-*-` is 4 layers to a hybrid base and 2 to a GPT.
-    """
-    return Sizes(base.layers, target.depth / base.branches)

@@ -74,7 +74,7 @@ def _at(role: Role, i: float, o: float, layers: int = 7) -> Scaling:
     return Scaling(
         Sizes(1, i, grows=role in (Role.HIDDEN, Role.OUTPUT)),
         Sizes(1, o, grows=role in (Role.HIDDEN, Role.INPUT)),
-        Sizes(2, layers),
+        Sizes(4, 2 * layers),
     )
 
 

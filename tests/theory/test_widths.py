@@ -1,4 +1,4 @@
-"""Two sizes of each side and two depths, and how a depth is counted where layers of base and target are not alike."""
+"""Two sizes of each side and two depths, which count branches: layers of base and target need not be alike."""
 
 from dataclasses import replace
 from math import sqrt
@@ -8,7 +8,7 @@ from support.shapes import HYPERPARAMETERS, gpt, recipe_for
 
 from mup_megatron.architectures.registry import shapes_of
 from mup_megatron.theory import Plan, Scaling, Side, Sizes, Stack, Tensor
-from mup_megatron.theory.widths import layers_as_counted, scaling
+from mup_megatron.theory.widths import scaling
 
 GPT, HYBRID = Stack(layers=2), Stack(layers=4, branches=1)
 """`*-*-`, as two layers of two branches, and as four of one."""
@@ -18,7 +18,7 @@ FC2 = "decoder.layers.0.mlp.linear_fc2.weight"
 def test_a_ratio_is_of_sizes_that_grow() -> None:
     assert (Sizes(8, 32).ratio, Sizes(8, 32, grows=False).ratio) == (4.0, 1.0)
     still = Scaling(Sizes(8, 32), Sizes(8, 16), Sizes(2, 3)).without_width()
-    assert (still.r_in, still.r_out, still.layers) == (1.0, 1.0, Sizes(2, 3))
+    assert (still.r_in, still.r_out, still.depth) == (1.0, 1.0, Sizes(2, 3))
     assert still.fan_in == Sizes(32, 32)
 
 
@@ -29,19 +29,8 @@ def test_each_tensor_has_both_sizes_of_both_its_sides() -> None:
     assert (found.r_in, found.r_out) == (3.0, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("base", "target", "layers"),
-    [
-        (GPT, Stack(6), Sizes(2, 6)),
-        (HYBRID, Stack(12, branches=1), Sizes(4, 12)),
-        (GPT, HYBRID, Sizes(2, 2)),
-        (HYBRID, GPT, Sizes(4, 4)),
-        (GPT, Stack(7, branches=1), Sizes(2, 3.5)),
-        (HYBRID, Stack(3), Sizes(4, 6)),
-    ],
-)
-def test_depth_is_counted_in_layers_of_the_bases_kind(base: Stack, target: Stack, layers: Sizes) -> None:
-    assert layers_as_counted(base, target) == layers
+def test_a_depth_is_the_number_of_residual_branches() -> None:
+    assert (GPT.depth, HYBRID.depth, Stack(7, branches=1).depth, Stack(7).depth) == (4, 4, 7, 14)
 
 
 def _plan(base: Stack, target: Stack) -> Plan:
@@ -54,11 +43,12 @@ def _plan(base: Stack, target: Stack) -> Plan:
     return theory.build_plan(*own, theory.Tuned(**tuned), rules_used=theory.Rules())
 
 
-def test_what_writes_into_the_stream_has_the_l_of_its_bases_counting() -> None:
+def test_what_writes_into_the_stream_counts_the_targets_branches() -> None:
     sigma = HYPERPARAMETERS["init_method_std"] / 2
-    for base, target, layers in ((GPT, GPT, 2), (GPT, HYBRID, 2), (HYBRID, GPT, 4), (HYBRID, HYBRID, 4)):
+    deeper = Stack(7, branches=1)
+    for base, target in ((GPT, GPT), (GPT, HYBRID), (HYBRID, GPT), (HYBRID, HYBRID), (GPT, deeper), (deeper, GPT)):
         plan = _plan(base, target)
-        assert plan.residual_layers == {"decoder": layers}
-        assert plan[FC2].init_std == pytest.approx(sigma / sqrt(2 * layers), rel=1e-15)
+        branches = 7 if target is deeper else 4
+        assert plan[FC2].init_std == pytest.approx(sigma / sqrt(branches), rel=1e-15)
         assert plan.num_layers == target.layers
     assert recipe_for(gpt(1)).plan(gpt(4)).entries == _plan(GPT, GPT).entries

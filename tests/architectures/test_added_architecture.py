@@ -92,3 +92,28 @@ def test_it_trains_on_megatron_core_under_the_guard(tmp_path: Path) -> None:
     losses = run_ranks(trained, 1, tmp_path)[0]
     assert losses[0] == pytest.approx(math.log(VOCABULARY), rel=0.05)
     assert losses[-1] < losses[0] - 0.5
+
+
+def checked(mistake: str | None) -> tuple[str, list[str]]:
+    """In a rank: the outcome of a check, and the causes that it names."""
+    from mup_megatron.check.mutants import MUTANTS
+    from mup_megatron.check.run_megatron import check_megatron
+
+    registry.register(BankArchitecture())
+    recipe = recipe_for(file(SMALL), **VALUES)
+    mutant = None if mistake is None else MUTANTS[mistake]
+    verdict = check_megatron(file(WIDE), recipe, mutant=mutant, references=None, processes=1)
+    return verdict.outcome, [cause.name for cause in verdict.causes]
+
+
+@pytest.mark.parametrize("mistake", ["init-unscaled", "eps-unscaled"])
+def test_a_mistake_in_it_is_found(mistake: str) -> None:
+    from mup_megatron.check.mutants import MUTANTS
+
+    outcome, causes = run_ranks(checked, 1, mistake)[0]
+    assert outcome == "fail"
+    assert causes[0] in MUTANTS[mistake].cause
+
+
+def test_it_passes_a_check() -> None:
+    assert run_ranks(checked, 1, None)[0] == ("pass", [])

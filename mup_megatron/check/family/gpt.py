@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.check.family.layers import kept_layers, overrides_of_layers
+from mup_megatron.architectures.registry import architecture_of
+from mup_megatron.check.family.layers import base_layers, in_terms_of, kept_layers, overrides_of_layers
 from mup_megatron.check.family.sizes import DEPTH, HEAD, SEQUENCE, SMALLEST, VOCABULARY, require_trainable
 from mup_megatron.check.measure.optimizers import clamped
 from mup_megatron.errors import InputError
@@ -195,6 +196,7 @@ def condensed(
         depth: how many layers are left, if there are more, of which every kind that the recipe's patterns tell apart
             comes first; None leaves all.
     """
+    recipe, architecture = in_terms_of(target, recipe), architecture_of(target)
     target, base = _turning_whole_pairs(target, recipe.megatron_base)
     growth = _Growth.of(target, base)
     cut = _Cut.of(target, base, growth, tensor_parallel)
@@ -210,8 +212,9 @@ def condensed(
         own = layers if base.num_layers == target.num_layers else max(1, layers // 2)
     elif own == layers and base.num_layers != target.num_layers:
         own = max(1, layers // 2)
-    small_base = small_base.model_copy(update={"num_layers": own})
-    small = small.model_copy(update={"num_layers": layers})
+    own_layers = kept if kept is not None and base.num_layers == target.num_layers else base_layers(base, own)
+    small_base = architecture.with_layers(small_base, own_layers)
+    small = small if kept is None else architecture.with_layers(small, kept)
     return small, recipe.model_copy(update={"base": small_base, "per_parameter": overrides})
 
 

@@ -17,7 +17,7 @@ _OUTPUTS = (
     "linear_proj",
     "linear_fc1",
     "linear_fc2",
-    "layernorm",
+    "norm",
     "output_layer",
 )
 _LAYER = re.compile(r"(?:^|(?<=\.))layers\.(\d+)(?=\.|$)")

@@ -17,7 +17,6 @@ from mup_megatron.megatron.arguments.effects import row_of
 @pytest.fixture(autouse=True)
 def newest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some tokenizers count otherwise in older releases."""
-    monkeypatch.setattr(lines, "core_version", lambda: (0, 19, 0))
     monkeypatch.setattr(versions, "core_version", lambda: (0, 19, 0))
 
 

@@ -64,6 +64,10 @@ class Decoder(ABC):
         """Returns the model with its first layers alone."""
         return self.with_layers(model, range(layers))
 
+    def stages(self, model: ModelFile) -> Sequence[int] | None:
+        """Returns how many layers each pipeline stage has; None where the model file leaves them to an even split."""
+        return None
+
     def taken_from(self, other: "Decoder", model: ModelFile) -> ModelFile | None:
         """Returns another architecture's model as one of this; None if this has none that is equal."""
         return model if other is self else None

@@ -177,6 +177,11 @@ class Hybrid(Decoder):
         period = next(n for n in range(1, len(letters) + 1) if letters == (letters[:n] * len(letters))[: len(letters)])
         return self.with_layers(model, range(min(len(letters), max(1, layers // period) * period)))
 
+    def stages(self, model: ModelFile) -> Sequence[int] | None:
+        """Returns the layers between the pattern's boundaries; None where it has none."""
+        segments = _file(model).segments
+        return None if len(segments) == 1 else [len(segment) for segment in segments]
+
     def taken_from(self, other: Decoder, model: ModelFile) -> ModelFile | None:
         """Returns a GPT as the pattern `*-*-…` of twice as many layers."""
         if other is not GPT:

@@ -97,7 +97,8 @@ def test_a_hybrid_models_recipe_trains_the_equal_gpt_alike(text: Path, tmp_path:
 
 def test_stages_of_several_kinds_train(text: Path, tmp_path: Path) -> None:
     """Interleaved, and not all of one length: what `|` says, and no even split of a GPT's."""
-    told = options(tmp_path, train_iters=2, eval_iters=0, micro_batch_size=2, pipeline_model_parallel_size=2)
-    for pattern in ("*|-|*|-", "*-*|-"):
+    for index, pattern in enumerate(("*|-|*|-", "*-*|-")):
+        more = {"micro_batch_size": 2, "pipeline_model_parallel_size": 2}
+        told = options(tmp_path / str(index), train_iters=2, eval_iters=0, **more)
         model = hybrid(GPT_TARGET, pattern)
         assert len(run_ranks(run_training, 2, model, FROM_GPT, text, told)[0].losses) == 2

@@ -131,7 +131,7 @@ class Run:
         config: Any = unwrapped(chunks[0]).config
         apply_plan(chunks, self.plan, initialize=config.perform_initialization)
         if self.options.coordinates_interval is not None:
-            self.coordinates = telemetry.Coordinates(chunks)
+            self.coordinates = telemetry.Coordinates(chunks, self.plan)
         self.built = True
         return chunks
 

@@ -1,4 +1,4 @@
-"""What the plug-in says to a user: remarks of the first rank, and a mistake in one sentence, by one rank."""
+"""Messages of the plug-in to a user: remarks of the first rank, and a mistake in one sentence, by one rank."""
 
 import functools
 import hashlib
@@ -22,12 +22,12 @@ _PATIENCE_S = 1.0
 
 
 def is_first() -> bool:
-    """Whether this is the first rank; known before the ranks have joined."""
+    """Says if this is the first rank; known before the ranks have joined."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:
-    """A remark on standard output, by the first rank."""
+    """Prints a remark on standard output, by the first rank."""
     if is_first():
         print(f"> mup-megatron: {text}", flush=True)
 
@@ -47,7 +47,7 @@ def _alone() -> bool:
 
 
 def _has_the_word(text: str) -> bool:
-    """Whether this rank is the one to say it."""
+    """Says if this rank is the one to tell it."""
     from torch import distributed
 
     if _alone():

@@ -28,7 +28,7 @@ LONGEST_SCHEDULE = 1e6
 
 
 class Hyperparameters(Strict):
-    """As tuned at the base. Defaults are Megatron-LM's; the learning rate has none."""
+    """The values that were tuned at the base. Defaults are Megatron-LM's; the learning rate has none."""
 
     lr: Positive
     min_lr: NotNegative = 0.0
@@ -106,7 +106,7 @@ def _known_optimizer(name: str) -> str:
 
 
 class Parametrization(Strict):
-    """Which rules carry the hyperparameters from base to target."""
+    """The rules that carry the hyperparameters from base to target."""
 
     rule: Literal["mup", "standard"] = "mup"
     optimizer: Annotated[str, AfterValidator(_known_optimizer)] = "adam"
@@ -115,7 +115,7 @@ class Parametrization(Strict):
 
 
 class Training(Strict):
-    """How the base was tuned. Informative: it says nothing about the target."""
+    """The run at which the base was tuned. Informative: it says nothing about the target."""
 
     train_iters: Annotated[int, Field(gt=0)] | None = None
     global_batch_size: Annotated[int, Field(gt=0)] | None = None
@@ -171,7 +171,7 @@ def _kind_of_base(content: object) -> str:
 
 
 class Recipe(Strict):
-    """What is transferred from a base to any target."""
+    """The values that are transferred from a base to any target."""
 
     version: Literal[1] = 1
     base: Annotated[
@@ -196,7 +196,7 @@ class Recipe(Strict):
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def plan(self, target: ModelFile) -> theory.Plan:
-        """What every parameter of a Megatron-Core `target` gets.
+        """Returns what every parameter of a Megatron-Core `target` gets.
 
         Raises:
             InputError: target and base differ in more than size, or an override matches nothing.
@@ -219,7 +219,7 @@ class Recipe(Strict):
         return self.base
 
     def plan_for_shapes(self, base: theory.ModelShape, target: theory.ModelShape) -> theory.Plan:
-        """What every parameter of `target` gets, from shapes in the rules' own terms.
+        """Returns what every parameter of `target` gets, from shapes in the rules' own terms.
 
         Raises:
             InputError: the shapes do not fit each other, or an override matches nothing.

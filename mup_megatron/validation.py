@@ -6,7 +6,7 @@ Not the place for formats: what a model file or a recipe contains is in `archite
 import difflib
 import json
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError
@@ -27,19 +27,26 @@ _BITS = 1023
 
 
 def brief(value: object, length: int = 120) -> str:
-    """A text, value or error within a sentence: on one line, without a full stop, and no longer than `length`."""
+    """Returns a text, value or error as part of a sentence: one line, no full stop, and no longer than `length`."""
     text = str(value) if isinstance(value, str | BaseException) else reprlib.repr(value)
     return shortened(" ".join(text.split()).rstrip("."), length)
 
 
 def quoted(value: object) -> str:
-    """A value as Python writes it, a text in quotes; of what is long or nested, the beginning."""
+    """Returns a value as Python writes it, a text in quotes; of what is long or nested, the beginning."""
     return shortened(reprlib.repr(value), 120)
 
 
 def shortened(text: str, length: int = LONGEST) -> str:
-    """A text that is no longer than `length`."""
+    """Returns a text that is no longer than `length`."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def listed(items: Sequence[str], most: int, *, separator: str = ", ") -> str:
+    """Returns the first `most` items as one text, with the number of those that are left out."""
+    left = len(items) - most
+    more = f"{'' if separator == ', ' else separator.rstrip()} and {left} more" if left > 0 else ""
+    return separator.join(items[:most]) + more
 
 
 def require_plain(content: object, *, source: str) -> None:
@@ -90,7 +97,7 @@ def _not_plain(value: object) -> str | None:
 
 
 def is_text(content: object) -> bool:
-    """Whether all strings of JSON values can be written: JSON and YAML can spell half of a surrogate pair."""
+    """Says if all strings of JSON values can be written: JSON and YAML can spell half of a surrogate pair."""
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError):
@@ -108,7 +115,7 @@ class Strict(BaseModel):
 
 
 def validated(model: type[ModelT], content: object, *, source: str) -> ModelT:
-    """`content` as a `model`, or an InputError that names file, key and remedy for everything that is wrong."""
+    """Returns `content` as a `model`; raises an InputError that names file, key and remedy for all that is wrong."""
     if content is None:
         content = {}
     if not isinstance(content, Mapping):

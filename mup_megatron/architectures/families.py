@@ -5,10 +5,13 @@ A GPT's layer is attention and an MLP, a hybrid model's is one of them. Names ar
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import SOFTMAX, Acts, Constant, Part, Place, Property, Side, Tensor
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,9 @@ class Family(Protocol):
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
+
+    def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
+        """Returns the names of its norm and of its branch in a layer, and the branch in plain torch: see `plain.py`."""
 
 
 class Attention:
@@ -75,6 +81,12 @@ class Attention:
             "attention_scores": 12.0 * model.seq_length * queries,
         }
 
+    def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
+        """Returns causal attention."""
+        from mup_megatron.architectures import plain
+
+        return "input_layernorm", "self_attention", plain.SelfAttention(model, softmax_scale)
+
 
 class Mlp:
     """Two linear layers with an activation between; with swiglu, gate and up projection are one fused matrix."""
@@ -100,6 +112,12 @@ class Mlp:
         """Returns those of both layers."""
         fc1 = 2 * model.ffn_size if model.swiglu else model.ffn_size
         return {"mlp": 6.0 * model.hidden_size * (fc1 + model.ffn_size)}
+
+    def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
+        """Returns an MLP."""
+        from mup_megatron.architectures import plain
+
+        return "pre_mlp_layernorm", "mlp", plain.Mlp(model)
 
 
 ATTENTION, MLP = Attention(), Mlp()

@@ -15,6 +15,7 @@ from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.options import FILE, load_plan, recipe_option
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
+from mup_megatron.messages import is_first
 from mup_megatron.recipe import Recipe, load_recipe
 from mup_megatron.targets import CONFIG_FILE, hugging_face_config, is_hugging_face, read_target
 
@@ -119,8 +120,6 @@ def command(
 
     Exit code 0: pass. 1: fail. 2: bad input, or no verdict, with what to change.
     """
-    from mup_megatron.training.ranks import is_first_process
-
     chosen: dict[str, Any] = {"widths": widths, "first_seed": seed}
     if seeds is not None:
         chosen["seeds"] = seeds
@@ -155,9 +154,9 @@ def command(
         raise InputError(f"--json {json_file}: a folder. Give the name of a file.")
     if not rest_of_line:
         chosen["processes"] = processes
-    with _Told(is_first_process()) as told:
+    with _CheckProgress(is_first()) as told:
         verdict = check(level, report=told, tell=told.before, **chosen)
-    if is_first_process():
+    if is_first():
         answer(verdict, target, recipe_path, output, json_file)
     context.exit(EXIT_CODES[verdict.outcome.value])
 
@@ -256,7 +255,7 @@ def _make(folder: Path) -> None:
         raise InputError(f"{folder}: not a folder to write to ({error.strerror}). Choose another place.") from None
 
 
-class _Told:
+class _CheckProgress:
     """Progress on standard error: a bar on a terminal, else a line at each quarter. Nothing if it is not to speak."""
 
     def __init__(self, speaks: bool) -> None:
@@ -274,7 +273,7 @@ class _Told:
         self._lines = speaks and not sys.stderr.isatty()
         self._tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> "_Told":
+    def __enter__(self) -> "_CheckProgress":
         self._bar.start()
         return self
 

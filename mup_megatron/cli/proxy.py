@@ -61,8 +61,9 @@ def _print(target: ModelFile, proxy: Proxy, search: Search) -> None:
         row(key, [str(getattr(model, key)) for model in models])
     row("parameters", [f"{parameter_count(model):.3g}" for model in models])
     row("FLOPs per token:", ["", ""])
-    for key in ("attention_projections", "attention_scores", "mlp", "readout", "total"):
-        row(f"  {key}", [f"{getattr(cost, key):.3g}" for cost in flops])
+    for key in flops[1].items:
+        row(f"  {key}", [f"{cost.items.get(key, 0.0):.3g}" for cost in flops])
+    row("  total", [f"{cost.total:.3g}" for cost in flops])
     runs = (search.trials, 1)
     tokens = (search.trial_tokens, search.target_tokens)
     row("runs", [str(count) for count in runs])

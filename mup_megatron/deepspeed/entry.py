@@ -35,7 +35,7 @@ class Entry(Strict):
     recipe: Annotated[str, Field(min_length=1)]
     """Path of the recipe."""
     target: Annotated[str, Field(min_length=1)] | None = None
-    """What the model is, where that can't be read off it: see `run.plan_for`."""
+    """What the model is, where that can't be read off it: see `planning.plan_for`."""
     readout: Annotated[str, Field(min_length=1)] | None = None
     """Name of the weight that computes a torch module's output, where it is tied to an embedding."""
     initialize: bool | Literal["rescale", "redraw", "keep"] = True
@@ -48,7 +48,7 @@ class Entry(Strict):
 
     @property
     def how_to_initialize(self) -> Initialize:
-        """What happens to the weights."""
+        """The way in which the weights become the plan's."""
         if isinstance(self.initialize, bool):
             return Initialize.RESCALE if self.initialize else Initialize.KEEP
         return Initialize(self.initialize)
@@ -64,7 +64,7 @@ def entry_of(config: Mapping[str, Any]) -> Entry | None:
 
 
 def has_entry(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration has the entry.
+    """Says if a configuration has the entry.
 
     Raises:
         InputError: it has one that is written otherwise, which nobody would read.
@@ -111,7 +111,7 @@ def _scheduler_values(params: object) -> object:
     return params
 
 
-class _Part(Strict):
+class _Section(Strict):
     """A part of a configuration. What is DeepSpeed's own business may be there as well."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=True)
@@ -122,43 +122,43 @@ def _off(value: object) -> object:
     return None if value is False else value
 
 
-class Optimizer(_Part):
+class OptimizerSection(_Section):
     """The optimizer that DeepSpeed is to make."""
 
     type: Annotated[str, Field(min_length=1)] | None = None
     params: Annotated[dict[str, Any] | None, BeforeValidator(_optimizer_values)] = None
 
 
-class Scheduler(_Part):
-    """Likewise the scheduler."""
+class SchedulerSection(_Section):
+    """The scheduler that DeepSpeed is to make."""
 
     type: Annotated[str, Field(min_length=1)] | None = None
     params: Annotated[dict[str, Any] | None, BeforeValidator(_scheduler_values)] = None
 
 
-class _Offload(_Part):
+class _Offload(_Section):
     super_offload: bool = False
     ratio: float = 1.0
 
 
-class _Zero(_Part):
+class _Zero(_Section):
     zenflow: Annotated[dict[str, Any] | None, BeforeValidator(_off)] = None
     offload_optimizer: Annotated[_Offload | None, BeforeValidator(_off)] = None
 
 
-class _Switch(_Part):
+class _Switch(_Section):
     enabled: bool = False
 
 
-class _TensorParallel(_Part):
+class _TensorParallel(_Section):
     autotp_size: int = 0
 
 
-class Configuration(_Part):
+class Configuration(_Section):
     """A DeepSpeed configuration: the keys that a recipe or a plan has to do with, each of its type."""
 
-    optimizer: Optimizer | None = None
-    scheduler: Scheduler | None = None
+    optimizer: OptimizerSection | None = None
+    scheduler: SchedulerSection | None = None
     gradient_clipping: Annotated[float | str | None, BeforeValidator(_number)] = None
     zero_optimization: Annotated[_Zero | None, BeforeValidator(_off)] = None
     hybrid_engine: Annotated[_Switch | None, BeforeValidator(_off)] = None
@@ -166,9 +166,9 @@ class Configuration(_Part):
     tensor_parallel: Annotated[_TensorParallel | None, BeforeValidator(_off)] = None
 
     @property
-    def made_optimizer(self) -> Optimizer:
+    def made_optimizer(self) -> OptimizerSection:
         """The optimizer; without type where there is none."""
-        return self.optimizer or Optimizer()
+        return self.optimizer or OptimizerSection()
 
 
 def configuration(content: object, *, source: str) -> Configuration:

@@ -1,4 +1,4 @@
-"""What a live engine really does with each parameter, read back by name and compared with the plan. Changes nothing.
+"""A live engine compared with the plan: what it really does with each parameter, read back by name. Changes nothing.
 
 ZeRO's optimizers hold flat buffers instead of parameters, but still know which parameters a group was made of. So what
 is read here are the very groups that the optimizer steps with, not what was handed over to it.
@@ -13,6 +13,7 @@ import torch
 
 from mup_megatron.deepspeed.names import named_parameters
 from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.validation import listed
 
 SHOWN = 5
 """How many problems a message describes; the rest is counted."""
@@ -23,7 +24,7 @@ CLOSE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class LiveValues:
-    """What the optimizer does with a parameter at this moment."""
+    """The values that the optimizer uses for a parameter at this moment."""
 
     lr: float
     weight_decay: float
@@ -61,7 +62,7 @@ def _members(optimizer: Any) -> Iterator[tuple[int, Sequence[torch.nn.Parameter]
 
 
 def problems(engine: Any, plan: Plan, clip_grad: float, *, at_peak: bool) -> list[str]:
-    """Where this rank's engine is not what the plan says, in sentences.
+    """Lists in sentences where this rank's engine is not what the plan says.
 
     Args:
         engine: DeepSpeed's.
@@ -102,9 +103,8 @@ def _differences(entry: PlanEntry, values: LiveValues, factor: float) -> Iterato
 def _summary(found: Sequence[str]) -> list[str]:
     if not found:
         return []
-    rest = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return [
-        f'"mup": the engine is not what the recipe says, so it was stopped: {"; ".join(found[:SHOWN])}{rest}. '
+        f'"mup": the engine is not what the recipe says, so it was stopped: {listed(found, SHOWN, separator="; ")}. '
         "Something changed the optimizer's groups after the plan was applied: take it out."
     ]
 
@@ -112,7 +112,7 @@ def _summary(found: Sequence[str]) -> list[str]:
 def group_problem(
     groups: Sequence[Mapping[str, Any]], planned: Sequence[Mapping[str, Any]], moments: Mapping[str, Any]
 ) -> str | None:
-    """What is wrong with the present values of groups, but for their learning rates; cheap enough for every step.
+    """Says what is wrong with the present values of groups, but for learning rates; cheap enough for every step.
 
     Args:
         groups: the live optimizer's.

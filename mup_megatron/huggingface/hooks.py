@@ -1,4 +1,4 @@
-"""Where the plug-in stands in transformers: when a model is saved, and when the Trainer has made its optimizer."""
+"""The plug-in's places in transformers: when a model is saved, and when the Trainer has made its optimizer."""
 
 import logging
 from types import ModuleType

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan:
-    """What every parameter of a Hugging Face model gets, by the names of `model.named_parameters()`.
+    """Returns what every parameter of a Hugging Face model gets, by the names of `model.named_parameters()`.
 
     Args:
         target: the model, wrapped or not, of which only class and configuration are read; or a configuration with

@@ -28,7 +28,7 @@ def param_groups(chunks: Sequence[torch.nn.Module], plan: Plan, *, every_group: 
 
 
 def problems(chunks: Sequence[torch.nn.Module], plan: Plan, given: Iterable[Group]) -> list[str]:
-    """Why the plan's groups cannot take the place of those that the fork made, if they cannot."""
+    """Lists why the plan's groups cannot take the place of those that the fork made, if they cannot."""
     found = []
     given_of = {id(parameter): group for group in given for parameter in group["params"]}
     for fork_name, name, parameter in named_parameters(chunks):
@@ -64,6 +64,6 @@ def restore(groups: Iterable[Group], plan: Plan) -> None:
 
 
 def tell_apart_the_same(before: Plan, now: Plan) -> bool:
-    """Whether two plans for one model put the same parameters together."""
+    """Says if two plans for one model put the same parameters together."""
     left: Mapping[str, tuple[str, ...]] = members(before)
     return left == members(now)

@@ -23,7 +23,7 @@ from mup_megatron.theory.rules import default_softmax_scale
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """How the fork has built the model."""
+    """The values by which the fork drew the weights of a model."""
 
     init_method_std: float
     num_layers: int

@@ -49,7 +49,7 @@ def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
 
 
 def is_pipe(model: torch.nn.Module) -> bool:
-    """Whether a model that is not wrapped is DeepSpeed's pipeline, which keeps the layers of all stages as `specs`."""
+    """Says if a model that is not wrapped is DeepSpeed's pipeline, which keeps the layers of all stages as `specs`."""
     return hasattr(model, "specs")
 
 
@@ -144,7 +144,7 @@ def _split_dimension(name: str) -> int | None:
 
 
 def mismatches(chunks: Sequence[torch.nn.Module], plan: Plan, tensor_parallel: int) -> list[str]:
-    """What this rank holds that the plan does not know, or with another shape; one sentence each."""
+    """Lists what this rank holds that the plan does not know, or with another shape; one sentence each."""
     problems = []
     for fork_name, name, parameter in named_parameters(chunks):
         if name not in plan.by_name:

@@ -23,7 +23,7 @@ from mup_megatron.theory import Plan
 
 
 @dataclasses.dataclass
-class _Run:
+class _ForkRun:
     """What is known of a run so far; filled in as the fork goes along."""
 
     recipe: Recipe
@@ -33,7 +33,7 @@ class _Run:
     plan: Plan | None = None
 
 
-_run: _Run | None = None
+_run: _ForkRun | None = None
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def _begin(values: argparse.Namespace) -> None:
     arguments.refuse_recipe(recipe)
     # The fork writes its arguments into every checkpoint.
     checkpoints.sign(values, recipe)
-    _run = _Run(recipe, options, values)
+    _run = _ForkRun(recipe, options, values)
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def apply_to_model(chunks: Sequence[torch.nn.Module], args: argparse.Namespace) 
         print_plan(run.plan, brief=True)
 
 
-def _plan(run: _Run, recipe: Recipe) -> Plan:
+def _plan(run: _ForkRun, recipe: Recipe) -> Plan:
     assert run.model is not None
     try:
         return recipe.plan(run.model)
@@ -131,7 +131,7 @@ def _plan(run: _Run, recipe: Recipe) -> Plan:
         raise InputError(f"{run.options.recipe} for the command line: {error}") from None
 
 
-def _take_over_clipping(run: _Run, args: argparse.Namespace) -> None:
+def _take_over_clipping(run: _ForkRun, args: argparse.Namespace) -> None:
     """DeepSpeed clips by its own configuration and never reads --clip-grad."""
     config = getattr(args, "deepspeed_config_dict", None)  # scripts that only generate text have none
     wanted = run.recipe.hyperparameters.clip_grad
@@ -185,7 +185,7 @@ def param_groups(
     return groups.param_groups(modules, plan, every_group=pipeline)
 
 
-def _applied(run: _Run) -> Plan:
+def _applied(run: _ForkRun) -> Plan:
     if run.plan is None:
         raise InputError(
             "--mup-recipe: the model was built by something else than the fork's get_model, so the recipe was not "
@@ -194,7 +194,7 @@ def _applied(run: _Run) -> Plan:
     return run.plan
 
 
-def _adam_problems(run: _Run, plan: Plan, adam: type[torch.optim.Optimizer]) -> list[str]:
+def _adam_problems(run: _ForkRun, plan: Plan, adam: type[torch.optim.Optimizer]) -> list[str]:
     # Without CUDA the fork uses torch's Adam, which adds weight decay to the gradient.
     if plan.optimizer != "adam" or adam is not torch.optim.Adam or plan.weight_decay == 0:
         return []

@@ -1,4 +1,4 @@
-"""What a training run is told beside model, recipe and data, in Megatron-LM's names, and whether it is possible.
+"""The options of a training run beside model, recipe and data, in Megatron-LM's names, and if they are possible.
 
 Nothing here needs torch. Hyperparameters are not options: they are the recipe's.
 """
@@ -55,11 +55,11 @@ class TrainingOptions:
 
     @property
     def saves_where_it_loads(self) -> bool:
-        """Whether `save` and `load` are one folder, however the two are spelled."""
+        """True if `save` and `load` are one folder, however the two are spelled."""
         return self.save is not None and self.load is not None and self.save.resolve() == self.load.resolve()
 
     def virtual_stages(self, model: ModelFile) -> int | None:
-        """How many stages each pipeline rank holds; None without a virtual pipeline."""
+        """Returns the number of stages that each pipeline rank holds; None without a virtual pipeline."""
         stages = architecture_of(model).stages(model)
         if stages is not None and len(stages) > self.pipeline_model_parallel_size > 1:
             return len(stages) // self.pipeline_model_parallel_size
@@ -70,7 +70,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSizes:
-    """How a global batch is dealt out."""
+    """The sizes in which a global batch is dealt out."""
 
     global_batch: int
     micro_batch: int
@@ -83,7 +83,7 @@ class BatchSizes:
 
 
 def batch_sizes(options: TrainingOptions, world_size: int) -> BatchSizes:
-    """The batch of a run on so many ranks. Call `require_possible` first."""
+    """Returns the batch of a run on so many ranks. Call `require_possible` first."""
     data_parallel = world_size // (options.tensor_model_parallel_size * options.pipeline_model_parallel_size)
     micro_batch = options.micro_batch_size or options.global_batch_size // data_parallel
     return BatchSizes(global_batch=options.global_batch_size, micro_batch=micro_batch, data_parallel=data_parallel)

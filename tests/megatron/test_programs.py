@@ -92,7 +92,9 @@ def test_those_that_build_a_hybrid_model_want_its_pattern(script: str) -> None:
 def test_a_gpts_program_is_given_no_pattern() -> None:
     require_flags("pretrain_gpt.py", ["--num-layers", "2"], source="line")
     require_flags("mine/train.py", ["--hybrid-layer-pattern", "*-"], source="line")
-    with pytest.raises(InputError, match=r"--is-hybrid-model: a flag of a hybrid model, and pretrain_gpt\.py builds a GPT"):
+    with pytest.raises(
+        InputError, match=r"--is-hybrid-model: a flag of a hybrid model, and pretrain_gpt\.py builds a GPT"
+    ):
         require_flags("pretrain_gpt.py", ["--is-hybrid-model"], source="line")
 
 

@@ -5,12 +5,12 @@ from support.shapes import batch
 from torch import Tensor, nn
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.plain import PlainDecoder, cross_entropy
 from mup_megatron.check.reference.megatron import carried_out
-from mup_megatron.check.reference.plain_gpt import PlainGPT, cross_entropy
 from mup_megatron.theory import Optimizer, Plan
 
 
-def plain_from_plan(plan: Plan, target: ModelFile, *, dtype: torch.dtype = torch.float64) -> PlainGPT:
+def plain_from_plan(plan: Plan, target: ModelFile, *, dtype: torch.dtype = torch.float64) -> PlainDecoder:
     """The plain GPT with each of the plan's multipliers at its weight, and constants as the plan starts them."""
     return carried_out(plan, target, dtype=dtype)
 
@@ -28,7 +28,7 @@ def optimizer_from_plan(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(
-    model: PlainGPT, optimizer: torch.optim.Optimizer, target: ModelFile, *, first: int = 0, steps: int = 10
+    model: PlainDecoder, optimizer: torch.optim.Optimizer, target: ModelFile, *, first: int = 0, steps: int = 10
 ) -> Tensor:
     """The losses of some steps, [steps]."""
     losses = []

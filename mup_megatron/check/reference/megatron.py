@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.plain import PlainDecoder, cross_entropy, draw_weights
 from mup_megatron.check.measure import batches
 from mup_megatron.check.measure.measurements import Quantity
 from mup_megatron.check.measure.measuring import At
 from mup_megatron.check.measure.replay import AdamReplay, Replay, SGDReplay
 from mup_megatron.check.reference.modules import multiply, optimizer_for
-from mup_megatron.check.reference.plain_gpt import PlainGPT, cross_entropy, draw_weights
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 
@@ -128,9 +128,9 @@ def clipped(model: nn.Module, most: float) -> float:
     return float(nn.utils.clip_grad_norm_(model.parameters(), most if most > 0 else math.inf))
 
 
-def carried_out(plan: Plan, model: ModelFile, *, dtype: torch.dtype) -> PlainGPT:
+def carried_out(plan: Plan, model: ModelFile, *, dtype: torch.dtype) -> PlainDecoder:
     """The plain GPT with each of a plan's multipliers at its weight, and constants as the plan starts them."""
-    gpt = PlainGPT(model, output_multiplier=plan.output_multiplier, softmax_scale=plan.softmax_scale, dtype=dtype)
+    gpt = PlainDecoder(model, output_multiplier=plan.output_multiplier, softmax_scale=plan.softmax_scale, dtype=dtype)
     for entry in plan.entries:
         if entry.init_value is not None:
             with torch.no_grad():

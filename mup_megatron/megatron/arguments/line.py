@@ -65,7 +65,9 @@ class Line:
             InputError: the model is impossible, is one that a model file cannot describe, or is not all there.
         """
         try:
-            return model_from_values(self.values, vocab_size=self.vocab_size, source=self.source, release=known_release())
+            return model_from_values(
+                self.values, vocab_size=self.vocab_size, source=self.source, release=known_release()
+            )
         except InputError as error:
             raise naming_unread(error, self.flags) from None
 

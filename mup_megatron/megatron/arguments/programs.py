@@ -1,7 +1,8 @@
 """Which programs of Megatron-LM build what, and which are none of ours: known by the script's name.
 
-With those that architectures name as theirs, every program at the tags core_v0.16.1 to core_v0.19.0 that takes Megatron's
-flags, and those of older releases and forks that many lines name. Without this, a BERT's line reads like a GPT's.
+With those that architectures name as theirs, every program at the tags core_v0.16.1 to core_v0.19.0 that takes
+Megatron's flags, and those of older releases and forks that many lines name. Without this, a BERT's line reads like a
+GPT's.
 """
 
 import re

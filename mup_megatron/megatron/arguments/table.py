@@ -6,8 +6,8 @@ exist in some of them only. What one architecture's flags are, it says itself (`
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from mup_megatron.architectures.flag import Flag, number, whole_number

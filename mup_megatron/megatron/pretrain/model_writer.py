@@ -159,9 +159,7 @@ def _set_global_variables(wrapped: Any, instance: Any, args: Any, kwargs: Any) -
     described = {**_of_yaml(vars(values)), **_READ_ELSEWHERE}
     asked = {flag.key for flag in (*refused(), *NOT_SAID, *STOPPED)}
     described |= {key: value for key, value in _before.items() if key in asked} | _READ_ELSEWHERE
-    model = model_from_values(
-        described, vocab_size=_vocabulary(values), source=_SOURCE, release=core_version()[:2]
-    )
+    model = model_from_values(described, vocab_size=_vocabulary(values), source=_SOURCE, release=core_version()[:2])
     _write(model, described)
     raise SystemExit(0)
 

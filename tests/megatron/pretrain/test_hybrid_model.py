@@ -15,7 +15,9 @@ ROUNDING = 1e-5
 ITERATIONS: dict[str, Any] = {"train_iters": 6, "use_distributed_optimizer": True}
 
 
-def run(folder: Path, words: list[str], ranks: int = 1, *, mistake: str | None = None, launcher: bool = True) -> Finished:
+def run(
+    folder: Path, words: list[str], ranks: int = 1, *, mistake: str | None = None, launcher: bool = True
+) -> Finished:
     script = SCRIPT if mistake is None else MISTAKEN
     more = {"MISTAKE": mistake or ""}
     return run_script(script, words, ranks, folder=folder, launcher=launcher, environment=more)
@@ -42,7 +44,9 @@ def test_it_goes_on_in_other_layouts(tmp_path: Path) -> None:
     """From TP2 to PP2, and from there to one process; each is the run that was never stopped."""
     more = ["--mup-recipe", str(recipe_file(tmp_path))]
 
-    def trained(name: str, *, load: str | None = None, ranks: int = 1, pattern: str = "*-*-", **layout: Any) -> Finished:
+    def trained(
+        name: str, *, load: str | None = None, ranks: int = 1, pattern: str = "*-*-", **layout: Any
+    ) -> Finished:
         saving = {"save": tmp_path / name, "save_interval": 2, "ckpt_format": "torch_dist"}
         if load is not None:
             saving["load"] = tmp_path / load

@@ -1,21 +1,23 @@
-"""A GPT in plain PyTorch that computes what Megatron-Core's GPTModel computes with its local layer spec.
+"""The models of `decoder.py` in plain PyTorch: they compute what Megatron-Core's compute with its local layers.
 
-Written from the model's definition, as what a live model is compared with: no Megatron, no plan, no rule of μP. Its
+Written from the models' definition, as what a live one is compared with: no Megatron, no plan, no rule of μP. Their
 parameters have Megatron's names and layouts, so one `state_dict` fits both. Multipliers and the softmax scale are plain
 numbers. No dropout, no parallelism, batch first.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mup_megatron.architectures.families import Family
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import architecture_of
 
 
-class PlainGPT(nn.Module):
+class PlainDecoder(nn.Module):
     """Tokens [batch, sequence] → logits [batch, sequence, padded vocabulary].
 
     Gains start at 1 (or at their distance from it, 0), biases at 0; matrices hold torch's defaults until drawn.
@@ -44,7 +46,7 @@ class PlainGPT(nn.Module):
         self.output_multiplier = output_multiplier
         self.embedding = Embedding(model)
         scale = 1.0 / math.sqrt(model.head_size) if softmax_scale is None else softmax_scale
-        self.decoder = Decoder(model, scale)
+        self.decoder = Stack(model, scale)
         table = self.embedding.word_embeddings.get_parameter("weight")
         self.output_layer: nn.Module
         if make_readout is not None:
@@ -75,31 +77,36 @@ class Embedding(nn.Module):
         return words + self.position_embeddings(torch.arange(tokens.shape[1], device=tokens.device))
 
 
-class Decoder(nn.Module):
+class Stack(nn.Module):
     def __init__(self, model: ModelFile, softmax_scale: float) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(model, softmax_scale) for _ in range(model.num_layers))
-        self.final_layernorm = norm(model, model.hidden_size)
+        own = architecture_of(model)
+        self.layers = nn.ModuleList(Layer(model, families, softmax_scale) for families in own.layers(model))
+        self.final = own.final_norm.split(".")[1]
+        self.add_module(self.final, norm(model, model.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        return self.final_layernorm(x)
+        return self.get_submodule(self.final)(x)
 
 
 class Layer(nn.Module):
-    """Pre-LN: each branch reads a norm of the residual stream and adds to the stream."""
+    """Pre-LN: each family's branch reads a norm of the residual stream and adds to the stream."""
 
-    def __init__(self, model: ModelFile, softmax_scale: float) -> None:
+    def __init__(self, model: ModelFile, families: Sequence[Family], softmax_scale: float) -> None:
         super().__init__()
-        self.input_layernorm = norm(model, model.hidden_size)
-        self.self_attention = SelfAttention(model, softmax_scale)
-        self.pre_mlp_layernorm = norm(model, model.hidden_size)
-        self.mlp = MLP(model)
+        self.branches = []
+        for family in families:
+            norm_name, name, branch = family.plain(model, softmax_scale)
+            self.add_module(norm_name, norm(model, model.hidden_size))
+            self.add_module(name, branch)
+            self.branches.append((norm_name, name))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attention(self.input_layernorm(x))
-        return x + self.mlp(self.pre_mlp_layernorm(x))
+        for norm_name, name in self.branches:
+            x = x + self.get_submodule(name)(self.get_submodule(norm_name)(x))
+        return x
 
 
 class SelfAttention(nn.Module):
@@ -168,7 +175,7 @@ class CausalSoftmax(nn.Module):
         return logits.masked_fill(later, -math.inf).softmax(-1)
 
 
-class MLP(nn.Module):
+class Mlp(nn.Module):
     """Exact GELU (with the error function), or SwiGLU whose first half of fc1's rows is the gate."""
 
     def __init__(self, model: ModelFile) -> None:

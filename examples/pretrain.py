@@ -1,6 +1,7 @@
-"""Pretrains with Megatron-LM's training loop: scripts like its pretrain_gpt.py and pretrain_hybrid.py, in shortest form.
+"""Pretrains with Megatron-LM's training loop: a script like its pretrain_gpt.py and pretrain_hybrid.py, shortest form.
 
-It builds a GPT, or with --hybrid-layer-pattern a hybrid model. It knows nothing of μP; its flags are Megatron-LM's. μP comes with the launcher:
+It builds a GPT, or with --hybrid-layer-pattern a hybrid model. It knows nothing of μP; its flags are Megatron-LM's. μP
+comes with the launcher:
 
     torchrun --nproc-per-node 8 -m mup_megatron.launch examples/pretrain.py … --mup-recipe gpt3.recipe.yaml
 

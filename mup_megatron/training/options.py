@@ -225,8 +225,10 @@ def _bad_batch(model: ModelFile, options: TrainingOptions, world_size: int) -> I
     elif options.virtual_stages(model) is not None:
         count = batch_sizes(options, world_size).micro_batches
         if count % options.pipeline_model_parallel_size:
+            per_stage = options.num_layers_per_virtual_pipeline_stage
+            by = "several stages on each rank" if per_stage is None else "--num-layers-per-virtual-pipeline-stage"
             yield (
-                f"--num-layers-per-virtual-pipeline-stage: the {count} micro-batches of a rank are not divisible by "
+                f"{by}: the {count} micro-batches of a rank are not divisible by "
                 f"--pipeline-model-parallel-size {options.pipeline_model_parallel_size}. Choose another "
                 "--micro-batch-size."
             )

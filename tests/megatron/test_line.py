@@ -6,6 +6,10 @@ from typing import Any
 import pytest
 from support.lines import ACCEPTED, NULL, REFUSED, words
 
+from mup_megatron.architectures import registry
+from mup_megatron.architectures.command_line import CommandLine
+from mup_megatron.architectures.flag import Flag, whole_number
+from mup_megatron.architectures.gpt import Gpt
 from mup_megatron.architectures.hybrid import HybridFile
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
@@ -13,7 +17,7 @@ from mup_megatron.megatron import versions
 from mup_megatron.megatron.arguments import flags as write_flags
 from mup_megatron.megatron.arguments import fork, read_line
 from mup_megatron.megatron.arguments import line as lines
-from mup_megatron.megatron.arguments.effects import row_of
+from mup_megatron.megatron.arguments.effects import Effect, row_of
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +129,42 @@ def test_what_args_writes_for_a_release_is_read_back(
     line = read_line(["pretrain_mamba.py", *words])
     assert line.model() == model.model_copy(update={"hybrid_layer_pattern": expected})
     assert line.remarks == ()
+
+
+# ---- an architecture that is defined elsewhere -----------------------------------------------------------------------
+
+
+class StreamsFile(ModelFile):
+    streams: int
+
+
+class Streams(Gpt):
+    name = "streams"
+    description = "a model of streams"
+    file = StreamsFile
+    command_line = CommandLine(
+        programs=("pretrain_streams.py",), keys={"streams": (Flag("--streams", "streams", None, whole_number),)}
+    )
+
+
+def test_an_architectures_own_flags_need_no_edit_here() -> None:
+    registry.register(Streams())
+    try:
+        line = read("--streams 3", script="pretrain_streams.py")
+        expected = {**dict(read("").model()), "streams": 3}
+        assert line.model() == StreamsFile(**expected)
+        assert line.remarks == ()
+        assert read_line(write_flags(line.model())).model() == line.model()
+        row = row_of("--streams")
+        assert row is not None
+        assert row.effect is Effect.MODEL
+        with pytest.raises(InputError, match=r"pretrain_streams\.py builds .*, and --streams is missing"):
+            read("", script="pretrain_streams.py")
+        with pytest.raises(InputError, match=r"--streams: a flag of a model of streams, and pretrain_gpt\.py builds"):
+            read("--streams 3")
+    finally:
+        del registry._ARCHITECTURES["streams"]
+    assert row_of("--streams") is None
 
 
 # ---- remarks -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ from support.shapes import hybrid, recipe_for
 from support.training_runs import base, make_text, options, target
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.errors import InputError
 from mup_megatron.recipe import Parametrization, PerParameter, Recipe, Schedule
+from mup_megatron.training.options import require_possible
 from mup_megatron.training.train import TrainingResult, run_training
 
 UNTIED = {"untie_embeddings_and_output_weights": True}
@@ -102,3 +104,23 @@ def test_stages_of_several_kinds_train(text: Path, tmp_path: Path) -> None:
         told = options(tmp_path / str(index), train_iters=2, eval_iters=0, **more)
         model = hybrid(GPT_TARGET, pattern)
         assert len(run_ranks(run_training, 2, model, FROM_GPT, text, told)[0].losses) == 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes", "said"),
+    [
+        ("*-|*|-", {}, "--pipeline-model-parallel-size 2 does not divide the 3 stages of the model file"),
+        (
+            "*-|*-",
+            {"num_layers_per_virtual_pipeline_stage": 1},
+            "--num-layers-per-virtual-pipeline-stage 1: the model file says its stages itself",
+        ),
+        ("*|-|*|-", {"micro_batch_size": 8}, "several stages on each rank: the 1 micro-batches"),
+        ("*-*", {}, "--pipeline-model-parallel-size 2 does not divide num_layers 3"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(pattern: str, changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    told = options(tmp_path, pipeline_model_parallel_size=2, **changes)
+    with pytest.raises(InputError) as raised:
+        require_possible(hybrid(GPT_TARGET, pattern), FROM_GPT, told, world_size=2)
+    assert said in str(raised.value)

@@ -294,7 +294,7 @@ def _checked(job: Job, folder: Path) -> dict[str, Any]:
 
 def _keep_references(key: str) -> None:
     """Lets checks of one model share their correct runs."""
-    from mup_megatron.check.subjects.modules import ModuleFamily
+    from mup_megatron.check.module_family import ModuleFamily
     from mup_megatron.recipe import Recipe
 
     train: Callable[..., Any] = ModuleFamily._correct

@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mup_megatron.check.measure import batches
-from mup_megatron.check.subjects.modules import Task, check_modules, prepare_by_plan, warm_up_and_decay
-from mup_megatron.check.verdict.verdict import Level, Verdict
+from mup_megatron.check.measure.levels import Level
+from mup_megatron.check.run_modules import check_modules
+from mup_megatron.check.subjects.scripts import Task, prepare_by_plan, warm_up_and_decay
+from mup_megatron.check.verdict.verdict import Verdict
 from mup_megatron.modules import module_base
 from mup_megatron.recipe import Recipe
 

@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from rich.progress import Progress
 
-    from mup_megatron.check.subjects.megatron_check import check_megatron
+    from mup_megatron.check.run_megatron import check_megatron
     from mup_megatron.training import ranks
 
     ranks.preload()

@@ -355,8 +355,8 @@ def preload() -> None:
             "mup_megatron.training.data.embedded",
         ),
         *(
-            "mup_megatron.check.subjects.megatron_check",
-            "mup_megatron.check.subjects.huggingface",
+            "mup_megatron.check.run_megatron",
+            "mup_megatron.check.run_huggingface",
             "mup_megatron.check.report.report",
         ),
         *("mup_megatron.check.report.picture", "mup_megatron.huggingface", "mup_megatron.deepspeed.config"),

@@ -16,7 +16,7 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import AnyModelFile, shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
-from mup_megatron.validation import Strict, brief, validated
+from mup_megatron.validation import Strict, plain, quoted, validated
 from mup_megatron.yaml_io import dump_yaml, read_yaml
 
 Positive = Annotated[float, Field(gt=0)]
@@ -99,9 +99,8 @@ class PerParameter(Strict):
 
 def _known_optimizer(name: str) -> str:
     if name not in theory.optimizers():
-        raise ValueError(
-            f"'{brief(name, 40)}' is none that has a rule. Choose one of {', '.join(theory.optimizers())}."
-        )
+        known = " or ".join(f"'{each}'" for each in theory.optimizers())
+        raise ValueError(f"should be {known}, found {quoted(name)}. Correct this value.")
     return name
 
 
@@ -109,7 +108,7 @@ class Parametrization(Strict):
     """The rules that carry the hyperparameters from base to target."""
 
     rule: Literal["mup", "standard"] = "mup"
-    optimizer: Annotated[str, AfterValidator(_known_optimizer)] = "adam"
+    optimizer: Annotated[str, AfterValidator(_known_optimizer)] = theory.ADAM.name
     weight_decay_exponent: Fraction = 1.0
     """λ·r_in^exponent for hidden weights: 1 keeps AdamW's averaging timescale, 0 leaves λ alone."""
 
@@ -191,8 +190,8 @@ class Recipe(Strict):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over everything that changes the run of a target."""
-        content = self.model_dump(mode="json", exclude={"training", "provenance"})
+        """sha256 over everything that changes the run of a target; the same in every release."""
+        content = plain(self, exclude=("training", "provenance"))
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def plan(self, target: ModelFile) -> theory.Plan:
@@ -254,9 +253,8 @@ class Recipe(Strict):
         )
 
     def to_yaml(self) -> str:
-        """The recipe as a file's text, with every default written out so that it means the same for ever."""
-        content = self.model_dump(mode="json")
-        return f"# fingerprint: {self.fingerprint}\n" + dump_yaml(content)
+        """The recipe as a file's text, with defaults written out so that it means the same for ever: see `plain`."""
+        return f"# fingerprint: {self.fingerprint}\n" + dump_yaml(plain(self))
 
 
 def recipe(content: object, *, source: str) -> Recipe:

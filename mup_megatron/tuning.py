@@ -27,7 +27,7 @@ from mup_megatron.search import (
 )
 from mup_megatron.search.space import SearchRange
 from mup_megatron.training.options import TrainingOptions, require_possible
-from mup_megatron.validation import Strict, validated
+from mup_megatron.validation import Strict, plain, validated
 
 SEARCHABLE = tuple(Hyperparameters.model_fields)
 """What a space may name."""
@@ -81,7 +81,7 @@ class ProxyTraining:
         """Returns what must stay the same while a study goes on."""
         options = asdict(self.options)
         return {
-            "proxy": self.proxy.model_dump(mode="json"),
+            "proxy": plain(self.proxy),
             "fixed": dict(self.fixed),
             "data": {"name": self.data.name, "sha256": self.data_sha256},
             "training": {key: options[key] for key in _RUN_KEYS},
@@ -117,7 +117,7 @@ def fixed_content(given: Recipe | None) -> dict[str, Any]:
     """Returns what a search leaves alone: a recipe's content without its base; every default without a recipe."""
     if given is None:
         return {}
-    return given.model_dump(mode="json", exclude={"base", "training", "provenance"})
+    return plain(given, exclude=("base", "training", "provenance"))
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,9 @@ def best_of(
         return SearchSetup(made.spec.space, made.spec.context["fixed"], selection)
     found = read_study(storage or default_storage(other), other)
     context = _sweep_context(found, _ModelContext, flag="--of")
-    if context["proxy"] != proxy.model_dump(mode="json"):
-        before = context["proxy"]
-        differing = [key for key, value in proxy.model_dump(mode="json").items() if before.get(key) != value]
+    before, now = context["proxy"], plain(proxy)
+    if before != now:
+        differing = [key for key in {**now, **before} if before.get(key) != now.get(key)]
         raise InputError(
             f"--of {other}: that study trained another model ({', '.join(differing)} differ), and hyperparameters "
             "belong to the shape they were tuned at. Give the model file of that study."

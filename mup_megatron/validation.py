@@ -6,10 +6,11 @@ Not the place for formats: what a model file or a recipe contains is in `archite
 import difflib
 import json
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
+from pydantic.fields import FieldInfo
 
 from mup_megatron.errors import InputError
 
@@ -112,6 +113,41 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def added(since: str, default: Any) -> Any:
+    """Returns a field that release `since` adds to a file's format. Its default is what was so before, for ever."""
+    return Field(default, json_schema_extra={"since": since})
+
+
+def plain(content: BaseModel, *, exclude: Collection[str] = ()) -> dict[str, Any]:
+    """Returns a content as JSON values, defaults included, but for those of keys that were `added` later.
+
+    So it is the same in every release: what is hashed, compared with what another release wrote, or kept for ever.
+    """
+    return content.model_dump(mode="json", exclude={**_added_defaults(content), **dict.fromkeys(exclude, True)})
+
+
+def _added_defaults(value: object) -> dict[Any, Any]:
+    """What `model_dump` has to leave out at any depth, as it wants to be told."""
+    match value:
+        case BaseModel():
+            inside: Iterable[tuple[Any, object]] = ((key, getattr(value, key)) for key in type(value).model_fields)
+            own = {key for key, field in type(value).model_fields.items() if _is_added_default(field, value, key)}
+        case Mapping():
+            inside, own = value.items(), set()
+        case list() | tuple():
+            inside, own = enumerate(value), set()
+        case _:
+            return {}
+    deeper = {key: found for key, each in inside if (found := _added_defaults(each))}
+    return {**deeper, **dict.fromkeys(own, True)}
+
+
+def _is_added_default(field: FieldInfo, value: BaseModel, key: str) -> bool:
+    extra = field.json_schema_extra
+    later = isinstance(extra, dict) and "since" in extra
+    return later and getattr(value, key) == field.default
 
 
 def validated(model: type[ModelT], content: object, *, source: str) -> ModelT:

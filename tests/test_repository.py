@@ -25,7 +25,8 @@ MODEL_FILES = sorted((ROOT / "configs" / "models").glob("*.yaml"))
 NAMED_SIZES = {"m": 1e6, "b": 1e9}
 
 GROUND = {
-    *("collectives", "messages", "errors", "files", "json_io", "readback", "unpickling", "validation", "yaml_io"),
+    *("by_optimizer", "collectives", "messages", "errors", "files", "json_io", "readback", "unpickling", "validation"),
+    "yaml_io",
 }
 """Errors, what raises them for files and on all ranks, and what tells them: whoever may import `errors` may import all
 of these."""
@@ -44,9 +45,9 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide who imports whom"
             # `from mup_megatron import theory` imports theory.
-            yield from (
-                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "mup_megatron" else []
-            )
+            # Likewise `from mup_megatron.check import transfer`.
+            folders = ("mup_megatron", "mup_megatron.check")
+            yield from ([f"{node.module}.{alias.name}" for alias in node.names] if node.module in folders else [])
             yield str(node.module)
 
 
@@ -87,6 +88,49 @@ def test_imports_follow_the_table_of_the_architecture(part: str) -> None:
     allowed = table[part] | {part, "__version__"}
     found = {(path.relative_to(ROOT).as_posix(), part_of(name)) for path in files_of(part) for name in imports(path)}
     assert [(path, name) for path, name in sorted(found, key=str) if name is not None and name not in allowed] == []
+
+
+CHECK = PACKAGE / "check"
+ROOMS = {path.relative_to(CHECK).parts[0].removesuffix(".py") for path in CHECK.rglob("*.py")} - {"__init__"}
+
+
+def rooms_of_check() -> dict[str, set[str]]:
+    """The second table of docs/architecture.md: room of check → the rooms that it may import, in its order."""
+    table: dict[str, set[str]] = {}
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for room, cell in re.findall(r"^\| check/(\w+) \| ([^|]+) \|$", text, flags=re.MULTILINE):
+        if cell == "all of the above":
+            table[room] = set(table)
+        else:
+            table[room] = set() if cell == "nothing of check" else set(cell.split(", "))
+        assert table[room] <= set(table) - {room}, f"{room} may import what comes after it"
+    return table
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_imports_within_check_follow_the_table_of_its_rooms(room: str) -> None:
+    table = rooms_of_check()
+    assert set(table) == ROOMS
+    found = {
+        (path.relative_to(ROOT).as_posix(), name.split(".")[2])
+        for path in sorted((CHECK / room).rglob("*.py")) or [CHECK / f"{room}.py"]
+        for name in imports(path)
+        if name.startswith("mup_megatron.check.")
+    }
+    assert [(path, name) for path, name in sorted(found) if name not in table[room] | {room}] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "places"),
+    [
+        (r"import .*\b(?:Kind|Role)\b", {"entries.py"}),
+        (r"\b(?:AdamReplay|SGDReplay)\b|parametrization\.optimizer|\boptim\.(?:SGD|Adam)", {"measure/optimizers.py"}),
+    ],
+    ids=["kinds and roles", "optimizers"],
+)
+def test_what_check_knows_of_single_ones_is_in_one_place(words: str, places: set[str]) -> None:
+    files = {path.relative_to(CHECK).as_posix(): path.read_text(encoding="utf-8") for path in CHECK.rglob("*.py")}
+    assert {name for name, text in files.items() if re.search(words, text)} - {"measure/replay.py"} == places
 
 
 def test_the_theory_is_pure_python() -> None:
@@ -183,7 +227,7 @@ def test_no_tracked_file_names_the_machine_it_was_written_on() -> None:
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.stem)
 def test_a_model_file_has_the_parameters_it_says(path: Path) -> None:
     model = load_model_file(path)
-    count = sum(math.prod(p.shape) for p in shapes_of(model, model)[1].parameters)
+    count = sum(math.prod(p.shape) for p in shapes_of(model, model)[1].tensors)
     readme = (path.parent / "README.md").read_text(encoding="utf-8")
     row = f"| {model.num_layers} | {model.hidden_size} | {model.num_attention_heads} | {model.head_size} | {count:,} |"
     assert f"| `{path.name}` {row}\n" in readme

@@ -18,6 +18,16 @@ def is_input_role(entry: PlanEntry) -> bool:
     return entry.role is Role.INPUT
 
 
+def is_output_role(entry: PlanEntry) -> bool:
+    """Returns whether the side that is multiplied grows with width, and what comes out is of a finite size."""
+    return entry.role is Role.OUTPUT
+
+
+def is_scalar_role(entry: PlanEntry) -> bool:
+    """Returns whether no side grows with width."""
+    return entry.role is Role.SCALAR
+
+
 def is_embedding(entry: PlanEntry) -> bool:
     """A lookup table."""
     return entry.is_embedding

@@ -20,7 +20,7 @@ from mup_megatron.recipe import Recipe, load_recipe
 from mup_megatron.targets import CONFIG_FILE, hugging_face_config, is_hugging_face, read_target
 
 if TYPE_CHECKING:
-    from mup_megatron.check.mutants.mutants import Mutant
+    from mup_megatron.check.mutants import Mutant
     from mup_megatron.check.verdict.verdict import Verdict
 
 FAILED, UNDECIDED = 1, 2
@@ -165,9 +165,9 @@ def _of_megatron(
     target: Path, recipe: Recipe, parallel: Mapping[str, Any], mutant_name: str | None, *, fresh: bool
 ) -> Callable[..., "Verdict"]:
     """What checks a model file."""
+    from mup_megatron.check.measure.levels import Level
     from mup_megatron.check.reference.cache import FOLDER
-    from mup_megatron.check.subjects.megatron_check import check_megatron
-    from mup_megatron.check.verdict.verdict import Level
+    from mup_megatron.check.run_megatron import check_megatron
     from mup_megatron.training.options import TrainingOptions
 
     model = load_model_file(target)
@@ -181,8 +181,8 @@ def _of_megatron(
 
 def _of_hugging_face(target: Path, recipe: Recipe, deepspeed: Path | None) -> Callable[..., "Verdict"]:
     """What checks a Hugging Face configuration."""
-    from mup_megatron.check.subjects.huggingface import check_hugging_face
-    from mup_megatron.check.verdict.verdict import Level
+    from mup_megatron.check.measure.levels import Level
+    from mup_megatron.check.run_huggingface import check_hugging_face
 
     config = hugging_face_config(read_target(target), source=str(target))
     return lambda level, **more: check_hugging_face(config, recipe, deepspeed=deepspeed, level=Level(level), **more)
@@ -190,9 +190,9 @@ def _of_hugging_face(target: Path, recipe: Recipe, deepspeed: Path | None) -> Ca
 
 def _of_launch_line(words: list[str], recipe: Recipe, *, fresh: bool) -> Callable[..., "Verdict"]:
     """What checks the model that a launch line builds."""
+    from mup_megatron.check.measure.levels import Level
     from mup_megatron.check.reference.cache import FOLDER
-    from mup_megatron.check.subjects.launch_line import check_launch_line
-    from mup_megatron.check.verdict.verdict import Level
+    from mup_megatron.check.run_launch_line import check_launch_line
 
     references = None if fresh else FOLDER
     return lambda level, **more: check_launch_line(words, recipe, level=Level(level), references=references, **more)
@@ -233,9 +233,9 @@ def answer(verdict: "Verdict", target: Path, recipe_path: Path, output: Path, js
 
 
 def _mutant(name: str, model: ModelFile, recipe: Recipe) -> "Mutant":
+    from mup_megatron.check.family.stress import stressed
     from mup_megatron.check.measure.levels import EARLY
-    from mup_megatron.check.mutants.mutants import MUTANTS, Context
-    from mup_megatron.check.subjects.family import stressed
+    from mup_megatron.check.mutants import MUTANTS, Context
 
     stress = stressed(recipe, steps=EARLY.steps, eps=recipe.hyperparameters.adam_eps)
     context = Context(base=recipe.megatron_base, target=model, recipe=stress, width=model.hidden_size)

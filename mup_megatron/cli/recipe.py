@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mup_megatron import recipe as recipes
+from mup_megatron import theory
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import model_file
 from mup_megatron.cli.options import FILE, answer, force_option
@@ -63,7 +64,8 @@ def _base(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _option(key: str, field: FieldInfo) -> click.Option:
-    choices = [value for value in get_args(field.annotation) if isinstance(value, str)]
+    known = theory.optimizers() if key == "optimizer" else get_args(field.annotation)
+    choices = [value for value in known if isinstance(value, str)]
     default = "required" if field.is_required() else f"default {field.default}"
     return click.Option(
         [f"--{key.replace('_', '-')}", key], type=click.Choice(choices) if choices else float, help=f"[{default}]"

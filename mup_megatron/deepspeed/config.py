@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mup_megatron.deepspeed import entry as entries
 from mup_megatron.deepspeed.entry import AUTO, KEY, Configuration, SchedulerSection
+from mup_megatron.deepspeed.optimizers import DEEPSPEED_OPTIMIZERS
 from mup_megatron.errors import InputError
 from mup_megatron.modules.groups import values
 from mup_megatron.recipe import Recipe, load_recipe
@@ -48,8 +49,7 @@ def configuration(recipe: Recipe, *, path: str, settings: EngineSettings) -> dic
     Raises:
         InputError: DeepSpeed has no scheduler for the recipe's schedule, or the settings contradict each other.
     """
-    adam = recipe.parametrization.optimizer == "adam"
-    kind = "AdamW" if adam else "SGD"
+    kind = DEEPSPEED_OPTIMIZERS[recipe.parametrization.optimizer].type
     params = entries.optimizer_params(kind, {}, recipe)
     clipping: float | str = recipe.hyperparameters.clip_grad
     if settings.global_batch_size is None:

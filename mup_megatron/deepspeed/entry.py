@@ -9,9 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from mup_megatron.deepspeed.optimizers import DEEPSPEED_OPTIMIZERS
 from mup_megatron.errors import InputError
 from mup_megatron.modules.apply import Initialize
+from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 from mup_megatron.recipe import Recipe
+from mup_megatron.theory import optimizers
 from mup_megatron.validation import Strict, brief, quoted, validated
 
 KEY = "mup"
@@ -23,10 +26,6 @@ _VALUES = ("lr", "betas", "eps", "weight_decay", "momentum")
 
 _OTHER_RULES = ("amsgrad", "maximize", "nesterov")
 """Options that make another optimizer of it."""
-
-_ADAM = ("adam", "adamw")
-_MOVED = {"muadam": "AdamW", "muadamw": "AdamW", "musgd": "SGD"}
-"""DeepSpeed's optimizers through microsoft/mup, and what stands in their place."""
 
 
 class Entry(Strict):
@@ -197,30 +196,31 @@ def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe:
         InputError: another optimizer than the recipe's, or values that say something else.
     """
     wanted = _wanted(recipe)
-    adam = recipe.parametrization.optimizer == "adam"
+    own = DEEPSPEED_OPTIMIZERS[recipe.parametrization.optimizer]
     if name is None:
         raise InputError(
             f'"optimizer": missing, so DeepSpeed would not make one. Write "optimizer": {{"type": '
-            f'"{"AdamW" if adam else "SGD"}"}}; the recipe fills in the values.'
+            f'"{own.type}"}}; the recipe fills in the values.'
         )
-    if name.lower() in _MOVED:
+    moved = next((each.type for each in DEEPSPEED_OPTIMIZERS.values() if name.lower() in each.through_mup), None)
+    if moved is not None:
         raise InputError(
             f'"optimizer": {name} is μP through microsoft/mup, which would be applied on top of the recipe. Write '
-            f'"type": "{_MOVED[name.lower()]}" and drop set_base_shapes, MuReadout and mup.init from the script: the '
+            f'"type": "{moved}" and drop set_base_shapes, MuReadout and mup.init from the script: the '
             "recipe's base says the same."
         )
-    if not (name.lower() in _ADAM if adam else name.lower() == "sgd"):
+    if not own.has_type(name):
         raise InputError(
             f'"optimizer": the rules for {brief(name, 40)} are not those that the recipe was made with '
             f'(parametrization.optimizer {recipe.parametrization.optimizer}). Write "type": '
-            f'"{"AdamW" if adam else "SGD"}", or give a recipe for {brief(name, 40)}.'
+            f'"{own.type}", or give a recipe for {brief(name, 40)}.'
         )
     given = {key: value for key, value in (params or {}).items() if value != AUTO}
-    coupled = name.lower() == "adam" and given.get("adam_w_mode", True) is False
+    coupled = own.may_be_coupled(name) and given.get("adam_w_mode", True) is False
     if coupled and recipe.hyperparameters.weight_decay > 0:
         raise InputError(
-            '"optimizer": Adam with "adam_w_mode": false adds weight decay to the gradient, which the recipe\'s '
-            'decoupled weight_decay does not mean. Write "type": "AdamW".'
+            f'"optimizer": {own.coupled_type} with "adam_w_mode": false adds weight decay to the gradient, which the '
+            f'recipe\'s decoupled weight_decay does not mean. Write "type": "{own.type}".'
         )
     for key in _OTHER_RULES:
         if given.get(key):
@@ -234,11 +234,11 @@ def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe:
 
 
 def _wanted(recipe: Recipe) -> dict[str, Any]:
-    h = recipe.hyperparameters
-    if recipe.parametrization.optimizer == "adam":
-        betas = [h.adam_beta1, h.adam_beta2]
-        return {"lr": h.lr, "betas": betas, "eps": h.adam_eps, "weight_decay": h.weight_decay}
-    return {"lr": h.lr, "momentum": h.sgd_momentum, "weight_decay": h.weight_decay}
+    h, name = recipe.hyperparameters, recipe.parametrization.optimizer
+    eps = {} if optimizers()[name].eps is None else {"eps": h.adam_eps}
+    # As JSON has them.
+    settings = {key: list(v) if isinstance(v, tuple) else v for key, v in TORCH_OPTIMIZERS[name].settings(h).items()}
+    return {"lr": h.lr, **settings, **eps, "weight_decay": h.weight_decay}
 
 
 def gradient_clipping(given: Any, recipe: Recipe) -> float:

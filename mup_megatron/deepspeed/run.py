@@ -21,6 +21,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.modules.apply import Initialize, apply_plan, require_applied
 from mup_megatron.modules.groups import members
 from mup_megatron.modules.names import unwrapped
+from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 from mup_megatron.recipe import Recipe, load_recipe
 from mup_megatron.theory import Plan
 
@@ -285,6 +286,4 @@ def _betas_or_momentum(engine: Any, run: EngineRun) -> dict[str, Any]:
     """Returns the recipe's betas or momentum; nothing where a schedule drives them."""
     if getattr(engine.lr_scheduler, "cycle_momentum", False):
         return {}
-    h = run.recipe.hyperparameters
-    adam = run.recipe.parametrization.optimizer == "adam"
-    return {"betas": (h.adam_beta1, h.adam_beta2)} if adam else {"momentum": h.sgd_momentum}
+    return TORCH_OPTIMIZERS[run.recipe.parametrization.optimizer].settings(run.recipe.hyperparameters)

@@ -11,7 +11,7 @@ from mup_megatron.huggingface.configs import base_content
 from mup_megatron.huggingface.plan import TESTED, plan_for
 from mup_megatron.modules.apply import Initialize, apply_plan
 from mup_megatron.modules.groups import Form, param_groups
-from mup_megatron.modules.optimizers import check_optimizer
+from mup_megatron.modules.optimizer_check import check_optimizer
 
 __all__ = ["TESTED", "Form", "Initialize", "apply_plan", "base_content", "check_optimizer", "param_groups", "plan_for"]
 

@@ -1,27 +1,22 @@
 """A plan → a built Megatron-Core GPTModel: initial weights, multipliers, attention scale. Holds no theory.
 
-Multipliers are forward hooks, which survive DDP, Float16Module, recomputation and every parallel layout, and act in
-inference as well. Nothing is hooked where a multiplier is 1, so that a plan at its base leaves the model as it is.
+Nothing is touched where nothing changes, so that a plan at its base leaves the model as it is.
 """
 
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from mup_megatron.architectures.names import POSITION_EMBEDDINGS, WORD_EMBEDDINGS
 from mup_megatron.architectures.registry import architectures
 from mup_megatron.collectives import raise_together
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.names import named_parameters, require_match, unwrapped
+from mup_megatron.live import hooks
+from mup_megatron.live.applied import note_applied, plan_applied_to
+from mup_megatron.megatron.names import named_modules, named_parameters, require_match, unwrapped
 from mup_megatron.megatron.versions import native_mup
-from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
-from mup_megatron.theory import Plan, PlanEntry
-
-_applied: "weakref.WeakKeyDictionary[torch.nn.Module, Plan]" = weakref.WeakKeyDictionary()
-_EMBEDDINGS = {WORD_EMBEDDINGS, POSITION_EMBEDDINGS}
+from mup_megatron.theory import Acts, Plan, PlanEntry
 
 
 def configure(config: Any, plan: Plan) -> None:
@@ -62,13 +57,13 @@ def apply_plan(model_chunks: Sequence[torch.nn.Module], plan: Plan, *, initializ
                 _initialize(parameter, entry, models[0].config)
     for model in models:
         _set_softmax_scale(model, plan)
-        _hook_multipliers(model, plan)
-        _applied[model] = plan
+        hooks.attach(dict(named_modules(model)), plan.sites)
+        note_applied(model, plan)
 
 
 def applied_plan(chunk: torch.nn.Module) -> Plan | None:
-    """The plan that was applied to a model, if any was."""
-    return _applied.get(unwrapped(chunk))
+    """Returns the plan that was applied to a model, wrapped or not; None if none was."""
+    return plan_applied_to(unwrapped(chunk))
 
 
 def refuse_native(config: Any) -> None:
@@ -109,7 +104,7 @@ def _problems(model: torch.nn.Module, plan: Plan) -> list[str]:
         return [foreign]
     config: Any = model.config
     problems = []
-    if model in _applied:
+    if plan_applied_to(model) is not None:
         problems.append("A plan was applied to this model already. Build the model anew, or apply one plan only.")
     try:
         refuse_native(config)
@@ -143,14 +138,13 @@ def _problems(model: torch.nn.Module, plan: Plan) -> list[str]:
 
 
 def _multiplier_problems(model: torch.nn.Module, plan: Plan) -> list[str]:
-    problems = []
-    for module, entry in _multiplied_modules(model, plan):
-        if hasattr(module, "layer_norm_weight"):
-            problems.append(
-                f"{entry.name}: a multiplier cannot act through the norm that is fused into this layer. "
-                "Use transformer_impl local, or fold the multiplier (init_mult and lr_mult by the same factor)."
-            )
-    return problems
+    modules = dict(named_modules(model))
+    return [
+        f"{name}.weight: a multiplier cannot act through the norm that is fused into this layer. "
+        "Use transformer_impl local, or fold the multiplier (init_mult and lr_mult by the same factor)."
+        for name in hooks.wanted(plan.sites)
+        if hasattr(modules.get(name), "layer_norm_weight")
+    ]
 
 
 # ---- initial weights -----------------------------------------------------------------------------------------------
@@ -208,7 +202,7 @@ def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, config: Any) ->
 
 
 def core_attentions(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """(name, module) of what computes attention in each layer of a model that is not wrapped."""
+    """Returns (name, module) of what computes attention in each layer of a model that is not wrapped."""
     return [(name, module) for name, module in model.named_modules() if name.endswith("self_attention.core_attention")]
 
 
@@ -225,52 +219,27 @@ def _layer_coefficient(part: Any) -> float:
 
 
 def part_scales(core_attention: torch.nn.Module) -> list[float]:
-    """The scale that each part of an attention says it uses; nothing where it has no such attribute."""
+    """Returns the scale that each part of an attention says it uses; nothing where it has no such attribute."""
     return [part.softmax_scale * _layer_coefficient(part) for part in _scaled_parts(core_attention)]
 
 
 def softmax_scales(chunk: torch.nn.Module) -> dict[str, float]:
-    """The scale that each attention of a live model says it uses, by module name; the first where back ends differ."""
+    """Returns the scale that each attention of a live model says it uses, by module name; where back ends differ, the
+    first's.
+    """
     return {name: scales[0] for name, module in core_attentions(unwrapped(chunk)) if (scales := part_scales(module))}
 
 
 def _set_softmax_scale(model: torch.nn.Module, plan: Plan) -> None:
-    if not plan.changes_softmax_scale:
-        return
-    config: Any = model.config
-    config.softmax_scale = plan.softmax_scale
-    for name, module in core_attentions(model):
-        for part in _scaled_parts(module):
-            part.softmax_scale = plan.softmax_scale / _layer_coefficient(part)
+    modules: dict[str, Any] = dict(named_modules(model))
+    for site in plan.sites:
+        if site.acts is not Acts.SCALE or not site.changes:
+            continue
+        config: Any = model.config
+        config.softmax_scale = site.factor
+        if site.module not in modules:
+            continue
+        for part in _scaled_parts(modules[site.module]):
+            part.softmax_scale = site.factor / _layer_coefficient(part)
         # Dynamic inference bypasses core_attention and looks for the scale here; without it, it would use 1/√d.
-        attention: Any = model.get_submodule(name.removesuffix(".core_attention"))
-        attention.softmax_scale = plan.softmax_scale
-
-
-# ---- multipliers ---------------------------------------------------------------------------------------------------
-
-
-def _multiplied_modules(model: torch.nn.Module, plan: Plan) -> list[tuple[torch.nn.Module, PlanEntry]]:
-    """(module, entry) of this model's weights, other than embeddings and readout, that have a multiplier."""
-    owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
-    return [
-        (owners[id(parameter)], entry)
-        for name, parameter in named_parameters([model], tied=plan.tied)
-        if (entry := plan.by_name.get(name)) is not None
-        and entry.multiplier != 1.0
-        and not (entry.is_embedding or entry.is_readout)
-    ]
-
-
-def _hook_multipliers(model: Any, plan: Plan) -> None:
-    embedding = getattr(model, "embedding", None)
-    if embedding is not None:
-        for name in _EMBEDDINGS & set(plan.by_name):
-            factor = plan[name].multiplier
-            if factor != 1.0:
-                module = embedding.get_submodule(name.split(".")[1])
-                module.register_forward_hook(ScaledOutput(factor))
-    if hasattr(model, "output_layer") and plan.output_multiplier != 1.0:
-        model.output_layer.register_forward_pre_hook(ScaledInput(plan.output_multiplier))
-    for module, entry in _multiplied_modules(model, plan):
-        module.register_forward_pre_hook(ScaledInput(entry.multiplier))
+        modules[site.module.rpartition(".")[0]].softmax_scale = site.factor

@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.names import named_parameters, require_match
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
 from mup_megatron.megatron.versions import distinct_lr_mults
 from mup_megatron.theory import Plan, PlanEntry
 
@@ -77,7 +78,7 @@ def _override(entry: PlanEntry, plan: Plan) -> dict[str, float]:
 def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
     """Raises InputError unless an optimizer's configuration is what the plan's ratios are relative to."""
     expected = {"lr": plan.lr, "min_lr": plan.min_lr, "weight_decay": plan.weight_decay}
-    if plan.optimizer == "adam":
+    if any(entry.eps is not None for entry in plan.entries):
         expected["adam_eps"] = plan.adam_eps
     problems = [
         f"{key}: the optimizer is configured with {getattr(config, key)!r}, the recipe says {value!r}. "
@@ -95,7 +96,7 @@ def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
             "decoupled_lr: it would overwrite what the plan gives to embedding and readout. Drop it, and use "
             "per_parameter in the recipe."
         )
-    if plan.optimizer == "adam" and not config.decoupled_weight_decay:
+    if MEGATRON_OPTIMIZERS[plan.optimizer].decoupled_weight_decay and not config.decoupled_weight_decay:
         problems.append("decoupled_weight_decay: it is off, and the plan's weight decay is AdamW's. Set it to True.")
     if config.apply_wd_to_qk_layernorm:
         problems.append("apply_wd_to_qk_layernorm: the plan has no weight decay for norms. Turn it off.")
@@ -121,7 +122,7 @@ class GroupValues:
     """None where the group has none of its own, as after loading what an old Megatron saved; likewise `min_lr`."""
     min_lr: float | None
     eps: float | None
-    """None for SGD."""
+    """None for an optimizer without."""
     weight_decay: float
     wd_mult: float
     """What the scheduler multiplies the base's weight decay by."""

@@ -17,6 +17,7 @@ from mup_megatron.megatron.pretrain import checkpoints, flags
 from mup_megatron.megatron_deepspeed import arguments, groups
 from mup_megatron.messages import is_first, say
 from mup_megatron.modules.groups import Group
+from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 from mup_megatron.plan_table import print_plan
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
@@ -196,7 +197,7 @@ def _applied(run: _ForkRun) -> Plan:
 
 def _adam_problems(run: _ForkRun, plan: Plan, adam: type[torch.optim.Optimizer]) -> list[str]:
     # Without CUDA the fork uses torch's Adam, which adds weight decay to the gradient.
-    if plan.optimizer != "adam" or adam is not torch.optim.Adam or plan.weight_decay == 0:
+    if adam is not TORCH_OPTIMIZERS[plan.optimizer].coupled or plan.weight_decay == 0:
         return []
     if run.args.ds_fused_adam or run.args.cpu_optimizer:
         return []

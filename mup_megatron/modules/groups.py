@@ -50,7 +50,7 @@ class GroupValues:
     lr: float
     weight_decay: float
     eps: float | None
-    """None for SGD."""
+    """None for an optimizer without."""
     has_vectors: bool
     """Biases and gains stand apart from weights even where all their values are alike."""
 

@@ -46,8 +46,10 @@ class Optimizer:
 
     name: str
     """As in a recipe's `parametrization.optimizer`."""
+    title: str
+    """As people write it."""
     hyperparameters: tuple[str, ...]
-    """The keys of a recipe that only this optimizer reads."""
+    """The keys of a recipe that it reads and that not every optimizer does."""
     lr: Mapping[Role, Factor]
     """Of the peak; the whole schedule, floor and warm-up included, scales with it."""
     eps: Mapping[Role, Factor] | None
@@ -93,6 +95,7 @@ class Optimizer:
 ADAM = Optimizer(
     # Decoupled weight decay, multiplied by the learning rate as torch and Megatron do; eps outside the root.
     name="adam",
+    title="Adam",
     hyperparameters=("adam_beta1", "adam_beta2", "adam_eps"),
     lr={  # TP5 Table 8
         Role.INPUT: ONE,
@@ -114,6 +117,7 @@ ADAM = Optimizer(
 SGD = Optimizer(
     # With or without momentum; coupled weight decay, as torch does.
     name="sgd",
+    title="SGD",
     hyperparameters=("sgd_momentum",),
     lr={  # TP5 Table 8
         Role.INPUT: Power(r_out=1),

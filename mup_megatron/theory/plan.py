@@ -180,9 +180,10 @@ class Plan:
             for entry in self.entries
             if entry.multiplier != 1.0 and entry.name not in placed
         )
-        return (*(self._site(place) for place in self.places), *own)
+        return (*(self.site(place) for place in self.places), *own)
 
-    def _site(self, place: Place) -> Site:
+    def site(self, place: Place) -> Site:
+        """Returns a place with its factor; also one that is known from the live model alone."""
         if place.carries == SOFTMAX:
             reason = "attention logits scale as 1/d in the head size"
             return Site(place.module, place.acts, self.softmax_scale, self.own_softmax_scale, reason)
@@ -208,9 +209,10 @@ class Plan:
         """
         try:
             rest = {key: value for key, value in content.items() if key not in {"model", "parameters"}}
-            if rest["optimizer"] not in optimizers():
-                raise ValueError(f"{rest['optimizer']!r} is no optimizer")
             entries = tuple(_entry_from_json(entry) for entry in content["parameters"])
+            for name in (rest["optimizer"], *(entry.optimizer for entry in entries)):
+                if name not in optimizers():
+                    raise ValueError(f"{name!r} is no optimizer")
             model: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content["model"].items()}
             for key in _FOLLOWS:
                 del model[key]

@@ -14,7 +14,7 @@ from mup_megatron.recipe import Recipe
 from mup_megatron.training.data.prefix import at
 from mup_megatron.training.data.reading import check_prefix
 from mup_megatron.training.options import TrainingOptions
-from mup_megatron.validation import brief
+from mup_megatron.validation import brief, plain
 
 Identity = dict[str, Any]
 
@@ -39,7 +39,7 @@ def identity_of(model: ModelFile, recipe: Recipe, data: Path, options: TrainingO
     return {
         "version": VERSION,
         "fingerprint": recipe.fingerprint,
-        "model": model.model_dump(mode="json"),
+        "model": plain(model),
         "data": {
             "bin_bytes": at(data, ".bin").stat().st_size,
             "bin_sha256": meta.bin_sha256,

@@ -10,6 +10,7 @@ from pathlib import Path
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.errors import InputError
+from mup_megatron.megatron.optimizers import distributed_problem
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.data import CACHE
 from mup_megatron.training.data.dataset import DEFAULT_SPLIT
@@ -197,11 +198,9 @@ def _bad_layout(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> I
                 f"--sequence-parallel: seq_length {model.seq_length} is not divisible by "
                 f"--tensor-model-parallel-size {options.tensor_model_parallel_size}. Drop it, or change one of them."
             )
-    if options.use_distributed_optimizer and recipe.parametrization.optimizer != "adam":
-        yield (
-            "--use-distributed-optimizer: Megatron has it for Adam, and the recipe's optimizer is "
-            f"{recipe.parametrization.optimizer}. Drop it."
-        )
+    problem = distributed_problem(recipe.parametrization.optimizer)
+    if problem is not None and options.use_distributed_optimizer:
+        yield problem
 
 
 def _bad_batch(model: ModelFile, options: TrainingOptions, world_size: int) -> Iterator[str]:

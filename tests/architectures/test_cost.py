@@ -60,22 +60,23 @@ def test_every_part_of_a_model_is_counted(changes: dict[str, Any], count: int) -
 
 def test_flops_are_six_per_weight_and_twelve_per_score() -> None:
     flops = training_flops(small(num_layers=3))
-    assert flops.attention_projections == 6 * 3 * (128 * 384 + 128 * 128)
+    assert flops.items["attention_projections"] == 6 * 3 * (128 * 384 + 128 * 128)
     # Forward: q·k and the mix of values cost 2 each, for 16 places of 128 channels. Backward twice that.
-    assert flops.attention_scores == 3 * (2 + 2) * 3 * 16 * 128
-    assert flops.mlp == 6 * 3 * (128 * 512 + 512 * 128)
-    assert flops.readout == 6 * 128 * 384
-    assert flops.total == flops.attention_projections + flops.attention_scores + flops.mlp + flops.readout
+    assert flops.items["attention_scores"] == 3 * (2 + 2) * 3 * 16 * 128
+    assert flops.items["mlp"] == 6 * 3 * (128 * 512 + 512 * 128)
+    assert flops.items["readout"] == 6 * 128 * 384
+    assert flops.total == sum(flops.items.values())
+    assert set(flops.items) == {"attention_projections", "attention_scores", "mlp", "readout"}
 
 
 def test_flops_of_grouped_queries_gated_mlp_and_other_head_sizes() -> None:
     flops = training_flops(
         small(group_query_attention=True, num_query_groups=2, kv_channels=48, swiglu=True, ffn_hidden_size=320)
     )
-    assert flops.attention_projections == 6 * (128 * (192 + 2 * 96) + 192 * 128)
+    assert flops.items["attention_projections"] == 6 * (128 * (192 + 2 * 96) + 192 * 128)
     # Keys and values are shared by groups; scores are there for every head.
-    assert flops.attention_scores == 12 * 16 * 192
-    assert flops.mlp == 6 * (128 * 640 + 320 * 128)
+    assert flops.items["attention_scores"] == 12 * 16 * 192
+    assert flops.items["mlp"] == 6 * (128 * 640 + 320 * 128)
 
 
 @pytest.mark.parametrize("size", GPT3)

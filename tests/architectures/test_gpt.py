@@ -12,18 +12,22 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import global_name, stage_layers
 from mup_megatron.architectures.registry import shapes_of
 from mup_megatron.errors import InputError
-from mup_megatron.theory import Dimension, Kind, Parameter
+from mup_megatron.theory import Constant, Property, Side, Tensor
 
 WORDS = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
 
 
-def _parameters(model: ModelFile, base: ModelFile | None = None) -> dict[str, Parameter]:
-    return {p.name: p for p in shapes_of(base or model, model)[1].parameters}
+def _tensors(model: ModelFile, base: ModelFile | None = None) -> dict[str, Tensor]:
+    return {t.name: t for t in shapes_of(base or model, model)[1].tensors}
+
+
+def _constant(tensor: Tensor) -> float | None:
+    return tensor.start.value if isinstance(tensor.start, Constant) else None
 
 
 def _shapes(**changes: Any) -> dict[str, tuple[int, ...]]:
-    return {name: p.shape for name, p in _parameters(gpt(1, num_layers=1, **changes)).items()}
+    return {name: t.shape for name, t in _tensors(gpt(1, num_layers=1, **changes)).items()}
 
 
 def test_every_parameter_of_a_plain_gpt_in_megatrons_order() -> None:
@@ -94,10 +98,10 @@ def test_shapes_follow_heads_groups_and_gates() -> None:
 
 
 def test_which_sides_grow() -> None:
-    parameters = _parameters(gpt(1, untie_embeddings_and_output_weights=True))
+    tensors = _tensors(gpt(1, untie_embeddings_and_output_weights=True))
 
     def sides(name: str) -> tuple[bool, bool]:
-        return parameters[name].fan_in.infinite, parameters[name].fan_out.infinite
+        return tensors[name].fan_in.grows, tensors[name].fan_out.grows
 
     layer = "decoder.layers.0."
     assert sides(WORDS) == sides("embedding.position_embeddings.weight") == (False, True)
@@ -109,19 +113,19 @@ def test_which_sides_grow() -> None:
 
 
 def test_fans_are_those_of_the_whole_matrix() -> None:
-    parameters = _parameters(gpt(1, swiglu=True, untie_embeddings_and_output_weights=True))
-    fc1 = parameters["decoder.layers.0.mlp.linear_fc1.weight"]
-    assert (fc1.fan_in, fc1.fan_out) == (Dimension(32, True), Dimension(128, True))
-    assert (parameters[WORDS].fan_in.size, parameters[WORDS].fan_out.size) == (48, 32)
-    assert (parameters[HEAD].fan_in.size, parameters[HEAD].fan_out.size) == (32, 48)
-    for parameter in parameters.values():
-        if len(parameter.shape) == 2 and parameter.kind is not Kind.EMBEDDING:
-            assert parameter.shape == (parameter.fan_out.size, parameter.fan_in.size)
+    tensors = _tensors(gpt(1, swiglu=True, untie_embeddings_and_output_weights=True))
+    fc1 = tensors["decoder.layers.0.mlp.linear_fc1.weight"]
+    assert (fc1.fan_in, fc1.fan_out) == (Side(32, grows=True), Side(128, grows=True))
+    assert (tensors[WORDS].fan_in.size, tensors[WORDS].fan_out.size) == (48, 32)
+    assert (tensors[HEAD].fan_in.size, tensors[HEAD].fan_out.size) == (32, 48)
+    for tensor in tensors.values():
+        if len(tensor.shape) == 2 and Property.EMBEDDING not in tensor.properties:
+            assert tensor.shape == (tensor.fan_out.size, tensor.fan_in.size)
 
 
 def test_constants_start_where_megatron_starts_them() -> None:
     def start(**changes: Any) -> dict[str, float | None]:
-        return {name: p.init_value for name, p in _parameters(gpt(1, **changes)).items()}
+        return {name: _constant(tensor) for name, tensor in _tensors(gpt(1, **changes)).items()}
 
     values = start(qk_layernorm=True)
     assert values["decoder.final_layernorm.weight"] == 1.0
@@ -133,7 +137,7 @@ def test_constants_start_where_megatron_starts_them() -> None:
 
 
 def test_what_writes_into_the_residual_stream() -> None:
-    residual = {name for name, p in _parameters(gpt(1)).items() if p.kind is Kind.RESIDUAL}
+    residual = {name for name, t in _tensors(gpt(1)).items() if Property.RESIDUAL in t.properties}
     expected = ("self_attention.linear_proj", "mlp.linear_fc2")
     assert residual == {f"decoder.layers.{i}.{name}.weight" for i in (0, 1) for name in expected}
 
@@ -141,15 +145,15 @@ def test_what_writes_into_the_residual_stream() -> None:
 def test_a_head_size_grows_only_where_base_and_target_differ_in_it() -> None:
     gain = "decoder.layers.0.self_attention.q_layernorm.weight"
     base = gpt(1, qk_layernorm=True)
-    assert not _parameters(gpt(4, qk_layernorm=True), base)[gain].fan_out.infinite
-    assert _parameters(gpt(4, qk_layernorm=True, kv_channels=32), base)[gain].fan_out.infinite
+    assert not _tensors(gpt(4, qk_layernorm=True), base)[gain].fan_out.grows
+    assert _tensors(gpt(4, qk_layernorm=True, kv_channels=32), base)[gain].fan_out.grows
 
 
 def test_the_base_is_named_as_the_target() -> None:
     base = gpt(1, transformer_impl="local")
     target = gpt(2, transformer_impl="transformer_engine")
     base_shape, target_shape = shapes_of(base, target)
-    assert [p.name for p in base_shape.parameters] == [p.name for p in target_shape.parameters]
+    assert [t.name for t in base_shape.tensors] == [t.name for t in target_shape.tensors]
 
 
 @pytest.mark.parametrize(
@@ -180,8 +184,8 @@ def test_a_bias_on_queries_keys_and_values_counts_only_where_not_every_layer_has
 def test_gpt3_175b_has_its_number_of_parameters() -> None:
     large = {"num_layers": 96, "hidden_size": 12288, "num_attention_heads": 96, "vocab_size": 50257}
     model = ModelFile(**large, seq_length=2048)
-    parameters = _parameters(model)
-    matrices = sum(p.shape[0] * p.shape[1] for p in parameters.values() if len(p.shape) == 2)
+    tensors = _tensors(model)
+    matrices = sum(t.shape[0] * t.shape[1] for t in tensors.values() if len(t.shape) == 2)
     assert matrices == 96 * 12 * 12288**2 + (50304 + 2048) * 12288
 
 
@@ -213,17 +217,21 @@ def test_every_layer_is_on_exactly_one_stage(stages: int, virtual: int) -> None:
 
 def test_local_names_become_global() -> None:
     local = "decoder.layers.1.mlp.linear_fc1.weight"
-    assert global_name(local, (4, 5), tied=False) == "decoder.layers.5.mlp.linear_fc1.weight"
-    assert global_name("decoder.final_layernorm.weight", (4, 5), tied=True) == "decoder.final_layernorm.weight"
-    assert global_name(WORDS, (0, 1), tied=True) == WORDS
+    assert global_name(local, {"decoder": (4, 5)}, tied=False) == "decoder.layers.5.mlp.linear_fc1.weight"
+    assert (
+        global_name("decoder.final_layernorm.weight", {"decoder": (4, 5)}, tied=True)
+        == "decoder.final_layernorm.weight"
+    )
+    assert global_name(WORDS, {"decoder": (0, 1)}, tied=True) == WORDS
     # The last stage's copy of a tied table has the readout's name there.
-    assert global_name(HEAD, (6, 7), tied=True) == WORDS
-    assert global_name(HEAD, (6, 7), tied=False) == HEAD
+    assert global_name(HEAD, {"decoder": (6, 7)}, tied=True) == WORDS
+    assert global_name(HEAD, {"decoder": (6, 7)}, tied=False) == HEAD
 
 
 def test_a_chunk_renames_to_the_whole_model() -> None:
-    whole = [name for name in _parameters(gpt(1, num_layers=4)) if ".layers." in name]
+    whole = [name for name in _tensors(gpt(1, num_layers=4)) if ".layers." in name]
     per_layer = len(whole) // 4
     local = whole[: 2 * per_layer]
-    renamed = [global_name(n, stage_layers(4, stages=2, stage=s), tied=True) for s in (0, 1) for n in local]
+    stages = [{"decoder": stage_layers(4, stages=2, stage=s)} for s in (0, 1)]
+    renamed = [global_name(n, held, tied=True) for held in stages for n in local]
     assert renamed == whole

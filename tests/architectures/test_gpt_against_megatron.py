@@ -14,11 +14,11 @@ from support.processes import run_ranks
 from support.shapes import gpt
 from support.stock import Layout
 
-from mup_megatron.architectures import gpt as gpt_module
+from mup_megatron.architectures.families import Mlp
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import shapes_of
 from mup_megatron.megatron.versions import core_version
-from mup_megatron.theory import Parameter
+from mup_megatron.theory import Constant, Tensor
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -77,16 +77,17 @@ def live() -> dict[str, tuple[dict[str, tuple[int, ...]], Constants, set[str]]]:
     return found
 
 
-def _parameters(case: str, **changes: Any) -> tuple[Parameter, ...]:
+def _tensors(case: str, **changes: Any) -> tuple[Tensor, ...]:
     model = gpt(1, **MODELS[case], **changes)
-    return shapes_of(model, model)[1].parameters
+    return shapes_of(model, model)[1].tensors
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_names_shapes_and_constants_are_those_of_the_live_model(case: str, live: dict[str, Any]) -> None:
     shapes, constants, _ = live[case]
-    assert {p.name: p.shape for p in _parameters(case)} == shapes
-    assert {p.name: p.init_value for p in _parameters(case)} == constants
+    assert {t.name: t.shape for t in _tensors(case)} == shapes
+    started = {t.name: t.start.value if isinstance(t.start, Constant) else None for t in _tensors(case)}
+    assert started == constants
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -94,18 +95,18 @@ def test_transformer_engine_names_are_those_in_a_checkpoint(case: str, live: dic
     def without_layer(name: str) -> str:
         return re.sub(r"\.layers\.\d+\.", ".layers.", name)
 
-    ours = {without_layer(p.name) for p in _parameters(case, transformer_impl="transformer_engine")}
+    ours = {without_layer(t.name) for t in _tensors(case, transformer_impl="transformer_engine")}
     saved = {without_layer(name) for name in live[case][2] if not name.endswith("_extra_state")}
     assert ours == saved
 
 
 def test_the_comparison_can_fail(live: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    original = gpt_module._mlp
+    original = Mlp.tensors
 
-    def without_gate(model: ModelFile, name: str) -> Any:
-        return original(model.model_copy(update={"swiglu": False}), name)
+    def without_gate(family: Mlp, model: ModelFile, *rest: Any) -> Any:
+        return original(family, model.model_copy(update={"swiglu": False}), *rest)
 
-    monkeypatch.setattr(gpt_module, "_mlp", without_gate)
+    monkeypatch.setattr(Mlp, "tensors", without_gate)
     test_names_shapes_and_constants_are_those_of_the_live_model("plain", live)
     with pytest.raises(AssertionError):
         test_names_shapes_and_constants_are_those_of_the_live_model("gated", live)

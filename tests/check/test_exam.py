@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mup_megatron.check.mutants.mutants import MUTANTS
+from mup_megatron.check.mutants import MUTANTS
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

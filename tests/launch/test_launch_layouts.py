@@ -121,7 +121,7 @@ def model_of(size: str) -> ModelFile:
 def parameters_per_gpu(size: str) -> float:
     """Of the largest rank: the layers are spread evenly, embedding and positions are all on the first stage."""
     line, model = dry_run(size), model_of(size)
-    shapes = shapes_of(model, model)[1].parameters
+    shapes = shapes_of(model, model)[1].tensors
     blocks = sum(math.prod(p.shape) for p in shapes if p.name.startswith("decoder.layers."))
     others = sum(math.prod(p.shape) for p in shapes if not p.name.startswith("decoder.layers."))
     return (blocks / line.pp + others) / line.tp

@@ -17,7 +17,6 @@ from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments import values_from_flags
 from mup_megatron.megatron.arguments.native import Difference, Native, NativeRecipe, recipe_from_native
 from mup_megatron.megatron.versions import core_version
-from mup_megatron.theory import Kind
 
 MODEL = (
     "--num-layers 2 --hidden-size 128 --num-attention-heads 16 --kv-channels 8 --ffn-hidden-size 256 --seq-length 12 "
@@ -255,7 +254,7 @@ def test_what_belongs_to_single_tensors_becomes_per_parameter() -> None:
     native = carried("--decoupled-lr 0.01 --embedding-init-method-std 0.1 --untie-embeddings-and-output-weights")
     plan = native.recipe.plan(native.model)
     for entry in plan.entries:
-        if entry.kind in (Kind.EMBEDDING, Kind.HEAD):
+        if entry.is_embedding or entry.is_readout:
             assert entry.init_std == pytest.approx(0.1), entry.name
     assert plan["embedding.word_embeddings.weight"].lr == plan["output_layer.weight"].lr == pytest.approx(0.01)
     assert plan["embedding.position_embeddings.weight"].lr == 1e-3

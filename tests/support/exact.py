@@ -32,7 +32,7 @@ def megatron_gpt(plan: Plan, target: ModelFile, weights: Weights, *, dtype: torc
     load(model, weights)
     apply_plan([model], plan, initialize=False)
     training = Training(
-        optimizer=plan.optimizer.value,
+        optimizer=plan.optimizer,
         lr=plan.lr,
         min_lr=plan.min_lr,
         weight_decay=plan.weight_decay,

@@ -1,7 +1,21 @@
 """How long each level trains, on how many widths and seeds: what is fixed, and why."""
 
-from mup_megatron.check.measure.measurements import Protocol
+from enum import StrEnum
+
+from mup_megatron.check.measure.measurements import RunProtocol
 from mup_megatron.theory import Rule
+
+
+class Level(StrEnum):
+    """How much is looked at."""
+
+    QUICK = "quick"
+    """Coordinates, gradients and updates."""
+    STANDARD = "standard"
+    """Late steps and wider-is-better as well."""
+    FULL = "full"
+    """Transfer of the learning rate as well."""
+
 
 WIDTHS = 4
 """Over a range of 8: a power of width that is wrong by ½ changes a measurement by a factor of 2.8."""
@@ -11,9 +25,9 @@ REFERENCE_SEEDS = 4
 FIRST_REFERENCE_SEED = 10_000
 CONTROL_SEEDS = 2
 
-EARLY = Protocol(steps=8, recorded=(3, 5, 8))
+EARLY = RunProtocol(steps=8, recorded=(3, 5, 8))
 """A warm-up of two steps, of which the first has no learning rate yet; the peak; a decay to the floor."""
-LATE = Protocol(steps=48, recorded=(16, 32, 48), spectral=False)
+LATE = RunProtocol(steps=48, recorded=(16, 32, 48), spectral=False)
 """Long enough for weight decay to have acted and for the loss to tell widths apart."""
 TRANSFER_RATES = 7
 TRANSFER_SEEDS = 2

@@ -61,6 +61,7 @@ class Quantity(StrEnum):
     """The loss in units of the mean of the losses of the forward passes that it is made of: 1 if it is their mean."""
 
 
+LOSS_INPUT = "what the loss takes in"
 TURNING = "turning of queries"
 """Of `POSITION`, where what positions do to queries is a turn: the mean cosine of its angles."""
 WITHOUT_MEAN = "without mean"
@@ -97,7 +98,7 @@ Values = Mapping[Key, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class MeasuredRun:
     """One model of one width from one seed, trained for a few steps and measured."""
 
     width: int
@@ -119,17 +120,17 @@ class Run:
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Run":
+    def from_json(cls, content: Mapping[str, Any]) -> "MeasuredRun":
         """The run that `to_json` wrote."""
         values = {Key(Quantity(quantity), name, step): value for quantity, name, step, value in content["values"]}
         return cls(content["width"], content["seed"], values, tuple(content["losses"]), content["problem"])
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """All runs of one way to build a model: the subject, the reference or the control."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[MeasuredRun, ...]
 
     @property
     def widths(self) -> list[int]:
@@ -141,7 +142,7 @@ class Measured:
         """Why nothing can be concluded from some of the runs."""
         return [f"width {run.width}, seed {run.seed}: {run.problem}" for run in self.runs if run.problem is not None]
 
-    def at(self, width: int) -> list[Run]:
+    def at(self, width: int) -> list[MeasuredRun]:
         """The runs of one width."""
         return [run for run in self.runs if run.width == width]
 
@@ -154,13 +155,13 @@ class Measured:
         return [run.to_json() for run in self.runs]
 
     @classmethod
-    def from_json(cls, content: Sequence[Mapping[str, Any]]) -> "Measured":
+    def from_json(cls, content: Sequence[Mapping[str, Any]]) -> "Measurements":
         """What `to_json` wrote."""
-        return cls(tuple(Run.from_json(run) for run in content))
+        return cls(tuple(MeasuredRun.from_json(run) for run in content))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
+class RunProtocol:
     """How each run is trained and when it is measured."""
 
     steps: int
@@ -175,3 +176,15 @@ class Protocol:
     def fingerprint(self) -> str:
         """Changes whenever the protocol does."""
         return json.dumps([self.steps, list(self.recorded), self.batch_size, self.spectral, self.activations])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grouped:
+    """What an optimizer holds for a parameter."""
+
+    lr: float
+    """The peak."""
+    min_lr: float | None
+    """The floor; None where the optimizer does not know it."""
+    eps: float | None
+    weight_decay: float

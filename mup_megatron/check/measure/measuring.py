@@ -5,8 +5,8 @@ change nothing. Spectral norms alone need whole matrices.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,60 +14,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mup_megatron.check.measure import measurements
-from mup_megatron.check.measure.measurements import TURNING, Key, Quantity, Run
-from mup_megatron.check.measure.replay import AdamReplay, Replay, SGDReplay, Sums, rms_of, sample
+from mup_megatron.check.measure.matrices import likeness_of_rows, spectral_norm, turning
+from mup_megatron.check.measure.measurements import TURNING, Key, MeasuredRun, Quantity
+from mup_megatron.check.measure.replay import Sums, rms_of, sample
+from mup_megatron.check.measure.trainee import At, Trainee
 
-At = Literal["input", "output"]
-
-
-class Trainee(Protocol):
-    """A model with its optimizer, ready to train: this rank's part of it."""
-
-    def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
-        """(global name, module, whether its input or output is looked at) of what this rank holds."""
-
-    def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """(global name, this rank's shard or whole of it), each once."""
-
-    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """As the optimizer saw it in the last step; None where this rank cannot say."""
-
-    def replay(self) -> Replay | None:
-        """A new replay of one tensor's optimizer state; None for an optimizer that none is written for."""
-
-    def forward(self) -> None:
-        """A forward pass on the batch that activations are compared on, as training does it; trains nothing."""
-
-    def evaluate(self) -> bool:
-        """The same as evaluation does it, or as much of it as can be done; False where that is not asked."""
-
-    def repeat(self, index: int) -> bool:
-        """A forward pass on sequences each of which repeats one token, the one that stands at an index of the batch for
-        comparisons; False where batches have no tokens.
-        """
-
-    def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
-        """(global name, module whose first input are queries, which of its dimensions runs over positions)."""
-
-    def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
-        """What the last forward pass computed beside modules, (sum, count) each; of `Quantity.INSIDE` a sum of
-        squares.
-        """
-
-    def gradient_norm(self) -> float | None:
-        """Of all gradients of the last step, before clipping, the same on all ranks; None where nobody can say."""
-
-    def step(self, step: int) -> float:
-        """Forward, backward, update on the batch of a step, counted from 0. Returns the loss, the same on all ranks."""
-
-    def whole(self, name: str, shard: Tensor) -> Tensor | None:
-        """A whole matrix from the ranks' shards, on the ranks that can say. Collective among those that hold it."""
-
-    def gathered(self, value: Any) -> list[Any]:
-        """The values of all ranks. Collective."""
+_MASKED = "scale_mask_softmax"
+_MEANS = (Quantity.CONSTANT, Quantity.SUMMED, Quantity.PLACE)
+_PREFIX = 512
+"""Elements of a draw that are compared with other draws."""
+_REPEATED = (0, 2, 4, 6)
+"""Which tokens of each sequence stand for all of it: they differ from sequence to sequence."""
+DISTANCES = (1, 2, 4, 8, 16)
+ALL = "all queries"
 
 
-def measure(trainee: Trainee, protocol: measurements.Protocol, *, width: int, seed: int) -> Run:
+def measure(trainee: Trainee, protocol: measurements.RunProtocol, *, width: int, seed: int) -> MeasuredRun:
     """One run. Collective; every rank returns the same.
 
     Args:
@@ -88,7 +50,7 @@ def measure(trainee: Trainee, protocol: measurements.Protocol, *, width: int, se
             break
     values = recorder.values()
     values |= {Key(Quantity.LOSS, "loss", step + 1): loss for step, loss in enumerate(losses)}
-    return Run(width, seed, values, tuple(losses), problem)
+    return MeasuredRun(width, seed, values, tuple(losses), problem)
 
 
 class Recorder:
@@ -96,7 +58,7 @@ class Recorder:
     `values`. Collective in all that it does.
     """
 
-    def __init__(self, trainee: Trainee, protocol: measurements.Protocol) -> None:
+    def __init__(self, trainee: Trainee, protocol: measurements.RunProtocol) -> None:
         self._trainee = trainee
         self._protocol = protocol
         self._parameters = list(trainee.parameters())
@@ -202,7 +164,7 @@ class Recorder:
             update = self._trainee.whole(name, parameter.detach() - self._first[name])
             if update is not None:
                 rows, columns = update.shape
-                self._whole[Key(Quantity.SPECTRAL, name, step)] = _spectral_norm(update) / math.sqrt(rows / columns)
+                self._whole[Key(Quantity.SPECTRAL, name, step)] = spectral_norm(update) / math.sqrt(rows / columns)
 
     def _evaluate(self, step: int, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What evaluation computes; nothing where it is not asked."""
@@ -239,7 +201,7 @@ class Recorder:
             if w.dim() < 2:
                 continue
             matrix = self._trainee.whole(name, w.reshape(len(w), -1))
-            if matrix is not None and name in drawn and (value := _likeness_of_rows(matrix)) is not None:
+            if matrix is not None and name in drawn and (value := likeness_of_rows(matrix)) is not None:
                 self._whole[Key(Quantity.ROWS, name, 0)] = value
 
     def _take_positions(self) -> None:
@@ -297,23 +259,25 @@ class Recorder:
         found |= {key: math.sqrt(of / itself) for key, (of, itself) in evaluated.items() if itself > 0}
         if len({channels for channels, _ in turned}) == 1:
             for (_, distance), sums in turned.items():
-                if (value := _turning(*sums)) is not None:
+                if (value := turning(*sums)) is not None:
                     found[Key(Quantity.POSITION, f"{TURNING}, {distance} apart", 0)] = value
         for name, (count, first, second, fourth) in moments.items():
             found[Key(Quantity.MEAN, name, 0)] = float(first / math.sqrt(count * second))
             found[Key(Quantity.TAILS, name, 0)] = float(fourth * count / second**2)
         for (quantity, name), (total, count) in beside.items():
             found[Key(quantity, name, 0)] = float(total / count) if quantity in _MEANS else rms_of(total, count)
+        # A rank may have seen none of a tensor itself, but it has the same optimizer.
+        replay = self._trainee.replay()
         for (name, step), sums in equations.items():
-            # Told by their shape: a rank may have seen none of them itself.
-            fitted = (AdamReplay if len(sums) == AdamReplay.COLUMNS else SGDReplay).fitted(sums)
-            if fitted.lr is not None:
-                found[Key(Quantity.LEARNING_RATE, name, step)] = fitted.lr
-            found[Key(Quantity.UNEXPLAINED, name, step)] = fitted.unexplained
-            if fitted.eps is not None:
-                found[Key(Quantity.EPS, name, step)] = fitted.eps
-            if fitted.weight_decay is not None:
-                found[Key(Quantity.WEIGHT_DECAY, name, step)] = fitted.weight_decay
+            assert replay is not None
+            of_step = replay.fitted(sums)
+            if of_step.lr is not None:
+                found[Key(Quantity.LEARNING_RATE, name, step)] = of_step.lr
+            found[Key(Quantity.UNEXPLAINED, name, step)] = of_step.unexplained
+            if of_step.eps is not None:
+                found[Key(Quantity.EPS, name, step)] = of_step.eps
+            if of_step.weight_decay is not None:
+                found[Key(Quantity.WEIGHT_DECAY, name, step)] = of_step.weight_decay
         return found
 
     def _recorded(self, forward: Callable[[], object], *, training: bool = True) -> dict[str, Tensor]:
@@ -360,53 +324,8 @@ def _add(total: dict[Any, Any], part: Mapping[Any, Any]) -> None:
         total[key] = np.asarray(sums) + total[key] if key in total else np.asarray(sums)
 
 
-_MASKED = "scale_mask_softmax"
-_MEANS = (Quantity.CONSTANT, Quantity.SUMMED, Quantity.PLACE)
-_PREFIX = 512
-"""Elements of a draw that are compared with other draws."""
-_REPEATED = (0, 2, 4, 6)
-"""Which tokens of each sequence stand for all of it: they differ from sequence to sequence."""
-DISTANCES = (1, 2, 4, 8, 16)
-ALL = "all queries"
-
-
-def _turning(earlier: NDArray[np.float64], both: NDArray[np.float64], later: NDArray[np.float64]) -> float | None:
-    """The mean cosine of what turns queries into those some positions on; None where something else is done to them.
-
-    A turn is one linear map for all queries: least squares find it, and leave nothing over.
-    """
-    turn = np.linalg.lstsq(earlier, both.T, rcond=1e-9)[0].T
-    left, size = np.trace(later - turn @ both.T), np.trace(later)
-    return float(np.trace(turn) / len(turn)) if size > 0 and abs(left) < _NOTHING_LEFT * size else None
-
-
-_NOTHING_LEFT = 1e-5
-
-
 def _is_same(x: Tensor, other: Tensor | None) -> bool:
     return other is not None and x.shape == other.shape and torch.equal(x.nan_to_num(), other.nan_to_num())
-
-
-def _likeness_of_rows(matrix: Tensor) -> float | None:
-    """The mean square of correlations between rows, in units of that of independent ones; None for a few of them.
-
-    Of so many rows that a matrix of two or three equal parts shows rows of each that belong together.
-    """
-    rows, columns = matrix.shape
-    if rows < 16 or columns < 16:
-        return None
-    step = 1
-    while rows % (2 * step) == 0 and rows // (2 * step) >= _ROWS:
-        step *= 2
-    some = matrix[::step][: 2 * _ROWS].double()
-    some = some - some.mean()
-    some = some / some.norm(dim=1, keepdim=True).clamp(min=1e-30)
-    gram = (some @ some.T).fill_diagonal_(0.0)
-    value: float = gram.square().sum().item() / (len(some) * (len(some) - 1)) * columns
-    return value
-
-
-_ROWS = 128
 
 
 def _plain(output: Any) -> Tensor:
@@ -417,11 +336,3 @@ def _plain(output: Any) -> Tensor:
         output = output if bias is None else output + bias
     result: Tensor = output.detach().clone()
     return result
-
-
-def _spectral_norm(matrix: Tensor) -> float:
-    """From the smaller Gram matrix, whose eigenvalues cost less than the matrix's singular values."""
-    m = matrix.double()
-    gram = m @ m.T if m.shape[0] <= m.shape[1] else m.T @ m
-    largest: float = torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt().item()
-    return largest

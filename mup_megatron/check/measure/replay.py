@@ -64,12 +64,13 @@ class Replay(Protocol):
     def sums(self, before: Tensor, moved: Tensor) -> Sums:
         """The step's normal equations, [unknowns + 1, unknowns + 1]; those of shards are added."""
 
+    @staticmethod
+    def fitted(sums: Sums) -> Fitted:
+        """Solves the equations."""
+
 
 class AdamReplay:
     """For Adam with decoupled weight decay, eps outside the root, bias-corrected."""
-
-    COLUMNS = 5
-    """Of its equations, four unknowns and what they give; SGD's are three."""
 
     def __init__(self, beta1: float, beta2: float) -> None:
         self._beta1, self._beta2 = beta1, beta2

@@ -30,7 +30,7 @@ MOST = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Job(Generic[ResultT]):
+class WorkerJob(Generic[ResultT]):
     """One run."""
 
     cost: float
@@ -38,14 +38,14 @@ class Job(Generic[ResultT]):
     work: Callable[[], ResultT]
 
 
-def available() -> int:
+def available_processes() -> int:
     """How many processes pay."""
     # Which cores this process may use, only Linux tells.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST, cores)
 
 
-def usable(wanted: int | None) -> int:
+def usable_processes(wanted: int | None) -> int:
     """How many processes there can be here."""
     import torch
     from torch import distributed
@@ -56,10 +56,10 @@ def usable(wanted: int | None) -> int:
     has_gpu = torch.cuda.is_available() and not (runtime is not None and runtime.is_enabled())
     if joined or ranks.has_met() or has_gpu or "WORLD_SIZE" in os.environ:
         return 1
-    return available() if wanted is None else wanted
+    return available_processes() if wanted is None else wanted
 
 
-def ignored(wanted: int | None, processes: int) -> list[str]:
+def ignored_processes(wanted: int | None, processes: int) -> list[str]:
     """What is to be said where there are not as many processes as somebody asked for."""
     if wanted is None or wanted == processes:
         return []
@@ -82,8 +82,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def done(
-    jobs: Sequence[Job[ResultT]],
+def run_jobs(
+    jobs: Sequence[WorkerJob[ResultT]],
     processes: int,
     report: Callable[[int], None],
     within: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -147,11 +147,11 @@ def _quietly_forked() -> Iterator[None]:
         yield
 
 
-_jobs: Sequence[Job[Any]] = ()
+_jobs: Sequence[WorkerJob[Any]] = ()
 _entered = ExitStack()
 
 
-def _begin(jobs: Sequence[Job[Any]], within: Callable[[], AbstractContextManager[None]]) -> None:
+def _begin(jobs: Sequence[WorkerJob[Any]], within: Callable[[], AbstractContextManager[None]]) -> None:
     global _jobs
     _jobs = jobs
     # Not left again: the process ends with its last job.

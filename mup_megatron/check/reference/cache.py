@@ -7,24 +7,19 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from mup_megatron.check.measure.measurements import Measured
+from mup_megatron.check.measure.measurements import Measurements
 from mup_megatron.files import write_atomically
 
 FOLDER = Path("results/check/references")
+_PACKAGE = Path(__file__).parents[2]
 _WHAT_COUNTS = (
-    "batches",
-    "levels",
-    "measurements",
-    "measuring",
-    "module_reference",
-    "plain_gpt",
-    "reference",
-    "replay",
-    "run",
+    *("recipe.py", "theory", "architectures"),
+    *("check/entries.py", "check/gpt_family.py", "check/measure", "check/reference"),
 )
+"""Files and folders of the package whose code a reference follows from, beside its facts."""
 
 
-def cached(folder: Path | None, facts: object, make: Callable[[], Measured]) -> Measured:
+def cached(folder: Path | None, facts: object, make: Callable[[], Measurements]) -> Measurements:
     """What `make` gives, or gave before for the same facts; a file that cannot be read is made anew.
 
     Args:
@@ -45,7 +40,7 @@ def cached(folder: Path | None, facts: object, make: Callable[[], Measured]) -> 
         return measured
 
 
-def _read(text: str) -> Measured:
+def _read(text: str) -> Measurements:
     """The measurement in a file. Raises ValueError, LookupError, TypeError or RecursionError for one that is damaged.
 
     Without the hash a file that lacks a number, or has another, would decide a verdict.
@@ -53,7 +48,7 @@ def _read(text: str) -> Measured:
     content = json.loads(text)
     if content["sha256"] != _digest(content["runs"]):
         raise ValueError("not what was written")
-    return Measured.from_json(content["runs"])
+    return Measurements.from_json(content["runs"])
 
 
 def _digest(runs: object) -> str:
@@ -73,7 +68,12 @@ def _path(folder: Path, facts: object) -> Path:
 @cache
 def _code() -> str:
     """Changes whenever the code that measures or that makes plans does."""
-    package = Path(__file__).parents[1]
-    files = [package / "recipe.py", *(package / "check" / f"{name}.py" for name in _WHAT_COUNTS)]
-    files += sorted([*(package / "theory").glob("*.py"), *(package / "models").glob("*.py")])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files_that_count())).hexdigest()
+
+
+def files_that_count() -> list[Path]:
+    """Returns the files whose code a reference follows from."""
+    found = []
+    for path in (_PACKAGE / name for name in _WHAT_COUNTS):
+        found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return found

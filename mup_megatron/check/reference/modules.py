@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mup_megatron.check.entries import is_embedding, is_vector
+from mup_megatron.check.measure.optimizers import torch_optimizer
 from mup_megatron.modules.attention import attention_modules, scale_attribute
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
@@ -51,7 +53,7 @@ def carry_out(model: nn.Module, plan: Plan, *, seed: int) -> None:
 def _factor(module: nn.Module, model: nn.Module, plan: Plan) -> float:
     """What a module's weight is to be multiplied by."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    own = [names[id(p)] for p in module.parameters(False) if not plan[names[id(p)]].is_vector]
+    own = [names[id(p)] for p in module.parameters(False) if not is_vector(plan[names[id(p)]])]
     if not own:
         return 1.0
     entry = plan[own[0]]
@@ -59,7 +61,7 @@ def _factor(module: nn.Module, model: nn.Module, plan: Plan) -> float:
         return entry.multiplier
     if entry.name != plan.readout:
         return entry.multiplier
-    factor = plan.output_multiplier if entry.is_embedding else entry.multiplier
+    factor = plan.output_multiplier if is_embedding(entry) else entry.multiplier
     return factor / plan.stock_readout_ratio
 
 
@@ -73,15 +75,10 @@ def multiply(module: nn.Module, factor: float) -> None:
 
 def optimizer_for(model: nn.Module, recipe: Recipe, plan: Plan) -> torch.optim.Optimizer | None:
     """Torch's, with a group for each parameter that is trained; None where there is none."""
-    h = recipe.hyperparameters
     groups: list[dict[str, Any]] = [
         {"params": [p], "name": name, "lr": plan[name].lr, "weight_decay": plan[name].weight_decay}
         | ({} if plan[name].eps is None else {"eps": plan[name].eps})
         for name, p in model.named_parameters()
         if p.requires_grad
     ]
-    if not groups:
-        return None
-    if plan.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=plan.lr, momentum=h.sgd_momentum)
-    return torch.optim.AdamW(groups, lr=plan.lr, betas=(h.adam_beta1, h.adam_beta2))
+    return torch_optimizer(groups, recipe) if groups else None

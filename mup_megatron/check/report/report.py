@@ -4,21 +4,19 @@ import csv
 import io
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mup_megatron.check.measure.measurements import Key, Measured, Quantity
-from mup_megatron.check.verdict.comparison import Compared, Finding, Kind
-from mup_megatron.check.verdict.verdict import Outcome, Section, Verdict
+from mup_megatron.check.measure.measurements import Key, Measurements, Quantity
+from mup_megatron.check.measure.names import in_layer, layer_of
+from mup_megatron.check.verdict.comparison import Compared, Finding, Mismatch
+from mup_megatron.check.verdict.verdict import CheckOutcome, Section, Verdict
 
 TOLD = 5
 """Findings that are told of one section; the rest is counted and in a file."""
-
-_LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.|$)")
 
 
 def text(verdict: Verdict, *, title: str, files: Sequence[Path]) -> str:
@@ -50,16 +48,18 @@ def text(verdict: Verdict, *, title: str, files: Sequence[Path]) -> str:
 
 def headline(verdict: Verdict, *, title: str) -> str:
     """The first line."""
-    if verdict.outcome is Outcome.PASS:
+    if verdict.outcome is CheckOutcome.PASS:
         return f"PASS {title}"
-    if verdict.outcome is Outcome.FAIL:
+    if verdict.outcome is CheckOutcome.FAIL:
         return f"FAIL {title}: {verdict.culprit}"
     return f"NO VERDICT {title}: {why_none(verdict)}"
 
 
 def why_none(verdict: Verdict) -> str:
     """What kept the check from a conclusion."""
-    said = [line for section in verdict.sections if section.outcome is Outcome.NO_VERDICT for line in section.lines]
+    said = [
+        line for section in verdict.sections if section.outcome is CheckOutcome.NO_VERDICT for line in section.lines
+    ]
     return said[-1] if said else "nothing was measured"
 
 
@@ -90,8 +90,8 @@ class Alike:
     @property
     def name(self) -> str:
         """With all the layers, as `layers.0-3`, where the finding is in several."""
-        layers = sorted({int(match[0]) for f in self.findings if (match := _LAYER.search(f.key.name))})
-        return _LAYER.sub(_ranges(layers), self.shown.key.name, count=1) if layers else self.shown.key.name
+        layers = sorted({layer for f in self.findings if (layer := layer_of(f.key.name)) is not None})
+        return in_layer(self.shown.key.name, _ranges(layers))
 
     @property
     def later(self) -> list[int]:
@@ -103,7 +103,7 @@ def alike(findings: Iterable[Finding]) -> list[Alike]:
     """What is the same in several layers and at several steps, put together, in the order in which each comes first."""
     groups: dict[tuple[Quantity, str], list[Finding]] = {}
     for finding in findings:
-        groups.setdefault((finding.key.quantity, _LAYER.sub("", finding.key.name)), []).append(finding)
+        groups.setdefault((finding.key.quantity, in_layer(finding.key.name, "")), []).append(finding)
     return [Alike(tuple(group)) for group in groups.values()]
 
 
@@ -122,7 +122,7 @@ def sentence(group: Alike, verdict: Verdict) -> str:
     return told
 
 
-def typical(measured: Measured, key: Key, width: int) -> float | None:
+def typical(measured: Measurements, key: Key, width: int) -> float | None:
     """The geometric mean over seeds; None where it was not measured. 0 where it is 0 for a seed."""
     values = [run.values[key] for run in measured.at(width) if key in run.values]
     if not values:
@@ -204,7 +204,7 @@ def comparison_csv(verdict: Verdict) -> str:
 
 def _ratio(compared: Compared, width: int) -> float | None:
     """None where it was not measured, or is held against no reference."""
-    if width not in compared.deviations or compared.off is Kind.BOUND:
+    if width not in compared.deviations or compared.off is Mismatch.BOUND:
         return None
     return math.exp(compared.deviations[width])
 

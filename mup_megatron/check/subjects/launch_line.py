@@ -1,8 +1,8 @@
-"""A check of the model that a Megatron-LM launch line builds, in the layout that it has there.
+"""A Megatron-LM launch line as a subject: taken apart, and put together again to train models of a check.
 
-The user's own line is run, once for each width and seed, with sizes, length, data and recipe of the check in place of
-its own and everything that writes or reads checkpoints and logs left out. So script, model builder, optimizer flags and
-parallel layout are those of the run to come. The plug-in in that run measures it (`in_the_loop.py`).
+The user's own line is run, with sizes, length, data and recipe of the check in place of its own and everything that
+writes or reads checkpoints and logs left out. So script, model builder, optimizer flags and parallel layout are those
+of the run to come. The plug-in in that run measures it (`pretrain_observer.py`).
 
 Importing this module imports neither torch nor Megatron.
 """
@@ -12,34 +12,19 @@ import os
 import re
 import shlex
 import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.check.measure import levels
-from mup_megatron.check.measure.cost import about
-from mup_megatron.check.measure.measurements import Measured, Protocol, Report, Run
-from mup_megatron.check.reference import cache
-from mup_megatron.check.subjects.family import DEPTH, condensed, models_for, widths_for
-from mup_megatron.check.subjects.megatron_check import Family
-from mup_megatron.check.subjects.run_request import Order, result_of
-from mup_megatron.check.verdict.judge import Facts, Sides, judge
-from mup_megatron.check.verdict.verdict import Level, Verdict
+from mup_megatron.check.measure.measurements import MeasuredRun
+from mup_megatron.check.subjects.run_request import result_of
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments import model_from_values, values_from_flags
-from mup_megatron.recipe import Recipe, save_recipe
-from mup_megatron.theory import Rule
 
 OBSERVER = "mup_megatron.check.subjects.pretrain_observer"
-WIDTHS = 3
-"""Fewer than `levels.WIDTHS`: every run starts Megatron anew."""
-SEEDS = 2
 _SOURCE = "the launch line"
 _VOCABULARY = 256
-
 _OF_LAYERS = re.compile(
     r"--(?:num-layers-per-virtual|num-virtual-stages|pipeline-model-parallel-layout|decoder-first-pipeline|"
     r"decoder-last-pipeline|account-for-|.*-layer-freq|.*-layer-pattern|.*-num-layers$|no-rope-freq)"
@@ -59,6 +44,11 @@ _DROPPED = re.compile(
 )
 """Flags that begin so, with what follows them: what writes, reads or ends a run, the data, and the precision, in which
 a weight's movement could not be read."""
+_DATA = (
+    *("--mock-data", "--split", "949,50,1", "--tokenizer-type", "NullTokenizer"),
+    # The end of a document is one more.
+    *("--vocab-size", str(_VOCABULARY - 1)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +64,7 @@ Execute = Callable[[Sequence[str]], Ended]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class LaunchLine:
     """A launch line in its parts."""
 
     start: tuple[str, ...]
@@ -82,7 +72,7 @@ class Line:
     flags: tuple[str, ...]
 
     @classmethod
-    def of(cls, words: Sequence[str]) -> "Line":
+    def of(cls, words: Sequence[str]) -> "LaunchLine":
         """Takes a line apart at its script.
 
         Raises:
@@ -137,7 +127,7 @@ class Line:
             raise InputError(f"{_SOURCE}: {flag} {value}: not a number of ranks. Give one of 1 or more.")
         return int(value)
 
-    def batch(self, size: int) -> "Batch":
+    def batch(self, size: int) -> "LineBatch":
         """The least batch of `size` or more that the layout can share out: a micro-batch for each pipeline stage.
 
         Raises:
@@ -151,7 +141,7 @@ class Line:
             )
         share = world // self.tensor_parallel
         micro = -(-size // share)
-        return Batch(micro * share, micro)
+        return LineBatch(micro * share, micro)
 
     def model(self) -> ModelFile:
         """What it trains, with the vocabulary of the check.
@@ -163,14 +153,14 @@ class Line:
         return model_from_values(values, vocab_size=_VOCABULARY, source=_SOURCE)
 
     def measuring(
-        self, model: ModelFile, recipe: Path, order: Path, *, seed: int, batch: "Batch", steps: int
+        self, model: ModelFile, recipe: Path, request: Path, *, seed: int, batch: "LineBatch", steps: int
     ) -> list[str]:
         """The words that train a model of the check instead.
 
         Args:
             model: of one width.
             recipe: of the check.
-            order: what is to be measured.
+            request: what is to be measured.
             seed: of the run.
             batch: how many sequences.
             steps: how long.
@@ -195,7 +185,7 @@ class Line:
             "eval-interval": steps + 1,
             "seed": seed,
             "mup-recipe": recipe,
-            "mup-observe": f"{OBSERVER}:{order}",
+            "mup-observe": f"{OBSERVER}:{request}",
         }
         said = [word for name, value in changed.items() for word in (f"--{name}", str(value))]
         return [*self.start, *self._kept(), *_DATA, *said, "--mup-override", "--no-check-for-nan-in-loss-and-grad"]
@@ -209,11 +199,12 @@ class Line:
                 yield word
 
 
-_DATA = (
-    *("--mock-data", "--split", "949,50,1", "--tokenizer-type", "NullTokenizer"),
-    # The end of a document is one more.
-    *("--vocab-size", str(_VOCABULARY - 1)),
-)
+@dataclass(frozen=True, slots=True)
+class LineBatch:
+    """Sequences of an iteration, and those that go through the model at once."""
+
+    whole: int
+    micro: int
 
 
 def _count(word: str) -> int:
@@ -226,152 +217,14 @@ def _count(word: str) -> int:
     return max(1, torch.cuda.device_count())
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Sequences of an iteration, and those that go through the model at once."""
-
-    whole: int
-    micro: int
-
-
-def check_launch_line(
-    words: Sequence[str],
-    recipe: Recipe,
-    *,
-    level: Level = Level.QUICK,
-    widths: Sequence[int] | None = None,
-    seeds: int = SEEDS,
-    first_seed: int = 1,
-    references: Path | None = cache.FOLDER,
-    report: Report | None = None,
-    execute: Execute | None = None,
-    tell: Callable[[str], None] | None = None,
-) -> Verdict:
-    """A verdict on what a launch line would train with a recipe.
-
-    Args:
-        words: the line: launcher, script, flags.
-        recipe: with which it is to be trained.
-        level: how much is looked at; transfer is not, which the target's model file can be checked for.
-        widths: hidden sizes of the models.
-        seeds: of each width.
-        first_seed: the first of them.
-        references: folder of references that were measured before; None keeps none.
-        report: called as models are done.
-        execute: runs a command line; by default as a process of its own.
-        tell: called before the first run, with how many there will be; and after it, with how long they take.
+def result_of_line(words: Sequence[str], request: Path, ended: Ended) -> MeasuredRun:
+    """Reads what a run of the line has measured.
 
     Raises:
-        InputError: the line cannot be read, its model does not go with the recipe, or it does not run.
+        InputError: it measured nothing.
     """
-    begun = time.monotonic()
-    line = Line.of(words)
-    # The reference has its norms outside, as local layers do, and so have the names of what is measured.
-    whole = line.model().model_copy(update={"transformer_impl": "local"})
-    whole.require_tensor_parallel(line.tensor_parallel)
-    target, recipe_here = condensed(
-        whole,
-        _local(recipe),
-        tensor_parallel=line.tensor_parallel,
-        stages=line.pipeline_parallel,
-        depth=DEPTH if line.depth_is_free else None,
-    )
-    chosen = list(widths or widths_for(target, recipe_here, WIDTHS, tensor_parallel=line.tensor_parallel))
-    models = models_for(target, recipe_here, chosen)
-    for model in models.values():
-        model.require_tensor_parallel(line.tensor_parallel)
-    batch = line.batch(levels.EARLY.batch_size)
-    family = Family(recipe=recipe_here, models=models, cache=references)
-
-    def protocol_of(protocol: Protocol) -> Protocol:
-        return replace(protocol, batch_size=batch.whole)
-
-    with tempfile.TemporaryDirectory(prefix="mup-check-") as folder:
-        runner = _Runner(line, recipe, family, Path(folder), batch, execute or _execute, report, tell)
-        early = family.correct(protocol_of(levels.EARLY))
-        verdict = judge(
-            Sides(
-                subject=lambda p: runner.measured(protocol_of(p), range(first_seed, first_seed + seeds)),
-                reference=lambda p: family.reference(protocol_of(p), report=report),
-                control=lambda p: family.reference(protocol_of(p), rule=Rule.STANDARD, report=report),
-            ),
-            Facts(recipe=early, plans={w: early.plan(m) for w, m in models.items()}, models=models),
-            level=level,
-            fingerprint=recipe.fingerprint,
-            remarks=_remarks(line, level),
-        )
-    return replace(verdict, seconds=time.monotonic() - begun)
-
-
-def _local(recipe: Recipe) -> Recipe:
-    base = recipe.megatron_base.model_copy(update={"transformer_impl": "local"})
-    return recipe.model_copy(update={"base": base})
-
-
-def _remarks(line: Line, level: Level) -> list[str]:
-    remarks = ["Data, vocabulary and sequence length are the check's; the line's own were not read."]
-    if any(word in ("--bf16", "--fp16") for word in line.flags):
-        remarks.append("Trained in fp32: in half precision the movement of a weight could not be read.")
-    if "--use-distributed-optimizer" in line.flags:
-        remarks.append(
-            "With the distributed optimizer over several data-parallel ranks no rank has whole gradients, so learning "
-            "rates, eps and weight decay are not read from movements there."
-        )
-    if level is Level.FULL:
-        remarks.append("Transfer of the learning rate was not tried: check the model file with --level full for that.")
-    return remarks
-
-
-@dataclass(frozen=True, slots=True)
-class _Runner:
-    line: Line
-    recipe: Recipe
-    family: Family
-    folder: Path
-    batch: Batch
-    execute: Execute
-    report: Report | None
-    tell: Callable[[str], None] | None
-
-    def measured(self, protocol: Protocol, seeds: Sequence[int]) -> Measured:
-        """The line's runs, one after the other."""
-        # As the user's own recipe, whose base may have Transformer Engine as the line has.
-        stress = self.family.at(protocol)
-        own = {"transformer_impl": self.recipe.megatron_base.transformer_impl}
-        stress = stress.model_copy(update={"base": stress.megatron_base.model_copy(update=own)})
-        path = self.folder / "check.recipe.yaml"
-        save_recipe(stress, path)
-        runs: list[Run] = []
-        total = len(self.family.models) * len(seeds)
-        begun = time.monotonic()
-        self._tell(f"{total} runs of the line, of {protocol.steps} steps each; the first one shows how long they take")
-        for index, (width, model) in enumerate(self.family.models.items()):
-            for seed in seeds:
-                order = self.folder / f"{protocol.steps}-{width}-{seed}.json"
-                Order(width=width, seed=seed, protocol=protocol).write(order)
-                words = self.line.measuring(
-                    model,
-                    path,
-                    order,
-                    seed=levels.run_seed(seed, index),
-                    batch=self.batch,
-                    steps=protocol.steps,
-                )
-                runs.append(_result(words, order, self.execute(words)))
-                if len(runs) == 1:
-                    self._tell(f"{total - 1} more: {about((total - 1) * (time.monotonic() - begun))}")
-                if self.report is not None:
-                    self.report("launch line", len(runs), total)
-        return Measured(tuple(runs))
-
-    def _tell(self, what: str) -> None:
-        if self.tell is not None:
-            self.tell(what)
-
-
-def _result(words: Sequence[str], order: Path, ended: Ended) -> Run:
     try:
-        return Run.from_json(json.loads(result_of(order).read_text(encoding="utf-8")))
+        return MeasuredRun.from_json(json.loads(result_of(request).read_text(encoding="utf-8")))
     except FileNotFoundError:
         end = "\n".join(f"  {line}" for line in ended.said.strip().splitlines()[-15:])
         how = f"with code {ended.code}" if ended.code else "without having trained with the plug-in"
@@ -380,7 +233,12 @@ def _result(words: Sequence[str], order: Path, ended: Ended) -> Run:
         ) from None
 
 
-def _execute(words: Sequence[str]) -> Ended:
+def run_line(words: Sequence[str]) -> Ended:
+    """Runs a command line as a process of its own.
+
+    Raises:
+        InputError: it cannot be started.
+    """
     try:
         done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     except OSError as error:

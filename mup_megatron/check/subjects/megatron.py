@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import global_name
 from mup_megatron.check.measure import batches, measurements
-from mup_megatron.check.measure.measurements import Quantity
-from mup_megatron.check.measure.measuring import At
+from mup_megatron.check.measure.measurements import Grouped, Quantity
+from mup_megatron.check.measure.names import ATTENTION, watched_modules
+from mup_megatron.check.measure.optimizers import replay_for
 from mup_megatron.check.measure.replay import Replay
-from mup_megatron.check.reference.megatron import ATTENTION, looked_at, replay_for
-from mup_megatron.check.subjects.depth import Grouped
+from mup_megatron.check.measure.trainee import At
 from mup_megatron.collectives import gathered
 from mup_megatron.megatron.names import layers_of, named_parameters, unwrapped
 from mup_megatron.megatron.optimizer import is_sharded, live_values, parts_of
@@ -91,7 +91,7 @@ class MegatronTrainee:
         for chunk in self._built.chunks:
             model: Any = unwrapped(chunk)
             layers = layers_of(model)
-            for name, module, at in looked_at(model.named_modules()):
+            for name, module, at in watched_modules(model.named_modules()):
                 # Names of parameters are what is translated. A tied readout is a readout here.
                 yield global_name(f"{name}.weight", layers, tied=False).removesuffix(".weight"), module, at
 
@@ -200,7 +200,7 @@ def build_megatron(
     plan: Plan,
     *,
     seed: int,
-    protocol: measurements.Protocol,
+    protocol: measurements.RunProtocol,
     layout: TrainingOptions,
     world_size: int,
     tamper: Callable[[Built], None] | None = None,
@@ -225,7 +225,7 @@ def build_megatron(
     return MegatronTrainee(built, model, recipe, seed=seed, sizes=batch_sizes(options, world_size))
 
 
-def options_for(protocol: measurements.Protocol, layout: TrainingOptions, *, seed: int) -> TrainingOptions:
+def options_for(protocol: measurements.RunProtocol, layout: TrainingOptions, *, seed: int) -> TrainingOptions:
     """The options of one run of a check."""
     return replace(
         layout,

@@ -1,607 +1,319 @@
-"""A check of any torch module, of a Hugging Face model, of a DeepSpeed engine: whatever a script makes of a plan.
+"""Any torch module in training, one step at a time: with an optimizer of torch, or in a DeepSpeed engine."""
 
-The reference has the model's code in common with what is checked, so what is wrong in that code shows in neither. Hence
-bounds beside the comparison that hold for every model in μP: see `bounds.py`.
-"""
-
-import contextlib
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from mup_megatron.check.measure import batches, levels
-from mup_megatron.check.measure.cost import BUILT, Shapes, prediction
-from mup_megatron.check.measure.dropout import drops, without_dropout
-from mup_megatron.check.measure.measurements import Measured, Protocol, Report, Run
-from mup_megatron.check.measure.measuring import measure
-from mup_megatron.check.measure.workers import Job, done, ignored, one_thread, usable
-from mup_megatron.check.reference.modules import carry_out, optimizer_for
-from mup_megatron.check.report.report import text
-from mup_megatron.check.subjects.depth import Grouped, at_depth, narrowest, with_depth
-from mup_megatron.check.subjects.family import FLOOR, PILOT, PILOT_RATE, eps_from, rate_from, stressed, under_rule
-from mup_megatron.check.subjects.module_trainee import (
-    LOGITS,
-    Batch,
-    EngineTrainee,
-    Loss,
-    ModuleTrainee,
-    blocks,
-    copying,
-)
-from mup_megatron.check.subjects.transfer import at_rate, transfer_section
-from mup_megatron.check.verdict.bounds import Known
-from mup_megatron.check.verdict.causes import Cause
-from mup_megatron.check.verdict.judge import Facts, Sides, judge
-from mup_megatron.check.verdict.later import LATER, later_section, width_of
-from mup_megatron.check.verdict.verdict import WITHOUT_DROPOUT, Level, Outcome, Section, Verdict
+from mup_megatron.check.measure import batches
+from mup_megatron.check.measure.measurements import Quantity
+from mup_megatron.check.measure.optimizers import clip, replay_for
+from mup_megatron.check.measure.replay import Replay
+from mup_megatron.check.measure.trainee import At
+from mup_megatron.check.subjects.sight import Sight
+from mup_megatron.collectives import gathered
 from mup_megatron.errors import InputError
-from mup_megatron.modules import apply_plan, param_groups, plan_for_module
-from mup_megatron.recipe import HuggingFaceBase, Recipe
-from mup_megatron.theory import Plan, PlanError, Rule
-from mup_megatron.training.ranks import on_first_rank
+from mup_megatron.recipe import Recipe
+from mup_megatron.training.ranks import world_size
 
-Factory = Callable[[int], nn.Module]
-"""Width → the bare model, as its library draws it."""
-Schedule = Callable[[int, int], float]
-"""(step, steps) → the learning rate's part of its peak."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """One run, as it is told to the script that is checked."""
-
-    plan: Plan
-    """The right one."""
-    recipe: Recipe
-    """The one that is checked, with values at which mistakes show."""
-    width: int
-    seed: int
-    steps: int
+Batch = Callable[[int, int], Any]
+"""(step, width) → what the loss is computed from, the first dimension of its tensors over samples. Step -1 is the
+batch on which activations are compared."""
+Loss = Callable[[Any, Any], Tensor]
+"""(model or engine, batch) → loss."""
 
 
-Prepare = Callable[[nn.Module, Task], Any]
-"""What a script makes of a bare model: it applies the plan and returns an optimizer, (optimizer, scheduler), or a
-DeepSpeed engine; None where there is nothing to train."""
-
-
-def prepare_by_plan(model: nn.Module, task: Task) -> torch.optim.Optimizer | None:
-    """What `mup_megatron.modules` makes of a model."""
-    apply_plan(model, task.plan)
-    groups = param_groups(model.named_parameters(), task.plan)
-    h = task.recipe.hyperparameters
-    if not groups:
-        return None
-    if task.recipe.parametrization.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=h.lr, momentum=h.sgd_momentum)
-    return torch.optim.AdamW(groups, lr=h.lr, betas=(h.adam_beta1, h.adam_beta2))
-
-
-def warm_up_and_decay(step: int, steps: int) -> float:
-    """Linear from 0 over the first quarter of a run, then linear to a tenth."""
-    warm = steps / 4
-    return step / warm if step <= warm else 1 + (FLOOR - 1) * (step - warm) / (steps - warm)
-
-
-def check_modules(
-    factory: Factory,
-    recipe: Recipe,
-    *,
-    widths: Sequence[int],
-    batch: Batch | None = None,
-    loss: Loss | None = None,
-    prepare: Prepare = prepare_by_plan,
-    schedule: Schedule = warm_up_and_decay,
-    readout: str | None = None,
-    level: Level = Level.QUICK,
-    seeds: int = levels.SEEDS,
-    first_seed: int = 1,
-    remarks: Sequence[str] = (),
-    report: Report | None = None,
-    processes: int | None = None,
-    tell: Callable[[str], None] | None = None,
-    deep: tuple[Factory, Recipe, Sequence[int]] | None = None,
-) -> Verdict:
-    """A verdict on what a script makes of a model. Collective, if there are ranks.
+class _Watched:
+    """What a module in training and one in an engine have in common: they are seen by a `Sight`, and share no weights.
 
     Args:
-        factory: builds the bare model of a width. Dropout is off in a check; with other randomness there is no verdict.
-        recipe: what is transferred; its base is a torch module or a Hugging Face configuration.
-        widths: of the models, at least three, over a range of four or more.
-        batch: (step, width) → what `loss` takes; by default tokens, for Hugging Face's language models.
-        loss: (model, batch) → loss; by default `model(**batch).loss`.
-        prepare: what is checked. By default what `mup_megatron.modules` does.
-        schedule: that the learning rate is to follow. The check sees to it, unless `prepare` returns a scheduler of its
-            own or an engine.
-        readout: as in `plan_for_module`.
-        level: how much is looked at.
-        seeds: of each width.
-        first_seed: the first of them.
-        remarks: to be told with the verdict.
-        report: called as models are done.
-        processes: how many train at once, where no ranks have joined; by default as many as there are cores.
-        tell: called before the first model is trained, with how many there will be and about how long it takes.
-        deep: factory, recipe and possible widths of models of the whole depth, where the others have fewer layers: one
-            is built, and not trained.
+        model: the module.
+        called: what is called for a loss: the module, or its engine.
+        recipe: of the check.
+        loss: gives the loss of a batch.
+    """
+
+    def __init__(self, model: nn.Module, called: Any, recipe: Recipe, loss: Loss) -> None:
+        refuse_low_precision(model)
+        self._model, self._called, self._recipe, self._loss = model, called, recipe, loss
+        self._norm: float | None = None
+        self._sight = Sight(model)
+        self._seen: list[tuple[str, nn.Module, At]] | None = None
+
+    def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
+        """Layers, blocks and attention logits, as a forward pass comes by them."""
+        if self._seen is None:
+            self._seen = self._sight.seen(self.forward)
+        return self._seen
+
+    def forward(self) -> None:
+        """On the batch for comparisons."""
+        with self._sight:
+            self._sight.take(self._loss(self._called, self._own_batch(batches.PROBE)))
+
+    def evaluate(self) -> bool:
+        """Likewise in evaluation mode."""
+        with self._sight, evaluating(self._model):
+            _as_far_as_it_goes(lambda: self._loss(self._called, self._own_batch(batches.PROBE)))
+        return True
+
+    def repeat(self, index: int) -> bool:
+        """On sequences of one token each, if there are any tokens."""
+        repeated = of_one_token(self._own_batch(batches.PROBE), index)
+        if repeated is None:
+            return False
+        with self._sight:
+            self._loss(self._called, repeated)
+        return True
+
+    def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
+        """As attention takes them in."""
+        return self._sight.queries()
+
+    def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
+        """What was computed between modules."""
+        return self._sight.beside
+
+    def head_sizes(self) -> dict[str, int]:
+        """Of attention logits, by name, where they can be seen."""
+        return self._sight.head_sizes
+
+    def gradient_norm(self) -> float | None:
+        """Of the last step, over all ranks, before clipping."""
+        return self._norm
+
+    def whole(self, _name: str, shard: Tensor) -> Tensor | None:
+        """Every rank has all of it."""
+        return shard
+
+    def _own_batch(self, step: int) -> Any:
+        raise NotImplementedError
+
+
+class ModuleTrainee(_Watched):
+    """A module with a torch optimizer; a `Trainee`. One process, or several that do the same.
+
+    Args:
+        model: in training mode.
+        optimizer: None trains nothing.
+        recipe: of the check; says which optimizer it should be, and where gradients are clipped.
+        width: of the model.
+        batch: gives batches.
+        loss: gives the loss of one.
+        scheduler: stepped after the optimizer.
+        alone: the other ranks, if there are any, do something else meanwhile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        recipe: Recipe,
+        *,
+        width: int,
+        batch: Batch,
+        loss: Loss,
+        scheduler: Any = None,
+        alone: bool = False,
+    ) -> None:
+        super().__init__(model, model, recipe, loss)
+        self._optimizer, self._scheduler, self._alone = optimizer, scheduler, alone
+        self._width, self._batch = width, batch
+
+    def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """All of them."""
+        return self._model.named_parameters()
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """As clipped; 0 for what is not trained."""
+        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+    def replay(self) -> Replay | None:
+        """Of the recipe's optimizer, whatever this one is."""
+        return None if self._optimizer is None else replay_for(self._recipe)
+
+    def evaluate(self) -> bool:
+        """In evaluation mode; of the correct side that is not asked, which shares the code."""
+        return not self._alone and super().evaluate()
+
+    def repeat(self, index: int) -> bool:
+        """On sequences of one token each, if there are any tokens; likewise."""
+        return not self._alone and super().repeat(index)
+
+    def step(self, step: int) -> float:
+        """One step of training."""
+        loss = self._loss(self._model, self._own_batch(step))
+        self._model.zero_grad()
+        if loss.requires_grad:
+            loss.backward()
+        self._norm = clip(self._model, self._recipe.hyperparameters.clip_grad)
+        if self._optimizer is not None:
+            self._optimizer.step()
+        if self._scheduler is not None:
+            self._scheduler.step()
+        return float(loss.detach())
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Of all ranks, if there are others."""
+        return [value] if self._alone else gathered(value)
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+    def _own_batch(self, step: int) -> Any:
+        return self._batch(step, self._width)
+
+
+class EngineTrainee(_Watched):
+    """A DeepSpeed engine of any ZeRO stage; a `Trainee`. Every rank holds whole copies of the parameters.
+
+    Args:
+        engine: in single precision.
+        recipe: of the check.
+        width: of the model.
+        batch: gives whole batches, of which each rank takes its share.
+        loss: gives the loss of one.
+    """
+
+    def __init__(self, engine: Any, recipe: Recipe, *, width: int, batch: Batch, loss: Loss) -> None:
+        super().__init__(engine.module, engine, recipe, loss)
+        self._engine, self._width, self._batch = engine, width, batch
+        self._live: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
+        self._copies = {name: nn.Parameter(_copy(p), requires_grad=False) for name, p in self._live.items()}
+        self._gradients: dict[int, Tensor] = {}
+
+    def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Copies, brought up to date after each step."""
+        return self._copies.items()
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Averaged over ranks, and clipped as the recipe says, because DeepSpeed shows what it has before it clips.
+
+        None where DeepSpeed does not give it.
+        """
+        return self._gradients.get(id(parameter))
+
+    def replay(self) -> Replay | None:
+        """Of the recipe's optimizer, whatever this one is."""
+        return replay_for(self._recipe)
+
+    def step(self, step: int) -> float:
+        """One step of training."""
+        loss = self._loss(self._engine, self._own_batch(step))
+        if loss.requires_grad:
+            self._engine.backward(loss)
+            self._gradients = self._clipped()
+            self._engine.step()
+        with torch.no_grad():
+            for name, parameter in self._live.items():
+                self._copies[name].copy_(_copy(parameter))
+        return math.fsum(gathered(float(loss.detach()))) / world_size()
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Of all ranks."""
+        return gathered(value)
+
+    def close(self) -> None:
+        """Lets the engine go."""
+        self._engine.destroy()
+
+    def _own_batch(self, step: int) -> Any:
+        """This rank's samples, where the engine is."""
+        rank = distributed.get_rank() if distributed.is_initialized() else 0
+        return _share(self._batch(step, self._width), rank, world_size(), self._engine.device)
+
+    def _clipped(self) -> dict[int, Tensor]:
+        from deepspeed.utils import safe_get_full_grad
+
+        found = {}
+        for name, parameter in self._live.items():
+            if not parameter.requires_grad:
+                found[name] = torch.zeros_like(self._copies[name])
+            elif (gradient := safe_get_full_grad(parameter)) is not None:
+                found[name] = gradient.detach().float().clone().view_as(self._copies[name])
+        norm = self._norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in found.values()))
+        clip = self._recipe.hyperparameters.clip_grad
+        factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+        return {id(self._copies[name]): factor * gradient for name, gradient in found.items()}
+
+
+def refuse_low_precision(model: nn.Module) -> None:
+    """Raises for a model of which nothing can be read: below float32 a step rounds away what it does to a weight.
 
     Raises:
-        InputError: a model cannot be built, no plan can be made for it, or nobody says what it learns.
+        InputError: a parameter that is trained is in less than single precision.
     """
-    with one_thread(), without_dropout(), _told():
-        return _checked(
-            factory,
-            recipe,
-            widths=widths,
-            batch=batch,
-            loss=loss,
-            prepare=prepare,
-            schedule=schedule,
-            readout=readout,
-            level=level,
-            seeds=seeds,
-            first_seed=first_seed,
-            remarks=remarks,
-            report=report,
-            processes=processes,
-            tell=tell,
-            deep=deep,
-        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{name} is in {dtype}, in which a step rounds away what a check reads from it. Build the model in "
+                "float32 for the check, and leave bf16 and fp16 off in what prepares it."
+            )
 
 
-def _checked(
-    factory: Factory,
-    recipe: Recipe,
-    *,
-    widths: Sequence[int],
-    batch: Batch | None,
-    loss: Loss | None,
-    prepare: Prepare,
-    schedule: Schedule,
-    readout: str | None,
-    level: Level,
-    seeds: int,
-    first_seed: int,
-    remarks: Sequence[str],
-    report: Report | None,
-    processes: int | None,
-    tell: Callable[[str], None] | None,
-    deep: tuple[Factory, Recipe, Sequence[int]] | None,
-) -> Verdict:
-    begun = time.monotonic()
-    chosen = sorted(set(widths))
-    if len(chosen) < 3:
-        raise InputError(
-            f"widths {list(widths)}: a slope over width takes at least three. Give for example 64 128 256."
-        )
-    models = {width: built(factory, width, seed=first_seed) for width in chosen}
-    family = ModuleFamily(
-        factory=factory,
-        recipe=recipe,
-        widths=tuple(chosen),
-        batch=batch or default_batch(models),
-        loss=loss or default_loss,
-        schedule=schedule,
-        readout=readout,
-        report=report,
-        processes=usable(processes),
-    )
-    if tell is not None:
-        tell(family.prediction(models, level, seeds, deep))
+def _copy(parameter: nn.Parameter) -> Tensor:
+    """A whole one, in single precision."""
+    from mup_megatron.modules.apply import whole
 
-    def subject(protocol: Protocol) -> Measured:
-        return family.subject(protocol, prepare, range(first_seed, first_seed + seeds))
-
-    frozen = {name for name, p in models[chosen[0]].named_parameters() if not p.requires_grad}
-    early = on_first_rank(lambda: family.stressed(levels.EARLY))
-    plans = {w: family.plan(w, early) for w in chosen}
-    verdict = judge(
-        Sides(subject=subject, reference=family.reference, control=family.control),
-        Facts(recipe=early, plans=plans, known=lambda: family.known(models, plans)),
-        level=level,
-        fingerprint=recipe.fingerprint,
-        extra=[lambda: family.transfer(prepare, first_seed)] if level is Level.FULL else [],
-        later=lambda rounding, untrained: family.later(prepare, first_seed, rounding | frozen, untrained),
-        remarks=(
-            *remarks,
-            *_dropping(models[chosen[0]]),
-            *_frozen(models[chosen[0]]),
-            *ignored(processes, family.processes),
-        ),
-    )
-    if deep is not None:
-        verdict = with_depth(verdict, family.at_depth(deep, prepare, first_seed))
-    return replace(blamed(verdict), seconds=time.monotonic() - begun)
+    with whole(parameter, change=False):
+        return parameter.detach().float().clone()
 
 
-def assert_mup(model_factory: Factory, recipe: Recipe, **options: Any) -> None:
-    """Raises AssertionError unless a model passes; its message is the verdict. For tests.
+def _share(batch: Any, rank: int, ranks: int, device: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.chunk(ranks)[rank].to(device)
+    if isinstance(batch, Mapping):
+        return {key: _share(value, rank, ranks, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(_share(value, rank, ranks, device) for value in batch)
+    return batch
 
-    Args:
-        model_factory: width → the bare model.
-        recipe: what is transferred.
-        options: of `check_modules`; `widths` at least.
+
+def _as_far_as_it_goes(forward: Callable[[], object]) -> None:
+    """A model may give something else in evaluation, of which its loss can make nothing: boxes, one token's logits."""
+    # Whatever somebody's model and loss raise.
+    with suppress(Exception):
+        forward()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it a model evaluates, but for its batch norms: their running statistics belong to a trained model, and
+    before training are those of nothing. They compute as in training, and note nothing.
     """
-    verdict = check_modules(model_factory, recipe, **options)
-    if not verdict.passed:
-        raise AssertionError(text(verdict, title="the model", files=()))
-
-
-def _shapes(model: nn.Module) -> Shapes:
-    return [parameter.shape for parameter in model.parameters()]
-
-
-def _dropping(model: nn.Module) -> list[str]:
-    return [WITHOUT_DROPOUT] if drops(model) else []
-
-
-def _frozen(model: nn.Module) -> list[str]:
-    names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    return [f"Frozen as it is built, and not checked: {', '.join(names[:5])}."] if names else []
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Turns what a plan says of parameters that it does not have into an error for users."""
+    were = [(module, module.training) for module in model.modules()]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.training, norm.momentum = True, 0.0
     try:
         yield
-    except PlanError as error:
-        raise InputError(str(error)) from error
+    finally:
+        for module, was in were:
+            module.training = was
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
-# ---- models and batches --------------------------------------------------------------------------------------------
-
-
-def built(factory: Factory, width: int, *, seed: int) -> nn.Module:
-    """A bare model, always the same for a seed.
-
-    Raises:
-        InputError: the factory failed.
-    """
-    torch.manual_seed(seed)
-    try:
-        return factory(width)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"width {width}: the model cannot be built ({type(error).__name__}: {error}). Choose widths that fit the "
-            "model, for example multiples of its head size."
-        ) from error
-
-
-VOCABULARY = 256
-LENGTH = 32
-
-
-def default_batch(models: Mapping[int, nn.Module]) -> Batch:
-    """Tokens for Hugging Face's language models, pictures for its image classifiers.
-
-    Raises:
-        InputError: it is neither.
-    """
-    model: Any = next(iter(models.values()))
-    config, name = getattr(model, "config", None), type(model).__name__
-    size = levels.EARLY.batch_size
-    if config is not None and any(part in name for part in ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration")):
-        positions = getattr(config, "max_position_embeddings", None) or LENGTH
-        length = min(LENGTH, positions)
-
-        def texts(step: int, _width: int) -> dict[str, Tensor]:
-            ids = batches.tokens(min(VOCABULARY, config.vocab_size), length, size, seed=0, step=step)[:, 1:]
-            return {"input_ids": ids, "labels": ids.clone()}
-
-        return texts
-    if config is not None and "ImageClassification" in name:
-        side = getattr(config, "image_size", 32)
-
-        def pictures(step: int, _width: int) -> dict[str, Tensor]:
-            generator = torch.Generator().manual_seed(step + 1)
-            # Brightness tells a few classes apart, so that there is something to learn at once.
-            classes = min(config.num_labels, 4)
-            labels = torch.randint(classes, (size,), generator=generator)
-            noise = torch.randn(size, config.num_channels, side, side, generator=generator)
-            brightness = 2.0 * labels / classes - 1.0
-            return {"pixel_values": 0.3 * noise + brightness.view(-1, 1, 1, 1), "labels": labels}
-
-        return pictures
-    raise InputError(
-        f"{name}: what it learns from is not known. Give `batch` (step, width) and `loss` (model, batch) to the check."
-    )
-
-
-def default_loss(model: Any, batch: Any) -> Tensor:
-    """What Hugging Face's models compute."""
-    loss: Tensor = model(**batch).loss
-    return loss
-
-
-# ---- who is trained ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModuleFamily:
-    """The models of a check, and what all of its sides have in common."""
-
-    factory: Factory
-    recipe: Recipe
-    """As its user knows it."""
-    widths: tuple[int, ...]
-    batch: Batch
-    loss: Loss
-    schedule: Schedule
-    readout: str | None
-    report: Report | None
-    processes: int = 1
-    """How many train at once."""
-    head_sizes: dict[int, dict[str, int]] = field(default_factory=dict)
-    """Width → attention logits → the size of their heads, as the subject's runs have shown."""
-
-    def stressed(self, protocol: Protocol) -> Recipe:
-        """The recipe with values at which mistakes show within a protocol's steps."""
-        pilot, recipe, plan = self._pilot
-        if self.recipe.parametrization.optimizer == "adam":
-            return stressed(self.recipe, steps=protocol.steps, eps=eps_from(pilot, plan))
-        return stressed(self.recipe, steps=protocol.steps, rate=rate_from(pilot, plan, recipe))
-
-    def prediction(
-        self,
-        models: Mapping[int, nn.Module],
-        level: Level,
-        seeds: int,
-        deep: tuple[Factory, Recipe, Sequence[int]] | None,
-    ) -> str:
-        """How many models there will be, and how long they take."""
-        shapes = {width: _shapes(model) for width, model in models.items()}
-        once = [(shapes[self.widths[0]], PILOT)]
-        if level is Level.QUICK:
-            once.append((shapes[self.widths[0]], LATER))
-        if deep is not None:
-            factory, _, widths = deep
-            with torch.device("meta"):
-                once.append((_shapes(built(factory, min(widths), seed=0)), BUILT))
-        return prediction(
-            shapes,
-            # Of a vector for each sample, or a sequence of them.
-            tokens=LENGTH,
-            level=level,
-            seeds=seeds,
-            processes=self.processes,
-            kept=lambda _protocol, _rule: False,
-            once=once,
-        )
-
-    def plan(self, width: int, recipe: Recipe) -> Plan:
-        """What the model of a width gets."""
-        if isinstance(recipe.base, HuggingFaceBase):
-            from mup_megatron.huggingface.plan import plan_for
-
-            model: Any = built(self.factory, width, seed=0)
-            return plan_for(model, recipe)
-        return plan_for_module(lambda: built(self.factory, width, seed=0), recipe, readout=self.readout)
-
-    def subject(self, protocol: Protocol, prepare: Prepare, seeds: Sequence[int]) -> Measured:
-        """What a script makes of the models. Collective."""
-        recipe = on_first_rank(lambda: self.stressed(protocol))
-        plans = {width: self.plan(width, recipe) for width in self.widths}
-
-        def trained(width: int, seed: int) -> tuple[Run, dict[str, int]]:
-            trainee = self._started(prepare, recipe, plans[width], width, seed, protocol.steps)
-            run = measure(trainee, protocol, width=width, seed=seed)
-            sizes = trainee.head_sizes()
-            trainee.close()
-            return run, sizes
-
-        jobs = [Job(width, partial(trained, width, seed)) for width in self.widths for seed in seeds]
-        found = done(jobs, self.processes, partial(self._tell, "subject", of=len(jobs)))
-        self.head_sizes.update({run.width: sizes for run, sizes in found})
-        return Measured(tuple(run for run, _ in found))
-
-    def at_depth(self, deep: tuple[Factory, Recipe, Sequence[int]], prepare: Prepare, first_seed: int) -> Section:
-        """All layers, in one model that is not trained. Collective."""
-        factory, own, widths = deep
-        whole = replace(self, factory=factory, recipe=own)
-        recipe = stressed(own, steps=levels.EARLY.steps)
-        width, plan = narrowest(widths, lambda width: whole.plan(width, recipe))
-        model = built(factory, width, seed=first_seed)
-        task = Task(plan=plan, recipe=recipe, width=width, seed=first_seed, steps=levels.EARLY.steps)
-        prepared = prepare(model, task)
-        trainee = whole._trainee(model, prepared, task)
-        groups: dict[str, Grouped] = {}
-        if isinstance(prepared, torch.optim.Optimizer):
-            # With a scheduler of the script's own, or an engine, what a group holds need not be its peak.
-            names = {id(parameter): name for name, parameter in model.named_parameters()}
-            for group in prepared.param_groups:
-                values = Grouped(
-                    lr=group.get("initial_lr", group["lr"]),
-                    min_lr=None,
-                    eps=group.get("eps"),
-                    weight_decay=group.get("weight_decay", 0.0),
-                )
-                groups |= {names[id(p)]: values for p in group["params"] if id(p) in names}
-        section = at_depth(plan, width, trainee.parameters(), groups, trainee.gathered)
-        trainee.close()
-        return section
-
-    def known(self, models: Mapping[int, nn.Module], plans: Mapping[int, Plan]) -> Known:
-        """For bounds, after the subject has run.
-
-        Args:
-            models: width → the bare model.
-            plans: width → its plan.
-        """
-        return Known(
-            plans=plans,
-            shares_code=True,
-            blocks=blocks(models[self.widths[0]]),
-            logits=LOGITS,
-            copying=copying(models[self.widths[0]]),
-            growth=lambda name: _growth(self.head_sizes, name),
-            own_tails=_tails(models[self.widths[-1]]),
-            differing=_differing(models),
-        )
-
-    def later(
-        self, prepare: Prepare, seed: int, rounding: set[str], untrained: set[str]
-    ) -> tuple[Section, Cause | None]:
-        """What a run shows that goes on. Collective."""
-        recipe = on_first_rank(lambda: self.stressed(LATER))
-        plans = {width: self.plan(width, recipe) for width in self.widths}
-        width = width_of(plans)
-        trainee = self._started(prepare, recipe, plans[width], width, seed, LATER.steps)
-        run = measure(trainee, LATER, width=width, seed=seed)
-        trainee.close()
-        return later_section(run, plans[width], lambda step: self.schedule(step, LATER.steps), rounding, untrained)
-
-    def transfer(self, prepare: Prepare, first_seed: int) -> Section:
-        """The basins of the learning rate at three of the widths. Collective."""
-        recipe = on_first_rank(lambda: self.stressed(levels.LATE))
-        running: list[ModuleTrainee | EngineTrainee] = []
-
-        def start(width: int, seed: int, lr: float) -> ModuleTrainee | EngineTrainee:
-            while running:
-                running.pop().close()
-            own = at_rate(recipe, lr)
-            plan = self.plan(width, own)
-            running.append(self._started(prepare, own, plan, width, seed, levels.LATE.steps))
-            return running[0]
-
-        section = transfer_section(start, self.widths, recipe.hyperparameters.lr, first_seed, self.report)
-        while running:
-            running.pop().close()
-        return section
-
-    def _started(
-        self, prepare: Prepare, recipe: Recipe, plan: Plan, width: int, seed: int, steps: int
-    ) -> ModuleTrainee | EngineTrainee:
-        """One model of the subject, as a script makes it."""
-        model = built(self.factory, width, seed=levels.run_seed(seed, self.widths.index(width)))
-        task = Task(plan=plan, recipe=recipe, width=width, seed=seed, steps=steps)
-        return self._trainee(model, prepare(model, task), task)
-
-    def reference(self, protocol: Protocol) -> Measured:
-        """The correct runs."""
-        seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + levels.REFERENCE_SEEDS)
-        return on_first_rank(
-            lambda: self._correct(self.stressed(protocol), protocol, Rule.MUP, self.widths, seeds, "reference")
-        )
-
-    def control(self, protocol: Protocol) -> Measured:
-        """The correct runs of standard parametrization."""
-        seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + levels.CONTROL_SEEDS)
-        return on_first_rank(
-            lambda: self._correct(self.stressed(protocol), protocol, Rule.STANDARD, self.widths, seeds, "control")
-        )
-
-    def _correct(
-        self,
-        recipe: Recipe,
-        protocol: Protocol,
-        rule: Rule,
-        widths: Sequence[int],
-        seeds: Sequence[int],
-        what: str,
-    ) -> Measured:
-        recipe = under_rule(recipe, rule)
-        plans = {width: self.plan(width, recipe) for width in widths}
-
-        def trained(width: int, seed: int) -> Run:
-            own_seed = levels.run_seed(seed, self.widths.index(width))
-            model = built(self.factory, width, seed=own_seed)
-            carry_out(model, plans[width], seed=own_seed)
-            task = Task(plan=plans[width], recipe=recipe, width=width, seed=seed, steps=protocol.steps)
-            trainee = self._trainee(model, optimizer_for(model, recipe, plans[width]), task, alone=True)
-            return measure(trainee, protocol, width=width, seed=seed)
-
-        jobs = [Job(width, partial(trained, width, seed)) for width in widths for seed in seeds]
-        processes = self.processes if len(jobs) > 1 else 1
-        return Measured(tuple(done(jobs, processes, partial(self._tell, what, of=len(jobs)))))
-
-    def _trainee(
-        self, model: nn.Module, prepared: Any, task: Task, *, alone: bool = False
-    ) -> ModuleTrainee | EngineTrainee:
-        if hasattr(prepared, "backward") and hasattr(prepared, "module"):
-            return EngineTrainee(prepared, task.recipe, width=task.width, batch=self.batch, loss=self.loss)
-        optimizer, scheduler = prepared if isinstance(prepared, tuple) else (prepared, None)
-        if scheduler is None and optimizer is not None:
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step, task.steps))
-        return ModuleTrainee(
-            model,
-            optimizer,
-            task.recipe,
-            width=task.width,
-            batch=self.batch,
-            loss=self.loss,
-            scheduler=scheduler,
-            alone=alone,
-        )
-
-    @cached_property
-    def _pilot(self) -> tuple[Run, Recipe, Plan]:
-        """A short run, for how large gradients are."""
-        recipe = under_rule(stressed(self.recipe, steps=PILOT.steps, rate=PILOT_RATE), Rule.MUP)
-        width = self.widths[0]
-        [run] = self._correct(recipe, PILOT, Rule.MUP, [width], [levels.FIRST_REFERENCE_SEED], "pilot").runs
-        return run, recipe, self.plan(width, recipe)
-
-    def _tell(self, what: str, done: int, *, of: int) -> None:
-        if self.report is not None:
-            self.report(what, done, of)
-
-
-# ---- what holds for every model ------------------------------------------------------------------------------------
-
-
-def blamed(verdict: Verdict) -> Verdict:
-    """The verdict, with what is the model's own fault said so: the reference has its code too."""
-    if verdict.outcome is not Outcome.NO_VERDICT or not verdict.subject.problems or not verdict.reference.problems:
-        return verdict
-    at_start = "not finite before the first step"
-    problem = verdict.subject.problems[0]
-    if at_start not in problem or not all(at_start in found for found in verdict.reference.problems):
-        return verdict
-    where = next(run.problem for run in verdict.subject.runs if run.problem is not None)
-    section = replace(
-        verdict.sections[0],
-        outcome=Outcome.FAIL,
-        lines=(problem, "It is so with the right initial weights as well: the model's own code is at fault."),
-    )
-    culprit = where.partition(":")[0]
-    return replace(verdict, outcome=Outcome.FAIL, culprit=culprit, sections=(section, *verdict.sections[1:]))
-
-
-def _growth(head_sizes: Mapping[int, Mapping[str, int]], name: str) -> float:
-    """Exponent of width with which the heads of some logits grow."""
-    sizes = {width: of_width[name] for width, of_width in head_sizes.items() if name in of_width}
-    if len(sizes) < 2:
-        return 0.0
-    low, high = min(sizes), max(sizes)
-    return math.log(sizes[high] / sizes[low]) / math.log(high / low)
-
-
-def _tails(model: nn.Module) -> dict[str, float]:
-    """Of the draws of a bare model: E x⁴ / (E x²)²."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        square = parameter.detach().double().square()
-        if (mean := square.mean().item()) > 0:
-            found[name] = square.square().mean().item() / mean**2
-    return found
-
-
-def _differing(models: Mapping[int, nn.Module]) -> list[tuple[str, dict[int, float]]]:
-    """Buffers that have one shape at all widths, and other content: name, and width → mean magnitude."""
-    of_width = {width: dict(model.named_buffers()) for width, model in models.items()}
-    found = []
-    for name in set.intersection(*(set(buffers) for buffers in of_width.values())):
-        values = {width: buffers[name].detach() for width, buffers in of_width.items()}
-        first = next(iter(values.values()))
-        if any(value.shape != first.shape for value in values.values()) or not first.is_floating_point():
-            continue
-        if any(not torch.allclose(value, first, rtol=1e-4, atol=1e-7) for value in values.values()):
-            found.append((name, {width: value.double().abs().mean().item() for width, value in values.items()}))
-    return sorted(found)
+def of_one_token(batch: Any, index: int) -> Any:
+    """A batch in which every sequence of whole numbers repeats the one that it has at an index; None if it has none."""
+    if isinstance(batch, Tensor):
+        if batch.dim() != 2 or batch.is_floating_point() or batch.dtype is torch.bool or batch.shape[1] <= index:
+            return None
+        return batch[:, index : index + 1].expand_as(batch).contiguous()
+    if isinstance(batch, Mapping):
+        changed = {k: of_one_token(v, index) for k, v in batch.items() if "position" not in str(k)}
+        if all(value is None for value in changed.values()):
+            return None
+        return {k: v if changed.get(k) is None else changed[k] for k, v in batch.items()}
+    if isinstance(batch, tuple | list):
+        parts = [of_one_token(value, index) for value in batch]
+        if all(part is None for part in parts):
+            return None
+        return type(batch)(old if new is None else new for old, new in zip(batch, parts, strict=True))
+    return None

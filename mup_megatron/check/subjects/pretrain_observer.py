@@ -14,10 +14,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
 
-from mup_megatron.check.measure.measurements import Run
+from mup_megatron.check.measure.measurements import MeasuredRun
 from mup_megatron.check.measure.measuring import Recorder
 from mup_megatron.check.subjects.megatron import MegatronTrainee
-from mup_megatron.check.subjects.run_request import Order, result_of
+from mup_megatron.check.subjects.run_request import RunRequest, result_of
 from mup_megatron.collectives import gathered
 from mup_megatron.files import write_atomically
 from mup_megatron.megatron.names import unwrapped
@@ -29,7 +29,7 @@ from mup_megatron.training.ranks import is_first
 
 
 def observe(argument: str, scene: Scene) -> "Observed":
-    """See `megatron/pretrain/observer.py`; the argument is the path of an order. Collective."""
+    """See `megatron/pretrain/observer.py`; the argument is the path of a request. Collective."""
     return Observed(Path(argument), scene)
 
 
@@ -38,7 +38,7 @@ class Observed:
 
     def __init__(self, path: Path, scene: Scene) -> None:
         values = scene.values
-        self._path, self._order = path, Order.read(path)
+        self._path, self._request = path, RunRequest.read(path)
         self._values = values
         config: Any = unwrapped(scene.chunks[0]).config
         sizes = BatchSizes(
@@ -48,7 +48,7 @@ class Observed:
         )
         built = Built(config, scene.chunks, scene.optimizer, scene.scheduler)
         self._trainee = _Trainee(built, scene.model, scene.recipe, seed=values.seed, sizes=sizes)
-        self._recorder = Recorder(self._trainee, self._order.protocol)
+        self._recorder = Recorder(self._trainee, self._request.protocol)
         self._losses: list[float] = []
         self._end_if(self._recorder.start())
 
@@ -69,7 +69,7 @@ class Observed:
         loss = next(loss for loss in gathered(own) if loss is not None)
         self._losses.append(loss)
         problem = self._recorder.after_step(len(self._losses), loss)
-        if len(self._losses) == self._order.protocol.steps and problem is None:
+        if len(self._losses) == self._request.protocol.steps and problem is None:
             self._write(None)
         self._end_if(problem)
 
@@ -80,7 +80,7 @@ class Observed:
 
     def _write(self, problem: str | None) -> None:
         found = self._recorder.values()
-        run = Run(self._order.width, self._order.seed, found, tuple(self._losses), problem)
+        run = MeasuredRun(self._request.width, self._request.seed, found, tuple(self._losses), problem)
         if is_first():
             write_atomically(result_of(self._path), json.dumps(run.to_json()))
 

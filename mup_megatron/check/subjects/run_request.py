@@ -4,32 +4,32 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mup_megatron.check.measure.measurements import Protocol
+from mup_megatron.check.measure.measurements import RunProtocol
 from mup_megatron.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class RunRequest:
     """What a run is to measure; a file of its own for each run."""
 
     width: int
     seed: int
     """By which the run is called."""
-    protocol: Protocol
+    protocol: RunProtocol
 
     def write(self, path: Path) -> None:
         """For `read`, in the process that trains."""
         write_atomically(path, json.dumps(asdict(self)))
 
     @classmethod
-    def read(cls, path: Path) -> "Order":
+    def read(cls, path: Path) -> "RunRequest":
         """What `write` wrote."""
         content = json.loads(path.read_text(encoding="utf-8"))
         protocol = content["protocol"]
         recorded = tuple(protocol.pop("recorded"))
-        return cls(width=content["width"], seed=content["seed"], protocol=Protocol(**protocol, recorded=recorded))
+        return cls(width=content["width"], seed=content["seed"], protocol=RunProtocol(**protocol, recorded=recorded))
 
 
-def result_of(order: Path) -> Path:
-    """Where the run of an order is written."""
-    return order.with_name(f"{order.name}.run")
+def result_of(request: Path) -> Path:
+    """Where the run of a request is written."""
+    return request.with_name(f"{request.name}.run")

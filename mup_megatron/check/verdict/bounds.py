@@ -12,9 +12,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
-from mup_megatron.check.measure.measurements import TURNING, WITHOUT_MEAN, Key, Measured, Quantity
-from mup_megatron.check.verdict.comparison import CONFIDENCE, Compared, Finding, Kind, Slope, own_slopes, t_quantile
-from mup_megatron.theory import Plan, Role
+from mup_megatron.check.entries import is_embedding, is_hidden, is_output_role, is_scalar_role
+from mup_megatron.check.measure.measurements import LOSS_INPUT, TURNING, WITHOUT_MEAN, Key, Measurements, Quantity
+from mup_megatron.check.verdict.comparison import CONFIDENCE, Compared, Finding, Mismatch, Slope, own_slopes, t_quantile
+from mup_megatron.theory import Plan
 
 Bounds = tuple[float, float]
 
@@ -33,7 +34,6 @@ MOVED_READOUT: Bounds = (-0.9, 0.4)
 """Likewise of what a readout gives: its updates shrink at the widths of a check, in right models too."""
 LOSS: Bounds = (-1.1, 0.1)
 """Slopes of the first loss. It may fall: what a readout gives before training does, and its square is in the loss."""
-LOSS_INPUT = "what the loss takes in"
 EVALUATION = 1e-3
 """Of what training computes: kernels differ by rounding, mistakes by a factor."""
 POSITIONS = 0.02
@@ -76,7 +76,7 @@ class Known:
     """Buffers of one shape and other content at other widths: name, and width → mean magnitude."""
 
 
-def out_of_bounds(subject: Measured, reference: Measured, known: Known) -> list[Finding]:
+def out_of_bounds(subject: Measurements, reference: Measurements, known: Known) -> list[Finding]:
     """What does not hold, first what the forward pass comes by first.
 
     Args:
@@ -101,7 +101,7 @@ def out_of_bounds(subject: Measured, reference: Measured, known: Known) -> list[
     ]
 
 
-def _places(measured: Measured) -> Callable[[str], float]:
+def _places(measured: Measurements) -> Callable[[str], float]:
     """Name → when the forward pass comes by it."""
     first = measured.runs[0].values
     names = [key.name for key in first if key.quantity is Quantity.ACTIVATION]
@@ -113,7 +113,7 @@ def _places(measured: Measured) -> Callable[[str], float]:
 # ---- slopes --------------------------------------------------------------------------------------------------------
 
 
-def _slopes_before(subject: Measured, known: Known, place: Callable[[str], float]) -> list[Finding]:
+def _slopes_before(subject: Measurements, known: Known, place: Callable[[str], float]) -> list[Finding]:
     found = []
     at_readout = _at_readout(subject, known, place)
     readouts, latest = set(_readouts(known)), _latest(subject, known, place)
@@ -141,7 +141,7 @@ def _slopes_before(subject: Measured, known: Known, place: Callable[[str], float
     return found
 
 
-def _slopes_after(subject: Measured, known: Known, place: Callable[[str], float]) -> list[Finding]:
+def _slopes_after(subject: Measurements, known: Known, place: Callable[[str], float]) -> list[Finding]:
     moved = [key.step for key in subject.keys() if key.quantity is Quantity.UPDATE]  # noqa: SIM118
     if not moved:
         return []
@@ -154,7 +154,7 @@ def _slopes_after(subject: Measured, known: Known, place: Callable[[str], float]
     return found
 
 
-def _at_readout(subject: Measured, known: Known, place: Callable[[str], float]) -> Callable[[str], bool]:
+def _at_readout(subject: Measurements, known: Known, place: Callable[[str], float]) -> Callable[[str], bool]:
     """Name → whether it is of a readout, or computed from one: in a module that has one, and after it."""
     plan = next(iter(known.plans.values()))
     readouts = _readouts(known)
@@ -181,13 +181,13 @@ def _at_readout(subject: Measured, known: Known, place: Callable[[str], float]) 
 def _readouts(known: Known) -> list[str]:
     """Modules that give something of a finite size."""
     plan = next(iter(known.plans.values()))
-    readouts = [e.name.rpartition(".")[0] for e in plan.entries if e.role in (Role.OUTPUT, Role.SCALAR)]
-    if plan.readout is not None and not plan.tied:
+    readouts = [e.name.rpartition(".")[0] for e in plan.entries if is_output_role(e) or is_scalar_role(e)]
+    if plan.readout is not None and not is_embedding(plan.by_name[plan.readout]):
         readouts.append(plan.readout.rpartition(".")[0])
     return readouts
 
 
-def _latest(subject: Measured, known: Known, place: Callable[[str], float]) -> Callable[[str], str | None]:
+def _latest(subject: Measurements, known: Known, place: Callable[[str], float]) -> Callable[[str], str | None]:
     """Name → the module that was done last before it is computed."""
     of_plan = {entry.name.rpartition(".")[0] for entry in next(iter(known.plans.values())).entries}
     modules = {key.name for key in subject.keys() if key.quantity is Quantity.ACTIVATION} & of_plan  # noqa: SIM118
@@ -201,8 +201,8 @@ def _latest(subject: Measured, known: Known, place: Callable[[str], float]) -> C
 
 def _is_bottleneck(block: str, plan: Plan) -> bool:
     """Whether all that a block computes goes through a layer of a finite size, as in a block that is an adapter."""
-    roles = {entry.role for entry in plan.entries if entry.name.startswith(f"{block}.")}
-    return Role.OUTPUT in roles and Role.HIDDEN not in roles
+    inside = [entry for entry in plan.entries if entry.name.startswith(f"{block}.")]
+    return any(map(is_output_role, inside)) and not any(map(is_hidden, inside))
 
 
 def _owner(name: str, beside: Collection[str], plan: Plan) -> str:
@@ -238,9 +238,9 @@ def _slope(compared: Compared, low: float, high: float) -> Finding:
             reference=Slope(expected, around),
             slope=compared.subject.value - expected,
             deviations=dict.fromkeys(compared.deviations, 0.0),
-            off=Kind.SLOPE,
+            off=Mismatch.SLOPE,
         ),
-        Kind.SLOPE,
+        Mismatch.SLOPE,
     )
 
 
@@ -252,21 +252,21 @@ def _bound(key: Key, values: Mapping[int, float], *, expected: float = 0.0) -> F
     mean = fmean(values.values())
     found, right = Slope(mean, 0.0), Slope(expected, 0.0)
     largest = max(values.values(), key=abs)
-    compared = Compared(key, found, right, mean - expected, 0.0, largest, 0.0, values, largest, Kind.BOUND)
-    return Finding(compared, Kind.BOUND)
+    compared = Compared(key, found, right, mean - expected, 0.0, largest, 0.0, values, largest, Mismatch.BOUND)
+    return Finding(compared, Mismatch.BOUND)
 
 
-def _by_width(measured: Measured, key: Key) -> dict[int, list[float]]:
+def _by_width(measured: Measurements, key: Key) -> dict[int, list[float]]:
     found = {w: [run.values[key] for run in measured.at(w) if key in run.values] for w in measured.widths}
     return {width: values for width, values in found.items() if values}
 
 
-def _keys(measured: Measured, quantity: Quantity) -> list[Key]:
+def _keys(measured: Measurements, quantity: Quantity) -> list[Key]:
     """In the order in which they were measured."""
     return list(dict.fromkeys(key for run in measured.runs for key in run.values if key.quantity is quantity))
 
 
-def _evaluation(subject: Measured) -> list[Finding]:
+def _evaluation(subject: Measurements) -> list[Finding]:
     found = []
     for key in _keys(subject, Quantity.EVALUATION):
         least = {width: min(values) for width, values in _by_width(subject, key).items()}
@@ -275,7 +275,7 @@ def _evaluation(subject: Measured) -> list[Finding]:
     return found
 
 
-def _positions(subject: Measured, reference: Measured, known: Known) -> list[Finding]:
+def _positions(subject: Measurements, reference: Measurements, known: Known) -> list[Finding]:
     found = []
     grow = any(known.growth(key.name) for key in _keys(subject, Quantity.ACTIVATION) if known.logits in key.name)
     expected = reference.keys()
@@ -302,7 +302,7 @@ def _is_apart(subject: Mapping[int, Sequence[float]], reference: Mapping[int, Se
     return abs(means[0] - means[1]) - t_quantile(1 - CONFIDENCE, freedom) * error > most
 
 
-def _constants(subject: Measured, known: Known) -> list[Finding]:
+def _constants(subject: Measurements, known: Known) -> list[Finding]:
     found = [_bound(Key(Quantity.CONSTANT, name, 0), values) for name, values in known.differing if known.shares_code]
     for key in _keys(subject, Quantity.CONSTANT):
         values = {width: fmean(of_width) for width, of_width in _by_width(subject, key).items()}
@@ -311,7 +311,7 @@ def _constants(subject: Measured, known: Known) -> list[Finding]:
     return found
 
 
-def _summed(subject: Measured) -> list[Finding]:
+def _summed(subject: Measurements) -> list[Finding]:
     found = []
     for key in _keys(subject, Quantity.SUMMED):
         values = {width: fmean(of_width) for width, of_width in _by_width(subject, key).items()}
@@ -323,7 +323,7 @@ def _summed(subject: Measured) -> list[Finding]:
 # ---- draws ---------------------------------------------------------------------------------------------------------
 
 
-def _draws(subject: Measured, known: Known) -> list[Finding]:
+def _draws(subject: Measurements, known: Known) -> list[Finding]:
     widest = subject.widths[-1]
     plan = known.plans[widest] if widest in known.plans else next(iter(known.plans.values()))
     drawn = {e.name: e for e in plan.entries if e.init_std}
@@ -350,7 +350,7 @@ def _draws(subject: Measured, known: Known) -> list[Finding]:
     return found
 
 
-def _pooled(measured: Measured, key: Key, sizes: Mapping[int, int]) -> tuple[float, float] | None:
+def _pooled(measured: Measurements, key: Key, sizes: Mapping[int, int]) -> tuple[float, float] | None:
     """The mean over runs, in which each counts as its elements; and how many these are."""
     of = [(value, sizes[width]) for width, vs in _by_width(measured, key).items() if width in sizes for value in vs]
     total = float(sum(size for _, size in of))

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import NormalDist, fmean, median
 
-from mup_megatron.check.measure.measurements import BOUNDED, FROM_STEPS, Key, Measured, Quantity, Run
+from mup_megatron.check.measure.measurements import BOUNDED, FROM_STEPS, Key, MeasuredRun, Measurements, Quantity
 
 
-class Kind(StrEnum):
+class Mismatch(StrEnum):
     """In which way a measurement is off."""
 
     SLOPE = "slope"
@@ -102,7 +102,7 @@ class Compared:
     """Width → log(subject/reference), seeds averaged."""
     largest: float
     """Of the subject's values, seeds averaged: at the width where it is largest."""
-    off: Kind | None
+    off: Mismatch | None
     """None: within what seeds and tolerance allow."""
 
     @property
@@ -114,7 +114,7 @@ class Compared:
 Comparison = Mapping[Key, Compared]
 
 
-def compare(subject: Measured, reference: Measured) -> dict[Key, Compared]:
+def compare(subject: Measurements, reference: Measurements) -> dict[Key, Compared]:
     """Everything that both have measured, at the widths that both have."""
     widths = [width for width in subject.widths if width in set(reference.widths)]
     rounding = only_rounding(reference)
@@ -136,7 +136,9 @@ _GONE = 1e-5
 """What is so small beside others of its kind is 0 but for rounding, and follows no law."""
 
 
-def own_slopes(measured: Measured, quantity: Quantity, step: int, *, logarithms: bool = True) -> dict[Key, Compared]:
+def own_slopes(
+    measured: Measurements, quantity: Quantity, step: int, *, logarithms: bool = True
+) -> dict[Key, Compared]:
     """Slopes over log(width) of a side by itself: of the values' logarithms, or of the values as they are."""
     found = {}
     keys = sorted(key for key in measured.keys() if (key.quantity, key.step) == (quantity, step))  # noqa: SIM118
@@ -160,10 +162,10 @@ def _not_finite(key: Key, reference: Mapping[int, list[float]]) -> Compared:
     """What has overflowed in the subject alone. As far off as can be, whatever its seeds say."""
     as_reference = _compared(key, reference, reference)
     deviations = dict.fromkeys(reference, math.log(sys.float_info.max))
-    return replace(as_reference, level=max(deviations.values()), deviations=deviations, off=Kind.LEVEL)
+    return replace(as_reference, level=max(deviations.values()), deviations=deviations, off=Mismatch.LEVEL)
 
 
-def only_rounding(reference: Measured) -> set[str]:
+def only_rounding(reference: Measurements) -> set[str]:
     """Parameters that nothing can be read from, because their right gradient is 0 and what is there is rounding.
 
     A bias of keys, above all: it moves all logits of a query alike, and the softmax does not see that. What has exactly
@@ -182,7 +184,7 @@ def only_rounding(reference: Measured) -> set[str]:
     return {name for name, share in largest.items() if 0 < share < _ROUNDING}
 
 
-def without_gradient(runs: Sequence[Run]) -> set[str]:
+def without_gradient(runs: Sequence[MeasuredRun]) -> set[str]:
     """Parameters whose gradient was 0 or none whenever somebody looked: what the loss does not depend on, and what is
     frozen.
     """
@@ -194,7 +196,7 @@ def without_gradient(runs: Sequence[Run]) -> set[str]:
     return {name for name, value in largest.items() if value == 0}
 
 
-def _floors(reference: Measured, width: int, rounding: Collection[str]) -> dict[Quantity, float]:
+def _floors(reference: Measurements, width: int, rounding: Collection[str]) -> dict[Quantity, float]:
     values: dict[Quantity, list[float]] = {}
     for run in reference.at(width):
         for key, value in run.values.items():
@@ -242,11 +244,11 @@ def _compared(key: Key, subject: Mapping[int, list[float]], reference: Mapping[i
     tolerance = TOLERANCES[key.quantity]
     off = None
     if key.quantity is Quantity.UNEXPLAINED:
-        off = Kind.LEVEL if max(deviations.values()) > tolerance.level else None
+        off = Mismatch.LEVEL if max(deviations.values()) > tolerance.level else None
     elif abs(slope) - t * slope_error > tolerance.slope:
-        off = Kind.SLOPE
+        off = Mismatch.SLOPE
     elif abs(level) - t * level_error > tolerance.level:
-        off = Kind.LEVEL
+        off = Mismatch.LEVEL
     largest = math.exp(min(700.0, max(fmean(values) for values in subject.values())))
     half = [t_quantile(0.975, freedom) * math.sqrt(variance) for variance in variances]
     sides = [Slope(value, width) for value, width in zip(slopes, half, strict=True)]
@@ -297,7 +299,7 @@ class Finding:
     """A measurement that is off."""
 
     compared: Compared
-    kind: Kind
+    kind: Mismatch
 
     @property
     def key(self) -> Key:
@@ -307,7 +309,7 @@ class Finding:
     @property
     def size(self) -> float:
         """How far off, in the logarithm of the value or in its slope."""
-        return abs(self.compared.slope if self.kind is Kind.SLOPE else self.compared.level)
+        return abs(self.compared.slope if self.kind is Mismatch.SLOPE else self.compared.level)
 
     @property
     def sentence(self) -> str:
@@ -320,11 +322,11 @@ class Finding:
                 f"{where}: {c.largest:.0%} of it is explained by no learning rate, eps and weight decay of the "
                 "recipe's optimizer"
             )
-        if self.kind is Kind.BOUND:
+        if self.kind is Mismatch.BOUND:
             return f"{where}: {_out_of_bounds(c)}"
         if key.quantity is Quantity.DEAD:
             return f"{where}: up to {c.largest:.0%} of its rows, {c.factor:.3g} times what is expected"
-        if self.kind is Kind.SLOPE:
+        if self.kind is Mismatch.SLOPE:
             return f"{where}: slope over width {c.subject}, expected {c.reference}"
         at = "every width" if len(c.deviations) > 1 else f"width {next(iter(c.deviations), 0)}"
         return f"{where}: {c.factor:.3g} times what is expected, at {at}"

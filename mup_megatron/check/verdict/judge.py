@@ -7,24 +7,27 @@ from dataclasses import dataclass
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.measure import levels
-from mup_megatron.check.measure.measurements import COORDINATES, DRAWS, Measured, Protocol, Quantity
+from mup_megatron.check.measure.levels import Level
+from mup_megatron.check.measure.measurements import COORDINATES, DRAWS, Measurements, Quantity, RunProtocol
 from mup_megatron.check.verdict.bounds import BEFORE, MOVED, Known, out_of_bounds
-from mup_megatron.check.verdict.causes import TOLD, Cause, causes, of_bounds
+from mup_megatron.check.verdict.causes import TOLD, causes
+from mup_megatron.check.verdict.causes.bounds import of_bounds
+from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import (
     Comparison,
     Finding,
-    Kind,
+    Mismatch,
     compare,
     findings,
     only_rounding,
     without_gradient,
 )
-from mup_megatron.check.verdict.verdict import Level, Outcome, Section, Verdict
+from mup_megatron.check.verdict.verdict import CheckOutcome, Section, Verdict
 from mup_megatron.check.verdict.wider import wider_is_better
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 
-Measure = Callable[[Protocol], Measured]
+Measure = Callable[[RunProtocol], Measurements]
 Later = Callable[[set[str], set[str]], tuple[Section, Cause | None]]
 """Parameters of which nothing can be read, and those that get no gradient in the correct reference → what later steps
 show, and why."""
@@ -40,7 +43,7 @@ class Sides:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class Expectation:
     """What causes are looked for in."""
 
     recipe: Recipe
@@ -55,7 +58,7 @@ class Facts:
 
 def judge(
     sides: Sides,
-    facts: Facts,
+    facts: Expectation,
     *,
     level: Level,
     fingerprint: str,
@@ -96,11 +99,11 @@ def judge(
             of_later = () if cause is None or findings(comparison) else (cause,)
     known = Known(plans=facts.plans) if facts.known is None else facts.known()
     bounds = _bounds(subject, reference, known)
-    if trouble is None or (bounds.findings and trouble.outcome is Outcome.NO_VERDICT):
+    if trouble is None or (bounds.findings and trouble.outcome is CheckOutcome.NO_VERDICT):
         sections.append(bounds)
     outcome = _overall([section.outcome for section in sections])
     likely: tuple[Cause, ...] = ()
-    if outcome is Outcome.FAIL and trouble is None:
+    if outcome is CheckOutcome.FAIL and trouble is None:
         likely = causes(_with_late(comparison, sections), facts.plans, facts.recipe, facts.models)
     likely = (*likely, *of_later)
     if sections[-1] is bounds:
@@ -116,7 +119,7 @@ def judge(
         outcome=outcome,
         level=level,
         fingerprint=fingerprint,
-        culprit=_culprit(likely, sections) if outcome is Outcome.FAIL else None,
+        culprit=_culprit(likely, sections) if outcome is CheckOutcome.FAIL else None,
         causes=likely,
         sections=tuple(sections),
         remarks=tuple(remarks),
@@ -131,11 +134,11 @@ def judge(
     )
 
 
-def _overall(outcomes: Sequence[Outcome]) -> Outcome:
-    for outcome in (Outcome.FAIL, Outcome.NO_VERDICT):
+def _overall(outcomes: Sequence[CheckOutcome]) -> CheckOutcome:
+    for outcome in (CheckOutcome.FAIL, CheckOutcome.NO_VERDICT):
         if outcome in outcomes:
             return outcome
-    return Outcome.PASS
+    return CheckOutcome.PASS
 
 
 def _culprit(likely: Sequence[Cause], sections: Sequence[Section]) -> str:
@@ -144,7 +147,7 @@ def _culprit(likely: Sequence[Cause], sections: Sequence[Section]) -> str:
     found = [finding for section in sections for finding in section.findings]
     if found:
         return found[0].key.name
-    failed = next(section for section in sections if section.outcome is Outcome.FAIL)
+    failed = next(section for section in sections if section.outcome is CheckOutcome.FAIL)
     return failed.lines[0].partition(":")[0] if failed.lines else failed.name
 
 
@@ -157,38 +160,38 @@ def _with_late(comparison: Comparison, sections: Sequence[Section]) -> Compariso
 # ---- runs of which nothing can be concluded ------------------------------------------------------------------------
 
 
-def _trouble(subject: Measured, reference: Measured) -> Section | None:
+def _trouble(subject: Measurements, reference: Measurements) -> Section | None:
     """What makes a comparison pointless."""
     name = "training"
     if subject.problems:
         random = [problem for problem in subject.problems if "not deterministic" in problem]
         if random:
             remedy = "Turn off what is random in it for the check: differences would be its own."
-            return Section(name=name, outcome=Outcome.NO_VERDICT, lines=(random[0], remedy))
+            return Section(name=name, outcome=CheckOutcome.NO_VERDICT, lines=(random[0], remedy))
         if reference.problems:
             remedy = "The correct reference diverged too: lower the recipe's lr or init_method_std."
-            return Section(name=name, outcome=Outcome.NO_VERDICT, lines=(subject.problems[0], remedy))
+            return Section(name=name, outcome=CheckOutcome.NO_VERDICT, lines=(subject.problems[0], remedy))
         where = next(run.problem for run in subject.runs if run.problem is not None)
         lines = (where, f"Seen at {len(subject.problems)} of {len(subject.runs)} runs. The correct reference trains.")
-        return Section(name=name, outcome=Outcome.FAIL, lines=lines)
+        return Section(name=name, outcome=CheckOutcome.FAIL, lines=lines)
     if reference.problems:
         remedy = "The correct reference diverged: lower the recipe's lr or init_method_std."
-        return Section(name=name, outcome=Outcome.NO_VERDICT, lines=(reference.problems[0], remedy))
+        return Section(name=name, outcome=CheckOutcome.NO_VERDICT, lines=(reference.problems[0], remedy))
     if not all(_moves(reference, width) for width in reference.widths):
         remedy = "The correct reference does not move within the check: raise the recipe's lr."
-        return Section(name=name, outcome=Outcome.NO_VERDICT, lines=(remedy,))
+        return Section(name=name, outcome=CheckOutcome.NO_VERDICT, lines=(remedy,))
     still = [run for run in subject.runs if not _moves(subject, run.width)]
     if still:
         line = f"loss: the model does not learn at width {still[0].width}, and the correct reference does."
         return Section(
             name=name,
-            outcome=Outcome.FAIL,
+            outcome=CheckOutcome.FAIL,
             lines=(line, "No weight moves: look for frozen parameters, an optimizer without them, a rate of 0."),
         )
     return None
 
 
-def _moves(measured: Measured, width: int) -> bool:
+def _moves(measured: Measurements, width: int) -> bool:
     """Whether any activation has changed."""
     updates = [v for run in measured.at(width) for k, v in run.values.items() if k.quantity is Quantity.UPDATE]
     return any(value > 0 for value in updates)
@@ -197,7 +200,7 @@ def _moves(measured: Measured, width: int) -> bool:
 # ---- what holds of every right model --------------------------------------------------------------------------------
 
 
-def _bounds(subject: Measured, reference: Measured, known: Known) -> Section:
+def _bounds(subject: Measurements, reference: Measurements, known: Known) -> Section:
     found = out_of_bounds(subject, reference, known)
     of = {quantity: len({k.name for k in subject.keys() if k.quantity is quantity}) for quantity in Quantity}  # noqa: SIM118
     lines = []
@@ -219,10 +222,12 @@ def _bounds(subject: Measured, reference: Measured, known: Known) -> Section:
 # ---- the checks ----------------------------------------------------------------------------------------------------
 
 
-def _coordinates(comparison: Comparison, control: Comparison, subject: Measured, reference: Measured) -> Section:
+def _coordinates(
+    comparison: Comparison, control: Comparison, subject: Measurements, reference: Measurements
+) -> Section:
     found = [finding for finding in findings(comparison) if finding.key.quantity in COORDINATES]
     missing = sorted({k.name for k in reference.keys() - subject.keys() if k.quantity is Quantity.UPDATE})
-    told = [f for f in findings(control) if f.key.quantity is Quantity.UPDATE and f.kind is Kind.SLOPE]
+    told = [f for f in findings(control) if f.key.quantity is Quantity.UPDATE and f.kind is Mismatch.SLOPE]
     looked = [c for key, c in comparison.items() if key.quantity is Quantity.UPDATE]
     lines = []
     if looked:
@@ -245,11 +250,11 @@ def _coordinates(comparison: Comparison, control: Comparison, subject: Measured,
             "Standard parametrization of the same shape cannot be told from the reference over these widths, so this "
             f"is no pass: add a model of width {2 * subject.widths[-1]} to them (--widths)."
         )
-        return Section(name="coordinates", outcome=Outcome.NO_VERDICT, lines=tuple(lines))
+        return Section(name="coordinates", outcome=CheckOutcome.NO_VERDICT, lines=tuple(lines))
     return _section("coordinates", found, lines)
 
 
-def _gradients(comparison: Comparison, subject: Measured, reference: Measured) -> Section:
+def _gradients(comparison: Comparison, subject: Measurements, reference: Measurements) -> Section:
     found = [finding for finding in findings(comparison) if finding.key.quantity not in COORDINATES]
     missing = sorted(_parameters(reference) - _parameters(subject))
     if missing:
@@ -257,7 +262,9 @@ def _gradients(comparison: Comparison, subject: Measured, reference: Measured) -
             f"{_some(missing)}: in the plan and the reference, and not seen in the model. Give its parameters the "
             "names that the plan has."
         )
-        return Section(name="gradients and updates", outcome=Outcome.NO_VERDICT, lines=(line,), findings=tuple(found))
+        return Section(
+            name="gradients and updates", outcome=CheckOutcome.NO_VERDICT, lines=(line,), findings=tuple(found)
+        )
     lines = []
     untrained = without_gradient(reference.runs)
     for quantity in (Quantity.LEARNING_RATE, Quantity.EPS, Quantity.WEIGHT_DECAY):
@@ -279,7 +286,7 @@ def _gradients(comparison: Comparison, subject: Measured, reference: Measured) -
     return _section("gradients and updates", found, lines if not found else [])
 
 
-def _parameters(measured: Measured) -> set[str]:
+def _parameters(measured: Measurements) -> set[str]:
     return {key.name for key in measured.keys() if key.quantity is Quantity.INITIAL}  # noqa: SIM118
 
 
@@ -298,10 +305,10 @@ def _late(sides: Sides) -> list[Section]:
     looked = len({key.name for key in comparison})
     late = _section("late steps", found, [f"{looked} parameters and activations {name}, to the floor of the schedule"])
     result = wider_is_better(subject, levels.LATE.recorded)
-    outcome = Outcome.PASS if result.holds else Outcome.FAIL
+    outcome = CheckOutcome.PASS if result.holds else CheckOutcome.FAIL
     return [late, Section(name="wider is better", outcome=outcome, lines=result.lines, rows=result.rows)]
 
 
 def _section(name: str, found: Sequence[Finding], lines: Sequence[str]) -> Section:
-    outcome = Outcome.FAIL if found else Outcome.PASS
+    outcome = CheckOutcome.FAIL if found else CheckOutcome.PASS
     return Section(name=name, outcome=outcome, lines=tuple(lines), findings=tuple(found))

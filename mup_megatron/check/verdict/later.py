@@ -7,13 +7,13 @@ schedule that goes wrong in a second phase, or a group that somebody changes lat
 import math
 from collections.abc import Callable, Collection, Mapping
 
-from mup_megatron.check.measure.measurements import Key, Protocol, Quantity, Run
-from mup_megatron.check.verdict.causes import Cause
-from mup_megatron.check.verdict.comparison import TOLERANCES, Compared, Finding, Kind, Slope, without_gradient
-from mup_megatron.check.verdict.verdict import Outcome, Section
+from mup_megatron.check.measure.measurements import Key, MeasuredRun, Quantity, RunProtocol
+from mup_megatron.check.verdict.causes.ranking import Cause
+from mup_megatron.check.verdict.comparison import TOLERANCES, Compared, Finding, Mismatch, Slope, without_gradient
+from mup_megatron.check.verdict.verdict import CheckOutcome, Section
 from mup_megatron.theory import Plan
 
-LATER = Protocol(steps=48, recorded=(12, 16, 20, 24, 28, 32, 36, 40, 44, 48), spectral=False, activations=False)
+LATER = RunProtocol(steps=48, recorded=(12, 16, 20, 24, 28, 32, 36, 40, 44, 48), spectral=False, activations=False)
 _MOST = 2.5
 """So many times the tolerance of several runs, for one of them."""
 _LEAST_DECAY = 0.3
@@ -27,7 +27,7 @@ def width_of(plans: Mapping[int, Plan]) -> int:
 
 
 def later_section(
-    run: Run,
+    run: MeasuredRun,
     plan: Plan,
     schedule: Callable[[int], float],
     rounding: Collection[str],
@@ -63,7 +63,7 @@ def later_section(
         f"learning rate and weight decay of {len(plan.entries) - len(still)} parameters to step {LATER.steps} at width "
         f"{run.width}"
     )
-    outcome = Outcome.FAIL if found or run.problem else Outcome.PASS
+    outcome = CheckOutcome.FAIL if found or run.problem else CheckOutcome.PASS
     lines = (run.problem or told,)
     return Section(name="later steps", outcome=outcome, lines=lines, findings=tuple(found)), _cause(found)
 
@@ -71,7 +71,9 @@ def later_section(
 def _finding(width: int, key: Key, value: float, expected: float) -> Finding:
     level = math.log(max(value, 1e-9 * expected) / expected)
     flat = Slope(0.0, 0.0)
-    return Finding(Compared(key, flat, flat, 0.0, 0.0, level, 0.0, {width: level}, value, Kind.LEVEL), Kind.LEVEL)
+    return Finding(
+        Compared(key, flat, flat, 0.0, 0.0, level, 0.0, {width: level}, value, Mismatch.LEVEL), Mismatch.LEVEL
+    )
 
 
 def _cause(found: list[Finding]) -> Cause | None:

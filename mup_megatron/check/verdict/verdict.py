@@ -1,19 +1,20 @@
-"""The verdict: pass or fail, where, and why. Plain data; how it is told is in `report.py` and `picture.py`."""
+"""The verdict: pass or fail, where, and why. Plain data; how it is told is in `report/`."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from mup_megatron.check.measure.measurements import Key, Measured
-from mup_megatron.check.verdict.causes import Cause
+from mup_megatron.check.measure.levels import Level
+from mup_megatron.check.measure.measurements import Key, Measurements
+from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import Compared, Comparison, Finding
 
 WITHOUT_DROPOUT = "Dropout is off in the check, so that differences are not its own."
 """A remark, wherever it was on."""
 
 
-class Outcome(StrEnum):
+class CheckOutcome(StrEnum):
     """What a check comes to."""
 
     PASS = "pass"
@@ -22,23 +23,12 @@ class Outcome(StrEnum):
     """Nothing can be concluded, and it says why. Not a pass."""
 
 
-class Level(StrEnum):
-    """How much is looked at."""
-
-    QUICK = "quick"
-    """Coordinates, gradients and updates."""
-    STANDARD = "standard"
-    """Late steps and wider-is-better as well."""
-    FULL = "full"
-    """Transfer of the learning rate as well."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Section:
     """One of the checks."""
 
     name: str
-    outcome: Outcome
+    outcome: CheckOutcome
     lines: tuple[str, ...]
     """What it found, in words."""
     findings: tuple[Finding, ...] = ()
@@ -50,7 +40,7 @@ class Section:
 class Verdict:
     """What a check concluded, and from what."""
 
-    outcome: Outcome
+    outcome: CheckOutcome
     level: Level
     fingerprint: str
     """The recipe's."""
@@ -63,9 +53,9 @@ class Verdict:
     widths: tuple[int, ...]
     seeds: int
     seconds: float
-    subject: Measured = field(repr=False)
-    reference: Measured = field(repr=False)
-    control: Measured = field(repr=False)
+    subject: Measurements = field(repr=False)
+    reference: Measurements = field(repr=False)
+    control: Measurements = field(repr=False)
     """The same shape in standard parametrization."""
     comparison: Comparison = field(repr=False)
     """Subject against reference."""
@@ -75,7 +65,7 @@ class Verdict:
     @property
     def passed(self) -> bool:
         """Whether the run may begin."""
-        return self.outcome is Outcome.PASS
+        return self.outcome is CheckOutcome.PASS
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without the single runs."""

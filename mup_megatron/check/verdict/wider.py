@@ -12,7 +12,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-from mup_megatron.check.measure.measurements import Measured
+from mup_megatron.check.measure.measurements import Measurements
 from mup_megatron.check.verdict.comparison import t_quantile
 
 AROUND = 2
@@ -100,7 +100,7 @@ class WiderResult:
         )
 
 
-def wider_is_better(measured: Measured, times: Sequence[int]) -> WiderResult:
+def wider_is_better(measured: Measurements, times: Sequence[int]) -> WiderResult:
     """Compares the training losses of neighbouring widths.
 
     Every comparison is a one-sided t-test on the means of log losses, with one spread of seeds for all widths at a
@@ -144,7 +144,7 @@ class _Tested:
         return Pair(self.narrower, self.wider, self.step, narrower, wider, self.difference, error, worse)
 
 
-def _at(measured: Measured, step: int) -> list[_Tested]:
+def _at(measured: Measurements, step: int) -> list[_Tested]:
     logs = {width: [_smoothed(run.losses, step) for run in measured.at(width)] for width in measured.widths}
     means = {width: fmean(values) for width, values in logs.items()}
     squares = [(x - means[width]) ** 2 for width, values in logs.items() for x in values if math.isfinite(means[width])]

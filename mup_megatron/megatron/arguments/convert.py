@@ -24,8 +24,10 @@ from mup_megatron.megatron.arguments.table import (
     refused,
     unresolved,
 )
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
 from mup_megatron.megatron.versions import NEWEST_TESTED
 from mup_megatron.recipe import Recipe, Schedule
+from mup_megatron.theory import optimizers
 from mup_megatron.validation import brief
 
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_size")
@@ -68,10 +70,11 @@ def flags(
 def _recipe_flags(recipe: Recipe, train_iters: int | None) -> list[str]:
     optimizer = recipe.parametrization.optimizer
     values = recipe.hyperparameters.model_dump() | {"optimizer": optimizer}
-    others = ("sgd_",) if optimizer == "adam" else ("adam_",)
+    MEGATRON_OPTIMIZERS.require(optimizer)
+    others = {key for each in optimizers().values() for key in each.hyperparameters}
     words: list[str] = []
     for key, flag in HYPERPARAMETERS.items():
-        if not key.startswith(others):
+        if key not in others or key in optimizers()[optimizer].hyperparameters:
             words += flag.words(values[key])
     return words + _schedule_flags(recipe.schedule, train_iters)
 

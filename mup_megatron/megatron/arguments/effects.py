@@ -24,6 +24,7 @@ from mup_megatron.megatron.arguments.table import (
     of_architectures,
     refused,
 )
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
 
 OLDEST, NEWEST = (0, 16), (0, 19)
 """The releases of Megatron-Core (major, minor) whose flags these are."""
@@ -390,7 +391,11 @@ def _rows() -> Iterator[Row]:
         yield Row(name, Effect.REFUSED, "another model than a GPT is built, unless it says `gpt`.")
     for flag in HYPERPARAMETERS.values():
         if flag.name not in {field.name for field in FIELDS.values()}:
-            more = ", which knows adam and sgd; another one is refused" if flag.name == "--optimizer" else ""
+            more = (
+                f", which knows {MEGATRON_OPTIMIZERS.names}; another one is refused"
+                if flag.name == "--optimizer"
+                else ""
+            )
             yield Row(flag.name, Effect.RECIPE, f"a hyperparameter of the recipe{more}")
     for flag in SCHEDULE:
         yield Row(flag.name, Effect.RECIPE, "learning rate or weight decay over the run")

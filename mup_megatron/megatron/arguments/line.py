@@ -35,10 +35,10 @@ from mup_megatron.megatron.arguments.table import (
     unresolved,
 )
 from mup_megatron.megatron.arguments.vocabulary import vocabulary
+from mup_megatron.megatron.optimizers import require_known
 from mup_megatron.megatron.versions import known_release, range_remark
 from mup_megatron.validation import brief
 
-_OPTIMIZERS = ("adam", "sgd")
 _FLAGS = "flags"
 """What `words_of_launch` calls words that are no launch script."""
 
@@ -97,7 +97,7 @@ def read_line(given: Sequence[str], *, vocab_size: int | None = None, native: bo
     size, more = _vocabulary(flags, values, vocab_size, source)
     remarks += more
     if not native:
-        _require_known_optimizer(values, source)
+        require_known(values[HYPERPARAMETERS["optimizer"].key], source)
         remarks += _stopped(values)
     remarks += [
         f"{name}: a model file has no key for it. Give it to the proxy's runs as well."
@@ -237,12 +237,6 @@ def _parsed(flags: Sequence[str], source: str, *, native: bool, answered: bool) 
             with contextlib.suppress(InputError):
                 values |= parsed(flags, [flag])
     return values
-
-
-def _require_known_optimizer(values: Mapping[str, Any], source: str) -> None:
-    found = values[HYPERPARAMETERS["optimizer"].key]
-    if found not in _OPTIMIZERS:
-        raise InputError(f"{source}: --optimizer {brief(found, 60)}: a recipe knows adam and sgd. Choose one of them.")
 
 
 def _stopped(values: Mapping[str, Any]) -> Iterator[str]:

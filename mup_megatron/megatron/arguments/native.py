@@ -16,8 +16,9 @@ from mup_megatron.architectures.registry import architecture_of, model_file
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.convert import model_from_values, values_from_flags
 from mup_megatron.megatron.arguments.table import HYPERPARAMETERS
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS, MegatronOptimizer, require_known
 from mup_megatron.recipe import LONGEST_SCHEDULE, Recipe, Schedule, recipe
-from mup_megatron.theory import Plan, PlanEntry, Role
+from mup_megatron.theory import Plan, PlanEntry, Role, optimizers
 from mup_megatron.theory.rules import softmax_scale
 from mup_megatron.validation import brief
 
@@ -83,6 +84,11 @@ class Native:
         return self.model.hidden_size / self.base_hidden_size
 
     @property
+    def rules(self) -> MegatronOptimizer:
+        """What it does with this optimizer."""
+        return MEGATRON_OPTIMIZERS[self.values["optimizer"]]
+
+    @property
     def softmax_scale(self) -> float:
         """√base_head_dim / d**power."""
         base = self.values["mup_base_head_dim"]
@@ -98,13 +104,13 @@ class Native:
         """What a parameter gets."""
         v, m = self.values, self.width_mult
         hidden = not entry.is_vector and not (entry.is_embedding or entry.is_readout)
-        adam = v["optimizer"] == "adam"
-        factor = (1.0 / m if hidden else 1.0) if adam else (1.0 if hidden else m)
+        rules = self.rules
+        factor = rules.native_lr(hidden, m)
         lr, min_lr = v["lr"] * factor, v["min_lr"] * factor
         if v["decoupled_lr"] is not None and entry.name in (WORD_EMBEDDINGS, HEAD):
             # An absolute value, with the floor of all others if it has none of its own.
             lr, min_lr = v["decoupled_lr"], v["min_lr"] if v["decoupled_min_lr"] is None else v["decoupled_min_lr"]
-        eps = v["adam_eps"] * (1.0 / m if hidden else 1.0) if adam else None
+        eps = None if rules.native_eps is None else v["adam_eps"] * rules.native_eps(hidden, m)
         return NativeValues(self._std(entry), lr, min_lr, eps, 0.0 if entry.is_vector else v["weight_decay"])
 
     def _std(self, entry: PlanEntry) -> float | None:
@@ -153,10 +159,7 @@ def recipe_from_native(
             f"{source}: --use-mup is missing, so this is not Megatron's own μP. Write a recipe by hand with "
             "`mup-megatron recipe`."
         )
-    if values["optimizer"] not in ("adam", "sgd"):
-        raise InputError(
-            f"{source}: --optimizer {brief(values['optimizer'], 60)}: a recipe knows adam and sgd. Choose one of them."
-        )
+    require_known(values["optimizer"], source)
     if values["lr"] is None:
         raise InputError(f"{source}: --lr is missing. Give it.")
     for key in _POSITIVE:
@@ -248,8 +251,14 @@ def _base(native: Native, source: str) -> tuple[ModelFile, list[str]]:
 
 def _hyperparameters(native: Native, base: ModelFile) -> dict[str, Any]:
     v = native.values
-    keys: tuple[str, ...] = ("lr", "min_lr", "init_method_std", "weight_decay", "clip_grad")
-    keys += ("adam_beta1", "adam_beta2", "adam_eps") if v["optimizer"] == "adam" else ("sgd_momentum",)
+    keys = (
+        "lr",
+        "min_lr",
+        "init_method_std",
+        "weight_decay",
+        "clip_grad",
+        *optimizers()[v["optimizer"]].hyperparameters,
+    )
     given = float(v["mup_output_mult"])
     multipliers = {
         "embedding_multiplier": v["mup_embedding_mult"],
@@ -274,7 +283,7 @@ def _per_parameter(native: Native) -> list[dict[str, Any]]:
     std, lr = v["embedding_init_method_std"], v["decoupled_lr"]
     init_mult = 1.0 if std is None else std / v["init_method_std"]
     # Natively, SGD multiplies the rate of embedding and readout by m, which a decoupled rate leaves out.
-    scaled = v["lr"] * (native.width_mult if v["optimizer"] == "sgd" else 1.0)
+    scaled = v["lr"] * native.rules.native_lr(False, native.width_mult)
     lr_mult = 1.0 if lr is None else lr / scaled
     entries: list[dict[str, Any]] = [{"match": WORD_EMBEDDINGS, "init_mult": init_mult, "lr_mult": lr_mult}]
     if model.position_embedding_type == "learned_absolute":
@@ -424,7 +433,7 @@ def _notes(native: Native) -> Iterator[str]:
             "The base is the line's model with every width divided by m. If the one that you tuned has another ffn, "
             "number of heads or depth, write that into the recipe: natively it makes no difference, here it does."
         )
-    if v["optimizer"] == "adam" and v["weight_decay"] and m != 1.0:
+    if v["weight_decay"] and native.rules.native_lr(True, m) != 1.0:
         yield (
             "weight_decay_exponent is 0, as natively: the product of learning rate and weight decay of hidden weights "
             "falls as 1/m. Set it to 1 to keep AdamW's averaging time at every width; tune weight_decay anew then."

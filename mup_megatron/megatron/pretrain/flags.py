@@ -13,7 +13,9 @@ from typing import Any
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.table import STOPPED
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS, distributed_problem
 from mup_megatron.recipe import Recipe, load_recipe
+from mup_megatron.theory import optimizers
 
 _OWN: dict[str, dict[str, Any]] = {
     "--mup-recipe": {
@@ -181,8 +183,9 @@ def take_over(values: argparse.Namespace, given: frozenset[str], options: Option
     except InputError as error:
         raise InputError(f"--mup-recipe: {error}") from None
     _refuse(values)
-    if recipe.parametrization.optimizer == "sgd" and getattr(values, "use_distributed_optimizer", False):
-        raise InputError("--use-distributed-optimizer: Megatron's works with Adam, and the recipe is SGD's. Drop it.")
+    problem = distributed_problem(recipe.parametrization.optimizer)
+    if problem is not None and getattr(values, "use_distributed_optimizer", False):
+        raise InputError(problem)
     conflicts = []
     for setting in _settings(recipe, values):
         current = getattr(values, setting.dest, setting.value)
@@ -251,10 +254,7 @@ def _settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
         "weight_decay": h.weight_decay,
         "clip_grad": h.clip_grad,
     }
-    if p.optimizer == "adam":
-        taken |= {"adam_beta1": h.adam_beta1, "adam_beta2": h.adam_beta2, "adam_eps": h.adam_eps}
-    else:
-        taken |= {"sgd_momentum": h.sgd_momentum}
+    taken |= {key: getattr(h, key) for key in optimizers()[p.optimizer].hyperparameters}
     for dest, value in taken.items():
         yield _Setting(dest, value, f"{value:g}" if isinstance(value, float) else str(value))
     yield from _schedule(recipe, values)
@@ -269,9 +269,10 @@ def _settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
         ("init_method_xavier_uniform", False, "normal with init_method_std"),
         ("embedding_init_method_std", None, "init_method_std; use per_parameter for the embedding"),
         ("apply_wd_to_qk_layernorm", False, "no weight decay on norms"),
-        ("decoupled_weight_decay", True, "AdamW's weight decay") if p.optimizer == "adam" else ("", None, ""),
+        ("decoupled_weight_decay", True, "AdamW's weight decay"),
     ):
-        if dest and hasattr(values, dest):
+        unused = dest == "decoupled_weight_decay" and not MEGATRON_OPTIMIZERS[p.optimizer].decoupled_weight_decay
+        if hasattr(values, dest) and not unused:
             yield _Setting(dest, value, means)
 
 

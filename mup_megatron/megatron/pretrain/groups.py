@@ -43,8 +43,9 @@ def show_as(optimizer: Any, before: Plan, now: Plan) -> None:
     if before.fingerprint == now.fingerprint:
         return
     old, new = overrides_by_name(before), overrides_by_name(now)
-    former = {_full(override, now): _full(old[name], before) for name, override in new.items()}
-    consistent = all(former[_full(override, now)] == _full(old[name], before) for name, override in new.items())
+    pairs = [(_full(name, new, now), _full(name, old, before)) for name in new]
+    former = dict(pairs)
+    consistent = all(former[here] == there for here, there in pairs)
     # Megatron's order of groups, in which the torch format stores their parameters.
     in_order = sorted(former) == sorted(former, key=lambda values: former[values])
     if not consistent or not in_order or len(set(former.values())) < len(former):
@@ -56,11 +57,11 @@ def show_as(optimizer: Any, before: Plan, now: Plan) -> None:
         group.update(former[_key({key: group[key] for key in _VALUES if key in group})])
 
 
-def _full(override: Mapping[str, float], plan: Plan) -> tuple[tuple[str, float], ...]:
-    """All that a group holds for an override."""
+def _full(name: str, overrides: Mapping[str, Mapping[str, float]], plan: Plan) -> tuple[tuple[str, float], ...]:
+    """All that the group of a parameter holds."""
     base = {"max_lr": plan.lr, "min_lr": plan.min_lr, "wd_mult": 1.0, "lr_mult": 1.0}
-    eps = {} if plan.rules.eps is None else {"eps": plan.adam_eps}
-    return _key({**base, **eps, **override})
+    eps = {} if plan[name].eps is None else {"eps": plan.adam_eps}
+    return _key({**base, **eps, **overrides[name]})
 
 
 def _key(values: Mapping[str, float]) -> tuple[tuple[str, float], ...]:

@@ -11,7 +11,9 @@ from typing import Any
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mup_megatron.megatron.optimizer import parts_of
+from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 from mup_megatron.recipe import Recipe
+from mup_megatron.theory import optimizers
 
 CLOSE = 1e-9
 """Relative: the same product of the same numbers, in another order."""
@@ -26,15 +28,15 @@ def problems(recipe: Recipe, values: argparse.Namespace, optimizer: Any, schedul
 
 
 def _optimizer_problems(recipe: Recipe, optimizer: Any) -> list[str]:
-    h = recipe.hyperparameters
+    h, name = recipe.hyperparameters, recipe.parametrization.optimizer
+    settings = TORCH_OPTIMIZERS[name].settings(h)
     found: dict[str, tuple[Any, Any]] = {}
     for part in parts_of(optimizer):
         found["clip_grad"] = (part.config.clip_grad, h.clip_grad)
         for group in part.param_groups:
-            if "betas" in group:
-                found["Adam's betas"] = (tuple(group["betas"]), (h.adam_beta1, h.adam_beta2))
-            if "momentum" in group:
-                found["momentum"] = (group["momentum"], h.sgd_momentum)
+            for key in settings.keys() & group.keys():
+                live = tuple(group[key]) if isinstance(group[key], list) else group[key]
+                found[f"{optimizers()[name].title}'s {key}"] = (live, settings[key])
     return [
         f"{name}: {live} in the optimizer, {wanted} in the recipe. The script changed it after the command line was "
         "read; leave it to the recipe."

@@ -21,11 +21,11 @@ from mup_megatron.check.verdict.causes.hypothesis import Hypothesis
 from mup_megatron.check.verdict.causes.initial import initial_weights
 from mup_megatron.check.verdict.causes.observed import Observation, observed_of
 from mup_megatron.check.verdict.causes.optimizer import eps, rates, schedule, weight_decay
-from mup_megatron.check.verdict.causes.plan import whole_plan
+from mup_megatron.check.verdict.causes.plan import plan_mistakes
 from mup_megatron.check.verdict.causes.powers import powers
-from mup_megatron.check.verdict.causes.ranking import TOLD, Cause, best_of
-from mup_megatron.check.verdict.causes.single import whatever
-from mup_megatron.check.verdict.causes.unexplained import first_off, indirect
+from mup_megatron.check.verdict.causes.ranking import TOLD, Cause, likeliest
+from mup_megatron.check.verdict.causes.single import single_parts
+from mup_megatron.check.verdict.causes.unexplained import first_deviation, indirect_cause
 from mup_megatron.check.verdict.comparison import Comparison
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
@@ -56,17 +56,17 @@ def causes(
     observed = observed_of(comparison, at)
     total = sum(o.weight * o.deviation**2 for o in observed)
     if total == 0:
-        return (indirect(comparison, at),)
-    told = best_of(_hypotheses(at, observed), observed, total)
+        return (indirect_cause(comparison, at),)
+    told = likeliest(_hypotheses(at, observed), observed, total)
     if told and told[0].share >= SURE:
         return tuple(told)
-    return (first_off(observed, total), *told[: TOLD - 1])
+    return (first_deviation(observed, total), *told[: TOLD - 1])
 
 
 def _hypotheses(at: Mapping[int, AtWidth], observed: Sequence[Observation]) -> list[Hypothesis]:
     """From those that say most to those that fit anything."""
     return [
-        *whole_plan(at),
+        *plan_mistakes(at),
         *forward_pass(at),
         *rates(at),
         *schedule(at),
@@ -74,5 +74,5 @@ def _hypotheses(at: Mapping[int, AtWidth], observed: Sequence[Observation]) -> l
         *weight_decay(at),
         *initial_weights(at),
         *powers(at),
-        *whatever(observed),
+        *single_parts(observed),
     ]

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.entries import is_embedding, is_hidden, is_input_role, is_output_role
 from mup_megatron.recipe import PerParameter, Recipe
-from mup_megatron.theory import Plan, PlanEntry, Role
+from mup_megatron.theory import Plan, PlanEntry
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,13 @@ class AtWidth:
     def r(self) -> float:
         """How much wider the residual stream is than the base's."""
         for entry in self.plan.entries:
-            if entry.role is Role.OUTPUT:
+            if is_output_role(entry):
                 return entry.width_ratio
-        return next((self.r_out(entry) for entry in self.plan.entries if entry.is_embedding), 1.0)
+        return next((self.r_out(entry) for entry in self.plan.entries if is_embedding(entry)), 1.0)
 
     def r_out(self, entry: PlanEntry) -> float:
         """The ratio of a tensor's fan_out, as its eps or, with SGD, its learning rate has it."""
-        if entry.role not in (Role.INPUT, Role.HIDDEN):
+        if not (is_input_role(entry) or is_hidden(entry)):
             return 1.0
         if entry.eps is not None:
             return self.plan.adam_eps / entry.eps
@@ -55,10 +56,3 @@ class AtWidth:
 
 
 _OVERRIDE = re.compile(r"per_parameter\[(\d+)\]")
-_LAYER = re.compile(r"^(?:.*\.)?layers\.(\d+)(?:\.|$)")
-
-
-def layer_of(name: str) -> int | None:
-    """The layer that a parameter or module is in."""
-    match = _LAYER.match(name)
-    return None if match is None else int(match[1])

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mup_megatron.check.measure.measurements import FROM_STEPS, Key, Quantity
-from mup_megatron.check.verdict.causes.at_width import AtWidth, layer_of
+from mup_megatron.check.measure.names import layer_of
+from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.comparison import Compared, Comparison
 from mup_megatron.theory import Plan
 

@@ -14,7 +14,7 @@ from mup_megatron.check.entries import (
     is_vector,
 )
 from mup_megatron.check.measure import levels
-from mup_megatron.check.measure.measurements import Key, Protocol, Quantity
+from mup_megatron.check.measure.measurements import Key, Quantity, RunProtocol
 from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.hypothesis import (
     ANY,
@@ -62,7 +62,7 @@ def rates(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     ]
 
 
-def _protocol(step: int) -> Protocol:
+def _protocol(step: int) -> RunProtocol:
     return levels.EARLY if step <= levels.EARLY.steps else levels.LATE
 
 
@@ -117,7 +117,7 @@ def _descended(step: int, recipe: Recipe) -> float:
 
 
 def eps(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
-    """Adam's eps that follows another rule; of SGD there is none."""
+    """An eps that follows another rule, of an optimizer that has one."""
     if next(iter(at.values())).plan.rules.eps is None:
         return []
 

@@ -13,7 +13,7 @@ from mup_megatron.check.verdict.causes.forward import at_logits, at_readout, roo
 from mup_megatron.check.verdict.causes.hypothesis import Hypothesis, at_rest, log_of, of_weights
 
 
-def whole_plan(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
+def plan_mistakes(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     """All of it at once."""
     exponent = next(iter(at.values())).recipe.parametrization.weight_decay_exponent
     standard = of_weights(

@@ -11,6 +11,7 @@ from mup_megatron.check.entries import (
     is_readout,
 )
 from mup_megatron.check.measure.measurements import Quantity
+from mup_megatron.check.measure.optimizers import rule_in_words
 from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.hypothesis import Hypothesis, LogFactor, Select, of_weights
 
@@ -23,35 +24,11 @@ _CLASSES: tuple[tuple[str, str, Select], ...] = (
     ("gain", "norm gains", is_gain),
     ("bias", "biases", is_bias),
 )
-QUANTITIES: tuple[tuple[Quantity, str, str, Mapping[str, str], tuple[float, ...]], ...] = (
-    (
-        Quantity.INITIAL,
-        "init",
-        "the initial std",
-        {"hidden": "σ/√r_in", "embedding": "σ", "readout": "σ", "gain": "1, a constant", "bias": "0"},
-        (0.5, -0.5, -1.0, 1.0),
-    ),
-    (
-        Quantity.LEARNING_RATE,
-        "learning-rate",
-        "the learning rate",
-        {"hidden": "η/r_in", "embedding": "η", "readout": "η", "gain": "η", "bias": "η"},
-        (1.0, 0.5, -0.5, -1.0, -2.0),
-    ),
-    (
-        Quantity.EPS,
-        "eps",
-        "Adam's eps",
-        {"hidden": "ε/r_out", "embedding": "ε/r_out", "readout": "ε/r_in", "gain": "ε/r_out", "bias": "ε/r_out"},
-        (1.0, 0.5, -0.5, -1.0),
-    ),
-    (
-        Quantity.WEIGHT_DECAY,
-        "weight-decay",
-        "the weight decay",
-        {"hidden": "λ·r_in", "embedding": "λ", "readout": "λ", "gain": "none", "bias": "none"},
-        (1.0, 0.5, -0.5, -1.0),
-    ),
+QUANTITIES: tuple[tuple[Quantity, str, str, tuple[float, ...]], ...] = (
+    (Quantity.INITIAL, "init", "the initial std", (0.5, -0.5, -1.0, 1.0)),
+    (Quantity.LEARNING_RATE, "learning-rate", "the learning rate", (1.0, 0.5, -0.5, -1.0, -2.0)),
+    (Quantity.EPS, "eps", "Adam's eps", (1.0, 0.5, -0.5, -1.0)),
+    (Quantity.WEIGHT_DECAY, "weight-decay", "the weight decay", (1.0, 0.5, -0.5, -1.0)),
 )
 
 
@@ -61,11 +38,11 @@ def _power(power: float) -> LogFactor:
 
 def powers(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     """Something of one class of tensors is a power of the width ratio away from its rule."""
-    adam = next(iter(at.values())).plan.optimizer == "adam"
+    recipe = next(iter(at.values())).recipe
     found = []
-    for quantity, short, long, rule, powers in QUANTITIES:
+    for quantity, short, long, powers in QUANTITIES:
         for kind, who, select in _CLASSES:
-            right = rule[kind] if adam else "the plan's"
+            right = rule_in_words(recipe, quantity, kind)
             for power in powers:
                 found.append(
                     of_weights(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from mup_megatron.check.measure.measurements import FROM_STEPS, Key, Quantity
-from mup_megatron.check.verdict.causes.at_width import layer_of
+from mup_megatron.check.measure.names import layer_of
 from mup_megatron.check.verdict.causes.hypothesis import Hypothesis, absorbing
 from mup_megatron.check.verdict.causes.observed import DIRECT, GONE, Observation
 from mup_megatron.check.verdict.causes.powers import QUANTITIES
@@ -14,7 +14,7 @@ _SHORT = {quantity: short for quantity, short, *_ in QUANTITIES}
 _LONG = {quantity: long.removeprefix("the ") for quantity, _, long, *_ in QUANTITIES}
 
 
-def whatever(observed: Sequence[Observation]) -> list[Hypothesis]:
+def single_parts(observed: Sequence[Observation]) -> list[Hypothesis]:
     """One module, one layer, one kind of tensor, the schedule, the optimizer: whatever they have."""
     still = [o.key.name for o in observed if o.key.quantity is Quantity.LEARNING_RATE and o.deviation < GONE]
     sentence = "it does not move in training. Give it to the optimizer; look for requires_grad, filters on names."

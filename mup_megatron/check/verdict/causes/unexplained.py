@@ -11,7 +11,7 @@ from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import Compared, Comparison
 
 
-def first_off(observed: Sequence[Observation], total: float) -> Cause:
+def first_deviation(observed: Sequence[Observation], total: float) -> Cause:
     """The first direct measurement that is off, whatever the reason."""
     first = next(o for o in observed if o.deviation != 0)
     key = first.key
@@ -23,7 +23,7 @@ def first_off(observed: Sequence[Observation], total: float) -> Cause:
     return Cause("first-off", f"{key.name}: {what}.", key.name, share / total)
 
 
-def indirect(comparison: Comparison, at: Mapping[int, AtWidth]) -> Cause:
+def indirect_cause(comparison: Comparison, at: Mapping[int, AtWidth]) -> Cause:
     """Where weights, activations and the optimizer's numbers are right, and what follows from them is not."""
     off = [compared for compared in comparison.values() if compared.off is not None]
     missing = _without_rate(comparison, at)

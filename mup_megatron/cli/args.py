@@ -7,7 +7,6 @@ import click
 from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.options import FILE, load_planned, target_argument
 from mup_megatron.megatron.arguments import flags
-from mup_megatron.megatron.versions import NEWEST_TESTED, known_release
 
 
 @click.command()
@@ -25,12 +24,11 @@ def command(target: Path, recipe_path: Path | None, train_iters: int | None, one
     They are the flags that the installed Megatron-Core takes, or without one the newest that was tested. Nothing is
     quoted: in a script that has them without $(…), put quotes around a pattern of layers.
     """
-    release = known_release() or NEWEST_TESTED
     if recipe_path is None:
-        words = flags(load_model_file(target), release=release)
+        words = flags(load_model_file(target))
     else:
         model, recipe, _ = load_planned(target, recipe_path)
-        words = flags(model, recipe, train_iters=train_iters, release=release)
+        words = flags(model, recipe, train_iters=train_iters)
     lines: list[str] = []
     for word in words:
         if word.startswith("--"):

@@ -25,7 +25,7 @@ from mup_megatron.megatron.arguments.table import (
     unresolved,
 )
 from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
-from mup_megatron.megatron.versions import NEWEST_TESTED
+from mup_megatron.megatron.versions import NEWEST_TESTED, known_release
 from mup_megatron.recipe import Recipe, Schedule
 from mup_megatron.theory import optimizers
 from mup_megatron.validation import brief
@@ -41,7 +41,7 @@ def flags(
     recipe: Recipe | None = None,
     *,
     train_iters: int | None = None,
-    release: Release = NEWEST_TESTED,
+    release: Release | None = None,
 ) -> list[str]:
     """Megatron-LM's flags of a model, and of a recipe's hyperparameters and schedule: ["--num-layers", "32", …].
 
@@ -53,7 +53,8 @@ def flags(
         recipe: its `init_method_std` takes the place of the model's.
         train_iters: length of the run, where parts of the schedule have to be counted in iterations. Megatron counts
             them in whole ones, so they are rounded.
-        release: the Megatron-Core that is to read them: some architectures are said otherwise to older ones.
+        release: the Megatron-Core that is to read them, by default the installed one, and without one the newest that
+            was tested: some architectures are said otherwise to older ones.
 
     Raises:
         InputError: the schedule needs `train_iters`.
@@ -63,7 +64,7 @@ def flags(
     for key, flag in FIELDS.items():
         if values[key] != flag.default and not (recipe is not None and key == "init_method_std"):
             words += flag.words(values[key])
-    words += architecture_of(model).command_line.written(model, release)
+    words += architecture_of(model).command_line.written(model, release or known_release() or NEWEST_TESTED)
     return words if recipe is None else [*words, *_recipe_flags(recipe, train_iters)]
 
 

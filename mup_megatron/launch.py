@@ -90,7 +90,8 @@ def _run_megatron_lm(words: list[str]) -> None:
     from mup_megatron.megatron.pretrain import checkpoints, flags, hooks, model_writer
 
     if flags.asked_for(words[1:]) and not flags.wants_help(words[1:]):
-        programs.require_gpt(words[0], source="python -m mup_megatron.launch")
+        programs.require_supported(words[0], source="python -m mup_megatron.launch")
+        programs.require_flags(words[0], words[1:], source="python -m mup_megatron.launch")
     writes = model_writer.path_in(words[1:]) is not None
     if writes:
         # Nothing is computed: no GPU is looked for, and none is touched.

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+from mup_megatron.architectures.command_line import CommandLine
 from mup_megatron.architectures.families import Family, Growth, norm
-from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS, in_layer
 from mup_megatron.errors import InputError
@@ -45,8 +45,8 @@ class Decoder(ABC):
     """Names of the classes of Megatron-Core's that are it."""
     builder: ClassVar[str]
     """The module whose `build` makes a live one; imported when it is used, because it imports Megatron."""
-    flags: ClassVar[Mapping[str, Flag]] = {}
-    """Keys of its model files that others do not have → the flags that say the same."""
+    command_line: ClassVar[CommandLine] = CommandLine()
+    """What Megatron-LM's command line says of it alone."""
     final_norm: ClassVar[str]
     """The prefix of the parameters of the norm before the readout."""
     branches: ClassVar[int]
@@ -63,6 +63,10 @@ class Decoder(ABC):
     def with_depth(self, model: ModelFile, layers: int) -> ModelFile:
         """Returns the model with its first layers alone."""
         return self.with_layers(model, range(layers))
+
+    def stages(self, model: ModelFile) -> Sequence[int] | None:
+        """Returns how many layers each pipeline stage has; None where the model file leaves them to an even split."""
+        return None
 
     def taken_from(self, other: "Decoder", model: ModelFile) -> ModelFile | None:
         """Returns another architecture's model as one of this; None if this has none that is equal."""

@@ -48,6 +48,8 @@ class Flag:
     """For what a model file cannot say and the plan cannot allow: why, and what to do."""
     fine: tuple[Any, ...] = ()
     """Other values that change nothing."""
+    many: bool = False
+    """Its value is several words, up to the next flag: here they are one, with spaces."""
 
     def value(self, word: str) -> Any:
         """Returns the attribute that a word gives; InputError names the flag."""
@@ -57,7 +59,17 @@ class Flag:
         except InputError as error:
             raise InputError(f"{self.name}: {error}. Correct this value.") from None
 
+    def words(self, value: Any) -> tuple[str, ...]:
+        """Returns what says a value on a command line; that of a flag without a word is not the default."""
+        # Megatron's own parser reads the shortest decimal that is this very float.
+        return (self.name,) if self.parse is None else (self.name, value if isinstance(value, str) else repr(value))
+
+    def found(self, values: Mapping[str, Any]) -> Any:
+        """Returns what parsed arguments have; Megatron's default where they lack it."""
+        found = values.get(self.key, self.default)
+        return " ".join(found) if self.many and isinstance(found, list) else found
+
     def changed(self, values: Mapping[str, Any]) -> bool:
         """Whether parsed arguments have something else than Megatron's default; off in either way is off."""
-        found = values.get(self.key, self.default)
+        found = self.found(values)
         return bool(found != self.default and (found or self.default) and found not in self.fine)

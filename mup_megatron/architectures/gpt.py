@@ -3,9 +3,27 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
+from mup_megatron.architectures.command_line import CommandLine
 from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.families import ATTENTION, MLP, Family
 from mup_megatron.architectures.model_file import ModelFile
+
+_PROGRAMS = (
+    "pretrain_gpt.py",
+    "pretrain_gpt_core.py",
+    "finetune_gpt.py",
+    "finetune_llama.py",
+    "generate_samples_gpt.py",
+    "gpt_dynamic_inference.py",
+    "gpt_dynamic_inference_with_coordinator.py",
+    "gpt_static_inference.py",
+    "offline_inference.py",
+    "launch_inference_server.py",
+    "run_text_generation_server.py",
+    "run_dynamic_text_generation_server.py",
+    "run_inference_performance_test.py",
+    "report_theoretical_memory.py",
+)
 
 
 class Gpt(Decoder):
@@ -16,6 +34,7 @@ class Gpt(Decoder):
     file: ClassVar[type[ModelFile]] = ModelFile
     live_classes: ClassVar[tuple[str, ...]] = ("GPTModel",)
     builder: ClassVar[str] = "mup_megatron.megatron.builders.gpt"
+    command_line: ClassVar[CommandLine] = CommandLine(programs=_PROGRAMS)
     final_norm: ClassVar[str] = "decoder.final_layernorm."
     branches: ClassVar[int] = 2
 

@@ -10,6 +10,8 @@ from mup_megatron.errors import InputError
 MIN_DEPTH = 4
 """Below these sizes TP5 (Table 1 and §6.1) found transfer to get worse."""
 MIN_WIDTH = 256
+_BRANCHES = 2
+"""Residual branches of a layer there: other layers count by theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ def choose_proxy(target: ModelFile, search: Search, *, width: int = MIN_WIDTH, b
     """A model of about `width` with the target's head size, ffn ratio, heads per group and architecture.
 
     The depth is the target's, or as much of it as keeps the search within `budget` times the target's cost, but at
-    least 4 layers.
+    least 4 layers of a GPT or as many residual branches; a pattern of layers keeps whole periods.
 
     Raises:
         InputError: the target is not wider than the proxy would be.
@@ -74,16 +76,20 @@ def choose_proxy(target: ModelFile, search: Search, *, width: int = MIN_WIDTH, b
             "num_query_groups": groups if target.group_query_attention else 1,
         }
     )
-    depth = target.num_layers
     stack = architecture_of(target)
-    while depth > MIN_DEPTH and search.fraction(stack.with_depth(model, depth), target) > budget:
-        depth -= 1
+    least = -(-_BRANCHES * MIN_DEPTH // stack.branches)
+    model = stack.with_depth(model, target.num_layers)
+    for depth in range(target.num_layers - 1, least - 1, -1):
+        shallower = stack.with_depth(model, depth)
+        if search.fraction(model, target) <= budget or shallower.num_layers < least:
+            break
+        model = shallower
+    depth = model.num_layers
     if depth < target.num_layers:
         notes.append(
             f"{depth} of the target's {target.num_layers} layers, for the cost: transfer over depth is empirical "
             "(TP5 §6.1) and does not cover the init std."
         )
-    model = stack.with_depth(model, depth)
     if search.fraction(model, target) > budget:
         notes.append(f"the search costs more than {budget:.0%} of the target even at {depth} layers: use fewer trials.")
     if hidden < MIN_WIDTH:

@@ -83,9 +83,9 @@ def _sorted_out(content: object) -> tuple[Decoder, object]:
     if not (isinstance(named, str) and named in _ARCHITECTURES):
         known = ", ".join(_ARCHITECTURES)
         raise ValueError(f"{KEY}: {quoted(named)} is no architecture that is supported. Choose one of {known}.")
-    by_keys = [each for each in _ARCHITECTURES.values() if each.flags.keys() & content.keys()]
+    by_keys = [each for each in _ARCHITECTURES.values() if each.command_line.keys.keys() & content.keys()]
     if KEY in content and by_keys and by_keys[0].name != named:
-        key = next(iter(by_keys[0].flags.keys() & content.keys()))
+        key = next(iter(by_keys[0].command_line.keys.keys() & content.keys()))
         raise ValueError(f"{KEY}: {named} has no {key}. Remove one of the two keys.")
     architecture = by_keys[0] if by_keys else _ARCHITECTURES[named]
     own = content if KEY in architecture.file.model_fields else {k: v for k, v in content.items() if k != KEY}

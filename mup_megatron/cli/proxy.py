@@ -62,7 +62,7 @@ def _print(target: ModelFile, proxy: Proxy, search: Search) -> None:
     row("parameters", [f"{parameter_count(model):.3g}" for model in models])
     row("FLOPs per token:", ["", ""])
     for key in flops[1].items:
-        row(f"  {key}", [f"{cost.items[key]:.3g}" for cost in flops])
+        row(f"  {key}", [f"{cost.items.get(key, 0.0):.3g}" for cost in flops])
     row("  total", [f"{cost.total:.3g}" for cost in flops])
     runs = (search.trials, 1)
     tokens = (search.trial_tokens, search.target_tokens)

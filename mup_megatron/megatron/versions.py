@@ -39,6 +39,13 @@ def core_version() -> tuple[int, int, int]:
     return int(numbers["MAJOR"]), int(numbers["MINOR"]), int(numbers["PATCH"])
 
 
+def known_release() -> tuple[int, int] | None:
+    """Returns the release (major, minor) that is imported here; None without Megatron-Core."""
+    with contextlib.suppress(InputError):
+        return core_version()[:2]
+    return None
+
+
 def core_version_text() -> str:
     """`core_version` as people write it, "0.19.0". Raises InputError if there is no Megatron-Core."""
     return ".".join(map(str, core_version()))

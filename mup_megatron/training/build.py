@@ -102,6 +102,7 @@ def build(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions
 
 def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> Any:
     dtype = torch.bfloat16 if options.bf16 else torch.float32
+    virtual_stages = options.virtual_stages(model)
     fields: dict[str, Any] = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -126,12 +127,12 @@ def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptio
         "pipeline_dtype": dtype,
         "tensor_model_parallel_size": options.tensor_model_parallel_size,
         "pipeline_model_parallel_size": options.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": options.virtual_stages(model),
+        "virtual_pipeline_model_parallel_size": virtual_stages,
         "sequence_parallel": options.sequence_parallel,
         # Interleaved, sends and receives between two ranks that are each other's neighbours on both sides would be
         # ambiguous in one batch. Megatron-LM's arguments couple these likewise.
-        "overlap_p2p_comm": options.virtual_pipeline,
-        "batch_p2p_comm": not options.virtual_pipeline,
+        "overlap_p2p_comm": virtual_stages is not None,
+        "batch_p2p_comm": virtual_stages is None,
         # Its kernels are a separate build, and Megatron takes them for granted once this is on.
         "masked_softmax_fusion": False,
         "use_cpu_initialization": options.use_cpu_initialization,

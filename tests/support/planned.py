@@ -97,10 +97,15 @@ def built(
 
     `same_weights` puts in numbers that do not depend on the layout, with the std of Megatron's draw.
     """
+    from mup_megatron.megatron.builders import build_chunk, config_fields
+
     sizes = sizes_of(model, layout.tp)
     stock.init_parallel(layout)
-    config = stock.transformer_config(sizes, layout, **(config_changes or {}))
-    chunks = stock.build_chunks(sizes, layout, config, layer_spec() if layer_spec is not None else None)
+    config = stock.transformer_config(sizes, layout, **config_fields(model), **(config_changes or {}))
+    if type(model) is ModelFile:
+        chunks = stock.build_chunks(sizes, layout, config, layer_spec() if layer_spec is not None else None)
+    else:
+        chunks = [build_chunk(model, config, None)]
     if same_weights:
         stock.draw_weights(chunks, sizes.init_method_std)
         with torch.no_grad():

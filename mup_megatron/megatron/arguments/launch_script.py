@@ -34,11 +34,8 @@ from mup_megatron.megatron.arguments.bash import (
 )
 from mup_megatron.megatron.arguments.convert import flags
 from mup_megatron.megatron.arguments.effects import Effect, row_of
-from mup_megatron.megatron.arguments.table import EVERY, MODEL, TOKENIZER, unresolved
+from mup_megatron.megatron.arguments.table import TOKENIZER, every, of_models, unresolved
 from mup_megatron.validation import brief, shortened
-
-_MODEL_FLAGS = {flag.name for flag in MODEL}
-_READ = {flag.name: flag for flag in (*EVERY, *TOKENIZER)}
 
 
 class Word(str):
@@ -332,7 +329,7 @@ class _Reader:
 
     def _flags_of_the_model(self, values: Sequence[Word], line: int) -> _Flags:
         names = [said.partition("=")[0] for word in _split(values) for said in self._said(word)]
-        return tuple((name, line) for name in names if name in _MODEL_FLAGS)
+        return tuple((name, line) for name in names if name in _model_flags())
 
     def _text(self, parts: Sequence[Part]) -> str:
         """Parts of a word as one text: what an assignment gets."""
@@ -396,7 +393,7 @@ class _Reader:
         scripts = [index for index, word in enumerate(flat) if word.endswith(".py")]
         after = flat[scripts[0] + 1 :] if scripts else flat
         after = [self._explained(said) for word in after for said in self._said(word)]
-        if any(word.partition("=")[0] in _MODEL_FLAGS for word in after):
+        if any(word.partition("=")[0] in _model_flags() for word in after):
             self._found.append(after)
         elif scripts or not _LAUNCHERS.isdisjoint(flat):
             for word in after:
@@ -585,15 +582,20 @@ def _split(values: Sequence[Word]) -> tuple[Word, ...]:
     return tuple(Word(part, word.line) for word in values for part in re.findall(rf"[^{SPACE}]+", word))
 
 
+def _model_flags() -> set[str]:
+    return {flag.name for flag in of_models()}
+
+
 def _what_matters(words: Sequence[Word]) -> dict[str, str]:
     """The flags that are read, refused or not known, with their values: what else differs is without effect."""
     found = {}
+    read = {flag.name: flag for flag in (*every(), *TOKENIZER)}
     for word, following in zip(words, (*words[1:], ""), strict=True):
         name, equals, attached = word.partition("=")
         row = row_of(name)
         if not name.startswith("--") or (row is not None and row.effect is Effect.HARMLESS):
             continue
-        flag = _READ.get(name)
+        flag = read.get(name)
         takes = flag.parse is not None if flag else not following.startswith("-")
         found[name] = attached if equals else str(following) if takes else ""
     return found

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_args
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS
-from mup_megatron.architectures.registry import model_file
+from mup_megatron.architectures.registry import architecture_of, model_file
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.convert import model_from_values, values_from_flags
 from mup_megatron.megatron.arguments.table import HYPERPARAMETERS
@@ -120,8 +120,8 @@ class Native:
             return None
         if entry.is_embedding or entry.is_readout:
             return float(sigma if embedding is None else embedding)
-        layers = 2.0 * self.model.num_layers if entry.is_residual else 1.0
-        return float(sigma / math.sqrt(layers * self.width_mult))
+        branches = architecture_of(self.model).branches * self.model.num_layers if entry.is_residual else 1
+        return float(sigma / math.sqrt(branches * self.width_mult))
 
 
 _POSITIVE = (

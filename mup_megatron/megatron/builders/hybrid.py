@@ -60,9 +60,12 @@ def _mlp(config: Any) -> Any:
 def build(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:
     """Returns this rank's chunk; see `build_chunk`."""
     assert isinstance(model, HybridFile)
+    # On one stage there is nothing that boundaries could part, and Megatron would take them for virtual stages.
+    parted = _classes.builds_stages and config.pipeline_model_parallel_size > 1
+    pattern = model.hybrid_layer_pattern if parted else model.letters
     spec = local_stack_spec if model.transformer_impl == "local" else _classes.stock_spec()
     chunk: torch.nn.Module = _classes.model(
-        **{_classes.spec_key: spec, _classes.pattern_key: model.hybrid_layer_pattern},
+        **{_classes.spec_key: spec, _classes.pattern_key: pattern},
         **({"vp_stage": stage} if _classes.builds_stages else {}),
         **arguments(model, config, stage),
     )

@@ -19,10 +19,10 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
 from mup_megatron.megatron.arguments import model_from_values, not_in_model_file
-from mup_megatron.megatron.arguments.convert import require_supported
-from mup_megatron.megatron.arguments.table import NOT_SAID, REFUSED, STOPPED
+from mup_megatron.megatron.arguments.convert import remarks_of, require_supported
+from mup_megatron.megatron.arguments.table import NOT_SAID, STOPPED, refused
 from mup_megatron.megatron.pretrain import flags
-from mup_megatron.megatron.versions import core_version_text, range_remark
+from mup_megatron.megatron.versions import core_version, core_version_text, range_remark
 from mup_megatron.messages import is_first, say
 from mup_megatron.yaml_io import dump_yaml, read_yaml
 
@@ -157,9 +157,10 @@ def _validate_yaml(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 def _set_global_variables(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> NoReturn:
     values = args[0] if args else kwargs["args"]
     described = {**_of_yaml(vars(values)), **_READ_ELSEWHERE}
-    asked = {flag.key for flag in (*REFUSED, *NOT_SAID, *STOPPED)}
+    asked = {flag.key for flag in (*refused(), *NOT_SAID, *STOPPED)}
     described |= {key: value for key, value in _before.items() if key in asked} | _READ_ELSEWHERE
-    _write(model_from_values(described, vocab_size=_vocabulary(values), source=_SOURCE), described)
+    model = model_from_values(described, vocab_size=_vocabulary(values), source=_SOURCE, release=core_version()[:2])
+    _write(model, described)
     raise SystemExit(0)
 
 
@@ -190,6 +191,8 @@ def _write(model: ModelFile, described: Mapping[str, Any]) -> None:
         say(remark)
     for name in not_in_model_file(described):
         say(f"{name}: a model file has no key for it. Give it to the proxy's runs as well.")
+    for sentence in remarks_of({**described, **_before}, core_version()[:2]):
+        say(sentence)
     for flag in STOPPED:
         if flag.changed(described):
             say(f"{flag.name}: a run with a recipe is stopped: {flag.refusal}.")

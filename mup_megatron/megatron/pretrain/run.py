@@ -17,12 +17,13 @@ from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import guard
 from mup_megatron.megatron.arguments import model_from_values, not_in_model_file
+from mup_megatron.megatron.arguments.convert import remarks_of
 from mup_megatron.megatron.model import applied_plan, apply_plan, configure
 from mup_megatron.megatron.names import unwrapped
 from mup_megatron.megatron.optimizer import config_overrides
 from mup_megatron.megatron.pretrain import checkpoints, flags, groups, run_values, telemetry
 from mup_megatron.megatron.pretrain import observer as observers
-from mup_megatron.megatron.versions import range_remark
+from mup_megatron.megatron.versions import core_version, range_remark
 from mup_megatron.messages import is_first, say
 from mup_megatron.plan_table import print_plan
 from mup_megatron.recipe import Recipe
@@ -73,8 +74,9 @@ class Run:
         recipe = flags.take_over(values, given, options)
         # With --use-checkpoint-args the checkpoint's arguments are among the values by now.
         described = {**vars(values), "use_checkpoint_args": False}
+        release = core_version()[:2]
         # Only the padding depends on the vocabulary, so nothing else can go wrong later.
-        model = model_from_values(described, vocab_size=values.vocab_size or 1, source=_SOURCE)
+        model = model_from_values(described, vocab_size=values.vocab_size or 1, source=_SOURCE, release=release)
         run = cls(recipe, options, model, flags.owned(recipe, values))
         run._plan_for(model)
         remark = range_remark()
@@ -82,6 +84,8 @@ class Run:
             say(remark)
         for name in not_in_model_file(described):
             say(f"{name}: a model file has no key for it. Take care that the recipe's base was tuned with it as well.")
+        for sentence in remarks_of(described, release):
+            say(sentence)
         return run
 
     def sign(self, values: argparse.Namespace) -> None:
@@ -127,7 +131,7 @@ class Run:
         config: Any = unwrapped(chunks[0]).config
         apply_plan(chunks, self.plan, initialize=config.perform_initialization)
         if self.options.coordinates_interval is not None:
-            self.coordinates = telemetry.Coordinates(chunks)
+            self.coordinates = telemetry.Coordinates(chunks, self.plan)
         self.built = True
         return chunks
 

@@ -46,8 +46,8 @@ class Coordinates:
     A size that grows with width between two runs, or a layer whose size runs away, shows here before the loss does.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
-        """Listens to a rank's part of the model; costs nothing until `measure`."""
+    def __init__(self, chunks: Sequence[torch.nn.Module], plan: Plan) -> None:
+        """Listens to a rank's part of the plan's model; costs nothing until `measure`."""
         self.measuring = False
         """Whether the current iteration is one that counts."""
         self._squares: dict[str, list[torch.Tensor]] = {}
@@ -58,8 +58,9 @@ class Coordinates:
                     self._listen(module, part)
             for layer in model.decoder.layers:
                 self._listen(layer, f"layer_{layer.layer_number - 1:03d}")
-            if getattr(model.decoder, "final_layernorm", None) is not None:
-                self._listen(model.decoder.final_layernorm, "final_layernorm")
+            name = plan[plan.readout_norm[0]].module.rpartition(".")[2]
+            if getattr(model.decoder, name, None) is not None:
+                self._listen(getattr(model.decoder, name), name)
 
     def measure(self, on: bool) -> None:
         """Decides whether the coming iteration is one that counts."""

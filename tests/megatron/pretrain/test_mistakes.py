@@ -95,7 +95,7 @@ def test_the_script_without_a_mistake_trains(run: Run) -> None:
             "attention_ignores_its_scale",
             r"core_attention .*scale should be 0\.0\d+ and is 0\.17.*self\.softmax_scale",
         ),
-        ("unknown_parameter", "decoder.layers.0.mlp.gate: the model has this parameter, the plan has not"),
+        ("unknown_parameter", "decoder.layers.0.gate: the model has this parameter, the plan has not"),
         ("frozen_parameter", "decoder.layers.1.mlp.linear_fc1.weight.*frozen"),
         ("flattening_scheduler", "lr should be .*scheduler gives all groups one learning rate"),
         ("scheduler_that_flattens_later", "lr.*scheduler gives all groups one learning rate"),

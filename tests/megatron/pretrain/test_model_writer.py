@@ -186,9 +186,13 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_another_program_is_refused_before_it_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
-    script = tmp_path / "pretrain_mamba.py"
-    script.write_text("raise AssertionError('started')")
-    assert "pretrain_mamba.py: models with Mamba or other hybrid layers" in complaint([str(script), flag], capsys)
+    for name, said in (
+        ("pretrain_t5.py", "pretrain_t5.py: T5 models"),
+        ("pretrain_mamba.py", "pretrain_mamba.py builds a hybrid model, and --hybrid-layer-pattern is missing"),
+    ):
+        script = tmp_path / name
+        script.write_text("raise AssertionError('started')")
+        assert said in complaint([str(script), flag], capsys)
 
 
 def test_a_script_that_never_reads_a_line(tmp_path: Path) -> None:

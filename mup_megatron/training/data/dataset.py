@@ -8,6 +8,7 @@ iteration, and the same samples make up a global batch in every layout.
 import hashlib
 import json
 import re
+import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -277,6 +278,10 @@ def _stamp(prefix: Path) -> list[int]:
     return [number for stat in found for number in (stat.st_size, stat.st_mtime_ns)]
 
 
+_UNREADABLE = (EOFError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError, tokenize.TokenError)
+"""What numpy raises for a file that is no array: it evaluates the header as a literal, and else takes it to tokens."""
+
+
 def _are_sound(indices: Path, sequences: int) -> bool:
     """Whether cached indices are numbers alone and stay within each other. Reads no pickle."""
     import numpy as np
@@ -294,7 +299,7 @@ def _are_sound(indices: Path, sequences: int) -> bool:
             within = ((documents, sequences), (samples[:, 0], len(documents)), (order, len(samples) - 1))
             if any(array.min() < 0 or array.max() >= end for array, end in within) or samples.min() < 0:
                 return False
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError):  # numpy evaluates the header as a literal
+    except (OSError, *_UNREADABLE):
         return False
     return any(indices.glob("*-document_index.npy"))
 
@@ -309,7 +314,7 @@ def _arrays_alone(indices: Path) -> Iterator[None]:
     def load(*args: Any, **kwargs: Any) -> Any:
         try:
             return before(*args, **{**kwargs, "allow_pickle": False})
-        except (ValueError, EOFError) as error:
+        except _UNREADABLE as error:
             raise InputError(f"{indices}: damaged ({brief(error)}). Remove this folder; it is made again.") from None
 
     np.load = load

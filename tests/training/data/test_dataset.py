@@ -254,12 +254,13 @@ def _npy_that_runs_code(path: Path) -> None:
         lambda path: path.write_bytes(pickle.dumps(RunsCode())),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(path.read_bytes()[:-3]),
+        lambda path: path.write_bytes(path.read_bytes().replace(b"}", b" ", 1)),
         lambda path: path.unlink(),
         lambda path: np.save(path, np.load(path) + 10**6),
         lambda path: np.save(path, np.load(path).astype(np.float64)),
         lambda path: np.save(path, np.load(path)[:0]),
     ],
-    ids=["objects", "pickle", "empty", "cut", "gone", "beyond", "floats", "none"],
+    ids=["objects", "pickle", "empty", "cut", "open header", "gone", "beyond", "floats", "none"],
 )
 def test_damaged_indices_are_made_again_and_run_nothing(
     data: tuple[Path, DataMeta], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: Any
@@ -275,7 +276,9 @@ def test_damaged_indices_are_made_again_and_run_nothing(
 def test_only_what_numpy_cannot_read_is_called_a_damaged_index(tmp_path: Path) -> None:
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     (tmp_path / "empty.npy").write_bytes(b"")
-    for name in ("objects", "empty"):
+    np.save(tmp_path / "open.npy", np.zeros(1))
+    (tmp_path / "open.npy").write_bytes((tmp_path / "open.npy").read_bytes().replace(b"}", b" ", 1))
+    for name in ("objects", "empty", "open"):
         with pytest.raises(InputError, match=r"damaged.*Remove this folder"), _arrays_alone(tmp_path):
             np.load(tmp_path / f"{name}.npy", allow_pickle=True)
     with pytest.raises(ValueError, match=r"^of the library's$"), _arrays_alone(tmp_path):

@@ -123,8 +123,17 @@ def met() -> Iterator[None]:
 
     if not (distributed.is_initialized() or cpu.is_enabled()):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    with process_group("gloo" if cpu.is_enabled() else "nccl"):
+    with process_group(backend()):
         yield
+
+
+def backend() -> str:
+    """Returns torch's backend for this machine: a GPU that the CPU runtime only pretends to be there is none."""
+    import torch
+
+    from mup_megatron.megatron import cpu
+
+    return "gloo" if cpu.is_enabled() or not torch.cuda.is_available() else "nccl"
 
 
 @contextmanager

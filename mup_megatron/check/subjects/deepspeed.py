@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import distributed, nn
 
 from mup_megatron.check.family.stress import FLOOR
@@ -17,7 +16,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.json_io import read_json
 from mup_megatron.recipe import Recipe, save_recipe
 from mup_megatron.theory import Plan
-from mup_megatron.training.ranks import process_group
+from mup_megatron.training.ranks import backend, process_group
 from mup_megatron.validation import brief
 
 PRECISIONS = ("fp16", "bf16", "amp", "data_types")
@@ -137,7 +136,7 @@ class Engines:
 @contextmanager
 def process_group_of_deepspeed() -> Iterator[None]:
     """The process group of a run, which DeepSpeed finds, and what it wants to read of it in the environment."""
-    with process_group("nccl" if torch.cuda.is_available() else "gloo"):
+    with process_group(backend()):
         said = {k: v for k, v in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items() if k not in os.environ}
         os.environ.update(said)
         try:

@@ -1,7 +1,8 @@
 """What every flag of Megatron-LM 0.16 to 0.19 means to a model file and a recipe: the one table of it.
 
 `table.py` has the flags whose values are read. This adds all others, each with the reason why it need not be, and says
-in a page for people (`page`, docs/flags.md) what becomes of each. Pure data and text; needs no Megatron.
+in a page for people (`page`, docs/flags.md) what becomes of each. Pure data and text, and long for that; needs no
+Megatron.
 """
 
 import functools

@@ -1,7 +1,8 @@
 """A launch line with Megatron-Core's own μP (`--use-mup`) → a recipe, and where the two differ on this very model.
 
 Works on flags and shapes; needs no Megatron. What native μP does is in docs/native-mup.md, and is checked against live
-models in tests/megatron/test_native_recipe.py.
+models in tests/megatron/test_native_recipe.py. Longer than others, because reading a line, converting it and telling
+what differs share every name of native μP and are read side by side.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The exam of `mup-megatron check`: mistakes that it was not made for, and right set-ups that it has to let pass.
 
     python benchmarks/check_exam.py [--part mistakes right] [--level quick standard] [--seeds 5] [--round 1]
-        [--jobs 2]        [--only NAME …] [-o results/check_exam.csv]
+        [--jobs 2] [--only NAME …] [-o results/check_exam.csv]
 
 The mistakes (`benchmarks/exam/mistakes.py`) are other than those of `mup_megatron.check.mutants`. Each is made in a
 small right set-up on several seeds, and has to have changed some trained weight by 2 % of the largest in its tensor

@@ -102,6 +102,12 @@ class Decoder(ABC):
                 f"the recipe's base is {of_base.description} and the target {self.description}, which are not one "
                 "model. Tune a base of the target's architecture."
             )
+        kinds_at_base, kinds = ({f.name for layer in self.layers(m) for f in layer} for m in (own, target))
+        if kinds_at_base != kinds:
+            raise InputError(
+                f"the recipe's base has layers of {' and '.join(sorted(kinds_at_base))}, and the target of "
+                f"{' and '.join(sorted(kinds))}. Tune a base with the target's kinds of layers."
+            )
         growth = Growth(own, target)
         as_tuned = as_tuned.model_copy(update={"transformer_impl": base.transformer_impl})
         # One model has its tensors in one order, whatever architecture it is taken for.
@@ -112,7 +118,9 @@ class Decoder(ABC):
             for tensor, tuned in zip(shape.tensors, tuned_names, strict=True)
         )
         at_base = self._shape(own.model_copy(update={"transformer_impl": target.transformer_impl}), growth)
-        return at_base, replace(shape, tensors=tensors)
+        of_own = zip(at_base.tensors, of_base._tensors(base, growth), strict=True)
+        base_tensors = tuple(replace(tensor, name_at_base=tuned.name) for tensor, tuned in of_own)
+        return replace(at_base, tensors=base_tensors), replace(shape, tensors=tensors)
 
     def _shape(self, model: ModelFile, growth: Growth) -> ModelShape:
         tensors = tuple(self._tensors(model, growth))

@@ -25,8 +25,22 @@ _ARCHITECTURES: dict[str, Decoder] = {}
 
 
 def register(architecture: Decoder) -> None:
-    """Makes an architecture known under its name."""
-    assert architecture.name not in _ARCHITECTURES, architecture.name
+    """Makes an architecture known under its name.
+
+    Raises:
+        InputError: another one has its name or the class of its model files, or nothing in such a file tells it.
+    """
+    for other in _ARCHITECTURES.values():
+        if other.name == architecture.name or other.file is architecture.file:
+            raise InputError(
+                f"architecture {architecture.name}: {other.name} has this name or class of model files already. Give "
+                "it its own."
+            )
+    if architecture is not GPT and not (architecture.command_line.keys or KEY in architecture.file.model_fields):
+        raise InputError(
+            f"architecture {architecture.name}: nothing in its model files tells it from others. Give their class a "
+            f"key of its own, or a field {KEY}."
+        )
     _ARCHITECTURES[architecture.name] = architecture
 
 

@@ -1,13 +1,14 @@
 """Shapes of base and target + hyperparameters → plan. Applies the rules to each tensor; holds no rule of its own."""
 
 import fnmatch
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from mup_megatron.theory import rules
 from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.folding import moved
-from mup_megatron.theory.matching import counterparts
+from mup_megatron.theory.matching import counterparts, family_of
 from mup_megatron.theory.optimizers import ADAM, Optimizer
 from mup_megatron.theory.plan import Plan, PlanEntry
 from mup_megatron.theory.rules import Rule
@@ -94,6 +95,7 @@ def build_plan(
             something that its tensor does not have. Names the parameter.
     """
     overrides = tuple(overrides)
+    _require_own_names(target.tensors)
     at_base = counterparts(base.tensors)
     standard = rules_used.rule is Rule.STANDARD
     depths = {name: Sizes(base.stacks.get(name, stack).depth, stack.depth) for name, stack in target.stacks.items()}
@@ -104,6 +106,7 @@ def build_plan(
         entry = _entry(tensor, counterpart, s.without_width() if standard else s, tuned, rules_used)
         entries.append(_overridden(entry, tensor, overrides))
     _require_all_used(overrides, target.tensors)
+    _require_same_meaning(overrides, base.tensors, target.tensors)
     _require_multiplied(tuned, target)
     # A tied readout has no row of its own; what it computes is the output role all the same.
     width = Scaling(Sizes(base.hidden_size, target.hidden_size, grows=not standard), Sizes(1, 1))
@@ -239,3 +242,27 @@ def _require_all_used(overrides: tuple[Override, ...], tensors: Iterable[Tensor]
                 f"per_parameter[{index}] '{override.match}' matches no parameter of the target. Correct the pattern; "
                 "`mup-megatron explain` lists the names. A tied readout has none: use output_multiplier."
             )
+
+
+def _require_same_meaning(
+    overrides: tuple[Override, ...], base: tuple[Tensor, ...], target: tuple[Tensor, ...]
+) -> None:
+    """Raises PlanError for a pattern by a layer's number that means another kind of layer at the base."""
+    for index, override in enumerate(overrides):
+        at_base, here = (
+            {family_of(tensor.name) for tensor in tensors if _matches(override, tensor)} for tensors in (base, target)
+        )
+        if at_base and at_base != here:
+            other = min(here ^ at_base)
+            raise PlanError(
+                f"per_parameter[{index}] '{override.match}': it does not match the same at the base as in the target "
+                f"({other} in one of them alone), whose layers of this number are of another kind. Name the kind."
+            )
+
+
+def _require_own_names(tensors: tuple[Tensor, ...]) -> None:
+    """Raises PlanError where two tensors have one name."""
+    counts = Counter(tensor.name for tensor in tensors)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise PlanError(f"{twice[0]}: two tensors of the architecture have this name. Give each its own.")

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.tensors import Role, Tensor
 from mup_megatron.theory.widths import Scaling
 
@@ -139,8 +140,17 @@ _OPTIMIZERS: dict[str, Optimizer] = {}
 
 
 def register(optimizer: Optimizer) -> None:
-    """Makes an optimizer known under its name."""
-    assert optimizer.name not in _OPTIMIZERS, optimizer.name
+    """Makes an optimizer known under its name.
+
+    Raises:
+        PlanError: there is one of this name, or a table lacks a role.
+    """
+    if optimizer.name in _OPTIMIZERS:
+        raise PlanError(f"{optimizer.name}: an optimizer of this name is registered already. Choose another.")
+    tables = {"lr": optimizer.lr, "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
+    for key, table in tables.items():
+        if table is not None and (missing := set(Role) - set(table)):
+            raise PlanError(f"{optimizer.name}: its {key} says nothing of the role {min(missing)}. Add it.")
     _OPTIMIZERS[optimizer.name] = optimizer
 
 

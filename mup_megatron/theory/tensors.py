@@ -3,8 +3,11 @@
 Not how models are built: `architectures/` states a model's tensors in these terms, `modules/` reads them from a module.
 """
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
+
+from mup_megatron.theory.errors import PlanError
 
 
 class Role(StrEnum):
@@ -109,6 +112,13 @@ class Tensor:
     """The first dimension is a vocabulary, padded to a multiple of this times the tensor parallelism; here without."""
 
     def __post_init__(self) -> None:
+        if math.prod(self.shape) % max(1, self.fan_in.size * self.fan_out.size):
+            raise PlanError(
+                f"{self.name}: a shape of {self.shape} is no whole number of matrices from {self.fan_in.size} to "
+                f"{self.fan_out.size}. Correct the shape, or the sides that are declared."
+            )
+        if {Property.READOUT, Property.EMBEDDING} <= self.properties:
+            raise PlanError(f"{self.name}: a readout and an embedding at once. A tied table is an embedding.")
         assert not self.parts or sum(part.rows for part in self.parts) == self.fan_out.size, self.name
         assert Property.VECTOR not in self.properties or not isinstance(self.start, Normal), self.name
 

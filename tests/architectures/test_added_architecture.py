@@ -117,3 +117,18 @@ def test_a_mistake_in_it_is_found(mistake: str) -> None:
 
 def test_it_passes_a_check() -> None:
     assert run_ranks(checked, 1, None)[0] == ("pass", [])
+
+
+@pytest.mark.usefixtures("known")
+def test_what_cannot_be_told_apart_is_not_registered() -> None:
+    class Same(BankArchitecture):
+        name = "same"
+
+    class Silent(BankArchitecture):
+        name, file = "silent", type("SilentFile", (ModelFile,), {})
+
+    with pytest.raises(InputError, match="bank has this name or class of model files already"):
+        registry.register(Same())
+    with pytest.raises(InputError, match="nothing in its model files tells it from others"):
+        registry.register(Silent())
+    assert list(registry.architectures())[-1] == "bank"

@@ -14,6 +14,7 @@ from mup_megatron.architectures.proxy import Search, choose_proxy
 from mup_megatron.architectures.registry import model_file, shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.versions import core_version
+from mup_megatron.recipe import PerParameter
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -159,3 +160,21 @@ def test_what_is_no_hybrid_model_is_refused(content: dict[str, Any], said: str) 
         model_file({**SIZES, **content}, source="file")
     assert said in str(raised.value)
     assert all(len(line) <= 300 for line in str(raised.value).splitlines())
+
+
+# ---- patterns of other orders --------------------------------------------------------------------------------------
+
+
+def test_a_layers_number_that_means_another_kind_at_the_base_is_refused() -> None:
+    """Layer 1 of the base is an MLP, and that of the target attention."""
+    pattern = PerParameter(match="decoder.layers.1.*", lr_mult=2.0)
+    own = recipe_for(hybrid(gpt(), "*-")).model_copy(update={"per_parameter": (pattern,)})
+    with pytest.raises(InputError, match=r"'decoder.layers.1.\*': it does not match the same at the base"):
+        own.plan(hybrid(gpt(), "**--"))
+    assert own.plan(hybrid(gpt(), "*-*-")).entries
+
+
+def test_a_base_without_a_kind_of_layer_or_with_one_more_is_refused() -> None:
+    for base, target in (("*-", "*"), ("-", "*-")):
+        with pytest.raises(InputError, match="Tune a base with the target's kinds of layers"):
+            recipe_for(hybrid(gpt(), base)).plan(hybrid(gpt(), target))

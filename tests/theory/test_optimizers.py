@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from support.shapes import HYPERPARAMETERS, gpt, recipe_for
 
-from mup_megatron.theory import ADAM, SGD, Optimizer, Property, Role, Scaling, Sizes, optimizers
+from mup_megatron.theory import ADAM, SGD, Optimizer, PlanError, Property, Role, Scaling, Sizes, optimizers
 from mup_megatron.theory import optimizers as registered
 from mup_megatron.theory.optimizers import _OPTIMIZERS, ONE, Power, register
 
@@ -35,7 +35,7 @@ def test_the_names_are_those_of_a_recipe() -> None:
 @pytest.mark.parametrize("name", ["adam", "sgd"])
 def test_a_name_is_registered_once(name: str) -> None:
     before = dict(optimizers())
-    with pytest.raises(AssertionError, match=name):
+    with pytest.raises(PlanError, match=f"{name}: an optimizer of this name is registered already"):
         register(replace(ADAM, name=name, lr=dict.fromkeys(Role, ONE)))
     assert optimizers() == before
 
@@ -68,3 +68,10 @@ def test_learning_rate_times_weight_decay_is_the_bases(name: str, role: Role) ->
     s = Scaling(Sizes(64, 256, grows[0]), Sizes(32, 512, grows[1]))
     product = optimizer.learning_rate(role, s, eta=0.5) * optimizer.decayed(role, s, lam=0.25, exponent=1.0)
     assert product == 0.125
+
+
+@pytest.mark.parametrize("table", ["lr", "eps", "weight_decay"])
+def test_a_table_that_lacks_a_role_is_refused(table: str) -> None:
+    with pytest.raises(PlanError, match=f"half: its {table} says nothing of the role hidden"):
+        register(replace(ADAM, name="half", **{table: {role: ONE for role in Role if role is not Role.HIDDEN}}))
+    assert "half" not in optimizers()

@@ -227,3 +227,24 @@ def test_parts_add_up_to_the_rows() -> None:
     assert tensor(side(8), side(12), parts=parts).parts == parts
     with pytest.raises(AssertionError):
         tensor(side(8), side(16), parts=parts)
+
+
+# ---- declarations that cannot be -----------------------------------------------------------------------------------
+
+
+def test_sides_that_are_not_the_shapes_are_refused() -> None:
+    for shape in ((3,), (16, 7)):
+        with pytest.raises(PlanError, match=r"layers.0.weight: a shape of .* is no whole number of matrices"):
+            tensor(side(8), side(16), shape=shape)
+
+
+def test_a_readout_that_is_an_embedding_is_refused() -> None:
+    with pytest.raises(PlanError, match="a readout and an embedding at once"):
+        tensor(side(8), Side(16), Property.READOUT, Property.EMBEDDING)
+
+
+def test_a_name_that_two_tensors_have_is_refused() -> None:
+    one = tensor(side(8), side(8))
+    shape = ModelShape(tensors=(one, one), hidden_size=8, head_size=8, readout=None)
+    with pytest.raises(PlanError, match="two tensors of the architecture have this name"):
+        build_plan(shape, shape, TUNED, rules_used=Rules())

@@ -13,7 +13,7 @@ Release = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What parsed arguments say of an architecture."""
+    """The content of a model file, as parsed arguments say it."""
 
     content: Mapping[str, Any]
     """Keys of a model file with their values; None where the line's own does not count and the file finds it itself."""

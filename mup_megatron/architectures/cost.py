@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, shapes_of
 
+__all__ = ["Flops", "parameter_count", "training_flops"]
+
 
 def parameter_count(model: ModelFile) -> int:
     """Returns the number of all parameters, embeddings and padding included."""

@@ -18,13 +18,15 @@ from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
 from mup_megatron.megatron.versions import distinct_lr_mults
 from mup_megatron.theory import Plan, PlanEntry
 
+__all__ = ["config_overrides"]
+
 Override = Mapping[str, float]
 
 
 def config_overrides(
     model_chunks: Sequence[torch.nn.Module], plan: Plan, config: OptimizerConfig
 ) -> dict[ParamKey, dict[str, float]]:
-    """What `get_megatron_optimizer` takes as `config_overrides` for every parameter to get what the plan says.
+    """Returns the `config_overrides` of `get_megatron_optimizer`, for every parameter to get what the plan says.
 
     It takes the place of Megatron's standard overrides (no weight decay for vectors), which the plan contains. A
     parameter that gets the base's values is not mentioned. Collective: every rank has to call it.

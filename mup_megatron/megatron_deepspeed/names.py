@@ -55,7 +55,7 @@ def is_pipe(model: torch.nn.Module) -> bool:
 
 
 def core_names(model: torch.nn.Module) -> dict[str, str]:
-    """{the fork's name: the plan's} for every parameter that a stage of a model holds.
+    """Returns {the fork's name: the plan's} for every parameter that a stage of a model holds.
 
     What the plan has no name for keeps the fork's, so that it is found to be unknown.
 

@@ -34,7 +34,7 @@ def flattened(name: str) -> str:
 
 
 class Form(StrEnum):
-    """How a group says what its parameters get."""
+    """The form in which a group says what its parameters get."""
 
     ABSOLUTE = "absolute"
     """`lr`, `weight_decay`, `eps`: for torch's and DeepSpeed's optimizers and schedulers."""

@@ -43,7 +43,7 @@ def module_base(base: Callable[[], torch.nn.Module], wider: Callable[[], torch.n
 
 
 def plan_for_module(target: Callable[[], torch.nn.Module], recipe: Recipe, *, readout: str | None = None) -> Plan:
-    """What every parameter of a torch module gets.
+    """Returns the plan of a torch module: what every parameter gets.
 
     Args:
         target: builds the module that is trained; called on the meta device.

@@ -21,7 +21,7 @@ from mup_megatron.validation import brief
 
 
 class Initialize(StrEnum):
-    """What happens to the weights."""
+    """The ways in which a plan gets its initial weights."""
 
     RESCALE = "rescale"
     """What the library drew is multiplied to the plan's std."""

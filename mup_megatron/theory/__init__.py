@@ -10,6 +10,7 @@ folding.py      multipliers into weights, and back
 
 from mup_megatron.theory.build import ModelShape, Override, Rules, Tuned, build_plan
 from mup_megatron.theory.errors import PlanError
+from mup_megatron.theory.folding import fold, fold_attention, unfold
 from mup_megatron.theory.matching import family_of
 from mup_megatron.theory.optimizers import ADAM, SGD, Optimizer, optimizers
 from mup_megatron.theory.plan import Plan, PlanEntry
@@ -61,5 +62,8 @@ __all__ = [
     "Tuned",
     "build_plan",
     "family_of",
+    "fold",
+    "fold_attention",
     "optimizers",
+    "unfold",
 ]

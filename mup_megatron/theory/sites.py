@@ -9,7 +9,7 @@ from enum import StrEnum
 
 
 class Acts(StrEnum):
-    """What of a module is multiplied."""
+    """The part of a module that is multiplied."""
 
     INPUT = "input"
     """What it takes in: scales a weight and leaves its bias alone."""
@@ -20,9 +20,9 @@ class Acts(StrEnum):
 
 
 READOUT = "readout"
-"""As a place's `carries`: the multiplier of the model's output, whose weight may be a tied embedding's."""
+"""A place's `carries`: the multiplier of the model's output, whose weight may be a tied embedding's."""
 SOFTMAX = "softmax"
-"""Likewise: the scale of attention logits."""
+"""A place's `carries`: the scale of attention logits."""
 
 
 @dataclass(frozen=True, slots=True)

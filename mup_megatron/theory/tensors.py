@@ -21,7 +21,7 @@ class Role(StrEnum):
 
 
 class Property(StrEnum):
-    """What a tensor is besides its role. Properties combine: a shared expert's output is `EXPERT` and `RESIDUAL`."""
+    """A property of a tensor besides its role. They combine: a shared expert's output is `EXPERT` and `RESIDUAL`."""
 
     EMBEDDING = "embedding"
     """A table whose rows are looked up; carries the embedding multiplier α_in."""
@@ -72,6 +72,7 @@ class Kept:
 
 
 Start = Constant | Normal | LibraryDraw | Kept
+"""The start of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)

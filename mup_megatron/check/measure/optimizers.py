@@ -17,6 +17,8 @@ from mup_megatron.check.measure.measurements import Quantity
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Optimizer, Plan, PlanEntry, optimizers
 
+__all__ = ["CHECKED_OPTIMIZERS", "CheckedOptimizer", "register"]
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -80,6 +82,7 @@ def _sgd_replay(h: Hyperparameters) -> "Replay":
 
 
 CHECKED_OPTIMIZERS = ByOptimizer[CheckedOptimizer]("a check")
+"""The optimizers that a check knows, by their names in a recipe."""
 register = CHECKED_OPTIMIZERS.register
 
 register("adam", CheckedOptimizer(replay=_adam_replay, in_words=_ADAM_IN_WORDS))

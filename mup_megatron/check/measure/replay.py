@@ -24,7 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+__all__ = ["AdamReplay", "Fitted", "Replay", "SGDReplay", "Sums"]
+
 Sums = NDArray[np.float64]
+"""Sums over elements of the products of each two of a step's terms."""
 
 _LAST_DIGIT = 2.0**-23
 """Of a weight in single precision, relative to it."""
@@ -45,7 +48,7 @@ def sample(tensor: Tensor) -> Tensor | slice:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What the movement of one tensor in one step says. None for what it does not."""
+    """The values that the movement of one tensor in one step tells; None for those that it does not."""
 
     lr: float | None
     eps: float | None

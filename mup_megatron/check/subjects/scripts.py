@@ -42,7 +42,7 @@ DeepSpeed engine; None where there is nothing to train."""
 
 
 def prepare_by_plan(model: nn.Module, task: Task) -> torch.optim.Optimizer | None:
-    """What `mup_megatron.modules` makes of a model."""
+    """Makes of a model what `mup_megatron.modules` does, and returns its optimizer."""
     apply_plan(model, task.plan)
     groups = param_groups(model.named_parameters(), task.plan)
     return torch_optimizer(groups, task.recipe) if groups else None

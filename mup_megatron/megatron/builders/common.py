@@ -6,6 +6,8 @@ from megatron.core import parallel_state
 
 from mup_megatron.architectures.model_file import ModelFile
 
+__all__ = ["arguments"]
+
 
 def arguments(model: ModelFile, config: Any, stage: int | None) -> dict[str, Any]:
     """Returns the keyword arguments that every language model of Megatron-Core's takes."""

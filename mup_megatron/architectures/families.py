@@ -119,7 +119,7 @@ class Mlp:
         """Returns an MLP."""
         from mup_megatron.architectures import plain
 
-        return "pre_mlp_layernorm", "mlp", plain.Mlp(model)
+        return "pre_mlp_layernorm", "mlp", plain.PlainMlp(model)
 
 
 ATTENTION = Attention()

@@ -11,7 +11,7 @@ from mup_megatron.collectives import gathered, raise_together, raising_together
 from mup_megatron.deepspeed.entry import Entry
 from mup_megatron.deepspeed.names import named_parameters, prepared_plan
 from mup_megatron.errors import InputError
-from mup_megatron.modules.apply import applied_plan, whole_shape
+from mup_megatron.modules.apply import applied_plan, full_shape
 from mup_megatron.modules.names import unwrapped
 from mup_megatron.modules.plan import plan_for_module
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, Recipe
@@ -102,7 +102,7 @@ def plan_applied_to(model: torch.nn.Module) -> Plan | None:
 
 def require_match(model: torch.nn.Module, plan: Plan) -> None:
     """Raises InputError unless all ranks together have the plan's parameters, and no other. Collective."""
-    held = {name: whole_shape(parameter) for name, parameter in named_parameters(model)}
+    held = {name: full_shape(parameter) for name, parameter in named_parameters(model)}
     problems = []
     for name, shape in held.items():
         if name not in plan.by_name:

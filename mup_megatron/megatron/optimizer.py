@@ -116,7 +116,7 @@ def require_proportional_schedule(scheduler: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupValues:
+class LiveGroupValues:
     """What the optimizer holds for one parameter at this moment."""
 
     lr: float
@@ -130,7 +130,7 @@ class GroupValues:
     """What the scheduler multiplies the base's weight decay by."""
 
     @classmethod
-    def of(cls, group: Mapping[str, Any]) -> "GroupValues":
+    def of(cls, group: Mapping[str, Any]) -> "LiveGroupValues":
         """The values of one group."""
         return cls(
             lr=float(group["lr"]),
@@ -142,10 +142,10 @@ class GroupValues:
         )
 
 
-def live_values(optimizer: Any, model_chunks: Sequence[torch.nn.Module], *, tied: bool) -> dict[str, GroupValues]:
+def live_values(optimizer: Any, model_chunks: Sequence[torch.nn.Module], *, tied: bool) -> dict[str, LiveGroupValues]:
     """What the live optimizer of this rank holds for each parameter whose state it owns, by global name."""
     return {
-        name: GroupValues.of(groups[0])
+        name: LiveGroupValues.of(groups[0])
         for name, _, groups in parameters_with_groups(optimizer, model_chunks, tied=tied)
         if groups
     }

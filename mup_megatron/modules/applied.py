@@ -18,7 +18,7 @@ from mup_megatron.live.problems import Problem
 from mup_megatron.modules.attention import attention_modules
 from mup_megatron.modules.names import named_modules, named_parameters, unwrapped
 from mup_megatron.modules.shapes import TABLES
-from mup_megatron.modules.weights import whole_shape
+from mup_megatron.modules.weights import full_shape
 from mup_megatron.theory import Acts, Plan
 
 _MARK = "_mup_applied"
@@ -105,7 +105,7 @@ def applied_to(model: torch.nn.Module) -> Applied | None:
 
 def require_match(model: torch.nn.Module, plan: Plan) -> None:
     """Raises InputError unless module and plan have the same parameters and shapes."""
-    held = {name: whole_shape(parameter) for name, parameter in named_parameters(model)}
+    held = {name: full_shape(parameter) for name, parameter in named_parameters(model)}
     remedy = "Make the plan from the model that is trained."
     problems = parameter_problems(held, plan, Remedies(remedy, remedy, remedy))
     if problems:

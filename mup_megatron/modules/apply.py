@@ -22,18 +22,18 @@ from mup_megatron.modules.attention import attention_modules, scale_attribute
 from mup_megatron.modules.marker import marked
 from mup_megatron.modules.names import named_modules, named_parameters, unwrapped
 from mup_megatron.modules.shapes import TABLES, linear_sides
-from mup_megatron.modules.weights import Initialize, whole, whole_shape
+from mup_megatron.modules.weights import Initialize, full_shape, gathered_parameter
 from mup_megatron.theory import READOUT, SOFTMAX, Acts, Place, Plan, PlanEntry, Site
 
 __all__ = [
     "Initialize",
     "applied_plan",
     "apply_plan",
+    "full_shape",
+    "gathered_parameter",
     "require_applied",
     "require_scalable",
     "set_attention_scale",
-    "whole",
-    "whole_shape",
 ]
 
 

@@ -15,7 +15,7 @@ class Role(StrEnum):
     HIDDEN = "hidden"
     """infinite → infinite; also a bottleneck inside the model, one of whose sides keeps its size."""
     OUTPUT = "output"
-    """infinite → finite: the LM head, a router."""
+    """infinite → finite: a language model's readout, a router."""
     SCALAR = "scalar"
     """finite → finite: a readout's bias, a q/k-norm gain at a fixed head size."""
 

@@ -7,7 +7,7 @@ from mup_megatron.theory import Rule
 
 
 class Level(StrEnum):
-    """How much is looked at."""
+    """The extent of a check."""
 
     QUICK = "quick"
     """Coordinates, gradients and updates."""

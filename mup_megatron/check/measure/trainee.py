@@ -51,7 +51,7 @@ class Trainee(Protocol):
     def step(self, step: int) -> float:
         """Forward, backward, update on the batch of a step, counted from 0. Returns the loss, the same on all ranks."""
 
-    def whole(self, name: str, shard: Tensor) -> Tensor | None:
+    def gathered_matrix(self, name: str, shard: Tensor) -> Tensor | None:
         """A whole matrix from the ranks' shards, on the ranks that can say. Collective among those that hold it."""
 
     def gathered(self, value: Any) -> list[Any]:

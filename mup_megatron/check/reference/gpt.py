@@ -102,7 +102,7 @@ class Reference:
         self._optimizer.step()
         return float(loss.detach())
 
-    def whole(self, _name: str, shard: Tensor) -> Tensor | None:
+    def gathered_matrix(self, _name: str, shard: Tensor) -> Tensor | None:
         """There are no shards."""
         return shard
 

@@ -158,7 +158,7 @@ class MegatronTrainee:
         self._built.scheduler.step(increment=1)
         return measured.loss
 
-    def whole(self, name: str, shard: Tensor) -> Tensor | None:
+    def gathered_matrix(self, name: str, shard: Tensor) -> Tensor | None:
         """Tensor-parallel shards put together."""
         group = parallel_state.get_tensor_model_parallel_group()
         size = torch.distributed.get_world_size(group)

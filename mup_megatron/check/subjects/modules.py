@@ -85,7 +85,7 @@ class _Watched:
         """Of the last step, over all ranks, before clipping."""
         return self._norm
 
-    def whole(self, _name: str, shard: Tensor) -> Tensor | None:
+    def gathered_matrix(self, _name: str, shard: Tensor) -> Tensor | None:
         """Every rank has all of it."""
         return shard
 
@@ -257,9 +257,9 @@ def refuse_low_precision(model: nn.Module) -> None:
 
 def _copy(parameter: nn.Parameter) -> Tensor:
     """A whole one, in single precision."""
-    from mup_megatron.modules.apply import whole
+    from mup_megatron.modules.apply import gathered_parameter
 
-    with whole(parameter, change=False):
+    with gathered_parameter(parameter, change=False):
         return parameter.detach().float().clone()
 
 

@@ -16,7 +16,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.table import every
 
 
-class Family(Enum):
+class ProgramKind(Enum):
     """What a program is to the plug-in."""
 
     SUPPORTED = "supported"
@@ -111,7 +111,7 @@ def programs_of(words: Sequence[str]) -> list[tuple[str, int]]:
     read = {flag.name for flag in every()}
     for index, word in enumerate(words):
         option = word.startswith("-")
-        if option and (word.partition("=")[0] in read or (found and family_of(found[-1][0]) is Family.SUPPORTED)):
+        if option and (word.partition("=")[0] in read or (found and kind_of(found[-1][0]) is ProgramKind.SUPPORTED)):
             break
         before = words[index - 1] if index else ""
         module = word[2:] if re.fullmatch(r"-m\w.*", word) else word if before in ("-m", "--module") else ""
@@ -137,16 +137,16 @@ def script_of(words: Sequence[str]) -> tuple[str, int] | None:
 
 
 def _is_known(script: str) -> bool:
-    return family_of(script) is not Family.OWN
+    return kind_of(script) is not ProgramKind.OWN
 
 
-def family_of(script: str) -> Family:
+def kind_of(script: str) -> ProgramKind:
     """What a script is, by its name."""
     if _find(script, OTHERS) is not None:
-        return Family.OTHER
+        return ProgramKind.OTHER
     if _find(script, _DATA) is not None:
-        return Family.DATA
-    return Family.SUPPORTED if builds(script) is not None else Family.OWN
+        return ProgramKind.DATA
+    return ProgramKind.SUPPORTED if builds(script) is not None else ProgramKind.OWN
 
 
 def builds(script: str) -> Decoder | None:

@@ -71,7 +71,7 @@ def is_enabled() -> bool:
 
 
 def transformer_config_overrides() -> dict[str, object]:
-    """Returns the fields of `TransformerConfig` that a CPU run needs, to be merged over one's own; empty unless `is_enabled()`.
+    """Returns the fields of `TransformerConfig` that a CPU run needs, to be merged over one's own; none unless enabled.
 
     They turn off what exists only as a GPU kernel, and nothing else: no field here changes what is computed. With
     `use_cpu_initialization` the initial weights don't depend on the tensor-parallel size.

@@ -111,7 +111,7 @@ def _setup_model_and_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: A
         run.configure(configured.transformer)
         configured.pre_wrap_hooks.append(run.applied)
     chunks, optimizer, scheduler = wrapped(*args, **kwargs)
-    run.stands(chunks, optimizer, scheduler, get_args())
+    run.verify_set_up(chunks, optimizer, scheduler, get_args())
     return chunks, optimizer, scheduler
 
 

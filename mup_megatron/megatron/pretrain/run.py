@@ -44,7 +44,7 @@ class Run:
     """Megatron's arguments that the recipe decides."""
     model: ModelFile | None = None
     plan: Plan | None = None
-    checkpoint: checkpoints.Origin | None = None
+    checkpoint: checkpoints.SavedRecipe | None = None
     """What was loaded, if anything was."""
     loading_into: Any = None
     """The optimizer that a checkpoint is being loaded into."""
@@ -179,7 +179,7 @@ class Run:
             return  # Megatron looks for arguments alone, or once more
         problems = []
         try:
-            self.checkpoint = checkpoints.origin(saved)
+            self.checkpoint = checkpoints.recipe_within(saved)
             checkpoints.require_same(self.checkpoint, self.recipe, accept=self.options.accept_recipe_change)
             if self.loading_into is not None and not (values.no_load_optim or values.finetune):
                 checkpoints.require_matching_optimizer(self.checkpoint)
@@ -196,7 +196,7 @@ class Run:
         if problem is not None:
             say(f"warning: {problem} The recipe is in the checkpoint itself all the same.")
 
-    def stands(
+    def verify_set_up(
         self, chunks: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any, values: argparse.Namespace
     ) -> None:
         """Model and optimizer are built, and what there was to load is loaded. Collective.

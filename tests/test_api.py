@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import test_typing
+from test_repository import FRAGMENT
 
 from mup_megatron.megatron import cpu
 
@@ -25,7 +26,6 @@ ROWS = re.findall(
     flags=re.MULTILINE,
 )
 API = {module: set(re.findall(r"`(\w+)`", cell.partition(";")[0])) for module, cell, _ in ROWS}
-FRAGMENT = re.compile(r"(?:What|Whether|Of|Likewise|How|Why|Where|Which|As)\b")
 SENTENCE = re.compile(r"[A-Z(\"`'0-9].*[.:]\Z", flags=re.DOTALL)
 
 

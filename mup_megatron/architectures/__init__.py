@@ -1,4 +1,4 @@
-"""What a model consists of: configuration → parameter names and global shapes. Allocates nothing, needs no torch.
+"""The parts of models: configuration → parameter names and global shapes. Allocates nothing, needs no torch.
 
 registry.py        model files, and which architectures there are      model_file.py   what a model file says
 decoder.py         what an architecture has to say                      families.py     the kinds of layers

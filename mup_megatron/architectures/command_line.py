@@ -1,4 +1,4 @@
-"""What Megatron-LM's command line says of one architecture, beside what it says of every model."""
+"""The part of Megatron-LM's command line that one architecture has for itself, beside what it says of every model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What training a model costs: parameters and FLOPs, itemised, from its model file."""
+"""The cost of training a model: parameters and FLOPs, itemised, from its model file."""
 
 import math
 from collections.abc import Mapping

@@ -117,7 +117,7 @@ def require_proportional_schedule(scheduler: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LiveGroupValues:
-    """What the optimizer holds for one parameter at this moment."""
+    """The values that the optimizer holds for one parameter at this moment."""
 
     lr: float
     max_lr: float | None
@@ -143,7 +143,7 @@ class LiveGroupValues:
 
 
 def live_values(optimizer: Any, model_chunks: Sequence[torch.nn.Module], *, tied: bool) -> dict[str, LiveGroupValues]:
-    """What the live optimizer of this rank holds for each parameter whose state it owns, by global name."""
+    """Returns what the live optimizer of this rank holds for each parameter whose state it owns, by global name."""
     return {
         name: LiveGroupValues.of(groups[0])
         for name, _, groups in parameters_with_groups(optimizer, model_chunks, tied=tied)
@@ -180,7 +180,7 @@ def parts_of(optimizer: Any) -> list[Any]:
 
 
 def is_sharded(part: Any) -> bool:
-    """Whether it is the distributed optimizer, of which each data-parallel rank updates another share."""
+    """Returns whether it is the distributed optimizer, of which each data-parallel rank updates another share."""
     return hasattr(part, "model_param_group_index_map")
 
 

@@ -1,4 +1,4 @@
-"""Where a module's attentions keep the scale of their logits.
+"""The attentions of a module, and where they keep the scale of their logits.
 
 An attention is a module whose class is called one and that has the size of its heads. It can be told its scale if it
 has a float `scaling` too: so it is in most Hugging Face models, for all of their back ends, and not in torch's own
@@ -21,7 +21,7 @@ _SCALES = ("scaling", "scale", "softmax_scale")
 
 @dataclass(frozen=True, slots=True)
 class AttentionSettings:
-    """What one attention says of itself."""
+    """The settings that one attention says it has."""
 
     head_size: int
     scale: float | None
@@ -45,7 +45,7 @@ def scale_attribute(module: Any) -> str | None:
 
 
 def attention_of(model: torch.nn.Module) -> AttentionSettings | None:
-    """What the attentions of a model say, the first one's scale where layers differ; None where it has none.
+    """Returns what the attentions of a model say, the first one's scale where layers differ; None where it has none.
 
     Raises:
         InputError: their head sizes differ.

@@ -1,4 +1,4 @@
-"""Whether an optimizer does what a plan's values are for. It is seen from what its step does, not from its name."""
+"""Checks that an optimizer does what a plan's values are for. It is seen from what its step does, not from its name."""
 
 import collections
 import copy

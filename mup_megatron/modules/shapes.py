@@ -41,7 +41,7 @@ class MetaModule:
 
     @classmethod
     def of(cls, factory: Callable[[], torch.nn.Module]) -> "MetaModule":
-        """What a factory builds, allocating nothing."""
+        """Returns what a factory builds, allocating nothing."""
         return cls(*build_on_meta(factory))
 
     @cached_property
@@ -56,7 +56,7 @@ class MetaModule:
 
 
 def base_parameters(base: MetaModule, *wider: MetaModule, init_scale: float = 1.0) -> dict[str, ModuleParameter]:
-    """What a recipe has to know of each parameter at the base: its shape, which sides grow, its initial draw.
+    """Returns what a recipe has to know of each parameter: its shape, which sides grow, its initial draw.
 
     Args:
         base: the module at which every multiplier is 1.
@@ -120,7 +120,7 @@ _LINE = 90
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What is known of a model beside its parameters."""
+    """The facts about a model that its parameters do not say."""
 
     num_layers: int = 1
     readout: str | None = None
@@ -369,7 +369,7 @@ def _classified(seen: _Seen, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def linear_sides(module: torch.nn.Module, attribute: str) -> tuple[int, int] | None:
-    """Which dimensions of a weight are fan_out and fan_in; None where it is not known."""
+    """Returns which dimensions of a weight are fan_out and fan_in; None where it is not known."""
     if isinstance(module, torch.nn.MultiheadAttention) and attribute.endswith("proj_weight"):
         return 0, 1
     if attribute != "weight":

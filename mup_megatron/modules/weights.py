@@ -1,4 +1,4 @@
-"""How a plan makes a module's weights start: what its library drew is multiplied, or drawn anew.
+"""The start of a module's weights under a plan: what its library drew is multiplied, or drawn anew.
 
 What was drawn is not drawn again unless it is asked for, so that seeds give what they gave before. Under ZeRO-3 each
 parameter is put together for the moment.

@@ -1,4 +1,4 @@
-"""Where forward factors act: named places of a model, each with its factor and the reason for it.
+"""The sites where forward factors act: named places of a model, each with its factor and the reason for it.
 
 An architecture says which places there are; the plan knows the factors. An adapter applies and verifies sites without
 knowing why they are there.
@@ -48,5 +48,5 @@ class Site:
 
     @property
     def changes(self) -> bool:
-        """Whether there is anything to do."""
+        """True where there is anything to do."""
         return self.factor != self.stock

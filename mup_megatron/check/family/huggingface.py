@@ -133,7 +133,7 @@ def smallest_that_builds(
 
 
 def remarks_on_size(small: PretrainedConfig, config: PretrainedConfig, base: PretrainedConfig) -> list[str]:
-    """What is to be said of what is as large as the target's."""
+    """Returns remarks on what is as large as the target's."""
     remarks = []
     if (layers := depth_of(small)) > DEPTH:
         remarks.append(
@@ -247,7 +247,7 @@ def _shallow(
 
 
 def depth_of(config: PretrainedConfig) -> int:
-    """How many layers there are, of the deepest stack."""
+    """Returns how many layers there are, of the deepest stack."""
     own = config.to_dict()
     return max([own[key] for key in configs.DEPTHS if isinstance(own.get(key), int)], default=0)
 
@@ -255,7 +255,7 @@ def depth_of(config: PretrainedConfig) -> int:
 def of_full_depth(
     model_class: Any, config: PretrainedConfig, base: PretrainedConfig, recipe: Recipe
 ) -> tuple[Callable[[int], nn.Module], Recipe, list[int]]:
-    """What builds narrow models of all layers, with which recipe, and how wide they can be."""
+    """Returns a factory of narrow models of all layers, their recipe, and how wide they can be."""
     small, small_base, own = config, base, recipe
     with contextlib.suppress(*_NOT_BUILT):
         found = _with_small_heads(config, base, recipe)

@@ -1,4 +1,4 @@
-"""How small the models of a check are, whatever they are of; and what no check can train."""
+"""The sizes of a check's small models, whatever they are of; and what no check can train."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,5 +1,5 @@
-"""What a check asks of a recipe's optimizer: how its steps are replayed, which of its values make a mistake show, and
-what its rules are in words.
+"""The optimizers as a check sees them: how their steps are replayed, which of their values make a mistake show,
+and what their rules are in words.
 
 To add one, `register` it here, in `modules/optimizers.py`, whose class trains the correct runs, and its rules in
 `theory.optimizers`. Importing it does not import torch.

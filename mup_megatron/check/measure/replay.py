@@ -1,4 +1,4 @@
-"""What learning rate, eps and weight decay an optimizer used, read from how it moved a weight. Asks no optimizer.
+"""The learning rate, eps and weight decay that an optimizer used, read from how it moved a weight. Asks no optimizer.
 
 Adam moves a weight in one step by
 
@@ -38,7 +38,7 @@ SAMPLE = 8192
 
 
 def sample(tensor: Tensor) -> Tensor | slice:
-    """What to index a flattened tensor with."""
+    """Returns an index of a flattened tensor's elements that are looked at."""
     count = tensor.numel()
     if count <= SAMPLE:
         return slice(None)

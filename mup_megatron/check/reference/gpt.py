@@ -56,11 +56,11 @@ class Reference:
         return self._gpt.named_parameters()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """As clipped."""
+        """Returns a gradient as clipped."""
         return parameter.grad
 
     def replay(self) -> Replay | None:
-        """Of the recipe's optimizer."""
+        """Returns a replay of the recipe's optimizer."""
         return replay_for(self._recipe)
 
     def forward(self) -> None:
@@ -78,7 +78,7 @@ class Reference:
         return True
 
     def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
-        """What attention proper takes in."""
+        """Returns the queries that attention proper takes in."""
         return [(name, module, -2) for name, module in self._gpt.named_modules() if name.endswith(ATTENTION)]
 
     def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
@@ -86,7 +86,7 @@ class Reference:
         return {}
 
     def gradient_norm(self) -> float | None:
-        """Of the last step, before clipping."""
+        """Returns the norm of the last step's gradients, before clipping."""
         return self._norm
 
     def step(self, step: int) -> float:

@@ -56,7 +56,7 @@ def headline(verdict: Verdict, *, title: str) -> str:
 
 
 def why_none(verdict: Verdict) -> str:
-    """What kept the check from a conclusion."""
+    """Returns the reason that kept the check from a conclusion."""
     said = [
         line for section in verdict.sections if section.outcome is CheckOutcome.NO_VERDICT for line in section.lines
     ]
@@ -100,7 +100,7 @@ class Alike:
 
 
 def alike(findings: Iterable[Finding]) -> list[Alike]:
-    """What is the same in several layers and at several steps, put together, in the order in which each comes first."""
+    """Returns findings, those that are alike in several layers and steps put together, in the order of the first."""
     groups: dict[tuple[Quantity, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.key.quantity, in_layer(finding.key.name, "")), []).append(finding)

@@ -128,11 +128,11 @@ class ModuleTrainee(_Watched):
         return self._model.named_parameters()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """As clipped; 0 for what is not trained."""
+        """Returns a gradient as clipped; 0 for what is not trained."""
         return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
     def replay(self) -> Replay | None:
-        """Of the recipe's optimizer, whatever this one is."""
+        """Returns a replay of the recipe's optimizer, whatever this one is."""
         return None if self._optimizer is None else replay_for(self._recipe)
 
     def evaluate(self) -> bool:
@@ -157,7 +157,7 @@ class ModuleTrainee(_Watched):
         return float(loss.detach())
 
     def gathered(self, value: Any) -> list[Any]:
-        """Of all ranks, if there are others."""
+        """Returns the values of all ranks, if there are others."""
         return [value] if self._alone else gathered(value)
 
     def close(self) -> None:
@@ -197,7 +197,7 @@ class EngineTrainee(_Watched):
         return self._gradients.get(id(parameter))
 
     def replay(self) -> Replay | None:
-        """Of the recipe's optimizer, whatever this one is."""
+        """Returns a replay of the recipe's optimizer, whatever this one is."""
         return replay_for(self._recipe)
 
     def step(self, step: int) -> float:
@@ -213,7 +213,7 @@ class EngineTrainee(_Watched):
         return math.fsum(gathered(float(loss.detach()))) / world_size()
 
     def gathered(self, value: Any) -> list[Any]:
-        """Of all ranks."""
+        """Returns the values of all ranks."""
         return gathered(value)
 
     def close(self) -> None:

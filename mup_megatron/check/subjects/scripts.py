@@ -1,4 +1,4 @@
-"""What a script that is checked is given, and what it makes of it: bare models, batches, losses, a task a run."""
+"""A script that is checked: what it is given and makes of it, as bare models, batches, losses, a task a run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -109,6 +109,6 @@ def default_batch(models: Mapping[int, nn.Module]) -> Batch:
 
 
 def default_loss(model: Any, batch: Any) -> Tensor:
-    """What Hugging Face's models compute."""
+    """Returns the loss that Hugging Face's models compute."""
     loss: Tensor = model(**batch).loss
     return loss

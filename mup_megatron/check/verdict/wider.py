@@ -54,18 +54,18 @@ class Pair:
 
 @dataclass(frozen=True)
 class WiderResult:
-    """What the losses say."""
+    """The result of comparing losses over width."""
 
     pairs: tuple[Pair, ...]
 
     @property
     def holds(self) -> bool:
-        """Whether no wider model is worse."""
+        """True where no wider model is worse."""
         return not self.offending
 
     @property
     def offending(self) -> tuple[Pair, ...]:
-        """Where a wider model is worse, the largest difference first."""
+        """The pairs in which the wider model is worse, the largest difference first."""
         return tuple(sorted((pair for pair in self.pairs if pair.worse), key=lambda pair: -pair.difference))
 
     @property

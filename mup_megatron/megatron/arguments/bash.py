@@ -87,7 +87,7 @@ class Command:
 
     @property
     def line(self) -> int:
-        """Where it begins."""
+        """The line where it begins."""
         return self.words[0].line
 
 

@@ -45,7 +45,7 @@ _FLAGS = "flags"
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What a launch line says."""
+    """The contents of a launch line."""
 
     source: str
     """What messages call it."""

@@ -46,7 +46,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class NativeRecipe:
-    """What became of a native launch line."""
+    """The recipe of a native launch line, with what differs."""
 
     recipe: Recipe
     model: ModelFile
@@ -58,7 +58,7 @@ class NativeRecipe:
 
 @dataclass(frozen=True, slots=True)
 class NativeValues:
-    """What native μP gives to one parameter; None as in a plan's entry."""
+    """The values that native μP gives to one parameter; None as in a plan's entry."""
 
     init_std: float | None
     lr: float
@@ -86,7 +86,7 @@ class Native:
 
     @property
     def rules(self) -> MegatronOptimizer:
-        """What it does with this optimizer."""
+        """The factors of this optimizer."""
         return MEGATRON_OPTIMIZERS[self.values["optimizer"]]
 
     @property
@@ -102,7 +102,7 @@ class Native:
         return 1.0 / self.width_mult if given == 1.0 else given
 
     def of(self, entry: PlanEntry) -> NativeValues:
-        """What a parameter gets."""
+        """Returns the values of a parameter."""
         v, m = self.values, self.width_mult
         hidden = not entry.is_vector and not (entry.is_embedding or entry.is_readout)
         rules = self.rules

@@ -1,4 +1,4 @@
-"""Which programs of Megatron-LM build what, and which are none of ours: known by the script's name.
+"""The programs of Megatron-LM: which builds what, and which are none of ours, known by the script's name.
 
 With those that architectures name as theirs, every program at the tags core_v0.16.1 to core_v0.19.0 that takes
 Megatron's flags, and those of older releases and forks that many lines name. Without this, a BERT's line reads like a
@@ -17,7 +17,7 @@ from mup_megatron.megatron.arguments.table import every
 
 
 class ProgramKind(Enum):
-    """What a program is to the plug-in."""
+    """The kinds of programs that the plug-in tells apart."""
 
     SUPPORTED = "supported"
     """Builds a model of an architecture that is known."""
@@ -141,7 +141,7 @@ def _is_known(script: str) -> bool:
 
 
 def kind_of(script: str) -> ProgramKind:
-    """What a script is, by its name."""
+    """Returns the kind of a script, by its name."""
     if _find(script, OTHERS) is not None:
         return ProgramKind.OTHER
     if _find(script, _DATA) is not None:

@@ -1,4 +1,4 @@
-"""What the models of all architectures are built with."""
+"""The arguments that the models of all architectures are built with."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Which recipe a Megatron-LM checkpoint was trained with. Neither loads nor saves one; imports nothing of Megatron.
+"""The recipe that a Megatron-LM checkpoint was trained with. Neither loads nor saves one; imports nothing of Megatron.
 
 Recipe and fingerprint travel among Megatron's own arguments, which every checkpoint format stores. A copy for people,
 and for a launcher that must not load a checkpoint to know, lies in the checkpoint's folder.
@@ -27,7 +27,7 @@ _CONTENT = "mup_recipe_content"
 
 @dataclass(frozen=True)
 class SavedRecipe:
-    """What a checkpoint says of the recipe that it was trained with."""
+    """The recipe that a checkpoint says it was trained with."""
 
     fingerprint: str | None
     """None: plain Megatron."""

@@ -1,4 +1,4 @@
-"""Where the plug-in stands in Megatron-LM's training loop. Each function does one thing around one of Megatron's.
+"""The places of the plug-in in Megatron-LM's training loop. Each function does one thing around one of Megatron's.
 
 The functions are replaced in Megatron's modules when these are imported, or at once where they have been already, and
 only if a command line asks for it. Nothing of Megatron is imported here: the CPU runtime has to come before.

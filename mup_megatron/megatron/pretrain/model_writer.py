@@ -39,7 +39,7 @@ _before: dict[str, Any] = {}
 
 
 def path_in(words: Sequence[str]) -> Path | None:
-    """Where a line says that the model file is to be written; None if it does not.
+    """Returns the path to which a line says that the model file is to be written; None if it does not.
 
     Raises:
         InputError: there is no path, or a recipe beside it.

@@ -34,7 +34,7 @@ _SOURCE = "the command line"
 
 @dataclasses.dataclass
 class Run:
-    """What is known of a run so far; filled in as Megatron goes along."""
+    """The state of a run so far; filled in as Megatron goes along."""
 
     recipe: Recipe
     options: flags.Options
@@ -57,7 +57,7 @@ class Run:
 
     @property
     def loaded(self) -> bool:
-        """Whether weights came from a checkpoint."""
+        """True where weights came from a checkpoint."""
         return self.checkpoint is not None
 
     @classmethod
@@ -136,7 +136,7 @@ class Run:
         return chunks
 
     def overrides(self, config: Any, chunks: Sequence[torch.nn.Module], given: Any) -> Mapping[Any, Any]:
-        """What the optimizer takes in place of Megatron's standard overrides. Collective.
+        """Returns what the optimizer takes in place of Megatron's standard overrides. Collective.
 
         Raises:
             InputError: the script has overrides of its own, which would be lost.

@@ -20,7 +20,7 @@ def at_module(ending: str | tuple[str, ...], factor: Callable[[AtWidth], float])
 
 
 def at_readout(factor: Callable[[AtWidth], float]) -> OfActivation:
-    """Of the readout."""
+    """Returns a prediction: the readout is so many times larger."""
 
     def predict(key: Key, here: AtWidth) -> float:
         readout = here.plan.readout
@@ -31,7 +31,7 @@ def at_readout(factor: Callable[[AtWidth], float]) -> OfActivation:
 
 
 def at_logits(factor: Callable[[AtWidth], float]) -> OfActivation:
-    """Of the attention logits."""
+    """Returns a prediction: the attention logits are so many times larger."""
     return at_module("scale_mask_softmax", factor)
 
 

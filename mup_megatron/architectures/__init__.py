@@ -1,10 +1,4 @@
-"""The parts of models: configuration → parameter names and global shapes. Allocates nothing, needs no torch.
-
-registry.py        model files, and which architectures there are      model_file.py   what a model file says
-decoder.py         what an architecture has to say                      families.py     the kinds of layers
-command_line.py    its programs and flags, made of flag.py              names.py        names of the parts of all
-cost.py            FLOPs and parameters      proxy.py   a proxy         plain.py        the same layers in plain torch
-"""
+"""The parts of models: configuration → parameter names and global shapes. Allocates nothing, needs no torch."""
 
 from mup_megatron.architectures.command_line import CommandLine, Reading
 from mup_megatron.architectures.decoder import Decoder

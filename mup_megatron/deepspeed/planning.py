@@ -11,9 +11,10 @@ from mup_megatron.collectives import gathered, raise_together, raising_together
 from mup_megatron.deepspeed.entry import Entry
 from mup_megatron.deepspeed.names import named_parameters, prepared_plan
 from mup_megatron.errors import InputError
-from mup_megatron.modules.apply import applied_plan, full_shape
+from mup_megatron.modules.applied import applied_plan
 from mup_megatron.modules.names import unwrapped
 from mup_megatron.modules.plan import plan_for_module
+from mup_megatron.modules.weights import full_shape
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, Recipe
 from mup_megatron.targets import plan_for_file
 from mup_megatron.theory import Plan

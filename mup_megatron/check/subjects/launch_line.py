@@ -20,7 +20,7 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.measure.measurements import MeasuredRun
 from mup_megatron.check.subjects.run_request import result_of
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments import model_from_values, values_from_flags
+from mup_megatron.megatron.arguments.convert import model_from_values, values_from_flags
 
 OBSERVER = "mup_megatron.check.subjects.pretrain_observer"
 _SOURCE = "the launch line"

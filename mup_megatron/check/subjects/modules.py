@@ -257,7 +257,7 @@ def refuse_low_precision(model: nn.Module) -> None:
 
 def _copy(parameter: nn.Parameter) -> Tensor:
     """A whole one, in single precision."""
-    from mup_megatron.modules.apply import gathered_parameter
+    from mup_megatron.modules.weights import gathered_parameter
 
     with gathered_parameter(parameter, change=False):
         return parameter.detach().float().clone()

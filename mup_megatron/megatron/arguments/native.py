@@ -298,7 +298,7 @@ def _schedule(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Megatron's counts as fractions of the run; its own conditions on them in the line's own words."""
     unit, other = ("samples", "iters") if values["train_samples"] is not None else ("iters", "samples")
 
-    def shown(key: str) -> str:
+    def text(key: str) -> str:
         return f"--{key.replace('_', '-')} {values[key]}"
 
     def refuse(what: str, remedy: str) -> NoReturn:
@@ -306,11 +306,10 @@ def _schedule(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
     mixed = [key for key in (f"train_{other}", f"lr_decay_{other}", f"lr_warmup_{other}") if values[key]]
     if mixed and values[f"train_{unit}"] is not None:
-        refuse(f"{shown(mixed[0])} beside {shown(f'train_{unit}')}", "Megatron counts a run in one unit: drop one.")
+        refuse(f"{text(mixed[0])} beside {text(f'train_{unit}')}", "Megatron counts a run in one unit: drop one.")
     if values["lr_warmup_fraction"] is not None and values[f"lr_warmup_{unit}"]:
         refuse(
-            f"{shown('lr_warmup_fraction')} beside {shown(f'lr_warmup_{unit}')}",
-            "Megatron takes one: drop the other.",
+            f"{text('lr_warmup_fraction')} beside {text(f'lr_warmup_{unit}')}", "Megatron takes one: drop the other."
         )
     run = values[f"train_{unit}"]
     for key, least in (
@@ -321,22 +320,20 @@ def _schedule(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         ("lr_warmup_fraction", 0),
     ):
         if values[key] is not None and values[key] < least:
-            refuse(f"{shown(key)} is below {least}", "Correct this value.")
+            refuse(f"{text(key)} is below {least}", "Correct this value.")
 
     def fraction(key: str, count: float) -> float:
         if run is None:
-            refuse(f"{shown(key)}: a recipe counts in fractions of the run", "Give --train-iters.")
+            refuse(f"{text(key)}: a recipe counts in fractions of the run", "Give --train-iters.")
         if count > LONGEST_SCHEDULE * run:
-            refuse(f"{shown(key)} is too long for {shown(f'train_{unit}')}", "A recipe reaches a million runs.")
+            refuse(f"{text(key)} is too long for {text(f'train_{unit}')}", "A recipe reaches a million runs.")
         return count / int(run)
 
     style, decay_key, warmup_key = values["lr_decay_style"], f"lr_decay_{unit}", f"lr_warmup_{unit}"
     if style not in get_args(Schedule.model_fields["lr_decay_style"].annotation):
         refuse(f"--lr-decay-style {brief(style, 60)}: a recipe does not know it", "Choose another.")
     decay = 1.0 if values[decay_key] is None else fraction(decay_key, values[decay_key])
-    end = (
-        shown(decay_key) if values[decay_key] is not None else shown(f"train_{unit}") if run is not None else "the run"
-    )
+    end = text(decay_key) if values[decay_key] is not None else text(f"train_{unit}") if run is not None else "the run"
     if values["lr_warmup_fraction"] is not None:
         warmup_key = "lr_warmup_fraction"
         # Megatron's is a fraction of the decay.
@@ -345,7 +342,7 @@ def _schedule(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         warmup = fraction(warmup_key, values[warmup_key]) if values[warmup_key] else 0.0
     if warmup >= decay:
         what = "is no part of" if warmup_key == "lr_warmup_fraction" else "does not end before"
-        refuse(f"{shown(warmup_key)} {what} {end}, which Megatron refuses", "Shorten the warm-up.")
+        refuse(f"{text(warmup_key)} {what} {end}, which Megatron refuses", "Shorten the warm-up.")
     if style == "inverse-square-root" and not warmup:
         refuse("--lr-decay-style inverse-square-root is measured from the end of the warm-up", "Give one.")
     schedule = {"lr_decay_style": style, "lr_warmup_fraction": warmup, "lr_decay_fraction": decay}
@@ -355,8 +352,8 @@ def _schedule(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             refuse(f"--{key.replace('_', '-')} is missing, which --lr-decay-style WSD needs", "Give it.")
         final = fraction(key, values[key])
         if final > decay - warmup:
-            beside = f", of which {shown(warmup_key)} are the warm-up" if warmup else ""
-            refuse(f"{shown(key)} is longer than {end}{beside}", "Shorten it.")
+            beside = f", of which {text(warmup_key)} are the warm-up" if warmup else ""
+            refuse(f"{text(key)} is longer than {end}{beside}", "Shorten it.")
         schedule["lr_wsd_decay_fraction"] = final
         schedule["lr_wsd_decay_style"] = values["lr_wsd_decay_style"]
     return schedule

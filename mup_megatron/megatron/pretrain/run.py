@@ -16,8 +16,7 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import guard
-from mup_megatron.megatron.arguments import model_from_values, not_in_model_file
-from mup_megatron.megatron.arguments.convert import remarks_of
+from mup_megatron.megatron.arguments.convert import model_from_values, not_in_model_file, remarks_of
 from mup_megatron.megatron.model import applied_plan, apply_plan, configure
 from mup_megatron.megatron.names import unwrapped
 from mup_megatron.megatron.optimizer import config_overrides

@@ -76,14 +76,6 @@ class Decoder(ABC):
         """Returns a model of this architecture as one of another; None if that has none that is equal."""
         return model if other is self else None
 
-    def name_from(self, other: "Decoder", name: str) -> str:
-        """Returns the name here of another architecture's parameter, where both are one model."""
-        raise NotImplementedError
-
-    def name_in(self, other: "Decoder", name: str) -> str:
-        """Returns the name in another architecture of a parameter of this one, where both are one model."""
-        raise NotImplementedError
-
     def shapes(self, base: ModelFile, target: ModelFile, of_base: "Decoder") -> tuple[ModelShape, ModelShape]:
         """Returns the shapes of base and target, named as in the target, with the names that patterns mean.
 
@@ -104,15 +96,16 @@ class Decoder(ABC):
                     f"{key} is {at_base} in the recipe's base but {at_target} in the target. "
                     "Hyperparameters transfer between widths of one architecture: tune a base that has the target's."
                 )
-        own = as_other(of_base, self, base)
-        if own is None or as_other(self, of_base, target) is None:
+        own, as_tuned = as_other(of_base, self, base), as_other(self, of_base, target)
+        if own is None or as_tuned is None:
             raise InputError(
                 f"the recipe's base is {of_base.description} and the target {self.description}, which are not one "
                 "model. Tune a base of the target's architecture."
             )
         growth = Growth(own, target)
-        tuned_impl = target.model_copy(update={"transformer_impl": base.transformer_impl})
-        tuned_names = [name_in_other(self, of_base, tensor.name) for tensor in self._tensors(tuned_impl, growth)]
+        as_tuned = as_tuned.model_copy(update={"transformer_impl": base.transformer_impl})
+        # One model has its tensors in one order, whatever architecture it is taken for.
+        tuned_names = [tensor.name for tensor in of_base._tensors(as_tuned, growth)]
         shape = self._shape(target, growth)
         tensors = tuple(
             replace(tensor, name_at_base=tuned if tuned != tensor.name else None)
@@ -179,16 +172,6 @@ def as_other(one: Decoder, other: Decoder, model: ModelFile) -> ModelFile | None
     """Returns a model of one architecture as one of another, by whichever of the two knows; None if they differ."""
     given = one.given_to(other, model)
     return other.taken_from(one, model) if given is None else given
-
-
-def name_in_other(one: Decoder, other: Decoder, name: str) -> str:
-    """Returns what another architecture calls a parameter, where both are one model: see `as_other`."""
-    if one is other:
-        return name
-    try:
-        return one.name_in(other, name)
-    except NotImplementedError:
-        return other.name_from(one, name)
 
 
 def _embedding(name: str, entries: Side, hidden: Side) -> Tensor:

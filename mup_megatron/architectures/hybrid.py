@@ -12,7 +12,6 @@ from mup_megatron.architectures.families import ATTENTION, MLP, Family
 from mup_megatron.architectures.flag import Flag, number
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.names import in_layer, layer_of
 from mup_megatron.errors import InputError
 
 FAMILIES: Mapping[str, Family] = {"*": ATTENTION, "-": MLP}
@@ -200,24 +199,6 @@ class Hybrid(Decoder):
             return None
         shared = {key: getattr(model, key) for key in ModelFile.model_fields}
         return ModelFile.model_construct(**{**shared, "num_layers": len(letters) // 2})
-
-    def name_in(self, other: Decoder, name: str) -> str:
-        """Returns what a GPT of the same layers calls a parameter."""
-        assert other is GPT
-        parts = layer_of(name)
-        if parts is None:
-            return name.replace(self.final_norm, GPT.final_norm)
-        stack, index, rest = parts
-        return in_layer(stack, index // 2, rest)
-
-    def name_from(self, other: Decoder, name: str) -> str:
-        """Returns the name here of a GPT's parameter: its attention is in one layer, its MLP in the next."""
-        assert other is GPT
-        parts = layer_of(name)
-        if parts is None:
-            return name.replace(GPT.final_norm, self.final_norm)
-        stack, index, rest = parts
-        return in_layer(stack, 2 * index + rest.startswith(("mlp.", "pre_mlp_layernorm.")), rest)
 
 
 def _file(model: ModelFile) -> HybridFile:

@@ -37,7 +37,14 @@ def architectures() -> Mapping[str, Decoder]:
 
 def architecture_of(model: ModelFile) -> Decoder:
     """Returns the architecture of a model file."""
-    return next(each for each in _ARCHITECTURES.values() if each.file is type(model))
+    found = next((each for each in _ARCHITECTURES.values() if each.file is type(model)), None)
+    assert found is not None, f"{type(model).__name__}: of no architecture that is registered"
+    return found
+
+
+def depth_of(model: ModelFile) -> int:
+    """Returns the number of residual branches of a model."""
+    return sum(len(families) for families in architecture_of(model).layers(model))
 
 
 for _each in (GPT, HYBRID):

@@ -11,6 +11,7 @@ from mup_megatron.collectives import gathered, raise_together, raising_together
 from mup_megatron.deepspeed.entry import Entry
 from mup_megatron.deepspeed.names import named_parameters, prepared_plan
 from mup_megatron.errors import InputError
+from mup_megatron.live.compare import Remedies, parameter_problems
 from mup_megatron.modules.applied import applied_plan
 from mup_megatron.modules.names import unwrapped
 from mup_megatron.modules.plan import plan_for_module
@@ -104,18 +105,12 @@ def plan_applied_to(model: torch.nn.Module) -> Plan | None:
 def require_match(model: torch.nn.Module, plan: Plan) -> None:
     """Raises InputError unless all ranks together have the plan's parameters, and no other. Collective."""
     held = {name: full_shape(parameter) for name, parameter in named_parameters(model)}
-    problems = []
-    for name, shape in held.items():
-        if name not in plan.by_name:
-            problems.append(f"{name}: the plan has no such parameter. Make the plan from the model that is trained.")
-        elif shape != plan[name].shape:
-            problems.append(
-                f'{name}: its shape is {list(shape)} and the plan\'s {list(plan[name].shape)}. Correct "target".'
-            )
     everywhere = set().union(*gathered(set(held)))
-    problems += [
-        f'{entry.name}: the model has no such parameter. Correct "target" or the recipe\'s base.'
-        for entry in plan.entries
-        if entry.name not in everywhere
-    ]
-    raise_together(problems[:1])
+    raise_together(parameter_problems(held, plan, _REMEDIES, everywhere=everywhere)[:1])
+
+
+_REMEDIES = Remedies(
+    unknown="Make the plan from the model that is trained.",
+    missing='Correct "target" or the recipe\'s base.',
+    shape='Correct "target".',
+)

@@ -31,8 +31,8 @@ def is_drawn_with(rms: float, std: float, n: int, *, rounding: float) -> bool:
 
 def weight_problems(values: torch.Tensor, entry: PlanEntry) -> list[Problem]:
     """Returns why a parameter, or a rank's shard of it, does not start as the plan says; for one just drawn."""
-    if not values.numel():
-        return []
+    if not values.numel() or (entry.init_std is None and entry.init_value is None):
+        return []  # nothing, or a start of the library's own
     return _constant(values, entry) if entry.init_std is None else _drawn(values, entry, entry.init_std)
 
 

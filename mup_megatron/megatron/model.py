@@ -80,22 +80,30 @@ def refuse_native(config: Any) -> None:
 # ---- what cannot be done right -------------------------------------------------------------------------------------
 
 
+_OTHER_KINDS = {
+    "T5Model": "an encoder and a decoder",
+    "BertModel": "an encoder",
+    "LLaVAModel": "a multimodal model",
+    "MimoModel": "a multimodal model",
+}
+"""Megatron-Core's models that no architecture is for, some of which look like one: class → what it is."""
+
+
 def _foreign(model: torch.nn.Module, plan: Plan) -> str | None:
-    """Why a model is none that the plan is for; None if it is one."""
+    """Why a model is none that the plan is for, as far as its class says; its parameters are compared later."""
     classes = [kind.__name__ for kind in type(model).__mro__]
-    if set(architectures()[plan.architecture].live_classes) & set(classes):
+    own = architectures()[plan.architecture]
+    if set(own.live_classes) & set(classes):
         return None
-    wanted = architectures()[plan.architecture].description
-    other = next((each for each in architectures().values() if set(each.live_classes) & set(classes)), None)
-    if other is not None:
-        return (
-            f"the model is a {type(model).__name__}, {other.description}, and the plan is for {wanted}. Give the model "
-            "file of the model that is built."
-        )
-    return (
-        f"the model is a {type(model).__name__}, which is not supported. Supported are "
-        f"{', '.join(each.live_classes[0] for each in architectures().values())}."
-    )
+    others = {name: each.description for each in architectures().values() for name in each.live_classes}
+    remedy = f"Supported are {', '.join(each.live_classes[0] for each in architectures().values())}."
+    if (what := next((others[name] for name in classes if name in others), None)) is not None:
+        remedy = "Give the file of the model that is built."
+    elif (what := next((_OTHER_KINDS[name] for name in classes if name in _OTHER_KINDS), None)) is None:
+        if set(plan.stacks) <= {name for name, _ in model.named_children()}:
+            return None
+        what = f"a model without a {', '.join(plan.stacks)}"
+    return f"the model is a {type(model).__name__}, {what}, and the plan is for {own.description}. {remedy}"
 
 
 def _problems(model: torch.nn.Module, plan: Plan) -> list[str]:

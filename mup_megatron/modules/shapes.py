@@ -166,7 +166,7 @@ def model_shapes(
             tensors=tensors,
             hidden_size=1 if width is None else width.size,
             head_size=1 if own is None else own.head_size,
-            stacks={"": Stack(facts.num_layers)},
+            stacks={"layers": Stack(facts.num_layers)},
             readout=readout,
             stock_softmax_scale=None if own is None else own.scale,
         )

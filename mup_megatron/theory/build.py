@@ -212,6 +212,11 @@ def _overridden(entry: PlanEntry, tensor: Tensor, overrides: tuple[Override, ...
             f"per_parameter[{index}] '{own.match}': {entry.name} is a bias or gain, which has no multiplier and no "
             "init std. Narrow the pattern, or put one before it that matches the vectors with lr_mult alone."
         )
+    if entry.init_std is None and entry.init_value is None and own.init_mult != 1.0:
+        raise PlanError(
+            f"per_parameter[{index}] '{own.match}': {entry.name} keeps its library's own start, which has no init std. "
+            "Take init_mult out, or narrow the pattern."
+        )
     return replace(
         entry,
         init_std=None if entry.init_std is None else entry.init_std * own.init_mult,

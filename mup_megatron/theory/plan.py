@@ -149,6 +149,11 @@ class Plan:
         return sum(stack.layers for stack in self.stacks.values())
 
     @property
+    def depth(self) -> int:
+        """Residual branches of all stacks together."""
+        return sum(stack.depth for stack in self.stacks.values())
+
+    @property
     def tied(self) -> bool:
         """True where the readout is the token embedding."""
         return self.readout is not None and self[self.readout].is_embedding

@@ -91,7 +91,7 @@ def test_a_target_is_read_as_the_command_line_reads_it(tmp_path: Path) -> None:
     targets["file"] = str(tmp_path / "right" / "config.json")
     found = run_ranks(_with_a_target, 2, write(recipe_for("gpt2"), tmp_path), targets)[0]
     assert found["right"] == found["file"] == ["", ""]
-    assert "its shape is" in found["other"][0]
+    assert "the model's shape is" in found["other"][0]
     assert "no model_type" in found["no model type"][0]
     assert "none" in found["none"][0]
     assert all(first == second for first, second in found.values())

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from support.shapes import HYPERPARAMETERS, gpt, recipe_for
 
-from mup_megatron.theory import ADAM, SGD, Optimizer, Property, Role, optimizers
+from mup_megatron.theory import ADAM, SGD, Optimizer, Property, Role, Scaling, Sizes, optimizers
 from mup_megatron.theory import optimizers as registered
 from mup_megatron.theory.optimizers import _OPTIMIZERS, ONE, Power, register
 
@@ -57,3 +57,14 @@ def test_an_optimizer_that_routes_nothing_steps_all() -> None:
 def test_how_a_folded_weights_step_grows() -> None:
     # For θ = 1/4: Adam's step is θ times as large, SGD's θ².
     assert (ADAM.folded(0.25), SGD.folded(0.25)) == (0.25, 0.0625)
+
+
+@pytest.mark.parametrize("name", list(optimizers()))
+@pytest.mark.parametrize("role", list(Role))
+def test_learning_rate_times_weight_decay_is_the_bases(name: str, role: Role) -> None:
+    """With the exponent 1 of every matrix: the timescale on which AdamW and its like forget (arXiv 2405.13698)."""
+    optimizer = optimizers()[name]
+    grows = {Role.INPUT: (False, True), Role.HIDDEN: (True, True), Role.OUTPUT: (True, False)}.get(role, (False, False))
+    s = Scaling(Sizes(64, 256, grows[0]), Sizes(32, 512, grows[1]))
+    product = optimizer.learning_rate(role, s, eta=0.5) * optimizer.decayed(role, s, lam=0.25, exponent=1.0)
+    assert product == 0.125

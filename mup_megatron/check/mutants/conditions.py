@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Callable
 
+from mup_megatron.architectures.registry import depth_of
 from mup_megatron.check.entries import (
     is_hidden,
 )
@@ -97,7 +98,7 @@ def has_clipping(context: Context) -> bool:
 
 def depth_differs(context: Context) -> bool:
     """Returns whether there are other layers than at the base."""
-    return context.base.num_layers != context.target.num_layers
+    return depth_of(context.base) != depth_of(context.target)
 
 
 def has_own_rates(context: Context) -> bool:

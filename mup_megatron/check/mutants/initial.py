@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mup_megatron.architectures.registry import depth_of
 from mup_megatron.check.entries import (
     is_embedding,
     is_gain,
@@ -111,20 +112,20 @@ INITIAL = (
         what="What writes into the residual stream starts with 1/√(2L) of the base's depth.",
         # The check sees √2 and cannot know where it comes from.
         cause=("residual-init", "init-by-shard"),
-        model=_weights(is_residual, lambda _e, _r, c: math.sqrt(c.target.num_layers / c.base.num_layers)),
+        model=_weights(is_residual, lambda _e, _r, c: math.sqrt(depth_of(c.target) / depth_of(c.base))),
         when=depth_differs,
     ),
     Mutant(
         name="residual-init-missing",
         what="What writes into the residual stream starts without 1/√(2L).",
         cause=("residual-init",),
-        model=_weights(is_residual, lambda _e, _r, c: math.sqrt(2 * c.target.num_layers)),
+        model=_weights(is_residual, lambda _e, _r, c: math.sqrt(depth_of(c.target))),
     ),
     Mutant(
         name="residual-init-twice",
         what="What writes into the residual stream starts with 1/√(2L) twice.",
         cause=("residual-init",),
-        model=_weights(is_residual, lambda _e, _r, c: 1 / math.sqrt(2 * c.target.num_layers)),
+        model=_weights(is_residual, lambda _e, _r, c: 1 / math.sqrt(depth_of(c.target))),
     ),
     Mutant(
         name="tied-init-linear",

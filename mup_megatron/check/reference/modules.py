@@ -30,8 +30,7 @@ def carry_out(model: nn.Module, plan: Plan, *, seed: int) -> None:
             entry = plan[name]
             if entry.init_std is not None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * entry.init_std)
-            else:
-                assert entry.init_value is not None
+            elif entry.init_value is not None:
                 parameter.fill_(entry.init_value)
         for module in model.modules():
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:

@@ -109,7 +109,7 @@ def test_the_script_without_a_mistake_trains(run: Run) -> None:
         ("schedule_after_parsing", "lr_decay_style: cosine in the schedule, constant by the recipe"),
         (
             "another_kind_of_model",
-            "the model is a Wrapping, a model without a decoder, and a plan is",
+            "the model is a Wrapping, a model without a decoder, and the plan is",
         ),
     ],
 )

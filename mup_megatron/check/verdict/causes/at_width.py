@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import depth_of
 from mup_megatron.check.entries import is_embedding, is_hidden, is_input_role, is_output_role
 from mup_megatron.recipe import PerParameter, Recipe
 from mup_megatron.theory import Plan, PlanEntry
@@ -51,8 +52,8 @@ class AtWidth:
 
     @property
     def depth_at_base(self) -> int | None:
-        """Layers of the base, if it is a GPT."""
-        return self.recipe.base.num_layers if isinstance(self.recipe.base, ModelFile) else None
+        """Residual branches of the base, if it is a model of Megatron-Core's."""
+        return depth_of(self.recipe.base) if isinstance(self.recipe.base, ModelFile) else None
 
 
 _OVERRIDE = re.compile(r"per_parameter\[(\d+)\]")

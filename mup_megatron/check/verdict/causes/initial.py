@@ -27,7 +27,7 @@ def initial_weights(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
         return of_weights(name, sentence, Quantity.INITIAL, at, select, factor)
 
     def depth(_: PlanEntry, here: AtWidth) -> float:
-        return 0.5 * math.log(2 * here.plan.num_layers)
+        return 0.5 * math.log(here.plan.depth)
 
     what = "the initial std of what writes into the residual stream"
     found = [
@@ -51,7 +51,7 @@ def initial_weights(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
                 "residual-init",
                 f"{what} has the base's depth in its 1/√(2L). Take the target's.",
                 is_residual,
-                lambda _, w: 0.5 * math.log(w.plan.num_layers / base),
+                lambda _, w: 0.5 * math.log(w.plan.depth / base),
             )
         )
     found += [

@@ -110,9 +110,10 @@ def _computed_from(name: str, plan: Plan) -> list[str]:
     """The activations that a GPT's activation is computed from, as far as they are measured."""
     layer, last = layer_of(name), name.rpartition(".")[2]
     if layer is None:
-        if last == "final_layernorm":
+        final = plan.readout_norm[0].rpartition(".")[0] if plan.readout_norm else ""
+        if name == final:
             return [f"decoder.layers.{plan.num_layers - 1}"]
-        return ["decoder.final_layernorm"] if last == "output_layer" else []
+        return [final] if last == "output_layer" else []
     here = f"decoder.layers.{layer}"
     stream = [f"decoder.layers.{layer - 1}"] if layer else [f"embedding.{kind}_embeddings" for kind in _TABLES]
     attention, mlp = f"{here}.self_attention", f"{here}.mlp"

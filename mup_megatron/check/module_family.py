@@ -139,7 +139,7 @@ class ModuleFamily:
         return section
 
     def known(self, models: Mapping[int, nn.Module], plans: Mapping[int, Plan]) -> Known:
-        """For bounds, after the subject has run.
+        """Returns what bounds need, after the subject has run.
 
         Args:
             models: width → the bare model.

@@ -43,7 +43,7 @@ class Mark:
         return self.softmax_scale is not None or bool(self.multipliers)
 
     def difference(self, softmax_scale: float | None, multipliers: Mapping[str, float]) -> str | None:
-        """In what a plan with these differs, in a sentence; None where the weights are one function with both."""
+        """Says in what a plan with these differs, in a sentence; None where the weights are one function with both."""
         if not _same(self.softmax_scale, softmax_scale):
             return f"attention's scale was {_shown(self.softmax_scale)} and is {_shown(softmax_scale)}"
         for name in (*self.multipliers, *multipliers):

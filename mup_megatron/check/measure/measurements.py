@@ -134,7 +134,7 @@ class Measurements:
 
     @property
     def widths(self) -> list[int]:
-        """In rising order."""
+        """The widths in rising order."""
         return sorted({run.width for run in self.runs})
 
     @property

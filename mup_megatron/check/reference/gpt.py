@@ -64,7 +64,7 @@ class Reference:
         return replay_for(self._recipe)
 
     def forward(self) -> None:
-        """On the batch for comparisons."""
+        """Does the forward pass on the batch for comparisons."""
         self._gpt(self._batch(batches.PROBE)[:, :-1])
 
     def evaluate(self) -> bool:
@@ -72,7 +72,7 @@ class Reference:
         return False
 
     def repeat(self, index: int) -> bool:
-        """On sequences of one token each."""
+        """Does the forward pass on sequences of one token each."""
         tokens = self._batch(batches.PROBE)[:, :-1]
         self._gpt(tokens[:, index : index + 1].expand_as(tokens))
         return True

@@ -64,7 +64,7 @@ def why_none(verdict: Verdict) -> str:
 
 
 def conditions(verdict: Verdict) -> str:
-    """On what it was measured."""
+    """Says on what it was measured."""
     widths = ", ".join(map(str, verdict.widths))
     return (
         f"level {verdict.level}, recipe {verdict.fingerprint[:12]}, widths {widths}, "
@@ -89,7 +89,7 @@ class Alike:
 
     @property
     def name(self) -> str:
-        """With all the layers, as `layers.0-3`, where the finding is in several."""
+        """Names it with all the layers, as `layers.0-3`, where the finding is in several."""
         layers = sorted({layer for f in self.findings if (layer := layer_of(f.key.name)) is not None})
         return in_layer(self.shown.key.name, _ranges(layers))
 

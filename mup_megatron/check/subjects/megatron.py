@@ -111,7 +111,7 @@ class MegatronTrainee:
         return replay_for(self._recipe)
 
     def forward(self) -> None:
-        """On the batch for comparisons."""
+        """Does the forward pass on the batch for comparisons."""
         forward_backward(self._built, self._probe, 0, self._sizes, forward_only=True)
 
     def evaluate(self) -> bool:
@@ -126,7 +126,7 @@ class MegatronTrainee:
         return True
 
     def repeat(self, index: int) -> bool:
-        """On sequences of one token each."""
+        """Does the forward pass on sequences of one token each."""
         repeated = _Sequences(
             self._model, size=self._sizes.global_batch, seed=self._seed, only=batches.PROBE, repeated=index
         )

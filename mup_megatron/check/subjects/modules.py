@@ -136,11 +136,11 @@ class ModuleTrainee(_Watched):
         return None if self._optimizer is None else replay_for(self._recipe)
 
     def evaluate(self) -> bool:
-        """In evaluation mode; of the correct side that is not asked, which shares the code."""
+        """Does the forward pass in evaluation mode; of the correct side that is not asked, which shares the code."""
         return not self._alone and super().evaluate()
 
     def repeat(self, index: int) -> bool:
-        """On sequences of one token each, if there are any tokens; likewise."""
+        """Does the same on sequences of one token each, if there are any tokens."""
         return not self._alone and super().repeat(index)
 
     def step(self, step: int) -> float:

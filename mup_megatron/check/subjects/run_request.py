@@ -18,7 +18,7 @@ class RunRequest:
     protocol: RunProtocol
 
     def write(self, path: Path) -> None:
-        """For `read`, in the process that trains."""
+        """Writes it for `read`, in the process that trains."""
         write_atomically(path, json.dumps(asdict(self)))
 
     @classmethod

@@ -313,7 +313,7 @@ class Finding:
 
     @property
     def sentence(self) -> str:
-        """In words: where, what was expected, what was found."""
+        """Says it in words: where, what was expected, what was found."""
         c, key = self.compared, self.key
         when = "before training" if key.step == 0 else f"after {key.step} step{'s' if key.step > 1 else ''}"
         where = f"{key.name}: {key.quantity}, {when}"

@@ -44,7 +44,7 @@ class Pair:
 
     @property
     def sentence(self) -> str:
-        """In words."""
+        """Says it in words."""
         return (
             f"width {self.wider} is worse than {self.narrower} at step {self.step}: training loss "
             f"{self.wider_loss:.4g} instead of {self.narrower_loss:.4g}, {math.expm1(self.difference):+.1%} "
@@ -70,7 +70,7 @@ class WiderResult:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """In words."""
+        """Says it in words."""
         if self.offending:
             first, *others = self.offending
             more = [f"The same at {len(others)} more of {len(self.pairs)} comparisons."] if others else []

@@ -97,7 +97,7 @@ class Native:
 
     @property
     def output_multiplier(self) -> float:
-        """On the logits: 1/m, or the factor that is given in its place."""
+        """The factor of the logits: 1/m, or the factor that is given in its place."""
         given = float(self.values["mup_output_mult"])
         return 1.0 / self.width_mult if given == 1.0 else given
 

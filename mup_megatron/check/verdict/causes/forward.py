@@ -36,7 +36,7 @@ def at_logits(factor: Callable[[AtWidth], float]) -> OfActivation:
 
 
 def root_of_head(here: AtWidth) -> float:
-    """From what attention should have to 1/√d."""
+    """Returns the step from what attention should have to 1/√d."""
     return math.log(here.alpha / math.sqrt(here.plan.head_size) / here.plan.softmax_scale)
 
 

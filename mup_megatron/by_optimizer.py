@@ -8,7 +8,7 @@ Known = TypeVar("Known")
 
 
 class ByOptimizer(dict[str, Known]):
-    """What a framework makes of each optimizer, by its name in a recipe.
+    """A framework's table of optimizers, by their names in a recipe.
 
     Asking for an optimizer that was not registered raises InputError, which names those that were.
     """

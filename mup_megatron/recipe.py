@@ -19,6 +19,20 @@ from mup_megatron.files import write_atomically
 from mup_megatron.validation import Strict, plain, quoted, validated
 from mup_megatron.yaml_io import dump_yaml, read_yaml
 
+__all__ = [
+    "HuggingFaceBase",
+    "Hyperparameters",
+    "ModuleBase",
+    "Parametrization",
+    "PerParameter",
+    "Recipe",
+    "Schedule",
+    "Training",
+    "load_recipe",
+    "recipe",
+    "save_recipe",
+]
+
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

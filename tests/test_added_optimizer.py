@@ -220,7 +220,7 @@ def _adams_rates(model: nn.Module, task: Task) -> optim.Optimizer:
 @pytest.mark.usefixtures("known")
 def test_where_it_was_not_registered_the_message_says_which_were() -> None:
     from mup_megatron.deepspeed.entry import optimizer_params
-    from mup_megatron.megatron.arguments import flags
+    from mup_megatron.megatron.arguments.convert import flags
     from mup_megatron.megatron.optimizers import distributed_problem
 
     own = megatron_recipe(gpt(), optimizer="nadam")

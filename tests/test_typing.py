@@ -14,7 +14,7 @@ from typing import assert_type
 
 import torch
 
-from mup_megatron.architectures.registry import load_model_file
+from mup_megatron.architectures import load_model_file
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, module_base, param_groups, plan_for_module
 from mup_megatron.recipe import Hyperparameters, Recipe, load_recipe

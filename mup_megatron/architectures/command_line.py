@@ -1,4 +1,4 @@
-"""What Megatron-LM's command line says of one architecture, beside what it says of every model."""
+"""The part of Megatron-LM's command line that one architecture has for itself, beside what it says of every model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ Release = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What parsed arguments say of an architecture."""
+    """The content of a model file, as parsed arguments say it."""
 
     content: Mapping[str, Any]
     """Keys of a model file with their values; None where the line's own does not count and the file finds it itself."""

@@ -1,4 +1,4 @@
-"""What training a model costs: parameters and FLOPs, itemised, from its model file."""
+"""The cost of training a model: parameters and FLOPs, itemised, from its model file."""
 
 import math
 from collections.abc import Mapping
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, shapes_of
+
+__all__ = ["Flops", "parameter_count", "training_flops"]
 
 
 def parameter_count(model: ModelFile) -> int:

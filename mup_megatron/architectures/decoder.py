@@ -13,7 +13,7 @@ from typing import ClassVar
 from mup_megatron.architectures.command_line import CommandLine
 from mup_megatron.architectures.families import Family, Growth, norm
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.names import HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS, in_layer
+from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS, in_layer
 from mup_megatron.errors import InputError
 from mup_megatron.theory import READOUT, Acts, ModelShape, Place, Property, Side, Stack, Tensor
 
@@ -131,7 +131,7 @@ class Decoder(ABC):
             hidden_size=model.hidden_size,
             head_size=model.head_size,
             stacks={STACK: Stack(model.num_layers, self.branches)},
-            readout=WORD_EMBEDDINGS if model.tied else HEAD,
+            readout=WORD_EMBEDDINGS if model.tied else READOUT_WEIGHT,
             readout_norm=tuple(name for name in names if name.startswith(self.final_norm)),
             query_norms=tuple(name for name in names if ".q_layernorm." in name),
             places=tuple(self._places(model)),
@@ -150,7 +150,7 @@ class Decoder(ABC):
         yield from norm(model, self.final_norm, hidden)
         if not model.tied:
             yield Tensor(
-                name=HEAD,
+                name=READOUT_WEIGHT,
                 shape=(vocabulary.size, hidden.size),
                 fan_in=hidden,
                 fan_out=vocabulary,
@@ -165,7 +165,7 @@ class Decoder(ABC):
         for index, families in enumerate(self.layers(model)):
             for family in families:
                 yield from family.places(in_layer(STACK, index, "").removesuffix("."))
-        yield Place(HEAD.rpartition(".")[0], Acts.INPUT, READOUT)
+        yield Place(READOUT_WEIGHT.rpartition(".")[0], Acts.INPUT, READOUT)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""

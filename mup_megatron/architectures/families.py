@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Protocol
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import SOFTMAX, Acts, Constant, Part, Place, Property, Side, Tensor
 
+__all__ = ["ATTENTION", "MLP", "Family", "Growth", "linear", "norm", "vector"]
+
 if TYPE_CHECKING:
     from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """What grows between a base and a target, known only from both together."""
+    """The sides that grow between a base and a target, known only from both together."""
 
     base: ModelFile
     target: ModelFile
@@ -117,10 +119,13 @@ class Mlp:
         """Returns an MLP."""
         from mup_megatron.architectures import plain
 
-        return "pre_mlp_layernorm", "mlp", plain.Mlp(model)
+        return "pre_mlp_layernorm", "mlp", plain.PlainMlp(model)
 
 
-ATTENTION, MLP = Attention(), Mlp()
+ATTENTION = Attention()
+"""The family of self-attention."""
+MLP = Mlp()
+"""The family of MLPs."""
 
 
 def linear(

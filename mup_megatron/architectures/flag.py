@@ -70,6 +70,6 @@ class Flag:
         return " ".join(found) if self.many and isinstance(found, list) else found
 
     def changed(self, values: Mapping[str, Any]) -> bool:
-        """Whether parsed arguments have something else than Megatron's default; off in either way is off."""
+        """Returns whether parsed arguments have something else than Megatron's default; off in either way is off."""
         found = self.found(values)
         return bool(found != self.default and (found or self.default) and found not in self.fine)

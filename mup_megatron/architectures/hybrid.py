@@ -104,7 +104,7 @@ _STOCK_SPECS = {
 
 
 class HybridCommandLine(CommandLine):
-    """What differs between releases: which flag has the pattern, and what --num-layers means beside it."""
+    """A command line that differs between releases, in the pattern's flag and what --num-layers means beside it."""
 
     def read(self, values: Mapping[str, Any], release: Release | None) -> Reading:
         """Returns the pattern. Beside it Megatron 0.17 takes no notice of --num-layers, and 0.16 wants it to agree."""

@@ -126,12 +126,12 @@ class ModelFile(Strict):
 
     @property
     def bias_on_qkv(self) -> bool:
-        """Whether the projection to queries, keys and values has a bias."""
+        """True where the projection to queries, keys and values has a bias."""
         return self.add_bias_linear or self.add_qkv_bias
 
     @property
     def tied(self) -> bool:
-        """Whether the readout is the token embedding."""
+        """True where the readout is the token embedding."""
         return not self.untie_embeddings_and_output_weights
 
     def padded_vocab_size(self, tensor_model_parallel_size: int = 1) -> int:

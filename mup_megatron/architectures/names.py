@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 POSITION_EMBEDDINGS = "embedding.position_embeddings.weight"
-HEAD = "output_layer.weight"
+READOUT_WEIGHT = "output_layer.weight"
 _LAYER = re.compile(r"^(\w+)\.layers\.(\d+)\.(.+)$")
 
 
@@ -28,7 +28,7 @@ def global_name(local_name: str, layers: Mapping[str, Sequence[int]], *, tied: b
         layers: for each stack, the global index, from 0, of each layer that the stage (or virtual stage) holds.
         tied: whether readout and embedding are one weight; the last stage then holds a copy under the readout's name.
     """
-    if tied and local_name == HEAD:
+    if tied and local_name == READOUT_WEIGHT:
         return WORD_EMBEDDINGS
     parts = layer_of(local_name)
     if parts is None or parts[0] not in layers:

@@ -46,7 +46,7 @@ class PlainDecoder(nn.Module):
         self.output_multiplier = output_multiplier
         self.embedding = Embedding(model)
         scale = 1.0 / math.sqrt(model.head_size) if softmax_scale is None else softmax_scale
-        self.decoder = Stack(model, scale)
+        self.decoder = PlainStack(model, scale)
         table = self.embedding.word_embeddings.get_parameter("weight")
         self.output_layer: nn.Module
         if make_readout is not None:
@@ -77,7 +77,7 @@ class Embedding(nn.Module):
         return words + self.position_embeddings(torch.arange(tokens.shape[1], device=tokens.device))
 
 
-class Stack(nn.Module):
+class PlainStack(nn.Module):
     def __init__(self, model: ModelFile, softmax_scale: float) -> None:
         super().__init__()
         own = architecture_of(model)
@@ -175,7 +175,7 @@ class CausalSoftmax(nn.Module):
         return logits.masked_fill(later, -math.inf).softmax(-1)
 
 
-class Mlp(nn.Module):
+class PlainMlp(nn.Module):
     """Exact GELU (with the error function), or SwiGLU whose first half of fc1's rows is the gate."""
 
     def __init__(self, model: ModelFile) -> None:

@@ -16,7 +16,7 @@ _BRANCHES = 2
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """How much is searched on the proxy for one run of the target."""
+    """The extent of a search on the proxy for one run of the target."""
 
     trials: int
     trial_tokens: float

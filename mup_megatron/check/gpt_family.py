@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GPTFamily:
-    """What is trained in a check: the models of a target's shape, and the recipe under stress."""
+    """The models that a check trains: those of a target's shape, and the recipe under stress."""
 
     recipe: Recipe
     """The user's, with the base of the check."""
@@ -41,7 +41,7 @@ class GPTFamily:
         return stressed_after(self._pilot, self.recipe, steps=protocol.steps)
 
     def correct(self, protocol: RunProtocol, rule: Rule = Rule.MUP) -> Recipe:
-        """Likewise with the rules that are right, or with none."""
+        """Returns the stressed recipe with the rules that are right, or with none."""
         return under_rule(self.at(protocol), rule)
 
     def reference(self, protocol: RunProtocol, *, rule: Rule = Rule.MUP, report: Report | None = None) -> Measurements:
@@ -49,7 +49,7 @@ class GPTFamily:
         return self._kept(self._correct_runs(protocol, rule), report)
 
     def is_kept(self, protocol: RunProtocol, rule: Rule) -> bool:
-        """Whether they are in the cache."""
+        """Returns whether its correct runs are in the cache."""
         return cache.has(self.cache, self._correct_runs(protocol, rule).facts)
 
     def _correct_runs(self, protocol: RunProtocol, rule: Rule) -> "_Correct":

@@ -66,7 +66,7 @@ class ModuleFamily:
         seeds: int,
         deep: tuple[Factory, Recipe, Sequence[int]] | None,
     ) -> str:
-        """How many models there will be, and how long they take."""
+        """Returns how many models there will be, and how long they take."""
         shapes = {width: _shapes(model) for width, model in models.items()}
         once = [(shapes[self.widths[0]], PILOT)]
         if level is Level.QUICK:
@@ -87,7 +87,7 @@ class ModuleFamily:
         )
 
     def plan(self, width: int, recipe: Recipe) -> Plan:
-        """What the model of a width gets."""
+        """Returns the plan of the model of a width."""
         if isinstance(recipe.base, HuggingFaceBase):
             from mup_megatron.huggingface.plan import plan_for
 
@@ -96,7 +96,7 @@ class ModuleFamily:
         return plan_for_module(lambda: bare_model(self.factory, width, seed=0), recipe, readout=self.readout)
 
     def subject(self, protocol: RunProtocol, prepare: Prepare, seeds: Sequence[int]) -> Measurements:
-        """What a script makes of the models. Collective."""
+        """Returns the measurements of what a script makes of the models. Collective."""
         recipe = on_first_rank(lambda: self.stressed(protocol))
         plans = {width: self.plan(width, recipe) for width in self.widths}
 
@@ -139,7 +139,7 @@ class ModuleFamily:
         return section
 
     def known(self, models: Mapping[int, nn.Module], plans: Mapping[int, Plan]) -> Known:
-        """For bounds, after the subject has run.
+        """Returns what bounds need, after the subject has run.
 
         Args:
             models: width → the bare model.
@@ -159,7 +159,7 @@ class ModuleFamily:
     def later(
         self, prepare: Prepare, seed: int, rounding: set[str], untrained: set[str]
     ) -> tuple[Section, Cause | None]:
-        """What a run shows that goes on. Collective."""
+        """Returns the section of a run that goes on, and its cause. Collective."""
         recipe = on_first_rank(lambda: self.stressed(LATER))
         plans = {width: self.plan(width, recipe) for width in self.widths}
         width = width_of(plans)

@@ -24,6 +24,7 @@ from mup_megatron.check.subjects.scripts import (
     Factory,
     Prepare,
     Schedule,
+    Task,
     bare_model,
     default_batch,
     default_loss,
@@ -37,6 +38,8 @@ from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import PlanError, Rule
 from mup_megatron.training.ranks import on_first_rank
+
+__all__ = ["CheckOutcome", "Level", "Task", "Verdict", "assert_mup", "check_modules", "prepare_by_plan"]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import click
 
 from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.options import FILE, load_planned, target_argument
-from mup_megatron.megatron.arguments import flags
+from mup_megatron.megatron.arguments.convert import flags
 
 
 @click.command()

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mup_megatron.cli.options import FILE, FlagsCommand, answer, answer_console, force_option, vocab_size_option
-from mup_megatron.megatron.arguments import read_line
+from mup_megatron.megatron.arguments.line import read_line
 from mup_megatron.megatron.arguments.native import NativeRecipe, recipe_from_native
 
 

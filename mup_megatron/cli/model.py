@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from mup_megatron.cli.options import FILE, FlagsCommand, answer, force_option, vocab_size_option
-from mup_megatron.megatron.arguments import read_line
+from mup_megatron.megatron.arguments.line import read_line
 from mup_megatron.yaml_io import dump_yaml
 
 

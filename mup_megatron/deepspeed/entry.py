@@ -11,8 +11,8 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from mup_megatron.deepspeed.optimizers import DEEPSPEED_OPTIMIZERS
 from mup_megatron.errors import InputError
-from mup_megatron.modules.apply import Initialize
 from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
+from mup_megatron.modules.weights import Initialize
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import optimizers
 from mup_megatron.validation import Strict, brief, quoted, validated

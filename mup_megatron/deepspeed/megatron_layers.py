@@ -13,7 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.spec_utils import build_module
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.names import HEAD, WORD_EMBEDDINGS
+from mup_megatron.architectures.names import READOUT_WEIGHT, WORD_EMBEDDINGS
 
 Tensor = torch.Tensor
 
@@ -44,7 +44,7 @@ def pipeline_layers(config: Any, model: ModelFile) -> list[LayerSpec]:
         return [LayerSpec(_Embedding, config, model), *layers, norm, LayerSpec(_Readout, config, model)]
     # Each stage of the two builds what it needs of the weight, so the last has no position embedding.
     first = TiedLayerSpec(_TIED, _Embedding, config, model, tied_weight_attr=WORD_EMBEDDINGS)
-    last = TiedLayerSpec(_TIED, _Readout, config, model, forward_fn=_tied_logits, tied_weight_attr=HEAD)
+    last = TiedLayerSpec(_TIED, _Readout, config, model, forward_fn=_tied_logits, tied_weight_attr=READOUT_WEIGHT)
     return [first, *layers, norm, last]
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from mup_megatron.by_optimizer import ByOptimizer
 
+__all__ = ["DEEPSPEED_OPTIMIZERS", "DeepSpeedOptimizer", "register"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeepSpeedOptimizer:
@@ -30,6 +32,7 @@ class DeepSpeedOptimizer:
 
 
 DEEPSPEED_OPTIMIZERS = ByOptimizer[DeepSpeedOptimizer]("DeepSpeed")
+"""The optimizers that DeepSpeed knows, by their names in a recipe."""
 register = DEEPSPEED_OPTIMIZERS.register
 
 register("adam", DeepSpeedOptimizer(type="AdamW", coupled_type="Adam", through_mup=("muadam", "muadamw")))

@@ -12,9 +12,10 @@ from mup_megatron.deepspeed.entry import Entry
 from mup_megatron.deepspeed.names import named_parameters, prepared_plan
 from mup_megatron.errors import InputError
 from mup_megatron.live.compare import Remedies, parameter_problems
-from mup_megatron.modules.apply import applied_plan, whole_shape
+from mup_megatron.modules.applied import applied_plan
 from mup_megatron.modules.names import unwrapped
 from mup_megatron.modules.plan import plan_for_module
+from mup_megatron.modules.weights import full_shape
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, Recipe
 from mup_megatron.targets import plan_for_file
 from mup_megatron.theory import Plan
@@ -103,7 +104,7 @@ def plan_applied_to(model: torch.nn.Module) -> Plan | None:
 
 def require_match(model: torch.nn.Module, plan: Plan) -> None:
     """Raises InputError unless all ranks together have the plan's parameters, and no other. Collective."""
-    held = {name: whole_shape(parameter) for name, parameter in named_parameters(model)}
+    held = {name: full_shape(parameter) for name, parameter in named_parameters(model)}
     everywhere = set().union(*gathered(set(held)))
     raise_together(parameter_problems(held, plan, _REMEDIES, everywhere=everywhere)[:1])
 

@@ -18,10 +18,12 @@ from mup_megatron.deepspeed.names import is_pipeline, named_parameters, param_gr
 from mup_megatron.deepspeed.planning import plan_applied_to, plan_on_all_ranks, require_match
 from mup_megatron.deepspeed.remarks import say
 from mup_megatron.errors import InputError
-from mup_megatron.modules.apply import Initialize, apply_plan, require_applied
+from mup_megatron.modules.applied import require_applied
+from mup_megatron.modules.apply import apply_plan
 from mup_megatron.modules.groups import members
 from mup_megatron.modules.names import unwrapped
 from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
+from mup_megatron.modules.weights import Initialize
 from mup_megatron.recipe import Recipe, load_recipe
 from mup_megatron.theory import Plan
 

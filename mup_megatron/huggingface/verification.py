@@ -16,7 +16,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.huggingface import configs
 from mup_megatron.modules.attention import attention_modules
 from mup_megatron.modules.forward import Factor, Forward, watched_forward
-from mup_megatron.modules.shapes import Built
+from mup_megatron.modules.shapes import MetaModule
 from mup_megatron.theory import rules
 from mup_megatron.validation import shortened
 
@@ -25,7 +25,7 @@ _CLOSE = 1e-4
 """Relative difference of two scales that are one: some code rounds them to half precision."""
 
 
-def forward_of(built: Built) -> Forward:
+def forward_of(built: MetaModule) -> Forward:
     """Returns what a forward pass of a model does.
 
     Raises:

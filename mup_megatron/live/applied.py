@@ -1,4 +1,4 @@
-"""Which plan was applied to which live model: one registry for all adapters, which keeps no model alive."""
+"""The registry of which plan was applied to which live model, for all adapters. It keeps no model alive."""
 
 import weakref
 

@@ -1,4 +1,4 @@
-"""What is live against the plan, in plain values: parameters, groups, hooks, the scale of attention. Changes nothing.
+"""Compares what is live with the plan, in plain values: parameters, groups, hooks, attention scale. Changes nothing.
 
 How values are got at is each adapter's affair, as is the remedy where it depends on the framework.
 """
@@ -27,7 +27,7 @@ def close(found: float | None, expected: float | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Remedies:
-    """What to do about parameters that are not the plan's, in a framework's terms: whole sentences."""
+    """Remedies for parameters that are not the plan's, in a framework's terms: whole sentences."""
 
     unknown: str
     """Where the plan has no such parameter."""

@@ -1,4 +1,4 @@
-"""What is said of a run that is not what its plan says: single problems, and one message made of many."""
+"""Messages about a run that is not what its plan says: single problems, and one message made of many."""
 
 from collections import Counter
 from collections.abc import Iterable

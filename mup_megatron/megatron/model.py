@@ -18,6 +18,8 @@ from mup_megatron.megatron.names import named_modules, named_parameters, require
 from mup_megatron.megatron.versions import native_mup
 from mup_megatron.theory import Acts, Plan, PlanEntry
 
+__all__ = ["applied_plan", "apply_plan", "configure", "softmax_scales"]
+
 
 def configure(config: Any, plan: Plan) -> None:
     """Puts the plan's attention scale into a TransformerConfig from which a model is about to be built.

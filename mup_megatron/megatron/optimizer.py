@@ -18,13 +18,15 @@ from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
 from mup_megatron.megatron.versions import distinct_lr_mults
 from mup_megatron.theory import Plan, PlanEntry
 
+__all__ = ["config_overrides"]
+
 Override = Mapping[str, float]
 
 
 def config_overrides(
     model_chunks: Sequence[torch.nn.Module], plan: Plan, config: OptimizerConfig
 ) -> dict[ParamKey, dict[str, float]]:
-    """What `get_megatron_optimizer` takes as `config_overrides` for every parameter to get what the plan says.
+    """Returns the `config_overrides` of `get_megatron_optimizer`, for every parameter to get what the plan says.
 
     It takes the place of Megatron's standard overrides (no weight decay for vectors), which the plan contains. A
     parameter that gets the base's values is not mentioned. Collective: every rank has to call it.
@@ -114,8 +116,8 @@ def require_proportional_schedule(scheduler: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupValues:
-    """What the optimizer holds for one parameter at this moment."""
+class LiveGroupValues:
+    """The values that the optimizer holds for one parameter at this moment."""
 
     lr: float
     max_lr: float | None
@@ -128,7 +130,7 @@ class GroupValues:
     """What the scheduler multiplies the base's weight decay by."""
 
     @classmethod
-    def of(cls, group: Mapping[str, Any]) -> "GroupValues":
+    def of(cls, group: Mapping[str, Any]) -> "LiveGroupValues":
         """The values of one group."""
         return cls(
             lr=float(group["lr"]),
@@ -140,10 +142,10 @@ class GroupValues:
         )
 
 
-def live_values(optimizer: Any, model_chunks: Sequence[torch.nn.Module], *, tied: bool) -> dict[str, GroupValues]:
-    """What the live optimizer of this rank holds for each parameter whose state it owns, by global name."""
+def live_values(optimizer: Any, model_chunks: Sequence[torch.nn.Module], *, tied: bool) -> dict[str, LiveGroupValues]:
+    """Returns what the live optimizer of this rank holds for each parameter whose state it owns, by global name."""
     return {
-        name: GroupValues.of(groups[0])
+        name: LiveGroupValues.of(groups[0])
         for name, _, groups in parameters_with_groups(optimizer, model_chunks, tied=tied)
         if groups
     }
@@ -178,7 +180,7 @@ def parts_of(optimizer: Any) -> list[Any]:
 
 
 def is_sharded(part: Any) -> bool:
-    """Whether it is the distributed optimizer, of which each data-parallel rank updates another share."""
+    """Returns whether it is the distributed optimizer, of which each data-parallel rank updates another share."""
     return hasattr(part, "model_param_group_index_map")
 
 

@@ -12,6 +12,8 @@ from mup_megatron.errors import InputError
 from mup_megatron.theory import optimizers
 from mup_megatron.validation import brief
 
+__all__ = ["MEGATRON_OPTIMIZERS", "MegatronOptimizer", "register"]
+
 NativeFactor = Callable[[bool, float], float]
 """What Megatron-Core's own μP multiplies a value of a parameter by: (whether it is a hidden weight, m) → factor."""
 
@@ -30,6 +32,7 @@ class MegatronOptimizer:
 
 
 MEGATRON_OPTIMIZERS = ByOptimizer[MegatronOptimizer]("Megatron")
+"""The optimizers that Megatron knows, by their names in a recipe."""
 register = MEGATRON_OPTIMIZERS.register
 
 register(

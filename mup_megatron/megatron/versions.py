@@ -1,4 +1,4 @@
-"""What differs between Megatron-Core releases: the one place for it. Not a compatibility layer for Megatron as a whole.
+"""The one place for what differs between Megatron-Core releases. Not a compatibility layer for Megatron as a whole.
 
 Imports nothing of Megatron at import time, so that the CPU runtime can ask before the first `import megatron`.
 """
@@ -52,7 +52,7 @@ def core_version_text() -> str:
 
 
 def installed() -> dict[str, str]:
-    """What a result was obtained with: the version of this package, of Python, and of what computes; by name.
+    """Returns what a result was obtained with: the version of this package, of Python, and of what computes; by name.
 
     Packages that are not installed are left out.
     """
@@ -85,7 +85,7 @@ def range_remark() -> str | None:
 
 
 def native_mup(config: Any) -> bool:
-    """Whether Megatron's own μP is on in a TransformerConfig. The field exists since 0.17."""
+    """Returns whether Megatron's own μP is on in a TransformerConfig. The field exists since 0.17."""
     return bool(getattr(config, "use_mup", False))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments import model_from_values, not_in_model_file
+from mup_megatron.megatron.arguments.convert import model_from_values, not_in_model_file
 from mup_megatron.recipe import Recipe
 
 _SOURCE = "the command line"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mup_megatron.architectures.names import HEAD
+from mup_megatron.architectures.names import READOUT_WEIGHT
 from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.live import hooks
 from mup_megatron.megatron_deepspeed.names import is_pipe, mismatches, named_parameters, unwrapped
@@ -137,5 +137,5 @@ def _multiplied_modules(model: torch.nn.Module, plan: Plan) -> dict[str, torch.n
     return {
         plan[name].module: owners[id(parameter)]
         for _, name, parameter in named_parameters([model])
-        if name != HEAD or is_pipe(model)  # GPTModel uses the readout's weight alone, never its module
+        if name != READOUT_WEIGHT or is_pipe(model)  # GPTModel uses the readout's weight alone, never its module
     }

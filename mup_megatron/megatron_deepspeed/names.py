@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mup_megatron.architectures.names import HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS
+from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS
 from mup_megatron.live.compare import Remedies, parameter_problems
 from mup_megatron.modules.groups import PADDING
 from mup_megatron.theory import Plan
@@ -32,7 +32,7 @@ _SPLIT = {
     "mlp.linear_fc1.bias": 0,
     "mlp.linear_fc2.weight": 1,
     WORD_EMBEDDINGS: 0,
-    HEAD: 0,
+    READOUT_WEIGHT: 0,
 }
 """End of a plan's name → the dimension that tensor parallelism splits. By name, because the fork marks a parameter as
 split only while it draws it."""
@@ -55,7 +55,7 @@ def is_pipe(model: torch.nn.Module) -> bool:
 
 
 def core_names(model: torch.nn.Module) -> dict[str, str]:
-    """{the fork's name: the plan's} for every parameter that a stage of a model holds.
+    """Returns {the fork's name: the plan's} for every parameter that a stage of a model holds.
 
     What the plan has no name for keeps the fork's, so that it is found to be unknown.
 
@@ -90,7 +90,7 @@ def _of_gpt_model(model: Any, named: Sequence[str]) -> Iterator[tuple[str, str]]
         elif name.startswith(f"{encoder}final_layernorm."):
             yield name, "decoder." + name.removeprefix(encoder)
         else:
-            yield name, HEAD if name == "language_model.output_layer.weight" else name
+            yield name, READOUT_WEIGHT if name == "language_model.output_layer.weight" else name
 
 
 def _of_pipe(model: Any, named: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -107,7 +107,7 @@ def _of_pipe(model: Any, named: Sequence[str]) -> Iterator[tuple[str, str]]:
         elif place and int(place[1]) > last and place[2] in ("weight", "bias"):
             yield name, f"decoder.final_layernorm.{place[2]}"
         else:
-            yield name, HEAD if place and place[2] == "lm_head.weight" else name
+            yield name, READOUT_WEIGHT if place and place[2] == "lm_head.weight" else name
 
 
 def _embedding(match: re.Match[str]) -> str:

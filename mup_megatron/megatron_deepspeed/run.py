@@ -221,7 +221,7 @@ def require_same_recipe(state: dict[str, Any], optimizer: Any, scheduler: Any) -
     Raises:
         InputError: the checkpoint is of another recipe or of none, or of one and this run has none.
     """
-    found = checkpoints.origin(state.get("args"))
+    found = checkpoints.recipe_within(state.get("args"))
     run = _run
     if run is None:
         if found.fingerprint is not None:

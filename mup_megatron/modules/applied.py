@@ -1,4 +1,4 @@
-"""What a plan has left in a module, and whether it is still there.
+"""The traces of a plan in a module, and whether they are still there.
 
 A mark goes with copies and pickles of a model, to which the plan is applied just as well; the registry of `live/` knows
 the model alone.
@@ -18,7 +18,7 @@ from mup_megatron.live.problems import Problem
 from mup_megatron.modules.attention import attention_modules
 from mup_megatron.modules.names import named_modules, named_parameters, unwrapped
 from mup_megatron.modules.shapes import TABLES
-from mup_megatron.modules.weights import whole_shape
+from mup_megatron.modules.weights import full_shape
 from mup_megatron.theory import Acts, Plan
 
 _MARK = "_mup_applied"
@@ -29,7 +29,7 @@ just as well.
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What a plan has left in a model."""
+    """The traces of a plan in a model."""
 
     fingerprint: str
     """Of the recipe."""
@@ -43,11 +43,11 @@ class Applied:
 
     @property
     def changes_function(self) -> bool:
-        """Whether the model computes something else with these weights than it would without the plug-in."""
+        """True where the model computes something else with these weights than it would without the plug-in."""
         return self.softmax_scale is not None or bool(self.multipliers)
 
     def within(self, name: str) -> "Applied":
-        """What of it is in a submodule, by the names there."""
+        """Returns those in a submodule, by the names there."""
         start = f"{name}."
         scales, multipliers = (
             {key.removeprefix(start): value for key, value in found.items() if key.startswith(start)}
@@ -105,7 +105,7 @@ def applied_to(model: torch.nn.Module) -> Applied | None:
 
 def require_match(model: torch.nn.Module, plan: Plan) -> None:
     """Raises InputError unless module and plan have the same parameters and shapes."""
-    held = {name: whole_shape(parameter) for name, parameter in named_parameters(model)}
+    held = {name: full_shape(parameter) for name, parameter in named_parameters(model)}
     remedy = "Make the plan from the model that is trained."
     problems = parameter_problems(held, plan, Remedies(remedy, remedy, remedy))
     if problems:

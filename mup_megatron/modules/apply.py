@@ -12,29 +12,16 @@ from mup_megatron.live import hooks
 from mup_megatron.live.applied import note_applied
 from mup_megatron.modules import weights
 from mup_megatron.modules.applied import (
-    applied_plan,
     is_marked,
     leave_mark,
-    require_applied,
     require_match,
 )
 from mup_megatron.modules.attention import attention_modules, scale_attribute
 from mup_megatron.modules.marker import marked
 from mup_megatron.modules.names import named_modules, named_parameters, unwrapped
 from mup_megatron.modules.shapes import TABLES, linear_sides
-from mup_megatron.modules.weights import Initialize, whole, whole_shape
+from mup_megatron.modules.weights import Initialize
 from mup_megatron.theory import READOUT, SOFTMAX, Acts, Place, Plan, PlanEntry, Site
-
-__all__ = [
-    "Initialize",
-    "applied_plan",
-    "apply_plan",
-    "require_applied",
-    "require_scalable",
-    "set_attention_scale",
-    "whole",
-    "whole_shape",
-]
 
 
 def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = Initialize.RESCALE) -> None:

@@ -1,4 +1,4 @@
-"""Whether an optimizer does what a plan's values are for. It is seen from what its step does, not from its name."""
+"""Checks that an optimizer does what a plan's values are for. It is seen from what its step does, not from its name."""
 
 import collections
 import copy
@@ -16,7 +16,7 @@ from mup_megatron.modules.applied import require_kept
 from mup_megatron.modules.groups import FLAT, PADDING, Group, GroupValues, flattened, members, values
 from mup_megatron.modules.names import named_parameters
 from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
-from mup_megatron.modules.weights import whole_shape
+from mup_megatron.modules.weights import full_shape
 from mup_megatron.theory import Plan
 
 _log = logging.getLogger(__name__)
@@ -239,9 +239,9 @@ def _require_shapes(model: torch.nn.Module, plan: Plan) -> None:
             raise InputError(flattened(name))
         if sharded or not parameter.requires_grad or name not in plan.by_name:
             continue
-        if whole_shape(parameter) != plan[name].shape:
+        if full_shape(parameter) != plan[name].shape:
             raise InputError(
-                f"{name}: the model's shape is {whole_shape(parameter)}, the plan's {plan[name].shape}: it was "
+                f"{name}: the model's shape is {full_shape(parameter)}, the plan's {plan[name].shape}: it was "
                 "replaced after the plan was made. Change the model first, and make and apply the plan then."
             )
 

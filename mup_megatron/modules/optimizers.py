@@ -13,6 +13,8 @@ import torch
 from mup_megatron.by_optimizer import ByOptimizer
 from mup_megatron.recipe import Hyperparameters
 
+__all__ = ["TORCH_OPTIMIZERS", "TorchOptimizer", "register"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchOptimizer:
@@ -40,6 +42,7 @@ class TorchOptimizer:
 
 
 TORCH_OPTIMIZERS = ByOptimizer[TorchOptimizer]("torch")
+"""The optimizers that torch knows, by their names in a recipe."""
 register = TORCH_OPTIMIZERS.register
 
 register(

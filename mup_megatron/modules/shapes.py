@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 
 from mup_megatron.errors import InputError
-from mup_megatron.modules.attention import Attention, attention_of
+from mup_megatron.modules.attention import AttentionSettings, attention_of
 from mup_megatron.modules.draws import Draw, Watch, build_on_meta
 from mup_megatron.modules.names import named_modules, named_parameters
 from mup_megatron.recipe import ModuleParameter
@@ -32,7 +32,7 @@ from mup_megatron.validation import brief
 
 
 @dataclass(frozen=True)
-class Built:
+class MetaModule:
     """A module on the meta device, and with which values and draws its tensors start."""
 
     module: torch.nn.Module
@@ -40,8 +40,8 @@ class Built:
     """What was written into its tensors."""
 
     @classmethod
-    def of(cls, factory: Callable[[], torch.nn.Module]) -> "Built":
-        """What a factory builds, allocating nothing."""
+    def of(cls, factory: Callable[[], torch.nn.Module]) -> "MetaModule":
+        """Returns what a factory builds, allocating nothing."""
         return cls(*build_on_meta(factory))
 
     @cached_property
@@ -55,8 +55,8 @@ class Built:
         return {name: tuple(parameter.shape) for name, parameter in named_parameters(self.module)}
 
 
-def base_parameters(base: Built, *wider: Built, init_scale: float = 1.0) -> dict[str, ModuleParameter]:
-    """What a recipe has to know of each parameter at the base: its shape, which sides grow, its initial draw.
+def base_parameters(base: MetaModule, *wider: MetaModule, init_scale: float = 1.0) -> dict[str, ModuleParameter]:
+    """Returns what a recipe has to know of each parameter: its shape, which sides grow, its initial draw.
 
     Args:
         base: the module at which every multiplier is 1.
@@ -82,7 +82,7 @@ def base_parameters(base: Built, *wider: Built, init_scale: float = 1.0) -> dict
     return found
 
 
-def _require_understood(built: Built) -> None:
+def _require_understood(built: MetaModule) -> None:
     """Raises InputError for draws that are not understood: at base and target alike the std has to be known."""
     unknown = [name for name, draw in built.draws.items() if not draw.understood]
     if unknown:
@@ -120,16 +120,18 @@ _LINE = 90
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What is known of a model beside its parameters."""
+    """The facts about a model that its parameters do not say."""
 
     num_layers: int = 1
     readout: str | None = None
     """The weight of the model's own readout; None to find it: the last weight outside of layers with a fixed output."""
-    base_attention: Attention | None = None
+    base_attention: AttentionSettings | None = None
     """Of the base. None: of the target's head size."""
 
 
-def model_shapes(target: Built, base: Mapping[str, ModuleParameter], facts: Facts) -> tuple[ModelShape, ModelShape]:
+def model_shapes(
+    target: MetaModule, base: Mapping[str, ModuleParameter], facts: Facts
+) -> tuple[ModelShape, ModelShape]:
     """(base, target) as `theory.build_plan` takes them.
 
     Args:
@@ -156,7 +158,7 @@ def model_shapes(target: Built, base: Mapping[str, ModuleParameter], facts: Fact
     readout = named or next((p.name for p, _ in reversed(pairs) if Property.READOUT in p.properties), None)
     of_base = facts.base_attention or attention
 
-    def shape(tensors: tuple[Tensor, ...], own: Attention | None) -> ModelShape:
+    def shape(tensors: tuple[Tensor, ...], own: AttentionSettings | None) -> ModelShape:
         width = next(
             (t.fan_out if Property.EMBEDDING in t.properties else t.fan_in for t in tensors if t.name == readout), None
         )
@@ -211,7 +213,7 @@ def _counterpart(
 
 
 def _require_base_is_not_more(
-    target: Built, at_base: Mapping[str, ModuleParameter], base: Mapping[str, ModuleParameter]
+    target: MetaModule, at_base: Mapping[str, ModuleParameter], base: Mapping[str, ModuleParameter]
 ) -> None:
     families = {family_of(name) for name in target.shapes}
     surplus = [name for name in base if family_of(name) not in families]
@@ -249,7 +251,7 @@ _ADDED = ("embed", "token", "pos", "query", "latent", "prompt")
 
 
 def _parameters(
-    target: Built, at_base: Mapping[str, ModuleParameter], readout: str | None
+    target: MetaModule, at_base: Mapping[str, ModuleParameter], readout: str | None
 ) -> list[tuple[Tensor, Tensor]]:
     """(at the base, at the target) of each parameter, under the target's name."""
     modules = dict(named_modules(target.module))
@@ -367,7 +369,7 @@ def _classified(seen: _Seen, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def linear_sides(module: torch.nn.Module, attribute: str) -> tuple[int, int] | None:
-    """Which dimensions of a weight are fan_out and fan_in; None where it is not known."""
+    """Returns which dimensions of a weight are fan_out and fan_in; None where it is not known."""
     if isinstance(module, torch.nn.MultiheadAttention) and attribute.endswith("proj_weight"):
         return 0, 1
     if attribute != "weight":

@@ -1,4 +1,4 @@
-"""How a plan makes a module's weights start: what its library drew is multiplied, or drawn anew.
+"""The start of a module's weights under a plan: what its library drew is multiplied, or drawn anew.
 
 What was drawn is not drawn again unless it is asked for, so that seeds give what they gave before. Under ZeRO-3 each
 parameter is put together for the moment.
@@ -21,7 +21,7 @@ from mup_megatron.validation import brief
 
 
 class Initialize(StrEnum):
-    """What happens to the weights."""
+    """The ways in which a plan gets its initial weights."""
 
     RESCALE = "rescale"
     """What the library drew is multiplied to the plan's std."""
@@ -69,7 +69,7 @@ def _require_drawn(model: torch.nn.Module, plan: Plan) -> None:
         entry = plan[name]
         if _factor(entry) == 1.0:
             continue
-        with whole(parameter, change=False), torch.no_grad():
+        with gathered_parameter(parameter, change=False), torch.no_grad():
             # In one pass: a copy in fp32 of the largest embedding may not fit.
             precise = torch.float64 if parameter.dtype is torch.float64 else torch.float32
             norm = torch.linalg.vector_norm(parameter.detach(), dtype=precise).item()
@@ -87,10 +87,10 @@ def _require_drawn(model: torch.nn.Module, plan: Plan) -> None:
 
 def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, how: Initialize, padding: int | None) -> None:
     if how is Initialize.RESCALE and _factor(entry) != 1.0:
-        with whole(parameter):
+        with gathered_parameter(parameter):
             parameter.mul_(_factor(entry))
     elif how is Initialize.REDRAW:
-        with whole(parameter):
+        with gathered_parameter(parameter):
             if not is_sharded(parameter):
                 _draw(parameter, entry, padding)
                 return
@@ -157,7 +157,7 @@ def _reset(module: torch.nn.Module, initialise: Callable[[torch.nn.Module], obje
 
 
 @contextlib.contextmanager
-def whole(parameter: torch.nn.Parameter, *, change: bool = True) -> Iterator[None]:
+def gathered_parameter(parameter: torch.nn.Parameter, *, change: bool = True) -> Iterator[None]:
     """Within it a parameter is whole that ZeRO-3 keeps in pieces; with `change`, what the first rank makes of it
     stays.
     """
@@ -171,6 +171,6 @@ def whole(parameter: torch.nn.Parameter, *, change: bool = True) -> Iterator[Non
         yield
 
 
-def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
     """Returns a parameter's shape, also where ZeRO-3 has left nothing of it on this rank."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -29,7 +29,7 @@ ReportFn: TypeAlias = Callable[[int, float], None]
 """`report(step, loss)`: an intermediate value. Each costs a write to the storage: report tens, not thousands."""
 
 Launch: TypeAlias = Literal["fork", "spawn"]
-"""How a trial's process begins: forked from one that has imported everything, or fresh, importing everything again."""
+"""The way a trial's process begins: forked from one that has imported everything, or fresh, importing it all again."""
 
 LEAVE_S = 10.0
 """How long a trial that has given its result may take to leave before it is killed."""

@@ -1,4 +1,4 @@
-"""What μP says, in pure Python on plain numbers: no torch, no Megatron, no files. Start with `rules.py`.
+"""The rules of μP, in pure Python on plain numbers: no torch, no Megatron, no files. Start with `rules.py`.
 
 rules.py        the page: init, multipliers and attention, by role, each with its source
 optimizers.py   one object per optimizer: learning rate, eps, weight decay, folding

@@ -43,7 +43,7 @@ class Override:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """Which rules apply."""
+    """The rules that apply to a plan."""
 
     rule: Rule = Rule.MUP
     optimizer: Optimizer = ADAM

@@ -12,7 +12,10 @@ from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.tensors import Role, Tensor
 from mup_megatron.theory.widths import Scaling
 
+__all__ = ["ADAM", "EVERYWHERE", "ONE", "SGD", "Factor", "Optimizer", "Power", "optimizers", "register"]
+
 Factor = Callable[[Scaling], float]
+"""A factor of a value, from the sizes at base and target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +41,14 @@ def _power(ratio: float, exponent: float) -> float:
 
 
 ONE = Power()
+"""The factor 1."""
 EVERYWHERE: Mapping[Role, Factor] = dict.fromkeys(Role, ONE)
+"""The factor 1 for every role."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """What every parameter gets from one optimizer, by its role, relative to the base."""
+    """An optimizer's rules: factors of every value of a parameter, by its role, relative to the base."""
 
     name: str
     """As in a recipe's `parametrization.optimizer`."""
@@ -94,7 +99,6 @@ class Optimizer:
 
 
 ADAM = Optimizer(
-    # Decoupled weight decay, multiplied by the learning rate as torch and Megatron do; eps outside the root.
     name="adam",
     title="Adam",
     hyperparameters=("adam_beta1", "adam_beta2", "adam_eps"),
@@ -114,9 +118,9 @@ ADAM = Optimizer(
     weight_decay=EVERYWHERE,
     step=0,
 )
+"""Decoupled weight decay, multiplied by the learning rate as torch and Megatron do; eps outside the root."""
 
 SGD = Optimizer(
-    # With or without momentum; coupled weight decay, as torch does.
     name="sgd",
     title="SGD",
     hyperparameters=("sgd_momentum",),
@@ -135,6 +139,7 @@ SGD = Optimizer(
     },
     step=1,
 )
+"""With or without momentum; coupled weight decay, as torch does."""
 
 _OPTIMIZERS: dict[str, Optimizer] = {}
 

@@ -58,27 +58,27 @@ class PlanEntry:
 
     @property
     def is_vector(self) -> bool:
-        """Whether it is a bias or gain, which has no weight decay."""
+        """True where it is a bias or gain, which has no weight decay."""
         return Property.VECTOR in self.properties
 
     @property
     def is_gain(self) -> bool:
-        """Whether it is a norm's gain."""
+        """True where it is a norm's gain."""
         return Property.GAIN in self.properties
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it is a table whose rows are looked up."""
+        """True where it is a table whose rows are looked up."""
         return Property.EMBEDDING in self.properties
 
     @property
     def is_readout(self) -> bool:
-        """Whether it computes the model's output and is no embedding besides."""
+        """True where it computes the model's output and is no embedding besides."""
         return Property.READOUT in self.properties
 
     @property
     def is_residual(self) -> bool:
-        """Whether it writes into the residual stream."""
+        """True where it writes into the residual stream."""
         return Property.RESIDUAL in self.properties
 
     @property
@@ -155,7 +155,7 @@ class Plan:
 
     @property
     def tied(self) -> bool:
-        """Whether the readout is the token embedding."""
+        """True where the readout is the token embedding."""
         return self.readout is not None and self[self.readout].is_embedding
 
     @property
@@ -165,13 +165,13 @@ class Plan:
 
     @property
     def own_softmax_scale(self) -> float:
-        """What attention multiplies logits by if nothing is said."""
+        """The scale that attention uses if nothing is said."""
         stock = self.stock_softmax_scale
         return default_softmax_scale(self.head_size) if stock is None else stock
 
     @property
     def changes_softmax_scale(self) -> bool:
-        """Whether attention needs to be told another scale than the one it uses by itself."""
+        """True where attention needs to be told another scale than the one it uses by itself."""
         return self.softmax_scale != self.own_softmax_scale
 
     @cached_property

@@ -51,7 +51,7 @@ from mup_megatron.theory.widths import Scaling
 
 
 class Rule(StrEnum):
-    """How hyperparameters follow width."""
+    """A way in which hyperparameters follow width."""
 
     MUP = "mup"
     STANDARD = "standard"

@@ -1,4 +1,4 @@
-"""Where forward factors act: named places of a model, each with its factor and the reason for it.
+"""The sites where forward factors act: named places of a model, each with its factor and the reason for it.
 
 An architecture says which places there are; the plan knows the factors. An adapter applies and verifies sites without
 knowing why they are there.
@@ -9,7 +9,7 @@ from enum import StrEnum
 
 
 class Acts(StrEnum):
-    """What of a module is multiplied."""
+    """The part of a module that is multiplied."""
 
     INPUT = "input"
     """What it takes in: scales a weight and leaves its bias alone."""
@@ -20,9 +20,9 @@ class Acts(StrEnum):
 
 
 READOUT = "readout"
-"""As a place's `carries`: the multiplier of the model's output, whose weight may be a tied embedding's."""
+"""A place's `carries`: the multiplier of the model's output, whose weight may be a tied embedding's."""
 SOFTMAX = "softmax"
-"""Likewise: the scale of attention logits."""
+"""A place's `carries`: the scale of attention logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,5 +48,5 @@ class Site:
 
     @property
     def changes(self) -> bool:
-        """Whether there is anything to do."""
+        """True where there is anything to do."""
         return self.factor != self.stock

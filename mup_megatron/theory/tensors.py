@@ -18,13 +18,13 @@ class Role(StrEnum):
     HIDDEN = "hidden"
     """infinite → infinite; also a bottleneck inside the model, one of whose sides keeps its size."""
     OUTPUT = "output"
-    """infinite → finite: the LM head, a router."""
+    """infinite → finite: a language model's readout, a router."""
     SCALAR = "scalar"
     """finite → finite: a readout's bias, a q/k-norm gain at a fixed head size."""
 
 
 class Property(StrEnum):
-    """What a tensor is besides its role. Properties combine: a shared expert's output is `EXPERT` and `RESIDUAL`."""
+    """A property of a tensor besides its role. They combine: a shared expert's output is `EXPERT` and `RESIDUAL`."""
 
     EMBEDDING = "embedding"
     """A table whose rows are looked up; carries the embedding multiplier α_in."""
@@ -75,6 +75,7 @@ class Kept:
 
 
 Start = Constant | Normal | LibraryDraw | Kept
+"""The start of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)

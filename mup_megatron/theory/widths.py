@@ -47,12 +47,12 @@ class Scaling:
 
     @property
     def r_in(self) -> float:
-        """How much wider the input side is at the target."""
+        """The size of the input side at the target, relative to the base."""
         return self.fan_in.ratio
 
     @property
     def r_out(self) -> float:
-        """How much wider the output side is at the target."""
+        """The size of the output side at the target, relative to the base."""
         return self.fan_out.ratio
 
     def without_width(self) -> "Scaling":

@@ -15,7 +15,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.theory import Constant, Property, Side, Tensor
 
 WORDS = "embedding.word_embeddings.weight"
-HEAD = "output_layer.weight"
+READOUT_WEIGHT = "output_layer.weight"
 
 
 def _tensors(model: ModelFile, base: ModelFile | None = None) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ def test_what_each_choice_adds_and_removes() -> None:
     norms = [f"{layer}input_layernorm.bias", f"{layer}pre_mlp_layernorm.bias", "decoder.final_layernorm.bias"]
     qk = [f"{layer}self_attention.{n}_layernorm.{part}" for n in "qk" for part in ("weight", "bias")]
     positions = "embedding.position_embeddings.weight"
-    assert plain ^ set(_shapes(untie_embeddings_and_output_weights=True)) == {HEAD}
+    assert plain ^ set(_shapes(untie_embeddings_and_output_weights=True)) == {READOUT_WEIGHT}
     assert plain ^ set(_shapes(add_bias_linear=False)) == set(linears)
     assert plain ^ set(_shapes(add_bias_linear=False, add_qkv_bias=True)) == set(linears[1:])
     assert plain ^ set(_shapes(normalization="RMSNorm")) == set(norms)
@@ -105,7 +105,7 @@ def test_which_sides_grow() -> None:
 
     layer = "decoder.layers.0."
     assert sides(WORDS) == sides("embedding.position_embeddings.weight") == (False, True)
-    assert sides(HEAD) == (True, False)
+    assert sides(READOUT_WEIGHT) == (True, False)
     for module in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"):
         assert sides(f"{layer}{module}.weight") == (True, True)
         assert sides(f"{layer}{module}.bias") == (False, True)
@@ -117,7 +117,7 @@ def test_fans_are_those_of_the_whole_matrix() -> None:
     fc1 = tensors["decoder.layers.0.mlp.linear_fc1.weight"]
     assert (fc1.fan_in, fc1.fan_out) == (Side(32, grows=True), Side(128, grows=True))
     assert (tensors[WORDS].fan_in.size, tensors[WORDS].fan_out.size) == (48, 32)
-    assert (tensors[HEAD].fan_in.size, tensors[HEAD].fan_out.size) == (32, 48)
+    assert (tensors[READOUT_WEIGHT].fan_in.size, tensors[READOUT_WEIGHT].fan_out.size) == (32, 48)
     for tensor in tensors.values():
         if len(tensor.shape) == 2 and Property.EMBEDDING not in tensor.properties:
             assert tensor.shape == (tensor.fan_out.size, tensor.fan_in.size)
@@ -224,8 +224,8 @@ def test_local_names_become_global() -> None:
     )
     assert global_name(WORDS, {"decoder": (0, 1)}, tied=True) == WORDS
     # The last stage's copy of a tied table has the readout's name there.
-    assert global_name(HEAD, {"decoder": (6, 7)}, tied=True) == WORDS
-    assert global_name(HEAD, {"decoder": (6, 7)}, tied=False) == HEAD
+    assert global_name(READOUT_WEIGHT, {"decoder": (6, 7)}, tied=True) == WORDS
+    assert global_name(READOUT_WEIGHT, {"decoder": (6, 7)}, tied=False) == READOUT_WEIGHT
 
 
 def test_a_chunk_renames_to_the_whole_model() -> None:

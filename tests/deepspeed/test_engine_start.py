@@ -13,7 +13,7 @@ from support.ds_ranks import run_ranks
 from mup_megatron.deepspeed.entry import Entry, configuration, drop_auto, entry_of, gradient_clipping, optimizer_params
 from mup_megatron.deepspeed.versions import require_supported
 from mup_megatron.errors import InputError
-from mup_megatron.modules.apply import Initialize
+from mup_megatron.modules.weights import Initialize
 from mup_megatron.recipe import Recipe
 
 
@@ -39,7 +39,7 @@ def _without_optimizer(recipe: str) -> list[str]:
     import deepspeed
 
     import mup_megatron.deepspeed
-    from mup_megatron.modules.apply import applied_plan
+    from mup_megatron.modules.applied import applied_plan
 
     content = {key: value for key, value in ds_config(mup={"recipe": recipe}).items() if key != "optimizer"}
     model = build("gpt2", 4)

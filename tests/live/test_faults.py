@@ -22,7 +22,7 @@ from torch import nn
 from mup_megatron.errors import InputError
 from mup_megatron.live.hooks import ScaledInput
 from mup_megatron.modules import apply_plan, check_optimizer, module_base, param_groups, plan_for_module
-from mup_megatron.modules.apply import require_applied
+from mup_megatron.modules.applied import require_applied
 from mup_megatron.recipe import Hyperparameters, PerParameter, Recipe
 from mup_megatron.theory import Plan
 

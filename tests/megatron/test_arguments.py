@@ -19,16 +19,15 @@ from mup_megatron.architectures.flag import Flag, number, whole_number
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import shapes_of
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments import (
+from mup_megatron.megatron.arguments import table
+from mup_megatron.megatron.arguments.convert import (
     flags,
     model_from_flags,
     model_from_values,
     not_in_model_file,
-    table,
     values_from_flags,
-    words_of_launch,
-    words_of_script,
 )
+from mup_megatron.megatron.arguments.launch_script import words_of_launch, words_of_script
 from mup_megatron.recipe import Recipe, Schedule
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments import words_of_script
 from mup_megatron.megatron.arguments.bash import UnreadableError, parsed
+from mup_megatron.megatron.arguments.launch_script import words_of_script
 
 SCRIPTS = [
     "D=/d\nS=7b\nT $D/x_$S/y.$S.bin --save=$D/$S",

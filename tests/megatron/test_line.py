@@ -14,10 +14,11 @@ from mup_megatron.architectures.hybrid import HybridFile
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import versions
-from mup_megatron.megatron.arguments import flags as write_flags
-from mup_megatron.megatron.arguments import fork, read_line
+from mup_megatron.megatron.arguments import fork
 from mup_megatron.megatron.arguments import line as lines
+from mup_megatron.megatron.arguments.convert import flags as write_flags
 from mup_megatron.megatron.arguments.effects import Effect, row_of
+from mup_megatron.megatron.arguments.line import read_line
 
 
 @pytest.fixture(autouse=True)

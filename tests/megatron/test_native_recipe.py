@@ -15,7 +15,7 @@ from support.stock import Layout
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments import values_from_flags
+from mup_megatron.megatron.arguments.convert import values_from_flags
 from mup_megatron.megatron.arguments.native import Difference, Native, NativeRecipe, recipe_from_native
 from mup_megatron.megatron.versions import core_version
 

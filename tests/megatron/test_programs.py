@@ -7,9 +7,9 @@ import pytest
 from mup_megatron.architectures.registry import architectures
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.programs import (
-    Family,
+    ProgramKind,
     builds,
-    family_of,
+    kind_of,
     require_flags,
     require_supported,
     script_of,
@@ -75,7 +75,7 @@ def test_other_programs_are_refused_by_name(script: str, what: str) -> None:
 @pytest.mark.parametrize("script", ["pretrain_gpt.py", "a/b/pretrain_gpt.py", "tools/run_text_generation_server.py"])
 def test_those_that_build_a_gpt_pass(script: str) -> None:
     require_supported(script, source="")
-    assert family_of(script) is Family.SUPPORTED
+    assert kind_of(script) is ProgramKind.SUPPORTED
 
 
 @pytest.mark.parametrize("script", ["pretrain_hybrid.py", "megatron/pretrain_mamba.py"])
@@ -101,7 +101,7 @@ def test_a_gpts_program_is_given_no_pattern() -> None:
 @pytest.mark.parametrize("script", ["train.py", "my/finetune.py", "pretrain_gpt2.py"])
 def test_other_names_are_somebodys_own(script: str) -> None:
     require_supported(script, source="")
-    assert family_of(script) is Family.OWN
+    assert kind_of(script) is ProgramKind.OWN
 
 
 def test_the_scripts_that_a_launch_script_names(tmp_path: Path) -> None:

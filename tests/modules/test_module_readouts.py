@@ -11,7 +11,7 @@ from torch.nn import functional
 from mup_megatron.errors import InputError
 from mup_megatron.live.hooks import ScaledInput
 from mup_megatron.modules import apply_plan, module_base, plan_for_module
-from mup_megatron.modules.apply import require_applied
+from mup_megatron.modules.applied import require_applied
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Plan, Property
 

@@ -196,7 +196,7 @@ def pieces(chunks: Sequence[Any]) -> list[Piece]:
     return found
 
 
-def whole(of_ranks: Sequence[Sequence[Piece]]) -> dict[str, torch.Tensor]:
+def assembled(of_ranks: Sequence[Sequence[Piece]]) -> dict[str, torch.Tensor]:
     """The whole tensors from the pieces of all ranks. Parts that several ranks hold must be equal."""
     tensors: dict[str, torch.Tensor] = {}
     for key, shape, begin, part in (piece for of_rank in of_ranks for piece in of_rank):

@@ -1,4 +1,4 @@
-"""What a check costs, before it begins: arithmetic from the shapes of its models, seconds from what this machine does.
+"""The cost of a check, before it begins: arithmetic from the shapes of its models, seconds from what this machine does.
 
 Two things take time: multiplying matrices, and, at widths as small as a check's, calling operations at all.
 """
@@ -35,7 +35,7 @@ CALLS_BUILT = 600
 
 @dataclass(frozen=True, slots=True)
 class Expense:
-    """What some runs cost."""
+    """The cost of some runs."""
 
     flops: float = 0.0
     calls: float = 0.0
@@ -70,7 +70,7 @@ def expense_of_run(shapes: Iterable[Sequence[int]], protocol: RunProtocol, *, to
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What this machine does now, in one thread."""
+    """The speed of this machine now, in one thread."""
 
     flops: float
     """In a second."""
@@ -90,7 +90,7 @@ class Machine:
         return cls(flops=2 * 128 * 256 * 1024 / multiplying, calls=1 / calling)
 
     def seconds(self, expense: Expense, processes: int) -> float:
-        """How long something takes, shared out."""
+        """Returns how long something takes, shared out."""
         return (expense.flops / self.flops + expense.calls / self.calls) / processes
 
 
@@ -156,7 +156,7 @@ def prediction(
     once: Sequence[tuple[Shapes, RunProtocol]],
     layers: str = "",
 ) -> str:
-    """How many models there will be, and how long they take.
+    """Returns how many models there will be, and how long they take.
 
     Args:
         shapes: width → of the parameters.

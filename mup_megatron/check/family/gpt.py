@@ -15,7 +15,7 @@ from fractions import Fraction
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.check.family.layers import base_layers, in_terms_of, kept_layers, overrides_of_layers
-from mup_megatron.check.family.sizes import DEPTH, HEAD, SEQUENCE, SMALLEST, VOCABULARY, require_trainable
+from mup_megatron.check.family.sizes import DEPTH, HEAD_SIZE, SEQUENCE, SMALLEST, VOCABULARY, require_trainable
 from mup_megatron.check.measure.optimizers import clamped
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
@@ -261,7 +261,7 @@ class _Cut:
         least = min(few, 2)
         per_group = {many: min(many, 2 * least), few: least}
         sharing = tensor_parallel * max(per_group.values())
-        smallest = min(target.head_size, HEAD, max(4, SMALLEST // sharing))
+        smallest = min(target.head_size, HEAD_SIZE, max(4, SMALLEST // sharing))
         sizes = range(smallest, target.head_size)
         size = next((d for d in sizes if d % 2 == 0 and _rotates(target, d)), target.head_size)
         shared = tensor_parallel if tensor_parallel > 1 else 2

@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
-from mup_megatron.check.family.sizes import DEPTH, HEAD, SEQUENCE, SMALLEST, VOCABULARY
+from mup_megatron.check.family.sizes import DEPTH, HEAD_SIZE, SEQUENCE, SMALLEST, VOCABULARY
 from mup_megatron.errors import InputError
 from mup_megatron.huggingface import configs
 from mup_megatron.recipe import HuggingFaceBase, Recipe
@@ -133,7 +133,7 @@ def smallest_that_builds(
 
 
 def remarks_on_size(small: PretrainedConfig, config: PretrainedConfig, base: PretrainedConfig) -> list[str]:
-    """What is to be said of what is as large as the target's."""
+    """Returns remarks on what is as large as the target's."""
     remarks = []
     if (layers := depth_of(small)) > DEPTH:
         remarks.append(
@@ -144,7 +144,7 @@ def remarks_on_size(small: PretrainedConfig, config: PretrainedConfig, base: Pre
     counts = [own[key] for key in configs.HEADS if isinstance(own.get(key), int)]
     cut = any(own.get(key) != left.get(key) for key in configs.HEADS | configs.HEAD_SIZES)
     grow = size != configs.head_size(base)
-    if counts and not cut and not grow and (size is None or size > HEAD):
+    if counts and not cut and not grow and (size is None or size > HEAD_SIZE):
         of_size = "" if size is None else f", of size {size}"
         remarks.append(f"Heads are the target's own{of_size}: the model cannot be built with smaller ones.")
     return remarks
@@ -176,7 +176,7 @@ def _with_small_heads(
     few, many = min(per_group), max(per_group)
     least = min(few, 2)
     cut_per_group = {many: min(many, 2 * least), few: least}
-    sizes = [d for d in range(min(HEAD, size), size) if d % 2 == 0 and _turns(own, d)]
+    sizes = [d for d in range(min(HEAD_SIZE, size), size) if d % 2 == 0 and _turns(own, d)]
     fixed_heads = math.lcm(*cut_per_group.values()) * 2
     changed = []
     for model, keys, head in ((config, own, size), (base, there, other)):
@@ -247,7 +247,7 @@ def _shallow(
 
 
 def depth_of(config: PretrainedConfig) -> int:
-    """How many layers there are, of the deepest stack."""
+    """Returns how many layers there are, of the deepest stack."""
     own = config.to_dict()
     return max([own[key] for key in configs.DEPTHS if isinstance(own.get(key), int)], default=0)
 
@@ -255,7 +255,7 @@ def depth_of(config: PretrainedConfig) -> int:
 def of_full_depth(
     model_class: Any, config: PretrainedConfig, base: PretrainedConfig, recipe: Recipe
 ) -> tuple[Callable[[int], nn.Module], Recipe, list[int]]:
-    """What builds narrow models of all layers, with which recipe, and how wide they can be."""
+    """Returns a factory of narrow models of all layers, their recipe, and how wide they can be."""
     small, small_base, own = config, base, recipe
     with contextlib.suppress(*_NOT_BUILT):
         found = _with_small_heads(config, base, recipe)

@@ -1,4 +1,4 @@
-"""Which of a target's layers are trained: one of every kind, and the first ones; and the recipe for those alone.
+"""The layers of a target that are trained: one of every kind, and the first ones; and the recipe for those alone.
 
 Kinds are told apart by what a layer consists of, and by which of the recipe's patterns meet it.
 """

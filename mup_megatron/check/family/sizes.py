@@ -1,4 +1,4 @@
-"""How small the models of a check are, whatever they are of; and what no check can train."""
+"""The sizes of a check's small models, whatever they are of; and what no check can train."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,7 +9,7 @@ from mup_megatron.theory import Plan
 
 SMALLEST = 32
 """Below this a width says more about itself than about the limit of many."""
-HEAD = 16
+HEAD_SIZE = 16
 """Size of heads that do not grow. Smaller where ranks or groups share them, or the narrowest model would have to be
 wider."""
 DEPTH = 4

@@ -1,4 +1,4 @@
-"""What the models of a check learn: made on the spot, the same for everybody who asks with the same seed."""
+"""The data that the models of a check learn: made on the spot, the same for everybody who asks with the same seed."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""How long each level trains, on how many widths and seeds: what is fixed, and why."""
+"""The levels of a check: how long each trains, on how many widths and seeds, and why."""
 
 from enum import StrEnum
 
@@ -7,7 +7,7 @@ from mup_megatron.theory import Rule
 
 
 class Level(StrEnum):
-    """How much is looked at."""
+    """The extent of a check."""
 
     QUICK = "quick"
     """Coordinates, gradients and updates."""
@@ -34,10 +34,10 @@ TRANSFER_SEEDS = 2
 
 
 def run_seed(seed: int, width_index: int) -> int:
-    """Of weights and data of one run. No two widths share theirs, so that their noise is independent."""
+    """Returns the seed of a run's weights and data. No two widths share theirs, so that their noise is independent."""
     return 100 * seed + width_index
 
 
 def correct_seeds(rule: Rule) -> int:
-    """How many runs the reference has at each width, or the control."""
+    """Returns how many runs the reference has at each width, or the control."""
     return REFERENCE_SEEDS if rule is Rule.MUP else CONTROL_SEEDS

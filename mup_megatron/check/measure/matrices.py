@@ -42,7 +42,7 @@ _ROWS = 128
 
 
 def spectral_norm(matrix: Tensor) -> float:
-    """From the smaller Gram matrix, whose eigenvalues cost less than the matrix's singular values."""
+    """Computes it from the smaller Gram matrix, whose eigenvalues cost less than the matrix's singular values."""
     m = matrix.double()
     gram = m @ m.T if m.shape[0] <= m.shape[1] else m.T @ m
     largest: float = torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt().item()

@@ -1,4 +1,4 @@
-"""What is measured in one short training run, by name: plain numbers, nothing of torch."""
+"""The measurements of one short training run, by name: plain numbers, nothing of torch."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +85,7 @@ BOUNDED = (
 
 
 class Key(NamedTuple):
-    """Which number: of what, where, and after how many steps."""
+    """The name of a number: of what, where, and after how many steps."""
 
     quantity: Quantity
     name: str
@@ -134,12 +134,12 @@ class Measurements:
 
     @property
     def widths(self) -> list[int]:
-        """In rising order."""
+        """The widths in rising order."""
         return sorted({run.width for run in self.runs})
 
     @property
     def problems(self) -> list[str]:
-        """Why nothing can be concluded from some of the runs."""
+        """The reasons why nothing can be concluded from some of the runs."""
         return [f"width {run.width}, seed {run.seed}: {run.problem}" for run in self.runs if run.problem is not None]
 
     def at(self, width: int) -> list[MeasuredRun]:
@@ -147,7 +147,7 @@ class Measurements:
         return [run for run in self.runs if run.width == width]
 
     def keys(self) -> set[Key]:
-        """What every run has measured."""
+        """The keys that every run has measured."""
         return set.intersection(*(set(run.values) for run in self.runs)) if self.runs else set()
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -156,13 +156,13 @@ class Measurements:
 
     @classmethod
     def from_json(cls, content: Sequence[Mapping[str, Any]]) -> "Measurements":
-        """What `to_json` wrote."""
+        """Returns the measurements that `to_json` wrote."""
         return cls(tuple(MeasuredRun.from_json(run) for run in content))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunProtocol:
-    """How each run is trained and when it is measured."""
+    """The protocol of each run: how it is trained and when it is measured."""
 
     steps: int
     recorded: tuple[int, ...]
@@ -180,7 +180,7 @@ class RunProtocol:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grouped:
-    """What an optimizer holds for a parameter."""
+    """The values that an optimizer holds for a parameter."""
 
     lr: float
     """The peak."""

@@ -161,7 +161,7 @@ class Recorder:
         for name, parameter in self._parameters:
             if parameter.dim() != 2:
                 continue
-            update = self._trainee.whole(name, parameter.detach() - self._first[name])
+            update = self._trainee.gathered_matrix(name, parameter.detach() - self._first[name])
             if update is not None:
                 rows, columns = update.shape
                 self._whole[Key(Quantity.SPECTRAL, name, step)] = spectral_norm(update) / math.sqrt(rows / columns)
@@ -200,7 +200,7 @@ class Recorder:
         for name, w in self._first.items():
             if w.dim() < 2:
                 continue
-            matrix = self._trainee.whole(name, w.reshape(len(w), -1))
+            matrix = self._trainee.gathered_matrix(name, w.reshape(len(w), -1))
             if matrix is not None and name in drawn and (value := likeness_of_rows(matrix)) is not None:
                 self._whole[Key(Quantity.ROWS, name, 0)] = value
 

@@ -24,7 +24,7 @@ _LAYER = re.compile(r"(?:^|(?<=\.))layers\.(\d+)(?=\.|$)")
 
 
 def watched_modules(modules: Iterable[tuple[str, "nn.Module"]]) -> Iterable[tuple[str, "nn.Module", "At"]]:
-    """Of a GPT's modules with Megatron's names: every layer's output, the residual stream after each block, the
+    """Yields a GPT's modules with Megatron's names: every layer's output, the residual stream after each block, the
     readout, and the attention logits.
     """
     for name, module in modules:

@@ -1,5 +1,5 @@
-"""What a check asks of a recipe's optimizer: how its steps are replayed, which of its values make a mistake show, and
-what its rules are in words.
+"""The optimizers as a check sees them: how their steps are replayed, which of their values make a mistake show,
+and what their rules are in words.
 
 To add one, `register` it here, in `modules/optimizers.py`, whose class trains the correct runs, and its rules in
 `theory.optimizers`. Importing it does not import torch.
@@ -16,6 +16,8 @@ from mup_megatron.check.entries import is_hidden
 from mup_megatron.check.measure.measurements import Quantity
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Optimizer, Plan, PlanEntry, optimizers
+
+__all__ = ["CHECKED_OPTIMIZERS", "CheckedOptimizer", "register"]
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +82,7 @@ def _sgd_replay(h: Hyperparameters) -> "Replay":
 
 
 CHECKED_OPTIMIZERS = ByOptimizer[CheckedOptimizer]("a check")
+"""The optimizers that a check knows, by their names in a recipe."""
 register = CHECKED_OPTIMIZERS.register
 
 register("adam", CheckedOptimizer(replay=_adam_replay, in_words=_ADAM_IN_WORDS))

@@ -1,4 +1,4 @@
-"""What learning rate, eps and weight decay an optimizer used, read from how it moved a weight. Asks no optimizer.
+"""The learning rate, eps and weight decay that an optimizer used, read from how it moved a weight. Asks no optimizer.
 
 Adam moves a weight in one step by
 
@@ -24,7 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+__all__ = ["AdamReplay", "Fitted", "Replay", "SGDReplay", "Sums"]
+
 Sums = NDArray[np.float64]
+"""Sums over elements of the products of each two of a step's terms."""
 
 _LAST_DIGIT = 2.0**-23
 """Of a weight in single precision, relative to it."""
@@ -35,7 +38,7 @@ SAMPLE = 8192
 
 
 def sample(tensor: Tensor) -> Tensor | slice:
-    """What to index a flattened tensor with."""
+    """Returns an index of a flattened tensor's elements that are looked at."""
     count = tensor.numel()
     if count <= SAMPLE:
         return slice(None)
@@ -45,7 +48,7 @@ def sample(tensor: Tensor) -> Tensor | slice:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What the movement of one tensor in one step says. None for what it does not."""
+    """The values that the movement of one tensor in one step tells; None for those that it does not."""
 
     lr: float | None
     eps: float | None

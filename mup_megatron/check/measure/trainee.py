@@ -1,4 +1,4 @@
-"""What is trained and measured, whoever built it and however its ranks share it."""
+"""A model that is trained and measured, whoever built it and however its ranks share it."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol
@@ -21,7 +21,7 @@ class Trainee(Protocol):
         """(global name, this rank's shard or whole of it), each once."""
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """As the optimizer saw it in the last step; None where this rank cannot say."""
+        """Returns a gradient as the optimizer saw it in the last step; None where this rank cannot say."""
 
     def replay(self) -> Replay | None:
         """A new replay of one tensor's optimizer state; None for an optimizer that none is written for."""
@@ -41,17 +41,17 @@ class Trainee(Protocol):
         """(global name, module whose first input are queries, which of its dimensions runs over positions)."""
 
     def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
-        """What the last forward pass computed beside modules, (sum, count) each; of `Quantity.INSIDE` a sum of
+        """Returns what the last forward pass computed beside modules, (sum, count) each; of `Quantity.INSIDE` a sum of
         squares.
         """
 
     def gradient_norm(self) -> float | None:
-        """Of all gradients of the last step, before clipping, the same on all ranks; None where nobody can say."""
+        """Returns the last step's gradient norm before clipping, the same on all ranks; None where nobody can say."""
 
     def step(self, step: int) -> float:
         """Forward, backward, update on the batch of a step, counted from 0. Returns the loss, the same on all ranks."""
 
-    def whole(self, name: str, shard: Tensor) -> Tensor | None:
+    def gathered_matrix(self, name: str, shard: Tensor) -> Tensor | None:
         """A whole matrix from the ranks' shards, on the ranks that can say. Collective among those that hold it."""
 
     def gathered(self, value: Any) -> list[Any]:

@@ -39,14 +39,14 @@ class WorkerJob(Generic[ResultT]):
 
 
 def available_processes() -> int:
-    """How many processes pay."""
+    """Returns how many processes pay."""
     # Which cores this process may use, only Linux tells.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST, cores)
 
 
 def usable_processes(wanted: int | None) -> int:
-    """How many processes there can be here."""
+    """Returns how many processes there can be here."""
     import torch
     from torch import distributed
 
@@ -60,7 +60,7 @@ def usable_processes(wanted: int | None) -> int:
 
 
 def ignored_processes(wanted: int | None, processes: int) -> list[str]:
-    """What is to be said where there are not as many processes as somebody asked for."""
+    """Returns a remark where there are not as many processes as somebody asked for."""
     if wanted is None or wanted == processes:
         return []
     return [

@@ -14,7 +14,7 @@ from mup_megatron.theory.widths import Scaling, Sizes, scaling
 
 @dataclass(frozen=True)
 class Context:
-    """Of which run a mistake is made."""
+    """The run of which a mistake is made."""
 
     base: ModelFile
     target: ModelFile
@@ -25,12 +25,12 @@ class Context:
 
     @property
     def r(self) -> float:
-        """How much wider the residual stream is than the base's."""
+        """The width of the residual stream relative to the base's."""
         return self.target.hidden_size / self.base.hidden_size
 
     @cached_property
     def ratios(self) -> Mapping[str, Scaling]:
-        """Of each tensor, by global name."""
+        """The sizes of each tensor at base and target, by global name."""
         base, target = shapes_of(self.base, self.target)
         by_family = {family_of(parameter.name): parameter for parameter in base.tensors}
         return {p.name: scaling(by_family[family_of(p.name)], p, Sizes(1, 1)) for p in target.tensors}
@@ -84,7 +84,7 @@ class Mutant:
         return plan, self.tamper(plan, context)
 
     def tamper(self, plan: Plan, context: Context) -> Callable[[Any], None]:
-        """What is done to a run after it was built, before its first step.
+        """Returns the change to a run after it was built, before its first step.
 
         Args:
             plan: that it was built with.

@@ -20,7 +20,7 @@ _WHAT_COUNTS = (
 
 
 def cached(folder: Path | None, facts: object, make: Callable[[], Measurements]) -> Measurements:
-    """What `make` gives, or gave before for the same facts; a file that cannot be read is made anew.
+    """Returns what `make` gives, or gave before for the same facts; a file that cannot be read is made anew.
 
     Args:
         folder: None keeps nothing.
@@ -56,7 +56,7 @@ def _digest(runs: object) -> str:
 
 
 def has(folder: Path | None, facts: object) -> bool:
-    """Whether there is a file for the same facts."""
+    """Returns whether there is a file for the same facts."""
     return folder is not None and _path(folder, facts).exists()
 
 

@@ -56,15 +56,15 @@ class Reference:
         return self._gpt.named_parameters()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """As clipped."""
+        """Returns a gradient as clipped."""
         return parameter.grad
 
     def replay(self) -> Replay | None:
-        """Of the recipe's optimizer."""
+        """Returns a replay of the recipe's optimizer."""
         return replay_for(self._recipe)
 
     def forward(self) -> None:
-        """On the batch for comparisons."""
+        """Does the forward pass on the batch for comparisons."""
         self._gpt(self._batch(batches.PROBE)[:, :-1])
 
     def evaluate(self) -> bool:
@@ -72,13 +72,13 @@ class Reference:
         return False
 
     def repeat(self, index: int) -> bool:
-        """On sequences of one token each."""
+        """Does the forward pass on sequences of one token each."""
         tokens = self._batch(batches.PROBE)[:, :-1]
         self._gpt(tokens[:, index : index + 1].expand_as(tokens))
         return True
 
     def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
-        """What attention proper takes in."""
+        """Returns the queries that attention proper takes in."""
         return [(name, module, -2) for name, module in self._gpt.named_modules() if name.endswith(ATTENTION)]
 
     def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
@@ -86,7 +86,7 @@ class Reference:
         return {}
 
     def gradient_norm(self) -> float | None:
-        """Of the last step, before clipping."""
+        """Returns the norm of the last step's gradients, before clipping."""
         return self._norm
 
     def step(self, step: int) -> float:
@@ -102,7 +102,7 @@ class Reference:
         self._optimizer.step()
         return float(loss.detach())
 
-    def whole(self, _name: str, shard: Tensor) -> Tensor | None:
+    def gathered_matrix(self, _name: str, shard: Tensor) -> Tensor | None:
         """There are no shards."""
         return shard
 

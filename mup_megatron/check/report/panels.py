@@ -67,7 +67,7 @@ class ShownVerdict:
         """Of the earliest quantity in the causal order: the culprit's, or all if it is none of them."""
 
     def shown(self, found: Sequence[Finding]) -> Finding | None:
-        """Of a panel's findings the one to tell: at fault, else the earliest; the largest of those."""
+        """Returns the one of a panel's findings to tell: at fault, else the earliest; the largest of those."""
         fault = [f for f in found if f.key in self.at_fault]
         first = fault or [f for f in found if f.key.step == min(g.key.step for g in found)]
         return max(first, key=lambda finding: finding.size, default=None)

@@ -56,7 +56,7 @@ def headline(verdict: Verdict, *, title: str) -> str:
 
 
 def why_none(verdict: Verdict) -> str:
-    """What kept the check from a conclusion."""
+    """Returns the reason that kept the check from a conclusion."""
     said = [
         line for section in verdict.sections if section.outcome is CheckOutcome.NO_VERDICT for line in section.lines
     ]
@@ -64,7 +64,7 @@ def why_none(verdict: Verdict) -> str:
 
 
 def conditions(verdict: Verdict) -> str:
-    """On what it was measured."""
+    """Says on what it was measured."""
     widths = ", ".join(map(str, verdict.widths))
     return (
         f"level {verdict.level}, recipe {verdict.fingerprint[:12]}, widths {widths}, "
@@ -89,7 +89,7 @@ class Alike:
 
     @property
     def name(self) -> str:
-        """With all the layers, as `layers.0-3`, where the finding is in several."""
+        """Names it with all the layers, as `layers.0-3`, where the finding is in several."""
         layers = sorted({layer for f in self.findings if (layer := layer_of(f.key.name)) is not None})
         return in_layer(self.shown.key.name, _ranges(layers))
 
@@ -100,7 +100,7 @@ class Alike:
 
 
 def alike(findings: Iterable[Finding]) -> list[Alike]:
-    """What is the same in several layers and at several steps, put together, in the order in which each comes first."""
+    """Returns findings, those that are alike in several layers and steps put together, in the order of the first."""
     groups: dict[tuple[Quantity, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.key.quantity, in_layer(finding.key.name, "")), []).append(finding)

@@ -1,4 +1,4 @@
-"""What is checked: live models as somebody's run would build them, each ready to be measured.
+"""The subjects of a check: live models as somebody's run would build them, each ready to be measured.
 
 megatron.py           a Megatron-Core model, in the layout of the ranks
 scripts.py            what a script is given, and what it makes of a torch module

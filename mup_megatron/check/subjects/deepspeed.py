@@ -81,7 +81,7 @@ class Engines:
         return engine
 
     def schedule(self, step: int, steps: int) -> float:
-        """What the configuration's scheduler does with one learning rate."""
+        """Returns what the configuration's scheduler makes of one learning rate."""
         from mup_megatron.deepspeed.schedulers import for_one_group
 
         scheduler = self._scheduler(steps, self._lr)

@@ -20,7 +20,7 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.measure.measurements import MeasuredRun
 from mup_megatron.check.subjects.run_request import result_of
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments import model_from_values, values_from_flags
+from mup_megatron.megatron.arguments.convert import model_from_values, values_from_flags
 
 OBSERVER = "mup_megatron.check.subjects.pretrain_observer"
 _SOURCE = "the launch line"
@@ -53,7 +53,7 @@ _DATA = (
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What became of a process."""
+    """The end of a process."""
 
     code: int
     said: str
@@ -92,7 +92,7 @@ class LaunchLine:
 
     @property
     def world_size(self) -> int:
-        """How many processes it starts: torchrun's flags, or the environment of other launchers."""
+        """The number of processes that it starts: torchrun's flags, or the environment of other launchers."""
         given = {}
         words = iter(self.start)
         for word in words:
@@ -105,17 +105,17 @@ class LaunchLine:
 
     @property
     def tensor_parallel(self) -> int:
-        """How many ranks share a layer."""
+        """The number of ranks that share a layer."""
         return self._whole("--tensor-model-parallel-size")
 
     @property
     def pipeline_parallel(self) -> int:
-        """How many stages there are."""
+        """The number of pipeline stages."""
         return self._whole("--pipeline-model-parallel-size")
 
     @property
     def depth_is_free(self) -> bool:
-        """Whether it may have another number of layers: where nothing says which stage has which."""
+        """True where it may have another number of layers: where nothing says which stage has which."""
         return not any(_OF_LAYERS.match(word) for word in self.flags)
 
     def _whole(self, flag: str) -> int:
@@ -144,7 +144,7 @@ class LaunchLine:
         return LineBatch(micro * share, micro)
 
     def model(self) -> ModelFile:
-        """What it trains, with the vocabulary of the check.
+        """Returns the model that it trains, with the vocabulary of the check.
 
         Raises:
             InputError: it is no model that is supported, or its flags leave it open.

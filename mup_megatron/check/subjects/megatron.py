@@ -1,4 +1,4 @@
-"""What is checked: a Megatron-Core model as `train` builds it, in the layout of this process's ranks.
+"""A subject of a check: a Megatron-Core model as `train` builds it, in the layout of this process's ranks.
 
 Importing it imports Megatron: the CPU runtime has to come before.
 """
@@ -107,15 +107,15 @@ class MegatronTrainee:
         return torch.zeros_like(parameter) if gradient is None else gradient
 
     def replay(self) -> Replay | None:
-        """Of the recipe's optimizer."""
+        """Returns a replay of the recipe's optimizer."""
         return replay_for(self._recipe)
 
     def forward(self) -> None:
-        """On the batch for comparisons."""
+        """Does the forward pass on the batch for comparisons."""
         forward_backward(self._built, self._probe, 0, self._sizes, forward_only=True)
 
     def evaluate(self) -> bool:
-        """Likewise, in evaluation mode."""
+        """Does the forward pass of comparisons in evaluation mode."""
         for chunk in self._built.chunks:
             chunk.eval()
         try:
@@ -126,7 +126,7 @@ class MegatronTrainee:
         return True
 
     def repeat(self, index: int) -> bool:
-        """On sequences of one token each."""
+        """Does the forward pass on sequences of one token each."""
         repeated = _Sequences(
             self._model, size=self._sizes.global_batch, seed=self._seed, only=batches.PROBE, repeated=index
         )
@@ -134,7 +134,7 @@ class MegatronTrainee:
         return True
 
     def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
-        """What attention proper takes in, [position, batch, head, channel]."""
+        """Yields the queries that attention proper takes in, [position, batch, head, channel]."""
         for chunk in self._built.chunks:
             model: Any = unwrapped(chunk)
             layers = layers_of(model)
@@ -147,7 +147,7 @@ class MegatronTrainee:
         return {}
 
     def gradient_norm(self) -> float | None:
-        """Of the last step, before clipping; None without clipping, where Megatron does not compute it."""
+        """Returns the last step's gradient norm before clipping; None without clipping, where Megatron has none."""
         return self._norm
 
     def step(self, step: int) -> float:
@@ -158,7 +158,7 @@ class MegatronTrainee:
         self._built.scheduler.step(increment=1)
         return measured.loss
 
-    def whole(self, name: str, shard: Tensor) -> Tensor | None:
+    def gathered_matrix(self, name: str, shard: Tensor) -> Tensor | None:
         """Tensor-parallel shards put together."""
         group = parallel_state.get_tensor_model_parallel_group()
         size = torch.distributed.get_world_size(group)
@@ -174,7 +174,7 @@ class MegatronTrainee:
         return gathered(value)
 
     def groups(self) -> dict[str, Grouped]:
-        """What the optimizer holds for each parameter whose state this rank owns."""
+        """Returns what the optimizer holds for each parameter whose state this rank owns."""
         optimizer, chunks = self._built.optimizer, self._built.chunks
         h = self._recipe.hyperparameters
         return {

@@ -85,7 +85,7 @@ class _Watched:
         """Of the last step, over all ranks, before clipping."""
         return self._norm
 
-    def whole(self, _name: str, shard: Tensor) -> Tensor | None:
+    def gathered_matrix(self, _name: str, shard: Tensor) -> Tensor | None:
         """Every rank has all of it."""
         return shard
 
@@ -128,19 +128,19 @@ class ModuleTrainee(_Watched):
         return self._model.named_parameters()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """As clipped; 0 for what is not trained."""
+        """Returns a gradient as clipped; 0 for what is not trained."""
         return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
     def replay(self) -> Replay | None:
-        """Of the recipe's optimizer, whatever this one is."""
+        """Returns a replay of the recipe's optimizer, whatever this one is."""
         return None if self._optimizer is None else replay_for(self._recipe)
 
     def evaluate(self) -> bool:
-        """In evaluation mode; of the correct side that is not asked, which shares the code."""
+        """Does the forward pass in evaluation mode; of the correct side that is not asked, which shares the code."""
         return not self._alone and super().evaluate()
 
     def repeat(self, index: int) -> bool:
-        """On sequences of one token each, if there are any tokens; likewise."""
+        """Does the same on sequences of one token each, if there are any tokens."""
         return not self._alone and super().repeat(index)
 
     def step(self, step: int) -> float:
@@ -157,7 +157,7 @@ class ModuleTrainee(_Watched):
         return float(loss.detach())
 
     def gathered(self, value: Any) -> list[Any]:
-        """Of all ranks, if there are others."""
+        """Returns the values of all ranks, if there are others."""
         return [value] if self._alone else gathered(value)
 
     def close(self) -> None:
@@ -197,7 +197,7 @@ class EngineTrainee(_Watched):
         return self._gradients.get(id(parameter))
 
     def replay(self) -> Replay | None:
-        """Of the recipe's optimizer, whatever this one is."""
+        """Returns a replay of the recipe's optimizer, whatever this one is."""
         return replay_for(self._recipe)
 
     def step(self, step: int) -> float:
@@ -213,7 +213,7 @@ class EngineTrainee(_Watched):
         return math.fsum(gathered(float(loss.detach()))) / world_size()
 
     def gathered(self, value: Any) -> list[Any]:
-        """Of all ranks."""
+        """Returns the values of all ranks."""
         return gathered(value)
 
     def close(self) -> None:
@@ -257,9 +257,9 @@ def refuse_low_precision(model: nn.Module) -> None:
 
 def _copy(parameter: nn.Parameter) -> Tensor:
     """A whole one, in single precision."""
-    from mup_megatron.modules.apply import whole
+    from mup_megatron.modules.weights import gathered_parameter
 
-    with whole(parameter, change=False):
+    with gathered_parameter(parameter, change=False):
         return parameter.detach().float().clone()
 
 

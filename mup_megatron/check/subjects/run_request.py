@@ -1,4 +1,4 @@
-"""What a run of a launch line is told to measure: a file of its own, beside which it writes what it found."""
+"""The request to a run of a launch line to measure itself: a file of its own, beside which it writes what it found."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from mup_megatron.files import write_atomically
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:
-    """What a run is to measure; a file of its own for each run."""
+    """A request of what a run is to measure; a file of its own for each run."""
 
     width: int
     seed: int
@@ -18,12 +18,12 @@ class RunRequest:
     protocol: RunProtocol
 
     def write(self, path: Path) -> None:
-        """For `read`, in the process that trains."""
+        """Writes it for `read`, in the process that trains."""
         write_atomically(path, json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> "RunRequest":
-        """What `write` wrote."""
+        """Returns the request that `write` wrote."""
         content = json.loads(path.read_text(encoding="utf-8"))
         protocol = content["protocol"]
         recorded = tuple(protocol.pop("recorded"))
@@ -31,5 +31,5 @@ class RunRequest:
 
 
 def result_of(request: Path) -> Path:
-    """Where the run of a request is written."""
+    """Returns the file into which the run of a request is written."""
     return request.with_name(f"{request.name}.run")

@@ -1,4 +1,4 @@
-"""What a script that is checked is given, and what it makes of it: bare models, batches, losses, a task a run."""
+"""A script that is checked: what it is given and makes of it, as bare models, batches, losses, a task a run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ DeepSpeed engine; None where there is nothing to train."""
 
 
 def prepare_by_plan(model: nn.Module, task: Task) -> torch.optim.Optimizer | None:
-    """What `mup_megatron.modules` makes of a model."""
+    """Makes of a model what `mup_megatron.modules` does, and returns its optimizer."""
     apply_plan(model, task.plan)
     groups = param_groups(model.named_parameters(), task.plan)
     return torch_optimizer(groups, task.recipe) if groups else None
@@ -109,6 +109,6 @@ def default_batch(models: Mapping[int, nn.Module]) -> Batch:
 
 
 def default_loss(model: Any, batch: Any) -> Tensor:
-    """What Hugging Face's models compute."""
+    """Returns the loss that Hugging Face's models compute."""
     loss: Tensor = model(**batch).loss
     return loss

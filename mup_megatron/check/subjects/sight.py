@@ -1,4 +1,4 @@
-"""What is looked at of a torch module: found by a forward pass, whatever the module is.
+"""The parts of a torch module that are looked at: found by a forward pass, whatever the module is.
 
 Every module that holds a weight and gives a tensor, every block of a list of layers, what it adds to its input, and the
 logits of every attention, which belong to no module. They are read off the calls of softmax and of torch's fused
@@ -138,11 +138,11 @@ class Sight(TorchFunctionMode):
                 self.beside[Quantity.SUMMED, "loss"] = (float(loss.detach()) / mean, 1.0)
 
     def queries(self) -> list[tuple[str, nn.Module, int]]:
-        """What stands for the queries of each attention that was seen."""
+        """Returns what stands for the queries of each attention that was seen."""
         return [(name, tap, -2) for name, tap in self._queries.items()]
 
     def seen(self, forward: Callable[[], None]) -> list[tuple[str, nn.Module, At]]:
-        """What gives a tensor in a forward pass: modules with weights, blocks and what they add, attention logits."""
+        """Returns what gives a tensor in a pass: modules with weights, blocks and what they add, attention logits."""
         wanted = {
             name for name, module in self._model.named_modules() if name and any(True for _ in module.parameters(False))
         }

@@ -1,4 +1,4 @@
-"""What is off, why, and what it comes to. Plain numbers and plans; who trains is passed in.
+"""A verdict: what is off, why, and what it comes to. Plain numbers and plans; who trains is passed in.
 
 verdict.py        the verdict and its parts
 comparison.py     subject against reference: slopes and levels, beyond seeds

@@ -1,4 +1,4 @@
-"""Where the learning rate is best at each width, and whether it is the same one. Pure numbers.
+"""The best learning rate at each width, and whether it is the same one. Pure numbers.
 
 A width's basin, final loss over log2 of the learning rate, is a parabola near its minimum; where the minimum of the
 widest lies against that of the narrowest is the shift, in octaves, and what the narrow one's optimum costs at the wide
@@ -34,7 +34,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class BasinOptimum:
-    """Where a width's basin has its minimum."""
+    """The minimum of a width's basin."""
 
     log2_lr: float
     low: float
@@ -51,7 +51,7 @@ class BasinOptimum:
 
 @dataclass(frozen=True, kw_only=True)
 class TransferResult:
-    """What the basins say."""
+    """The result of comparing basins."""
 
     outcome: CheckOutcome
     lines: tuple[str, ...]
@@ -161,7 +161,7 @@ def _residuals(losses: Array) -> Array:
 
 
 def judge_transfer(losses: Losses) -> TransferResult:
-    """Whether the learning rate transfers.
+    """Returns whether the learning rate transfers.
 
     Args:
         losses: at three widths or more, three learning rates or more and two seeds or more.

@@ -1,4 +1,4 @@
-"""What holds for every right model, whatever a reference shows: bounds on measurements of the subject alone.
+"""Bounds that hold for every right model, whatever a reference shows: on measurements of the subject alone.
 
 The reference of a torch module has the module's own code, so a mistake in that code shows in neither. But μP says how
 activations follow width: before training not at all, but for what a readout gives, and for attention logits of heads
@@ -57,7 +57,7 @@ NORMAL = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What is known of the models of a check."""
+    """The facts about the models of a check."""
 
     plans: Mapping[int, Plan]
     """Width → the right plan."""
@@ -78,7 +78,7 @@ class Known:
 
 
 def out_of_bounds(subject: Measurements, reference: Measurements, known: Known) -> list[Finding]:
-    """What does not hold, first what the forward pass comes by first.
+    """Returns what does not hold, first what the forward pass comes by first.
 
     Args:
         subject: short runs, of which some may have broken off.
@@ -226,7 +226,7 @@ def _last_of_blocks(place: Callable[[str], float], blocks: Iterable[str]) -> flo
 
 
 def is_outside(slope: Slope, low: float, high: float) -> bool:
-    """Whether a slope certainly is: by twice its interval, as there are many of them."""
+    """Returns whether a slope certainly is: by twice its interval, as there are many of them."""
     return slope.value - 2 * slope.half_width > high or slope.value + 2 * slope.half_width < low
 
 

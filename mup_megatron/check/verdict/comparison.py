@@ -39,7 +39,7 @@ class Slope:
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """What is not called a mistake even where no noise explains it."""
+    """The deviation that is not called a mistake even where no noise explains it."""
 
     slope: float
     level: float
@@ -107,7 +107,7 @@ class Compared:
 
     @property
     def factor(self) -> float:
-        """How many times the reference's value the subject has, over all widths."""
+        """The subject's value relative to the reference's, over all widths."""
         return math.exp(self.level)
 
 
@@ -263,7 +263,7 @@ def _pooled(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
 
 
 def t_quantile(probability: float, freedom: int) -> float:
-    """Of Student's distribution, by the Cornish-Fisher expansion (Abramowitz & Stegun 26.7.5)."""
+    """Returns a quantile of Student's distribution, by the Cornish-Fisher expansion (Abramowitz & Stegun 26.7.5)."""
     z = NormalDist().inv_cdf(probability)
     terms = (
         (z**3 + z) / 4,
@@ -303,17 +303,17 @@ class Finding:
 
     @property
     def key(self) -> Key:
-        """What was measured."""
+        """The measurement that is off."""
         return self.compared.key
 
     @property
     def size(self) -> float:
-        """How far off, in the logarithm of the value or in its slope."""
+        """The deviation, in the logarithm of the value or in its slope."""
         return abs(self.compared.slope if self.kind is Mismatch.SLOPE else self.compared.level)
 
     @property
     def sentence(self) -> str:
-        """In words: where, what was expected, what was found."""
+        """Says it in words: where, what was expected, what was found."""
         c, key = self.compared, self.key
         when = "before training" if key.step == 0 else f"after {key.step} step{'s' if key.step > 1 else ''}"
         where = f"{key.name}: {key.quantity}, {when}"
@@ -354,6 +354,6 @@ def _out_of_bounds(c: Compared) -> str:
 
 
 def findings(comparison: Comparison) -> list[Finding]:
-    """What is off, causes before consequences, and of each kind the earliest first."""
+    """Returns what is off, causes before consequences, and of each kind the earliest first."""
     off = [Finding(compared, compared.off) for compared in comparison.values() if compared.off is not None]
     return sorted(off, key=lambda finding: (ORDER.index(finding.key.quantity), finding.key.step, -finding.size))

@@ -35,7 +35,7 @@ show, and why."""
 
 @dataclass(frozen=True, kw_only=True)
 class Sides:
-    """How the three sides of a check are measured."""
+    """The three sides of a check, as functions that measure them."""
 
     subject: Measure
     reference: Measure
@@ -44,7 +44,7 @@ class Sides:
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What causes are looked for in."""
+    """The plans and shapes in which causes are looked for."""
 
     recipe: Recipe
     """Of the check."""

@@ -33,7 +33,7 @@ def later_section(
     rounding: Collection[str],
     untrained: Collection[str] = (),
 ) -> tuple[Section, Cause | None]:
-    """What one run shows of later steps.
+    """Returns the section of what one run shows of later steps, and its cause.
 
     Args:
         run: of the subject, as `LATER` has it.

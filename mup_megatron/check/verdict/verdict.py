@@ -15,7 +15,7 @@ WITHOUT_DROPOUT = "Dropout is off in the check, so that differences are not its 
 
 
 class CheckOutcome(StrEnum):
-    """What a check comes to."""
+    """The outcome of a check."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -38,7 +38,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a check concluded, and from what."""
+    """The conclusion of a check, and what it is drawn from."""
 
     outcome: CheckOutcome
     level: Level
@@ -64,7 +64,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether the run may begin."""
+        """True where the run may begin."""
         return self.outcome is CheckOutcome.PASS
 
     def to_json(self) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Pair:
 
     @property
     def sentence(self) -> str:
-        """In words."""
+        """Says it in words."""
         return (
             f"width {self.wider} is worse than {self.narrower} at step {self.step}: training loss "
             f"{self.wider_loss:.4g} instead of {self.narrower_loss:.4g}, {math.expm1(self.difference):+.1%} "
@@ -54,23 +54,23 @@ class Pair:
 
 @dataclass(frozen=True)
 class WiderResult:
-    """What the losses say."""
+    """The result of comparing losses over width."""
 
     pairs: tuple[Pair, ...]
 
     @property
     def holds(self) -> bool:
-        """Whether no wider model is worse."""
+        """True where no wider model is worse."""
         return not self.offending
 
     @property
     def offending(self) -> tuple[Pair, ...]:
-        """Where a wider model is worse, the largest difference first."""
+        """The pairs in which the wider model is worse, the largest difference first."""
         return tuple(sorted((pair for pair in self.pairs if pair.worse), key=lambda pair: -pair.difference))
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """In words."""
+        """Says it in words."""
         if self.offending:
             first, *others = self.offending
             more = [f"The same at {len(others)} more of {len(self.pairs)} comparisons."] if others else []

@@ -34,7 +34,7 @@ class UnreadableError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class WordPart:
     """A stretch of a word: a literal without its quotes, or an expansion as it is written."""
 
     text: str
@@ -45,7 +45,7 @@ class Part:
     whole: bool = False
     """All elements of the array, as `${A[@]}`."""
     operator: str = ""
-    default: "tuple[Part, ...]" = ()
+    default: "tuple[WordPart, ...]" = ()
     words: "tuple[Token, ...]" = ()
     """Of the command that `$(…)` consists of."""
 
@@ -55,7 +55,7 @@ class Token:
     """A word of a command, or an assignment with what the variable gets: the parts, or an array's words."""
 
     line: int
-    parts: tuple[Part, ...]
+    parts: tuple[WordPart, ...]
     name: str = ""
     """The variable that an assignment sets."""
     appends: bool = False
@@ -87,7 +87,7 @@ class Command:
 
     @property
     def line(self) -> int:
-        """Where it begins."""
+        """The line where it begins."""
         return self.words[0].line
 
 
@@ -116,7 +116,7 @@ def within_quotes(text: str, line: int) -> Token:
     try:
         ((token,),) = [command.words for command in parsed(f'"{text}"')[0]]
     except (UnreadableError, ValueError):
-        return Token(line, (Part(text, quoted=True),))
+        return Token(line, (WordPart(text, quoted=True),))
     return replace(token, line=line)
 
 
@@ -277,7 +277,7 @@ class _Reader:
             place = replace(place, conditional=conditional)
             if kind == "for_statement":  # its variable is set, to what cannot be known
                 name = node.child_by_field_name("variable") or node
-                self._add([Token(self.line(name.start_byte), (Part("$"),), name=self._said(name))], place)
+                self._add([Token(self.line(name.start_byte), (WordPart("$"),), name=self._said(name))], place)
             elif kind == "c_style_for_statement":
                 opening, closing = (child for child in children if child.type in ("((", "))"))
                 self._add([self._raw(opening.start_byte, closing.end_byte)], place)
@@ -334,12 +334,12 @@ class _Reader:
         return replace(word, parts=tuple(self._parts(nodes, start, end, quoted=False)))
 
     def _raw(self, start: int, end: int) -> Token:
-        return Token(self.line(start), (Part(self._text[start:end]),))
+        return Token(self.line(start), (WordPart(self._text[start:end]),))
 
     def _said(self, node: "Node") -> str:
         return self._text[node.start_byte : node.end_byte]
 
-    def _parts(self, nodes: Iterable["Node"], start: int, end: int, *, quoted: bool) -> Iterator[Part]:
+    def _parts(self, nodes: Iterable["Node"], start: int, end: int, *, quoted: bool) -> Iterator[WordPart]:
         """The parts of a stretch of text: what is not within quotes or an expansion is literal."""
         for node in _marked(nodes):
             if node.start_byte >= start:
@@ -348,13 +348,13 @@ class _Reader:
                 start = node.end_byte
         yield from _literal(self._text[start:end], quoted=quoted)
 
-    def _part(self, node: "Node", *, quoted: bool) -> Iterator[Part]:
+    def _part(self, node: "Node", *, quoted: bool) -> Iterator[WordPart]:
         text = self._said(node)
         if node.type in ("raw_string", "ansi_c_string"):
-            yield Part(text[text.index("'") + 1 : -1], quoted=True)
+            yield WordPart(text[text.index("'") + 1 : -1], quoted=True)
         elif node.type == "string":
             if text == '""':
-                yield Part("", quoted=True)
+                yield WordPart("", quoted=True)
             yield from self._parts(node.children[1:-1], node.start_byte + 1, node.end_byte - 1, quoted=True)
         else:
             # Between quotes, the grammar counts blanks before it as its own.
@@ -364,11 +364,11 @@ class _Reader:
             if found is None:
                 inside = [child for child in node.children if child.is_named]
                 words = self._words(inside[0].children) if [child.type for child in inside] == ["command"] else ()
-                yield Part(shown, quoted, expands=True, words=tuple(words))
+                yield WordPart(shown, quoted, expands=True, words=tuple(words))
                 return
             end = node.start_byte + len(text) - len(shown) + found.end() - 1
             default = self._parts(node.children, end - len(found[5]), end, quoted=True) if found[5] else ()
-            yield Part(found[0], quoted, True, found[1] or found[2], bool(found[3]), found[4] or "", tuple(default))
+            yield WordPart(found[0], quoted, True, found[1] or found[2], bool(found[3]), found[4] or "", tuple(default))
             yield from _literal(shown[found.end() :], quoted=quoted)
 
 
@@ -380,12 +380,12 @@ def _marked(nodes: Iterable["Node"]) -> Iterator["Node"]:
             yield from _marked(node.children)
 
 
-def _literal(text: str, *, quoted: bool) -> Iterator[Part]:
+def _literal(text: str, *, quoted: bool) -> Iterator[WordPart]:
     for found in _STRETCH.finditer(text):
         match found.lastgroup:
             case "name":
-                yield Part(found[0], quoted, True, found["name"])
+                yield WordPart(found[0], quoted, True, found["name"])
             case "escaped" if not quoted or found["escaped"] in '$`"\\\n':
-                yield Part(found["escaped"].strip("\n"), quoted or found["escaped"] != "\n")
+                yield WordPart(found["escaped"].strip("\n"), quoted or found["escaped"] != "\n")
             case _:
-                yield Part(found[0], quoted)
+                yield WordPart(found[0], quoted)

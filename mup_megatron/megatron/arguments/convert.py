@@ -267,7 +267,7 @@ def not_in_model_file(values: Mapping[str, Any]) -> list[str]:
 
 
 def values_from_flags(words: Sequence[str], *, source: str, known: Sequence[Flag] | None = None) -> dict[str, Any]:
-    """What Megatron's parser would make of the flags that concern model, learning rates or native μP.
+    """Returns what Megatron's parser would make of the flags that concern model, learning rates or native μP.
 
     Needs no Megatron. Others than those that are `known` (by default all) are skipped with their values. Flags that are
     not given have Megatron's default.

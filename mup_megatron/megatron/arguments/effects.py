@@ -1,4 +1,4 @@
-"""What every flag of Megatron-LM 0.16 to 0.19 means to a model file and a recipe: the one table of it.
+"""The one table of what every flag of Megatron-LM 0.16 to 0.19 means to a model file and a recipe.
 
 `table.py` has the flags whose values are read. This adds all others, each with the reason why it need not be, and says
 in a page for people (`page`, docs/flags.md) what becomes of each. Pure data and text, and long for that; needs no
@@ -32,7 +32,7 @@ OLDEST, NEWEST = (0, 16), (0, 19)
 
 
 class Effect(Enum):
-    """What becomes of a flag. The value is the heading of its part of the page."""
+    """The effect of a flag. The value is the heading of its part of the page."""
 
     MODEL = "Read into the model file"
     RECIPE = "The recipe's"
@@ -431,7 +431,7 @@ def _table(known: frozenset[str]) -> tuple[dict[str, Row], dict[str, Row]]:
 
 
 def row_of(name: str) -> Row | None:
-    """What becomes of a flag; None for one that no release from 0.16 to 0.19 has, nor a program of Megatron-LM's."""
+    """Returns the row of a flag; None for one that no release from 0.16 to 0.19 has, nor a program of Megatron-LM's."""
     whole, beginnings = _table(frozenset(architectures()))
     if name in whole:
         return whole[name]

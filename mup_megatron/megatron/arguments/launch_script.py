@@ -26,9 +26,9 @@ from mup_megatron.megatron.arguments.bash import (
     DECLARATIONS,
     SPACE,
     Command,
-    Part,
     Token,
     UnreadableError,
+    WordPart,
     parsed,
     within_quotes,
 )
@@ -331,11 +331,11 @@ class _Reader:
         names = [said.partition("=")[0] for word in _split(values) for said in self._said(word)]
         return tuple((name, line) for name in names if name in _model_flags())
 
-    def _text(self, parts: Sequence[Part]) -> str:
+    def _text(self, parts: Sequence[WordPart]) -> str:
         """Parts of a word as one text: what an assignment gets."""
         return "".join(" ".join(self._value(part)) for part in parts)
 
-    def _value(self, part: Part) -> tuple[Word, ...]:
+    def _value(self, part: WordPart) -> tuple[Word, ...]:
         """What a part of a word stands for; itself where that is not known."""
         values = self._values(part.name)
         unset = values is None and self._reason(part.name) is None
@@ -352,7 +352,7 @@ class _Reader:
             return (known or Word(re.sub(rf"[{SPACE}].*", "…)", part.text, flags=re.DOTALL), 0),)
         return values if part.whole else values[:1] or (Word("", 0),)
 
-    def _substituted(self, part: Part) -> Word | None:
+    def _substituted(self, part: WordPart) -> Word | None:
         """The output of the two commands that are known, the way to the script's folder and `mup-megatron args`."""
         if folder := _FOLDER.fullmatch(part.text):
             return Word(str((self._folder / folder["below"].lstrip("/")).resolve()), 0)
@@ -565,7 +565,7 @@ def _variable(word: str) -> str:
 def _beside_itself(word: Token) -> Token | None:
     """What is assigned beside the variable's own value: `A="$A …"`, `A="… $A"`, `A=("${A[@]}" …)`; else None."""
 
-    def itself(part: Part) -> bool:
+    def itself(part: WordPart) -> bool:
         return part.name == word.name and not part.default and "=" not in part.operator
 
     if word.array is not None:

@@ -45,7 +45,7 @@ _FLAGS = "flags"
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What a launch line says."""
+    """The contents of a launch line."""
 
     source: str
     """What messages call it."""
@@ -131,10 +131,10 @@ def _program_of_script(path: Path) -> str | None:
     Raises:
         InputError: it names one that builds no model that is supported.
     """
-    scripts = [s for s in programs.scripts_in(path) if programs.family_of(s) is not programs.Family.DATA]
+    scripts = [s for s in programs.scripts_in(path) if programs.kind_of(s) is not programs.ProgramKind.DATA]
     for script in scripts:
         programs.require_supported(script, source=str(path))
-    known = [script for script in scripts if programs.family_of(script) is programs.Family.SUPPORTED]
+    known = [script for script in scripts if programs.kind_of(script) is programs.ProgramKind.SUPPORTED]
     return next(iter([*known, *scripts]), None)
 
 
@@ -146,7 +146,7 @@ def _version_remarks() -> Iterator[str]:
 
 def _unknown(script: str | None, flags: Sequence[str], source: str) -> Iterator[str]:
     """Remarks on what is not known of a line; flags that Megatron-LM's own program would refuse are an error."""
-    known = script is not None and programs.family_of(script) is programs.Family.SUPPORTED
+    known = script is not None and programs.kind_of(script) is programs.ProgramKind.SUPPORTED
     names = list(dict.fromkeys(w.partition("=")[0] for w in flags if w.startswith("--") and len(w) > 2))
     forks = fork.MARK in names
     unknown = [

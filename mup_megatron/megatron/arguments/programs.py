@@ -1,4 +1,4 @@
-"""Which programs of Megatron-LM build what, and which are none of ours: known by the script's name.
+"""The programs of Megatron-LM: which builds what, and which are none of ours, known by the script's name.
 
 With those that architectures name as theirs, every program at the tags core_v0.16.1 to core_v0.19.0 that takes
 Megatron's flags, and those of older releases and forks that many lines name. Without this, a BERT's line reads like a
@@ -16,8 +16,8 @@ from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.table import every
 
 
-class Family(Enum):
-    """What a program is to the plug-in."""
+class ProgramKind(Enum):
+    """The kinds of programs that the plug-in tells apart."""
 
     SUPPORTED = "supported"
     """Builds a model of an architecture that is known."""
@@ -111,7 +111,7 @@ def programs_of(words: Sequence[str]) -> list[tuple[str, int]]:
     read = {flag.name for flag in every()}
     for index, word in enumerate(words):
         option = word.startswith("-")
-        if option and (word.partition("=")[0] in read or (found and family_of(found[-1][0]) is Family.SUPPORTED)):
+        if option and (word.partition("=")[0] in read or (found and kind_of(found[-1][0]) is ProgramKind.SUPPORTED)):
             break
         before = words[index - 1] if index else ""
         module = word[2:] if re.fullmatch(r"-m\w.*", word) else word if before in ("-m", "--module") else ""
@@ -137,16 +137,16 @@ def script_of(words: Sequence[str]) -> tuple[str, int] | None:
 
 
 def _is_known(script: str) -> bool:
-    return family_of(script) is not Family.OWN
+    return kind_of(script) is not ProgramKind.OWN
 
 
-def family_of(script: str) -> Family:
-    """What a script is, by its name."""
+def kind_of(script: str) -> ProgramKind:
+    """Returns the kind of a script, by its name."""
     if _find(script, OTHERS) is not None:
-        return Family.OTHER
+        return ProgramKind.OTHER
     if _find(script, _DATA) is not None:
-        return Family.DATA
-    return Family.SUPPORTED if builds(script) is not None else Family.OWN
+        return ProgramKind.DATA
+    return ProgramKind.SUPPORTED if builds(script) is not None else ProgramKind.OWN
 
 
 def builds(script: str) -> Decoder | None:

@@ -1,10 +1,12 @@
-"""What the models of all architectures are built with."""
+"""The arguments that the models of all architectures are built with."""
 
 from typing import Any
 
 from megatron.core import parallel_state
 
 from mup_megatron.architectures.model_file import ModelFile
+
+__all__ = ["arguments"]
 
 
 def arguments(model: ModelFile, config: Any, stage: int | None) -> dict[str, Any]:

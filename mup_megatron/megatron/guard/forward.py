@@ -1,4 +1,4 @@
-"""What the forward pass really does against the plan: the scale of attention, measured, and multipliers, counted.
+"""The forward pass against the plan: the scale of attention, measured, and multipliers, counted.
 
 What should be there are the plan's sites. Leaves no trace.
 """

@@ -16,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from mup_megatron.collectives import gathered
 from mup_megatron.live.compare import close, group_problems, value_problems
 from mup_megatron.live.problems import Problem, number
-from mup_megatron.megatron.optimizer import GroupValues, is_sharded, parameters_with_groups, parts_of
+from mup_megatron.megatron.optimizer import LiveGroupValues, is_sharded, parameters_with_groups, parts_of
 from mup_megatron.theory import Plan, PlanEntry
 
 
@@ -37,7 +37,7 @@ def optimizer_problems(
     """
     held = parameters_with_groups(optimizer, chunks, tied=plan.tied)
     found = _trained_problems(held, optimizer)
-    owned = [_Held(plan[name], GroupValues.of(groups[0]), groups[0]) for name, _, groups in held if groups]
+    owned = [_Held(plan[name], LiveGroupValues.of(groups[0]), groups[0]) for name, _, groups in held if groups]
     found += _limit_problems(owned, plan, optimizer, scheduler)
     found += _momentum_problems(owned)
     if scheduler is not None:
@@ -51,7 +51,7 @@ class _Held:
     """A parameter that this rank's optimizer updates."""
 
     entry: PlanEntry
-    live: GroupValues
+    live: LiveGroupValues
     group: dict[str, Any]
 
 

@@ -1,4 +1,4 @@
-"""Which recipe a Megatron-LM checkpoint was trained with. Neither loads nor saves one; imports nothing of Megatron.
+"""The recipe that a Megatron-LM checkpoint was trained with. Neither loads nor saves one; imports nothing of Megatron.
 
 Recipe and fingerprint travel among Megatron's own arguments, which every checkpoint format stores. A copy for people,
 and for a launcher that must not load a checkpoint to know, lies in the checkpoint's folder.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mup_megatron import checkpoint_recipe as origins
+from mup_megatron import checkpoint_recipe
 from mup_megatron.checkpoint_recipe import SIDECAR
 from mup_megatron.errors import InputError
 from mup_megatron.files import require_ordinary
@@ -26,8 +26,8 @@ _CONTENT = "mup_recipe_content"
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a checkpoint says of the recipe that it was trained with."""
+class SavedRecipe:
+    """The recipe that a checkpoint says it was trained with."""
 
     fingerprint: str | None
     """None: plain Megatron."""
@@ -37,10 +37,10 @@ class Origin:
 def sign(values: argparse.Namespace, given: Recipe) -> None:
     """Puts a recipe among Megatron's arguments."""
     setattr(values, _FINGERPRINT, given.fingerprint)
-    setattr(values, _CONTENT, origins.packed(given))
+    setattr(values, _CONTENT, checkpoint_recipe.packed(given))
 
 
-def origin(values: Any) -> Origin:
+def recipe_within(values: Any) -> SavedRecipe:
     """The recipe among the arguments that a checkpoint was written with.
 
     Raises:
@@ -48,12 +48,13 @@ def origin(values: Any) -> Origin:
     """
     fingerprint = getattr(values, _FINGERPRINT, None)
     if fingerprint is None:
-        return Origin(None, None)
+        return SavedRecipe(None, None)
     content = getattr(values, _CONTENT, None)
-    return Origin(fingerprint, origins.unpacked(content, source=f"the checkpoint's recipe {fingerprint}"))
+    source = f"the checkpoint's recipe {fingerprint}"
+    return SavedRecipe(fingerprint, checkpoint_recipe.unpacked(content, source=source))
 
 
-def require_same(found: Origin, wanted: Recipe, *, accept: bool) -> None:
+def require_same(found: SavedRecipe, wanted: Recipe, *, accept: bool) -> None:
     """Raises InputError unless a checkpoint is of the run's recipe, or the change is accepted."""
     if accept or found.fingerprint == wanted.fingerprint:
         return
@@ -64,7 +65,8 @@ def require_same(found: Origin, wanted: Recipe, *, accept: bool) -> None:
             f"plan; this run's recipe is {wanted.fingerprint}. Begin a new run with an empty --load and --save. "
             f"{remedy.format(' --no-load-optim')}"
         )
-    lines = [f"  {key}: {before} there, {now} here" for key, before, now in origins.differences(found.recipe, wanted)]
+    differences = checkpoint_recipe.differences(found.recipe, wanted)
+    lines = [f"  {key}: {before} there, {now} here" for key, before, now in differences]
     raise InputError(
         "\n".join(
             [
@@ -77,7 +79,7 @@ def require_same(found: Origin, wanted: Recipe, *, accept: bool) -> None:
     )
 
 
-def require_matching_optimizer(found: Origin) -> None:
+def require_matching_optimizer(found: SavedRecipe) -> None:
     """Raises InputError if the optimizer's state would be loaded from a checkpoint of plain Megatron."""
     if found.recipe is None:
         raise InputError(
@@ -96,7 +98,7 @@ def write_sidecar(folder: str | None, given: Recipe) -> str | None:
     """
     if folder is None or not is_first():
         return None
-    return origins.write_sidecar(Path(folder), given)
+    return checkpoint_recipe.write_sidecar(Path(folder), given)
 
 
 def require_plain(words: Sequence[str]) -> None:

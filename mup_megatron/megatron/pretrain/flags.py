@@ -67,12 +67,12 @@ _GIVEN = "_mup_given"
 
 
 def asked_for(words: Sequence[str]) -> bool:
-    """Whether a command line has one of our flags, or wants to know which there are."""
+    """Returns whether a command line has one of our flags, or wants to know which there are."""
     return wants_help(words) or any(word.split("=", 1)[0] in NAMES for word in words)
 
 
 def wants_help(words: Sequence[str]) -> bool:
-    """Whether a command line asks for help instead of a run."""
+    """Returns whether a command line asks for help instead of a run."""
     return "-h" in words or "--help" in words
 
 

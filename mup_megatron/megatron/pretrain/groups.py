@@ -1,4 +1,4 @@
-"""What the plan gave the optimizer's groups, kept across Megatron's loading of a checkpoint."""
+"""The values that the plan gave the optimizer's groups, kept across Megatron's loading of a checkpoint."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ def _groups(optimizer: Any) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def values_kept(optimizer: Any) -> Iterator[None]:
-    """What the plan gave each group is there again afterwards, whatever a load wrote into the groups.
+    """Puts the plan's values of each group back afterwards, whatever a load wrote into the groups.
 
     Megatron finds a saved group by some of its values and then takes all of them from the checkpoint; which ones it
     looks at, and what --override-opt-param-scheduler does to them, differs between versions.

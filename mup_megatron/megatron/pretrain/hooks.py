@@ -1,4 +1,4 @@
-"""Where the plug-in stands in Megatron-LM's training loop. Each function does one thing around one of Megatron's.
+"""The places of the plug-in in Megatron-LM's training loop. Each function does one thing around one of Megatron's.
 
 The functions are replaced in Megatron's modules when these are imported, or at once where they have been already, and
 only if a command line asks for it. Nothing of Megatron is imported here: the CPU runtime has to come before.
@@ -111,7 +111,7 @@ def _setup_model_and_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: A
         run.configure(configured.transformer)
         configured.pre_wrap_hooks.append(run.applied)
     chunks, optimizer, scheduler = wrapped(*args, **kwargs)
-    run.stands(chunks, optimizer, scheduler, get_args())
+    run.verify_set_up(chunks, optimizer, scheduler, get_args())
     return chunks, optimizer, scheduler
 
 

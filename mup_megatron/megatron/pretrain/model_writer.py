@@ -18,8 +18,7 @@ from typing import Any, NoReturn
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
-from mup_megatron.megatron.arguments import model_from_values, not_in_model_file
-from mup_megatron.megatron.arguments.convert import remarks_of, require_supported
+from mup_megatron.megatron.arguments.convert import model_from_values, not_in_model_file, remarks_of, require_supported
 from mup_megatron.megatron.arguments.table import NOT_SAID, STOPPED, refused
 from mup_megatron.megatron.pretrain import flags
 from mup_megatron.megatron.versions import core_version, core_version_text, range_remark
@@ -39,7 +38,7 @@ _before: dict[str, Any] = {}
 
 
 def path_in(words: Sequence[str]) -> Path | None:
-    """Where a line says that the model file is to be written; None if it does not.
+    """Returns the path to which a line says that the model file is to be written; None if it does not.
 
     Raises:
         InputError: there is no path, or a recipe beside it.

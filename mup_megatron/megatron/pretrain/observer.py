@@ -19,7 +19,7 @@ from mup_megatron.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What there is to look at."""
+    """A run that is set up, for an observer to look at."""
 
     chunks: Sequence[torch.nn.Module]
     optimizer: Any

@@ -16,8 +16,7 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import guard
-from mup_megatron.megatron.arguments import model_from_values, not_in_model_file
-from mup_megatron.megatron.arguments.convert import remarks_of
+from mup_megatron.megatron.arguments.convert import model_from_values, not_in_model_file, remarks_of
 from mup_megatron.megatron.model import applied_plan, apply_plan, configure
 from mup_megatron.megatron.names import unwrapped
 from mup_megatron.megatron.optimizer import config_overrides
@@ -34,7 +33,7 @@ _SOURCE = "the command line"
 
 @dataclasses.dataclass
 class Run:
-    """What is known of a run so far; filled in as Megatron goes along."""
+    """The state of a run so far; filled in as Megatron goes along."""
 
     recipe: Recipe
     options: flags.Options
@@ -44,7 +43,7 @@ class Run:
     """Megatron's arguments that the recipe decides."""
     model: ModelFile | None = None
     plan: Plan | None = None
-    checkpoint: checkpoints.Origin | None = None
+    checkpoint: checkpoints.SavedRecipe | None = None
     """What was loaded, if anything was."""
     loading_into: Any = None
     """The optimizer that a checkpoint is being loaded into."""
@@ -57,7 +56,7 @@ class Run:
 
     @property
     def loaded(self) -> bool:
-        """Whether weights came from a checkpoint."""
+        """True where weights came from a checkpoint."""
         return self.checkpoint is not None
 
     @classmethod
@@ -136,7 +135,7 @@ class Run:
         return chunks
 
     def overrides(self, config: Any, chunks: Sequence[torch.nn.Module], given: Any) -> Mapping[Any, Any]:
-        """What the optimizer takes in place of Megatron's standard overrides. Collective.
+        """Returns what the optimizer takes in place of Megatron's standard overrides. Collective.
 
         Raises:
             InputError: the script has overrides of its own, which would be lost.
@@ -179,7 +178,7 @@ class Run:
             return  # Megatron looks for arguments alone, or once more
         problems = []
         try:
-            self.checkpoint = checkpoints.origin(saved)
+            self.checkpoint = checkpoints.recipe_within(saved)
             checkpoints.require_same(self.checkpoint, self.recipe, accept=self.options.accept_recipe_change)
             if self.loading_into is not None and not (values.no_load_optim or values.finetune):
                 checkpoints.require_matching_optimizer(self.checkpoint)
@@ -196,7 +195,7 @@ class Run:
         if problem is not None:
             say(f"warning: {problem} The recipe is in the checkpoint itself all the same.")
 
-    def stands(
+    def verify_set_up(
         self, chunks: Sequence[torch.nn.Module], optimizer: Any, scheduler: Any, values: argparse.Namespace
     ) -> None:
         """Model and optimizer are built, and what there was to load is loaded. Collective.

@@ -1,4 +1,4 @@
-"""What of a recipe holds for the run as a whole, read back from the live optimizer and schedule.
+"""The values of a recipe that hold for the run as a whole, read back from the live optimizer and schedule.
 
 Per-parameter values are the guard's. These may be changed between the command line and the training loop: by a script,
 by its defaults, or by what a checkpoint brings along.
@@ -20,7 +20,7 @@ CLOSE = 1e-9
 
 
 def problems(recipe: Recipe, values: argparse.Namespace, optimizer: Any, scheduler: Any) -> list[str]:
-    """Where the schedule, betas, momentum or clipping of this run are not the recipe's."""
+    """Returns where the schedule, betas, momentum or clipping of this run are not the recipe's."""
     found = [] if optimizer is None else _optimizer_problems(recipe, optimizer)
     if isinstance(scheduler, OptimizerParamScheduler):
         found += _schedule_problems(recipe, values, scheduler)

@@ -1,4 +1,4 @@
-"""What a run tells TensorBoard and Weights & Biases, through the writers that Megatron has opened.
+"""The values that a run logs to TensorBoard and Weights & Biases, through the writers that Megatron has opened.
 
 The recipe is in wandb's configuration and TensorBoard's arguments already: it is among Megatron's own arguments.
 """

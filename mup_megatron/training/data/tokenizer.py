@@ -17,7 +17,7 @@ from mup_megatron.validation import brief
 
 EOD_TOKEN = "<|endoftext|>"
 DEFAULT_TOKENIZER = "bpe:1024"
-"""Small, because embedding and head of a narrow model cost vocabulary × width: at width 64 more than its layers."""
+"""Small, because embedding and readout of a narrow model cost vocabulary × width: at width 64 more than its layers."""
 
 _KNOWN_EODS = (EOD_TOKEN, "<|end_of_text|>", "<eod>", "<eos>", "</s>")
 _BYTES = 256

@@ -9,7 +9,7 @@ import pytest
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.pretrain import checkpoints
-from mup_megatron.megatron.pretrain.checkpoints import Origin
+from mup_megatron.megatron.pretrain.checkpoints import SavedRecipe
 from mup_megatron.recipe import Recipe, load_recipe, recipe
 
 BASE = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 511, "seq_length": 64}
@@ -30,13 +30,13 @@ def signed(given: Recipe) -> argparse.Namespace:
 
 def test_a_recipe_comes_back_whole_from_pickled_arguments() -> None:
     given = a_recipe()
-    found = checkpoints.origin(pickle.loads(pickle.dumps(signed(given))))
-    assert found == Origin(given.fingerprint, given)
+    found = checkpoints.recipe_within(pickle.loads(pickle.dumps(signed(given))))
+    assert found == SavedRecipe(given.fingerprint, given)
 
 
 def test_plain_megatrons_arguments_have_none() -> None:
-    assert checkpoints.origin(argparse.Namespace(lr=1.0)) == Origin(None, None)
-    assert checkpoints.origin(None) == Origin(None, None)  # a checkpoint without arguments
+    assert checkpoints.recipe_within(argparse.Namespace(lr=1.0)) == SavedRecipe(None, None)
+    assert checkpoints.recipe_within(None) == SavedRecipe(None, None)  # a checkpoint without arguments
 
 
 @pytest.mark.parametrize("content", [None, 3, "{", "[]", '{"version": 9}'])
@@ -44,25 +44,25 @@ def test_a_damaged_recipe_is_said_to_be_one(content: Any) -> None:
     values = signed(a_recipe())
     values.mup_recipe_content = content
     with pytest.raises(InputError, match="the checkpoint's recipe"):
-        checkpoints.origin(values)
+        checkpoints.recipe_within(values)
 
 
 # ---- who may go on ------------------------------------------------------------------------------------------------
 
 
 def test_the_same_recipe_goes_on() -> None:
-    checkpoints.require_same(checkpoints.origin(signed(a_recipe())), a_recipe(), accept=False)
+    checkpoints.require_same(checkpoints.recipe_within(signed(a_recipe())), a_recipe(), accept=False)
 
 
 def test_what_only_informs_makes_no_other_recipe() -> None:
     told = recipe({**a_recipe().model_dump(mode="json"), "provenance": {"study": "x"}}, source="test")
-    checkpoints.require_same(checkpoints.origin(signed(told)), a_recipe(), accept=False)
+    checkpoints.require_same(checkpoints.recipe_within(signed(told)), a_recipe(), accept=False)
 
 
 def test_another_recipe_is_refused_with_both_fingerprints_and_what_differs() -> None:
     before, now = a_recipe(lr=0.006), a_recipe(lr=0.003, hidden_size=128)
     with pytest.raises(InputError) as error:
-        checkpoints.require_same(checkpoints.origin(signed(before)), now, accept=False)
+        checkpoints.require_same(checkpoints.recipe_within(signed(before)), now, accept=False)
     message = str(error.value)
     assert before.fingerprint in message
     assert now.fingerprint in message
@@ -74,12 +74,12 @@ def test_another_recipe_is_refused_with_both_fingerprints_and_what_differs() -> 
 
 def test_plain_megatrons_is_refused_too() -> None:
     with pytest.raises(InputError, match="trained without a recipe"):
-        checkpoints.require_same(Origin(None, None), a_recipe(), accept=False)
+        checkpoints.require_same(SavedRecipe(None, None), a_recipe(), accept=False)
 
 
 def test_who_means_it_may() -> None:
-    checkpoints.require_same(Origin(None, None), a_recipe(), accept=True)
-    checkpoints.require_same(checkpoints.origin(signed(a_recipe(lr=0.1))), a_recipe(), accept=True)
+    checkpoints.require_same(SavedRecipe(None, None), a_recipe(), accept=True)
+    checkpoints.require_same(checkpoints.recipe_within(signed(a_recipe(lr=0.1))), a_recipe(), accept=True)
 
 
 # ---- without the plug-in's flags ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from support.lm_arguments import parser_of_megatron
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments import flags as flags_of
+from mup_megatron.megatron.arguments.convert import flags as flags_of
 from mup_megatron.megatron.pretrain import flags
 from mup_megatron.recipe import load_recipe, recipe, save_recipe
 

@@ -18,7 +18,7 @@ from mup_megatron import launch
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments import read_line
+from mup_megatron.megatron.arguments.line import read_line
 from mup_megatron.megatron.pretrain import model_writer
 
 pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megatron.training in its wheel")

@@ -1,4 +1,4 @@
-"""Which mistake explains what is off: names the culprit and ranks likely causes. Plain numbers and plans.
+"""Causes: which mistake explains what is off. It names the culprit and ranks likely causes. Plain numbers and plans.
 
 Initial weights, the first activations and what the optimizer's steps betray (learning rate, eps, weight decay) are
 direct: each follows from one rule, in one place. So every hypothesis is a prediction of how far each of these is off at

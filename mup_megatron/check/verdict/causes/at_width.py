@@ -21,7 +21,7 @@ class AtWidth:
 
     @cached_property
     def r(self) -> float:
-        """How much wider the residual stream is than the base's."""
+        """The width of the residual stream relative to the base's."""
         for entry in self.plan.entries:
             if is_output_role(entry):
                 return entry.width_ratio
@@ -36,7 +36,7 @@ class AtWidth:
         return entry.lr * entry.width_ratio / (self.plan.lr * self.own_rate(entry))
 
     def own(self, entry: PlanEntry) -> PerParameter | None:
-        """What the recipe's per_parameter says of a tensor."""
+        """Returns what the recipe's per_parameter says of a tensor."""
         match = _OVERRIDE.search(entry.rule)
         return None if match is None else self.recipe.per_parameter[int(match[1])]
 

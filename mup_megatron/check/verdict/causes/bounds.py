@@ -1,4 +1,4 @@
-"""What is said of what is out of bounds: the first of each kind, and what to do."""
+"""Causes of what is out of bounds: the first of each kind, and what to do."""
 
 from collections.abc import Mapping, Sequence
 

@@ -20,7 +20,7 @@ def at_module(ending: str | tuple[str, ...], factor: Callable[[AtWidth], float])
 
 
 def at_readout(factor: Callable[[AtWidth], float]) -> OfActivation:
-    """Of the readout."""
+    """Returns a prediction: the readout is so many times larger."""
 
     def predict(key: Key, here: AtWidth) -> float:
         readout = here.plan.readout
@@ -31,12 +31,12 @@ def at_readout(factor: Callable[[AtWidth], float]) -> OfActivation:
 
 
 def at_logits(factor: Callable[[AtWidth], float]) -> OfActivation:
-    """Of the attention logits."""
+    """Returns a prediction: the attention logits are so many times larger."""
     return at_module("scale_mask_softmax", factor)
 
 
 def root_of_head(here: AtWidth) -> float:
-    """From what attention should have to 1/√d."""
+    """Returns the step from what attention should have to 1/√d."""
     return math.log(here.alpha / math.sqrt(here.plan.head_size) / here.plan.softmax_scale)
 
 

@@ -1,4 +1,4 @@
-"""What a mistake would look like: a prediction for every direct measurement."""
+"""A hypothesis of a mistake: a prediction for every direct measurement."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,7 +53,7 @@ def of_weights(
 
 
 def at_rest(key: Key, at: AtWidth) -> bool:
-    """Whether it is a learning rate of 0: of the first step of a warm-up."""
+    """Returns whether it is a learning rate of 0: of the first step of a warm-up."""
     return key.quantity is Quantity.LEARNING_RATE and key.step == 1 and at.recipe.schedule.lr_warmup_fraction > 0
 
 

@@ -21,7 +21,7 @@ DIRECT = (Quantity.INITIAL, Quantity.ACTIVATION, *FROM_STEPS)
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """How far one direct measurement is off at one width."""
+    """A direct measurement at one width: how far it is off."""
 
     key: Key
     width: int

@@ -1,4 +1,4 @@
-"""What is said where no hypothesis fits."""
+"""The causes that are named where no hypothesis fits."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ def first_deviation(observed: Sequence[Observation], total: float) -> Cause:
 
 
 def indirect_cause(comparison: Comparison, at: Mapping[int, AtWidth]) -> Cause:
-    """Where weights, activations and the optimizer's numbers are right, and what follows from them is not."""
+    """Returns the cause where weights, activations and the optimizer's numbers are right, and what follows is not."""
     off = [compared for compared in comparison.values() if compared.off is not None]
     missing = _without_rate(comparison, at)
     if missing:

@@ -40,6 +40,7 @@ def _kind(path: Path) -> str:
         ("hugging face", "model_type"),
         ("deepspeed", "zero_optimization"),
         ("model", "num_layers"),
+        ("model", "hybrid_layer_pattern"),
         ("space", "lr"),
     ):
         if key in content:

@@ -107,7 +107,7 @@ def _only(*keys: str) -> Callable[..., dict[str, float]]:
 
 MUTATIONS: dict[str, Callable[[], tuple[str, str, Any]]] = {
     # what is broken: (module of the adapter, name in it, what takes its place)
-    "no multipliers": lambda: ("model", "_hook_multipliers", _no_hooks),
+    "no multipliers": lambda: ("model.hooks", "attach", _no_hooks),
     "no attention scale": lambda: ("model", "_set_softmax_scale", _no_hooks),
     "no rescaling of the draw": lambda: ("model", "_initialize", lambda *_: None),
     "one learning rate": lambda: ("optimizer", "_override", _only("wd_mult", "eps")),

@@ -12,8 +12,11 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.spec_utils import build_module
 
+from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import READOUT_WEIGHT, WORD_EMBEDDINGS
+from mup_megatron.architectures.registry import architecture_of
+from mup_megatron.errors import InputError
 
 Tensor = torch.Tensor
 
@@ -31,7 +34,15 @@ def pipeline_layers(config: Any, model: ModelFile) -> list[LayerSpec]:
     Args:
         config: Megatron's TransformerConfig of the whole model.
         model: what the plan was made for.
+
+    Raises:
+        InputError: the model is no GPT, whose layers these are.
     """
+    if architecture_of(model) is not GPT:
+        raise InputError(
+            f"DeepSpeed's pipeline is made of a GPT's layers, and the model is {architecture_of(model).description}. "
+            "Train it without DeepSpeed's pipeline, or in Megatron's."
+        )
     spec = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=model.transformer_impl == "transformer_engine",

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from mup_megatron.architectures.hybrid import HybridFile
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.errors import InputError
 from mup_megatron.megatron.builders.common import arguments
 from mup_megatron.megatron.versions import hybrid_classes
 
@@ -61,7 +62,12 @@ def build(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:
     """Returns this rank's chunk; see `build_chunk`."""
     assert isinstance(model, HybridFile)
     # On one stage there is nothing that boundaries could part, and Megatron would take them for virtual stages.
-    parted = _classes.builds_stages and config.pipeline_model_parallel_size > 1
+    parted = config.pipeline_model_parallel_size > 1
+    if parted and len(model.segments) > 1 and not _classes.builds_stages:
+        raise InputError(
+            f"hybrid_layer_pattern {model.hybrid_layer_pattern}: this Megatron-Core splits patterns evenly. "
+            "Take '|' out of it, or install megatron-core>=0.17."
+        )
     pattern = model.hybrid_layer_pattern if parted else model.letters
     spec = local_stack_spec if model.transformer_impl == "local" else _classes.stock_spec()
     chunk: torch.nn.Module = _classes.model(

@@ -9,8 +9,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING
+
+from mup_megatron.megatron.arguments.heredocs import without_heredocs
 
 if TYPE_CHECKING:
     from tree_sitter import Node, Parser
@@ -101,14 +103,16 @@ def parsed(text: str) -> tuple[list[Command], set[str]]:
     if len(text) > _LONGEST or len(re.findall(r"[|&;<>(){}\[\]]", text)) > _MOST_OPERATORS:
         raise UnreadableError
     reader = _Reader(text)
-    root = _tree(_masked(_without_heredocs(text)))
+    without, setting = without_heredocs(text)
+    root = _tree(_masked(without))
     if errors := _errors(root):
         raise UnreadableError(reader.line(min(errors)))
     try:
         reader.take(root, Command(()))
     except RecursionError:
         raise UnreadableError from None
-    return reader.commands, reader.functions
+    expanded = [_expanding((Part(said),), reader.line(position), Command((), True)) for position, said in setting]
+    return sorted([*reader.commands, *expanded], key=lambda command: command.line), reader.functions
 
 
 def within_quotes(text: str, line: int) -> Token:
@@ -118,6 +122,11 @@ def within_quotes(text: str, line: int) -> Token:
     except (UnreadableError, ValueError):
         return Token(line, (WordPart(text, quoted=True),))
     return replace(token, line=line)
+
+
+def _expanding(parts: Sequence[Part], line: int, place: Command) -> Command:
+    """Returns what is expanded elsewhere than in a command, as that of a command that does nothing else."""
+    return replace(place, words=(Token(line, (Part(":"),)), Token(line, tuple(parts))))
 
 
 @cache
@@ -136,11 +145,12 @@ _MASKS = (
     (r"(?<=[\w\]]):\$(?=[^{}\"'`\s]*\})", "%"),
     (r"\d+\#\$(?=\w)", "_"),
     (r"^[ \t]*(?:export[ \t]+)?\w+=[^\s<>|&;\"']*<\w[^<>\n|&;\"']*>[^\n|&;\\]*$", " "),
+    (r"(?:(?<!\\\n)^[ \t]*|(?<=[;&|({] ))time[ \t]+(?:-p[ \t]+)?(?=\S)", " "),
     (r"[^\x01-\x08\t\n\x0e-\x7f]", "."),
 )
 """What the grammar reads in another way than bash, and what it is given for each of their characters: a backslash at
 the script's end, and before a blank; any other (as it is); `$A` before and behind letters; `${A:$B}`; `10#$A`;
-`A=<path>`, which a user is to fill in; and characters that it takes for blanks."""
+`A=<path>`, which a user is to fill in; `time`; and characters that it takes for blanks."""
 _TO_MASK = re.compile("|".join(f"({mask})" for mask, _ in _MASKS), re.MULTILINE | re.ASCII)
 
 
@@ -154,47 +164,24 @@ def _masked(text: str) -> str:
     return _TO_MASK.sub(mask, text)
 
 
-_HEREDOC = re.compile(r"""(?<!<)<<(-?)[ \t]*(?:'([^']+)'|"([^"]+)"|\\?([\w.!+-]+))""")
-
-
-def _without_heredocs(text: str) -> str:
-    """Returns the text with blanks in the place of here-documents: the grammar knows one a line, at its end."""
-    lines = text.split("\n")
-    endless: set[str] = set()
-    position = 0
-    while position < len(lines):
-        line = lines[position]
-        here, position = position, position + 1
-        for found in _HEREDOC.finditer(line) if "<<" in line else ():
-            end = found[2] or found[3] or found[4]
-            if end in endless or re.search(r"(?:^|\s)#", line[: found.start()]):
-                continue
-            after = range(position, len(lines))
-            last = next((i for i in after if end == (lines[i].lstrip("\t") if found[1] else lines[i])), None)
-            if last is None:
-                endless.add(end)
-            else:
-                blanks = " " * len(found[0])
-                lines[here] = f"{lines[here][: found.start()]}{blanks}{lines[here][found.end() :]}"
-                lines[position : last + 1] = [" " * len(each) for each in lines[position : last + 1]]
-                position = last + 1
-    return "\n".join(lines)
-
-
 def _tree(masked: str) -> "Node":
     """Returns the tree of a text; a command ends at its line's end, also where the grammar passes that."""
     for _ in range(_MOST_TRIES):
         root = _parser().parse(masked.encode("ascii")).root_node
-        found = [*_ends_passed(root, masked)]
+        found = [*_misread(root, masked)]
         if not found:
             return root
-        for start, end in found:
-            masked = f"{masked[:start]};{' ' * (end - start - 1)}{masked[max(start + 1, end) :]}"
+        for start, end, mark in found:
+            masked = f"{masked[:start]}{mark:{end - start}}{masked[end:]}"
     raise UnreadableError
 
 
-def _ends_passed(root: "Node", text: str) -> Iterator[tuple[int, int]]:
-    """Yields where a command's word ends that is its line's last, and where that line does; the last first."""
+def _misread(root: "Node", text: str) -> Iterator[tuple[int, int, str]]:
+    """Yields what the grammar reads otherwise with a mark and blanks in its place.
+
+    That is the end of a line, from its last word on, which a command passes; and what is redirected behind assignments
+    without a command, for which it looks on the next lines.
+    """
     nodes = [root]
     while nodes:
         node = nodes.pop()
@@ -204,19 +191,20 @@ def _ends_passed(root: "Node", text: str) -> Iterator[tuple[int, int]]:
             for before, after in pairwise(words):
                 gap = re.search(r"#[^\n]*\n|(?<!\\)\n", text[before.end_byte : after.start_byte])
                 if gap:
-                    yield before.end_byte, before.end_byte + gap.end() - 1
+                    yield before.end_byte, before.end_byte + gap.end(), ";"
+        if node.type == "command" and any(child.type == "variable_assignment" for child in node.children):
+            for child in takewhile(lambda child: child.type != "command_name", node.children):
+                if child.type in _REDIRECTS:
+                    yield child.start_byte, child.end_byte, " "
 
 
 def _errors(root: "Node") -> list[int]:
-    """Returns where the grammar does not understand, or what opens there and never closes.
-
-    A word that is missing is none: it wants a command after `A=1 > file`.
-    """
+    """Returns where the grammar does not understand, or what opens there and never closes."""
     places, nodes = [], [root]
     while nodes:
         node = nodes.pop()
         nodes += [child for child in node.children if child.has_error]
-        if (node.is_error and node.start_byte > root.start_byte) or (node.is_missing and node.type != "word"):
+        if (node.is_error and node.start_byte > root.start_byte) or node.is_missing:
             places.append(node.start_byte)
         places += [child.start_byte for child in node.children if node.is_error and child.type in _OPENING]
     return places or [root.end_byte] * root.is_error
@@ -224,6 +212,7 @@ def _errors(root: "Node") -> list[int]:
 
 _OPENING = {"${", "$(", "`", '"', "(", "((", "$((", "{", "[", "[[", "if", "for", "while", "until", "case", "select"}
 _SIMPLE = {"command", "variable_assignment", "variable_assignments", "declaration_command", "unset_command"}
+_REDIRECTS = {"file_redirect", "herestring_redirect"}
 _UNCONDITIONAL = {"program", "compound_statement", "negated_command", "redirected_statement"}
 _LOOPS = {"for_statement", "c_style_for_statement", "while_statement"}
 _CONSTRUCTS = {*_UNCONDITIONAL, *_LOOPS, "list", "pipeline", "subshell", "do_group", "case_statement"} | {
@@ -259,6 +248,8 @@ class _Reader:
         if kind in _SIMPLE:
             self._add(self._words(children if kind != "variable_assignment" else [node]), place)
         elif kind == "test_command" or (kind == "compound_statement" and children[0].type == "(("):
+            depends = children[0].type != "[" and re.search(r"&&|\|\||\?", self._said(node)) is not None
+            self._expand(node, replace(place, conditional=place.conditional or depends))
             self._add([self._raw(node.start_byte, node.end_byte)], place)
         elif kind == "function_definition":
             self._constructs += 1
@@ -284,6 +275,19 @@ class _Reader:
             self._take_all(children, place, chained=kind == "list")
         elif kind == "heredoc_redirect":
             raise UnreadableError(self.line(node.start_byte))
+        elif kind not in ("comment", "process_substitution"):
+            self._expand(node, place)
+        if kind in _SIMPLE or kind == "redirected_statement":
+            for child in children:
+                if child.type in _REDIRECTS:  # of another program, it is expanded in a shell of its own
+                    self._expand(child, replace(place, conditional=True))
+
+    def _expand(self, node: "Node", place: Command) -> None:
+        """Adds what expansions in other places than a command's words may set."""
+        parts = self._parts([node], node.start_byte, node.end_byte, quoted=True)
+        setting = [part for part in parts if part.expands and re.search(r"=|\+\+|--", part.text)]
+        if setting:
+            self.commands.append(_expanding(setting, self.line(node.start_byte), place))
 
     def _take_all(self, nodes: Sequence["Node"], place: Command, *, chained: bool = False) -> None:
         for index, node in enumerate(nodes):

@@ -107,7 +107,8 @@ _SET_BY_ARITHMETIC = re.compile(
     rf"(?:\+\+|--)\s*(?P<before>[A-Za-z_]\w*)|(?P<name>[A-Za-z_]\w*)(?:\[[^\]]*\])?\s*(?:{_OPERATED})"
     rf"|(?P<any>\$\{{?\w+\}}?\s*(?:{_OPERATED})|(?:\+\+|--)\s*\$)"
 )
-_SET_BY_DEFAULT = re.compile(r"\$\{([A-Za-z_]\w*):?=")
+_SET_BY_DEFAULT = re.compile(r"\$\{([A-Za-z_]\w*)(?:\[[^\]]*\])?:?=")
+_SUBSHELL = re.compile(r"\$\((?!\()|`")
 _SHELLS = frozenset({"bash", "sh", "zsh", "dash", "ksh"})
 _LAUNCHERS = frozenset({"torchrun", "python", "python3", "srun", "mpirun", "eval"})
 _POSITIONS = tuple("123456789")
@@ -230,8 +231,8 @@ class _Reader:
             self._shift(words, command.line)
         why = f"line {command.line} ({' '.join(texts[:2])}) may set it"
         names = _set_by(words) | _set_by_expansion(texts)
-        if self._conditional:  # else it is known, see _value
-            names |= {name for text in texts for name in _SET_BY_DEFAULT.findall(text)}
+        # What `_value` has set is known; not so in other expansions than those that it knows.
+        names |= {name for name in _set_by_default(command) if self._conditional or name not in self._variables}
         if words and words[0] in DECLARATIONS and any(re.match(r"[-+].*[inluc]", word) for word in words[1:]):
             self._special |= names
         if _ANY in names:
@@ -386,7 +387,7 @@ class _Reader:
     # ---- the launch ------------------------------------------------------------------------------------------------
 
     def _keep(self, words: Sequence[Word]) -> None:
-        if words and words[0] in ("echo", "printf"):
+        if words and words[0] in ("echo", "printf", ":"):
             return
         # `bash -c "$COMMAND"` and `eval` have a whole command in one word.
         flat = [part for word in words for part in (_split((word,)) if re.search(r"\s--\w", word) else (word,))]
@@ -500,10 +501,10 @@ def _set_by(words: Sequence[str]) -> set[str]:
     for index, word in enumerate(words):
         element = re.match(r"([A-Za-z_]\w*)\[.*\]\+?=", word, re.DOTALL)
         names |= {element[1]} if element else set()
-        if not element and not re.match(r"[A-Za-z_]\w*\+?=", word) and word not in ("builtin", "command", "time"):
+        if not element and not re.match(r"[A-Za-z_]\w*\+?=|-|(?:builtin|command|time)\Z", word):
             command, *given = words[index:]
             return names | _set_by_command(command, given)
-    return names
+    return names.union(*map(_target, words))
 
 
 def _set_by_command(command: str, given: Sequence[str]) -> set[str]:
@@ -548,6 +549,13 @@ def _set_by_expansion(texts: Sequence[str]) -> set[str]:
         for expression in re.findall(r"\$\(\((.*?)\)\)", text, re.DOTALL):
             names |= _set_by_arithmetic(expression)
     return names
+
+
+def _set_by_default(command: Command) -> set[str]:
+    """What `${A:=1}` in a command's words sets, other than in `$(…)` and in single quotes."""
+    parts = [part for word in command.words for token in (word, *(word.array or ())) for part in token.parts]
+    here = [part.text for part in parts if (part.expands or not part.quoted) and not _SUBSHELL.match(part.text)]
+    return {name for text in here for name in _SET_BY_DEFAULT.findall(text)}
 
 
 def _stands_apart(added: Sequence[Word], *, array: bool) -> bool:

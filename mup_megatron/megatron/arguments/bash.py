@@ -111,7 +111,7 @@ def parsed(text: str) -> tuple[list[Command], set[str]]:
         reader.take(root, Command(()))
     except RecursionError:
         raise UnreadableError from None
-    expanded = [_expanding((Part(said),), reader.line(position), Command((), True)) for position, said in setting]
+    expanded = [_expanding((WordPart(said),), reader.line(position), Command((), True)) for position, said in setting]
     return sorted([*reader.commands, *expanded], key=lambda command: command.line), reader.functions
 
 
@@ -124,9 +124,9 @@ def within_quotes(text: str, line: int) -> Token:
     return replace(token, line=line)
 
 
-def _expanding(parts: Sequence[Part], line: int, place: Command) -> Command:
+def _expanding(parts: Sequence[WordPart], line: int, place: Command) -> Command:
     """Returns what is expanded elsewhere than in a command, as that of a command that does nothing else."""
-    return replace(place, words=(Token(line, (Part(":"),)), Token(line, tuple(parts))))
+    return replace(place, words=(Token(line, (WordPart(":"),)), Token(line, tuple(parts))))
 
 
 @cache

@@ -1,7 +1,7 @@
 """The exam of `mup-megatron check`: mistakes that it was not made for, and right set-ups that it has to let pass.
 
-    python benchmarks/check_exam.py [--part mistakes right] [--level quick standard] [--seeds 5] [--jobs 2]
-        [--only NAME …] [-o results/check_exam.csv]
+    python benchmarks/check_exam.py [--part mistakes right] [--level quick standard] [--seeds 5] [--round 1]
+        [--jobs 2] [--only NAME …] [-o results/check_exam.csv]
 
 The mistakes (`benchmarks/exam/mistakes.py`) are other than those of `mup_megatron.check.mutants`. Each is made in a
 small right set-up on several seeds, and has to have changed some trained weight by 2 % of the largest in its tensor
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--level", nargs="+", choices=LEVELS, default=list(LEVELS))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--round", type=int, default=1, help="other seeds: who looked at one round's takes the next")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="patterns of names")
     parser.add_argument("--every", action="store_true", help="at standard, also what quick has caught")
@@ -111,7 +112,7 @@ def main() -> None:
     for part in arguments.part:
         names = [n for n in _names(part) if not arguments.only or any(fnmatch.fnmatch(n, p) for p in arguments.only)]
         for level in ("change", *arguments.level) if part == "mistakes" else ("quick",):
-            jobs = _jobs(part, level, names, arguments.seeds, log.rows(), every=arguments.every)
+            jobs = _jobs(part, level, names, arguments.seeds, log.rows(), every=arguments.every, turn=arguments.round)
             if not arguments.tables:
                 _run(jobs, log, arguments.jobs)
     print(_tables(log.rows(), arguments.part))
@@ -128,12 +129,14 @@ def _names(part: str) -> list[str]:
     return list(MISTAKES if part == "mistakes" else RIGHT)
 
 
-def _jobs(part: str, level: str, names: Sequence[str], seeds: int, rows: Sequence[Row], *, every: bool) -> list[Job]:
+def _jobs(
+    part: str, level: str, names: Sequence[str], seeds: int, rows: Sequence[Row], *, every: bool, turn: int
+) -> list[Job]:
     """Those of a level, done or not."""
     if level == "change":
         return [Job(part, name, level, 0) for name in names]
     jobs = [
-        Job(part, name, level, check_rates.seed_of(0, part, name, index))
+        Job(part, name, level, check_rates.seed_of(turn, part, name, index))
         for index in range(seeds if part == "mistakes" else 1)
         for name in names
     ]
@@ -269,7 +272,7 @@ def _checked(job: Job, folder: Path) -> dict[str, Any]:
     from exam.right import RIGHT
     from exam.setups import Modules
 
-    from mup_megatron.check.comparison import findings
+    from mup_megatron.check.verdict.comparison import findings
 
     setup = MISTAKES[job.name].wrong if job.part == "mistakes" else RIGHT[job.name].make()
     if isinstance(setup, Modules):
@@ -294,7 +297,7 @@ def _checked(job: Job, folder: Path) -> dict[str, Any]:
 
 def _keep_references(key: str) -> None:
     """Lets checks of one model share their correct runs."""
-    from mup_megatron.check.modules import ModuleFamily
+    from mup_megatron.check.module_family import ModuleFamily
     from mup_megatron.recipe import Recipe
 
     train: Callable[..., Any] = ModuleFamily._correct

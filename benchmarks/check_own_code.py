@@ -26,9 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mup_megatron.check import batches
-from mup_megatron.check.modules import Task, check_modules, prepare_by_plan, warm_up_and_decay
-from mup_megatron.check.verdict import Level, Verdict
+from mup_megatron.check.measure import batches
+from mup_megatron.check.measure.levels import Level
+from mup_megatron.check.run_modules import check_modules
+from mup_megatron.check.subjects.scripts import Task, prepare_by_plan, warm_up_and_decay
+from mup_megatron.check.verdict.verdict import Verdict
 from mup_megatron.modules import module_base
 from mup_megatron.recipe import Recipe
 
@@ -616,8 +618,8 @@ def main() -> None:
 
 
 def _furthest(verdict: Verdict) -> str:
-    from mup_megatron.check.comparison import own_slopes
-    from mup_megatron.check.measurements import Quantity
+    from mup_megatron.check.measure.measurements import Quantity
+    from mup_megatron.check.verdict.comparison import own_slopes
 
     lines = []
     for quantity, step in (

@@ -33,16 +33,18 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import mup_megatron
-from mup_megatron.check import family, levels
-from mup_megatron.check.measurements import Protocol
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.family import gpt as family
+from mup_megatron.check.family.stress import stressed
+from mup_megatron.check.measure import levels
+from mup_megatron.check.measure.measurements import RunProtocol
 from mup_megatron.check.mutants import MUTANTS, Context, Mutant
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe, recipe
 
 PARTS = ("tune", "quick-correct", "quick-mutants", "standard-mutants", "standard-correct")
 TUNE_SEEDS, CORRECT_QUICK, CORRECT_STANDARD, MUTANT_QUICK, MUTANT_STANDARD = 10, 100, 20, 5, 3
 FIRST_SEED = 1000
-COUNTED = Protocol(steps=20, recorded=(20,), spectral=False)
+COUNTED = RunProtocol(steps=20, recorded=(20,), spectral=False)
 CHANGED = 1e-5
 """What some weight differs by after 20 steps, relative to the largest of its tensor: more than rounding."""
 
@@ -82,8 +84,8 @@ class Architecture:
         """At the widest model of a check."""
         width = family.widths_for(self.target, self.recipe, levels.WIDTHS)[-1]
         model = family.at_width(self.target, self.recipe, width)
-        stressed = family.stressed(self.recipe, steps=levels.EARLY.steps)
-        return Context(base=self.recipe.megatron_base, target=model, recipe=stressed, width=width)
+        under_stress = stressed(self.recipe, steps=levels.EARLY.steps)
+        return Context(base=self.recipe.megatron_base, target=model, recipe=under_stress, width=width)
 
 
 def architecture(base: dict[str, Any], target: dict[str, Any], per_parameter: object = (), **values: float) -> Any:
@@ -185,7 +187,7 @@ def seed_of(round_: int, *what: object) -> int:
     return FIRST_SEED + 10 * (zlib.crc32(repr((round_, *what)).encode()) % 800)
 
 
-_WHAT_COUNTS = ("check", "huggingface", "megatron", "models", "modules", "theory", "training", "recipe.py")
+_WHAT_COUNTS = ("check", "huggingface", "megatron", "architectures", "modules", "theory", "training", "recipe.py")
 
 
 def code_of_check() -> str:
@@ -248,9 +250,9 @@ def _start_worker(log: Path) -> None:
 
 
 def _check(job: Job, output: Path) -> dict[str, Any]:
-    from mup_megatron.check.comparison import findings
-    from mup_megatron.check.run import check_megatron
-    from mup_megatron.check.verdict import Level
+    from mup_megatron.check.measure.levels import Level
+    from mup_megatron.check.run_megatron import check_megatron
+    from mup_megatron.check.verdict.comparison import findings
 
     architecture = ARCHITECTURES[job.architecture]
     mutant = None if job.mutant is None else MUTANTS[job.mutant]
@@ -303,24 +305,24 @@ def difference(right: Mapping[str, Any], wrong: Mapping[str, Any]) -> float:
 
 def trained(mutant: Mutant | None, architecture: Architecture, output: Path, width: int) -> dict[str, Any]:
     """The weights of a model of a width after 20 steps, by name."""
-    from mup_megatron.check.run import Family
+    from mup_megatron.check.gpt_family import GPTFamily
     from mup_megatron.training import ranks
     from mup_megatron.training.build import available_model
 
     model = available_model(family.at_width(architecture.target, architecture.recipe, width), _one_process())
-    of_one = Family(recipe=architecture.recipe, models={width: model}, cache=output / "references")
+    of_one = GPTFamily(recipe=architecture.recipe, models={width: model}, cache=output / "references")
     with ranks.joined(tensor=1, pipeline=1, virtual_stages=None, seed=1):
         return _weights_after(model, of_one.at(COUNTED), width, mutant)
 
 
 def _one_process() -> Any:
-    from mup_megatron.check.run import ONE_PROCESS
+    from mup_megatron.check.run_megatron import ONE_PROCESS
 
     return ONE_PROCESS
 
 
 def _weights_after(model: ModelFile, stressed: Recipe, width: int, mutant: Mutant | None) -> dict[str, Any]:
-    from mup_megatron.check.megatron_subject import build_megatron
+    from mup_megatron.check.subjects.megatron import build_megatron
 
     context = Context(base=stressed.megatron_base, target=model, recipe=stressed, width=width)
     plan = stressed.plan(model)

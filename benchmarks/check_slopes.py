@@ -15,9 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from check_rates import REPORT
 
-from mup_megatron.check import levels
-from mup_megatron.check.measurements import Key, Quantity
-from mup_megatron.check.verdict import Verdict
+from mup_megatron.check.measure import levels
+from mup_megatron.check.measure.measurements import Key, Quantity
+from mup_megatron.check.verdict.verdict import Verdict
 
 WIDTHS = (32, 64, 128, 256, 512, 1024)
 ARCHITECTURES = ("gpt", "llama")
@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from rich.progress import Progress
 
-    from mup_megatron.check.run import check_megatron
+    from mup_megatron.check.run_megatron import check_megatron
     from mup_megatron.training import ranks
 
     ranks.preload()

@@ -16,8 +16,10 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from mup_megatron.check.verdict import Level, Verdict
-from mup_megatron.models.model_file import ModelFile, load_model_file
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import load_model_file
+from mup_megatron.check.measure.levels import Level
+from mup_megatron.check.verdict.verdict import Verdict
 from mup_megatron.recipe import Recipe, load_recipe, recipe
 from mup_megatron.training import ranks
 
@@ -52,7 +54,7 @@ Check = Callable[..., Verdict]
 
 
 def _gpt3(name: str) -> Check:
-    from mup_megatron.check.run import check_megatron
+    from mup_megatron.check.run_megatron import check_megatron
 
     target = load_model_file(CONFIGS / "models" / f"{name}.yaml")
     own = load_recipe(CONFIGS / "recipes" / "gpt3_6.7b.recipe.yaml")
@@ -60,7 +62,7 @@ def _gpt3(name: str) -> Check:
 
 
 def _megatron_llama() -> Check:
-    from mup_megatron.check.run import check_megatron
+    from mup_megatron.check.run_megatron import check_megatron
 
     narrow = {"hidden_size": 1024, "num_attention_heads": 8, "num_query_groups": 1, "ffn_hidden_size": 3584}
     own = recipe({"base": {**MEGATRON, **narrow}, "hyperparameters": VALUES}, source="check_times.py")
@@ -70,7 +72,7 @@ def _megatron_llama() -> Check:
 def _hugging_face(kind: str, target: dict[str, Any], base: dict[str, Any]) -> Check:
     import transformers
 
-    from mup_megatron.check.hugging_face import check_hugging_face
+    from mup_megatron.check.run_huggingface import check_hugging_face
     from mup_megatron.huggingface import configs
 
     def made(keys: dict[str, Any]) -> Any:

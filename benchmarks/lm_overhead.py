@@ -101,8 +101,8 @@ def run(words: str, *, width: int, sequence: int) -> None:
 
     cpu.enable()
     from mup_megatron.megatron import guard
-    from mup_megatron.megatron.lm import hooks
-    from mup_megatron.megatron.lm.run import Run
+    from mup_megatron.megatron.pretrain import hooks
+    from mup_megatron.megatron.pretrain.run import Run
 
     begin = Run.begin
     Run.begin = staticmethod(timed("begin", begin))  # type: ignore[method-assign, assignment]

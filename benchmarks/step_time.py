@@ -15,7 +15,7 @@ import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.recipe import Recipe, recipe
 from mup_megatron.training import ranks
 from mup_megatron.training.options import TrainingOptions, batch_sizes

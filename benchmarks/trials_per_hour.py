@@ -13,7 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.search import Launch, StudySpec, default_storage, run_sweep
 from mup_megatron.training import ranks
 from mup_megatron.training.data import CACHE

@@ -18,9 +18,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 
+from mup_megatron.architectures import ModelFile
 from mup_megatron.megatron.model import apply_plan, configure
 from mup_megatron.megatron.optimizer import config_overrides
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import recipe
 
 # What was tuned, and at which shape. Both usually come from files: load_model_file(...), load_recipe(...).

@@ -1,6 +1,7 @@
-"""Pretrains a GPT with Megatron-LM's training loop: a script like Megatron-LM's pretrain_gpt.py, in its shortest form.
+"""Pretrains with Megatron-LM's training loop: a script like its pretrain_gpt.py and pretrain_hybrid.py, shortest form.
 
-It knows nothing of μP; its flags are Megatron-LM's. μP comes with the launcher:
+It builds a GPT, or with --hybrid-layer-pattern a hybrid model. It knows nothing of μP; its flags are Megatron-LM's. μP
+comes with the launcher:
 
     torchrun --nproc-per-node 8 -m mup_megatron.launch examples/pretrain.py … --mup-recipe gpt3.recipe.yaml
 
@@ -20,7 +21,11 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.enums import ModelType
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
@@ -79,7 +84,8 @@ def main() -> None:
         # A wheel brings the compiled helpers, and leaves out the Makefile that Megatron-LM would run at start.
         dataset_utils.compile_helpers = lambda: None
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    model = gpt_config_from_args(args) if args.hybrid_layer_pattern is None else hybrid_config_from_args(args)
+    config = pretrain_cfg_container_from_args(args, model)
     pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
 
 

@@ -1,5 +1,7 @@
 """The one exception for what a user did wrong. Not for bugs: those are asserted or left to raise."""
 
+__all__ = ["InputError"]
+
 
 class InputError(ValueError):
     """Bad input: a file, a flag, a shape, a value.

@@ -12,29 +12,33 @@ LARGEST = 16 * 2**20
 """Bytes of a text file: no configuration, recipe or script is as large, and one that is would take minutes to read."""
 
 
-def read_text(path: Path) -> str:
-    """The text of a file.
+def read_text(path: Path, *, remedy: str | None = None) -> str:
+    """Returns the text of a file.
+
+    Args:
+        path: the file.
+        remedy: of a file that the package wrote itself, of any size: what to do about damage, as a sentence. None for
+            what people write.
 
     Raises:
-        InputError: the file is missing, unreadable, too large or not UTF-8.
+        InputError: the file is missing, unreadable, not UTF-8, too large, or a pipe or device.
     """
     try:
         require_ordinary(path)
-        if path.stat().st_size > LARGEST:
+        if remedy is None and path.stat().st_size > LARGEST:
             raise InputError(f"{_name(path)}: larger than {LARGEST >> 20} MiB. Check the path.")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{_name(path)}: no such file. Check the path.") from None
+        wrong, usual = "no such file", "Check the path."
     except UnicodeDecodeError as error:
-        raise InputError(f"{_name(path)}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+        wrong, usual = f"not UTF-8 text (byte {error.start})", "Save it as UTF-8."
     except OSError as error:
-        raise InputError(
-            f"{_name(path)}: cannot be read ({error.strerror}). Check the path and its permissions."
-        ) from None
+        wrong, usual = f"cannot be read ({error.strerror})", "Check the path and its permissions."
     except InputError:
         raise
     except ValueError:
         raise InputError(f"{shortened(repr(str(path)), 120)}: not the name of a file. Check the path.") from None
+    raise InputError(f"{_name(path)}: {wrong}. {remedy or usual}")
 
 
 def require_ordinary(path: Path) -> None:

@@ -12,7 +12,7 @@ _DIGITS = 400
 
 
 def read_json(path: Path) -> object:
-    """The content of a JSON file as plain Python values. NaN and Infinity, which Python writes, are numbers.
+    """Returns the content of a JSON file as plain Python values. NaN and Infinity, which Python writes, are numbers.
 
     Raises:
         InputError: the file is missing, unreadable, not UTF-8, not JSON, or repeats a key.

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mup_megatron.complaint import BAD_INPUT, complain
 from mup_megatron.errors import InputError
+from mup_megatron.messages import BAD_INPUT, complain
 
 _DEEPSPEED = "--deepspeed"
 _USAGE = (
@@ -81,17 +81,18 @@ def _run_megatron_lm(words: list[str]) -> None:
     if not words or words[0].startswith("-"):
         if not words or words[0] not in ("-h", "--help"):
             _become(words)
-        from mup_megatron.megatron.lm import flags
+        from mup_megatron.megatron.pretrain import flags
 
         print(f"{_USAGE}\n\n{flags.help_text()}\nAll other flags are the script's own.")
         return
     _become(words)
     from mup_megatron.megatron.arguments import programs
-    from mup_megatron.megatron.lm import checkpoints, flags, hooks, writing
+    from mup_megatron.megatron.pretrain import checkpoints, flags, hooks, model_writer
 
     if flags.asked_for(words[1:]) and not flags.wants_help(words[1:]):
-        programs.require_gpt(words[0], source="python -m mup_megatron.launch")
-    writes = writing.path_in(words[1:]) is not None
+        programs.require_supported(words[0], source="python -m mup_megatron.launch")
+        programs.require_flags(words[0], words[1:], source="python -m mup_megatron.launch")
+    writes = model_writer.path_in(words[1:]) is not None
     if writes:
         # Nothing is computed: no GPU is looked for, and none is touched.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -100,9 +101,9 @@ def _run_megatron_lm(words: list[str]) -> None:
         from mup_megatron.megatron import cpu
 
         cpu.enable()
-        with writing.in_one_sentence("ends before it has read it"):
+        with model_writer.in_one_sentence("ends before it has read it"):
             _execute(sys.argv[0])
-        writing.require_written()
+        model_writer.require_written()
     with_recipe = any(word.split("=", 1)[0] == flags.RECIPE for word in words[1:])
     if not with_recipe:
         checkpoints.require_plain(words[1:])
@@ -115,7 +116,7 @@ def _run_megatron_lm(words: list[str]) -> None:
 def _enable_cpu(words: Sequence[str]) -> None:
     import torch
 
-    from mup_megatron.megatron.lm import flags
+    from mup_megatron.megatron.pretrain import flags
 
     if torch.cuda.is_available():
         return

@@ -40,7 +40,11 @@ def print_plan(plan: Plan, *, brief: bool) -> None:
     console = Console(width=1000)
     console.print(
         f"recipe {plan.fingerprint}   softmax_scale {plan.softmax_scale:.6g}   "
-        f"embedding_multiplier {plan.embedding_multiplier:.6g}   output_multiplier {plan.output_multiplier:.6g}",
+        f"embedding_multiplier {plan.embedding_multiplier:.6g}   output_multiplier {plan.output_multiplier:.6g}"
+        + "".join(
+            f"   stack {name}: {stack.layers} layers, {stack.depth} residual branches"
+            for name, stack in plan.stacks.items()
+        ),
         highlight=False,
     )
     table = Table(box=None, pad_edge=False, header_style="bold")

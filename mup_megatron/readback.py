@@ -1,20 +1,20 @@
-"""Text and JSON that this package wrote, read back: of checkpoints, runs, data and studies. Not for what people write.
+"""JSON that this package wrote, read back: of checkpoints, runs and data. Not for what people write: see `json_io.py`.
 
-What is wrong with them is damage and no slip of the pen, so each caller says what to do about it.
+What is wrong with it is damage and no slip of the pen, so each caller says what to do about it.
 """
 
 import json
 from pathlib import Path
 
 from mup_megatron.errors import InputError
-from mup_megatron.files import require_ordinary
+from mup_megatron.files import read_text
 from mup_megatron.validation import brief, is_text
 
 _REMEDY = "Correct the file."
 
 
 def read_json(path: Path, *, remedy: str = _REMEDY) -> object:
-    """The content of a JSON file as plain Python values.
+    """Returns the content of a JSON file as plain Python values.
 
     Args:
         path: the file.
@@ -30,7 +30,7 @@ def read_json(path: Path, *, remedy: str = _REMEDY) -> object:
 
 
 def parse_json(text: str, *, source: str, remedy: str = _REMEDY) -> object:
-    """The content of JSON text; `source` names it in messages.
+    """Returns the content of JSON text; `source` names it in messages.
 
     Raises:
         InputError: it is not JSON, or nested too deep.
@@ -46,20 +46,3 @@ def _parsed(text: str, what: str, remedy: str) -> object:
     except ValueError as error:
         raise InputError(f"{what} ({brief(error)}). {remedy}") from None
     return content
-
-
-def read_text(path: Path, *, remedy: str = _REMEDY) -> str:
-    """The content of a text file.
-
-    Raises:
-        InputError: the file is missing, unreadable, not UTF-8, or a pipe or device.
-    """
-    try:
-        require_ordinary(path)
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file. {remedy}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}). {remedy}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}). {remedy}") from None

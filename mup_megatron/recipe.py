@@ -9,15 +9,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
 from mup_megatron import theory
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import AnyModelFile, shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
-from mup_megatron.models.gpt import gpt_shapes
-from mup_megatron.models.model_file import ModelFile
-from mup_megatron.validation import Strict, validated
+from mup_megatron.validation import Strict, plain, quoted, validated
 from mup_megatron.yaml_io import dump_yaml, read_yaml
+
+__all__ = [
+    "HuggingFaceBase",
+    "Hyperparameters",
+    "ModuleBase",
+    "Parametrization",
+    "PerParameter",
+    "Recipe",
+    "Schedule",
+    "Training",
+    "load_recipe",
+    "recipe",
+    "save_recipe",
+]
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -28,7 +42,7 @@ LONGEST_SCHEDULE = 1e6
 
 
 class Hyperparameters(Strict):
-    """As tuned at the base. Defaults are Megatron-LM's; the learning rate has none."""
+    """The values that were tuned at the base. Defaults are Megatron-LM's; the learning rate has none."""
 
     lr: Positive
     min_lr: NotNegative = 0.0
@@ -97,17 +111,24 @@ class PerParameter(Strict):
     multiplier: Positive = 1.0
 
 
+def _known_optimizer(name: str) -> str:
+    if name not in theory.optimizers():
+        known = " or ".join(f"'{each}'" for each in theory.optimizers())
+        raise ValueError(f"should be {known}, found {quoted(name)}. Correct this value.")
+    return name
+
+
 class Parametrization(Strict):
-    """Which rules carry the hyperparameters from base to target."""
+    """The rules that carry the hyperparameters from base to target."""
 
     rule: Literal["mup", "standard"] = "mup"
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Annotated[str, AfterValidator(_known_optimizer)] = theory.ADAM.name
     weight_decay_exponent: Fraction = 1.0
     """λ·r_in^exponent for hidden weights: 1 keeps AdamW's averaging timescale, 0 leaves λ alone."""
 
 
 class Training(Strict):
-    """How the base was tuned. Informative: it says nothing about the target."""
+    """The run at which the base was tuned. Informative: it says nothing about the target."""
 
     train_iters: Annotated[int, Field(gt=0)] | None = None
     global_batch_size: Annotated[int, Field(gt=0)] | None = None
@@ -163,11 +184,11 @@ def _kind_of_base(content: object) -> str:
 
 
 class Recipe(Strict):
-    """What is transferred from a base to any target."""
+    """The values that are transferred from a base to any target."""
 
     version: Literal[1] = 1
     base: Annotated[
-        Annotated[ModelFile, Tag("(megatron)")]
+        Annotated[AnyModelFile, Tag("(megatron)")]
         | Annotated[HuggingFaceBase, Tag("(huggingface)")]
         | Annotated[ModuleBase, Tag("(module)")],
         Discriminator(_kind_of_base),
@@ -183,17 +204,17 @@ class Recipe(Strict):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over everything that changes the run of a target."""
-        content = self.model_dump(mode="json", exclude={"training", "provenance"})
+        """sha256 over everything that changes the run of a target; the same in every release."""
+        content = plain(self, exclude=("training", "provenance"))
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def plan(self, target: ModelFile) -> theory.Plan:
-        """What every parameter of a Megatron-Core `target` gets.
+        """Returns what every parameter of a Megatron-Core `target` gets.
 
         Raises:
             InputError: target and base differ in more than size, or an override matches nothing.
         """
-        return self.plan_for_shapes(*gpt_shapes(self.megatron_base, target))
+        return self.plan_for_shapes(*shapes_of(self.megatron_base, target))
 
     @property
     def megatron_base(self) -> ModelFile:
@@ -211,7 +232,7 @@ class Recipe(Strict):
         return self.base
 
     def plan_for_shapes(self, base: theory.ModelShape, target: theory.ModelShape) -> theory.Plan:
-        """What every parameter of `target` gets, from shapes in the rules' own terms.
+        """Returns what every parameter of `target` gets, from shapes in the rules' own terms.
 
         Raises:
             InputError: the shapes do not fit each other, or an override matches nothing.
@@ -226,7 +247,7 @@ class Recipe(Strict):
         return theory.build_plan(
             base_shape,
             target_shape,
-            theory.Hyperparameters(
+            theory.Tuned(
                 lr=h.lr,
                 min_lr=h.min_lr,
                 init_method_std=h.init_method_std,
@@ -236,9 +257,9 @@ class Recipe(Strict):
                 weight_decay=h.weight_decay,
                 adam_eps=h.adam_eps,
             ),
-            parametrization=theory.Parametrization(
+            rules_used=theory.Rules(
                 rule=theory.Rule(self.parametrization.rule),
-                optimizer=theory.Optimizer(self.parametrization.optimizer),
+                optimizer=theory.optimizers()[self.parametrization.optimizer],
                 weight_decay_exponent=self.parametrization.weight_decay_exponent,
             ),
             overrides=[theory.Override(**own.model_dump()) for own in self.per_parameter],
@@ -246,9 +267,8 @@ class Recipe(Strict):
         )
 
     def to_yaml(self) -> str:
-        """The recipe as a file's text, with every default written out so that it means the same for ever."""
-        content = self.model_dump(mode="json")
-        return f"# fingerprint: {self.fingerprint}\n" + dump_yaml(content)
+        """The recipe as a file's text, with defaults written out so that it means the same for ever: see `plain`."""
+        return f"# fingerprint: {self.fingerprint}\n" + dump_yaml(plain(self))
 
 
 def recipe(content: object, *, source: str) -> Recipe:

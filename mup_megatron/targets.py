@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mup_megatron.architectures.registry import model_file
 from mup_megatron.errors import InputError
 from mup_megatron.json_io import read_json
-from mup_megatron.models.model_file import model_file
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, Recipe
 from mup_megatron.theory import Plan
 from mup_megatron.validation import quoted
@@ -22,7 +22,7 @@ CONFIG_FILE = "config.json"
 
 
 def plan_for_file(path: Path, recipe: Recipe) -> Plan:
-    """What every parameter of the model that a file describes gets.
+    """Returns what every parameter of the model that a file describes gets.
 
     Args:
         path: a model file; or a Hugging Face configuration: its `config.json`, the folder of that, or YAML with a
@@ -51,7 +51,7 @@ def plan_for_file(path: Path, recipe: Recipe) -> Plan:
 
 
 def read_target(path: Path) -> object:
-    """The content of a target's file, or of the configuration in a folder.
+    """Reads the content of a target's file, or of the configuration in a folder.
 
     Raises:
         InputError: it cannot be read.
@@ -62,12 +62,12 @@ def read_target(path: Path) -> object:
 
 
 def is_hugging_face(content: object) -> bool:
-    """Whether a file's content is a Hugging Face configuration."""
+    """Says if a file's content is a Hugging Face configuration."""
     return isinstance(content, Mapping) and "model_type" in content
 
 
 def hugging_face_config(content: Any, *, source: str) -> "PretrainedConfig":
-    """A configuration as transformers reads it, which passes over keys that it does not know.
+    """Returns a configuration as transformers reads it, which passes over keys that it does not know.
 
     Raises:
         InputError: the installed transformers has no such model type, or the sizes are impossible.

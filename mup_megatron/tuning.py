@@ -1,4 +1,4 @@
-"""Where search and training meet: a trial is a training of the proxy, and the best one becomes a recipe.
+"""Tuning joins search and training: a trial is a training of the proxy, and the best one becomes a recipe.
 
 Knows neither how trials are run (`search/`) nor what the hyperparameters do (`theory/`).
 """
@@ -11,33 +11,34 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, model_validator
 
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import model_file
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import ModelFile, model_file
 from mup_megatron.recipe import Hyperparameters, Recipe, recipe
 from mup_megatron.search import (
-    Outcome,
     ReportFn,
     Selection,
     Space,
     StudyRecord,
+    TrialOutcome,
     default_storage,
     find_study,
     read_study,
 )
-from mup_megatron.search.space import Dimension
+from mup_megatron.search.space import SearchRange
 from mup_megatron.training.options import TrainingOptions, require_possible
-from mup_megatron.validation import Strict, validated
+from mup_megatron.validation import Strict, plain, validated
 
 SEARCHABLE = tuple(Hyperparameters.model_fields)
 """What a space may name."""
 
 DEFAULT_SPACE = Space(
     {
-        "lr": Dimension(1e-4, 1e-1, log=True),
-        "init_method_std": Dimension(0.002, 0.2, log=True),
-        "embedding_multiplier": Dimension(0.1, 10.0, log=True),
-        "attention_multiplier": Dimension(0.25, 4.0, log=True),
-        "output_multiplier": Dimension(0.25, 4.0, log=True),
+        "lr": SearchRange(1e-4, 1e-1, log=True),
+        "init_method_std": SearchRange(0.002, 0.2, log=True),
+        "embedding_multiplier": SearchRange(0.1, 10.0, log=True),
+        "attention_multiplier": SearchRange(0.25, 4.0, log=True),
+        "output_multiplier": SearchRange(0.25, 4.0, log=True),
     }
 )
 """What TP5 searched for GPT-3 6.7B; the same as configs/spaces/gpt3_6.7b.yaml."""
@@ -58,7 +59,7 @@ class ProxyTraining:
     options: TrainingOptions
 
     def recipe(self, parameters: Mapping[str, float]) -> Recipe:
-        """The recipe of a trial: the proxy is its base."""
+        """Returns the recipe of a trial: the proxy is its base."""
         return _recipe(self.proxy.model_dump(mode="json"), self.fixed, parameters, source="trial")
 
     def require_possible(self, space: Space, *, source: str) -> None:
@@ -70,29 +71,29 @@ class ProxyTraining:
             InputError: names what is wrong; `source` is what the space is called.
         """
         base = self.proxy.model_dump(mode="json")
-        bounds = [(dimension.low, dimension.high) for dimension in space.dimensions.values()]
+        bounds = [(each.low, each.high) for each in space.ranges.values()]
         for corner in itertools.product(*bounds):
-            made = _recipe(base, self.fixed, dict(zip(space.dimensions, corner, strict=True)), source=source)
+            made = _recipe(base, self.fixed, dict(zip(space.ranges, corner, strict=True)), source=source)
         made.plan(self.proxy)
         require_possible(self.proxy, made, self.options, world_size=1)
 
     def context(self) -> dict[str, Any]:
-        """What must stay the same while a study goes on."""
+        """Returns what must stay the same while a study goes on."""
         options = asdict(self.options)
         return {
-            "proxy": self.proxy.model_dump(mode="json"),
+            "proxy": plain(self.proxy),
             "fixed": dict(self.fixed),
             "data": {"name": self.data.name, "sha256": self.data_sha256},
             "training": {key: options[key] for key in _RUN_KEYS},
         }
 
-    def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         """Runs one trial, in a process of its own."""
         from mup_megatron.megatron.versions import installed
         from mup_megatron.training.train import run_training
 
         result = run_training(self.proxy, self.recipe(parameters), self.data, self.options, report=report)
-        return Outcome(
+        return TrialOutcome(
             loss=result.validation_loss,
             diverged=result.status == "diverged",
             reason=result.reason,
@@ -113,15 +114,15 @@ def _recipe(
 
 
 def fixed_content(given: Recipe | None) -> dict[str, Any]:
-    """What a search leaves alone: a recipe's content without its base; every default without a recipe."""
+    """Returns what a search leaves alone: a recipe's content without its base; every default without a recipe."""
     if given is None:
         return {}
-    return given.model_dump(mode="json", exclude={"base", "training", "provenance"})
+    return plain(given, exclude=("base", "training", "provenance"))
 
 
 @dataclass(frozen=True)
-class Searched:
-    """What a study varies, and what it leaves alone."""
+class SearchSetup:
+    """The hyperparameters that a study varies, and what it leaves alone."""
 
     space: Space
     fixed: Mapping[str, Any]
@@ -132,8 +133,8 @@ class Searched:
 
 def best_of(
     other: str, count: int, *, study: str, storage: str | None, proxy: ModelFile, accept_unfinished: bool
-) -> Searched:
-    """The best trials of one study, to be run by another: all that they depend on but data and length of the run.
+) -> SearchSetup:
+    """Selects the best trials of one study for another: all that they depend on but data and length of the run.
 
     Once that study exists, it keeps the trials that it was made of, whatever has become of the other one.
 
@@ -158,17 +159,19 @@ def best_of(
                 f"--best {count}: study {study!r} was made of the best {len(selection.candidates)} of {other!r}. Give "
                 "that number to go on with it, or another name with --study."
             )
-        return Searched(made.spec.space, made.spec.context["fixed"], selection)
+        return SearchSetup(made.spec.space, made.spec.context["fixed"], selection)
     found = read_study(storage or default_storage(other), other)
-    context = _sweep_context(found, _Searched, flag="--of")
-    if context["proxy"] != proxy.model_dump(mode="json"):
-        before = context["proxy"]
-        differing = [key for key, value in proxy.model_dump(mode="json").items() if before.get(key) != value]
+    context = _sweep_context(found, _ModelContext, flag="--of")
+    before, now = context["proxy"], plain(proxy)
+    if before != now:
+        differing = [key for key in {**now, **before} if before.get(key) != now.get(key)]
         raise InputError(
             f"--of {other}: that study trained another model ({', '.join(differing)} differ), and hyperparameters "
             "belong to the shape they were tuned at. Give the model file of that study."
         )
-    return Searched(found.spec.space, context["fixed"], found.select_best(count, accept_unfinished=accept_unfinished))
+    return SearchSetup(
+        found.spec.space, context["fixed"], found.select_best(count, accept_unfinished=accept_unfinished)
+    )
 
 
 class _Training(Strict):
@@ -180,7 +183,7 @@ class _Training(Strict):
     global_batch_size: Annotated[int, Field(gt=0)]
 
 
-class _Searched(Strict):
+class _ModelContext(Strict):
     """What `ProxyTraining.context` gives a study of the model and of what is not searched."""
 
     model_config = ConfigDict(extra="ignore")
@@ -189,20 +192,20 @@ class _Searched(Strict):
     fixed: dict[str, Any]
 
     @model_validator(mode="after")
-    def _of_a_recipe(self) -> "_Searched":
+    def _of_a_recipe(self) -> "_ModelContext":
         if not isinstance(self.fixed.get("hyperparameters", {}), dict):
             raise ValueError("fixed.hyperparameters: no keys and values. Restore the database.")
         return self
 
 
-class _Context(_Searched):
+class _SweepContext(_ModelContext):
     """All that it gives a study."""
 
     data: dict[str, str | None]
     training: _Training
 
 
-def _sweep_context(study: StudyRecord, kind: type[_Searched], *, flag: str) -> Mapping[str, Any]:
+def _sweep_context(study: StudyRecord, kind: type[_ModelContext], *, flag: str) -> Mapping[str, Any]:
     """What a study of `mup-megatron sweep` says of its trials, as far as `kind` asks for it."""
     source = f"study {study.spec.name!r}"
     if "proxy" not in study.spec.context:
@@ -213,13 +216,13 @@ def _sweep_context(study: StudyRecord, kind: type[_Searched], *, flag: str) -> M
 
 
 def transferred(study: StudyRecord) -> Recipe:
-    """The best trial of a study as a recipe, with its provenance.
+    """Returns the best trial of a study as a recipe, with its provenance.
 
     Raises:
         InputError: no trial is complete, or the study is not one of `mup-megatron sweep`.
     """
     best = study.require_best()
-    context = _sweep_context(study, _Context, flag="--study")
+    context = _sweep_context(study, _SweepContext, flag="--study")
     selection = study.spec.selection
     chosen = None if selection is None else selection.at(best.slot)
     training = context["training"]

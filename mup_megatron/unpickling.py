@@ -79,7 +79,7 @@ class _ListedOnly(_Unpickler):
 
 
 class StandIn:
-    """What is in the place of whatever is no plain value. It takes all that a pickle does to it, and is inert."""
+    """An object in the place of whatever is no plain value. It takes all that a pickle does to it, and is inert."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "StandIn":
         """Another one, also where a stand-in is in a class's place."""
@@ -106,7 +106,7 @@ class _PlainOnly(_Unpickler):
 
 
 def read_pickle(stream: IO[bytes], allowed: Mapping[str, Collection[str]], *, source: str, remedy: str) -> object:
-    """The object that a pickle holds.
+    """Reads the object that a pickle holds.
 
     Args:
         stream: the pickle.
@@ -124,7 +124,7 @@ def read_pickle(stream: IO[bytes], allowed: Mapping[str, Collection[str]], *, so
 
 
 def read_torch(stream: IO[bytes], *, source: str, remedy: str) -> Any:
-    """What `torch.save` wrote: tensors and plain values, and what `torch.serialization.add_safe_globals` names.
+    """Reads what `torch.save` wrote: tensors and plain values, and what `torch.serialization.add_safe_globals` names.
 
     Args:
         stream: where it begins.
@@ -147,7 +147,7 @@ _BEFORE_ZIP = 3
 
 
 def read_plain_values(path: Path, *, remedy: str) -> object:
-    """The plain values in a file of `torch.save`'s; all else in it, tensors too, is a `StandIn`.
+    """Reads the plain values in a file of `torch.save`'s; all else in it, tensors too, is a `StandIn`.
 
     For files that anything may be in, of which one entry is looked at: no class is imported, and of weights nothing is
     read.
@@ -174,7 +174,7 @@ def read_plain_values(path: Path, *, remedy: str) -> object:
 
 
 def not_read(error: BaseException, *, source: str, remedy: str) -> InputError:
-    """The sentence for what ended the reading of a pickle, by whatever library; names an unexpected class."""
+    """Returns the error for what ended the reading of a pickle, by whatever library; names an unexpected class."""
     found = _NAMED.search(str(error))
     if found is not None:
         return InputError(

@@ -1,15 +1,16 @@
 """Plain values from a file → checked, immutable objects; what is wrong is said in words for people.
 
-Not the place for formats: what a model file or a recipe contains is in `models/model_file.py` and `recipe.py`.
+Not the place for formats: what a model file or a recipe contains is in `architectures/model_file.py` and `recipe.py`.
 """
 
 import difflib
 import json
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
+from pydantic.fields import FieldInfo
 
 from mup_megatron.errors import InputError
 
@@ -27,19 +28,26 @@ _BITS = 1023
 
 
 def brief(value: object, length: int = 120) -> str:
-    """A text, value or error within a sentence: on one line, without a full stop, and no longer than `length`."""
+    """Returns a text, value or error as part of a sentence: one line, no full stop, and no longer than `length`."""
     text = str(value) if isinstance(value, str | BaseException) else reprlib.repr(value)
     return shortened(" ".join(text.split()).rstrip("."), length)
 
 
 def quoted(value: object) -> str:
-    """A value as Python writes it, a text in quotes; of what is long or nested, the beginning."""
+    """Returns a value as Python writes it, a text in quotes; of what is long or nested, the beginning."""
     return shortened(reprlib.repr(value), 120)
 
 
 def shortened(text: str, length: int = LONGEST) -> str:
-    """A text that is no longer than `length`."""
+    """Returns a text that is no longer than `length`."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def listed(items: Sequence[str], most: int, *, separator: str = ", ") -> str:
+    """Returns the first `most` items as one text, with the number of those that are left out."""
+    left = len(items) - most
+    more = f"{'' if separator == ', ' else separator.rstrip()} and {left} more" if left > 0 else ""
+    return separator.join(items[:most]) + more
 
 
 def require_plain(content: object, *, source: str) -> None:
@@ -90,7 +98,7 @@ def _not_plain(value: object) -> str | None:
 
 
 def is_text(content: object) -> bool:
-    """Whether all strings of JSON values can be written: JSON and YAML can spell half of a surrogate pair."""
+    """Says if all strings of JSON values can be written: JSON and YAML can spell half of a surrogate pair."""
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError):
@@ -107,8 +115,43 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def added(since: str, default: Any) -> Any:
+    """Returns a field that release `since` adds to a file's format. Its default is what was so before, for ever."""
+    return Field(default, json_schema_extra={"since": since})
+
+
+def plain(content: BaseModel, *, exclude: Collection[str] = ()) -> dict[str, Any]:
+    """Returns a content as JSON values, defaults included, but for those of keys that were `added` later.
+
+    So it is the same in every release: what is hashed, compared with what another release wrote, or kept for ever.
+    """
+    return content.model_dump(mode="json", exclude={**_added_defaults(content), **dict.fromkeys(exclude, True)})
+
+
+def _added_defaults(value: object) -> dict[Any, Any]:
+    """What `model_dump` has to leave out at any depth, as it wants to be told."""
+    match value:
+        case BaseModel():
+            inside: Iterable[tuple[Any, object]] = ((key, getattr(value, key)) for key in type(value).model_fields)
+            own = {key for key, field in type(value).model_fields.items() if _is_added_default(field, value, key)}
+        case Mapping():
+            inside, own = value.items(), set()
+        case list() | tuple():
+            inside, own = enumerate(value), set()
+        case _:
+            return {}
+    deeper = {key: found for key, each in inside if (found := _added_defaults(each))}
+    return {**deeper, **dict.fromkeys(own, True)}
+
+
+def _is_added_default(field: FieldInfo, value: BaseModel, key: str) -> bool:
+    extra = field.json_schema_extra
+    later = isinstance(extra, dict) and "since" in extra
+    return later and getattr(value, key) == field.default
+
+
 def validated(model: type[ModelT], content: object, *, source: str) -> ModelT:
-    """`content` as a `model`, or an InputError that names file, key and remedy for everything that is wrong."""
+    """Returns `content` as a `model`; raises an InputError that names file, key and remedy for all that is wrong."""
     if content is None:
         content = {}
     if not isinstance(content, Mapping):

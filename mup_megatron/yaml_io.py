@@ -44,7 +44,7 @@ def _yaml() -> YAML:
 
 
 def read_yaml(path: Path) -> object:
-    """The content of a YAML file as plain Python values.
+    """Returns the content of a YAML file as plain Python values.
 
     Raises:
         InputError: the file is missing, unreadable, not UTF-8, not YAML, repeats a key, asks for a Python object,
@@ -54,7 +54,7 @@ def read_yaml(path: Path) -> object:
 
 
 def parse_yaml(text: str, *, source: str) -> object:
-    """The content of YAML text; `source` names it in messages.
+    """Returns the content of YAML text; `source` names it in messages.
 
     Raises:
         InputError: as `read_yaml`.
@@ -94,7 +94,7 @@ _Representer.add_representer(float, _Representer.represent_float)
 
 
 def dump_yaml(content: Mapping[str, Any]) -> str:
-    """Plain values as YAML text: block style, keys in the order given, long lines not wrapped."""
+    """Returns plain values as YAML text: block style, keys in the order given, long lines not wrapped."""
     yaml = _yaml()
     yaml.Representer = _Representer
     yaml.default_flow_style = False

@@ -15,7 +15,7 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 TESTS = Path(__file__).parent
-ADAPTER_FOLDERS = {"theory", "models", "megatron", "training"}
+ADAPTER_FOLDERS = {"theory", "architectures", "megatron", "training"}
 _LONGEST_COMPILATION_S = 600
 IN_CI = "MUP_MEGATRON_CI" in os.environ
 

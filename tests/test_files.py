@@ -5,11 +5,11 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from mup_megatron import readback
 from mup_megatron.errors import InputError
 from mup_megatron.files import LARGEST, read_text, write_atomically
 
@@ -91,7 +91,21 @@ def test_a_text_that_is_too_large_is_not_read(tmp_path: Path) -> None:
         read_text(path)
 
 
-@pytest.mark.parametrize("read", [read_text, readback.read_text])
+REMEDY = "Make it again."
+
+
+def test_what_the_package_wrote_may_be_of_any_size_and_has_a_remedy_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    with pytest.raises(InputError, match=rf"a\.csv: no such file\. {REMEDY}$"):
+        read_text(path, remedy=REMEDY)
+    path.write_bytes(b"a" * (LARGEST + 1))
+    assert len(read_text(path, remedy=REMEDY)) == LARGEST + 1
+    path.write_bytes(b"\xff")
+    with pytest.raises(InputError, match=rf"a\.csv: not UTF-8 text \(byte 0\)\. {REMEDY}$"):
+        read_text(path, remedy=REMEDY)
+
+
+@pytest.mark.parametrize("read", [read_text, partial(read_text, remedy=REMEDY)], ids=["written by people", "by us"])
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 def test_what_is_no_ordinary_file_is_not_waited_for(tmp_path: Path, read: Callable[[Path], str], kind: str) -> None:
     path = tmp_path / "a.yaml"

@@ -15,8 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from mup_megatron.models.gpt import gpt_shapes
-from mup_megatron.models.model_file import load_model_file
+from mup_megatron.architectures.registry import load_model_file, shapes_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mup_megatron"
@@ -26,7 +25,8 @@ MODEL_FILES = sorted((ROOT / "configs" / "models").glob("*.yaml"))
 NAMED_SIZES = {"m": 1e6, "b": 1e9}
 
 GROUND = {
-    *("collectives", "complaint", "errors", "files", "json_io", "readback", "unpickling", "validation", "yaml_io"),
+    *("by_optimizer", "collectives", "messages", "errors", "files", "json_io", "readback", "unpickling", "validation"),
+    "yaml_io",
 }
 """Errors, what raises them for files and on all ranks, and what tells them: whoever may import `errors` may import all
 of these."""
@@ -45,9 +45,9 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide who imports whom"
             # `from mup_megatron import theory` imports theory.
-            yield from (
-                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "mup_megatron" else []
-            )
+            # Likewise `from mup_megatron.check import transfer`.
+            folders = ("mup_megatron", "mup_megatron.check")
+            yield from ([f"{node.module}.{alias.name}" for alias in node.names] if node.module in folders else [])
             yield str(node.module)
 
 
@@ -90,6 +90,49 @@ def test_imports_follow_the_table_of_the_architecture(part: str) -> None:
     assert [(path, name) for path, name in sorted(found, key=str) if name is not None and name not in allowed] == []
 
 
+CHECK = PACKAGE / "check"
+ROOMS = {path.relative_to(CHECK).parts[0].removesuffix(".py") for path in CHECK.rglob("*.py")} - {"__init__"}
+
+
+def rooms_of_check() -> dict[str, set[str]]:
+    """The second table of docs/architecture.md: room of check → the rooms that it may import, in its order."""
+    table: dict[str, set[str]] = {}
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for room, cell in re.findall(r"^\| check/(\w+) \| ([^|]+) \|$", text, flags=re.MULTILINE):
+        if cell == "all of the above":
+            table[room] = set(table)
+        else:
+            table[room] = set() if cell == "nothing of check" else set(cell.split(", "))
+        assert table[room] <= set(table) - {room}, f"{room} may import what comes after it"
+    return table
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_imports_within_check_follow_the_table_of_its_rooms(room: str) -> None:
+    table = rooms_of_check()
+    assert set(table) == ROOMS
+    found = {
+        (path.relative_to(ROOT).as_posix(), name.split(".")[2])
+        for path in sorted((CHECK / room).rglob("*.py")) or [CHECK / f"{room}.py"]
+        for name in imports(path)
+        if name.startswith("mup_megatron.check.")
+    }
+    assert [(path, name) for path, name in sorted(found) if name not in table[room] | {room}] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "places"),
+    [
+        (r"import .*\b(?:Kind|Role)\b", {"entries.py"}),
+        (r"\b(?:AdamReplay|SGDReplay)\b|parametrization\.optimizer|\boptim\.(?:SGD|Adam)", {"measure/optimizers.py"}),
+    ],
+    ids=["kinds and roles", "optimizers"],
+)
+def test_what_check_knows_of_single_ones_is_in_one_place(words: str, places: set[str]) -> None:
+    files = {path.relative_to(CHECK).as_posix(): path.read_text(encoding="utf-8") for path in CHECK.rglob("*.py")}
+    assert {name for name, text in files.items() if re.search(words, text)} - {"measure/replay.py"} == places
+
+
 def test_the_theory_is_pure_python() -> None:
     names = {name.split(".")[0] for path in files_of("theory") for name in imports(path)}
     assert names - sys.stdlib_module_names == {"mup_megatron"}
@@ -102,7 +145,8 @@ def test_the_ground_imports_only_itself() -> None:
 
 def test_explaining_needs_no_torch() -> None:
     program = (
-        "import sys, mup_megatron.theory, mup_megatron.models.gpt, mup_megatron.recipe, mup_megatron.cli.explain\n"
+        "import sys, mup_megatron.theory, mup_megatron.architectures.gpt, mup_megatron.recipe\n"
+        "import mup_megatron.cli.explain\n"
         "print(sorted({'torch', 'megatron'} & {name.split('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -183,7 +227,7 @@ def test_no_tracked_file_names_the_machine_it_was_written_on() -> None:
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.stem)
 def test_a_model_file_has_the_parameters_it_says(path: Path) -> None:
     model = load_model_file(path)
-    count = sum(math.prod(p.shape) for p in gpt_shapes(model, model)[1].parameters)
+    count = sum(math.prod(p.shape) for p in shapes_of(model, model)[1].tensors)
     readme = (path.parent / "README.md").read_text(encoding="utf-8")
     row = f"| {model.num_layers} | {model.hidden_size} | {model.num_attention_heads} | {model.head_size} | {count:,} |"
     assert f"| `{path.name}` {row}\n" in readme
@@ -367,6 +411,29 @@ def test_in_ci_a_skip_for_something_missing_is_a_failure(
 
 
 # Documents
+
+
+FRAGMENT = re.compile(r"(?:What|Whether|Of|Likewise|How|Why|Where|Which|As)\b")
+
+
+def public_docstrings(node: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[str, str]]:
+    """Of a module or class and all that is public in it; commands' are help texts."""
+    yield name, ast.get_docstring(node) or ""
+    for child in node.body:
+        if not isinstance(child, ast.ClassDef | ast.FunctionDef) or (child.name[0] == "_" != child.name[1]):
+            continue
+        if isinstance(child, ast.ClassDef):
+            yield from public_docstrings(child, f"{name}.{child.name}")
+        elif not any("command(" in ast.unparse(decorator) for decorator in child.decorator_list):
+            yield f"{name}.{child.name}", ast.get_docstring(child) or ""
+
+
+@pytest.mark.parametrize("part", sorted(PARTS))
+def test_a_public_docstring_is_no_fragment(part: str) -> None:
+    for file in files_of(part):
+        module = ast.parse(file.read_text(encoding="utf-8"))
+        for name, text in public_docstrings(module, file.relative_to(PACKAGE).as_posix()):
+            assert not FRAGMENT.match(text), f"{name}: {text}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: path.name)

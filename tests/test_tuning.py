@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from support.commands import BASE
 
+from mup_megatron.architectures.registry import model_file
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import model_file
 from mup_megatron.recipe import Recipe, recipe
 from mup_megatron.search import Space, StudyRecord, StudySpec, Trial, load_space
-from mup_megatron.search.space import Dimension
+from mup_megatron.search.space import SearchRange
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.tuning import DEFAULT_SPACE, SEARCHABLE, ProxyTraining, fixed_content, transferred
 
@@ -43,7 +43,7 @@ def objective(given: Recipe | None = None, **changes: Any) -> ProxyTraining:
 
 
 def space(**bounds: tuple[float, float]) -> Space:
-    return Space({name: Dimension(low, high, log=False) for name, (low, high) in bounds.items()})
+    return Space({name: SearchRange(low, high, log=False) for name, (low, high) in bounds.items()})
 
 
 # What is searched
@@ -51,16 +51,16 @@ def space(**bounds: tuple[float, float]) -> Space:
 
 def test_the_default_space_is_the_one_in_the_file() -> None:
     in_file = load_space(SPACE_FILE, SEARCHABLE)
-    assert in_file.dimensions.keys() == DEFAULT_SPACE.dimensions.keys()
-    for name, dimension in in_file.dimensions.items():
-        ours = DEFAULT_SPACE.dimensions[name]
+    assert in_file.ranges.keys() == DEFAULT_SPACE.ranges.keys()
+    for name, searched in in_file.ranges.items():
+        ours = DEFAULT_SPACE.ranges[name]
         # 10**-4 and 1e-4 may differ in the last bit.
-        assert (ours.low, ours.high) == pytest.approx((dimension.low, dimension.high), rel=1e-15)
-        assert ours.log == dimension.log
+        assert (ours.low, ours.high) == pytest.approx((searched.low, searched.high), rel=1e-15)
+        assert ours.log == searched.log
 
 
 def test_the_default_space_is_the_papers() -> None:
-    bounds = {name: (dimension.low, dimension.high) for name, dimension in DEFAULT_SPACE.dimensions.items()}
+    bounds = {name: (searched.low, searched.high) for name, searched in DEFAULT_SPACE.ranges.items()}
     assert bounds == {
         "lr": (10**-4, 10**-1),
         "init_method_std": (0.02 / 10, 0.02 * 10),
@@ -68,7 +68,7 @@ def test_the_default_space_is_the_papers() -> None:
         "attention_multiplier": (4**-1, 4),
         "output_multiplier": (4**-1, 4),
     }
-    assert all(dimension.log for dimension in DEFAULT_SPACE.dimensions.values())
+    assert all(searched.log for searched in DEFAULT_SPACE.ranges.values())
 
 
 def test_whatever_a_recipe_tunes_can_be_searched() -> None:

@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field
 
 from mup_megatron.errors import InputError
-from mup_megatron.validation import Strict, validated
+from mup_megatron.validation import Strict, listed, validated
 
 
 class Wheel(Strict):
@@ -83,3 +83,9 @@ def test_one_thing_that_is_wrong_takes_300_characters_at_most_and_many_are_count
     assert lines[0].startswith("b.yaml: name: should be a valid string, found {'deep': ")
     assert lines[-1] == "b.yaml: 7 more like these."
     assert max(map(len, lines)) <= 300
+
+
+def test_a_list_says_how_many_are_left_out() -> None:
+    assert listed(["a", "b"], 2) == "a, b"
+    assert listed(["a", "b", "c", "d"], 2) == "a, b and 2 more"
+    assert listed(["a", "b", "c"], 2, separator="; ") == "a; b; and 1 more"

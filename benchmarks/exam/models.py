@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mup_megatron.check import batches
+from mup_megatron.check.measure import batches
 
 VOCABULARY, LENGTH, BATCH, HEAD = 64, 16, 4, 16
 FEATURES, CLASSES, SIDE = 12, 8, 8

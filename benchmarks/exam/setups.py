@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from exam import models
-from mup_megatron.check.family import stressed
-from mup_megatron.check.module_trainee import ModuleTrainee
-from mup_megatron.check.modules import Task, check_modules, prepare_by_plan, warm_up_and_decay
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.family.stress import stressed
+from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.mutants import Mutant
-from mup_megatron.check.verdict import Level, Verdict
+from mup_megatron.check.run_modules import check_modules
+from mup_megatron.check.subjects.modules import ModuleTrainee
+from mup_megatron.check.subjects.scripts import Task, prepare_by_plan, warm_up_and_decay
+from mup_megatron.check.verdict.verdict import Verdict
 from mup_megatron.huggingface import plan_for
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.modules import module_base, plan_for_module
 from mup_megatron.recipe import HuggingFaceBase, Recipe
 
@@ -130,7 +132,7 @@ class Megatron:
 
     def check(self, *, level: str, seed: int, references: Path) -> Verdict:
         """The verdict."""
-        from mup_megatron.check.run import check_megatron
+        from mup_megatron.check.run_megatron import check_megatron
 
         return check_megatron(
             self.target,
@@ -162,7 +164,7 @@ class Configuration:
 
     def check(self, *, level: str, seed: int, references: Path) -> Verdict:
         """The verdict."""
-        from mup_megatron.check.hugging_face import check_hugging_face
+        from mup_megatron.check.run_huggingface import check_hugging_face
 
         return check_hugging_face(self.config, self.recipe, widths=self.widths, level=Level(level), first_seed=seed)
 

@@ -1,7 +1,7 @@
 """What the experiment costs: every job with its FLOPs, and the total beside the paper's own formula. Runs nothing.
 
-FLOPs are those of `mup_megatron.models.cost`: computed from the model files, the embedding and the attention scores
-included. The paper's formula (Tensor Programs V, section 7.4) multiplies parameters by tokens and knows neither.
+FLOPs are those of `mup_megatron.architectures.cost`: computed from the model files, the embedding and the attention
+scores included. The paper's formula (Tensor Programs V, section 7.4) multiplies parameters by tokens and knows neither.
 """
 
 import json
@@ -13,11 +13,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from mup_megatron.architectures.cost import parameter_count, training_flops
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.files import write_atomically
-from mup_megatron.models.cost import parameter_count, training_flops
-from mup_megatron.models.model_file import ModelFile, load_model_file
-
-ITEMS = ("attention_projections", "attention_scores", "mlp", "readout", "total")
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ def formulas(search: Sequence[Job], run: Job, rounded: tuple[float, float] | Non
     """The formula with the paper's rounded parameters, with exact ones, and with FLOPs."""
     proxy, target = search[0].model, run.model
     small, large = training_flops(proxy), training_flops(target)
-    no_scores = (small.total - small.attention_scores, large.total - large.attention_scores)
-    hidden = (no_scores[0] - small.readout, no_scores[1] - large.readout)
+    no_scores = (small.total - small.items["attention_scores"], large.total - large.items["attention_scores"])
+    hidden = (no_scores[0] - small.items["readout"], no_scores[1] - large.items["readout"])
     costs = {
         "parameters, exact": (parameter_count(proxy), parameter_count(target)),
         "FLOPs per token": (small.total, large.total),
@@ -127,8 +126,8 @@ def print_costs(search: Sequence[Job], run: Job, found: Sequence[Formula]) -> No
     console.print("\nWhy they differ: FLOPs for one token, item by item\n")
     items = table("item", "proxy", "of all", "target", "of all", "ratio")
     proxy, target = training_flops(search[0].model), training_flops(run.model)
-    for item in ITEMS:
-        small, large = getattr(proxy, item), getattr(target, item)
+    for item in (*target.items, "total"):
+        small, large = ({**cost.items, "total": cost.total}[item] for cost in (proxy, target))
         items.add_row(
             item.replace("_", " "), f"{small:.3g}", f"{small / proxy.total:.1%}", f"{large:.3g}",
             f"{large / target.total:.1%}", f"{large / small:.1f}",

@@ -1,21 +1,21 @@
 """A verdict before the money is spent: live models of several widths, trained for a few steps and compared with a
 correct reference of the same shape.
 
-    family.py         the models of a target's shape that are trained, and the recipe under stress
-    sizes.py, expense.py        what no check can train; what one costs, and which widths that leaves
-    workers.py        runs in several processes
-    dropout.py        off, while torch modules are checked
-    measuring.py      trains one of them and measures it; replay.py reads η, ε and λ from how weights moved
-    reference.py      the correct runs, in plain torch; cache.py keeps them
-    megatron_subject.py, modules.py, hugging_face.py, launch_line.py      what is checked
-    comparison.py     what of it is off, beyond seeds
-    bounds.py         what holds of every right model, for those that share their code with the reference
-    depth.py          every layer of the target, once, without training
-    later.py          the steps beyond those of a quick check
-    causes/           which mistake looks like that
-    wider.py, transfer.py      the loss over widths, the basin of the learning rate
-    judge.py, run.py  all of it together: a Verdict; report.py and picture.py tell it
-    mutants.py        deliberate mistakes, to see that they are found; entries.py which parameters are meant
+    entries.py            which parameters of a plan are meant
+    measure/              trains one model and measures it, whoever built it; what subject and reference share
+    family/               the small models that stand for a target, and the recipe under stress
+    reference/            the correct runs, in plain torch; kept on disk
+    subjects/             what is checked: Megatron-Core, torch modules, DeepSpeed engines, launch lines
+    verdict/              compares the two, and says what is off and why; plain numbers
+    report/               tells a verdict: in words, as data, as a picture
+    mutants/              deliberate mistakes, to see that they are found; loaded where one is asked for
+    transfer.py           trains at several learning rates, for the basins of `verdict/`
+    gpt_family.py         the models of a GPT target with their correct runs
+    module_family.py      likewise of torch modules, with the script's runs
+    run_megatron.py, run_modules.py, run_huggingface.py, run_launch_line.py
+                          all of it together, for one kind of target each
+    pytest_plugin.py      the fixture `assert_mup`
 
-It reads live models and optimizers and compares them with what the plan says. It changes no user's run.
+It reads live models and optimizers and compares them with what the plan says. It changes no user's run. Who may import
+whom is in docs/architecture.md.
 """

@@ -1,63 +1,78 @@
-"""Which parameters are meant: predicates on a plan's entries, for mistakes and for what is said of them."""
+"""Predicates on a plan's entries, for mistakes and for what is said of them."""
 
-from mup_megatron.theory import Kind, PlanEntry, Role
+from mup_megatron.theory import PlanEntry, Role
 
 
 def is_any(_: PlanEntry) -> bool:
-    """Every parameter."""
+    """Returns True: every parameter is meant."""
     return True
 
 
 def is_hidden(entry: PlanEntry) -> bool:
-    """Both sides grow with width."""
+    """Returns whether both sides grow with width."""
     return entry.role is Role.HIDDEN
 
 
 def is_input_role(entry: PlanEntry) -> bool:
-    """Embeddings, biases and gains whose one side grows."""
+    """Returns whether it is an embedding, bias or gain whose one side grows."""
     return entry.role is Role.INPUT
 
 
+def is_output_role(entry: PlanEntry) -> bool:
+    """Returns whether the side that is multiplied grows with width, and what comes out is of a finite size."""
+    return entry.role is Role.OUTPUT
+
+
+def is_scalar_role(entry: PlanEntry) -> bool:
+    """Returns whether no side grows with width."""
+    return entry.role is Role.SCALAR
+
+
 def is_embedding(entry: PlanEntry) -> bool:
-    """A lookup table."""
-    return entry.kind is Kind.EMBEDDING
+    """Returns whether it is a lookup table."""
+    return entry.is_embedding
 
 
 def is_readout(entry: PlanEntry) -> bool:
-    """A readout with a weight of its own."""
-    return entry.kind is Kind.HEAD
+    """Returns whether it is a readout with a weight of its own."""
+    return entry.is_readout
 
 
 def is_residual(entry: PlanEntry) -> bool:
-    """Writes into the residual stream."""
-    return entry.kind is Kind.RESIDUAL
+    """Returns whether it writes into the residual stream."""
+    return entry.is_residual
 
 
 def is_vector(entry: PlanEntry) -> bool:
-    """A bias or gain."""
-    return entry.kind.is_vector
+    """Returns whether it is a bias or gain."""
+    return entry.is_vector
 
 
 def is_gain(entry: PlanEntry) -> bool:
-    """A norm's gain that grows with width."""
-    return entry.kind is Kind.GAIN and entry.role is Role.INPUT
+    """Returns whether it is a norm's gain that grows with width."""
+    return entry.is_gain and entry.role is Role.INPUT
+
+
+def is_plain_bias(entry: PlanEntry) -> bool:
+    """Returns whether it is a vector that is added."""
+    return entry.is_vector and not entry.is_gain
 
 
 def is_bias(entry: PlanEntry) -> bool:
-    """A bias that grows with width."""
-    return entry.kind is Kind.BIAS and entry.role is Role.INPUT
+    """Returns whether it is a bias that grows with width."""
+    return is_plain_bias(entry) and entry.role is Role.INPUT
 
 
 def is_not_hidden(entry: PlanEntry) -> bool:
-    """One side, or none, grows with width."""
+    """Returns whether one side, or none, grows with width."""
     return entry.role is not Role.HIDDEN
 
 
 def is_linear_bias(entry: PlanEntry) -> bool:
-    """A bias, and not a norm's."""
-    return entry.kind is Kind.BIAS and "norm" not in entry.name
+    """Returns whether it is a bias, and not a norm's."""
+    return is_plain_bias(entry) and "norm" not in entry.name
 
 
 def is_matrix(entry: PlanEntry) -> bool:
-    """Neither bias nor gain."""
-    return not entry.kind.is_vector
+    """Returns whether it is neither bias nor gain."""
+    return not entry.is_vector

@@ -13,7 +13,7 @@ import pytest
 
 @pytest.fixture
 def assert_mup() -> Callable[..., None]:
-    """`mup_megatron.check.modules.assert_mup`."""
-    from mup_megatron.check.modules import assert_mup as function
+    """`mup_megatron.check.run_modules.assert_mup`."""
+    from mup_megatron.check.run_modules import assert_mup as function
 
     return function

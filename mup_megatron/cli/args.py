@@ -1,13 +1,12 @@
 """`args`: the Megatron-LM flags of a model file, and of a recipe."""
 
-import shlex
 from pathlib import Path
 
 import click
 
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.options import FILE, load_planned, target_argument
-from mup_megatron.megatron.arguments import flags
-from mup_megatron.models.model_file import load_model_file
+from mup_megatron.megatron.arguments.convert import flags
 
 
 @click.command()
@@ -21,15 +20,20 @@ def command(target: Path, recipe_path: Path | None, train_iters: int | None, one
     """TARGET as Megatron-LM's flags, with the hyperparameters and the schedule of a recipe.
 
     For a launch script: torchrun … -m mup_megatron.launch pretrain_gpt.py $(mup-megatron args …) --mup-recipe R …
+
+    They are the flags that the installed Megatron-Core takes, or without one the newest that was tested. Nothing is
+    quoted: in a script that has them without $(…), put quotes around a pattern of layers.
     """
     if recipe_path is None:
         words = flags(load_model_file(target))
     else:
         model, recipe, _ = load_planned(target, recipe_path)
         words = flags(model, recipe, train_iters=train_iters)
-    lines: list[list[str]] = []
+    lines: list[str] = []
     for word in words:
         if word.startswith("--"):
-            lines.append([])
-        lines[-1].append(word)
-    click.echo((" " if one_line else "\n").join(shlex.join(line) for line in lines))
+            lines.append(word)
+        else:
+            # In `$(…)` quotes would be a part of the word, and a word with a star alone could become a file's name.
+            lines[-1] += f"={word}" if "*" in word else f" {word}"
+    click.echo((" " if one_line else "\n").join(lines))

@@ -10,16 +10,18 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.options import FILE, load_plan, recipe_option
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
-from mup_megatron.models.model_file import ModelFile, load_model_file
+from mup_megatron.messages import is_first
 from mup_megatron.recipe import Recipe, load_recipe
 from mup_megatron.targets import CONFIG_FILE, hugging_face_config, is_hugging_face, read_target
 
 if TYPE_CHECKING:
     from mup_megatron.check.mutants import Mutant
-    from mup_megatron.check.verdict import Verdict
+    from mup_megatron.check.verdict.verdict import Verdict
 
 FAILED, UNDECIDED = 1, 2
 """Exit codes. Without a verdict something has to be changed first, and the verdict says what."""
@@ -118,8 +120,6 @@ def command(
 
     Exit code 0: pass. 1: fail. 2: bad input, or no verdict, with what to change.
     """
-    from mup_megatron.training.ranks import is_first_process
-
     chosen: dict[str, Any] = {"widths": widths, "first_seed": seed}
     if seeds is not None:
         chosen["seeds"] = seeds
@@ -154,9 +154,9 @@ def command(
         raise InputError(f"--json {json_file}: a folder. Give the name of a file.")
     if not rest_of_line:
         chosen["processes"] = processes
-    with _Told(is_first_process()) as told:
+    with _CheckProgress(is_first()) as told:
         verdict = check(level, report=told, tell=told.before, **chosen)
-    if is_first_process():
+    if is_first():
         answer(verdict, target, recipe_path, output, json_file)
     context.exit(EXIT_CODES[verdict.outcome.value])
 
@@ -165,9 +165,9 @@ def _of_megatron(
     target: Path, recipe: Recipe, parallel: Mapping[str, Any], mutant_name: str | None, *, fresh: bool
 ) -> Callable[..., "Verdict"]:
     """What checks a model file."""
-    from mup_megatron.check.cache import FOLDER
-    from mup_megatron.check.run import check_megatron
-    from mup_megatron.check.verdict import Level
+    from mup_megatron.check.measure.levels import Level
+    from mup_megatron.check.reference.cache import FOLDER
+    from mup_megatron.check.run_megatron import check_megatron
     from mup_megatron.training.options import TrainingOptions
 
     model = load_model_file(target)
@@ -181,8 +181,8 @@ def _of_megatron(
 
 def _of_hugging_face(target: Path, recipe: Recipe, deepspeed: Path | None) -> Callable[..., "Verdict"]:
     """What checks a Hugging Face configuration."""
-    from mup_megatron.check.hugging_face import check_hugging_face
-    from mup_megatron.check.verdict import Level
+    from mup_megatron.check.measure.levels import Level
+    from mup_megatron.check.run_huggingface import check_hugging_face
 
     config = hugging_face_config(read_target(target), source=str(target))
     return lambda level, **more: check_hugging_face(config, recipe, deepspeed=deepspeed, level=Level(level), **more)
@@ -190,9 +190,9 @@ def _of_hugging_face(target: Path, recipe: Recipe, deepspeed: Path | None) -> Ca
 
 def _of_launch_line(words: list[str], recipe: Recipe, *, fresh: bool) -> Callable[..., "Verdict"]:
     """What checks the model that a launch line builds."""
-    from mup_megatron.check.cache import FOLDER
-    from mup_megatron.check.launch_line import check_launch_line
-    from mup_megatron.check.verdict import Level
+    from mup_megatron.check.measure.levels import Level
+    from mup_megatron.check.reference.cache import FOLDER
+    from mup_megatron.check.run_launch_line import check_launch_line
 
     references = None if fresh else FOLDER
     return lambda level, **more: check_launch_line(words, recipe, level=Level(level), references=references, **more)
@@ -210,7 +210,7 @@ def answer(verdict: "Verdict", target: Path, recipe_path: Path, output: Path, js
     Raises:
         InputError: a file cannot be written.
     """
-    from mup_megatron.check import picture, report
+    from mup_megatron.check.report import picture, report
 
     title = f"{target} with {recipe_path}"
     verdict_json = report.verdict_json(verdict, title=title)
@@ -233,8 +233,8 @@ def answer(verdict: "Verdict", target: Path, recipe_path: Path, output: Path, js
 
 
 def _mutant(name: str, model: ModelFile, recipe: Recipe) -> "Mutant":
-    from mup_megatron.check.family import stressed
-    from mup_megatron.check.levels import EARLY
+    from mup_megatron.check.family.stress import stressed
+    from mup_megatron.check.measure.levels import EARLY
     from mup_megatron.check.mutants import MUTANTS, Context
 
     stress = stressed(recipe, steps=EARLY.steps, eps=recipe.hyperparameters.adam_eps)
@@ -255,7 +255,7 @@ def _make(folder: Path) -> None:
         raise InputError(f"{folder}: not a folder to write to ({error.strerror}). Choose another place.") from None
 
 
-class _Told:
+class _CheckProgress:
     """Progress on standard error: a bar on a terminal, else a line at each quarter. Nothing if it is not to speak."""
 
     def __init__(self, speaks: bool) -> None:
@@ -273,7 +273,7 @@ class _Told:
         self._lines = speaks and not sys.stderr.isatty()
         self._tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> "_Told":
+    def __enter__(self) -> "_CheckProgress":
         self._bar.start()
         return self
 

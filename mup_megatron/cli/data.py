@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from mup_megatron.errors import InputError
-from mup_megatron.training.data import CACHE, Progress
+from mup_megatron.training.data import CACHE, ProgressFn
 from mup_megatron.training.data.tokenizer import DEFAULT_TOKENIZER
 
 
@@ -43,8 +43,10 @@ def command(
     """
     from mup_megatron.training.data.documents import documents, scan
     from mup_megatron.training.data.embedded import embedded_data
-    from mup_megatron.training.data.indexed import copy_data, read_meta, refuse_existing, write_data
+    from mup_megatron.training.data.prefix import copy_data, refuse_existing
+    from mup_megatron.training.data.reading import read_meta
     from mup_megatron.training.data.tokenizer import make_tokenizer, parse_tokenizer
+    from mup_megatron.training.data.writing import write_data
 
     if prefix is not None:
         refuse_existing(prefix, force=force)
@@ -75,17 +77,16 @@ def command(
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def _progress() -> Iterator[ProgressFn]:
     """A bar on a terminal, a line per tenth of a stage elsewhere; both on standard error."""
     if not sys.stderr.isatty():
         yield _plain_lines()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bars(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks = {}
 
         def show(stage: str, done: int, total: int, /) -> None:
@@ -96,7 +97,7 @@ def _progress() -> Iterator[Progress]:
         yield show
 
 
-def _plain_lines() -> Progress:
+def _plain_lines() -> ProgressFn:
     said: dict[str, int] = {}
 
     def say(stage: str, done: int, total: int, /) -> None:

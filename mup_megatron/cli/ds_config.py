@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from mup_megatron.cli.options import FILE, force_option, load_plan, recipe_option, require_new
-from mup_megatron.deepspeed.config import Settings, configuration, problems
-from mup_megatron.files import write_atomically
+from mup_megatron.cli.options import FILE, answer, force_option, load_plan, recipe_option
+from mup_megatron.deepspeed.config import EngineSettings, configuration, problems
 from mup_megatron.json_io import read_json
 from mup_megatron.modules.groups import members, values
 from mup_megatron.recipe import Recipe
@@ -44,14 +43,9 @@ def command(
         if output is not None:
             raise click.UsageError("--check writes nothing: drop -o.")
         return _check(existing, recipe, plan)
-    settings = Settings(**{**options, "zero_stage": int(options["zero_stage"])})
+    settings = EngineSettings(**{**options, "zero_stage": int(options["zero_stage"])})
     text = json.dumps(configuration(recipe, path=str(recipe_path), settings=settings), indent=2) + "\n"
-    if output is None:
-        click.echo(text, nl=False)
-    else:
-        require_new(output, force=force)
-        write_atomically(output, text)
-        click.echo(output)
+    answer(text, output, force=force)
     return 0
 
 

@@ -6,10 +6,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from mup_megatron.cli.options import FILE, FlagsCommand, answer_console, force_option, require_new, vocab_size_option
-from mup_megatron.megatron.arguments import read_line
+from mup_megatron.cli.options import FILE, FlagsCommand, answer, answer_console, force_option, vocab_size_option
+from mup_megatron.megatron.arguments.line import read_line
 from mup_megatron.megatron.arguments.native import NativeRecipe, recipe_from_native
-from mup_megatron.recipe import save_recipe
 
 
 @click.command(cls=FlagsCommand)
@@ -31,14 +30,8 @@ def command(output: Path | None, vocab_size: int | None, force: bool, flags: tup
     native = recipe_from_native(line.values, vocab_size=line.vocab_size, source=line.source)
     for remark in line.remarks:
         click.echo(f"Warning: {remark}", err=True)
-    if output is None:
-        click.echo(native.recipe.to_yaml(), nl=False)
-        _print(native, Console(width=1000, stderr=True))
-    else:
-        require_new(output, force=force)
-        save_recipe(native.recipe, output)
-        click.echo(output)
-        _print(native, answer_console())
+    answer(native.recipe.to_yaml(), output, force=force)
+    _print(native, Console(width=1000, stderr=True) if output is None else answer_console())
 
 
 def _print(native: NativeRecipe, console: Console) -> None:

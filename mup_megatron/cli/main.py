@@ -14,6 +14,7 @@ import click
 
 from mup_megatron import __version__
 from mup_megatron.errors import InputError
+from mup_megatron.messages import BAD_INPUT, is_first
 from mup_megatron.validation import shortened
 
 COMMANDS = {
@@ -32,12 +33,11 @@ COMMANDS = {
     "from-native": "a launch line with Megatron's own μP as a recipe, and where its numbers differ",
 }
 
-BAD_INPUT = 2
 LONGEST = 500
 """Characters of a message of click's; the lists of choices in some are long."""
 
 
-class _Commands(click.Group):
+class _CommandGroup(click.Group):
     """Imports a command's module only when it is needed: `explain` must not wait for torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -55,7 +55,7 @@ class _Commands(click.Group):
 
 
 @click.group(
-    cls=_Commands,
+    cls=_CommandGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     epilog="--debug, anywhere on the line, shows the traceback of an error.",
 )
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _complain(message: str, code: int, *, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         click.echo(f"mup-megatron: {message}", err=True)
     else:
         # torchrun ends all ranks as soon as one has left: the first one has to have spoken by then.

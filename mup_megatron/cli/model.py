@@ -4,9 +4,8 @@ from pathlib import Path
 
 import click
 
-from mup_megatron.cli.options import FILE, FlagsCommand, force_option, require_new, vocab_size_option
-from mup_megatron.files import write_atomically
-from mup_megatron.megatron.arguments import read_line
+from mup_megatron.cli.options import FILE, FlagsCommand, answer, force_option, vocab_size_option
+from mup_megatron.megatron.arguments.line import read_line
 from mup_megatron.yaml_io import dump_yaml
 
 
@@ -30,9 +29,4 @@ def command(from_args: bool, output: Path | None, vocab_size: int | None, force:
     for remark in line.remarks:
         click.echo(f"Warning: {remark}", err=True)
     content = dump_yaml(model.model_dump(mode="json", exclude_defaults=True))
-    if output is None:
-        click.echo(content, nl=False)
-    else:
-        require_new(output, force=force)
-        write_atomically(output, content)
-        click.echo(output)
+    answer(content, output, force=force)

@@ -8,8 +8,10 @@ from typing import Any
 import click
 from rich.console import Console
 
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import ModelFile, load_model_file
+from mup_megatron.files import write_atomically
 from mup_megatron.recipe import Recipe, load_recipe
 from mup_megatron.targets import plan_for_file
 from mup_megatron.theory import Plan
@@ -37,7 +39,7 @@ class FlagsCommand(click.Command):
     ignore_unknown_options = True
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """What is left over, as of any command."""
+        """Returns what is left over, as any command does."""
         from mup_megatron.megatron.arguments.effects import row_of  # only for commands that read flags
 
         own = [name for param in self.get_params(ctx) for name in param.opts if name.startswith("-")]
@@ -58,7 +60,7 @@ class FlagsCommand(click.Command):
 
 
 def answer_console() -> Console:
-    """For answers on standard output. Never narrowed: to fit the terminal, a table would lose digits and columns."""
+    """Returns a console for answers. Never narrowed: to fit the terminal, a table would lose digits and columns."""
     return Console(width=1000)
 
 
@@ -66,7 +68,7 @@ class FiniteFloat(click.FloatRange):
     """A number in a range; NaN, which no range excludes, and infinity are refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number that was given as text."""
+        """Returns the number that was given as text."""
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{number} is not a finite number.", param, ctx)
@@ -74,7 +76,7 @@ class FiniteFloat(click.FloatRange):
 
 
 def load_planned(target: Path, recipe_path: Path) -> tuple[ModelFile, Recipe, Plan]:
-    """Target, recipe, and the plan that follows from the two.
+    """Loads target, recipe, and the plan that follows from the two.
 
     Raises:
         InputError: one of the files is not right, or they do not fit each other; names the files.
@@ -87,7 +89,7 @@ def load_planned(target: Path, recipe_path: Path) -> tuple[ModelFile, Recipe, Pl
 
 
 def load_plan(target: Path, recipe_path: Path) -> tuple[Recipe, Plan]:
-    """The recipe, and the plan that follows from it for a target of any kind.
+    """Loads the recipe, and the plan that follows from it for a target of any kind.
 
     Raises:
         InputError: as `load_planned`.
@@ -109,3 +111,17 @@ def require_new(path: Path, *, force: bool) -> None:
         raise InputError(f"{path}: not a usable name ({error.strerror}). Choose another.") from None
     if exists and not force:
         raise InputError(f"{path}: exists already. Give --force to replace it, or another name.")
+
+
+def answer(text: str, output: Path | None, *, force: bool) -> None:
+    """Writes an answer to a file, whose name is then the answer; on standard output if there is none.
+
+    Raises:
+        InputError: the file exists and may not be replaced, or cannot be written.
+    """
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        require_new(output, force=force)
+        write_atomically(output, text)
+        click.echo(output)

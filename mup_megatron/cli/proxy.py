@@ -5,11 +5,12 @@ from pathlib import Path
 import click
 from rich.table import Table
 
+from mup_megatron.architectures.cost import parameter_count, training_flops
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.proxy import MIN_WIDTH, Proxy, Search, choose_proxy
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.options import FILE, FiniteFloat, answer_console, force_option, require_new, target_argument
 from mup_megatron.files import write_atomically
-from mup_megatron.models.cost import parameter_count, training_flops
-from mup_megatron.models.model_file import ModelFile, load_model_file
-from mup_megatron.models.proxy import MIN_WIDTH, Proxy, Search, choose_proxy
 from mup_megatron.yaml_io import dump_yaml
 
 
@@ -60,8 +61,9 @@ def _print(target: ModelFile, proxy: Proxy, search: Search) -> None:
         row(key, [str(getattr(model, key)) for model in models])
     row("parameters", [f"{parameter_count(model):.3g}" for model in models])
     row("FLOPs per token:", ["", ""])
-    for key in ("attention_projections", "attention_scores", "mlp", "readout", "total"):
-        row(f"  {key}", [f"{getattr(cost, key):.3g}" for cost in flops])
+    for key in flops[1].items:
+        row(f"  {key}", [f"{cost.items.get(key, 0.0):.3g}" for cost in flops])
+    row("  total", [f"{cost.total:.3g}" for cost in flops])
     runs = (search.trials, 1)
     tokens = (search.trial_tokens, search.target_tokens)
     row("runs", [str(count) for count in runs])

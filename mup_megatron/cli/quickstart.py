@@ -11,7 +11,7 @@ from mup_megatron.cli.options import FILE, answer_console
 from mup_megatron.files import write_atomically
 
 if TYPE_CHECKING:
-    from mup_megatron.quickstart.experiment import Settings
+    from mup_megatron.quickstart.experiment import ExperimentSettings
 
 
 @click.command()
@@ -30,19 +30,19 @@ def command(output: Path, seed: int, workers: int) -> None:
     """
     # Before torch is imported: runs beside each other must not fight for cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from mup_megatron.quickstart.experiment import Settings
+    from mup_megatron.quickstart.experiment import ExperimentSettings
     from mup_megatron.training.data import CACHE
     from mup_megatron.training.data.embedded import embedded_data
     from mup_megatron.training.ranks import preload
 
-    settings = Settings(seed=seed)
+    settings = ExperimentSettings(seed=seed)
     preload()
     _say("0/3  preparing the text: the Python standard library's own source")
     data = embedded_data(CACHE, tokenizer=f"bpe:{settings.vocab_size}")
     conduct(settings, data, output, cache=CACHE, workers=workers)
 
 
-def conduct(settings: "Settings", data: Path, output: Path, *, cache: Path, workers: int) -> None:
+def conduct(settings: "ExperimentSettings", data: Path, output: Path, *, cache: Path, workers: int) -> None:
     """Runs the experiment, or what is left of it, and gives its answer: files, and a table on standard output.
 
     Raises:

@@ -8,8 +8,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mup_megatron import recipe as recipes
-from mup_megatron.cli.options import FILE, force_option, require_new
-from mup_megatron.models.model_file import ModelFile, model_file
+from mup_megatron import theory
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import model_file
+from mup_megatron.cli.options import FILE, answer, force_option
 from mup_megatron.targets import hugging_face_config, is_hugging_face, read_target
 from mup_megatron.yaml_io import dump_yaml
 
@@ -46,13 +48,7 @@ def command(base: Path | None, output: Path | None, defaults: bool, force: bool,
     given = {**implied, **given}
     for section, model in _SECTIONS.items():
         content[section] = {key: given[key] for key in model.model_fields if key in given}
-    recipe = recipes.recipe(content, source="recipe")
-    if output is None:
-        click.echo(recipe.to_yaml(), nl=False)
-    else:
-        require_new(output, force=force)
-        recipes.save_recipe(recipe, output)
-        click.echo(output)
+    answer(recipes.recipe(content, source="recipe").to_yaml(), output, force=force)
 
 
 def _base(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -68,7 +64,8 @@ def _base(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _option(key: str, field: FieldInfo) -> click.Option:
-    choices = [value for value in get_args(field.annotation) if isinstance(value, str)]
+    known = theory.optimizers() if key == "optimizer" else get_args(field.annotation)
+    choices = [value for value in known if isinstance(value, str)]
     default = "required" if field.is_required() else f"default {field.default}"
     return click.Option(
         [f"--{key.replace('_', '-')}", key], type=click.Choice(choices) if choices else float, help=f"[{default}]"

@@ -7,15 +7,15 @@ from typing import Literal
 
 import click
 
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.options import FILE
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import load_model_file
 from mup_megatron.recipe import load_recipe
 from mup_megatron.search import StudySpec, default_storage, load_space, run_sweep
-from mup_megatron.training.data.indexed import check_prefix, require_vocab, small_vocabulary_warning
+from mup_megatron.training.data.reading import check_prefix, require_vocab, small_vocabulary_warning
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.training.ranks import preload
-from mup_megatron.tuning import DEFAULT_SPACE, SEARCHABLE, ProxyTraining, Searched, best_of, fixed_content
+from mup_megatron.tuning import DEFAULT_SPACE, SEARCHABLE, ProxyTraining, SearchSetup, best_of, fixed_content
 
 
 @click.command()
@@ -138,10 +138,10 @@ def command(
     click.echo(f"All trials: {folder / 'trials.csv'} and {spec.storage}", err=True)
 
 
-def _searched(space: Path | None, recipe_path: Path | None) -> Searched:
+def _searched(space: Path | None, recipe_path: Path | None) -> SearchSetup:
     """What a search of its own varies, and what it leaves alone."""
     chosen = load_space(space, SEARCHABLE) if space else DEFAULT_SPACE
     given = load_recipe(recipe_path) if recipe_path else None
-    if given is None and "lr" not in chosen.dimensions:
+    if given is None and "lr" not in chosen.ranges:
         raise InputError(f"{space}: no lr in it. Search it, or give its value in a --recipe.")
-    return Searched(chosen, fixed_content(given))
+    return SearchSetup(chosen, fixed_content(given))

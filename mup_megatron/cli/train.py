@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import click
 
 from mup_megatron.cli.options import FILE, load_planned, recipe_option, target_argument
+from mup_megatron.messages import is_first
 from mup_megatron.training.options import TrainingOptions
-from mup_megatron.training.ranks import is_first_process
 
 DIVERGED = 1
 RUNS = Path("results/train")
@@ -81,7 +81,7 @@ def command(context: click.Context, /, target: Path, recipe_path: Path, data: Pa
         given["output"] = RUNS / f"{target.stem}-{recipe.fingerprint[:12]}-seed{given['seed']}"
     options = TrainingOptions(**given)
     result = run_training(model, recipe, data, options, show=True)
-    if not is_first_process():
+    if not is_first():
         context.exit(DIVERGED if result.status == "diverged" else 0)
     if result.status == "diverged":
         click.echo(f"mup-megatron: diverged after {result.iterations} iterations: {result.reason}", err=True)

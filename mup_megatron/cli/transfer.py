@@ -4,8 +4,7 @@ from pathlib import Path
 
 import click
 
-from mup_megatron.cli.options import FILE, force_option, require_new
-from mup_megatron.recipe import save_recipe
+from mup_megatron.cli.options import FILE, answer, force_option
 from mup_megatron.search import default_storage, read_study
 from mup_megatron.tuning import transferred
 
@@ -17,10 +16,4 @@ from mup_megatron.tuning import transferred
 @force_option
 def command(study: str, storage: str | None, output: Path | None, force: bool) -> None:
     """The best trial of a study as a recipe, with the study, trial, data and versions that it comes from."""
-    recipe = transferred(read_study(storage or default_storage(study), study))
-    if output is None:
-        click.echo(recipe.to_yaml(), nl=False)
-    else:
-        require_new(output, force=force)
-        save_recipe(recipe, output)
-        click.echo(output)
+    answer(transferred(read_study(storage or default_storage(study), study)).to_yaml(), output, force=force)

@@ -6,7 +6,8 @@ itself is not imported here.
 
 from mup_megatron.deepspeed.hooks import install
 from mup_megatron.deepspeed.names import param_groups
-from mup_megatron.deepspeed.run import plan_for, plan_of
+from mup_megatron.deepspeed.planning import plan_for
+from mup_megatron.deepspeed.run import plan_of
 from mup_megatron.modules.groups import Form
 
 __all__ = ["Form", "param_groups", "plan_for", "plan_of"]

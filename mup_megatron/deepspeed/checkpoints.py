@@ -1,4 +1,4 @@
-"""Which recipe a checkpoint of DeepSpeed's engine was trained with. Neither loads nor saves one.
+"""The recipe that a checkpoint of DeepSpeed's engine was trained with. Neither loads nor saves one.
 
 The recipe travels in the client state, which every rank's file of model states holds and which the conversion to a
 universal checkpoint copies. A copy for people lies in the checkpoint's folder.
@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mup_megatron import origin as origins
+from mup_megatron.checkpoint_recipe import SIDECAR, differences, packed, unpacked
 from mup_megatron.errors import InputError
-from mup_megatron.origin import SIDECAR
-from mup_megatron.readback import read_text
+from mup_megatron.files import read_text
 from mup_megatron.recipe import Recipe
 from mup_megatron.unpickling import read_plain_values
 
@@ -21,8 +20,8 @@ KEY = "mup_megatron"
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a checkpoint says of the recipe that it was trained with."""
+class CheckpointRecipe:
+    """The recipe that a checkpoint was trained with."""
 
     folder: Path
     recipe: Recipe | None
@@ -30,12 +29,12 @@ class Origin:
 
 
 def client_state(given: Recipe) -> dict[str, Any]:
-    """What goes into the client state."""
-    return {KEY: {"fingerprint": given.fingerprint, "recipe": origins.packed(given)}}
+    """Returns the part of a client state that carries a recipe."""
+    return {KEY: {"fingerprint": given.fingerprint, "recipe": packed(given)}}
 
 
-def origin(load_dir: str | Path, tag: str | None, *, universal: bool) -> Origin | None:
-    """The recipe of the checkpoint that is about to be loaded; None where there is no checkpoint.
+def recipe_of_checkpoint(load_dir: str | Path, tag: str | None, *, universal: bool) -> CheckpointRecipe | None:
+    """Returns the recipe of the checkpoint that is about to be loaded; None where there is no checkpoint.
 
     Raises:
         InputError: it cannot be read, or its recipe.
@@ -46,13 +45,13 @@ def origin(load_dir: str | Path, tag: str | None, *, universal: bool) -> Origin 
         return None  # DeepSpeed says so better
     content = _client_state(states[0])
     if content is None:
-        return Origin(folder, None)
+        return CheckpointRecipe(folder, None)
     text = content.get("recipe") if isinstance(content, dict) else None
-    return Origin(folder, origins.unpacked(text, source=f"{folder}: the checkpoint's recipe"))
+    return CheckpointRecipe(folder, unpacked(text, source=f"{folder}: the checkpoint's recipe"))
 
 
 def _client_state(states: Path) -> Any:
-    """What stands under our key in a file of model states, which is plain.
+    """Returns what stands under our key in a file of model states, which is plain.
 
     Beside it the user's own client state may be anything, and DeepSpeed unpickles the file afterwards whatever it asks
     for: this looks at it before, and neither refuses nor runs any of it.
@@ -72,7 +71,7 @@ def _folder(load_dir: Path, tag: str | None, *, universal: bool) -> Path | None:
     return load_dir / read_text(latest, remedy="Write a checkpoint's tag into it.").strip()
 
 
-def require_same(found: Origin, wanted: Recipe, *, accept: bool, optimizer: bool) -> None:
+def require_same(found: CheckpointRecipe, wanted: Recipe, *, accept: bool, optimizer: bool) -> None:
     """Raises InputError unless a checkpoint is of the run's recipe, or the change is accepted.
 
     Args:
@@ -93,20 +92,8 @@ def require_same(found: Origin, wanted: Recipe, *, accept: bool, optimizer: bool
         return
     if accept or found.recipe.fingerprint == wanted.fingerprint:
         return
-    differences = ", ".join(
-        f"{key} {before} there and {now} here" for key, before, now in origins.differences(found.recipe, wanted)
-    )
+    listed = ", ".join(f"{key} {before} there and {now} here" for key, before, now in differences(found.recipe, wanted))
     raise InputError(
-        f"{found.folder}: the checkpoint was trained with another recipe ({differences}). Give its recipe ({SIDECAR} "
+        f"{found.folder}: the checkpoint was trained with another recipe ({listed}). Give its recipe ({SIDECAR} "
         'in that folder), or accept the change with "accept_recipe_change": true in "mup".'
     )
-
-
-def require_plain(found: Origin) -> None:
-    """Raises InputError if an engine without the entry would go on training from a checkpoint of a recipe."""
-    if found.recipe is not None:
-        raise InputError(
-            f"{found.folder}: the checkpoint was trained with a recipe, and without it every parameter would go on "
-            f'with another learning rate and scale. Write "mup": {{"recipe": "{found.folder / SIDECAR}"}} into the '
-            "configuration."
-        )

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mup_megatron.deepspeed import entry as entries
-from mup_megatron.deepspeed.entry import AUTO, KEY, Configuration, Scheduler
+from mup_megatron.deepspeed.entry import AUTO, KEY, Configuration, SchedulerSection
+from mup_megatron.deepspeed.optimizers import DEEPSPEED_OPTIMIZERS
 from mup_megatron.errors import InputError
 from mup_megatron.modules.groups import values
 from mup_megatron.recipe import Recipe, load_recipe
@@ -22,8 +23,8 @@ _SHORTEST_WARMUP = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What a configuration says that no recipe does."""
+class EngineSettings:
+    """The values of a configuration that no recipe has."""
 
     train_iters: int | None = None
     """Length of the run in optimizer steps: the recipe's schedule is in fractions of it. None: no "scheduler"."""
@@ -36,7 +37,7 @@ class Settings:
     offload_parameters: bool = False
 
 
-def configuration(recipe: Recipe, *, path: str, settings: Settings) -> dict[str, Any]:
+def configuration(recipe: Recipe, *, path: str, settings: EngineSettings) -> dict[str, Any]:
     """A configuration that trains with a recipe.
 
     Args:
@@ -48,8 +49,7 @@ def configuration(recipe: Recipe, *, path: str, settings: Settings) -> dict[str,
     Raises:
         InputError: DeepSpeed has no scheduler for the recipe's schedule, or the settings contradict each other.
     """
-    adam = recipe.parametrization.optimizer == "adam"
-    kind = "AdamW" if adam else "SGD"
+    kind = DEEPSPEED_OPTIMIZERS[recipe.parametrization.optimizer].type
     params = entries.optimizer_params(kind, {}, recipe)
     clipping: float | str = recipe.hyperparameters.clip_grad
     if settings.global_batch_size is None:
@@ -68,7 +68,7 @@ def configuration(recipe: Recipe, *, path: str, settings: Settings) -> dict[str,
     }
 
 
-def _batches(settings: Settings) -> dict[str, Any]:
+def _batches(settings: EngineSettings) -> dict[str, Any]:
     if settings.global_batch_size is None:
         keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
         own = {} if settings.micro_batch_size is None else {keys[1]: settings.micro_batch_size}
@@ -84,7 +84,7 @@ def _batches(settings: Settings) -> dict[str, Any]:
     return {"train_batch_size": settings.global_batch_size, "train_micro_batch_size_per_gpu": micro}
 
 
-def _zero(settings: Settings) -> dict[str, Any]:
+def _zero(settings: EngineSettings) -> dict[str, Any]:
     if settings.offload_parameters and settings.zero_stage != 3:
         raise InputError("--offload-parameters: only ZeRO stage 3 can. Give --zero-stage 3.")
     if settings.offload_optimizer and settings.zero_stage == 0:
@@ -117,7 +117,7 @@ def _scheduler(recipe: Recipe, train_iters: int) -> dict[str, Any] | None:
 
 
 def problems(content: object, recipe: Recipe, plan: Plan, *, source: str) -> list[str]:
-    """What of a configuration does not go with a recipe, each in a sentence; nothing where all does.
+    """Lists what of a configuration does not go with a recipe, each in a sentence; nothing where all does.
 
     Raises:
         InputError: it is no configuration: something in it is not of its type; names key and `source`.
@@ -155,7 +155,7 @@ def _require_entry(content: Mapping[str, Any], recipe: Recipe) -> None:
 
 def require_fitting_scheduler(config: Configuration, plan: Plan) -> None:
     """Raises InputError for a scheduler that breaks the ratios between a plan's groups, or refuses its params."""
-    if config.scheduler is None or config.scheduler == Scheduler():
+    if config.scheduler is None or config.scheduler == SchedulerSection():
         return
     # DeepSpeed's log goes to the standard output that it finds when it is imported, where answers are.
     with contextlib.redirect_stdout(sys.stderr):

@@ -9,9 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from mup_megatron.deepspeed.optimizers import DEEPSPEED_OPTIMIZERS
 from mup_megatron.errors import InputError
-from mup_megatron.modules.apply import Initialize
+from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
+from mup_megatron.modules.weights import Initialize
 from mup_megatron.recipe import Recipe
+from mup_megatron.theory import optimizers
 from mup_megatron.validation import Strict, brief, quoted, validated
 
 KEY = "mup"
@@ -24,10 +27,6 @@ _VALUES = ("lr", "betas", "eps", "weight_decay", "momentum")
 _OTHER_RULES = ("amsgrad", "maximize", "nesterov")
 """Options that make another optimizer of it."""
 
-_ADAM = ("adam", "adamw")
-_MOVED = {"muadam": "AdamW", "muadamw": "AdamW", "musgd": "SGD"}
-"""DeepSpeed's optimizers through microsoft/mup, and what stands in their place."""
-
 
 class Entry(Strict):
     """The content of `"mup"`."""
@@ -35,7 +34,7 @@ class Entry(Strict):
     recipe: Annotated[str, Field(min_length=1)]
     """Path of the recipe."""
     target: Annotated[str, Field(min_length=1)] | None = None
-    """What the model is, where that can't be read off it: see `run.plan_for`."""
+    """What the model is, where that can't be read off it: see `planning.plan_for`."""
     readout: Annotated[str, Field(min_length=1)] | None = None
     """Name of the weight that computes a torch module's output, where it is tied to an embedding."""
     initialize: bool | Literal["rescale", "redraw", "keep"] = True
@@ -48,7 +47,7 @@ class Entry(Strict):
 
     @property
     def how_to_initialize(self) -> Initialize:
-        """What happens to the weights."""
+        """The way in which the weights become the plan's."""
         if isinstance(self.initialize, bool):
             return Initialize.RESCALE if self.initialize else Initialize.KEEP
         return Initialize(self.initialize)
@@ -64,7 +63,7 @@ def entry_of(config: Mapping[str, Any]) -> Entry | None:
 
 
 def has_entry(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration has the entry.
+    """Says if a configuration has the entry.
 
     Raises:
         InputError: it has one that is written otherwise, which nobody would read.
@@ -111,7 +110,7 @@ def _scheduler_values(params: object) -> object:
     return params
 
 
-class _Part(Strict):
+class _Section(Strict):
     """A part of a configuration. What is DeepSpeed's own business may be there as well."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=True)
@@ -122,43 +121,43 @@ def _off(value: object) -> object:
     return None if value is False else value
 
 
-class Optimizer(_Part):
+class OptimizerSection(_Section):
     """The optimizer that DeepSpeed is to make."""
 
     type: Annotated[str, Field(min_length=1)] | None = None
     params: Annotated[dict[str, Any] | None, BeforeValidator(_optimizer_values)] = None
 
 
-class Scheduler(_Part):
-    """Likewise the scheduler."""
+class SchedulerSection(_Section):
+    """The scheduler that DeepSpeed is to make."""
 
     type: Annotated[str, Field(min_length=1)] | None = None
     params: Annotated[dict[str, Any] | None, BeforeValidator(_scheduler_values)] = None
 
 
-class _Offload(_Part):
+class _Offload(_Section):
     super_offload: bool = False
     ratio: float = 1.0
 
 
-class _Zero(_Part):
+class _Zero(_Section):
     zenflow: Annotated[dict[str, Any] | None, BeforeValidator(_off)] = None
     offload_optimizer: Annotated[_Offload | None, BeforeValidator(_off)] = None
 
 
-class _Switch(_Part):
+class _Switch(_Section):
     enabled: bool = False
 
 
-class _TensorParallel(_Part):
+class _TensorParallel(_Section):
     autotp_size: int = 0
 
 
-class Configuration(_Part):
+class Configuration(_Section):
     """A DeepSpeed configuration: the keys that a recipe or a plan has to do with, each of its type."""
 
-    optimizer: Optimizer | None = None
-    scheduler: Scheduler | None = None
+    optimizer: OptimizerSection | None = None
+    scheduler: SchedulerSection | None = None
     gradient_clipping: Annotated[float | str | None, BeforeValidator(_number)] = None
     zero_optimization: Annotated[_Zero | None, BeforeValidator(_off)] = None
     hybrid_engine: Annotated[_Switch | None, BeforeValidator(_off)] = None
@@ -166,9 +165,9 @@ class Configuration(_Part):
     tensor_parallel: Annotated[_TensorParallel | None, BeforeValidator(_off)] = None
 
     @property
-    def made_optimizer(self) -> Optimizer:
+    def made_optimizer(self) -> OptimizerSection:
         """The optimizer; without type where there is none."""
-        return self.optimizer or Optimizer()
+        return self.optimizer or OptimizerSection()
 
 
 def configuration(content: object, *, source: str) -> Configuration:
@@ -197,30 +196,31 @@ def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe:
         InputError: another optimizer than the recipe's, or values that say something else.
     """
     wanted = _wanted(recipe)
-    adam = recipe.parametrization.optimizer == "adam"
+    own = DEEPSPEED_OPTIMIZERS[recipe.parametrization.optimizer]
     if name is None:
         raise InputError(
             f'"optimizer": missing, so DeepSpeed would not make one. Write "optimizer": {{"type": '
-            f'"{"AdamW" if adam else "SGD"}"}}; the recipe fills in the values.'
+            f'"{own.type}"}}; the recipe fills in the values.'
         )
-    if name.lower() in _MOVED:
+    moved = next((each.type for each in DEEPSPEED_OPTIMIZERS.values() if name.lower() in each.through_mup), None)
+    if moved is not None:
         raise InputError(
             f'"optimizer": {name} is μP through microsoft/mup, which would be applied on top of the recipe. Write '
-            f'"type": "{_MOVED[name.lower()]}" and drop set_base_shapes, MuReadout and mup.init from the script: the '
+            f'"type": "{moved}" and drop set_base_shapes, MuReadout and mup.init from the script: the '
             "recipe's base says the same."
         )
-    if not (name.lower() in _ADAM if adam else name.lower() == "sgd"):
+    if not own.has_type(name):
         raise InputError(
             f'"optimizer": the rules for {brief(name, 40)} are not those that the recipe was made with '
             f'(parametrization.optimizer {recipe.parametrization.optimizer}). Write "type": '
-            f'"{"AdamW" if adam else "SGD"}", or give a recipe for {brief(name, 40)}.'
+            f'"{own.type}", or give a recipe for {brief(name, 40)}.'
         )
     given = {key: value for key, value in (params or {}).items() if value != AUTO}
-    coupled = name.lower() == "adam" and given.get("adam_w_mode", True) is False
+    coupled = own.may_be_coupled(name) and given.get("adam_w_mode", True) is False
     if coupled and recipe.hyperparameters.weight_decay > 0:
         raise InputError(
-            '"optimizer": Adam with "adam_w_mode": false adds weight decay to the gradient, which the recipe\'s '
-            'decoupled weight_decay does not mean. Write "type": "AdamW".'
+            f'"optimizer": {own.coupled_type} with "adam_w_mode": false adds weight decay to the gradient, which the '
+            f'recipe\'s decoupled weight_decay does not mean. Write "type": "{own.type}".'
         )
     for key in _OTHER_RULES:
         if given.get(key):
@@ -234,11 +234,11 @@ def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe:
 
 
 def _wanted(recipe: Recipe) -> dict[str, Any]:
-    h = recipe.hyperparameters
-    if recipe.parametrization.optimizer == "adam":
-        betas = [h.adam_beta1, h.adam_beta2]
-        return {"lr": h.lr, "betas": betas, "eps": h.adam_eps, "weight_decay": h.weight_decay}
-    return {"lr": h.lr, "momentum": h.sgd_momentum, "weight_decay": h.weight_decay}
+    h, name = recipe.hyperparameters, recipe.parametrization.optimizer
+    eps = {} if optimizers()[name].eps is None else {"eps": h.adam_eps}
+    # As JSON has them.
+    settings = {key: list(v) if isinstance(v, tuple) else v for key, v in TORCH_OPTIMIZERS[name].settings(h).items()}
+    return {"lr": h.lr, **settings, **eps, "weight_decay": h.weight_decay}
 
 
 def gradient_clipping(given: Any, recipe: Recipe) -> float:

@@ -1,10 +1,9 @@
-"""What a live engine really does with each parameter, read back by name and compared with the plan. Changes nothing.
+"""A live engine compared with the plan: what it really does with each parameter, read back by name. Changes nothing.
 
 ZeRO's optimizers hold flat buffers instead of parameters, but still know which parameters a group was made of. So what
 is read here are the very groups that the optimizer steps with, not what was handed over to it.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,35 +11,39 @@ from typing import Any
 import torch
 
 from mup_megatron.deepspeed.names import named_parameters
-from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.live.compare import CLOSE, group_problems, value_problems
+from mup_megatron.live.problems import Problem, message, number
+from mup_megatron.modules.applied import kept_problems
+from mup_megatron.theory import Plan
 
-SHOWN = 5
-"""How many problems a message describes; the rest is counted."""
-
-CLOSE = 1e-6
-"""Relative difference up to which learning rates of a run agree."""
+__all__ = ["CLOSE", "LiveValues", "group_problem", "live_values", "problems"]
 
 
 @dataclass(frozen=True, slots=True)
 class LiveValues:
-    """What the optimizer does with a parameter at this moment."""
+    """The values that the optimizer uses for a parameter at this moment."""
 
     lr: float
     weight_decay: float
     eps: float | None
-    """None for SGD."""
+    """None for an optimizer without."""
 
 
 def live_values(engine: Any) -> dict[str, LiveValues]:
-    """Name → values of every parameter that this rank's optimizer steps; the learning rate is the present one."""
+    """Returns name → values of every parameter that this rank's optimizer steps; the rate is the present one."""
+    return {name: _values(groups[-1]) for name, groups in _groups(engine).items()}
+
+
+def _groups(engine: Any) -> dict[str, list[Mapping[str, Any]]]:
+    """Name → the groups that hold it, of every parameter that this rank's optimizer steps."""
     name_of = {id(parameter): name for name, parameter in named_parameters(engine)}
-    groups = engine.optimizer.param_groups
-    return {
-        name_of[id(parameter)]: _values(groups[index])
-        for index, parameters in _members(engine.optimizer)
-        for parameter in parameters
-        if id(parameter) in name_of
-    }
+    live = engine.optimizer.param_groups
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for index, parameters in _members(engine.optimizer):
+        for parameter in parameters:
+            if id(parameter) in name_of:
+                groups.setdefault(name_of[id(parameter)], []).append(live[index])
+    return groups
 
 
 def _values(group: Mapping[str, Any]) -> LiveValues:
@@ -61,7 +64,7 @@ def _members(optimizer: Any) -> Iterator[tuple[int, Sequence[torch.nn.Parameter]
 
 
 def problems(engine: Any, plan: Plan, clip_grad: float, *, at_peak: bool) -> list[str]:
-    """Where this rank's engine is not what the plan says, in sentences.
+    """Returns where this rank's engine is not what the plan says: one message, or nothing.
 
     Args:
         engine: DeepSpeed's.
@@ -69,19 +72,24 @@ def problems(engine: Any, plan: Plan, clip_grad: float, *, at_peak: bool) -> lis
         clip_grad: the recipe's.
         at_peak: no schedule has touched the learning rates. Else they may all be lower by one factor.
     """
+    groups = _groups(engine)
     live = live_values(engine)
-    found = []
     trained = [name for name, parameter in named_parameters(engine) if parameter.requires_grad]
-    found += [
-        f"{name}: the optimizer does not have it, so it would not be trained" for name in trained if name not in live
-    ]
+    found = kept_problems(engine.module)
+    found += group_problems({name: len(groups.get(name, ())) for name in trained}, _CAUSE)
     factor = 1.0 if at_peak else _factor(plan, live)
     for name, values in live.items():
-        found += _differences(plan[name], values, factor)
+        entry = plan[name]
+        planned = {"lr": entry.lr * factor, "weight decay": entry.weight_decay, "eps": entry.eps}
+        held = {"lr": values.lr, "weight decay": values.weight_decay, "eps": values.eps}
+        found += value_problems(name, planned, held, _CAUSE)
     live_clip = getattr(engine.optimizer, "clip_grad", engine.gradient_clipping())
     if live_clip != clip_grad:
-        found.append(f"gradient clipping: should be {clip_grad:g} and is {live_clip:g}")
-    return _summary(found)
+        found.append(Problem("engine", "gradient clipping", number(clip_grad), number(live_clip), _CAUSE))
+    return [message(found, of='"mup": the engine is not what the recipe says')] if found else []
+
+
+_CAUSE = "Something changed the optimizer's groups after the plan was applied: take it out."
 
 
 def _factor(plan: Plan, live: Mapping[str, LiveValues]) -> float:
@@ -90,29 +98,10 @@ def _factor(plan: Plan, live: Mapping[str, LiveValues]) -> float:
     return 1.0 if name is None else live[name].lr / plan[name].lr
 
 
-def _differences(entry: PlanEntry, values: LiveValues, factor: float) -> Iterator[str]:
-    if not math.isclose(values.lr, entry.lr * factor, rel_tol=CLOSE):
-        yield f"{entry.name}: the learning rate should be {entry.lr * factor:.6g} and is {values.lr:.6g}"
-    if values.weight_decay != entry.weight_decay:
-        yield f"{entry.name}: weight_decay should be {entry.weight_decay:.6g} and is {values.weight_decay:.6g}"
-    if values.eps != entry.eps:
-        yield f"{entry.name}: eps should be {entry.eps} and is {values.eps}"
-
-
-def _summary(found: Sequence[str]) -> list[str]:
-    if not found:
-        return []
-    rest = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return [
-        f'"mup": the engine is not what the recipe says, so it was stopped: {"; ".join(found[:SHOWN])}{rest}. '
-        "Something changed the optimizer's groups after the plan was applied: take it out."
-    ]
-
-
 def group_problem(
     groups: Sequence[Mapping[str, Any]], planned: Sequence[Mapping[str, Any]], moments: Mapping[str, Any]
 ) -> str | None:
-    """What is wrong with the present values of groups, but for their learning rates; cheap enough for every step.
+    """Returns what is wrong with the present values of groups, but for learning rates; cheap enough for every step.
 
     Args:
         groups: the live optimizer's.

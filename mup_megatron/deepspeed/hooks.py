@@ -1,4 +1,4 @@
-"""Where the plug-in stands in DeepSpeed's engine, the Hugging Face Trainer and Accelerate.
+"""The plug-in's places in DeepSpeed's engine, the Hugging Face Trainer and Accelerate.
 
 Methods are replaced when their modules are imported, or at once where they have been already. The engine's construction
 is one of them, so it does not matter through whom `deepspeed.initialize` is called. Without an entry everything is
@@ -15,10 +15,10 @@ from typing import Any
 
 import wrapt
 
-from mup_megatron.complaint import complain_when_uncaught
-from mup_megatron.deepspeed import versions
+from mup_megatron.deepspeed import no_entry, planning, resume, run, versions
 from mup_megatron.deepspeed.entry import KEY, drop_auto, has_entry
 from mup_megatron.errors import InputError
+from mup_megatron.messages import complain_when_uncaught
 
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -89,25 +89,23 @@ def _require_none_built(module: ModuleType | None) -> None:
 
 
 def _init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from mup_megatron.deepspeed import run
-
     global _used
     bound = inspect.signature(wrapped).bind(*args, **kwargs)
     if not _has_entry(bound.arguments):
-        run.require_not_forgotten(bound.arguments)
-        if _required and run.applied_by(bound.arguments["model"]) is not None:
+        no_entry.require_not_forgotten(bound.arguments)
+        if _required and planning.plan_applied_to(bound.arguments["model"]) is not None:
             _used = True
         elif _required:
-            run.require_no_training(bound.arguments)
+            no_entry.require_no_training(bound.arguments)
         return wrapped(*args, **kwargs)
     complain_when_uncaught(leave=True)
     versions.require_complete(_missing)
     _used = True
-    planned = run.begin(bound.arguments)
+    planned = run.before_init(bound.arguments)
     if planned is None:
         return wrapped(*args, **kwargs)
     wrapped(*bound.args, **bound.kwargs)
-    run.built(instance, planned)
+    run.after_init(instance, planned)
     return None
 
 
@@ -130,36 +128,30 @@ def _has_entry(arguments: Mapping[str, Any]) -> bool:
 
 
 def _take_model_step(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from mup_megatron.deepspeed import run
-
     planned = run.run_of(instance)
     if planned is not None:
-        run.stepping(instance, planned)
+        run.before_step(instance, planned)
     return wrapped(*args, **kwargs)
 
 
 def _load_checkpoint(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from mup_megatron.deepspeed import run
-
     bound = inspect.signature(wrapped).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
     optimizer = given["load_optimizer_states"] and not given["load_module_only"]
-    with run.loading(instance, given["load_dir"], given["tag"], optimizer=optimizer):
+    with resume.around_load(instance, given["load_dir"], given["tag"], optimizer=optimizer):
         return wrapped(*args, **kwargs)
 
 
 def _save_checkpoint(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    from mup_megatron.deepspeed import run
-
     if run.run_of(instance) is None:
         return wrapped(*args, **kwargs)
     bound = inspect.signature(wrapped).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
-    given["client_state"] = run.client_state(instance, given["client_state"])
+    given["client_state"] = resume.before_save(instance, given["client_state"])
     result = wrapped(*bound.args, **bound.kwargs)
-    run.saved(instance, given["save_dir"], given["tag"])
+    resume.after_save(instance, given["save_dir"], given["tag"])
     return result
 
 

@@ -22,38 +22,44 @@ with tensor parallelism alone: pipelines are DeepSpeed's.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.pipe import PipelineModule
 from deepspeed.utils import groups as deepspeed_groups
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer.spec_utils import build_module
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.collectives import raise_together
+from mup_megatron.deepspeed.megatron_layers import Stage, gather_between_stages, mean_loss, pipeline_layers
 from mup_megatron.deepspeed.names import prepared
 from mup_megatron.deepspeed.pipeline import count_once
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import cpu, names
 from mup_megatron.megatron.model import apply_plan
-from mup_megatron.models.gpt import HEAD, WORD_EMBEDDINGS
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.modules import groups
 from mup_megatron.modules.groups import Form, Group
 from mup_megatron.theory import Plan
 
+__all__ = [
+    "ModelParallelUnit",
+    "mean_loss",
+    "mpu",
+    "named_parameters",
+    "param_groups",
+    "pipeline_layers",
+    "pipeline_module",
+    "prepare",
+]
+
 Tensor = torch.Tensor
 
-_TIED = "embedding"
-"""The key of what DeepSpeed's pipeline ties."""
+_stages: "weakref.WeakKeyDictionary[torch.nn.Module, Stage]" = weakref.WeakKeyDictionary()
+"""Pipeline → what this rank's stage of it holds, by Megatron's names."""
 
 
 # ---- a GPTModel under the engine -----------------------------------------------------------------------------------
@@ -63,26 +69,26 @@ class ModelParallelUnit:
     """Megatron's `parallel_state` with what DeepSpeed asks of an `mpu` and Megatron-Core no longer has."""
 
     def get_model_parallel_rank(self) -> int:
-        """This process's place among those that hold one model together."""
+        """Returns this process's place among those that hold one model together."""
         rank: int = torch.distributed.get_rank(parallel_state.get_model_parallel_group())
         return rank
 
     def get_model_parallel_world_size(self) -> int:
-        """How many processes hold one model together."""
+        """Returns the number of processes that hold one model together."""
         size: int = torch.distributed.get_world_size(parallel_state.get_model_parallel_group())
         return size
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Who holds the same part of the model."""
+        """Returns the ranks that hold the same part of the model."""
         return list(torch.distributed.get_process_group_ranks(parallel_state.get_data_parallel_group()))
 
     def __getattr__(self, name: str) -> Any:
-        """All else is Megatron's."""
+        """Returns what Megatron has under this name."""
         return getattr(parallel_state, name)
 
 
 def mpu() -> ModelParallelUnit:
-    """What `deepspeed.initialize` takes as `mpu` for a tensor-parallel GPTModel."""
+    """Returns the `mpu` of `deepspeed.initialize` for a tensor-parallel GPTModel."""
     return ModelParallelUnit()
 
 
@@ -111,7 +117,7 @@ def prepare(model: torch.nn.Module, plan: Plan, *, initialize: bool = True) -> N
 
 
 def param_groups(model: torch.nn.Module, plan: Plan, *, form: Form = Form.ABSOLUTE) -> list[Group]:
-    """The groups of this rank's parameters, for `deepspeed.initialize(model_parameters=…)` or a client optimizer.
+    """Returns this rank's groups, for `deepspeed.initialize(model_parameters=…)` or a client optimizer.
 
     Args:
         model: of `prepare`, or of `pipeline_module`: then every stage has every group, padded where it holds nothing
@@ -124,7 +130,7 @@ def param_groups(model: torch.nn.Module, plan: Plan, *, form: Form = Form.ABSOLU
 
 
 def named_parameters(model: torch.nn.Module, plan: Plan) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(the plan's name, parameter) of what this rank holds; of a pipeline as well, and inside an engine."""
+    """Yields (the plan's name, parameter) of what this rank holds; of a pipeline as well, and inside an engine."""
     inner = names.unwrapped(model)
     return names.named_parameters([_stages.get(inner, inner)], tied=plan.tied)
 
@@ -173,7 +179,7 @@ def _add_up_gradients(model: torch.nn.Module, config: Any) -> None:
 
 
 def _is_partial(name: str, parameter: torch.nn.Parameter, config: Any) -> bool:
-    """Whether each tensor-parallel rank has only its part of the gradient: of its tokens, or of its heads."""
+    """Says if each tensor-parallel rank has only its part of the gradient: of its tokens, or of its heads."""
     if config.sequence_parallel and getattr(parameter, "sequence_parallel", False):
         return True
     return bool(config.qk_layernorm) and (".q_layernorm." in name or ".k_layernorm." in name)
@@ -188,42 +194,6 @@ def _reduced(gradient: Tensor, *, op: Any) -> Tensor:
 # ---- DeepSpeed's pipeline ------------------------------------------------------------------------------------------
 
 
-def pipeline_layers(config: Any, model: ModelFile) -> list[LayerSpec]:
-    """A GPTModel as the layers of DeepSpeed's pipeline: embedding, each transformer layer, final norm, readout.
-
-    Take `pipeline_module`, which applies the plan too, unless layers of your own come between. The first layer takes
-    tokens [batch, sequence], or a tuple of tokens and position ids; between layers goes one tensor, [sequence, batch,
-    hidden]; the last gives logits [sequence, batch, vocabulary / TP].
-
-    Args:
-        config: Megatron's TransformerConfig of the whole model.
-        model: what the plan was made for.
-    """
-    spec = get_gpt_decoder_block_spec(
-        config,
-        use_transformer_engine=model.transformer_impl == "transformer_engine",
-        normalization=model.normalization,
-    )
-    assert spec.layer_specs is not None
-    layers = [LayerSpec(_Layer, config, model, layer, index) for index, layer in enumerate(spec.layer_specs)]
-    norm = LayerSpec(_FinalNorm, config, spec.layer_norm)
-    if not model.tied:
-        return [LayerSpec(_Embedding, config, model), *layers, norm, LayerSpec(_Readout, config, model)]
-    # Each stage of the two builds what it needs of the weight, so the last has no position embedding.
-    first = TiedLayerSpec(_TIED, _Embedding, config, model, tied_weight_attr=WORD_EMBEDDINGS)
-    last = TiedLayerSpec(_TIED, _Readout, config, model, forward_fn=_tied_logits, tied_weight_attr=HEAD)
-    return [first, *layers, norm, last]
-
-
-def mean_loss(logits: Tensor, labels: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """Megatron's cross entropy, as a `loss_fn` of the pipeline: the mean over labels, or over a mask beside them."""
-    labels, mask = labels if isinstance(labels, tuple) else (labels, torch.ones_like(labels, dtype=torch.float32))
-    losses = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.transpose(0, 1).contiguous())
-    losses = losses.transpose(0, 1).float()
-    mean: Tensor = (losses * mask).sum() / mask.sum()
-    return mean
-
-
 def pipeline_module(
     config: Any,
     model: ModelFile,
@@ -234,7 +204,7 @@ def pipeline_module(
     seed: int = 1234,
     **arguments: Any,
 ) -> PipelineModule:
-    """A `deepspeed.pipe.PipelineModule` of Megatron-Core's layers that is what the plan says. Collective.
+    """Builds a `deepspeed.pipe.PipelineModule` of Megatron-Core's layers that is what the plan says. Collective.
 
     Tensor parallelism beside it wants a topology whose axis `model` is Megatron's tensor-parallel group
     (`PipeModelDataParallelTopology`).
@@ -265,14 +235,14 @@ def pipeline_module(
     raise_together(_empty_stages(pipeline))
     pipeline.seed_layers = False  # it would seed dropout anew for every layer and micro-batch
     _seed(seed + 100 * pipeline.stage_id)  # the stages' dropout differs, as in Megatron
-    stage = _Stage(config, pipeline.modules())
+    stage = Stage(config, pipeline.modules())
     _stages[pipeline] = stage
     apply_plan([stage], plan, initialize=initialize)
     _add_up_gradients(stage, config)
     count_once(pipeline)
     prepared(pipeline, plan, named_parameters)
     if config.sequence_parallel:
-        _whole_between_stages(pipeline)
+        gather_between_stages(pipeline)
     return pipeline
 
 
@@ -288,139 +258,3 @@ def _empty_stages(pipeline: PipelineModule) -> list[str]:
 def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-
-
-class _Embedding(torch.nn.Module):
-    def __init__(self, config: Any, model: ModelFile) -> None:
-        super().__init__()
-        self.embedding = LanguageModelEmbedding(
-            config=config,
-            vocab_size=_vocabulary(model),
-            max_sequence_length=model.positions,
-            position_embedding_type=model.position_embedding_type,
-        )
-        if model.tied:  # for a readout on this stage: it has no weight of its own, but a multiplier
-            self.output_layer = _output_layer(config, model, with_weight=False)
-
-    def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        if isinstance(inputs, tuple):
-            tokens, positions = inputs
-        else:
-            tokens, positions = inputs, torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-        hidden: Tensor = self.embedding(tokens, positions)
-        return hidden
-
-
-class _Layer(torch.nn.Module):
-    def __init__(self, config: Any, model: ModelFile, spec: Any, index: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer = build_module(spec, config=config, layer_number=index + 1)
-        self.rotary = None
-        if model.position_embedding_type == "rope":
-            self.rotary = RotaryEmbedding(
-                kv_channels=config.kv_channels,
-                rotary_percent=model.rotary_percent,
-                rotary_interleaved=config.rotary_interleaved,
-                rotary_base=model.rotary_base,
-                use_cpu_initialization=config.use_cpu_initialization,
-            )
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        sequence_parallel = self.config.sequence_parallel
-        length = hidden.shape[0] * (self.config.tensor_model_parallel_size if sequence_parallel else 1)
-        angles = None if self.rotary is None else self.rotary(length)
-        # Under sequence parallelism each rank drops other values, since it has other tokens.
-        with tensor_parallel.get_cuda_rng_tracker().fork() if sequence_parallel else nullcontext():
-            output: Tensor = self.layer(hidden, attention_mask=None, rotary_pos_emb=angles)[0]
-        return output
-
-
-class _FinalNorm(torch.nn.Module):
-    def __init__(self, config: Any, norm: Any) -> None:
-        super().__init__()
-        self.final_layernorm = build_module(
-            norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-        )
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        normed: Tensor = self.final_layernorm(hidden)
-        return normed
-
-
-class _Readout(torch.nn.Module):
-    def __init__(self, config: Any, model: ModelFile) -> None:
-        super().__init__()
-        self.output_layer = _output_layer(config, model, with_weight=True)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.output_layer(hidden)[0]
-        return logits
-
-
-def _output_layer(config: Any, model: ModelFile, *, with_weight: bool) -> torch.nn.Module:
-    layer: torch.nn.Module = tensor_parallel.ColumnParallelLinear(
-        config.hidden_size,
-        _vocabulary(model),
-        config=config,
-        init_method=config.init_method,
-        bias=False,
-        gather_output=False,
-        skip_weight_param_allocation=not with_weight,
-    )
-    return layer
-
-
-def _vocabulary(model: ModelFile) -> int:
-    return model.padded_vocab_size(parallel_state.get_tensor_model_parallel_world_size())
-
-
-def _tied_logits(module: torch.nn.Module, hidden: Tensor) -> Tensor:
-    """The readout where its stage has a copy of the weight, and where it has the embedding itself."""
-    weight = None if isinstance(module, _Readout) else module.get_parameter(WORD_EMBEDDINGS)
-    output_layer: Any = module.get_submodule("output_layer")
-    logits: Tensor = output_layer(hidden, weight=weight)[0]
-    return logits
-
-
-class _Stage(torch.nn.Module):
-    """What a stage of the pipeline holds, under the names that it has in a stage of Megatron's pipeline."""
-
-    def __init__(self, config: Any, parts: Iterable[torch.nn.Module]) -> None:
-        super().__init__()
-        self.config = config
-        self.decoder = torch.nn.Module()
-        layers = torch.nn.ModuleList()
-        self.decoder.layers = layers
-        for part in parts:
-            match part:
-                case _Embedding():
-                    self.embedding = part.embedding
-                    if hasattr(part, "output_layer"):
-                        self.output_layer = part.output_layer
-                case _Layer():
-                    layers.append(part.layer)
-                case _FinalNorm():
-                    self.decoder.final_layernorm = part.final_layernorm
-                case _Readout():
-                    self.output_layer = part.output_layer
-
-
-_stages: "weakref.WeakKeyDictionary[torch.nn.Module, _Stage]" = weakref.WeakKeyDictionary()
-
-
-def _whole_between_stages(pipeline: PipelineModule) -> None:
-    """Under sequence parallelism each rank has other tokens, and DeepSpeed takes activations for the same on all.
-
-    By default (`pipe_partitioned`) it sends a part of each rank's and puts them together again as one.
-    """
-    if pipeline.stage_id > 0:
-        pipeline.register_forward_pre_hook(
-            lambda _, inputs: (tensor_parallel.scatter_to_sequence_parallel_region(inputs[0]),)
-        )
-    if pipeline.stage_id < pipeline.num_stages - 1:
-        pipeline.register_forward_hook(
-            lambda _, __, hidden: tensor_parallel.gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False
-            )
-        )

@@ -18,7 +18,7 @@ from mup_megatron.theory import Plan
 
 
 def is_pipeline(model: torch.nn.Module) -> bool:
-    """Whether it is a stage of DeepSpeed's pipeline."""
+    """Says if a model is a stage of DeepSpeed's pipeline."""
     module = sys.modules.get("deepspeed.runtime.pipe.module")
     return module is not None and isinstance(unwrapped(model), module.PipelineModule)
 
@@ -34,12 +34,12 @@ def prepared(model: torch.nn.Module, plan: Plan, named: Named) -> None:
 
 
 def prepared_plan(model: torch.nn.Module) -> Plan | None:
-    """The plan of `prepared`."""
+    """Returns the plan of `prepared`; None where there is none."""
     return _prepared[model][0] if model in _prepared else None
 
 
 def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(the plan's name, parameter) of what this rank holds, each once. What only pads a group is left out."""
+    """Yields (the plan's name, parameter) of what this rank holds, each once. What only pads a group is left out."""
     inner = unwrapped(model)
     own = plain_names.named_parameters(inner)
     if inner in _prepared:
@@ -53,7 +53,7 @@ def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
 def param_groups(
     model: torch.nn.Module, plan: Plan, *, form: Form = Form.ABSOLUTE, pad: bool | None = None
 ) -> list[Group]:
-    """Groups in the plan's order for `deepspeed.initialize(model_parameters=…)` or any torch optimizer.
+    """Makes groups in the plan's order for `deepspeed.initialize(model_parameters=…)` or any torch optimizer.
 
     To be made before `deepspeed.initialize`: afterwards the engine's groups hold flat buffers. Frozen parameters are
     left out.

@@ -1,4 +1,4 @@
-"""What DeepSpeed's pipeline does in a way of its own: readouts that are functions, and the norm of gradients."""
+"""Two things that DeepSpeed's pipeline does in its own way: readouts that are functions, and the norm of gradients."""
 
 from collections.abc import Callable
 from functools import partial

@@ -56,7 +56,7 @@ _DEFAULT_LABELS = 2
 
 
 def in_a_line(error: Exception) -> str:
-    """What an error says, within a sentence."""
+    """Returns what an error says, to stand within a sentence."""
     return brief(error.__cause__ or error, 160) or type(error).__name__
 
 

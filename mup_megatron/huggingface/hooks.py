@@ -1,4 +1,4 @@
-"""Where the plug-in stands in transformers: when a model is saved, and when the Trainer has made its optimizer."""
+"""The plug-in's places in transformers: when a model is saved, and when the Trainer has made its optimizer."""
 
 import logging
 from types import ModuleType
@@ -9,10 +9,10 @@ import wrapt
 from transformers import PreTrainedModel
 
 from mup_megatron.errors import InputError
-from mup_megatron.modules.apply import applied_plan, applied_to, require_kept
+from mup_megatron.modules.applied import applied_plan, applied_to, require_kept
 from mup_megatron.modules.marker import KEY, marked, marker
 from mup_megatron.modules.names import unwrapped
-from mup_megatron.modules.optimizers import check_optimizer
+from mup_megatron.modules.optimizer_check import check_optimizer
 
 _log = logging.getLogger(__name__)
 _installed = False

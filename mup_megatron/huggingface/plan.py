@@ -17,7 +17,7 @@ from mup_megatron.huggingface import configs, verification
 from mup_megatron.modules.apply import require_scalable, set_attention_scale
 from mup_megatron.modules.attention import attention_of
 from mup_megatron.modules.names import unwrapped
-from mup_megatron.modules.shapes import Built, Facts, base_parameters, model_shapes
+from mup_megatron.modules.shapes import Facts, MetaModule, base_parameters, model_shapes
 from mup_megatron.recipe import HuggingFaceBase, Recipe
 from mup_megatron.theory import Plan
 from mup_megatron.validation import brief
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan:
-    """What every parameter of a Hugging Face model gets, by the names of `model.named_parameters()`.
+    """Returns what every parameter of a Hugging Face model gets, by the names of `model.named_parameters()`.
 
     Args:
         target: the model, wrapped or not, of which only class and configuration are read; or a configuration with
@@ -63,8 +63,8 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
         )
     model_class = _class_of(target, at_base)
     small = configs.at_depth_of(at_base, config)
-    built = Built.of(_factory(model_class, config))
-    base_built = Built.of(_factory(model_class, small))
+    built = MetaModule.of(_factory(model_class, config))
+    base_built = MetaModule.of(_factory(model_class, small))
     _require_no_embedding_scale(base_built.module, built.module)
     _require_known_scale(at_base, config, built.module)
     scale = recipe.hyperparameters.init_method_std / configs.reference_std(at_base)
@@ -73,7 +73,7 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
         readout=_readout(built.module),
         base_attention=attention_of(base_built.module),
     )
-    wider = Built.of(_factory(model_class, configs.widened(small, config)))
+    wider = MetaModule.of(_factory(model_class, configs.widened(small, config)))
     parameters = base_parameters(base_built, wider, init_scale=scale)
     base_shape, shape = model_shapes(built, parameters, facts)
     base_pass, stock_pass = verification.forward_of(base_built), verification.forward_of(built)
@@ -157,10 +157,10 @@ def _untied(model: torch.nn.Module) -> Iterator[None]:
 
 def _readout(model: Any) -> str | None:
     """The weight behind `get_output_embeddings`, by its first name: that of a tied embedding."""
-    head = model.get_output_embeddings()
-    if head is None:
+    readout = model.get_output_embeddings()
+    if readout is None:
         return None
-    return next((name for name, parameter in model.named_parameters() if parameter is head.weight), None)
+    return next((name for name, parameter in model.named_parameters() if parameter is readout.weight), None)
 
 
 def _num_layers(config: PretrainedConfig) -> int:

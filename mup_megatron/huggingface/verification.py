@@ -1,4 +1,4 @@
-"""What a Hugging Face model's forward pass does, held against the plan: attention's scale in use, and factors in code.
+"""A Hugging Face model's forward pass held against the plan: attention's scale in use, and factors in code.
 
 Base and target are run on the meta device with a small input, and each operation is watched. So a plan is given only
 to models whose attention is seen to compute what the plan says.
@@ -16,16 +16,17 @@ from mup_megatron.errors import InputError
 from mup_megatron.huggingface import configs
 from mup_megatron.modules.attention import attention_modules
 from mup_megatron.modules.forward import Factor, Forward, watched_forward
-from mup_megatron.modules.shapes import Built
+from mup_megatron.modules.shapes import MetaModule
 from mup_megatron.theory import rules
+from mup_megatron.validation import shortened
 
 _LENGTH = 8
 _CLOSE = 1e-4
 """Relative difference of two scales that are one: some code rounds them to half precision."""
 
 
-def forward_of(built: Built) -> Forward:
-    """What a pass of a model does.
+def forward_of(built: MetaModule) -> Forward:
+    """Returns what a forward pass of a model does.
 
     Raises:
         InputError: its forward pass cannot be run with the inputs that are known, or not on the meta device.
@@ -47,15 +48,11 @@ def forward_of(built: Built) -> Forward:
             except Exception as error:  # a library's code may raise anything, and some of it cannot run without values
                 failure = failure or error
     assert failure is not None
+    what = shortened(f"{type(failure).__name__}: {configs.in_a_line(failure)}", 80)
     raise InputError(
         f"model type {model.config.model_type}: its attention could not be looked at, because {type(model).__name__}'s "
-        f"forward pass does not run on small inputs without values ({_short(failure)}). It is not supported."
+        f"forward pass does not run on small inputs without values ({what}). It is not supported."
     ) from failure
-
-
-def _short(error: Exception) -> str:
-    text = f"{type(error).__name__}: {configs.in_a_line(error)}"
-    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def require_right_softmax(

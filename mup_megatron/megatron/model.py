@@ -1,26 +1,24 @@
 """A plan → a built Megatron-Core GPTModel: initial weights, multipliers, attention scale. Holds no theory.
 
-Multipliers are forward hooks, which survive DDP, Float16Module, recomputation and every parallel layout, and act in
-inference as well. Nothing is hooked where a multiplier is 1, so that a plan at its base leaves the model as it is.
+Nothing is touched where nothing changes, so that a plan at its base leaves the model as it is.
 """
 
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from mup_megatron.architectures.registry import architectures
 from mup_megatron.collectives import raise_together
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.names import named_parameters, require_match, unwrapped
+from mup_megatron.live import hooks
+from mup_megatron.live.applied import note_applied, plan_applied_to
+from mup_megatron.megatron.names import named_modules, named_parameters, require_match, unwrapped
 from mup_megatron.megatron.versions import native_mup
-from mup_megatron.models.gpt import POSITION_EMBEDDINGS, WORD_EMBEDDINGS
-from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
-from mup_megatron.theory import Kind, Plan, PlanEntry
+from mup_megatron.theory import Acts, Plan, PlanEntry
 
-_applied: "weakref.WeakKeyDictionary[torch.nn.Module, Plan]" = weakref.WeakKeyDictionary()
-_EMBEDDINGS = {WORD_EMBEDDINGS, POSITION_EMBEDDINGS}
+__all__ = ["applied_plan", "apply_plan", "configure", "softmax_scales"]
 
 
 def configure(config: Any, plan: Plan) -> None:
@@ -51,24 +49,23 @@ def apply_plan(model_chunks: Sequence[torch.nn.Module], plan: Plan, *, initializ
     models = [unwrapped(chunk) for chunk in model_chunks]
     problems = [problem for model in models for problem in _problems(model, plan)]
     if initialize:
-        problems += [problem for model in models for problem in _draw_problems(model)]
+        problems += [problem for model in models for problem in _draw_problems(model)] if not problems else []
     raise_together(problems)
     require_match(models, plan)
-    rescaling = _stock_stds(models[0].config) if initialize else {}
     with torch.no_grad():
         for name, parameter in named_parameters(models, tied=plan.tied):
             entry = plan[name]
             if initialize:
-                _initialize(parameter, entry, rescaling)
+                _initialize(parameter, entry, models[0].config)
     for model in models:
         _set_softmax_scale(model, plan)
-        _hook_multipliers(model, plan)
-        _applied[model] = plan
+        hooks.attach(dict(named_modules(model)), plan.sites)
+        note_applied(model, plan)
 
 
 def applied_plan(chunk: torch.nn.Module) -> Plan | None:
-    """The plan that was applied to a model, if any was."""
-    return _applied.get(unwrapped(chunk))
+    """Returns the plan that was applied to a model, wrapped or not; None if none was."""
+    return plan_applied_to(unwrapped(chunk))
 
 
 def refuse_native(config: Any) -> None:
@@ -82,37 +79,42 @@ def refuse_native(config: Any) -> None:
 
 # ---- what cannot be done right -------------------------------------------------------------------------------------
 
+
 _OTHER_KINDS = {
-    "HybridModel": "a hybrid of Mamba, attention and other layers",
-    "MambaModel": "a hybrid of Mamba, attention and other layers",
     "T5Model": "an encoder and a decoder",
     "BertModel": "an encoder",
     "LLaVAModel": "a multimodal model",
     "MimoModel": "a multimodal model",
 }
-"""Megatron-Core's models that are no GPT, some of which look like one: class → what it is."""
+"""Megatron-Core's models that no architecture is for, some of which look like one: class → what it is."""
 
 
-def _other_kind(model: torch.nn.Module) -> str | None:
-    """What a model is, if it is no GPTModel."""
-    known = [_OTHER_KINDS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in _OTHER_KINDS]
-    if known:
-        return known[0]
-    return None if hasattr(model, "decoder") else "a model without a decoder"
+def _foreign(model: torch.nn.Module, plan: Plan) -> str | None:
+    """Why a model is none that the plan is for, as far as its class says; its parameters are compared later."""
+    classes = [kind.__name__ for kind in type(model).__mro__]
+    own = architectures()[plan.architecture]
+    if set(own.live_classes) & set(classes):
+        return None
+    others = {name: each.description for each in architectures().values() for name in each.live_classes}
+    remedy = f"Supported are {', '.join(each.live_classes[0] for each in architectures().values())}."
+    if (what := next((others[name] for name in classes if name in others), None)) is not None:
+        remedy = "Give the file of the model that is built."
+    elif (what := next((_OTHER_KINDS[name] for name in classes if name in _OTHER_KINDS), None)) is None:
+        if set(plan.stacks) <= {name for name, _ in model.named_children()}:
+            return None
+        what = f"a model without a {', '.join(plan.stacks)}"
+    return f"the model is a {type(model).__name__}, {what}, and the plan is for {own.description}. {remedy}"
 
 
 def _problems(model: torch.nn.Module, plan: Plan) -> list[str]:
     from megatron.core.fp8_utils import is_float8tensor
 
-    what = _other_kind(model)
-    if what is not None:
-        return [
-            f"the model is a {type(model).__name__}, {what}, and a plan is for Megatron-Core's GPTModel. Such models "
-            "are not supported until a later release."
-        ]
+    foreign = _foreign(model, plan)
+    if foreign is not None:
+        return [foreign]
     config: Any = model.config
     problems = []
-    if model in _applied:
+    if plan_applied_to(model) is not None:
         problems.append("A plan was applied to this model already. Build the model anew, or apply one plan only.")
     try:
         refuse_native(config)
@@ -146,14 +148,13 @@ def _problems(model: torch.nn.Module, plan: Plan) -> list[str]:
 
 
 def _multiplier_problems(model: torch.nn.Module, plan: Plan) -> list[str]:
-    problems = []
-    for module, entry in _multiplied_modules(model, plan):
-        if hasattr(module, "layer_norm_weight"):
-            problems.append(
-                f"{entry.name}: a multiplier cannot act through the norm that is fused into this layer. "
-                "Use transformer_impl local, or fold the multiplier (init_mult and lr_mult by the same factor)."
-            )
-    return problems
+    modules = dict(named_modules(model))
+    return [
+        f"{name}.weight: a multiplier cannot act through the norm that is fused into this layer. "
+        "Use transformer_impl local, or fold the multiplier (init_mult and lr_mult by the same factor)."
+        for name in hooks.wanted(plan.sites)
+        if hasattr(modules.get(name), "layer_norm_weight")
+    ]
 
 
 # ---- initial weights -----------------------------------------------------------------------------------------------
@@ -161,8 +162,6 @@ def _multiplier_problems(model: torch.nn.Module, plan: Plan) -> list[str]:
 
 def _draw_problems(model: torch.nn.Module) -> list[str]:
     """Why Megatron's draw cannot be rescaled, if it cannot."""
-    if _other_kind(model) is not None:
-        return []  # has been said
     config: Any = model.config
     if any(parameter.is_meta for parameter in model.parameters()):
         return [
@@ -182,16 +181,12 @@ def _draw_problems(model: torch.nn.Module) -> list[str]:
     ]
 
 
-def _stock_stds(config: Any) -> dict[Kind, float | None]:
-    """The std with which Megatron drew each kind of weight."""
-    weight = _std(config.init_method)
+def _stock_std(entry: PlanEntry, config: Any) -> float | None:
+    """The std with which Megatron drew a weight."""
     # A readout is drawn as other weights are, except by native μP, which is refused.
-    return {
-        Kind.EMBEDDING: _std(config.embedding_init_method),
-        Kind.WEIGHT: weight,
-        Kind.HEAD: weight,
-        Kind.RESIDUAL: _std(config.output_layer_init_method),
-    }
+    if entry.is_embedding:
+        return _std(config.embedding_init_method)
+    return _std(config.output_layer_init_method if entry.is_residual else config.init_method)
 
 
 def _std(init_method: Callable[..., Any]) -> float | None:
@@ -201,13 +196,13 @@ def _std(init_method: Callable[..., Any]) -> float | None:
     return None
 
 
-def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, stock: dict[Kind, float | None]) -> None:
+def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, config: Any) -> None:
     if entry.init_std is None:
         if entry.folded != 1.0:
             assert entry.init_value is not None
             parameter.fill_(entry.init_value)
         return
-    drawn = stock[entry.kind]
+    drawn = _stock_std(entry, config)
     assert drawn is not None
     if entry.init_std != drawn:
         parameter.mul_(entry.init_std / drawn)
@@ -217,7 +212,7 @@ def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, stock: dict[Kin
 
 
 def core_attentions(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """(name, module) of what computes attention in each layer of a model that is not wrapped."""
+    """Returns (name, module) of what computes attention in each layer of a model that is not wrapped."""
     return [(name, module) for name, module in model.named_modules() if name.endswith("self_attention.core_attention")]
 
 
@@ -234,52 +229,27 @@ def _layer_coefficient(part: Any) -> float:
 
 
 def part_scales(core_attention: torch.nn.Module) -> list[float]:
-    """The scale that each part of an attention says it uses; nothing where it has no such attribute."""
+    """Returns the scale that each part of an attention says it uses; nothing where it has no such attribute."""
     return [part.softmax_scale * _layer_coefficient(part) for part in _scaled_parts(core_attention)]
 
 
 def softmax_scales(chunk: torch.nn.Module) -> dict[str, float]:
-    """The scale that each attention of a live model says it uses, by module name; the first where back ends differ."""
+    """Returns the scale that each attention of a live model says it uses, by module name; where back ends differ, the
+    first's.
+    """
     return {name: scales[0] for name, module in core_attentions(unwrapped(chunk)) if (scales := part_scales(module))}
 
 
 def _set_softmax_scale(model: torch.nn.Module, plan: Plan) -> None:
-    if not plan.changes_softmax_scale:
-        return
-    config: Any = model.config
-    config.softmax_scale = plan.softmax_scale
-    for name, module in core_attentions(model):
-        for part in _scaled_parts(module):
-            part.softmax_scale = plan.softmax_scale / _layer_coefficient(part)
+    modules: dict[str, Any] = dict(named_modules(model))
+    for site in plan.sites:
+        if site.acts is not Acts.SCALE or not site.changes:
+            continue
+        config: Any = model.config
+        config.softmax_scale = site.factor
+        if site.module not in modules:
+            continue
+        for part in _scaled_parts(modules[site.module]):
+            part.softmax_scale = site.factor / _layer_coefficient(part)
         # Dynamic inference bypasses core_attention and looks for the scale here; without it, it would use 1/√d.
-        attention: Any = model.get_submodule(name.removesuffix(".core_attention"))
-        attention.softmax_scale = plan.softmax_scale
-
-
-# ---- multipliers ---------------------------------------------------------------------------------------------------
-
-
-def _multiplied_modules(model: torch.nn.Module, plan: Plan) -> list[tuple[torch.nn.Module, PlanEntry]]:
-    """(module, entry) of this model's weights, other than embeddings and readout, that have a multiplier."""
-    owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
-    return [
-        (owners[id(parameter)], entry)
-        for name, parameter in named_parameters([model], tied=plan.tied)
-        if (entry := plan.by_name.get(name)) is not None
-        and entry.multiplier != 1.0
-        and entry.kind not in (Kind.EMBEDDING, Kind.HEAD)
-    ]
-
-
-def _hook_multipliers(model: Any, plan: Plan) -> None:
-    embedding = getattr(model, "embedding", None)
-    if embedding is not None:
-        for name in _EMBEDDINGS & set(plan.by_name):
-            factor = plan[name].multiplier
-            if factor != 1.0:
-                module = embedding.get_submodule(name.split(".")[1])
-                module.register_forward_hook(ScaledOutput(factor))
-    if hasattr(model, "output_layer") and plan.output_multiplier != 1.0:
-        model.output_layer.register_forward_pre_hook(ScaledInput(plan.output_multiplier))
-    for module, entry in _multiplied_modules(model, plan):
-        module.register_forward_pre_hook(ScaledInput(entry.multiplier))
+        modules[site.module.rpartition(".")[0]].softmax_scale = site.factor

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from mup_megatron.architectures.names import global_name
 from mup_megatron.collectives import gathered, raise_together
-from mup_megatron.models.gpt import global_name
-from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.live.compare import Remedies, parameter_problems
+from mup_megatron.theory import Plan
 
 
 def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
-    """The GPTModel inside Megatron's wrappers (DDP, Float16Module)."""
+    """Returns the model inside Megatron's wrappers (DDP, Float16Module)."""
     model: Any = chunk
     while hasattr(model, "module"):
         model = model.module
@@ -27,15 +28,39 @@ def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
 def named_parameters(
     model_chunks: Sequence[torch.nn.Module], *, tied: bool
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(global name, parameter) for everything that this rank holds, over all its virtual pipeline stages.
+    """Yields (global name, parameter) for everything that this rank holds, over all its virtual pipeline stages.
 
     With a tied readout the last stage's copy of the embedding has the embedding's name.
     """
     for chunk in model_chunks:
         model: Any = unwrapped(chunk)
-        layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+        layers = layers_of(model)
         for name, parameter in model.named_parameters():
             yield global_name(name, layers, tied=tied), parameter
+
+
+def layers_of(model: torch.nn.Module) -> dict[str, list[int]]:
+    """Returns the global index, from 0, of each layer that each stack of a model holds; the model is not wrapped."""
+    return {
+        name: [int(layer.layer_number) - 1 for layer in stack.layers]  # type: ignore[union-attr]
+        for name, stack in model.named_children()
+        if hasattr(stack, "layers")
+    }
+
+
+def named_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yields (global name, module) of everything in a model that is not wrapped."""
+    layers = layers_of(model)
+    for name, module in model.named_modules():
+        # As a parameter of it would be called.
+        yield global_name(f"{name}.weight", layers, tied=False).removesuffix(".weight"), module
+
+
+_REMEDIES = Remedies(
+    unknown="The model is not the one of the model file, or has a kind of layer that is not supported.",
+    missing="Make the model file say what the model is; `mup-megatron explain` lists what the plan expects.",
+    shape="Make the model file say what the model is.",
+)
 
 
 def require_match(model_chunks: Sequence[torch.nn.Module], plan: Plan) -> None:
@@ -43,38 +68,14 @@ def require_match(model_chunks: Sequence[torch.nn.Module], plan: Plan) -> None:
 
     Collective: every rank has to call it.
     """
-    problems = []
-    held = set()
-    for name, parameter in named_parameters(model_chunks, tied=plan.tied):
-        held.add(name)
-        if name not in plan.by_name:
-            problems.append(
-                f"{name}: the model has this parameter, the plan has not. The model is not the one of the model file, "
-                "or has a kind of layer that is not supported."
-            )
-        elif (problem := _shape_problem(plan[name], parameter)) is not None:
-            problems.append(problem)
-    everywhere = set().union(*gathered(held))
-    for entry in plan.entries:
-        if entry.name not in everywhere:
-            problems.append(
-                f"{entry.name}: the plan has this parameter, the model has not. Make the model file say what the "
-                "model is; `mup-megatron explain` lists what the plan expects."
-            )
-    raise_together(problems)
+    held = {name: _global_shape(parameter) for name, parameter in named_parameters(model_chunks, tied=plan.tied)}
+    everywhere = set().union(*gathered(set(held)))
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    raise_together(parameter_problems(held, plan, _REMEDIES, everywhere=everywhere, tensor_parallel=size))
 
 
-def _shape_problem(entry: PlanEntry, parameter: torch.nn.Parameter) -> str | None:
-    found = list(parameter.shape)
+def _global_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
-        found[getattr(parameter, "partition_dim", 0)] *= parallel_state.get_tensor_model_parallel_world_size()
-    expected = list(entry.shape)
-    if entry.padded_to is not None:
-        multiple = entry.padded_to * parallel_state.get_tensor_model_parallel_world_size()
-        expected[0] = -(-expected[0] // multiple) * multiple
-    if found == expected:
-        return None
-    return (
-        f"{entry.name}: the model's global shape is {tuple(found)}, the plan's {tuple(expected)}. "
-        "Make the model file say what the model is."
-    )
+        shape[getattr(parameter, "partition_dim", 0)] *= parallel_state.get_tensor_model_parallel_world_size()
+    return tuple(shape)

@@ -14,8 +14,11 @@ from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.names import named_parameters, require_match
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
 from mup_megatron.megatron.versions import distinct_lr_mults
-from mup_megatron.theory import Optimizer, Plan, PlanEntry
+from mup_megatron.theory import Plan, PlanEntry
+
+__all__ = ["config_overrides"]
 
 Override = Mapping[str, float]
 
@@ -23,7 +26,7 @@ Override = Mapping[str, float]
 def config_overrides(
     model_chunks: Sequence[torch.nn.Module], plan: Plan, config: OptimizerConfig
 ) -> dict[ParamKey, dict[str, float]]:
-    """What `get_megatron_optimizer` takes as `config_overrides` for every parameter to get what the plan says.
+    """Returns the `config_overrides` of `get_megatron_optimizer`, for every parameter to get what the plan says.
 
     It takes the place of Megatron's standard overrides (no weight decay for vectors), which the plan contains. A
     parameter that gets the base's values is not mentioned. Collective: every rank has to call it.
@@ -61,7 +64,7 @@ def overrides_by_name(plan: Plan) -> dict[str, Override]:
 
 def _override(entry: PlanEntry, plan: Plan) -> dict[str, float]:
     override = {}
-    if entry.kind.is_vector:
+    if entry.is_vector:
         override["wd_mult"] = 0.0
     elif entry.weight_decay != plan.weight_decay:
         override["wd_mult"] = entry.weight_decay / plan.weight_decay
@@ -77,7 +80,7 @@ def _override(entry: PlanEntry, plan: Plan) -> dict[str, float]:
 def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
     """Raises InputError unless an optimizer's configuration is what the plan's ratios are relative to."""
     expected = {"lr": plan.lr, "min_lr": plan.min_lr, "weight_decay": plan.weight_decay}
-    if plan.optimizer is Optimizer.ADAM:
+    if any(entry.eps is not None for entry in plan.entries):
         expected["adam_eps"] = plan.adam_eps
     problems = [
         f"{key}: the optimizer is configured with {getattr(config, key)!r}, the recipe says {value!r}. "
@@ -85,9 +88,9 @@ def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
         for key, value in expected.items()
         if getattr(config, key) != value
     ]
-    if config.optimizer != plan.optimizer.value:
+    if config.optimizer != plan.optimizer:
         problems.append(
-            f"optimizer: configured is {config.optimizer!r}, the recipe was tuned with {plan.optimizer.value!r}. "
+            f"optimizer: configured is {config.optimizer!r}, the recipe was tuned with {plan.optimizer!r}. "
             "Use the recipe's."
         )
     if config.decoupled_lr is not None:
@@ -95,7 +98,7 @@ def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
             "decoupled_lr: it would overwrite what the plan gives to embedding and readout. Drop it, and use "
             "per_parameter in the recipe."
         )
-    if plan.optimizer is Optimizer.ADAM and not config.decoupled_weight_decay:
+    if MEGATRON_OPTIMIZERS[plan.optimizer].decoupled_weight_decay and not config.decoupled_weight_decay:
         problems.append("decoupled_weight_decay: it is off, and the plan's weight decay is AdamW's. Set it to True.")
     if config.apply_wd_to_qk_layernorm:
         problems.append("apply_wd_to_qk_layernorm: the plan has no weight decay for norms. Turn it off.")
@@ -113,21 +116,21 @@ def require_proportional_schedule(scheduler: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupValues:
-    """What the optimizer holds for one parameter at this moment."""
+class LiveGroupValues:
+    """The values that the optimizer holds for one parameter at this moment."""
 
     lr: float
     max_lr: float | None
     """None where the group has none of its own, as after loading what an old Megatron saved; likewise `min_lr`."""
     min_lr: float | None
     eps: float | None
-    """None for SGD."""
+    """None for an optimizer without."""
     weight_decay: float
     wd_mult: float
     """What the scheduler multiplies the base's weight decay by."""
 
     @classmethod
-    def of(cls, group: Mapping[str, Any]) -> "GroupValues":
+    def of(cls, group: Mapping[str, Any]) -> "LiveGroupValues":
         """The values of one group."""
         return cls(
             lr=float(group["lr"]),
@@ -139,10 +142,10 @@ class GroupValues:
         )
 
 
-def live_values(optimizer: Any, model_chunks: Sequence[torch.nn.Module], *, tied: bool) -> dict[str, GroupValues]:
-    """What the live optimizer of this rank holds for each parameter whose state it owns, by global name."""
+def live_values(optimizer: Any, model_chunks: Sequence[torch.nn.Module], *, tied: bool) -> dict[str, LiveGroupValues]:
+    """Returns what the live optimizer of this rank holds for each parameter whose state it owns, by global name."""
     return {
-        name: GroupValues.of(groups[0])
+        name: LiveGroupValues.of(groups[0])
         for name, _, groups in parameters_with_groups(optimizer, model_chunks, tied=tied)
         if groups
     }
@@ -177,7 +180,7 @@ def parts_of(optimizer: Any) -> list[Any]:
 
 
 def is_sharded(part: Any) -> bool:
-    """Whether it is the distributed optimizer, of which each data-parallel rank updates another share."""
+    """Returns whether it is the distributed optimizer, of which each data-parallel rank updates another share."""
     return hasattr(part, "model_param_group_index_map")
 
 

@@ -1,4 +1,4 @@
-"""What differs between Megatron-Core releases: the one place for it. Not a compatibility layer for Megatron as a whole.
+"""The one place for what differs between Megatron-Core releases. Not a compatibility layer for Megatron as a whole.
 
 Imports nothing of Megatron at import time, so that the CPU runtime can ask before the first `import megatron`.
 """
@@ -11,6 +11,7 @@ import platform
 import queue
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,20 @@ def core_version() -> tuple[int, int, int]:
     return int(numbers["MAJOR"]), int(numbers["MINOR"]), int(numbers["PATCH"])
 
 
+def known_release() -> tuple[int, int] | None:
+    """Returns the release (major, minor) that is imported here; None without Megatron-Core."""
+    with contextlib.suppress(InputError):
+        return core_version()[:2]
+    return None
+
+
 def core_version_text() -> str:
     """`core_version` as people write it, "0.19.0". Raises InputError if there is no Megatron-Core."""
     return ".".join(map(str, core_version()))
 
 
 def installed() -> dict[str, str]:
-    """What a result was obtained with: the version of this package, of Python, and of what computes; by name.
+    """Returns what a result was obtained with: the version of this package, of Python, and of what computes; by name.
 
     Packages that are not installed are left out.
     """
@@ -77,7 +85,7 @@ def range_remark() -> str | None:
 
 
 def native_mup(config: Any) -> bool:
-    """Whether Megatron's own μP is on in a TransformerConfig. The field exists since 0.17."""
+    """Returns whether Megatron's own μP is on in a TransformerConfig. The field exists since 0.17."""
     return bool(getattr(config, "use_mup", False))
 
 
@@ -131,3 +139,48 @@ def _zero_momenta(optimizer: Any, config: Any = None) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+@dataclass(frozen=True, slots=True)
+class HybridClasses:
+    """Megatron-Core's classes of a hybrid model, and what its constructor calls them."""
+
+    model: Any
+    stack: Any
+    submodules: Any
+    spec_key: str
+    pattern_key: str
+    builds_stages: bool
+    """Whether the model takes a virtual pipeline stage, and `|` in its pattern."""
+    specs: str
+    """The module that has the stock spec."""
+
+    def stock_spec(self) -> Any:
+        """Returns the spec that ships, of Transformer Engine's layers."""
+        specs = importlib.import_module(self.specs)
+        return getattr(specs, "hybrid_stack_spec", None) or specs.mamba_stack_spec
+
+
+def hybrid_classes() -> HybridClasses:
+    """Returns the hybrid model of this release: `HybridModel`, and `MambaModel` before 0.18. Imports Megatron."""
+    version = core_version()[:2]
+    if version >= (0, 18):
+        model: Any = importlib.import_module("megatron.core.models.hybrid.hybrid_model").HybridModel
+        block: Any = importlib.import_module("megatron.core.models.hybrid.hybrid_block")
+        specs = "megatron.core.models.hybrid.hybrid_layer_specs"
+        return HybridClasses(
+            model,
+            block.HybridStack,
+            block.HybridStackSubmodules,
+            "hybrid_stack_spec",
+            "hybrid_layer_pattern",
+            True,
+            specs,
+        )
+    model = importlib.import_module("megatron.core.models.mamba.mamba_model").MambaModel
+    block = importlib.import_module("megatron.core.ssm.mamba_block")
+    pattern, stages = ("hybrid_layer_pattern", True) if version == (0, 17) else ("hybrid_override_pattern", False)
+    specs = "megatron.core.models.mamba.mamba_layer_specs"
+    return HybridClasses(
+        model, block.MambaStack, block.MambaStackSubmodules, "mamba_stack_spec", pattern, stages, specs
+    )

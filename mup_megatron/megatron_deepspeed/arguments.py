@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments import model_from_values, not_in_model_file
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.megatron.arguments.convert import model_from_values, not_in_model_file
 from mup_megatron.recipe import Recipe
 
 _SOURCE = "the command line"

@@ -28,7 +28,7 @@ def param_groups(chunks: Sequence[torch.nn.Module], plan: Plan, *, every_group: 
 
 
 def problems(chunks: Sequence[torch.nn.Module], plan: Plan, given: Iterable[Group]) -> list[str]:
-    """Why the plan's groups cannot take the place of those that the fork made, if they cannot."""
+    """Lists why the plan's groups cannot take the place of those that the fork made, if they cannot."""
     found = []
     given_of = {id(parameter): group for group in given for parameter in group["params"]}
     for fork_name, name, parameter in named_parameters(chunks):
@@ -38,7 +38,7 @@ def problems(chunks: Sequence[torch.nn.Module], plan: Plan, given: Iterable[Grou
         own = given_of.get(id(parameter), {})
         # Under ZeRO-3 the fork itself takes every parameter for a vector, because what is left of one is.
         decays = own.get("wd_mult", 1.0) != 0.0
-        other_decay = not hasattr(parameter, "ds_shape") and decays == plan[name].kind.is_vector
+        other_decay = not hasattr(parameter, "ds_shape") and decays == plan[name].is_vector
         if own.get("lr_mult", 1.0) != 1.0 or (own and other_decay):
             found.append(
                 f"{fork_name}: the script gives it a learning rate or weight decay of its own, which the plan would "
@@ -64,6 +64,6 @@ def restore(groups: Iterable[Group], plan: Plan) -> None:
 
 
 def tell_apart_the_same(before: Plan, now: Plan) -> bool:
-    """Whether two plans for one model put the same parameters together."""
+    """Says if two plans for one model put the same parameters together."""
     left: Mapping[str, tuple[str, ...]] = members(before)
     return left == members(now)

@@ -13,27 +13,26 @@ from typing import Any
 
 import torch
 
+from mup_megatron.architectures.names import READOUT_WEIGHT
 from mup_megatron.collectives import gathered, raise_together
+from mup_megatron.live import hooks
 from mup_megatron.megatron_deepspeed.names import is_pipe, mismatches, named_parameters, unwrapped
-from mup_megatron.models.gpt import HEAD
-from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
-from mup_megatron.theory import Kind, Plan
-from mup_megatron.theory.roles import default_softmax_scale
+from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.theory.rules import default_softmax_scale
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """How the fork has built the model."""
+    """The values by which the fork drew the weights of a model."""
 
     init_method_std: float
     num_layers: int
     """Of the whole model."""
     tensor_parallel: int
 
-    def std(self, kind: Kind) -> float:
-        """With which std it draws a kind of weight."""
-        residual = kind is Kind.RESIDUAL
-        return self.init_method_std / math.sqrt(2.0 * self.num_layers) if residual else self.init_method_std
+    def std(self, entry: PlanEntry) -> float:
+        """Returns the std with which it draws a weight."""
+        return self.init_method_std / math.sqrt(2.0 * self.num_layers) if entry.is_residual else self.init_method_std
 
 
 def apply_plan(chunks: Sequence[torch.nn.Module], plan: Plan, drawn: Drawn, *, initialize: bool) -> None:
@@ -51,26 +50,17 @@ def apply_plan(chunks: Sequence[torch.nn.Module], plan: Plan, drawn: Drawn, *, i
         InputError: the model cannot be made what the plan says; the same on every rank, and before anything is changed.
     """
     models = [unwrapped(chunk) for chunk in chunks]
-    problems = mismatches(models, plan, drawn.tensor_parallel)
-    raise_together(problems or [problem for model in models for problem in _attention_problems(model, plan)])
-    held = {name for _, name, _ in named_parameters(models)}
-    everywhere = set().union(*gathered(held))
-    raise_together(
-        [
-            f"{entry.name}: the plan has this parameter, the model has not. Is the model another one than the command "
-            "line says?"
-            for entry in plan.entries
-            if entry.name not in everywhere
-        ]
-    )
+    everywhere = set().union(*gathered({name for _, name, _ in named_parameters(models)}))
+    raise_together(mismatches(models, plan, drawn.tensor_parallel, everywhere=everywhere))
+    raise_together([problem for model in models for problem in _attention_problems(model, plan)])
     if initialize:
         for _, name, parameter in named_parameters(models):
             entry = plan[name]
-            if entry.init_std is not None and entry.init_std != drawn.std(entry.kind):
-                _multiply(parameter, entry.init_std / drawn.std(entry.kind))
+            if entry.init_std is not None and entry.init_std != drawn.std(entry):
+                _multiply(parameter, entry.init_std / drawn.std(entry))
     for model in models:
         _set_attention_scale(model, plan)
-        _hook_multipliers(model, plan)
+        hooks.attach(_multiplied_modules(model, plan), plan.sites)
 
 
 def _multiply(parameter: torch.nn.Parameter, factor: float) -> None:
@@ -141,14 +131,11 @@ def _set_attention_scale(model: torch.nn.Module, plan: Plan) -> None:
 # ---- multipliers ---------------------------------------------------------------------------------------------------
 
 
-def _hook_multipliers(model: torch.nn.Module, plan: Plan) -> None:
+def _multiplied_modules(model: torch.nn.Module, plan: Plan) -> dict[str, torch.nn.Module]:
+    """By the plan's names, the modules of a model whose own call uses their weight."""
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
-    for _, name, parameter in named_parameters([model]):
-        entry, owner = plan[name], owners[id(parameter)]
-        if entry.multiplier == 1.0:
-            continue
-        if entry.kind is Kind.EMBEDDING:
-            owner.register_forward_hook(ScaledOutput(entry.multiplier))
-        elif name != HEAD or is_pipe(model):
-            # GPTModel uses the readout's weight alone, never its module.
-            owner.register_forward_pre_hook(ScaledInput(entry.multiplier))
+    return {
+        plan[name].module: owners[id(parameter)]
+        for _, name, parameter in named_parameters([model])
+        if name != READOUT_WEIGHT or is_pipe(model)  # GPTModel uses the readout's weight alone, never its module
+    }

@@ -5,14 +5,15 @@ of DeepSpeed's, by the place of their layer in the whole pipeline.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from mup_megatron.models.gpt import HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS
+from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS
+from mup_megatron.live.compare import Remedies, parameter_problems
 from mup_megatron.modules.groups import PADDING
-from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.theory import Plan
 
 _LAYER_PARTS = {
     "self_attention.query_key_value": "self_attention.linear_qkv",
@@ -31,7 +32,7 @@ _SPLIT = {
     "mlp.linear_fc1.bias": 0,
     "mlp.linear_fc2.weight": 1,
     WORD_EMBEDDINGS: 0,
-    HEAD: 0,
+    READOUT_WEIGHT: 0,
 }
 """End of a plan's name → the dimension that tensor parallelism splits. By name, because the fork marks a parameter as
 split only while it draws it."""
@@ -49,12 +50,12 @@ def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
 
 
 def is_pipe(model: torch.nn.Module) -> bool:
-    """Whether a model that is not wrapped is DeepSpeed's pipeline, which keeps the layers of all stages as `specs`."""
+    """Says if a model that is not wrapped is DeepSpeed's pipeline, which keeps the layers of all stages as `specs`."""
     return hasattr(model, "specs")
 
 
 def core_names(model: torch.nn.Module) -> dict[str, str]:
-    """{the fork's name: the plan's} for every parameter that a stage of a model holds.
+    """Returns {the fork's name: the plan's} for every parameter that a stage of a model holds.
 
     What the plan has no name for keeps the fork's, so that it is found to be unknown.
 
@@ -89,7 +90,7 @@ def _of_gpt_model(model: Any, named: Sequence[str]) -> Iterator[tuple[str, str]]
         elif name.startswith(f"{encoder}final_layernorm."):
             yield name, "decoder." + name.removeprefix(encoder)
         else:
-            yield name, HEAD if name == "language_model.output_layer.weight" else name
+            yield name, READOUT_WEIGHT if name == "language_model.output_layer.weight" else name
 
 
 def _of_pipe(model: Any, named: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -106,7 +107,7 @@ def _of_pipe(model: Any, named: Sequence[str]) -> Iterator[tuple[str, str]]:
         elif place and int(place[1]) > last and place[2] in ("weight", "bias"):
             yield name, f"decoder.final_layernorm.{place[2]}"
         else:
-            yield name, HEAD if place and place[2] == "lm_head.weight" else name
+            yield name, READOUT_WEIGHT if place and place[2] == "lm_head.weight" else name
 
 
 def _embedding(match: re.Match[str]) -> str:
@@ -121,21 +122,16 @@ def _in_layer(number: int, name: str) -> str:
 # ---- shapes --------------------------------------------------------------------------------------------------------
 
 
-def stored_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """The shape of a rank's parameter, also where ZeRO-3 has taken it away and left an empty one."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+def global_shape(parameter: torch.nn.Parameter, fork_name: str, name: str, tensor_parallel: int) -> tuple[int, ...]:
+    """Returns the shape that a rank's parameter has over all `tensor_parallel` ranks together.
 
-
-def expected_shape(entry: PlanEntry, fork_name: str, tensor_parallel: int) -> tuple[int, ...]:
-    """The shape that one of `tensor_parallel` ranks holds of a parameter."""
-    shape = list(entry.shape)
-    if entry.padded_to is not None:
-        multiple = entry.padded_to * tensor_parallel
-        shape[0] = -(-shape[0] // multiple) * multiple
+    Also where ZeRO-3 has taken it away and left an empty one.
+    """
+    shape = list(getattr(parameter, "ds_shape", parameter.shape))
     # Under sequence parallelism each rank holds the embeddings of its own positions.
-    dimension = 0 if ".local_embeddings." in fork_name else _split_dimension(entry.name)
-    if dimension is not None:
-        shape[dimension] //= tensor_parallel
+    split = 0 if ".local_embeddings." in fork_name else _split_dimension(name)
+    if split is not None:
+        shape[split] *= tensor_parallel
     return tuple(shape)
 
 
@@ -143,20 +139,32 @@ def _split_dimension(name: str) -> int | None:
     return next((dimension for end, dimension in _SPLIT.items() if name.endswith(end)), None)
 
 
-def mismatches(chunks: Sequence[torch.nn.Module], plan: Plan, tensor_parallel: int) -> list[str]:
-    """What this rank holds that the plan does not know, or with another shape; one sentence each."""
-    problems = []
-    for fork_name, name, parameter in named_parameters(chunks):
-        if name not in plan.by_name:
-            problems.append(
-                f"{fork_name}: the model has this parameter, the plan has not. Only the fork's GPTModel and "
-                "GPTModelPipe with ordinary layers are supported."
-            )
-            continue
-        found, expected = stored_shape(parameter), expected_shape(plan[name], fork_name, tensor_parallel)
-        if found != expected:
-            problems.append(
-                f"{fork_name}: a rank holds the shape {found}; by the plan ({name}) it would be {expected}. "
-                "Is the model another one than the command line says?"
-            )
-    return problems
+_SAME_MODEL = "Is the model another one than the command line says?"
+_REMEDIES = Remedies(
+    unknown="Only the fork's GPTModel and GPTModelPipe with ordinary layers are supported.",
+    missing=_SAME_MODEL,
+    shape=_SAME_MODEL,
+)
+
+
+def mismatches(
+    chunks: Sequence[torch.nn.Module], plan: Plan, tensor_parallel: int, *, everywhere: Collection[str] | None = None
+) -> list[str]:
+    """Returns where this rank's parameters and shapes are not the plan's, and what no rank has; in sentences.
+
+    Args:
+        chunks: what this rank holds, wrapped or not.
+        plan: for the whole model.
+        tensor_parallel: over how many ranks a tensor is split.
+        everywhere: the plan's names of what all ranks hold; this rank's where there is one.
+    """
+    held = list(named_parameters(chunks))
+    shapes = {name: global_shape(p, fork_name, name, tensor_parallel) for fork_name, name, p in held}
+    return parameter_problems(
+        shapes,
+        plan,
+        _REMEDIES,
+        everywhere=everywhere,
+        tensor_parallel=tensor_parallel,
+        own_names={name: fork_name for fork_name, name, _ in held},
+    )

@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 
-from mup_megatron.complaint import is_first, say
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.lm import checkpoints, flags
+from mup_megatron.megatron.pretrain import checkpoints, flags
 from mup_megatron.megatron_deepspeed import arguments, groups
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.messages import is_first, say
 from mup_megatron.modules.groups import Group
+from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 from mup_megatron.plan_table import print_plan
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Optimizer, Plan
+from mup_megatron.theory import Plan
 
 
 @dataclasses.dataclass
-class _Run:
+class _ForkRun:
     """What is known of a run so far; filled in as the fork goes along."""
 
     recipe: Recipe
@@ -33,7 +34,7 @@ class _Run:
     plan: Plan | None = None
 
 
-_run: _Run | None = None
+_run: _ForkRun | None = None
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def _begin(values: argparse.Namespace) -> None:
     arguments.refuse_recipe(recipe)
     # The fork writes its arguments into every checkpoint.
     checkpoints.sign(values, recipe)
-    _run = _Run(recipe, options, values)
+    _run = _ForkRun(recipe, options, values)
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def apply_to_model(chunks: Sequence[torch.nn.Module], args: argparse.Namespace) 
         print_plan(run.plan, brief=True)
 
 
-def _plan(run: _Run, recipe: Recipe) -> Plan:
+def _plan(run: _ForkRun, recipe: Recipe) -> Plan:
     assert run.model is not None
     try:
         return recipe.plan(run.model)
@@ -131,7 +132,7 @@ def _plan(run: _Run, recipe: Recipe) -> Plan:
         raise InputError(f"{run.options.recipe} for the command line: {error}") from None
 
 
-def _take_over_clipping(run: _Run, args: argparse.Namespace) -> None:
+def _take_over_clipping(run: _ForkRun, args: argparse.Namespace) -> None:
     """DeepSpeed clips by its own configuration and never reads --clip-grad."""
     config = getattr(args, "deepspeed_config_dict", None)  # scripts that only generate text have none
     wanted = run.recipe.hyperparameters.clip_grad
@@ -185,7 +186,7 @@ def param_groups(
     return groups.param_groups(modules, plan, every_group=pipeline)
 
 
-def _applied(run: _Run) -> Plan:
+def _applied(run: _ForkRun) -> Plan:
     if run.plan is None:
         raise InputError(
             "--mup-recipe: the model was built by something else than the fork's get_model, so the recipe was not "
@@ -194,9 +195,9 @@ def _applied(run: _Run) -> Plan:
     return run.plan
 
 
-def _adam_problems(run: _Run, plan: Plan, adam: type[torch.optim.Optimizer]) -> list[str]:
+def _adam_problems(run: _ForkRun, plan: Plan, adam: type[torch.optim.Optimizer]) -> list[str]:
     # Without CUDA the fork uses torch's Adam, which adds weight decay to the gradient.
-    if plan.optimizer is not Optimizer.ADAM or adam is not torch.optim.Adam or plan.weight_decay == 0:
+    if adam is not TORCH_OPTIMIZERS[plan.optimizer].coupled or plan.weight_decay == 0:
         return []
     if run.args.ds_fused_adam or run.args.cpu_optimizer:
         return []
@@ -220,7 +221,7 @@ def require_same_recipe(state: dict[str, Any], optimizer: Any, scheduler: Any) -
     Raises:
         InputError: the checkpoint is of another recipe or of none, or of one and this run has none.
     """
-    found = checkpoints.origin(state.get("args"))
+    found = checkpoints.recipe_within(state.get("args"))
     run = _run
     if run is None:
         if found.fingerprint is not None:

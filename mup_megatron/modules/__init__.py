@@ -9,10 +9,12 @@
 Hugging Face models have their own way to a plan (`huggingface/`), since their configurations say what grows.
 """
 
-from mup_megatron.modules.apply import Initialize, applied_plan, apply_plan
+from mup_megatron.modules.applied import applied_plan
+from mup_megatron.modules.apply import apply_plan
 from mup_megatron.modules.groups import Form, param_groups
-from mup_megatron.modules.optimizers import check_optimizer
+from mup_megatron.modules.optimizer_check import check_optimizer
 from mup_megatron.modules.plan import module_base, plan_for_module
+from mup_megatron.modules.weights import Initialize
 
 __all__ = [
     "Form",

@@ -1,4 +1,4 @@
-"""Where a module's attentions keep the scale of their logits.
+"""The attentions of a module, and where they keep the scale of their logits.
 
 An attention is a module whose class is called one and that has the size of its heads. It can be told its scale if it
 has a float `scaling` too: so it is in most Hugging Face models, for all of their back ends, and not in torch's own
@@ -20,15 +20,15 @@ _SCALES = ("scaling", "scale", "softmax_scale")
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
-    """What one attention says of itself."""
+class AttentionSettings:
+    """The settings that one attention says it has."""
 
     head_size: int
     scale: float | None
     """What it multiplies logits by. None: 1/√head_size, and it cannot be told another one."""
 
 
-def attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, Attention]]:
+def attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, AttentionSettings]]:
     """(name, module, what it says) of each attention in a model."""
     for name, module in named_modules(model):
         if "Attention" not in type(module).__name__:
@@ -36,7 +36,7 @@ def attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Mo
         head_size = next((size for key in _HEAD_SIZES if isinstance(size := getattr(module, key, None), int)), None)
         if head_size is not None:
             key = scale_attribute(module)
-            yield name, module, Attention(head_size, None if key is None else float(getattr(module, key)))
+            yield name, module, AttentionSettings(head_size, None if key is None else float(getattr(module, key)))
 
 
 def scale_attribute(module: Any) -> str | None:
@@ -44,8 +44,8 @@ def scale_attribute(module: Any) -> str | None:
     return next((key for key in _SCALES if isinstance(getattr(module, key, None), float)), None)
 
 
-def attention_of(model: torch.nn.Module) -> Attention | None:
-    """What the attentions of a model say, the first one's scale where layers differ; None where it has none.
+def attention_of(model: torch.nn.Module) -> AttentionSettings | None:
+    """Returns what the attentions of a model say, the first one's scale where layers differ; None where it has none.
 
     Raises:
         InputError: their head sizes differ.

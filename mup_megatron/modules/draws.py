@@ -19,14 +19,14 @@ ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How a tensor starts: at a constant, at random around 0 with a std, or in a way that is not understood."""
+    """The start of a tensor: at a constant, at random around 0 with a std, or in a way that is not understood."""
 
     value: float | None = None
     std: float | None = None
 
     @property
     def understood(self) -> bool:
-        """Whether it is a constant or a draw with a known std."""
+        """True where it is a constant or a draw with a known std."""
         return (self.value, self.std) != (None, None)
 
     def times(self, factor: float) -> "Draw":
@@ -53,7 +53,7 @@ _UNKNOWN = Draw()
 
 
 def build_on_meta(build: Callable[[], ModuleT]) -> tuple[ModuleT, "Watch"]:
-    """What `build` returns, with all its tensors on the meta device, and what was written into them.
+    """Returns what `build` returns, with all its tensors on the meta device, and what was written into them.
 
     Args:
         build: makes the module and initialises its weights. What it raises is not caught.
@@ -90,7 +90,7 @@ class Watch(TorchDispatchMode):
         self._draws[storage._cdata] = draw
 
     def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether anything was written into a tensor."""
+        """Returns whether anything was written into a tensor."""
         return tensor.untyped_storage()._cdata in self._draws
 
     def note_number(self, tensor: torch.Tensor, value: float) -> None:

@@ -1,4 +1,4 @@
-"""What a module's forward pass computes with numbers: the scale of its attentions' logits, and every other factor.
+"""The numbers in a module's forward pass: the scale of its attentions' logits, and every other factor.
 
 The pass runs on the meta device, and each operation is watched. So what is found is what is in use, whichever
 attribute, buffer or formula it comes from. Nothing is allocated.
@@ -42,7 +42,7 @@ class Factor:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What one pass did, in its order."""
+    """The record of one pass, in its order."""
 
     softmaxes: tuple[Softmax, ...]
     factors: tuple[Factor, ...]

@@ -26,7 +26,7 @@ FLAT = "_flat_param"
 
 
 def flattened(name: str) -> str:
-    """What is said of such a one."""
+    """Returns the message about a parameter that FSDP has flattened."""
     return (
         f"{name}: FullyShardedDataParallel has put weights together that have values of their own in the plan. Wrap "
         "the model with use_orig_params=True."
@@ -34,7 +34,7 @@ def flattened(name: str) -> str:
 
 
 class Form(StrEnum):
-    """How a group says what its parameters get."""
+    """The form in which a group says what its parameters get."""
 
     ABSOLUTE = "absolute"
     """`lr`, `weight_decay`, `eps`: for torch's and DeepSpeed's optimizers and schedulers."""
@@ -45,19 +45,19 @@ class Form(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GroupValues:
-    """What the parameters of one group get."""
+    """The values of the parameters of one group."""
 
     lr: float
     weight_decay: float
     eps: float | None
-    """None for SGD."""
+    """None for an optimizer without."""
     has_vectors: bool
     """Biases and gains stand apart from weights even where all their values are alike."""
 
     @classmethod
     def of(cls, entry: PlanEntry) -> "GroupValues":
-        """What a parameter needs."""
-        return cls(entry.lr, entry.weight_decay, entry.eps, entry.kind.is_vector)
+        """Returns the values that a parameter needs."""
+        return cls(entry.lr, entry.weight_decay, entry.eps, entry.is_vector)
 
     def as_keys(self, plan: Plan, form: Form) -> dict[str, float]:
         """The keys of a group."""

@@ -1,4 +1,4 @@
-"""What the configuration of a saved model says of the plan that it was trained with.
+"""The mark in the configuration of a saved model: the plan that it was trained with.
 
 Multipliers and the scale of attention live in the process. A model that is loaded without them is another function, so
 its configuration says that it has them. Hugging Face's configurations keep keys that they do not know.
@@ -19,7 +19,7 @@ KEY = "mup_megatron"
 
 
 def marker(fingerprint: str, softmax_scale: float | None, multipliers: Mapping[str, float]) -> dict[str, Any]:
-    """What is written.
+    """Returns the mark as it is written.
 
     Args:
         fingerprint: of the recipe.
@@ -31,7 +31,7 @@ def marker(fingerprint: str, softmax_scale: float | None, multipliers: Mapping[s
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What a configuration says."""
+    """The mark that a configuration has."""
 
     fingerprint: str
     softmax_scale: float | None
@@ -39,11 +39,11 @@ class Mark:
 
     @property
     def changes_function(self) -> bool:
-        """Whether the weights are another function without what it names."""
+        """True where the weights are another function without what it names."""
         return self.softmax_scale is not None or bool(self.multipliers)
 
     def difference(self, softmax_scale: float | None, multipliers: Mapping[str, float]) -> str | None:
-        """In what a plan with these differs, in a sentence; None where the weights are one function with both."""
+        """Says in what a plan with these differs, in a sentence; None where the weights are one function with both."""
         if not _same(self.softmax_scale, softmax_scale):
             return f"attention's scale was {_shown(self.softmax_scale)} and is {_shown(softmax_scale)}"
         for name in (*self.multipliers, *multipliers):
@@ -62,7 +62,7 @@ def _shown(scale: float | None) -> str:
 
 
 def marked(model: torch.nn.Module) -> Mark | None:
-    """What the configuration of a loaded model says; None where it says nothing.
+    """Returns the mark of a loaded model's configuration; None where it has none.
 
     Raises:
         InputError: what stands there was not written by this package.

@@ -28,21 +28,21 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def named_parameters(model: torch.nn.Module, *, shared: bool = False) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """As a module's own, without wrappers' words; with `shared`, a shared parameter comes under each of its names."""
+    """Yields a module's parameters without wrappers' words; with `shared`, each under all of its names."""
     inside = _insides(model)
     for name, parameter in model.named_parameters(remove_duplicate=not shared):
         yield _plain(name, inside), parameter
 
 
 def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """As a module's own, without wrappers' words."""
+    """Yields a module's buffers by their names without wrappers' words."""
     inside = _insides(model)
     for name, buffer in model.named_buffers():
         yield _plain(name, inside), buffer
 
 
 def named_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """As a module's own, without wrappers and their words."""
+    """Yields a module's modules by their names, without wrappers and their words."""
     inside = _insides(model)
     for name, module in model.named_modules():
         if _inner(module) is None:

@@ -1,276 +1,68 @@
-"""Whether an optimizer does what a plan's values are for. It is seen from what its step does, not from its name."""
+"""The optimizers as torch, and whoever follows it, has them: classes, their settings, and how they are told apart.
 
-import collections
-import copy
-import inspect
-import logging
-import math
-from collections.abc import Iterator, Mapping
+To add one, `register` it here and its rules in `theory.optimizers`. Megatron's and DeepSpeed's are torch's in what a
+parameter group calls its settings, so their adapters read those here as well.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from mup_megatron.errors import InputError
-from mup_megatron.modules.apply import require_kept, whole_shape
-from mup_megatron.modules.groups import FLAT, PADDING, Group, GroupValues, flattened, members, values
-from mup_megatron.modules.names import named_parameters
-from mup_megatron.theory import Plan
-from mup_megatron.theory.rules import Optimizer
+from mup_megatron.by_optimizer import ByOptimizer
+from mup_megatron.recipe import Hyperparameters
 
-_log = logging.getLogger(__name__)
-
-_FITTING = {
-    Optimizer.ADAM: "torch.optim.AdamW, FusedAdam or DeepSpeedCPUAdam with adam_w_mode, or bitsandbytes' AdamW",
-    Optimizer.SGD: "torch.optim.SGD, with or without momentum",
-}
-_KERNELS = {
-    Optimizer.ADAM: ("FusedAdam", "DeepSpeedCPUAdam", "ZenFlowCPUAdam", "ZenFlowSelectiveAdamW"),
-    Optimizer.SGD: ("FusedSGD",),
-}
-"""Classes whose step is a kernel for a device of its own, by the optimizer that they are."""
-_CLOSE = 1e-6
+__all__ = ["TORCH_OPTIMIZERS", "TorchOptimizer", "register"]
 
 
-def check_optimizer(optimizer: Any, plan: Plan, model: torch.nn.Module | None = None) -> None:
-    """Raises InputError unless an optimizer is one that the plan's values are for, and has them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchOptimizer:
+    """An optimizer in torch's terms."""
 
-    Its step is tried on a small tensor of its own, so that any AdamW is accepted; those of which kernels and wrappers
-    are known go by their names.
+    kind: type[torch.optim.Optimizer]
+    """Torch's own, whose steps are right."""
+    settings: Callable[[Hyperparameters], dict[str, Any]]
+    """What a recipe says of it that holds for all parameters, by the names in a parameter group."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What `kind` has to be told besides for its steps to be those that the rules are for."""
+    coupled: type[torch.optim.Optimizer] | None = None
+    """The optimizer that differs from it only in adding weight decay to the gradient."""
+    fitting: str
+    """What to use, in words."""
+    kernels: tuple[str, ...] = ()
+    """Classes whose step is a kernel for a device of its own, and which therefore go by their names."""
+    bitsandbytes: str | None = None
+    """How the names of bitsandbytes' classes of it begin."""
 
-    Args:
-        optimizer: made of `param_groups(…)`; in Accelerate's, DeepSpeed's or ZeroRedundancyOptimizer's wrapper or not.
-        plan: that of the model.
-        model: the model, which tells frozen parameters from forgotten ones. Without it none may be frozen.
-
-    Raises:
-        InputError: another kind of optimizer, a group with other values than the plan's, parameters that are missing
-            or there twice, or a model of which something was replaced after the plan was applied; names them.
-    """
-    if model is not None:
-        require_kept(model)
-        _require_shapes(model, plan)
-    inner = _unwrapped(optimizer)
-    groups: list[Group] = optimizer.param_groups
-    _require_rule(inner, groups, plan)
-    _require_one_of_each(groups)
-    _require_values(groups, plan, model)
-    _require_one_schedule(groups)
-    if not type(optimizer).__module__.startswith("deepspeed"):  # those hold flat buffers
-        _require_all(groups, plan, model)
+    def made(self, groups: Iterable[Any], h: Hyperparameters) -> torch.optim.Optimizer:
+        """Returns torch's own with a recipe's settings, for parameter groups that have the rest."""
+        kind: Callable[..., torch.optim.Optimizer] = self.kind
+        return kind(groups, lr=h.lr, **self.settings(h), **self.options)
 
 
-def _unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside of Accelerate's, DeepSpeed's or ZeroRedundancyOptimizer's."""
-    while True:
-        held = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
-        if held is None:
-            return optimizer
-        optimizer = held
+TORCH_OPTIMIZERS = ByOptimizer[TorchOptimizer]("torch")
+"""The optimizers that torch knows, by their names in a recipe."""
+register = TORCH_OPTIMIZERS.register
 
-
-# ---- the rule ------------------------------------------------------------------------------------------------------
-
-
-def _require_rule(optimizer: Any, groups: list[Group], plan: Plan) -> None:
-    cause = _wrong(optimizer, groups, plan.optimizer)
-    if cause is not None:
-        raise InputError(
-            f"{type(optimizer).__name__}: {cause}, and the plan is for {plan.optimizer}: its values would have wrong "
-            f"effects. Use {_FITTING[plan.optimizer]}."
-        )
-
-
-def _wrong(optimizer: Any, groups: list[Group], wanted: Optimizer) -> str | None:
-    """Why an optimizer is not the wanted one; None where it is, or where that cannot be seen."""
-    kind = type(optimizer)
-    names = {name for own in kind.__mro__ for name in (own.__name__,)}
-    if names & set(_KERNELS[wanted]):
-        decays = any(group.get("weight_decay") for group in groups)
-        if getattr(optimizer, "adam_w_mode", True) in (False, 0) and decays:
-            return "without adam_w_mode it puts weight decay into the gradient"
-        return None
-    if any(names & set(others) for others in _KERNELS.values()):
-        return "it is another optimizer"
-    if kind.__module__.startswith("bitsandbytes"):
-        fits = kind.__name__.removeprefix("Paged").startswith("Adam" if wanted is Optimizer.ADAM else "SGD")
-        return None if fits else "it is another optimizer"
-    group = _probed_group(groups)
-    try:
-        clone = _clone(optimizer, group)
-    except Exception as error:  # what an optimizer of somebody's holds may not be copied
-        _log.warning("%s: it cannot be copied (%s), so whether it is %s was not checked.", kind.__name__, error, wanted)
-        return None
-    try:
-        moved = _moved(clone)
-    except Exception as error:  # an optimizer of somebody's may raise anything
-        if kind.__module__.startswith(("torch.optim", "transformers")):
-            return f"its step cannot use the plan's groups ({type(error).__name__})"
-        _log.warning(
-            "%s: its step does not run on a small tensor on the CPU (%s), so whether it is %s was not checked.",
-            kind.__name__,
-            type(error).__name__,
-            wanted,
-        )
-        return None
-    if _alike(moved, _reference(torch.optim.AdamW if wanted is Optimizer.ADAM else torch.optim.SGD, group)):
-        return None
-    if wanted is Optimizer.ADAM and _alike(moved, _reference(torch.optim.Adam, group)):
-        return "it puts weight decay into the gradient"
-    return "its step is not AdamW's" if wanted is Optimizer.ADAM else "its step is not SGD's"
-
-
-def _probed_group(groups: list[Group]) -> Group:
-    """A group like the first one, with values under which rules differ visibly."""
-    group = {key: value for key, value in groups[0].items() if key != "params"}
-    group["lr"] = 0.01
-    if "weight_decay" in group:
-        group["weight_decay"] = 0.1 if any(own.get("weight_decay") for own in groups) else 0.0
-    if isinstance(group.get("eps"), float):
-        group["eps"] = 1e-2
-    return group | {key: False for key in ("fused", "foreach", "capturable", "differentiable") if key in group}
-
-
-_REPLACED = ("param_groups", "state", "step", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-"""What a copy of an optimizer gets anew; a `step` among its attributes is a scheduler's."""
-
-
-def _clone(optimizer: Any, group: Group) -> Any:
-    """An optimizer of the same class and settings that has no state, no hooks, and one small parameter."""
-    clone = object.__new__(type(optimizer))
-    # Copied, since a step may change whatever the optimizer holds: a count of its own, a list, a lock's owner.
-    clone.__dict__.update(copy.deepcopy({key: value for key, value in vars(optimizer).items() if key not in _REPLACED}))
-    clone.state = collections.defaultdict(dict)
-    clone._optimizer_step_pre_hooks = collections.OrderedDict()
-    clone._optimizer_step_post_hooks = collections.OrderedDict()
-    clone.param_groups = [group | {"params": [_tried()]}]
-    return clone
-
-
-def _reference(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> torch.Tensor:
-    """Where the steps of one of torch's optimizers lead, with what it knows of a group's settings."""
-    parameter = _tried()
-    known = inspect.signature(kind).parameters
-    return _moved(kind([parameter], **{key: group[key] for key in _SETTINGS if key in group and key in known}))
-
-
-_SETTINGS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "momentum", "dampening", "nesterov")
-
-
-def _tried() -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.tensor([[0.5, -1.0, 2.0], [1.5, -0.25, 0.75]]))
-
-
-def _moved(optimizer: Any) -> torch.Tensor:
-    """Where some steps of an optimizer lead that has one parameter."""
-    (parameter,) = optimizer.param_groups[0]["params"]
-    slope = torch.tensor([[0.02, -0.3, 0.01], [-0.05, 0.4, 0.1]])
-    if getattr(optimizer, "defaults", {}).get("differentiable"):
-        optimizer.defaults = optimizer.defaults | {"differentiable": False}  # read there, and not in the group
-    for size in (1.0, 1.5, 2.5):
-        parameter.grad = slope * size
-        optimizer.step()
-    moved: torch.Tensor = parameter.detach()
-    return moved
-
-
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-5, atol=1e-6)
-
-
-# ---- groups --------------------------------------------------------------------------------------------------------
-
-
-def _require_one_of_each(groups: list[Group]) -> None:
-    held = [id(parameter) for group in groups for parameter in group["params"]]
-    if len(set(held)) < len(held):
-        raise InputError(
-            "the optimizer has a parameter twice, which would be stepped twice. Hand over param_groups(…) once."
-        )
-    if len({tuple(group["betas"]) for group in groups if "betas" in group}) > 1:
-        raise InputError("betas differ between the optimizer's groups. Give all of them the same.")
-
-
-def _require_values(groups: list[Group], plan: Plan, model: torch.nn.Module | None) -> None:
-    for name, wanted, group in _compared(groups, plan, model):
-        found: dict[str, Any] = {key: group.get(key) for key in ("weight_decay", "eps")}
-        # Where there is a scheduler: the peak that a cycle goes up to, or what it starts from.
-        found["lr"] = group.get("max_lr", group.get("initial_lr", group["lr"]))
-        for key, value in (("lr", wanted.lr), ("weight_decay", wanted.weight_decay), ("eps", wanted.eps)):
-            if value is not None and (found[key] is None or not math.isclose(found[key], value, rel_tol=_CLOSE)):
-                raise InputError(
-                    f"{name}: {key} is {found[key]} in the optimizer and {value:g} in the plan. Make the optimizer of "
-                    "param_groups(model.named_parameters(), plan), and leave its groups alone."
-                )
-
-
-def _require_one_schedule(groups: list[Group]) -> None:
-    """Raises InputError where a scheduler, or somebody else, has moved learning rates apart."""
-    moved = [
-        (group.get("name", index), group["lr"] / group["initial_lr"])
-        for index, group in enumerate(groups)
-        if group.get("initial_lr")
-    ]
-    for name, factor in moved[1:]:
-        if not math.isclose(factor, moved[0][1], rel_tol=_SCHEDULED, abs_tol=1e-6):
-            raise InputError(
-                f"group {name}: lr is {factor:.4g} times its initial_lr, and {moved[0][1]:.4g} times in group "
-                f"{moved[0][0]}. Let one schedule multiply all groups, without a floor in lr that they share."
-            )
-
-
-_SCHEDULED = 1e-3
-"""Relative difference of two groups' parts of their peaks that is rounding: some schedulers multiply step by step."""
-
-
-def _compared(
-    groups: list[Group], plan: Plan, model: torch.nn.Module | None
-) -> Iterator[tuple[str, GroupValues, Group]]:
-    """(who, what it should get, what it has) of each group, or of each parameter where groups are somebody's own."""
-    planned = values(plan)
-    if model is None and not all(group.get("name") in planned for group in groups):
-        raise InputError(
-            "the optimizer's groups are not the plan's. Make it of param_groups(model.named_parameters(), plan)."
-        )
-    name_of = {} if model is None else {id(parameter): name for name, parameter in named_parameters(model)}
-    for group in groups:
-        if group.get("name") in planned:
-            yield group["name"].removeprefix("mup "), planned[group["name"]], group
-        # A parameter may have been moved into another group.
-        for parameter in group["params"]:
-            name = name_of.get(id(parameter))
-            if name is not None and name in plan.by_name:
-                yield name, GroupValues.of(plan[name]), group
-
-
-def _require_shapes(model: torch.nn.Module, plan: Plan) -> None:
-    """Raises InputError for a model whose weights are not the plan's any more, or not seen under an older FSDP."""
-    sharded = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-    for name, parameter in named_parameters(model):
-        if name.rpartition(".")[2] == FLAT:
-            raise InputError(flattened(name))
-        if sharded or not parameter.requires_grad or name not in plan.by_name:
-            continue
-        if whole_shape(parameter) != plan[name].shape:
-            raise InputError(
-                f"{name}: the model's shape is {whole_shape(parameter)}, the plan's {plan[name].shape}: it was "
-                "replaced after the plan was made. Change the model first, and make and apply the plan then."
-            )
-
-
-def _require_all(groups: list[Group], plan: Plan, model: torch.nn.Module | None) -> None:
-    held = {id(parameter) for group in groups for parameter in group["params"]}
-    if model is not None:
-        missing = [
-            name
-            for name, parameter in named_parameters(model)
-            if parameter.requires_grad and id(parameter) not in held and not name.rpartition(".")[2].startswith(PADDING)
-        ]
-        hint = "Freeze it with requires_grad_(False), or hand it over."
-    else:
-        count = {group["name"]: len(group["params"]) for group in groups}
-        missing = [names[0] for group, names in members(plan).items() if count.get(group, 0) < len(names)]
-        hint = "Hand them over; where they are frozen, say check_optimizer(optimizer, plan, model)."
-    if missing:
-        more = "" if len(missing) == 1 else f" and {len(missing) - 1} more"
-        of = "" if model is not None else "parameters like "
-        raise InputError(f"{of}{missing[0]}{more}: the optimizer does not have it. {hint}")
+register(
+    "adam",
+    TorchOptimizer(
+        kind=torch.optim.AdamW,
+        settings=lambda h: {"betas": (h.adam_beta1, h.adam_beta2)},
+        coupled=torch.optim.Adam,
+        fitting="torch.optim.AdamW, FusedAdam or DeepSpeedCPUAdam with adam_w_mode, or bitsandbytes' AdamW",
+        kernels=("FusedAdam", "DeepSpeedCPUAdam", "ZenFlowCPUAdam", "ZenFlowSelectiveAdamW"),
+        bitsandbytes="Adam",
+    ),
+)
+register(
+    "sgd",
+    TorchOptimizer(
+        kind=torch.optim.SGD,
+        settings=lambda h: {"momentum": h.sgd_momentum},
+        fitting="torch.optim.SGD, with or without momentum",
+        kernels=("FusedSGD",),
+        bitsandbytes="SGD",
+    ),
+)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 
 from mup_megatron.errors import InputError
-from mup_megatron.modules.attention import Attention, attention_modules, attention_of
-from mup_megatron.modules.shapes import Built, Facts, base_parameters, model_shapes
+from mup_megatron.modules.attention import AttentionSettings, attention_modules, attention_of
+from mup_megatron.modules.shapes import Facts, MetaModule, base_parameters, model_shapes
 from mup_megatron.recipe import ModuleBase, Recipe
-from mup_megatron.theory import Kind, Plan
+from mup_megatron.theory import Plan, Property
 
 _log = logging.getLogger(__name__)
 
@@ -30,9 +30,9 @@ def module_base(base: Callable[[], torch.nn.Module], wider: Callable[[], torch.n
     Raises:
         InputError: the two have other parameters or no other size, or a parameter's initial draw is not understood.
     """
-    built = Built.of(base)
+    built = MetaModule.of(base)
     attention = attention_of(built.module)
-    parameters = base_parameters(built, Built.of(wider))
+    parameters = base_parameters(built, MetaModule.of(wider))
     if not any(any(parameter.grows) for parameter in parameters.values()):
         raise InputError("wider: it has every size of the base. Let it build a module that is wider.")
     return ModuleBase(
@@ -43,7 +43,7 @@ def module_base(base: Callable[[], torch.nn.Module], wider: Callable[[], torch.n
 
 
 def plan_for_module(target: Callable[[], torch.nn.Module], recipe: Recipe, *, readout: str | None = None) -> Plan:
-    """What every parameter of a torch module gets.
+    """Returns the plan of a torch module: what every parameter gets.
 
     Args:
         target: builds the module that is trained; called on the meta device.
@@ -64,11 +64,11 @@ def plan_for_module(target: Callable[[], torch.nn.Module], recipe: Recipe, *, re
         name: own if own.init_std is None else own.model_copy(update={"init_std": own.init_std * scale})
         for name, own in base.parameters.items()
     }
-    attention = None if base.head_size is None else Attention(base.head_size, base.softmax_scale)
-    built = Built.of(target)
+    attention = None if base.head_size is None else AttentionSettings(base.head_size, base.softmax_scale)
+    built = MetaModule.of(target)
     shapes = model_shapes(built, parameters, Facts(readout=readout, base_attention=attention))
-    kinds = {parameter.name: parameter.kind for parameter in shapes[1].parameters}
-    if readout is not None and kinds[shapes[1].readout or ""] not in (Kind.HEAD, Kind.EMBEDDING):
+    properties = {tensor.name: tensor.properties for tensor in shapes[1].tensors}
+    if readout is not None and not properties[shapes[1].readout or ""] & {Property.READOUT, Property.EMBEDDING}:
         raise InputError(
             f"readout {readout}: it is no weight from a growing side to a fixed one, and no tied table. Name the "
             "weight that computes the model's output, or none."
@@ -84,7 +84,7 @@ def _warn_of_unread_attention(model: torch.nn.Module) -> None:
     unread = [
         name
         for name, module in model.named_modules()
-        if name not in read | parents and re.search("Attention|Attn", type(module).__name__)
+        if name not in read | parents and re.search("AttentionSettings|Attn", type(module).__name__)
     ]
     if unread:
         _log.warning(

@@ -13,16 +13,26 @@ from functools import cached_property
 import torch
 
 from mup_megatron.errors import InputError
-from mup_megatron.modules.attention import Attention, attention_of
+from mup_megatron.modules.attention import AttentionSettings, attention_of
 from mup_megatron.modules.draws import Draw, Watch, build_on_meta
 from mup_megatron.modules.names import named_modules, named_parameters
 from mup_megatron.recipe import ModuleParameter
-from mup_megatron.theory import Dimension, Kind, ModelShape, Parameter, family_of
+from mup_megatron.theory import (
+    Constant,
+    LibraryDraw,
+    ModelShape,
+    Property,
+    Side,
+    Stack,
+    Start,
+    Tensor,
+    family_of,
+)
 from mup_megatron.validation import brief
 
 
 @dataclass(frozen=True)
-class Built:
+class MetaModule:
     """A module on the meta device, and with which values and draws its tensors start."""
 
     module: torch.nn.Module
@@ -30,8 +40,8 @@ class Built:
     """What was written into its tensors."""
 
     @classmethod
-    def of(cls, factory: Callable[[], torch.nn.Module]) -> "Built":
-        """What a factory builds, allocating nothing."""
+    def of(cls, factory: Callable[[], torch.nn.Module]) -> "MetaModule":
+        """Returns what a factory builds, allocating nothing."""
         return cls(*build_on_meta(factory))
 
     @cached_property
@@ -45,8 +55,8 @@ class Built:
         return {name: tuple(parameter.shape) for name, parameter in named_parameters(self.module)}
 
 
-def base_parameters(base: Built, *wider: Built, init_scale: float = 1.0) -> dict[str, ModuleParameter]:
-    """What a recipe has to know of each parameter at the base: its shape, which sides grow, its initial draw.
+def base_parameters(base: MetaModule, *wider: MetaModule, init_scale: float = 1.0) -> dict[str, ModuleParameter]:
+    """Returns what a recipe has to know of each parameter: its shape, which sides grow, its initial draw.
 
     Args:
         base: the module at which every multiplier is 1.
@@ -72,7 +82,7 @@ def base_parameters(base: Built, *wider: Built, init_scale: float = 1.0) -> dict
     return found
 
 
-def _require_understood(built: Built) -> None:
+def _require_understood(built: MetaModule) -> None:
     """Raises InputError for draws that are not understood: at base and target alike the std has to be known."""
     unknown = [name for name, draw in built.draws.items() if not draw.understood]
     if unknown:
@@ -110,16 +120,18 @@ _LINE = 90
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What is known of a model beside its parameters."""
+    """The facts about a model that its parameters do not say."""
 
     num_layers: int = 1
     readout: str | None = None
     """The weight of the model's own readout; None to find it: the last weight outside of layers with a fixed output."""
-    base_attention: Attention | None = None
+    base_attention: AttentionSettings | None = None
     """Of the base. None: of the target's head size."""
 
 
-def model_shapes(target: Built, base: Mapping[str, ModuleParameter], facts: Facts) -> tuple[ModelShape, ModelShape]:
+def model_shapes(
+    target: MetaModule, base: Mapping[str, ModuleParameter], facts: Facts
+) -> tuple[ModelShape, ModelShape]:
     """(base, target) as `theory.build_plan` takes them.
 
     Args:
@@ -143,18 +155,18 @@ def model_shapes(target: Built, base: Mapping[str, ModuleParameter], facts: Fact
     named = _tied_readout(target.module) if facts.readout is None else _own_name(target.module, facts.readout)
     pairs = _parameters(target, at_base, named)
     attention = attention_of(target.module)
-    readout = named or next((p.name for p, _ in reversed(pairs) if p.kind is Kind.HEAD), None)
+    readout = named or next((p.name for p, _ in reversed(pairs) if Property.READOUT in p.properties), None)
     of_base = facts.base_attention or attention
 
-    def shape(parameters: tuple[Parameter, ...], own: Attention | None) -> ModelShape:
+    def shape(tensors: tuple[Tensor, ...], own: AttentionSettings | None) -> ModelShape:
         width = next(
-            (p.fan_out if p.kind is Kind.EMBEDDING else p.fan_in for p in parameters if p.name == readout), None
+            (t.fan_out if Property.EMBEDDING in t.properties else t.fan_in for t in tensors if t.name == readout), None
         )
         return ModelShape(
-            parameters=parameters,
+            tensors=tensors,
             hidden_size=1 if width is None else width.size,
             head_size=1 if own is None else own.head_size,
-            num_layers=facts.num_layers,
+            stacks={"layers": Stack(facts.num_layers)},
             readout=readout,
             stock_softmax_scale=None if own is None else own.scale,
         )
@@ -201,7 +213,7 @@ def _counterpart(
 
 
 def _require_base_is_not_more(
-    target: Built, at_base: Mapping[str, ModuleParameter], base: Mapping[str, ModuleParameter]
+    target: MetaModule, at_base: Mapping[str, ModuleParameter], base: Mapping[str, ModuleParameter]
 ) -> None:
     families = {family_of(name) for name in target.shapes}
     surplus = [name for name in base if family_of(name) not in families]
@@ -239,8 +251,8 @@ _ADDED = ("embed", "token", "pos", "query", "latent", "prompt")
 
 
 def _parameters(
-    target: Built, at_base: Mapping[str, ModuleParameter], readout: str | None
-) -> list[tuple[Parameter, Parameter]]:
+    target: MetaModule, at_base: Mapping[str, ModuleParameter], readout: str | None
+) -> list[tuple[Tensor, Tensor]]:
     """(at the base, at the target) of each parameter, under the target's name."""
     modules = dict(named_modules(target.module))
     module_of = {
@@ -258,8 +270,8 @@ def _parameters(
         if parameters[0] is None or parameters[1] is None:
             unclear.append(f"{name} {tuple(live.shape)}")
             continue
-        drawn = replace(parameters[1], init_value=draw.value, init_std=draw.std)
-        found.append((replace(parameters[0], init_value=base.init_value, init_std=base.init_std), drawn))
+        drawn = replace(parameters[1], start=_start(draw.value, draw.std))
+        found.append((replace(parameters[0], start=_start(base.init_value, base.init_std)), drawn))
     experts = [name for name in unclear if ".experts." in name]
     if experts:
         raise InputError(
@@ -310,13 +322,27 @@ class _Seen:
         return type(self.module).__module__.startswith("torch.nn")
 
 
-def _classified(seen: _Seen, shape: tuple[int, ...]) -> Parameter | None:
-    """What a parameter is; None where it is not known. Its draw is filled in later."""
-    sides = [Dimension(size, infinite=grows) for size, grows in zip(shape, seen.grows, strict=True)]
-    one = Dimension(1, infinite=False)
+def _start(value: float | None, std: float | None) -> Start:
+    if std is not None:
+        return LibraryDraw(std)
+    assert value is not None
+    return Constant(value)
 
-    def parameter(kind: Kind, fan_in: Dimension, fan_out: Dimension) -> Parameter:
-        return Parameter(name=seen.name, kind=kind, shape=shape, fan_in=fan_in, fan_out=fan_out, init_value=0.0)
+
+def _classified(seen: _Seen, shape: tuple[int, ...]) -> Tensor | None:
+    """What a parameter is; None where it is not known. Its draw is filled in later."""
+    sides = [Side(size, grows) for size, grows in zip(shape, seen.grows, strict=True)]
+    one = Side(1)
+
+    def tensor(fan_in: Side, fan_out: Side, *properties: Property) -> Tensor:
+        return Tensor(
+            name=seen.name,
+            shape=shape,
+            fan_in=fan_in,
+            fan_out=fan_out,
+            properties=frozenset(properties),
+            start=Constant(0.0),
+        )
 
     if len(shape) <= 1:
         # A bias of a layer, or of a norm; a vector of a module's own could be a readout of one output.
@@ -325,25 +351,25 @@ def _classified(seen: _Seen, shape: tuple[int, ...]) -> Parameter | None:
         if seen.draw.std is not None and not known and any(seen.grows):
             return None
         is_gain = seen.attribute == "weight" or ("Norm" in type(seen.module).__name__ and seen.attribute != "bias")
-        return parameter(Kind.GAIN if is_gain else Kind.BIAS, one, sides[0] if sides else one)
+        return tensor(one, sides[0] if sides else one, Property.VECTOR, *((Property.GAIN,) if is_gain else ()))
     if isinstance(seen.module, TABLES):
         # A table inside attention is no embedding of what comes in.
         inside = seen.in_layer or "relative" in seen.name
-        return parameter(Kind.WEIGHT if inside else Kind.EMBEDDING, sides[0], sides[1])
+        return tensor(sides[0], sides[1], *(() if inside else (Property.EMBEDDING,)))
     order = linear_sides(seen.module, seen.attribute)
     if order is not None:
         fan_out, fan_in = (sides[d] for d in order)
-        reads_out = fan_in.infinite and not fan_out.infinite and not seen.in_layer
+        reads_out = fan_in.grows and not fan_out.grows and not seen.in_layer
         # A convolution sums over its kernel as well.
-        summed = Dimension(fan_in.size * math.prod(shape[2:]), fan_in.infinite)
-        return parameter(Kind.HEAD if reads_out else Kind.WEIGHT, summed, fan_out)
+        summed = Side(fan_in.size * math.prod(shape[2:]), fan_in.grows)
+        return tensor(summed, fan_out, *((Property.READOUT,) if reads_out else ()))
     if not any(seen.grows[:-1]) and (seen.is_added or not seen.grows[-1]):
-        return parameter(Kind.WEIGHT, Dimension(math.prod(shape[:-1]), infinite=False), sides[-1])
+        return tensor(Side(math.prod(shape[:-1])), sides[-1])
     return None
 
 
 def linear_sides(module: torch.nn.Module, attribute: str) -> tuple[int, int] | None:
-    """Which dimensions of a weight are fan_out and fan_in; None where it is not known."""
+    """Returns which dimensions of a weight are fan_out and fan_in; None where it is not known."""
     if isinstance(module, torch.nn.MultiheadAttention) and attribute.endswith("proj_weight"):
         return 0, 1
     if attribute != "weight":

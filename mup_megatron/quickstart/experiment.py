@@ -1,4 +1,4 @@
-"""What is run: a search and a grid of learning rates on the proxy, then the same grid at the wide model.
+"""The runs: a search and a grid of learning rates on the proxy, then the same grid at the wide model.
 
 What is transferred is the best trial of the search with the best learning rate of the proxy's grid. Grid and seed are
 fixed before the first run, and every run is reported. Not how it is shown: that is `report.py` and `picture.py`.
@@ -12,15 +12,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe, save_recipe
-from mup_megatron.search import Outcome, ReportFn, Space, StudySpec, default_storage, run_sweep
+from mup_megatron.search import ReportFn, Space, StudySpec, TrialOutcome, default_storage, run_sweep
 from mup_megatron.search.jobs import run_jobs
-from mup_megatron.search.space import Dimension
-from mup_megatron.search.worker import Job
-from mup_megatron.training.data.indexed import check_prefix
+from mup_megatron.search.space import SearchRange
+from mup_megatron.search.worker import TrialJob
+from mup_megatron.training.data.reading import check_prefix
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.tuning import ProxyTraining, transferred
 from mup_megatron.validation import Strict, brief
@@ -28,9 +28,9 @@ from mup_megatron.yaml_io import dump_yaml
 
 SPACE = Space(
     {
-        "lr": Dimension(2.0**-9, 2.0**-5, log=True),
-        "embedding_multiplier": Dimension(2.0, 16.0, log=True),
-        "output_multiplier": Dimension(1.0, 8.0, log=True),
+        "lr": SearchRange(2.0**-9, 2.0**-5, log=True),
+        "embedding_multiplier": SearchRange(2.0, 16.0, log=True),
+        "output_multiplier": SearchRange(1.0, 8.0, log=True),
     }
 )
 FIXED = {
@@ -40,7 +40,7 @@ FIXED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ExperimentSettings:
     """The size of the experiment. Defaults fit two CPU cores and a few minutes."""
 
     seed: int = 1
@@ -58,7 +58,7 @@ class Settings:
     eval_iters: int = 20
 
     def model(self, width: int) -> ModelFile:
-        """The model of a width: heads of one size, ffn 4× the width."""
+        """Returns the model of a width: heads of one size, ffn 4× the width."""
         return ModelFile(
             num_layers=self.num_layers,
             hidden_size=width,
@@ -75,7 +75,7 @@ class Settings:
         return self.width * self.widening
 
     def options(self, cache: Path) -> TrainingOptions:
-        """How every run is trained."""
+        """Returns the options of every run."""
         return TrainingOptions(
             train_iters=self.train_iters,
             global_batch_size=self.global_batch_size,
@@ -96,14 +96,14 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a cell came to. A diverged run has a reason instead of a loss."""
+    """The result of a cell. A diverged run has a reason instead of a loss."""
 
     cell: Cell
     loss: float | None
     reason: str | None
 
     def row(self) -> dict[str, Any]:
-        """As JSON and CSV hold it."""
+        """Returns the run as JSON and CSV hold it."""
         return {**asdict(self.cell), "loss": self.loss, "reason": self.reason}
 
 
@@ -111,7 +111,7 @@ class Result:
 class Experiment:
     """Everything that was found."""
 
-    settings: Settings
+    settings: ExperimentSettings
     recipe: Recipe
     results: tuple[Result, ...]
 
@@ -121,12 +121,12 @@ class Experiment:
         return self.recipe.hyperparameters.lr
 
     def curve(self, width: int, rule: str) -> dict[float, float]:
-        """Learning rate → loss, of the runs that have one. At the proxy's width both rules are the same runs."""
+        """Returns learning rate → loss of the runs that have one. At the proxy's width both rules are the same runs."""
         return curve(self.results, width, "mup" if width == self.settings.width else rule)
 
 
 def curve(results: Iterable[Result], width: int, rule: str) -> dict[float, float]:
-    """Learning rate → loss, of the runs at one width under one rule that have a loss."""
+    """Returns learning rate → loss, of the runs at one width under one rule that have a loss."""
     return {
         result.cell.lr: result.loss
         for result in results
@@ -138,7 +138,9 @@ Say = Callable[[str], None]
 Tick = Callable[[int, int, str], None]
 
 
-def run(settings: Settings, data: Path, folder: Path, *, cache: Path, workers: int, say: Say, tick: Tick) -> Experiment:
+def run(
+    settings: ExperimentSettings, data: Path, folder: Path, *, cache: Path, workers: int, say: Say, tick: Tick
+) -> Experiment:
     """Runs the experiment, or what is left of it, into `folder`. Call `training.ranks.preload` before.
 
     Args:
@@ -177,8 +179,8 @@ def run(settings: Settings, data: Path, folder: Path, *, cache: Path, workers: i
     return Experiment(settings=settings, recipe=recipe, results=found)
 
 
-def described(settings: Settings, objective: ProxyTraining) -> dict[str, Any]:
-    """All that the results depend on, as JSON gives it back. Another Python version has another text."""
+def described(settings: ExperimentSettings, objective: ProxyTraining) -> dict[str, Any]:
+    """Returns all that the results depend on, as JSON gives it back. Another Python version has another text."""
     content = {
         **asdict(settings),
         "data_sha256": objective.data_sha256,
@@ -205,23 +207,23 @@ def claim(folder: Path, experiment: Mapping[str, Any]) -> None:
         return
     recorded = _read_json(file)
     if not isinstance(recorded, dict):
-        raise _foreign(file)
+        raise _not_of_the_quickstart(file)
     if recorded != experiment:
         changed = [
-            f"{brief(key, 40)} was {_shown(recorded.get(key))} and is {_shown(experiment.get(key))}"
+            f"{brief(key, 40)} was {brief(repr(recorded.get(key)), 80)} and is {brief(repr(experiment.get(key)), 80)}"
             for key in sorted({*recorded, *experiment})
             if recorded.get(key) != experiment.get(key)
         ]
         raise InputError(f"{file}: holds another experiment: {brief('; '.join(changed), 250)}. {remedy}")
 
 
-def grid(settings: Settings, width: int, rule: str) -> tuple[Cell, ...]:
-    """A run for every learning rate."""
+def grid(settings: ExperimentSettings, width: int, rule: str) -> tuple[Cell, ...]:
+    """Returns a run for every learning rate."""
     return tuple(Cell(width=width, rule=rule, lr=lr) for lr in settings.learning_rates)
 
 
 def with_best_lr(searched: Recipe, narrow: Mapping[float, float]) -> Recipe:
-    """The recipe to transfer: the search's, with the best learning rate of the proxy's grid.
+    """Returns the recipe to transfer: the search's, with the best learning rate of the proxy's grid.
 
     Raises:
         InputError: every run of the grid diverged.
@@ -245,13 +247,13 @@ def with_best_lr(searched: Recipe, narrow: Mapping[float, float]) -> Recipe:
 class GridTraining:
     """The objective of the grid: trains the cell whose index it is given."""
 
-    settings: Settings
+    settings: ExperimentSettings
     recipe: Recipe
     data: Path
     options: TrainingOptions
     cells: tuple[Cell, ...]
 
-    def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         """Runs one cell, in a process of its own."""
         from mup_megatron.training.train import run_training
 
@@ -263,7 +265,7 @@ class GridTraining:
             }
         )
         result = run_training(self.settings.model(cell.width), recipe, self.data, self.options)
-        return Outcome(loss=result.validation_loss, diverged=result.status == "diverged", reason=result.reason)
+        return TrialOutcome(loss=result.validation_loss, diverged=result.status == "diverged", reason=result.reason)
 
 
 class _Row(Strict):
@@ -285,7 +287,7 @@ class GridFile:
     """As JSON gives it back. Runs of anything else are neither used nor lost: the file is refused."""
 
     def read(self) -> dict[Cell, Result]:
-        """What is done so far.
+        """Returns the runs that are done so far.
 
         Raises:
             InputError: the file is of another experiment or recipe, or is not a grid at all.
@@ -301,7 +303,7 @@ class GridFile:
                 )
             rows = [_Row.model_validate(row) for row in content["runs"]]
         except (KeyError, TypeError, ValidationError):
-            raise _foreign(self.path) from None
+            raise _not_of_the_quickstart(self.path) from None
         results = [
             Result(cell=Cell(width=row.width, rule=row.rule, lr=row.lr), loss=row.loss, reason=row.reason)
             for row in rows
@@ -314,7 +316,7 @@ class GridFile:
         write_atomically(self.path, json.dumps(content, indent=1))
 
 
-def _searched(settings: Settings, objective: ProxyTraining, folder: Path, workers: int) -> Recipe:
+def _searched(settings: ExperimentSettings, objective: ProxyTraining, folder: Path, workers: int) -> Recipe:
     spec = StudySpec(
         name="quickstart",
         storage=default_storage("study", folder),
@@ -348,7 +350,7 @@ def _run_grid(objective: GridTraining, stored: GridFile, logs: Path, workers: in
     cells = objective.cells
     found = stored.read()
 
-    def ended(job: Job, outcome: Outcome) -> None:
+    def ended(job: TrialJob, outcome: TrialOutcome) -> None:
         cell = cells[job.number]
         outcome = outcome.checked()
         found[cell] = Result(cell=cell, loss=outcome.loss, reason=outcome.reason)
@@ -357,7 +359,7 @@ def _run_grid(objective: GridTraining, stored: GridFile, logs: Path, workers: in
         done = sum(cell in found for cell in cells)
         tick(done, len(cells), f"width {cell.width}, {cell.rule}, lr {cell.lr:.3g}: {shown}")
 
-    missing = [Job(index, {"cell": index}) for index, cell in enumerate(cells) if cell not in found]
+    missing = [TrialJob(index, {"cell": index}) for index, cell in enumerate(cells) if cell not in found]
     if missing:
         folder = logs / f"grid-{cells[0].width}"
         run_jobs(objective, missing, workers=workers, on_end=ended, log_folder=folder)
@@ -370,12 +372,8 @@ def _read_json(file: Path) -> Any:
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}). Give another --output.") from None
     except (ValueError, RecursionError):
-        raise _foreign(file) from None
+        raise _not_of_the_quickstart(file) from None
 
 
-def _shown(value: object) -> str:
-    return brief(repr(value), 80)
-
-
-def _foreign(file: Path) -> InputError:
+def _not_of_the_quickstart(file: Path) -> InputError:
     return InputError(f"{file}: not what the quickstart wrote. Give another --output, or move {file.parent} away.")

@@ -1,4 +1,4 @@
-"""What the experiment says: where each optimum is, what the transferred rate loses, in numbers and in words.
+"""The findings of the experiment: where each optimum is, what the transferred rate loses, in numbers and in words.
 
 Every sentence is computed from the data, also the one that says that it did not work.
 """
@@ -19,7 +19,7 @@ MOVED = 0.5
 
 
 @dataclass(frozen=True)
-class Optimum:
+class GridOptimum:
     """The best learning rate of a curve."""
 
     lr: float
@@ -37,26 +37,26 @@ class Comparison:
     rule: str
     transferred: float | None
     """Loss at the tuned learning rate; None if it diverged."""
-    optimum: Optimum | None
+    optimum: GridOptimum | None
     """None if every run diverged."""
     shift: float | None
     """Octaves from the proxy's optimum to this one; None if there is none."""
 
     @property
     def regret(self) -> float | None:
-        """What the tuned learning rate loses to the best of the grid; None if it diverged."""
+        """The loss of the tuned learning rate above the best of the grid; None if it diverged."""
         if self.transferred is None or self.optimum is None:
             return None
         return self.transferred - self.optimum.loss
 
     @property
     def moved(self) -> bool:
-        """Whether the optimum is somewhere else, or nowhere."""
+        """True if the optimum is somewhere else, or nowhere."""
         return self.shift is None or abs(self.shift) > MOVED
 
 
-def optimum(curve: Mapping[float, float], learning_rates: Sequence[float]) -> Optimum | None:
-    """Where a curve of losses over learning rates is lowest; None if it has no point.
+def optimum(curve: Mapping[float, float], learning_rates: Sequence[float]) -> GridOptimum | None:
+    """Returns where a curve of losses over learning rates is lowest; None if it has no point.
 
     Args:
         curve: learning rate → loss, of the runs that did not diverge.
@@ -69,14 +69,14 @@ def optimum(curve: Mapping[float, float], learning_rates: Sequence[float]) -> Op
     index = grid.index(best)
     at_edge = index in (0, len(grid) - 1)
     if at_edge or grid[index - 1] not in curve or grid[index + 1] not in curve:
-        return Optimum(best, curve[best], at_edge)
+        return GridOptimum(best, curve[best], at_edge)
     left, right = curve[grid[index - 1]] - curve[best], curve[grid[index + 1]] - curve[best]
     octaves = (left - right) / (2 * (left + right)) if left + right else 0.0
-    return Optimum(best * 2.0**octaves, curve[best], at_edge)
+    return GridOptimum(best * 2.0**octaves, curve[best], at_edge)
 
 
-def proxy_optimum(experiment: Experiment) -> Optimum:
-    """The proxy's optimum, which there always is: without one there was nothing to transfer."""
+def proxy_optimum(experiment: Experiment) -> GridOptimum:
+    """Returns the proxy's optimum, which there always is: without one there was nothing to transfer."""
     settings = experiment.settings
     found = optimum(experiment.curve(settings.width, "mup"), settings.learning_rates)
     assert found is not None
@@ -84,7 +84,7 @@ def proxy_optimum(experiment: Experiment) -> Optimum:
 
 
 def compare(experiment: Experiment, rule: str) -> Comparison:
-    """The wide model under a rule."""
+    """Compares the wide model under a rule with the proxy."""
     settings = experiment.settings
     wide = experiment.curve(settings.wide, rule)
     best = optimum(wide, settings.learning_rates)
@@ -93,7 +93,7 @@ def compare(experiment: Experiment, rule: str) -> Comparison:
 
 
 def sentences(experiment: Experiment) -> tuple[str, ...]:
-    """What the picture shows, computed from it: first what was done, then each rule."""
+    """Says what the picture shows, computed from it: first what was done, then each rule."""
     settings = experiment.settings
     edge = ", at the edge of the grid" if proxy_optimum(experiment).at_edge else ""
     first = (
@@ -104,7 +104,7 @@ def sentences(experiment: Experiment) -> tuple[str, ...]:
 
 
 def caption(experiment: Experiment) -> str:
-    """The sentences as one text."""
+    """Returns the sentences as one text."""
     return " ".join(sentences(experiment))
 
 
@@ -129,7 +129,7 @@ def _sentence(found: Comparison) -> str:
 
 
 def summary(experiment: Experiment) -> dict[str, Any]:
-    """The results as plain values. What there is none of because runs diverged is None."""
+    """Returns the results as plain values. What there is none of because runs diverged is None."""
     from mup_megatron.megatron.versions import installed
 
     settings = experiment.settings
@@ -163,7 +163,7 @@ def summary(experiment: Experiment) -> dict[str, Any]:
 
 
 def grid_csv(experiment: Experiment) -> str:
-    """Every run of the grid as CSV, one row each. Numbers in full precision."""
+    """Returns every run of the grid as CSV, one row each. Numbers in full precision."""
     stream = io.StringIO()
     rows = [result.row() for result in experiment.results]
     writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
@@ -173,7 +173,7 @@ def grid_csv(experiment: Experiment) -> str:
 
 
 def table(experiment: Experiment) -> Table:
-    """The results for a terminal."""
+    """Returns the results as a table for a terminal."""
     settings = experiment.settings
     lr = experiment.lr
     shown = Table(box=None, pad_edge=False, header_style="bold")

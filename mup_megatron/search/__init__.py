@@ -3,14 +3,14 @@
 from mup_megatron.search.selection import Selection
 from mup_megatron.search.space import Space, load_space
 from mup_megatron.search.storage import default_storage
-from mup_megatron.search.study import StudyRecord, StudySpec, Trial, best_trial, find_study, read_study
+from mup_megatron.search.stored import best_trial, find_study, read_study
+from mup_megatron.search.study import StudyRecord, StudySpec, Trial
 from mup_megatron.search.sweep import SweepResult, run_sweep
-from mup_megatron.search.worker import Launch, Objective, Outcome, ReportFn
+from mup_megatron.search.worker import Launch, Objective, ReportFn, TrialOutcome
 
 __all__ = [
     "Launch",
     "Objective",
-    "Outcome",
     "ReportFn",
     "Selection",
     "Space",
@@ -18,6 +18,7 @@ __all__ = [
     "StudySpec",
     "SweepResult",
     "Trial",
+    "TrialOutcome",
     "best_trial",
     "default_storage",
     "find_study",

@@ -6,15 +6,24 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from mup_megatron.errors import InputError
-from mup_megatron.search.worker import Crashed, Finished, Job, Objective, Outcome, Refused, Worker, WorkerDiedError
+from mup_megatron.search.worker import (
+    Crashed,
+    Finished,
+    Objective,
+    Refused,
+    TrialJob,
+    TrialOutcome,
+    Worker,
+    WorkerDiedError,
+)
 
 
 def run_jobs(
     objective: Objective,
-    jobs: Sequence[Job],
+    jobs: Sequence[TrialJob],
     *,
     workers: int,
-    on_end: Callable[[Job, Outcome], None],
+    on_end: Callable[[TrialJob, TrialOutcome], None],
     log_folder: Path | None = None,
 ) -> None:
     """Runs every job, in their order, `workers` at a time.
@@ -35,7 +44,7 @@ def run_jobs(
     waiting = list(reversed(jobs))
     pool = [Worker(objective, log_folder=log_folder) for _ in range(min(workers, len(jobs)))]
     try:
-        running: dict[Connection, tuple[Worker, Job]] = {}
+        running: dict[Connection, tuple[Worker, TrialJob]] = {}
         idle = list(pool)
         while waiting or running:
             while waiting and idle:

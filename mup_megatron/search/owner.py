@@ -1,4 +1,4 @@
-"""Who runs a trial, and whether it is still alive. Knows nothing of databases.
+"""The process that runs a trial, and if it is still alive. Knows nothing of databases.
 
 On the owner's own machine its process is looked up, so a death shows at once. From elsewhere only the heartbeat can be
 watched: a counter that the owner raises. Each observer measures with its own clock how long the counter has stood
@@ -24,7 +24,7 @@ _living_here: set[str] = set()
 
 
 def this_machine() -> str:
-    """What tells apart two places where one process number can mean different processes."""
+    """Returns what tells apart two places where one process number can mean different processes."""
     parts = [socket.gethostname()]
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     if boot.exists():
@@ -61,11 +61,11 @@ class Owner:
         _living_here.discard(self.token)
 
     def record(self, beat: int) -> dict[str, Any]:
-        """What a trial stores: this owner and its heartbeat."""
+        """Returns what a trial stores: this owner and its heartbeat."""
         return {**asdict(self), "beat": beat}
 
 
-class Watch:
+class OwnerWatch:
     """Finds owners that are dead."""
 
     def __init__(self, grace_s: float) -> None:
@@ -75,7 +75,7 @@ class Watch:
         self._last_change: dict[int, tuple[object, float]] = {}
 
     def is_dead(self, trial: int, record: Mapping[str, Any] | None) -> bool:
-        """Whether the owner of the running trial number `trial` is dead, given what the trial has stored of it."""
+        """Says if the owner of the running trial number `trial` is dead, given what the trial has stored of it."""
         if record is not None and record["machine"] == self._machine:
             return not _is_alive_here(record)
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs, and what it leaves on disk beside its study. Reads trials, runs none."""
+"""The progress that a sweep shows, and the files that it leaves beside its study. Reads trials, runs none."""
 
 import csv
 import io
@@ -11,19 +11,18 @@ from typing import Any
 
 import sqlalchemy
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mup_megatron.files import write_atomically
 from mup_megatron.search.study import StudyRecord, Trial
 
 
 def trials_csv(record: StudyRecord) -> str:
-    """All trials as CSV, one row each, hyperparameters last. Numbers in full precision.
+    """Returns all trials as CSV, one row each, hyperparameters last. Numbers in full precision.
 
     Where they are the best of another study, `source_trial` and `source_loss` say which each is, and what it came to.
     """
-    names = list(record.spec.space.dimensions)
+    names = list(record.spec.space.ranges)
     selection = record.spec.selection
     source = [] if selection is None else ["source_trial", "source_loss"]
     stream = io.StringIO()
@@ -40,7 +39,7 @@ def trials_csv(record: StudyRecord) -> str:
 
 
 def best_json(record: StudyRecord) -> str:
-    """The best trial, and the study that it is the best of, as JSON. `trial` is null if none is complete."""
+    """Returns the best trial, and the study that it is the best of, as JSON. `trial` is null if none is complete."""
     best = record.best
     content = {
         "study": record.spec.name,
@@ -74,7 +73,7 @@ def write_results(record: StudyRecord, csv_file: Path | None, best_file: Path | 
 
 
 def plain(value: Any) -> Any:
-    """A JSON value with NaN and infinities, which JSON does not have, as text."""
+    """Returns a JSON value with NaN and infinities, which JSON does not have, as text."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -84,14 +83,14 @@ def plain(value: Any) -> Any:
     return value
 
 
-class Progress:
+class SweepProgress:
     """A bar on a terminal, one line per trial elsewhere; on standard error. Starts no thread."""
 
     def __init__(self, total: int) -> None:
         """`total`: the number of trials that the sweep is to finish."""
         self._total = total
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar = Bar(
+        self._bar = Progress(
             TextColumn("trials"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -106,10 +105,10 @@ class Progress:
 
     @property
     def has_bar(self) -> bool:
-        """Whether standard error is a terminal."""
+        """True if standard error is a terminal."""
         return self._console.is_terminal
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "SweepProgress":
         self._bar.start()
         return self
 
@@ -127,7 +126,7 @@ class Progress:
         self._bar.refresh()
 
     def ended(self, trial: Trial, settled: int) -> None:
-        """One trial has ended. On a terminal only trouble gets a line of its own."""
+        """Prints that a trial has ended. On a terminal only trouble gets a line of its own."""
         if self.has_bar and trial.state == "complete":
             return
         drawn = " ".join(f"{name}={value:.4g}" for name, value in trial.parameters.items())
@@ -137,5 +136,5 @@ class Progress:
         self.say(f"[{settled}/{self._total}] trial {trial.number}: {result}{seconds}{reason} ({drawn})")
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Prints a line of its own."""
         self._bar.console.print(text, markup=False)

@@ -25,11 +25,11 @@ class Selection:
     candidates: tuple[Candidate, ...]
 
     def at(self, slot: int) -> Candidate | None:
-        """What a slot runs. None for a slot too many, which no call runs: two made their last trial at one moment."""
+        """Returns what a slot runs. None for a slot too many, which no call runs: two made their last trial at once."""
         return self.candidates[slot] if slot < len(self.candidates) else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values. Short, for a database server may limit a study's attribute to 64 KiB: some 200 trials."""
+        """Returns plain values. Short: a database server may limit a study's attribute to 64 KiB, some 200 trials."""
         names = list(self.candidates[0].parameters) if self.candidates else []
         return {
             "study": self.study,
@@ -42,7 +42,7 @@ class Selection:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Selection":
-        """The inverse of `to_json`."""
+        """Inverts `to_json`."""
         names = content["parameters"]
         return cls(
             content["study"],

@@ -28,7 +28,7 @@ from mup_megatron.yaml_io import read_yaml
 
 
 @dataclass(frozen=True)
-class Dimension:
+class SearchRange:
     """One hyperparameter's distribution: uniform, or log-uniform, between two values."""
 
     low: float
@@ -36,7 +36,7 @@ class Dimension:
     log: bool
 
     def at(self, fraction: float) -> float:
-        """The value below which `fraction` (0 to 1) of the distribution lies."""
+        """Returns the value below which `fraction` (0 to 1) of the distribution lies."""
         if self.log:
             value = math.exp(math.log(self.low) + fraction * (math.log(self.high) - math.log(self.low)))
         else:
@@ -48,27 +48,25 @@ class Dimension:
 class Space:
     """Hyperparameter name → distribution, all independent of each other."""
 
-    dimensions: Mapping[str, Dimension]
+    ranges: Mapping[str, SearchRange]
 
     def sample(self, seed: int, trial: int) -> dict[str, float]:
-        """The hyperparameters of trial number `trial` (from 0) of a random search with this seed."""
+        """Returns the hyperparameters of trial number `trial` (from 0) of a random search with this seed."""
         # Python promises `random()` of a seeded generator to be the same in every version; numpy promises less.
         return {
-            name: dimension.at(random.Random(f"{seed}/{trial}/{name}").random())
-            for name, dimension in self.dimensions.items()
+            name: bounds.at(random.Random(f"{seed}/{trial}/{name}").random()) for name, bounds in self.ranges.items()
         }
 
     def to_json(self) -> dict[str, dict[str, float | bool]]:
-        """Plain values. The three forms of a file are gone: bounds are values, and `log` says how they are drawn."""
+        """Returns plain values. The forms of a file are gone: bounds are values, and `log` says how they are drawn."""
         return {
-            name: {"low": dimension.low, "high": dimension.high, "log": dimension.log}
-            for name, dimension in self.dimensions.items()
+            name: {"low": bounds.low, "high": bounds.high, "log": bounds.log} for name, bounds in self.ranges.items()
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Mapping[str, Any]]) -> "Space":
-        """The inverse of `to_json`."""
-        return cls({name: Dimension(entry["low"], entry["high"], entry["log"]) for name, entry in content.items()})
+        """Inverts `to_json`."""
+        return cls({name: SearchRange(entry["low"], entry["high"], entry["log"]) for name, entry in content.items()})
 
 
 class _Entry(Strict):
@@ -101,13 +99,13 @@ class _Entry(Strict):
     def _bounds(self) -> tuple[float, float]:
         return (self.low, self.high) if self.base is None else (self.base**self.low, self.base**self.high)
 
-    def dimension(self) -> Dimension:
+    def search_range(self) -> SearchRange:
         low, high = self._bounds()
-        return Dimension(low, high, log=self.base is not None or bool(self.log))
+        return SearchRange(low, high, log=self.base is not None or bool(self.log))
 
 
 def load_space(path: Path, allowed: Collection[str]) -> Space:
-    """The space of a YAML file.
+    """Reads the space of a YAML file.
 
     Args:
         path: the file.
@@ -124,5 +122,5 @@ def load_space(path: Path, allowed: Collection[str]) -> Space:
         if name not in allowed:
             raise InputError(f"{path}: {name}: not a hyperparameter to search. Choose from {', '.join(allowed)}.")
     return Space(
-        {name: validated(_Entry, entry, source=f"{path}: {name}").dimension() for name, entry in content.items()}
+        {name: validated(_Entry, entry, source=f"{path}: {name}").search_range() for name, entry in content.items()}
     )

@@ -54,7 +54,7 @@ class Storage:
 
 
 def default_storage(name: str, folder: Path = Path("results")) -> str:
-    """The URL of the SQLite file in `folder` that a study has unless told otherwise.
+    """Returns the URL of the SQLite file in `folder` that a study has unless told otherwise.
 
     Raises:
         InputError: the name cannot be a file's name.
@@ -65,7 +65,7 @@ def default_storage(name: str, folder: Path = Path("results")) -> str:
 
 
 def is_there(url: str) -> bool:
-    """Whether a storage exists: of SQLite the file, of a database server always."""
+    """Says if a storage exists: of SQLite the file, of a database server always."""
     try:
         file = _sqlite_file(sqlalchemy.make_url(url))
     except sqlalchemy.exc.ArgumentError:
@@ -75,7 +75,7 @@ def is_there(url: str) -> bool:
 
 @contextlib.contextmanager
 def open_storage(url: str, *, create: bool) -> Iterator[Storage]:
-    """An Optuna storage, with its connections closed at the end: a process that is forked later must not have them.
+    """Opens an Optuna storage, and closes its connections at the end: a process forked later must not have them.
 
     A failure of the database while the storage is open (disk full, server gone) becomes an InputError.
 

@@ -29,15 +29,15 @@ ReportFn: TypeAlias = Callable[[int, float], None]
 """`report(step, loss)`: an intermediate value. Each costs a write to the storage: report tens, not thousands."""
 
 Launch: TypeAlias = Literal["fork", "spawn"]
-"""How a trial's process begins: forked from one that has imported everything, or fresh, importing everything again."""
+"""The way a trial's process begins: forked from one that has imported everything, or fresh, importing it all again."""
 
 LEAVE_S = 10.0
 """How long a trial that has given its result may take to leave before it is killed."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a trial came to."""
+class TrialOutcome:
+    """The outcome of a trial."""
 
     loss: float | None
     """What the search minimises. None, NaN or infinite: the trial diverged."""
@@ -48,21 +48,21 @@ class Outcome:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Anything else worth keeping, as JSON would hold it."""
 
-    def checked(self) -> "Outcome":
-        """The same outcome, diverged if its loss is no finite number, and with a reason if it diverged."""
+    def checked(self) -> "TrialOutcome":
+        """Returns the same outcome, diverged if its loss is no finite number, and with a reason if it diverged."""
         if self.diverged:
-            return Outcome(None, True, self.reason or "diverged", self.metrics)
+            return TrialOutcome(None, True, self.reason or "diverged", self.metrics)
         if self.loss is None or not math.isfinite(self.loss):
-            return Outcome(None, True, self.reason or f"the loss is {self.loss}", self.metrics)
+            return TrialOutcome(None, True, self.reason or f"the loss is {self.loss}", self.metrics)
         return self
 
 
-Objective: TypeAlias = Callable[[Mapping[str, float], ReportFn], Outcome]
+Objective: TypeAlias = Callable[[Mapping[str, float], ReportFn], TrialOutcome]
 """Runs one trial with the given hyperparameters. A forked trial may be any callable; a spawned one must pickle."""
 
 
 @dataclass(frozen=True)
-class Job:
+class TrialJob:
     """One trial to run."""
 
     number: int
@@ -81,7 +81,7 @@ class Report:
 class Finished:
     """The trial returned an outcome, after so many seconds."""
 
-    outcome: Outcome
+    outcome: TrialOutcome
     seconds: float
 
 
@@ -127,7 +127,7 @@ class Worker:
         # Only the worker may hold its end, or its death would not be seen here.
         theirs.close()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: TrialJob) -> None:
         """Starts a trial. The worker must be idle.
 
         Raises:
@@ -139,7 +139,7 @@ class Worker:
             raise WorkerDiedError from error
 
     def receive(self) -> Message:
-        """The next message; waits for it.
+        """Waits for the next message and returns it.
 
         Raises:
             WorkerDiedError: it is gone.
@@ -168,14 +168,14 @@ def _serve(connection: Connection, objective: Objective, launch: Launch, log_fol
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while True:
         try:
-            job: Job = connection.recv()
+            job: TrialJob = connection.recv()
         except EOFError:
             return
         connection.send(_run(job, objective, launch, log_folder, connection.send))
 
 
 def _run(
-    job: Job, objective: Objective, launch: Launch, log_folder: Path | None, send: Callable[[Message], None]
+    job: TrialJob, objective: Objective, launch: Launch, log_folder: Path | None, send: Callable[[Message], None]
 ) -> Result:
     """Runs one trial in a process of its own; passes its reports on, whole, and tells what became of it."""
     context = multiprocessing.get_context(launch)
@@ -226,7 +226,7 @@ def _why_it_ended(exit_code: int) -> str:
     return f"the trial's process was killed by {name}{memory}"
 
 
-def _trial(connection: Connection, objective: Objective, job: Job, log_folder: Path | None, parent: int) -> None:
+def _trial(connection: Connection, objective: Objective, job: TrialJob, log_folder: Path | None, parent: int) -> None:
     """The trial's life, in its own process."""
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

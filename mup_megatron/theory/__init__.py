@@ -1,36 +1,69 @@
-"""What μP says: roles, rules, plan. Pure Python on plain numbers: no torch, no Megatron, no files.
+"""The rules of μP, in pure Python on plain numbers: no torch, no Megatron, no files. Start with `rules.py`.
 
-Start with `rules.py`.
+rules.py        the page: init, multipliers and attention, by role, each with its source
+optimizers.py   one object per optimizer: learning rate, eps, weight decay, folding
+tensors.py      a tensor's sides, role and properties        widths.py  its sizes at base and target, and depths
+sites.py        where forward factors act
+build.py        shapes and hyperparameters → plan.py, the plan; matching.py finds a tensor's counterpart at the base
+folding.py      multipliers into weights, and back
 """
 
+from mup_megatron.theory.build import ModelShape, Override, Rules, Tuned, build_plan
 from mup_megatron.theory.errors import PlanError
-from mup_megatron.theory.plan import (
-    Hyperparameters,
-    ModelShape,
-    Override,
-    Parametrization,
-    Plan,
-    PlanEntry,
-    build_plan,
-    family_of,
+from mup_megatron.theory.folding import fold, fold_attention, unfold
+from mup_megatron.theory.matching import family_of
+from mup_megatron.theory.optimizers import ADAM, SGD, Optimizer, optimizers
+from mup_megatron.theory.plan import Plan, PlanEntry
+from mup_megatron.theory.rules import Rule
+from mup_megatron.theory.sites import READOUT, SOFTMAX, Acts, Place, Site
+from mup_megatron.theory.tensors import (
+    Constant,
+    Kept,
+    LibraryDraw,
+    Normal,
+    Part,
+    Property,
+    Role,
+    Side,
+    Start,
+    Tensor,
 )
-from mup_megatron.theory.roles import Dimension, Kind, Parameter, Role
-from mup_megatron.theory.rules import Optimizer, Rule
+from mup_megatron.theory.widths import Scaling, Sizes, Stack
 
 __all__ = [
-    "Dimension",
-    "Hyperparameters",
-    "Kind",
+    "ADAM",
+    "READOUT",
+    "SGD",
+    "SOFTMAX",
+    "Acts",
+    "Constant",
+    "Kept",
+    "LibraryDraw",
     "ModelShape",
+    "Normal",
     "Optimizer",
     "Override",
-    "Parameter",
-    "Parametrization",
+    "Part",
+    "Place",
     "Plan",
     "PlanEntry",
     "PlanError",
+    "Property",
     "Role",
     "Rule",
+    "Rules",
+    "Scaling",
+    "Side",
+    "Site",
+    "Sizes",
+    "Stack",
+    "Start",
+    "Tensor",
+    "Tuned",
     "build_plan",
     "family_of",
+    "fold",
+    "fold_attention",
+    "optimizers",
+    "unfold",
 ]

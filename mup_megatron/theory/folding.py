@@ -10,16 +10,13 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from mup_megatron.theory.errors import PlanError
+from mup_megatron.theory.optimizers import optimizers
 from mup_megatron.theory.plan import Plan, PlanEntry
-from mup_megatron.theory.roles import Kind, default_softmax_scale
-from mup_megatron.theory.rules import Optimizer
-
-READOUT = "readout"
-"""Stands for the readout's multiplier, which has no row of its own where the readout is the embedding."""
+from mup_megatron.theory.sites import READOUT
 
 
 def fold(plan: Plan, names: Collection[str] | None = None) -> Plan:
-    """The plan with the multipliers of `names` moved into their weights; all of them by default.
+    """Returns the plan with the multipliers of `names` moved into their weights; all of them by default.
 
     A tied readout shares its weight with the token embedding. What is folded into that table is taken out of the
     readout's multiplier, and the readout's own multiplier goes into gain and bias of the norm before it. The scale of
@@ -39,30 +36,30 @@ def fold(plan: Plan, names: Collection[str] | None = None) -> Plan:
         if plan.tied:
             factors |= dict.fromkeys(plan.readout_norm, output)
         output = 1.0
-    entries = tuple(_moved(entry, factors.get(entry.name, 1.0), plan.optimizer) for entry in plan.entries)
+    entries = tuple(moved(entry, factors.get(entry.name, 1.0)) for entry in plan.entries)
     return replace(plan, entries=entries, output_multiplier=output)
 
 
 def fold_attention(plan: Plan) -> Plan:
-    """The plan with attention's scale moved into gain and bias of the query norm, and the default 1/√d in its place.
+    """Returns the plan with attention's scale moved into gain and bias of the query norm, the stock one in its place.
 
     Raises:
         PlanError: there is no query norm. The scale could only go into the query rows of the fused `linear_qkv`, which
             would need a learning rate of their own.
     """
-    theta = plan.softmax_scale / default_softmax_scale(plan.head_size)
+    theta = plan.softmax_scale / plan.own_softmax_scale
     if not plan.query_norms:
         raise PlanError(
             "The attention scale cannot be folded: without a query norm it belongs to a part of linear_qkv.weight. "
             "Keep it as softmax_scale, or use qk_layernorm."
         )
-    entries = tuple(_moved(e, theta if e.name in plan.query_norms else 1.0, plan.optimizer) for e in plan.entries)
-    return replace(plan, entries=entries, softmax_scale=default_softmax_scale(plan.head_size))
+    entries = tuple(moved(e, theta if e.name in plan.query_norms else 1.0) for e in plan.entries)
+    return replace(plan, entries=entries, softmax_scale=plan.own_softmax_scale)
 
 
 def unfold(plan: Plan) -> Plan:
-    """The plan with every folded multiplier back in its place, to rounding."""
-    entries = tuple(_moved(entry, 1.0 / entry.folded, plan.optimizer) for entry in plan.entries)
+    """Returns the plan with every folded multiplier back in its place, to rounding."""
+    entries = tuple(moved(entry, 1.0 / entry.folded) for entry in plan.entries)
     scale = plan.softmax_scale * (plan[plan.query_norms[0]].folded if plan.query_norms else 1.0)
     output = plan.output_multiplier * (1.0 if plan.readout is None else plan[plan.readout].folded)
     if plan.tied:
@@ -70,20 +67,20 @@ def unfold(plan: Plan) -> Plan:
     return replace(plan, entries=entries, softmax_scale=scale, output_multiplier=output)
 
 
-def _moved(entry: PlanEntry, theta: float, optimizer: Optimizer) -> PlanEntry:
-    """The entry with a factor `theta` moved from its multiplier into its weight."""
+def moved(entry: PlanEntry, theta: float) -> PlanEntry:
+    """Returns the entry with a factor `theta` moved from its multiplier into its weight."""
     if theta == 1.0:
         return entry
-    step = theta * theta if optimizer is Optimizer.SGD else theta
+    step = optimizers()[entry.optimizer].folded(theta)
     # A gain that is stored as its distance from 1 becomes (1 + γ)θ - 1.
-    zero_centered = entry.kind is Kind.GAIN and entry.fold_offset == entry.init_value
+    zero_centered = entry.is_gain and entry.fold_offset == entry.init_value
     shift = theta - 1.0 if zero_centered else 0.0
     return replace(
         entry,
         init_std=None if entry.init_std is None else entry.init_std * theta,
         init_value=None if entry.init_value is None else entry.init_value * theta + shift,
         # A norm's gain and bias have no multiplier of their own: they take on that of what follows.
-        multiplier=entry.multiplier if entry.kind.is_vector else entry.multiplier / theta,
+        multiplier=entry.multiplier if entry.is_vector else entry.multiplier / theta,
         lr=entry.lr * step,
         min_lr=entry.min_lr * step,
         eps=None if entry.eps is None else entry.eps / theta,

@@ -25,7 +25,8 @@ what is best for one width is best for all.
     attention logits: α_attn · √d_base / d instead of 1/√d, since queries and keys become coherent too
 
 At the base r_in = r_out = 1, every factor is 1, and μP is standard parametrization. A tensor's role decides the
-factors; its kind (`roles.py`) decides whether it carries α, Megatron's 1/√(2L), or no weight decay.
+factors; its properties (`tensors.py`) decide whether it carries α, Megatron's 1/√(2L), or no weight decay, and whether
+its multiplier is folded into it (`folding.py`).
 
     r_in   fan_in(target) / fan_in(base) of this tensor if that side grows with width, else 1; r_out likewise
     σ, η, ε, λ, α   init std, learning rate, Adam's epsilon, weight decay and multipliers as tuned at the base
@@ -36,153 +37,64 @@ Sources
     WA    How to set AdamW's weight decay as you scale model and dataset size, arXiv 2405.13698
     M     Megatron-Core's own conventions, which hold at any width
 
-This module is tables and small functions on numbers. Which tensor has which role is in `roles.py`; applying the rules
-to a whole model is in `plan.py`.
+Here are the rules of init and forward pass; those of learning rate, eps and weight decay are `optimizers.py`'s, one
+object for each optimizer. Applying all of them to a model is in `build.py`.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from enum import StrEnum
 
-from mup_megatron.theory.roles import Kind, Ratios, Role, default_softmax_scale
+from mup_megatron.theory.optimizers import EVERYWHERE, Factor, Power
+from mup_megatron.theory.tensors import Property, Role
+from mup_megatron.theory.widths import Scaling
 
 
 class Rule(StrEnum):
-    """How hyperparameters follow width."""
+    """A way in which hyperparameters follow width."""
 
     MUP = "mup"
     STANDARD = "standard"
     """Every tensor gets the base's values, whatever its width: the comparison that shows what μP does."""
 
 
-class Optimizer(StrEnum):
-    """The optimizers that the rules cover."""
+# TP5 Table 8: variance 1/fan_in for hidden weights, constant elsewhere.
+INIT_STD: Mapping[Role, Factor] = {**EVERYWHERE, Role.HIDDEN: Power(r_in=-0.5)}
 
-    ADAM = "adam"
-    """AdamW: decoupled weight decay, multiplied by the learning rate as torch and Megatron do; eps outside the root."""
-    SGD = "sgd"
-    """With or without momentum; coupled weight decay, as torch does."""
+# TP5 Table 8: the readout's 1/fan_in.
+MULTIPLIER: Mapping[Role, Factor] = {**EVERYWHERE, Role.OUTPUT: Power(r_in=-1)}
 
 
-@dataclass(frozen=True, slots=True)
-class Power:
-    """The factor r_in**r_in_power * r_out**r_out_power."""
+def init_std(role: Role, properties: frozenset[Property], s: Scaling, *, sigma: float) -> float:
+    """Returns the std of the initial draw (TP5 Table 8).
 
-    r_in: float = 0.0
-    r_out: float = 0.0
-
-    def __call__(self, r: Ratios) -> float:
-        """The factor at these ratios."""
-        return _power(r.r_in, self.r_in) * _power(r.r_out, self.r_out)
-
-
-def _power(ratio: float, exponent: float) -> float:
-    # Division and square root are correctly rounded, ** is not: a ratio of 4 has to give exactly 1/4 and 1/2.
-    if exponent == -1:
-        return 1.0 / ratio
-    if abs(exponent) == 0.5:
-        root = math.sqrt(ratio)
-        return root if exponent > 0 else 1.0 / root
-    return math.pow(ratio, exponent)
-
-
-ONE = Power()
-
-INIT_STD: dict[Role, Power] = {  # TP5 Table 8: variance 1/fan_in for hidden weights, constant elsewhere
-    Role.INPUT: ONE,
-    Role.HIDDEN: Power(r_in=-0.5),
-    Role.OUTPUT: ONE,
-    Role.SCALAR: ONE,
-}
-
-MULTIPLIER: dict[Role, Power] = {  # TP5 Table 8: the readout's 1/fan_in
-    Role.INPUT: ONE,
-    Role.HIDDEN: ONE,
-    Role.OUTPUT: Power(r_in=-1),
-    Role.SCALAR: ONE,
-}
-
-LEARNING_RATE: dict[Optimizer, dict[Role, Power]] = {  # TP5 Table 8
-    Optimizer.ADAM: {
-        Role.INPUT: ONE,
-        Role.HIDDEN: Power(r_in=-1),
-        Role.OUTPUT: ONE,
-        Role.SCALAR: ONE,
-    },
-    Optimizer.SGD: {
-        Role.INPUT: Power(r_out=1),
-        Role.HIDDEN: Power(r_in=-1, r_out=1),
-        Role.OUTPUT: Power(r_in=1),
-        Role.SCALAR: ONE,
-    },
-}
-
-# TP5 App. B.3: eps follows the gradient, |g| ∝ 1/fan_out; the readout's, through its multiplier, ∝ 1/fan_in.
-ADAM_EPS: dict[Role, Power] = {
-    Role.INPUT: Power(r_out=-1),
-    Role.HIDDEN: Power(r_out=-1),
-    Role.OUTPUT: Power(r_in=-1),
-    Role.SCALAR: ONE,
-}
-
-# WA: what keeps η·λ, but for the r_in of hidden weights, which has an exponent of its own: see weight_decay().
-WEIGHT_DECAY: dict[Optimizer, dict[Role, Power]] = {
-    Optimizer.ADAM: dict.fromkeys(Role, ONE),
-    Optimizer.SGD: {
-        Role.INPUT: Power(r_out=-1),
-        Role.HIDDEN: Power(r_out=-1),
-        Role.OUTPUT: Power(r_in=-1),
-        Role.SCALAR: ONE,
-    },
-}
-
-
-def init_std(role: Role, kind: Kind, r: Ratios, *, sigma: float, num_layers: int) -> float:
-    """The std of the initial draw (TP5 Table 8). `num_layers` is the target's.
-
-    What writes into the residual stream keeps Megatron's further 1/√(2L) (M).
+    A matrix that writes into the residual stream keeps Megatron's further 1/√(2L), 2L being the target's branches (M).
     """
-    std = sigma * INIT_STD[role](r)
-    return std / math.sqrt(2.0 * num_layers) if kind is Kind.RESIDUAL else std
+    std = sigma * INIT_STD[role](s)
+    return std / math.sqrt(s.depth.target) if Property.RESIDUAL in properties else std
 
 
-def carried_init_std(role: Role, r: Ratios, *, std_at_base: float) -> float:
-    """The std of a library's own initial draw: what it is at the base, carried to the target by the role's power."""
-    return std_at_base * INIT_STD[role](r)
+def carried_init_std(role: Role, s: Scaling, *, std_at_base: float) -> float:
+    """Returns the std of a library's own initial draw: the base's, carried to the target by the role's power."""
+    return std_at_base * INIT_STD[role](s)
 
 
-def multiplier(role: Role, kind: Kind, r: Ratios, *, embedding: float, output: float) -> float:
-    """The forward multiplier: α_in for embeddings, α_out/r_in for the readout, 1 elsewhere (TP5 Table 8)."""
-    tuned = {Kind.EMBEDDING: embedding, Kind.HEAD: output}.get(kind, 1.0)
-    return tuned * MULTIPLIER[role](r)
+def multiplier(
+    role: Role, properties: frozenset[Property], s: Scaling, *, embedding: float = 1.0, output: float = 1.0
+) -> float:
+    """Returns the forward multiplier: α_in for embeddings, α_out/r_in for the readout, 1 elsewhere (TP5 Table 8)."""
+    tuned = embedding if Property.EMBEDDING in properties else output if Property.READOUT in properties else 1.0
+    return tuned * MULTIPLIER[role](s)
 
 
-def learning_rate(role: Role, optimizer: Optimizer, r: Ratios, *, eta: float) -> float:
-    """The peak learning rate (TP5 Table 8). The whole schedule, floor and warm-up included, scales with it."""
-    return eta * LEARNING_RATE[optimizer][role](r)
-
-
-def adam_eps(role: Role, r: Ratios, *, epsilon: float) -> float:
-    """Adam's epsilon, outside the root (TP5 App. B.3)."""
-    return epsilon * ADAM_EPS[role](r)
-
-
-def weight_decay(role: Role, kind: Kind, optimizer: Optimizer, r: Ratios, *, lam: float, exponent: float) -> float:
-    """The weight decay.
-
-    Each step multiplies a weight by 1 - ηλ, so the product ηλ sets the optimizer's averaging timescale (WA). Dividing
-    by the learning rate's factor keeps that product for every role; for hidden weights, whose fan_in made
-    the factor fall, the compensation is r_in**exponent: 1 (as here and in microsoft/mup's MuAdamW) keeps it, 0 lets it
-    fall as 1/r_in. Vectors have none (M).
-    """
-    if kind.is_vector:
-        return 0.0
-    compensation = Power(r_in=exponent) if role is Role.HIDDEN else ONE
-    return lam * compensation(r) * WEIGHT_DECAY[optimizer][role](r)
+def default_softmax_scale(head_size: int) -> float:
+    """Returns 1/√d, the scale of attention logits where nothing else is said."""
+    # The same expression as Megatron's, so that an unchanged scale is bitwise unchanged.
+    return 1.0 / math.sqrt(head_size)
 
 
 def softmax_scale(*, base_head_size: int, head_size: int, alpha: float, stock: float | None = None) -> float:
-    """The scale of attention logits, α·√d_base/d: 1/d in the head size (TP5 §5, Def. 4.1), 1/√d at the base's.
+    """Returns the scale of attention logits, α·√d_base/d: 1/d in the head size (TP5 §5, Def. 4.1), 1/√d at the base's.
 
     `stock` is what a library uses at the base where that is not 1/√d_base; it then falls as 1/d from there.
     """

@@ -8,28 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    HAVE_APEX,
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_APEX
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import cpu, versions
+from mup_megatron.megatron.builders import build_chunk, config_fields
 from mup_megatron.megatron.guard import require_as_planned
 from mup_megatron.megatron.model import apply_plan, configure
 from mup_megatron.megatron.optimizer import config_overrides
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Plan
+from mup_megatron.theory import Plan, optimizers
 from mup_megatron.training.options import TrainingOptions
 
 
@@ -88,7 +83,7 @@ def build(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions
     """
     config = _transformer_config(model, recipe, options)
     configure(config, plan)
-    models = [_chunk(model, config, stage) for stage in _stages(model, options)]
+    models = [build_chunk(model, config, stage) for stage in _stages(model, options)]
     apply_plan(models, plan, initialize=initialize)
     chunks = _wrapped(models, config, options)
     optimizer_config = _optimizer_config(recipe, options)
@@ -107,6 +102,7 @@ def build(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions
 
 def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> Any:
     dtype = torch.bfloat16 if options.bf16 else torch.float32
+    virtual_stages = options.virtual_stages(model)
     fields: dict[str, Any] = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -131,45 +127,24 @@ def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptio
         "pipeline_dtype": dtype,
         "tensor_model_parallel_size": options.tensor_model_parallel_size,
         "pipeline_model_parallel_size": options.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": options.virtual_stages(model),
+        "virtual_pipeline_model_parallel_size": virtual_stages,
         "sequence_parallel": options.sequence_parallel,
         # Interleaved, sends and receives between two ranks that are each other's neighbours on both sides would be
         # ambiguous in one batch. Megatron-LM's arguments couple these likewise.
-        "overlap_p2p_comm": options.virtual_pipeline,
-        "batch_p2p_comm": not options.virtual_pipeline,
+        "overlap_p2p_comm": virtual_stages is not None,
+        "batch_p2p_comm": virtual_stages is None,
         # Its kernels are a separate build, and Megatron takes them for granted once this is on.
         "masked_softmax_fusion": False,
         "use_cpu_initialization": options.use_cpu_initialization,
         "finalize_model_grads_func": finalize_model_grads,
     }
-    return TransformerConfig(**{**fields, **cpu.transformer_config_overrides()})
+    return TransformerConfig(**{**fields, **config_fields(model), **cpu.transformer_config_overrides()})
 
 
 def _stages(model: ModelFile, options: TrainingOptions) -> Sequence[int | None]:
     """Megatron's `vp_stage` of each of this rank's chunks."""
     count = options.virtual_stages(model)
     return [None] if count is None else range(count)
-
-
-def _chunk(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:
-    if model.transformer_impl == "local":
-        spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
-    else:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
-    chunk: torch.nn.Module = GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
-        max_sequence_length=model.positions,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-        share_embeddings_and_output_weights=model.tied,
-        position_embedding_type=model.position_embedding_type,
-        rotary_percent=model.rotary_percent,
-        rotary_base=model.rotary_base,
-        vp_stage=stage,
-    )
-    return chunk
 
 
 def _wrapped(models: Sequence[torch.nn.Module], config: Any, options: TrainingOptions) -> list[Any]:
@@ -192,10 +167,7 @@ def _optimizer_config(recipe: Recipe, options: TrainingOptions) -> Any:
         lr=h.lr,
         min_lr=h.min_lr,
         weight_decay=h.weight_decay,
-        adam_beta1=h.adam_beta1,
-        adam_beta2=h.adam_beta2,
-        adam_eps=h.adam_eps,
-        sgd_momentum=h.sgd_momentum,
+        **{key: getattr(h, key) for key in optimizers()[recipe.parametrization.optimizer].hyperparameters},
         clip_grad=h.clip_grad,
         bf16=options.bf16,
         params_dtype=torch.bfloat16 if options.bf16 else torch.float32,

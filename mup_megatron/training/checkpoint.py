@@ -14,8 +14,9 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -27,11 +28,11 @@ from pydantic import Field, RootModel
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from mup_megatron.collectives import raise_together
+from mup_megatron.collectives import gathered, raise_together, raising_together
 from mup_megatron.errors import InputError
-from mup_megatron.files import require_ordinary, write_atomically
+from mup_megatron.files import read_text, require_ordinary, write_atomically
 from mup_megatron.megatron import stored, versions
-from mup_megatron.readback import read_json, read_text
+from mup_megatron.readback import read_json
 from mup_megatron.training.build import Built
 from mup_megatron.training.ranks import is_first, on_first_rank
 from mup_megatron.validation import Strict, brief, validated
@@ -61,7 +62,7 @@ class Found:
 
     @property
     def remedy(self) -> str:
-        """What to do about a checkpoint that cannot be used after all, as a sentence."""
+        """The advice about a checkpoint that cannot be used after all, as a sentence."""
         return _remedy(self.folder)
 
 
@@ -138,18 +139,16 @@ def _write_extras(root: Path, staged: Path, iteration: int, extras: Mapping[str,
 
 def _gathered_digests(root: Path, staged: Path, iteration: int) -> dict[str, dict[str, Any]]:
     """Size and hash of every file, which is on the disk by then. The ranks share the work."""
-    digests, problems = {}, []
-    try:
-        for name in _my_share(sorted(_files(staged))):
-            with (staged / name).open("rb") as stream:
-                os.fsync(stream.fileno())
-            digests[name] = _digest(staged / name)
-    except OSError as error:
-        problems.append(str(_not_written(root, iteration, error)))
-    raise_together(problems)
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, digests)
-    return {name: digest for of_rank in gathered for name, digest in of_rank.items()}
+    digests = {}
+    with raising_together():
+        try:
+            for name in _my_share(sorted(_files(staged))):
+                with (staged / name).open("rb") as stream:
+                    os.fsync(stream.fileno())
+                digests[name] = _digest(staged / name)
+        except OSError as error:
+            raise _not_written(root, iteration, error) from None
+    return {name: digest for of_rank in gathered(digests) for name, digest in of_rank.items()}
 
 
 def _publish(root: Path, staged: Path, iteration: int, digests: Mapping[str, Any]) -> None:
@@ -189,7 +188,7 @@ def _reason(error: BaseException) -> str:
 
 
 def latest(root: Path) -> int | None:
-    """The iteration of the checkpoint that counts; None if there is none yet.
+    """Returns the iteration of the checkpoint that counts; None if there is none yet.
 
     Raises:
         InputError: what says so is damaged.
@@ -208,7 +207,7 @@ def latest(root: Path) -> int | None:
 
 
 def find(root: Path, iteration: int, *, extras: Collection[str]) -> Found:
-    """The checkpoint of an iteration, once every file of it is what was written. Collective.
+    """Returns the checkpoint of an iteration, once every file of it is what was written. Collective.
 
     Args:
         root: folder of the run's checkpoints.
@@ -252,22 +251,11 @@ def restore(found: Found, built: Built) -> None:
     Raises:
         InputError: on every rank: it holds something else than what was saved.
     """
-    state: dict[str, Any] = {}
-    _all_or_none(
-        found, lambda: state.update(dist_checkpointing.load(_state(built, is_loading=True), str(found.folder)))
-    )
-    _all_or_none(found, lambda: _take_over(found, built, state))
-
-
-def _all_or_none(found: Found, work: Callable[[], None]) -> None:
-    """Does this rank's part of a restoration. Raises InputError on every rank if one cannot."""
-    problems, cause = [], None
-    try:
-        with stored.loading(found.folder, found.metadata, remedy=found.remedy):
-            work()
-    except InputError as error:
-        problems, cause = [str(error)], error.__cause__
-    raise_together(problems, cause=cause)
+    for_this = partial(stored.loading, found.folder, found.metadata, remedy=found.remedy)
+    with raising_together(), for_this():
+        state = dist_checkpointing.load(_state(built, is_loading=True), str(found.folder))
+    with raising_together(), for_this():
+        _take_over(found, built, state)
 
 
 def _take_over(found: Found, built: Built, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What makes two runs the same run: recipe, model, data and the options that change its numbers. Not where it runs.
+"""The identity of a run: recipe, model, data and the options that change its numbers. Not where it runs.
 
 A checkpoint and an output folder hold the identity of their run, so that no other run goes on from them by mistake.
 """
@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.readback import parse_json
 from mup_megatron.recipe import Recipe
-from mup_megatron.training.data.indexed import at, check_prefix
+from mup_megatron.training.data.prefix import at
+from mup_megatron.training.data.reading import check_prefix
 from mup_megatron.training.options import TrainingOptions
-from mup_megatron.validation import brief
+from mup_megatron.validation import brief, plain
 
 Identity = dict[str, Any]
 
@@ -29,7 +30,7 @@ _LAYOUT = (
 
 
 def identity_of(model: ModelFile, recipe: Recipe, data: Path, options: TrainingOptions) -> Identity:
-    """A run's identity as plain JSON values.
+    """Returns a run's identity as plain JSON values.
 
     Raises:
         InputError: there are no sound data at the prefix.
@@ -38,7 +39,7 @@ def identity_of(model: ModelFile, recipe: Recipe, data: Path, options: TrainingO
     return {
         "version": VERSION,
         "fingerprint": recipe.fingerprint,
-        "model": model.model_dump(mode="json"),
+        "model": plain(model),
         "data": {
             "bin_bytes": at(data, ".bin").stat().st_size,
             "bin_sha256": meta.bin_sha256,
@@ -76,12 +77,12 @@ def require_same(found: Identity, wanted: Identity, *, source: str, remedy: str)
 
 
 def to_text(identity: Identity) -> str:
-    """As it is stored."""
+    """Returns an identity as it is stored."""
     return json.dumps(identity, indent=1) + "\n"
 
 
 def from_text(text: str, *, source: str, remedy: str) -> Identity:
-    """What `to_text` made.
+    """Reads what `to_text` made.
 
     Args:
         text: the file's content.

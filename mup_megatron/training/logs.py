@@ -1,4 +1,4 @@
-"""Where a run shows how it goes: a progress bar on a terminal, lines elsewhere, Weights & Biases when asked.
+"""The logs of a run: a progress bar on a terminal, lines elsewhere, Weights & Biases when asked.
 
 Only the first rank has any of these. What is kept is `record.py`'s matter.
 """
@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mup_megatron.errors import InputError
-from mup_megatron.files import write_atomically
-from mup_megatron.readback import read_text
-from mup_megatron.training.metrics import Row, ValidationRow
+from mup_megatron.files import read_text, write_atomically
+from mup_megatron.training.metrics import TrainingRow, ValidationRow
 from mup_megatron.training.options import TrainingOptions
 
 
 class Log(Protocol):
-    """Is told what happens in a run."""
+    """A log is told what happens in a run."""
 
-    def iteration(self, row: Row, lr_per_role: Mapping[str, float]) -> None:
+    def iteration(self, row: TrainingRow, lr_per_role: Mapping[str, float]) -> None:
         """A logged iteration is over. `lr_per_role` is what each role's parameters were updated with."""
 
     def validation(self, row: ValidationRow) -> None:
@@ -42,7 +41,7 @@ class Lines:
         self._train_iters = train_iters
         self._last: tuple[int, float] | None = None
 
-    def iteration(self, row: Row, lr_per_role: Mapping[str, float]) -> None:
+    def iteration(self, row: TrainingRow, lr_per_role: Mapping[str, float]) -> None:
         """One line, with the time that an iteration took since the last one."""
         now = time.perf_counter()
         pace = ""
@@ -76,7 +75,7 @@ class Bar:
         self._task = self._progress.add_task("", total=train_iters, completed=done)
         self._progress.start()
 
-    def iteration(self, row: Row, lr_per_role: Mapping[str, float]) -> None:
+    def iteration(self, row: TrainingRow, lr_per_role: Mapping[str, float]) -> None:
         """Moves the bar."""
         self._progress.update(self._task, completed=row.iteration, description=_values(row))
 
@@ -93,7 +92,7 @@ class Bar:
         self._progress.stop()
 
 
-def _values(row: Row) -> str:
+def _values(row: TrainingRow) -> str:
     return f"loss {row.loss:.4f} | lr {row.lr:.3e} | grad norm {row.grad_norm:.3f}"
 
 
@@ -136,7 +135,7 @@ class WandB:
             ) from None
         write_atomically(name, self._run.id + "\n")
 
-    def iteration(self, row: Row, lr_per_role: Mapping[str, float]) -> None:
+    def iteration(self, row: TrainingRow, lr_per_role: Mapping[str, float]) -> None:
         """Loss, the base's LR, gradient norm, and each role's LR as `lr/ROLE`."""
         values = {"loss": row.loss, "lr": row.lr, "grad_norm": row.grad_norm}
         self._run.log({**values, **{f"lr/{role}": lr for role, lr in lr_per_role.items()}}, step=row.iteration)

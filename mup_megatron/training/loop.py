@@ -18,8 +18,8 @@ from mup_megatron.training.options import BatchSizes
 Batch = dict[str, torch.Tensor]
 
 
-class Measured(NamedTuple):
-    """What all ranks know of an iteration after it."""
+class IterationResult(NamedTuple):
+    """The values of an iteration that all ranks know after it."""
 
     loss: float
     """Mean over the global batch."""
@@ -28,8 +28,8 @@ class Measured(NamedTuple):
     """Whether a rank said that something went wrong outside of training."""
 
 
-def train_iteration(built: Built, dataset: Any, iteration: int, sizes: BatchSizes, *, problem: bool) -> Measured:
-    """Forward, backward, update. Collective; every rank returns the same loss.
+def train_iteration(built: Built, dataset: Any, iteration: int, sizes: BatchSizes, *, problem: bool) -> IterationResult:
+    """Does forward, backward and update. Collective; every rank returns the same loss.
 
     Args:
         built: the run's parts.
@@ -47,11 +47,11 @@ def train_iteration(built: Built, dataset: Any, iteration: int, sizes: BatchSize
     grad_norm = float(grad_norm)
     loss, bad_norms, problems = _summed(_share_of_mean(losses), float(not math.isfinite(grad_norm)), float(problem))
     # All ranks compute one global norm; that they stop together must not hang on it.
-    return Measured(loss, grad_norm if not bad_norms or not math.isfinite(grad_norm) else math.nan, problems > 0)
+    return IterationResult(loss, grad_norm if not bad_norms or not math.isfinite(grad_norm) else math.nan, problems > 0)
 
 
 def validation_loss(built: Built, dataset: Any, iterations: int, sizes: BatchSizes) -> float:
-    """Mean loss over the first `iterations` global batches of the validation set: always the same ones. Collective."""
+    """Returns the mean loss over the first `iterations` batches of the validation set, always the same. Collective."""
     for chunk in built.chunks:
         chunk.eval()
     with torch.no_grad():
@@ -67,7 +67,7 @@ def validation_loss(built: Built, dataset: Any, iterations: int, sizes: BatchSiz
 def forward_backward(
     built: Built, dataset: Any, iteration: int, sizes: BatchSizes, *, forward_only: bool
 ) -> list[torch.Tensor]:
-    """The loss of each micro-batch, on the last pipeline stage; nothing on the others."""
+    """Returns the loss of each micro-batch, on the last pipeline stage; nothing on the others."""
     batches = _batches(dataset, iteration, sizes)
     losses: list[torch.Tensor] = get_forward_backward_func()(
         forward_step_func=_forward_step,

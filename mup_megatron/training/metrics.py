@@ -1,4 +1,4 @@
-"""What a run measures: `metrics.csv`, one row per iteration, `validation.csv`, and the judgement that a run diverged.
+"""The measurements of a run: `metrics.csv`, one row per iteration, `validation.csv`, and if the run diverged.
 
 Knows neither torch nor Megatron.
 """
@@ -24,7 +24,7 @@ LAST_SHARE = 0.1
 """A run's training loss is the mean over this last share of its iterations."""
 
 
-class Row(NamedTuple):
+class TrainingRow(NamedTuple):
     """One iteration of training: a line of `metrics.csv`."""
 
     iteration: int
@@ -45,11 +45,11 @@ class ValidationRow(NamedTuple):
     loss: float
 
 
-RowT = TypeVar("RowT", Row, ValidationRow)
+RowT = TypeVar("RowT", TrainingRow, ValidationRow)
 
 
 def to_csv(kind: type[RowT], rows: Iterable[RowT], *, header: bool = True) -> str:
-    """Rows as CSV text. Every number reads back as the same bits."""
+    """Returns rows as CSV text. Every number reads back as the same bits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     if header:
@@ -60,7 +60,7 @@ def to_csv(kind: type[RowT], rows: Iterable[RowT], *, header: bool = True) -> st
 
 
 def from_csv(kind: type[RowT], text: str, *, source: str) -> list[RowT]:
-    """The rows that `to_csv` wrote.
+    """Reads the rows that `to_csv` wrote.
 
     Raises:
         InputError: it is something else, or truncated; `source` names it.
@@ -116,8 +116,8 @@ class RowFile(Generic[RowT]):
         self._file.close()
 
 
-def divergence(rows: Sequence[Row]) -> str | None:
-    """Why the run is lost as of its last row; None while it is not.
+def divergence(rows: Sequence[TrainingRow]) -> str | None:
+    """Says why the run is lost as of its last row; None while it is not.
 
     It is lost when loss or gradient norm is not a finite number, or when the loss of each of the last
     DIVERGED_ITERATIONS iterations was more than DIVERGED_ABOVE above the first iteration's.
@@ -137,7 +137,7 @@ def divergence(rows: Sequence[Row]) -> str | None:
     return None
 
 
-def train_loss(rows: Sequence[Row]) -> float:
-    """Mean loss over the last LAST_SHARE of the iterations, at least one."""
+def train_loss(rows: Sequence[TrainingRow]) -> float:
+    """Returns the mean loss over the last LAST_SHARE of the iterations, at least one."""
     count = max(1, round(LAST_SHARE * len(rows)))
     return math.fsum(row.loss for row in rows[-count:]) / count

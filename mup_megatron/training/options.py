@@ -1,4 +1,4 @@
-"""What a training run is told beside model, recipe and data, in Megatron-LM's names, and whether it is possible.
+"""The options of a training run beside model, recipe and data, in Megatron-LM's names, and if they are possible.
 
 Nothing here needs torch. Hyperparameters are not options: they are the recipe's.
 """
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.megatron.optimizers import distributed_problem
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.data import CACHE
 from mup_megatron.training.data.dataset import DEFAULT_SPLIT
@@ -54,16 +56,14 @@ class TrainingOptions:
 
     @property
     def saves_where_it_loads(self) -> bool:
-        """Whether `save` and `load` are one folder, however the two are spelled."""
+        """True if `save` and `load` are one folder, however the two are spelled."""
         return self.save is not None and self.load is not None and self.save.resolve() == self.load.resolve()
 
-    @property
-    def virtual_pipeline(self) -> bool:
-        """Whether each pipeline rank holds several stages."""
-        return self.num_layers_per_virtual_pipeline_stage is not None
-
     def virtual_stages(self, model: ModelFile) -> int | None:
-        """How many stages each pipeline rank holds; None without a virtual pipeline."""
+        """Returns the number of stages that each pipeline rank holds; None without a virtual pipeline."""
+        stages = architecture_of(model).stages(model)
+        if stages is not None and len(stages) > self.pipeline_model_parallel_size > 1:
+            return len(stages) // self.pipeline_model_parallel_size
         if self.num_layers_per_virtual_pipeline_stage is None:
             return None
         return model.num_layers // (self.pipeline_model_parallel_size * self.num_layers_per_virtual_pipeline_stage)
@@ -71,7 +71,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSizes:
-    """How a global batch is dealt out."""
+    """The sizes in which a global batch is dealt out."""
 
     global_batch: int
     micro_batch: int
@@ -84,7 +84,7 @@ class BatchSizes:
 
 
 def batch_sizes(options: TrainingOptions, world_size: int) -> BatchSizes:
-    """The batch of a run on so many ranks. Call `require_possible` first."""
+    """Returns the batch of a run on so many ranks. Call `require_possible` first."""
     data_parallel = world_size // (options.tensor_model_parallel_size * options.pipeline_model_parallel_size)
     micro_batch = options.micro_batch_size or options.global_batch_size // data_parallel
     return BatchSizes(global_batch=options.global_batch_size, micro_batch=micro_batch, data_parallel=data_parallel)
@@ -165,7 +165,15 @@ def _bad_folders(options: TrainingOptions) -> Iterator[str]:
 def _bad_layout(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> Iterator[str]:
     stages = options.pipeline_model_parallel_size
     per_stage = options.num_layers_per_virtual_pipeline_stage
-    if model.num_layers % stages:
+    said = architecture_of(model).stages(model)
+    if said is not None and per_stage is not None:
+        yield f"--num-layers-per-virtual-pipeline-stage {per_stage}: the model file says its stages itself. Drop it."
+    elif said is not None and stages > 1 and len(said) % stages:
+        yield (
+            f"--pipeline-model-parallel-size {stages} does not divide the {len(said)} stages of the model file. Choose "
+            "a divisor of it."
+        )
+    elif said is None and model.num_layers % stages:
         yield (
             f"--pipeline-model-parallel-size {stages} does not divide num_layers {model.num_layers}. "
             "Choose a divisor of it."
@@ -190,11 +198,9 @@ def _bad_layout(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> I
                 f"--sequence-parallel: seq_length {model.seq_length} is not divisible by "
                 f"--tensor-model-parallel-size {options.tensor_model_parallel_size}. Drop it, or change one of them."
             )
-    if options.use_distributed_optimizer and recipe.parametrization.optimizer != "adam":
-        yield (
-            "--use-distributed-optimizer: Megatron has it for Adam, and the recipe's optimizer is "
-            f"{recipe.parametrization.optimizer}. Drop it."
-        )
+    problem = distributed_problem(recipe.parametrization.optimizer)
+    if problem is not None and options.use_distributed_optimizer:
+        yield problem
 
 
 def _bad_batch(model: ModelFile, options: TrainingOptions, world_size: int) -> Iterator[str]:
@@ -215,11 +221,13 @@ def _bad_batch(model: ModelFile, options: TrainingOptions, world_size: int) -> I
             + (f"--micro-batch-size {micro} × " if micro else "")
             + f"{data_parallel} data-parallel ranks. Choose sizes that divide."
         )
-    elif options.virtual_pipeline:
+    elif options.virtual_stages(model) is not None:
         count = batch_sizes(options, world_size).micro_batches
         if count % options.pipeline_model_parallel_size:
+            per_stage = options.num_layers_per_virtual_pipeline_stage
+            by = "several stages on each rank" if per_stage is None else "--num-layers-per-virtual-pipeline-stage"
             yield (
-                f"--num-layers-per-virtual-pipeline-stage: the {count} micro-batches of a rank are not divisible by "
+                f"{by}: the {count} micro-batches of a rank are not divisible by "
                 f"--pipeline-model-parallel-size {options.pipeline_model_parallel_size}. Choose another "
                 "--micro-batch-size."
             )

@@ -41,7 +41,7 @@ _met = False
 
 
 def has_met() -> bool:
-    """Whether a process group was made in this process. Its threads may outlive it, and no fork outlives them."""
+    """Says if a process group was made in this process. Its threads may outlive it, and no fork outlives them."""
     return _met
 
 
@@ -79,7 +79,7 @@ def enable_cpu() -> bool:
 
 
 def world_size() -> int:
-    """How many processes take part; known before they have joined."""
+    """Returns the number of processes that take part; known before they have joined."""
     if "torch" in sys.modules:
         from torch import distributed
 
@@ -123,8 +123,17 @@ def met() -> Iterator[None]:
 
     if not (distributed.is_initialized() or cpu.is_enabled()):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    with process_group("gloo" if cpu.is_enabled() else "nccl"):
+    with process_group(backend()):
         yield
+
+
+def backend() -> str:
+    """Returns torch's backend for this machine: a GPU that the CPU runtime only pretends to be there is none."""
+    import torch
+
+    from mup_megatron.megatron import cpu
+
+    return "gloo" if cpu.is_enabled() or not torch.cuda.is_available() else "nccl"
 
 
 @contextmanager
@@ -162,20 +171,15 @@ def seed_all(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def is_first_process() -> bool:
-    """Whether this is the process that speaks; also before the ranks have joined, and after they have parted."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def is_first() -> bool:
-    """Whether this rank is the one that writes and speaks."""
+    """Says if this rank is the one that writes and speaks."""
     from torch import distributed
 
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def on_first_rank(work: Callable[[], ResultT]) -> ResultT:
-    """The result of `work`, done by the first rank alone and told to all. Collective; without ranks it is just done.
+    """Returns the result of `work`, done by the first rank alone and told to all. Collective if there are ranks.
 
     Where `work` fails, every rank raises what it raised on the first.
     """

@@ -1,4 +1,4 @@
-"""What is kept of a run, and who is told: the files of its output folder, and its logs.
+"""The record of a run: the files of its output folder, and the logs that are told.
 
     metrics.csv, validation.csv          grow with the run
     run.json, recipe.yaml, plan.json     what run this is
@@ -14,19 +14,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.files import write_atomically
+from mup_megatron.files import read_text, write_atomically
 from mup_megatron.megatron import versions
 from mup_megatron.megatron.schedule import peak_lr_per_role
-from mup_megatron.models.model_file import ModelFile
-from mup_megatron.readback import parse_json, read_text
+from mup_megatron.readback import parse_json
 from mup_megatron.recipe import Recipe
 from mup_megatron.recipe import recipe as make_recipe
 from mup_megatron.theory import Plan
 from mup_megatron.training import identity as identities
 from mup_megatron.training.identity import Identity
 from mup_megatron.training.logs import Log
-from mup_megatron.training.metrics import Row, RowFile, ValidationRow, from_csv, to_csv
+from mup_megatron.training.metrics import RowFile, TrainingRow, ValidationRow, from_csv, to_csv
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.yaml_io import parse_yaml
 
@@ -122,7 +122,7 @@ def _agree(found: Any, wanted: Any) -> bool:
 
 
 def described(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions, data: Path) -> dict[str, Any]:
-    """A run in plain values, for people and for Weights & Biases."""
+    """Describes a run in plain values, for people and for Weights & Biases."""
     return {
         "fingerprint": recipe.fingerprint,
         "recipe": recipe.model_dump(mode="json"),
@@ -142,19 +142,19 @@ def described(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOpt
 class Record:
     """The rows of a run so far, with the files and logs that they go to on the first rank."""
 
-    def __init__(self, rows: Sequence[Row] = (), validations: Sequence[ValidationRow] = ()) -> None:
+    def __init__(self, rows: Sequence[TrainingRow] = (), validations: Sequence[ValidationRow] = ()) -> None:
         """A run that has measured this before."""
         self.rows = list(rows)
         self.validations = list(validations)
         self.problem: str | None = None
         """What went wrong while writing. The run has to stop on all ranks together."""
         self._folder: Path | None = None
-        self._files: tuple[RowFile[Row], RowFile[ValidationRow]] | None = None
+        self._files: tuple[RowFile[TrainingRow], RowFile[ValidationRow]] | None = None
         self._logs: list[Log] = []
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], *, source: Path, iteration: int, remedy: str) -> "Record":
-        """The record that `texts` was made of.
+        """Reads the record that `texts` was made of.
 
         Args:
             texts: the files, by name.
@@ -165,7 +165,7 @@ class Record:
         Raises:
             InputError: it is not one.
         """
-        rows = from_csv(Row, texts[METRICS], source=str(source / METRICS))
+        rows = from_csv(TrainingRow, texts[METRICS], source=str(source / METRICS))
         validations = from_csv(ValidationRow, texts[VALIDATION], source=str(source / VALIDATION))
         if len(rows) != iteration or (rows and rows[-1].iteration != iteration):
             raise InputError(
@@ -176,8 +176,8 @@ class Record:
         return cls(rows, validations)
 
     def texts(self) -> dict[str, str]:
-        """The rows as files."""
-        return {METRICS: to_csv(Row, self.rows), VALIDATION: to_csv(ValidationRow, self.validations)}
+        """Returns the rows as files."""
+        return {METRICS: to_csv(TrainingRow, self.rows), VALIDATION: to_csv(ValidationRow, self.validations)}
 
     def open(self, folder: Path, texts: Mapping[str, str]) -> None:
         """Begins to write into a folder: first what run it is, then what it has measured so far.
@@ -189,7 +189,7 @@ class Record:
             write_atomically(folder / name, text)
         self._folder = folder
         self._files = (
-            RowFile(folder / METRICS, Row, self.rows),
+            RowFile(folder / METRICS, TrainingRow, self.rows),
             RowFile(folder / VALIDATION, ValidationRow, self.validations),
         )
 
@@ -197,8 +197,8 @@ class Record:
         """Tells one more log from now on."""
         self._logs.append(log)
 
-    def add(self, row: Row, lr_per_role: Mapping[str, float] | None) -> None:
-        """An iteration is over. The logs are told if there is an `lr_per_role` to tell."""
+    def add(self, row: TrainingRow, lr_per_role: Mapping[str, float] | None) -> None:
+        """Adds an iteration that is over. The logs are told if there is an `lr_per_role` to tell."""
         self.rows.append(row)
         if self._files is not None:
             self._guarded(self._files[0], row)
@@ -207,7 +207,7 @@ class Record:
                 log.iteration(row, lr_per_role)
 
     def add_validation(self, row: ValidationRow) -> None:
-        """A validation is over."""
+        """Adds a validation that is over."""
         self.validations.append(row)
         if self._files is not None:
             self._guarded(self._files[1], row)
@@ -220,18 +220,18 @@ class Record:
             log.say(text)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        """What came of the run. Raises InputError if the disk is full."""
+        """Writes what came of the run. Raises InputError if the disk is full."""
         if self._folder is not None:
             write_atomically(self._folder / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
     def close(self, *, failed: bool) -> None:
-        """Nothing follows."""
+        """Closes files and logs: nothing follows."""
         for file in self._files or ():
             file.close()
         for log in self._logs:
             log.close(failed=failed)
 
-    def _guarded(self, file: Any, row: Row | ValidationRow) -> None:
+    def _guarded(self, file: Any, row: TrainingRow | ValidationRow) -> None:
         try:
             file.append(row)
         except InputError as error:

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 from mup_megatron.training import ranks
-from mup_megatron.training.data.indexed import small_vocabulary_warning
-from mup_megatron.training.metrics import Row, ValidationRow, divergence, train_loss
+from mup_megatron.training.data.reading import small_vocabulary_warning
+from mup_megatron.training.metrics import TrainingRow, ValidationRow, divergence, train_loss
 from mup_megatron.training.options import BatchSizes, TrainingOptions, batch_sizes, require_possible
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Report = Callable[[int, float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a run came to; the same on every rank."""
+    """The result of a run; the same on every rank."""
 
     status: Literal["complete", "diverged"]
     reason: str | None
@@ -121,7 +121,9 @@ def _run(
     built = build(model, recipe, plan, options, initialize=found is None)
     if found is not None:
         restore(found, built)
-    run = _Run(model, recipe, data, options, plan, identity, batch_sizes(options, ranks.world_size()), record, report)
+    run = _TrainingRun(
+        model, recipe, data, options, plan, identity, batch_sizes(options, ranks.world_size()), record, report
+    )
     run.open(show=show)
     if model is not asked:
         record.say("No GPU, so no Transformer Engine: the model is built with transformer_impl local.")
@@ -195,7 +197,7 @@ def _record(found: "Found", identity: "Identity", recipe: Recipe, plan: Plan, op
 
 
 @dataclass
-class _Run:
+class _TrainingRun:
     """A run under way, on one rank."""
 
     model: ModelFile
@@ -287,7 +289,7 @@ class _Run:
         if measured.problems:
             self._stop_if_a_rank_has_to()
         built.scheduler.step(increment=1)
-        row = Row(iteration, measured.loss, lr, measured.grad_norm)
+        row = TrainingRow(iteration, measured.loss, lr, measured.grad_norm)
         record.add(row, lrs)
         if self.report is not None and logged and ranks.is_first():
             self.report(row.iteration, row.loss)

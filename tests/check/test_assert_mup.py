@@ -12,7 +12,8 @@ from support.processes import HANGS_AFTER_S
 from support.small_nets import OPTIONS, Net, recipe_for
 from torch import nn
 
-from mup_megatron.check.modules import Task, assert_mup
+from mup_megatron.check.run_modules import assert_mup
+from mup_megatron.check.subjects.scripts import Task
 from mup_megatron.modules import apply_plan, param_groups
 
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,10 @@ import pytest
 from support.lm_recipes import FROM_RECIPE, WIDTH, a_recipe
 from support.lm_runs import CPU_FLAGS, SCRIPT, gpt, run_script
 
-from mup_megatron.check.launch_line import Batch, Ended, Line, check_launch_line
-from mup_megatron.check.measurements import Quantity
-from mup_megatron.check.verdict import Outcome, Verdict
+from mup_megatron.check.measure.measurements import Quantity
+from mup_megatron.check.run_launch_line import check_launch_line
+from mup_megatron.check.subjects.launch_line import Ended, LaunchLine, LineBatch
+from mup_megatron.check.verdict.verdict import CheckOutcome, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import cpu
 
@@ -38,11 +39,11 @@ def _line(start: Sequence[str] = START, script: Path = SCRIPT, **changes: Any) -
 
 
 def _measuring(words: Sequence[str]) -> list[str]:
-    line = Line.of(words)
+    line = LaunchLine.of(words)
     model = line.model().model_copy(
         update={"hidden_size": 32, "ffn_hidden_size": 128, "kv_channels": 8, "seq_length": 32}
     )
-    return line.measuring(model, Path("r.yaml"), Path("order.json"), seed=7, batch=Batch(8, 4), steps=8)
+    return line.measuring(model, Path("r.yaml"), Path("order.json"), seed=7, batch=LineBatch(8, 4), steps=8)
 
 
 def _values(words: Sequence[str]) -> dict[str, str]:
@@ -92,24 +93,24 @@ def test_nothing_is_read_or_written_that_is_the_users() -> None:
     ],
 )
 def test_the_number_of_processes_is_read_from_the_launcher(start: list[str], count: int) -> None:
-    assert Line.of([*start, "pretrain_gpt.py", "--num-layers", "2"]).world_size == count
+    assert LaunchLine.of([*start, "pretrain_gpt.py", "--num-layers", "2"]).world_size == count
 
 
-def _in_layout(world: int, **layout: int) -> Line:
-    return Line.of(_line(["torchrun", f"--nproc-per-node={world}"], **layout))
+def _in_layout(world: int, **layout: int) -> LaunchLine:
+    return LaunchLine.of(_line(["torchrun", f"--nproc-per-node={world}"], **layout))
 
 
 @pytest.mark.parametrize(
     ("world", "layout", "batch"),
     [
-        (1, {}, Batch(8, 8)),
-        (4, {"tensor_model_parallel_size": 2}, Batch(8, 4)),
-        (8, {"pipeline_model_parallel_size": 4}, Batch(8, 1)),
-        (16, {}, Batch(16, 1)),
-        (3, {}, Batch(9, 3)),
+        (1, {}, LineBatch(8, 8)),
+        (4, {"tensor_model_parallel_size": 2}, LineBatch(8, 4)),
+        (8, {"pipeline_model_parallel_size": 4}, LineBatch(8, 1)),
+        (16, {}, LineBatch(16, 1)),
+        (3, {}, LineBatch(9, 3)),
     ],
 )
-def test_the_batch_is_one_that_the_layout_can_share_out(world: int, layout: dict[str, int], batch: Batch) -> None:
+def test_the_batch_is_one_that_the_layout_can_share_out(world: int, layout: dict[str, int], batch: LineBatch) -> None:
     assert _in_layout(world, **layout).batch(8) == batch
 
 
@@ -196,7 +197,7 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
 def test_a_right_line_passes_and_its_movements_are_read(check: Check, tmp_path: Path) -> None:
     verdict = check(tmp_path, _line())
 
-    assert verdict.outcome is Outcome.PASS, json.dumps(verdict.to_json()["sections"], indent=1)[:5000]
+    assert verdict.outcome is CheckOutcome.PASS, json.dumps(verdict.to_json()["sections"], indent=1)[:5000]
     read = {key.name for key in verdict.comparison if key.quantity is Quantity.LEARNING_RATE}
     assert {"embedding.word_embeddings.weight", "decoder.layers.1.mlp.linear_fc2.weight"} <= read
     assert any(key.quantity is Quantity.UPDATE and "scale_mask_softmax" in key.name for key in verdict.comparison)
@@ -231,7 +232,7 @@ def test_what_the_users_own_script_does_wrong_fails_and_is_named(check: Check, t
 
     verdict = check(tmp_path, [*_line(script=script), "--mup-no-verify"])
 
-    assert verdict.outcome is Outcome.FAIL
+    assert verdict.outcome is CheckOutcome.FAIL
     assert any("scale_mask_softmax" in finding.key.name for s in verdict.sections for finding in s.findings)
 
 
@@ -242,5 +243,5 @@ def test_the_layout_of_the_line_is_what_is_checked(check: Check, tmp_path: Path)
 
     verdict = check(tmp_path, words, ranks=2)
 
-    assert verdict.outcome is Outcome.PASS
+    assert verdict.outcome is CheckOutcome.PASS
     assert {key.quantity for key in verdict.comparison} >= {Quantity.LEARNING_RATE, Quantity.UPDATE, Quantity.SPECTRAL}

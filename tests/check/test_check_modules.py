@@ -17,13 +17,17 @@ from support.small_nets import OPTIONS, Mixer, Net, recipe_for
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from mup_megatron.check import hugging_face
-from mup_megatron.check.hugging_face import _shallow, _smallest, _uncut, at_width, check_hugging_face, widths_for
-from mup_megatron.check.measurements import Key, Quantity
-from mup_megatron.check.module_trainee import ModuleTrainee, Sight
-from mup_megatron.check.modules import Task, check_modules, prepare_by_plan
-from mup_megatron.check.report import text
-from mup_megatron.check.verdict import Level, Outcome, Verdict
+from mup_megatron.check.family import huggingface as hugging_face
+from mup_megatron.check.family.huggingface import _shallow, at_width, remarks_on_size, smallest_that_builds, widths_for
+from mup_megatron.check.measure.levels import Level
+from mup_megatron.check.measure.measurements import Key, Quantity
+from mup_megatron.check.report.report import text
+from mup_megatron.check.run_huggingface import check_hugging_face
+from mup_megatron.check.run_modules import check_modules
+from mup_megatron.check.subjects.modules import ModuleTrainee
+from mup_megatron.check.subjects.scripts import Task, prepare_by_plan
+from mup_megatron.check.subjects.sight import Sight
+from mup_megatron.check.verdict.verdict import CheckOutcome, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, module_base, param_groups
 from mup_megatron.recipe import Recipe
@@ -35,7 +39,7 @@ def _references(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _passes(verdict: Verdict) -> None:
-    assert verdict.outcome is Outcome.PASS, text(verdict, title="it", files=())
+    assert verdict.outcome is CheckOutcome.PASS, text(verdict, title="it", files=())
 
 
 # ---- right models --------------------------------------------------------------------------------------------------
@@ -97,7 +101,7 @@ def test_what_the_reference_alone_trains_fails() -> None:
         return prepare_by_plan(model, task)
 
     verdict = check_modules(Unused, _of_unused(), prepare=prepare, seeds=2, **OPTIONS)
-    assert (verdict.outcome, verdict.culprit) == (Outcome.FAIL, "blocks.0.up.weight")
+    assert (verdict.outcome, verdict.culprit) == (CheckOutcome.FAIL, "blocks.0.up.weight")
 
 
 def _in_bf16(model: nn.Module, task: Task) -> Any:
@@ -139,7 +143,7 @@ def test_a_factory_that_builds_another_model_the_next_time_is_told_so() -> None:
 # ---- DeepSpeed -----------------------------------------------------------------------------------------------------
 
 
-Found = tuple[Outcome, str, set[str]]
+Found = tuple[CheckOutcome, str, set[str]]
 
 
 def _under_deepspeed(stages: Sequence[int]) -> dict[int, Found]:
@@ -181,7 +185,7 @@ def _constant(_step: int, _steps: int) -> float:
 def test_an_engine_passes_at_every_stage(ranks: int, stages: Sequence[int]) -> None:
     for of_rank in run_ranks(_under_deepspeed, ranks, stages):
         for stage, (outcome, told, rates) in of_rank.items():
-            assert outcome is Outcome.PASS, f"stage {stage}: {told}"
+            assert outcome is CheckOutcome.PASS, f"stage {stage}: {told}"
             assert rates == {name for name, _ in Net(32).named_parameters()}
 
 
@@ -235,7 +239,7 @@ def test_every_family_passes(family: str) -> None:
     _passes(check_hugging_face(target, recipe_at(base, hyperparameters=values)))
 
 
-def _entry(path: str, recipe_path: str) -> tuple[Outcome, str]:
+def _entry(path: str, recipe_path: str) -> tuple[CheckOutcome, str]:
     from mup_megatron.recipe import load_recipe
 
     config = ds_models.config("llama", 4)
@@ -257,7 +261,7 @@ def test_a_configuration_passes_with_the_entry_and_a_schedule_of_deepspeeds(tmp_
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
     outcome, told = run_ranks(_entry, 1, str(path), recipe_path)[0]
-    assert outcome is Outcome.PASS, told
+    assert outcome is CheckOutcome.PASS, told
     assert "single precision" in told
 
 
@@ -303,7 +307,7 @@ def test_heads_groups_and_depth_are_cut_where_they_can_be() -> None:
     for config in (large, narrow):
         config.num_hidden_layers, config.head_dim = 80, 128
     recipe = recipe_at(narrow, hyperparameters={"lr": 0.004})
-    small, base, here = _smallest(transformers.LlamaForCausalLM, large, narrow, recipe)
+    small, base, here = smallest_that_builds(transformers.LlamaForCausalLM, large, narrow, recipe)
     assert widths_for(small, base, 4) == [32, 64, 128, 256]
     at_64 = at_width(small, base, 64)
     assert (at_64.num_hidden_layers, at_64.head_dim) == (4, 16)
@@ -334,18 +338,20 @@ class _Stubborn(transformers.LlamaForCausalLM):
 
 def test_what_a_model_cannot_be_built_without_is_said() -> None:
     large, narrow = _stubborn(8192), _stubborn(1024)
-    small, base, _ = _smallest(_Stubborn, large, narrow, recipe_at(narrow, hyperparameters={"lr": 0.004}))
-    assert [remark.partition(":")[0] for remark in _uncut(small, large, base)] == [
+    small, base, _ = smallest_that_builds(_Stubborn, large, narrow, recipe_at(narrow, hyperparameters={"lr": 0.004}))
+    assert [remark.partition(":")[0] for remark in remarks_on_size(small, large, base)] == [
         "8 of 8 layers are trained, not 4",
         "Heads are the target's own, of size 128",
     ]
-    cut, base, _ = _smallest(transformers.LlamaForCausalLM, large, narrow, recipe_at(narrow, hyperparameters={"lr": 1}))
-    assert _uncut(cut, large, base) == []
+    cut, base, _ = smallest_that_builds(
+        transformers.LlamaForCausalLM, large, narrow, recipe_at(narrow, hyperparameters={"lr": 1})
+    )
+    assert remarks_on_size(cut, large, base) == []
 
 
 def test_heads_that_cannot_be_cut_and_take_far_too_long_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     large, narrow = _stubborn(8192), _stubborn(1024)
-    monkeypatch.setattr(hugging_face, "_class_of", lambda *_: _Stubborn)
+    monkeypatch.setattr(hugging_face, "model_class_of", lambda *_: _Stubborn)
     tuned = recipe_at(narrow, hyperparameters={"lr": 0.004})
     with pytest.raises(InputError, match=r"cannot be built smaller .* a core about \d+ min.*--widths 1024,2048,4096"):
         check_hugging_face(large, tuned)

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import pytest
 from support.processes import run_ranks
 
-from mup_megatron.check.comparison import Compared
-from mup_megatron.check.measurements import Key, Quantity
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.measure.levels import Level
+from mup_megatron.check.measure.measurements import Key, Quantity
 from mup_megatron.check.mutants import MUTANTS, Context, Mutant
-from mup_megatron.check.run import check_megatron
-from mup_megatron.check.verdict import Level, Verdict
+from mup_megatron.check.run_megatron import check_megatron
+from mup_megatron.check.verdict.comparison import Compared
+from mup_megatron.check.verdict.verdict import Verdict
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.training.options import TrainingOptions
 

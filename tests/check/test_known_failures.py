@@ -12,10 +12,11 @@ from support.small_nets import OPTIONS, Net, recipe_for
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mup_megatron.check.measurements import Quantity
-from mup_megatron.check.modules import Task, check_modules, prepare_by_plan
-from mup_megatron.check.report import text
-from mup_megatron.check.verdict import Outcome, Verdict
+from mup_megatron.check.measure.measurements import Quantity
+from mup_megatron.check.report.report import text
+from mup_megatron.check.run_modules import check_modules
+from mup_megatron.check.subjects.scripts import Task, prepare_by_plan
+from mup_megatron.check.verdict.verdict import CheckOutcome, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, param_groups
 
@@ -46,7 +47,7 @@ def test_a_script_that_knows_nothing_of_widths_fails() -> None:
         )
 
     verdict = check_modules(Net, recipe_for(), prepare=prepare, **OPTIONS)
-    assert verdict.outcome is Outcome.FAIL
+    assert verdict.outcome is CheckOutcome.FAIL
     found = _findings(verdict, Quantity.LEARNING_RATE)
     assert found["blocks.0.up.weight"] == pytest.approx(1.0, abs=0.02)
     assert "embedding.weight" not in found
@@ -58,7 +59,7 @@ def test_another_optimizer_than_the_recipes_is_known_by_its_steps() -> None:
         return torch.optim.RMSprop(param_groups(model.named_parameters(), task.plan), lr=task.recipe.hyperparameters.lr)
 
     verdict = check_modules(Net, recipe_for(), prepare=prepare, **OPTIONS)
-    assert verdict.outcome is Outcome.FAIL
+    assert verdict.outcome is CheckOutcome.FAIL
     assert verdict.causes[0].name == "optimizer-differs", verdict.causes
 
 
@@ -79,7 +80,7 @@ def test_microsoft_mup_scales_a_tied_embedding_with_width() -> None:
         readout="embedding.weight",
         **OPTIONS,
     )
-    assert verdict.outcome is Outcome.FAIL
+    assert verdict.outcome is CheckOutcome.FAIL
     assert _findings(verdict, Quantity.INITIAL) == {"embedding.weight": pytest.approx(0.5, abs=0.05)}
 
 
@@ -96,7 +97,7 @@ def test_a_model_that_does_not_learn_fails(way: str) -> None:
         return optimizer
 
     verdict = check_modules(Net, recipe_for(), prepare=prepare, **OPTIONS)
-    assert verdict.outcome is Outcome.FAIL
+    assert verdict.outcome is CheckOutcome.FAIL
     assert "does not learn" in text(verdict, title="it", files=())
 
 
@@ -106,7 +107,7 @@ def test_one_frozen_parameter_is_named() -> None:
         return prepare_by_plan(model, task)
 
     verdict = check_modules(Net, recipe_for(), prepare=prepare, **OPTIONS)
-    assert verdict.outcome is Outcome.FAIL
+    assert verdict.outcome is CheckOutcome.FAIL
     assert set(_findings(verdict, Quantity.LEARNING_RATE)) == {"blocks.1.up.weight"}
 
 
@@ -115,8 +116,8 @@ def test_one_frozen_parameter_is_named() -> None:
 
 def test_a_scale_of_attention_in_the_code_is_found_though_the_reference_shares_it() -> None:
     verdict = check_modules(lambda width: Net(width, mixes=True), recipe_for(mixes=True), **OPTIONS)
-    assert verdict.outcome is Outcome.FAIL
-    assert [section.name for section in verdict.sections if section.outcome is Outcome.FAIL] == ["bounds"]
+    assert verdict.outcome is CheckOutcome.FAIL
+    assert [section.name for section in verdict.sections if section.outcome is CheckOutcome.FAIL] == ["bounds"]
     assert verdict.culprit is not None
     assert verdict.culprit.endswith("mixer.attention_logits")
 
@@ -144,15 +145,15 @@ class _Dropping(Net):
 
 def test_dropout_is_off_and_that_is_said() -> None:
     verdict = check_modules(lambda width: Net(width, dropout=0.1), recipe_for(), **OPTIONS)
-    assert verdict.outcome is Outcome.PASS, text(verdict, title="it", files=())
+    assert verdict.outcome is CheckOutcome.PASS, text(verdict, title="it", files=())
     assert "Dropout is off in the check, so that differences are not its own." in verdict.remarks
-    assert check_modules(_Dropping, recipe_for(), **OPTIONS).outcome is Outcome.PASS
+    assert check_modules(_Dropping, recipe_for(), **OPTIONS).outcome is CheckOutcome.PASS
     assert (functional.dropout(torch.ones(1000), 0.5) == 0).any(), "afterwards it drops as before"
 
 
 def test_other_noise_allows_no_verdict_and_is_named() -> None:
     verdict = check_modules(_Noisy, recipe_for(), **OPTIONS)
-    assert verdict.outcome is Outcome.NO_VERDICT
+    assert verdict.outcome is CheckOutcome.NO_VERDICT
     told = text(verdict, title="it", files=())
     assert "not deterministic, two forward passes on one batch differ" in told
     assert told.startswith(
@@ -170,7 +171,7 @@ class _Broken(Net):
 
 def test_a_model_that_computes_no_numbers_fails_where_it_does() -> None:
     verdict = check_modules(_Broken, recipe_for(), **OPTIONS)
-    assert verdict.outcome is Outcome.FAIL
+    assert verdict.outcome is CheckOutcome.FAIL
     assert verdict.culprit == "blocks.1"
 
 
@@ -195,8 +196,8 @@ def test_a_power_of_width_in_the_code_is_found_though_the_reference_shares_it(wh
         return net
 
     verdict = check_modules(factory, recipe_for(), **OPTIONS)
-    assert verdict.outcome is Outcome.FAIL
-    assert [section.name for section in verdict.sections if section.outcome is Outcome.FAIL] == ["bounds"]
+    assert verdict.outcome is CheckOutcome.FAIL
+    assert [section.name for section in verdict.sections if section.outcome is CheckOutcome.FAIL] == ["bounds"]
     found = set(_findings(verdict, Quantity.UPDATE))
     assert "blocks.1.added" in found
     assert all(name.startswith("blocks.1") for name in found)
@@ -204,7 +205,7 @@ def test_a_power_of_width_in_the_code_is_found_though_the_reference_shares_it(wh
 
 # ---- DeepSpeed -----------------------------------------------------------------------------------------------------
 
-Found = tuple[Outcome, str | None, dict[str, float], str]
+Found = tuple[CheckOutcome, str | None, dict[str, float], str]
 
 
 def _config(optimizer: dict[str, Any], *, stage: int = 0, **more: Any) -> dict[str, Any]:
@@ -248,7 +249,7 @@ def _mu_adam_under_zero_init(kind: str) -> Found:
 
 def test_deepspeeds_mu_adam_loses_its_ratios_under_zero_init() -> None:
     outcome, _, found, told = run_ranks(_mu_adam_under_zero_init, 1, "MuAdamW")[0]
-    assert outcome is Outcome.FAIL
+    assert outcome is CheckOutcome.FAIL
     hidden = {name for name in found if name.startswith("blocks.") and name.endswith(("up.weight", "down.weight"))}
     assert set(found) == hidden
     assert len(hidden) == 4
@@ -273,7 +274,7 @@ def _scheduler_with_one_maximum() -> Found:
 
 def test_a_scheduler_with_one_maximum_flattens_the_groups() -> None:
     outcome, culprit, found, _ = run_ranks(_scheduler_with_one_maximum, 1)[0]
-    assert outcome is Outcome.FAIL
+    assert outcome is CheckOutcome.FAIL
     assert culprit in found
     assert found["blocks.0.up.weight"] == pytest.approx(1.0, abs=0.05)
     assert "embedding.weight" not in found
@@ -290,6 +291,6 @@ def test_rows_that_the_backward_pass_forgets_are_seen() -> None:
         return prepare_by_plan(model, task)
 
     verdict = check_modules(Net, recipe_for(), prepare=prepare, **OPTIONS)
-    assert verdict.outcome is Outcome.FAIL
+    assert verdict.outcome is CheckOutcome.FAIL
     assert (verdict.causes[0].name, verdict.culprit) == ("gradient", "blocks.0.up.weight")
     assert "rows of it have no gradient" in verdict.causes[0].sentence

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from support.processes import run_ranks
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.mutants import Mutant
-from mup_megatron.check.run import check_megatron
-from mup_megatron.check.verdict import Verdict
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.check.run_megatron import check_megatron
+from mup_megatron.check.verdict.verdict import Verdict
 from mup_megatron.recipe import Recipe, recipe
 
 GPT: dict[str, Any] = {

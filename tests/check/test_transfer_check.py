@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 from support.shapes import gpt
 
-from mup_megatron.check.transfer import at_rate, final_loss, judged, learning_rates, transfer
-from mup_megatron.check.verdict import Outcome
+from mup_megatron.check.transfer import at_rate, final_loss, learning_rates, transfer
+from mup_megatron.check.verdict.basins import judge_transfer
+from mup_megatron.check.verdict.verdict import CheckOutcome
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
 
@@ -54,7 +55,7 @@ def _losses(
 @pytest.mark.parametrize("shift", [-2.0, -1.3, 0.0, 0.4, 1.5])
 @pytest.mark.parametrize("make", [_parabola, _lopsided])
 def test_a_known_shift_is_measured(make: Callable[[float], Basin], shift: float) -> None:
-    result = judged(_losses(make(shift)))
+    result = judge_transfer(_losses(make(shift)))
 
     assert result.shift == pytest.approx(shift, abs=0.25)
     assert result.shift_interval[0] - 0.15 < shift < result.shift_interval[1] + 0.15
@@ -63,7 +64,9 @@ def test_a_known_shift_is_measured(make: Callable[[float], Basin], shift: float)
 def test_the_intervals_cover_the_truth_as_often_as_they_say() -> None:
     covered = [
         interval[0] <= 0.0 <= interval[1]
-        for interval in (judged(_losses(_parabola(0.0), noise=0.03, chance=c)).shift_interval for c in range(25))
+        for interval in (
+            judge_transfer(_losses(_parabola(0.0), noise=0.03, chance=c)).shift_interval for c in range(25)
+        )
     ]
 
     assert sum(covered) >= 20
@@ -71,17 +74,17 @@ def test_the_intervals_cover_the_truth_as_often_as_they_say() -> None:
 
 @pytest.mark.parametrize("shift", [0.0, 0.3, -0.3])
 def test_an_optimum_that_stays_passes(shift: float) -> None:
-    result = judged(_losses(_parabola(shift)))
+    result = judge_transfer(_losses(_parabola(shift)))
 
-    assert result.outcome is Outcome.PASS
+    assert result.outcome is CheckOutcome.PASS
     assert "octaves from width 32 to 128" in result.lines[0]
 
 
 @pytest.mark.parametrize("make", [_parabola, _lopsided])
 def test_a_shift_of_standard_parametrization_fails_and_says_what_it_costs(make: Callable[[float], Basin]) -> None:
-    result = judged(_losses(make(-1.8)))
+    result = judge_transfer(_losses(make(-1.8)))
 
-    assert result.outcome is Outcome.FAIL
+    assert result.outcome is CheckOutcome.FAIL
     assert result.regret > 0.05
     assert result.regret_interval[0] > 0.02
     assert f"moves by {result.shift:+.2f} ± " in result.lines[0]
@@ -91,21 +94,21 @@ def test_the_transferred_rate_that_diverges_at_the_widest_fails() -> None:
     def loss(width: int, lr: float) -> float:
         return math.inf if width == 128 and lr > 2.0**-9.5 else _parabola(-2.0)(width, lr)
 
-    result = judged(_losses(loss))
+    result = judge_transfer(_losses(loss))
 
-    assert result.outcome is Outcome.FAIL
+    assert result.outcome is CheckOutcome.FAIL
     assert result.regret == math.inf
 
 
 def test_a_shift_that_costs_nothing_passes() -> None:
     flat = _parabola(-1.5, curvature=0.003)
 
-    assert judged(_losses(flat, noise=0.0003)).outcome is Outcome.PASS
+    assert judge_transfer(_losses(flat, noise=0.0003)).outcome is CheckOutcome.PASS
 
 
 def test_a_shift_within_the_noise_does_not_fail() -> None:
     alarms = sum(
-        judged(_losses(_parabola(0.0, curvature=0.03), noise=0.05, chance=chance)).outcome is Outcome.FAIL
+        judge_transfer(_losses(_parabola(0.0, curvature=0.03), noise=0.05, chance=chance)).outcome is CheckOutcome.FAIL
         for chance in range(20)
     )
 
@@ -113,14 +116,14 @@ def test_a_shift_within_the_noise_does_not_fail() -> None:
 
 
 def test_noise_that_hides_the_optimum_is_no_verdict() -> None:
-    result = judged(_losses(_parabola(0.0, curvature=0.01), noise=0.1, seeds=2))
+    result = judge_transfer(_losses(_parabola(0.0, curvature=0.01), noise=0.1, seeds=2))
 
-    assert result.outcome is Outcome.NO_VERDICT
+    assert result.outcome is CheckOutcome.NO_VERDICT
 
 
 def test_what_a_seed_adds_at_every_rate_does_not_widen_the_interval() -> None:
     def half(common: float) -> float:
-        low, high = judged(_losses(_parabola(0.0), common=common)).shift_interval
+        low, high = judge_transfer(_losses(_parabola(0.0), common=common)).shift_interval
         return high - low
 
     assert half(0.5) == pytest.approx(half(0.0), rel=0.5)
@@ -128,16 +131,16 @@ def test_what_a_seed_adds_at_every_rate_does_not_widen_the_interval() -> None:
 
 @pytest.mark.parametrize(("centre", "end"), [(-12.0, "lowest"), (-4.0, "highest")])
 def test_a_basin_with_one_side_is_no_verdict(centre: float, end: str) -> None:
-    result = judged(_losses(_parabola(0.0, centre=centre)))
+    result = judge_transfer(_losses(_parabola(0.0, centre=centre)))
 
-    assert result.outcome is Outcome.NO_VERDICT
+    assert result.outcome is CheckOutcome.NO_VERDICT
     assert f"width 32 does best at the {end} learning rate" in result.lines[0]
 
 
 def test_an_optimum_that_left_the_range_downwards_fails_with_a_lower_bound() -> None:
-    result = judged(_losses(_parabola(-4.0)))
+    result = judge_transfer(_losses(_parabola(-4.0)))
 
-    assert result.outcome is Outcome.FAIL
+    assert result.outcome is CheckOutcome.FAIL
     assert "at least" in result.lines[0]
 
 
@@ -145,9 +148,9 @@ def test_divergence_bounds_a_basin_from_above() -> None:
     def loss(width: int, lr: float) -> float:
         return math.inf if lr > 2.0**-7.5 else _parabola(0.0)(width, lr)
 
-    result = judged(_losses(loss))
+    result = judge_transfer(_losses(loss))
 
-    assert result.outcome is Outcome.PASS
+    assert result.outcome is CheckOutcome.PASS
     assert all(optimum.edge == 0 for optimum in result.optima.values())
 
 
@@ -155,23 +158,23 @@ def test_one_diverged_seed_bounds_a_basin_like_all_of_them_whatever_higher_rates
     losses = _losses(_parabola(0.0))
     losses[128][2.0**-8][1] = math.inf
 
-    assert judged(losses).optima[128].log2_lr == pytest.approx(-8.5, abs=0.5)
-    assert judged(losses).optima[128].high <= -8.0
+    assert judge_transfer(losses).optima[128].log2_lr == pytest.approx(-8.5, abs=0.5)
+    assert judge_transfer(losses).optima[128].high <= -8.0
 
 
 def test_a_width_that_never_trains_is_no_verdict() -> None:
     losses = _losses(lambda width, lr: math.inf if width == 64 else _parabola(0.0)(width, lr))
 
-    result = judged(losses)
+    result = judge_transfer(losses)
 
-    assert result.outcome is Outcome.NO_VERDICT
+    assert result.outcome is CheckOutcome.NO_VERDICT
     assert result.lines == ("width 64 diverges at the lowest learning rate that was tried. Try lower ones.",)
 
 
 def test_rows_hold_every_run() -> None:
     losses = _losses(_parabola(0.0))
 
-    rows = judged(losses).rows
+    rows = judge_transfer(losses).rows
 
     assert [(row["width"], row["lr"]) for row in rows] == [(width, lr) for width in WIDTHS for lr in LRS]
     assert len(str(rows[0]["losses"]).split()) == 3
@@ -187,7 +190,7 @@ def test_rows_hold_every_run() -> None:
 )
 def test_too_little_is_refused(losses: dict[int, dict[float, tuple[float, ...]]], what: str) -> None:
     with pytest.raises(InputError, match=what):
-        judged(losses)
+        judge_transfer(losses)
 
 
 # ---- the runs ------------------------------------------------------------------------------------------------------
@@ -213,7 +216,7 @@ def test_runs_follow_until_every_basin_has_two_sides() -> None:
 
     result = transfer(start, WIDTHS, LRS, (1, 2), steps=20)  # type: ignore[arg-type]
 
-    assert result.outcome is Outcome.PASS
+    assert result.outcome is CheckOutcome.PASS
     assert result.optima[32].log2_lr == pytest.approx(-12.5, abs=0.1)
     assert {(width, seed) for width, seed, _ in asked} == {(width, seed) for width in WIDTHS for seed in (1, 2)}
     assert min(lr for _, _, lr in asked) == 2.0**-14
@@ -228,7 +231,7 @@ def test_the_search_for_a_second_side_ends() -> None:
         steps=20,
     )
 
-    assert result.outcome is Outcome.NO_VERDICT
+    assert result.outcome is CheckOutcome.NO_VERDICT
     assert {len(basin) for basin in result.losses.values()} == {7 + 6}
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from support.commands import BASE, RECIPE, TARGET, Command, write
 
-from mup_megatron.megatron.arguments import model_from_flags, values_from_flags
-from mup_megatron.models.model_file import load_model_file
+from mup_megatron.architectures.registry import load_model_file
+from mup_megatron.megatron.arguments.convert import model_from_flags, values_from_flags
 
 MODEL = (
     "--num-layers 1\n--hidden-size 128\n--num-attention-heads 4\n--vocab-size 300\n--seq-length 16\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.commands import BASE, RECIPE, TARGET, Command, contents, write
 
-from mup_megatron.check.verdict import Outcome
+from mup_megatron.check.verdict.verdict import CheckOutcome
 from mup_megatron.cli.check import EXIT_CODES
 from mup_megatron.megatron import cpu
 from mup_megatron.yaml_io import dump_yaml
@@ -23,10 +23,10 @@ def on_cpu() -> None:
 
 
 def test_without_a_verdict_a_script_learns_that_something_has_to_be_changed_first() -> None:
-    assert {Outcome(name): code for name, code in EXIT_CODES.items()} == {
-        Outcome.PASS: 0,
-        Outcome.FAIL: 1,
-        Outcome.NO_VERDICT: 2,
+    assert {CheckOutcome(name): code for name, code in EXIT_CODES.items()} == {
+        CheckOutcome.PASS: 0,
+        CheckOutcome.FAIL: 1,
+        CheckOutcome.NO_VERDICT: 2,
     }
 
 

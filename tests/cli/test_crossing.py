@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from support.commands import Answer, Command, contents
 
-from mup_megatron.models.model_file import ModelFile, load_model_file, model_file
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import load_model_file, model_file
 from mup_megatron.recipe import HuggingFaceBase, load_recipe
 from mup_megatron.yaml_io import dump_yaml, parse_yaml, read_yaml
 
@@ -39,6 +40,7 @@ def _kind(path: Path) -> str:
         ("hugging face", "model_type"),
         ("deepspeed", "zero_optimization"),
         ("model", "num_layers"),
+        ("model", "hybrid_layer_pattern"),
         ("space", "lr"),
     ):
         if key in content:

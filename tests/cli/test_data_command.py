@@ -7,7 +7,7 @@ import pytest
 
 from mup_megatron.cli import main as cli
 from mup_megatron.megatron import cpu
-from mup_megatron.training.data.indexed import check_prefix, read_meta
+from mup_megatron.training.data.reading import check_prefix, read_meta
 
 # Other tests of this process need the runtime, and must not find Megatron imported without it.
 cpu.enable()

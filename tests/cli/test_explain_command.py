@@ -165,8 +165,8 @@ def test_the_table_says_the_same_and_is_the_default(run: Command, hand: Path) ->
     fingerprint = load_recipe(hand / "adam.recipe.yaml").fingerprint
     first, header, *lines = out.splitlines()
     assert first.split() == [
-        "recipe", fingerprint, "softmax_scale", "0.0441942", "embedding_multiplier", "3", "output_multiplier",
-        "0.5",
+        "recipe", fingerprint, "softmax_scale", "0.0441942", "embedding_multiplier", "3", "output_multiplier", "0.5",
+        "stack", "decoder:", "2", "layers,", "4", "residual", "branches",
     ]  # fmt: skip
     assert header.split() == COLUMNS
     for line, row in zip(lines, by_hand("adam"), strict=True):

@@ -7,8 +7,8 @@ import pytest
 from support.commands import Command, contents
 from support.lm_arguments import parser_of_megatron
 
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.model import command
-from mup_megatron.models.model_file import load_model_file
 
 FLAGS = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 "

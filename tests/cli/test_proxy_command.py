@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.commands import Command, contents
 
-from mup_megatron.models.model_file import load_model_file
+from mup_megatron.architectures.registry import load_model_file
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 TARGET = CONFIGS / "gpt3_6.7b.yaml"
@@ -32,7 +32,7 @@ def test_the_proxy_of_gpt3_and_its_cost(run: Command, here: Path) -> None:
     assert rows["parameters"] == ["3.87e+07", "6.66e+09"]
     assert rows["runs"] == ["350", "1"]
     assert rows["tokens per run"] == ["4e+09", "3e+11"]
-    # 6·2·4·256²·32 … worked out in tests/models/test_cost.py; 350·4e9·4.296e8 / (3e11·4.314e10).
+    # 6·2·4·256²·32 … worked out in tests/architectures/test_cost.py; 350·4e9·4.296e8 / (3e11·4.314e10).
     assert "The search costs 4.65% of the target's run." in out
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from support.commands import BASE, Command, contents
 
 from mup_megatron import recipe as recipes
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.recipe import load_recipe, recipe
 from mup_megatron.yaml_io import parse_yaml
 

@@ -11,10 +11,10 @@ import optuna
 import pytest
 from support.commands import TARGET, Command, contents, write
 
-from mup_megatron.models.model_file import load_model_file
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.recipe import load_recipe
-from mup_megatron.search import Outcome, StudySpec, default_storage, run_sweep
-from mup_megatron.training.data.indexed import read_meta
+from mup_megatron.search import StudySpec, TrialOutcome, default_storage, run_sweep
+from mup_megatron.training.data.reading import read_meta
 from mup_megatron.tuning import DEFAULT_SPACE
 
 ROOT = Path(__file__).parents[2]
@@ -196,7 +196,7 @@ def test_another_shape_than_that_of_the_first_study_is_refused(run: Command, her
     spec = StudySpec("small", default_storage("small"), 1, "random", DEFAULT_SPACE, {
         "proxy": load_model_file(here / "target.yaml").model_dump(mode="json"), "fixed": {}
     })  # fmt: skip
-    run_sweep(spec, lambda parameters, report: Outcome(parameters["lr"]), 1)
+    run_sweep(spec, lambda parameters, report: TrialOutcome(parameters["lr"]), 1)
     code, out, err = run("sweep", "base.yaml", "--data", "text", "--study", "longer", "--best", "1", "--of", "small")
     assert (code, out) == (2, "")
     assert "--of small: that study trained another model (hidden_size, num_attention_heads differ)" in err

@@ -6,9 +6,9 @@ from pathlib import Path
 import optuna
 from support.commands import BASE, Command, contents
 
-from mup_megatron.models.model_file import model_file
+from mup_megatron.architectures.registry import model_file
 from mup_megatron.recipe import load_recipe, recipe
-from mup_megatron.search import Objective, Outcome, ReportFn, StudySpec, default_storage, run_sweep
+from mup_megatron.search import Objective, ReportFn, StudySpec, TrialOutcome, default_storage, run_sweep
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.tuning import DEFAULT_SPACE, ProxyTraining, fixed_content
 from mup_megatron.yaml_io import parse_yaml
@@ -16,13 +16,13 @@ from mup_megatron.yaml_io import parse_yaml
 FIXED = recipe({"base": BASE, "hyperparameters": {"lr": 1.0, "weight_decay": 0.3}}, source="fixed")
 
 
-def prefer_high_lr(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+def prefer_high_lr(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
     """Stands for a training: which trial is best is all that `transfer` asks of it."""
-    return Outcome(-parameters["lr"], metrics={"tokens": 96})
+    return TrialOutcome(-parameters["lr"], metrics={"tokens": 96})
 
 
-def diverge(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
-    return Outcome(None)
+def diverge(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
+    return TrialOutcome(None)
 
 
 def made_study(name: str = "s", objective: Objective = prefer_high_lr) -> StudySpec:

@@ -260,7 +260,7 @@ def test_another_recipe_takes_over_a_schedule_of_the_script(tmp_path: Path) -> N
 
 def _plain_loads(root: str, recipe_path: str) -> dict[str, str]:
     """What an engine without an entry says to checkpoints that DeepSpeed itself takes, or refuses in its own words."""
-    from mup_megatron.modules.apply import applied_plan
+    from mup_megatron.modules.applied import applied_plan
 
     engine = _engine(0, None)
     engine.save_checkpoint(f"{root}/own", tag="t", client_state={"mup": {"mine": 1}})

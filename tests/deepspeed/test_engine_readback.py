@@ -100,12 +100,18 @@ def test_what_is_not_the_plans_is_named(tmp_path: Path) -> None:
     assert found["right"] == found["at half the schedule"] == []
     said = {name: problems[0] for name, problems in found.items() if problems}
     assert said.keys() == found.keys() - {"right", "at half the schedule"}
-    assert "transformer.wte.weight: the learning rate should be 0.004 and is 0.002" in said["below the peak"]
-    assert "the learning rate should be" in said["one group"]
-    assert "transformer.h.0.ln_1.weight: eps should be 2.5e-08 and is 0.001" in said["eps"]
-    assert "transformer.h.0.attn.c_attn.weight: weight_decay should be 0.4 and is 0.1" in said["weight decay"]
-    assert "transformer.h.0.attn.c_attn.weight: the optimizer does not have it" in said["lost"]
-    assert "gradient clipping: should be 0.7 and is 1" in said["clipping"]
+    assert "transformer.wte.weight: lr should be 0.004 and is 0.002" in said["below the peak"]
+    assert ": lr should be" in said["one group"]
+    assert "transformer.h.0.ln_1.weight (and 1 more layer): eps should be 2.5e-08 and is 0.001" in said["eps"]
+    assert (
+        "transformer.h.0.attn.c_attn.weight (and 1 more layer): weight decay should be 0.4 and is 0.1"
+        in said["weight decay"]
+    )
+    assert (
+        "transformer.h.0.attn.c_attn.weight (and 1 more layer): optimizer group should be one and is none"
+        in said["lost"]
+    )
+    assert "gradient clipping should be 0.7 and is 1" in said["clipping"]
 
 
 # ---- what is trained -----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from support.ds_ranks import run_ranks
 from mup_megatron.deepspeed.entry import Entry, configuration, drop_auto, entry_of, gradient_clipping, optimizer_params
 from mup_megatron.deepspeed.versions import require_supported
 from mup_megatron.errors import InputError
-from mup_megatron.modules.apply import Initialize
+from mup_megatron.modules.weights import Initialize
 from mup_megatron.recipe import Recipe
 
 
@@ -39,7 +39,7 @@ def _without_optimizer(recipe: str) -> list[str]:
     import deepspeed
 
     import mup_megatron.deepspeed
-    from mup_megatron.modules.apply import applied_plan
+    from mup_megatron.modules.applied import applied_plan
 
     content = {key: value for key, value in ds_config(mup={"recipe": recipe}).items() if key != "optimizer"}
     model = build("gpt2", 4)
@@ -91,7 +91,7 @@ def test_a_target_is_read_as_the_command_line_reads_it(tmp_path: Path) -> None:
     targets["file"] = str(tmp_path / "right" / "config.json")
     found = run_ranks(_with_a_target, 2, write(recipe_for("gpt2"), tmp_path), targets)[0]
     assert found["right"] == found["file"] == ["", ""]
-    assert "its shape is" in found["other"][0]
+    assert "the model's shape is" in found["other"][0]
     assert "no model_type" in found["no model type"][0]
     assert "none" in found["none"][0]
     assert all(first == second for first, second in found.values())

@@ -11,8 +11,8 @@ import torch
 from fuzz_mutators import CANARY, RunsCode
 from support.ds_models import recipe_for
 
-from mup_megatron.deepspeed.checkpoints import client_state, origin
-from mup_megatron.deepspeed.run import loading
+from mup_megatron.deepspeed.checkpoints import client_state, recipe_of_checkpoint
+from mup_megatron.deepspeed.resume import around_load
 from mup_megatron.errors import InputError
 
 STATES = "mp_rank_00_model_states.pt"
@@ -34,7 +34,7 @@ def save(root: Path, content: Any, *, as_zip: bool = True) -> None:
 def test_the_recipe_is_found_beside_the_weights(root: Path, as_zip: bool) -> None:
     recipe = recipe_for("gpt2")
     save(root, {"module": {"w": torch.ones(2)}, **client_state(recipe)}, as_zip=as_zip)
-    found = origin(root, None, universal=False)
+    found = recipe_of_checkpoint(root, None, universal=False)
     assert found is not None
     assert found.recipe == recipe
 
@@ -45,7 +45,7 @@ def test_the_users_own_client_state_may_be_anything(root: Path, as_zip: bool) ->
     recipe = recipe_for("gpt2")
     own = {"args": argparse.Namespace(lr=0.1), "rng": np.random.get_state(), "mine": RunsCode()}
     save(root, {"module": {"w": torch.ones(2)}, **own, **client_state(recipe)}, as_zip=as_zip)
-    found = origin(root, None, universal=False)
+    found = recipe_of_checkpoint(root, None, universal=False)
     assert found is not None
     assert found.recipe == recipe
     assert not (root / CANARY).exists()
@@ -55,7 +55,7 @@ def test_our_part_is_plain(root: Path) -> None:
     for content in (RunsCode(), {"recipe": RunsCode()}):
         save(root, {"module": {}, "mup_megatron": content})
         with pytest.raises(InputError, match="recipe cannot be read"):
-            origin(root, None, universal=False)
+            recipe_of_checkpoint(root, None, universal=False)
         assert not (root / CANARY).exists()
 
 
@@ -72,14 +72,14 @@ def test_a_run_without_an_entry_hears_of_the_recipe_beside_anything(root: Path) 
     save(root, {"module": {}, "args": argparse.Namespace(), **client_state(recipe_for("gpt2"))})
     with (
         pytest.raises(InputError, match="was trained with a recipe"),
-        loading(PlainEngine(), str(root), None, optimizer=True),
+        around_load(PlainEngine(), str(root), None, optimizer=True),
     ):
         raise AssertionError("loaded")
 
 
 def test_a_run_without_an_entry_hears_that_nobody_could_look(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "t" / STATES).write_bytes(b"\xff" * 50)
-    with loading(PlainEngine(), str(root), None, optimizer=True):
+    with around_load(PlainEngine(), str(root), None, optimizer=True):
         pass
     told = capsys.readouterr().err
     assert "warning: " in told
@@ -102,5 +102,5 @@ def test_damaged_checkpoints(root: Path, damage: Callable[[Path], object], said:
     save(root, {"module": {}})
     damage(root)
     with pytest.raises(InputError) as refusal:
-        origin(root, None, universal=False)
+        recipe_of_checkpoint(root, None, universal=False)
     assert said in str(refusal.value)

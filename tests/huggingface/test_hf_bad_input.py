@@ -12,9 +12,9 @@ from support.hf_models import built, with_class, with_heads_growing
 from torch import nn
 from transformers import PretrainedConfig
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.huggingface import apply_plan, configs, plan_for
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.modules import module_base, plan_for_module
 from mup_megatron.modules.attention import attention_of
 from mup_megatron.recipe import Recipe, recipe

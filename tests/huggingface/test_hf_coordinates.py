@@ -22,8 +22,8 @@ from support.hf_coordinates import (
     with_mup,
 )
 
-from mup_megatron.theory import Optimizer, Role, rules
-from mup_megatron.theory.rules import ONE, Power
+from mup_megatron.theory import ADAM, Role, rules
+from mup_megatron.theory.optimizers import ONE, Power
 
 SEEDS = (0, 1, 2)
 NORMED = {"bert", "resnet", "opt, post-norm"}
@@ -100,7 +100,7 @@ def updates_of_gpt2() -> Slopes:
 
 
 def test_a_learning_rate_without_its_rule_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rules.LEARNING_RATE[Optimizer.ADAM], Role.HIDDEN, ONE)
+    monkeypatch.setitem(ADAM.lr, Role.HIDDEN, ONE)
     with pytest.raises(AssertionError):
         assert_no_growth(updates_of_gpt2())
 
@@ -112,7 +112,7 @@ def test_a_readout_without_its_multiplier_is_noticed(monkeypatch: pytest.MonkeyP
 
 
 def test_a_learning_rate_that_falls_too_fast_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rules.LEARNING_RATE[Optimizer.ADAM], Role.HIDDEN, Power(r_in=-2))
+    monkeypatch.setitem(ADAM.lr, Role.HIDDEN, Power(r_in=-2))
     with pytest.raises(AssertionError):
         assert_no_vanishing(updates_of_gpt2())
 
@@ -155,5 +155,5 @@ def test_an_eps_that_does_not_is_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
     gradients = first_gradients(case, plans_of(case))
     for role in (Role.INPUT, Role.HIDDEN, Role.OUTPUT):
         with monkeypatch.context() as patched:
-            patched.setitem(rules.ADAM_EPS, role, ONE)
+            patched.setitem(ADAM.eps, role, ONE)
             assert eps_slopes(plans_of(case)) != pytest.approx(gradients, abs=0.25)

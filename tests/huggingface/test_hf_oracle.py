@@ -18,8 +18,8 @@ from transformers import PretrainedConfig
 
 from mup_megatron.huggingface import apply_plan, param_groups, plan_for
 from mup_megatron.modules import shapes
-from mup_megatron.theory import Optimizer, Plan, Role, rules
-from mup_megatron.theory.rules import ONE, Power
+from mup_megatron.theory import ADAM, SGD, Optimizer, Plan, Role, rules
+from mup_megatron.theory.optimizers import ONE, Power
 
 BASE = 32
 WIDTHS = (2, 4)
@@ -107,12 +107,11 @@ def test_every_tensor_gets_what_mup_gives_it(case: str, optimizer: str) -> None:
 
 # ---- what must go red ----------------------------------------------------------------------------------------------
 
-ADAM, SGD = rules.LEARNING_RATE[Optimizer.ADAM], rules.LEARNING_RATE[Optimizer.SGD]
 BREAKS: dict[str, tuple[dict[Role, Power], Role, Power, str, set[str]]] = {
     "hidden init": (rules.INIT_STD, Role.HIDDEN, ONE, "adam", {"hidden.init_std"}),
     "readout init": (rules.INIT_STD, Role.OUTPUT, Power(r_in=-0.5), "adam", {"output.init_std"}),
-    "one LR for all": (ADAM, Role.HIDDEN, ONE, "adam", {"hidden.lr"}),
-    "LR by fan_out": (ADAM, Role.HIDDEN, Power(r_out=-1), "adam", {"hidden.lr"}),
+    "one LR for all": (ADAM.lr, Role.HIDDEN, ONE, "adam", {"hidden.lr"}),
+    "LR by fan_out": (ADAM.lr, Role.HIDDEN, Power(r_out=-1), "adam", {"hidden.lr"}),
     "no readout multiplier": (
         rules.MULTIPLIER,
         Role.OUTPUT,
@@ -120,9 +119,9 @@ BREAKS: dict[str, tuple[dict[Role, Power], Role, Power, str, set[str]]] = {
         "adam",
         {"output.multiplier", "model.output_multiplier"},
     ),
-    "SGD input LR": (SGD, Role.INPUT, ONE, "sgd", {"input.lr"}),
-    "SGD LR by fan_in alone": (SGD, Role.HIDDEN, Power(r_in=-1), "sgd", {"hidden.lr"}),
-    "decay not compensated": (rules.WEIGHT_DECAY[Optimizer.SGD], Role.HIDDEN, ONE, "sgd", {"hidden.weight_decay"}),
+    "SGD input LR": (SGD.lr, Role.INPUT, ONE, "sgd", {"input.lr"}),
+    "SGD LR by fan_in alone": (SGD.lr, Role.HIDDEN, Power(r_in=-1), "sgd", {"hidden.lr"}),
+    "decay not compensated": (SGD.weight_decay, Role.HIDDEN, ONE, "sgd", {"hidden.weight_decay"}),
 }
 
 
@@ -135,8 +134,8 @@ def test_a_broken_rule_is_noticed_where_it_is_broken(broken: str, case: str, mon
 
 
 def test_weight_decay_that_is_not_compensated_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = rules.weight_decay
-    monkeypatch.setattr(rules, "weight_decay", lambda *args, **rest: original(*args, **rest | {"exponent": 0.0}))
+    original = Optimizer.decayed
+    monkeypatch.setattr(Optimizer, "decayed", lambda *args, **rest: original(*args, **rest | {"exponent": 0.0}))
     assert disagreements("gpt2", 4, "adam") == {"hidden.weight_decay"}
 
 
@@ -215,8 +214,8 @@ def test_five_steps_are_those_of_mup(case: str, optimizer: str) -> None:
     ("table", "role", "optimizer"),
     [
         (rules.MULTIPLIER, Role.OUTPUT, "adam"),
-        (ADAM, Role.HIDDEN, "adam"),
-        (SGD, Role.INPUT, "sgd"),
+        (ADAM.lr, Role.HIDDEN, "adam"),
+        (SGD.lr, Role.INPUT, "sgd"),
     ],
 )
 def test_five_steps_notice_a_broken_rule(

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from mup_megatron.errors import InputError
 from mup_megatron.huggingface import apply_plan, plan_for
 from mup_megatron.recipe import load_recipe, save_recipe
-from mup_megatron.theory import Kind, Plan, Role
+from mup_megatron.theory import Plan, Property, Role
 
 BASE, WIDTH = 32, 128
 HYPERPARAMETERS = {"lr": 0.01, "adam_eps": 1e-6, "weight_decay": 0.1}
@@ -193,10 +193,11 @@ def test_attention_is_one_over_d_where_heads_grow_in_size(family: str) -> None:
 
 def test_norms_of_queries_grow_with_heads_alone() -> None:
     gain = "model.layers.0.self_attn.q_norm.weight"
+    vector = {Property.VECTOR, Property.GAIN}
     fixed = plan("qwen3")[gain]
-    assert (fixed.role, fixed.kind, fixed.eps) == (Role.SCALAR, Kind.GAIN, 1e-6)
+    assert (fixed.role, set(fixed.properties), fixed.eps) == (Role.SCALAR, vector, 1e-6)
     growing = plan("qwen3", with_heads_growing("qwen3", 64), with_heads_growing("qwen3", 256))[gain]
-    assert (growing.role, growing.kind, growing.eps) == (Role.INPUT, Kind.GAIN, 2.5e-7)
+    assert (growing.role, set(growing.properties), growing.eps) == (Role.INPUT, vector, 2.5e-7)
 
 
 def test_layers_with_a_scale_of_their_own_are_allowed() -> None:
@@ -225,7 +226,7 @@ def test_readouts_tied_and_untied(family: str, tied: bool) -> None:
     # T5 is always tied here; what it takes from the key is whether it scales the readout, as its release 1.1 does not.
     embedding = tied or family == "t5"
     assert found.tied is embedding
-    assert found[found.readout].kind is (Kind.EMBEDDING if embedding else Kind.HEAD)
+    assert found[found.readout].properties == {Property.EMBEDDING if embedding else Property.READOUT}
     assert found.output_multiplier == 0.75
     assert found[found.readout].multiplier == (5.0 if embedding else 0.75)
     assert found.embedding_multiplier == 5.0
@@ -281,7 +282,7 @@ def test_a_multiplier_of_what_a_model_has_not_is_refused(family: str) -> None:
 
 def test_a_table_of_relative_positions_grows_with_heads() -> None:
     table = plan("t5")["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
-    assert (table.role, table.kind, table.fan_in, table.fan_out) == (Role.INPUT, Kind.WEIGHT, 32, 8)
+    assert (table.role, set(table.properties), table.fan_in, table.fan_out) == (Role.INPUT, set(), 32, 8)
     assert (table.lr, table.weight_decay, table.multiplier, table.eps) == (0.01, 0.1, 1.0, 2.5e-7)
     sized = plan("t5", with_heads_growing("t5", 64), with_heads_growing("t5", 256))
     assert sized[table.name].role is Role.SCALAR
@@ -290,7 +291,12 @@ def test_a_table_of_relative_positions_grows_with_heads() -> None:
 def test_patches_and_tables_that_are_added() -> None:
     found = plan("vit")
     patches = found["vit.embeddings.patch_embeddings.projection.weight"]
-    assert (patches.role, patches.kind, patches.fan_in, patches.fan_out) == (Role.INPUT, Kind.WEIGHT, 3 * 4 * 4, 128)
+    assert (patches.role, set(patches.properties), patches.fan_in, patches.fan_out) == (
+        Role.INPUT,
+        set(),
+        3 * 4 * 4,
+        128,
+    )
     for name in ("vit.embeddings.cls_token", "vit.embeddings.position_embeddings"):
         assert (found[name].role, found[name].lr, found[name].init_std) == (Role.INPUT, 0.01, 0.02)
 

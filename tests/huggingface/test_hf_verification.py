@@ -13,7 +13,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.huggingface import apply_plan, plan_for, verification
 from mup_megatron.huggingface.plan import _factory
 from mup_megatron.modules.apply import set_attention_scale
-from mup_megatron.modules.shapes import Built
+from mup_megatron.modules.shapes import MetaModule
 
 COMMON: dict[str, Any] = {"vocab_size": 64, "num_hidden_layers": 2}
 DENSE = {"first_k_dense_replace": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}
@@ -78,7 +78,7 @@ def test_yarns_part_of_the_scale_is_the_targets() -> None:
 def test_what_is_seen_on_the_meta_device_follows_the_attribute(family: str) -> None:
     own = with_class(family, with_heads_growing(family, 64))
     model_class = getattr(transformers, (own.architectures or [""])[0])
-    built = Built.of(_factory(model_class, own))
+    built = MetaModule.of(_factory(model_class, own))
     plan = plan_for(own, recipe_at(own, hyperparameters={"attention_multiplier": 3.0}))
     before = [softmax.scale for softmax in verification.forward_of(built).softmaxes]
     set_attention_scale(built.module, plan)

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from support.processes import HANGS_AFTER_S
 
-from mup_megatron.models.gpt import gpt_shapes
-from mup_megatron.models.model_file import ModelFile, load_model_file
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import load_model_file, shapes_of
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -121,7 +121,7 @@ def model_of(size: str) -> ModelFile:
 def parameters_per_gpu(size: str) -> float:
     """Of the largest rank: the layers are spread evenly, embedding and positions are all on the first stage."""
     line, model = dry_run(size), model_of(size)
-    shapes = gpt_shapes(model, model)[1].parameters
+    shapes = shapes_of(model, model)[1].tensors
     blocks = sum(math.prod(p.shape) for p in shapes if p.name.startswith("decoder.layers."))
     others = sum(math.prod(p.shape) for p in shapes if not p.name.startswith("decoder.layers."))
     return (blocks / line.pp + others) / line.tp

@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from support.lm_arguments import parser_of_megatron, said_once
 from support.shapes import gpt, recipe_for
 
+from mup_megatron.architectures.flag import Flag, number, whole_number
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import shapes_of
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments import (
+from mup_megatron.megatron.arguments import table
+from mup_megatron.megatron.arguments.convert import (
     flags,
     model_from_flags,
     model_from_values,
     not_in_model_file,
-    table,
     values_from_flags,
-    words_of_launch,
-    words_of_script,
 )
-from mup_megatron.models.gpt import gpt_shapes
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.megatron.arguments.launch_script import words_of_launch, words_of_script
 from mup_megatron.recipe import Recipe, Schedule
 
 ROOT = Path(__file__).parents[2]
@@ -108,16 +108,16 @@ def test_flags_mean_to_megatron_what_they_mean_here(parsed: Callable[[list[str]]
     agree()
 
 
-KNOWN = {flag.key for flag in table.EVERY}
+KNOWN = {flag.key for flag in table.every()}
 
 
 def test_the_table_of_flags_is_megatrons(parser: argparse.ArgumentParser) -> None:
     """Name, attribute, default and polarity of every flag that this release has."""
     actions = {name: action for action in parser._actions for name in action.option_strings}
-    missing = [flag.name for flag in table.EVERY if flag.name not in actions]
+    missing = [flag.name for flag in table.every() if flag.name not in actions]
     # Of earlier releases:
     assert set(missing) <= {"--hybrid-attention-ratio", "--hybrid-mlp-ratio", "--use-legacy-models"}
-    for flag in table.EVERY:
+    for flag in table.every():
         if flag.name not in missing:
             action = actions[flag.name]
             assert (action.dest, action.default) == (flag.key, flag.default), flag.name
@@ -277,11 +277,11 @@ def test_a_missing_vocabulary_is_the_tokenizers() -> None:
 
 # ---- what a model file cannot say ----------------------------------------------------------------------------------
 
-WORDS: dict[Any, list[str]] = {None: [], table.whole_number: ["2"], table.number: ["0.5"], str: ["something"]}
+WORDS: dict[Any, list[str]] = {None: [], whole_number: ["2"], number: ["0.5"], str: ["something"]}
 
 
-@pytest.mark.parametrize("flag", table.REFUSED, ids=lambda flag: flag.name)
-def test_what_changes_parameters_is_refused_by_the_flags_name(flag: table.Flag) -> None:
+@pytest.mark.parametrize("flag", table.refused(), ids=lambda flag: flag.name)
+def test_what_changes_parameters_is_refused_by_the_flags_name(flag: Flag) -> None:
     with pytest.raises(InputError) as raised:
         model_of(flag.name, *WORDS[flag.parse])
     assert str(raised.value).startswith(f"line: {flag.name}: ")
@@ -289,7 +289,7 @@ def test_what_changes_parameters_is_refused_by_the_flags_name(flag: table.Flag) 
 
 
 @pytest.mark.parametrize("flag", table.NOT_SAID, ids=lambda flag: flag.name)
-def test_what_leaves_parameters_alone_is_only_named(flag: table.Flag) -> None:
+def test_what_leaves_parameters_alone_is_only_named(flag: Flag) -> None:
     words = [*REQUIRED, flag.name, *WORDS[flag.parse], *(["--use-rope-scaling"] if "rope-scaling" in flag.name else [])]
     assert flag.name in not_in_model_file(values_from_flags(words, source="line"))
     assert model_from_flags(words, source="line") == model_of()
@@ -337,7 +337,7 @@ def test_what_validation_fills_in_changes_nothing() -> None:
     before = model_from_values(values(), source="line")
     filled = {"ffn_hidden_size": 256, "kv_channels": 16, "add_qkv_bias": True, "encoder_num_layers": 2}
     after = model_from_values(values(**filled, encoder_seq_length=16, max_position_embeddings=16), source="line")
-    assert gpt_shapes(before, before) == gpt_shapes(before, after)
+    assert shapes_of(before, before) == shapes_of(before, after)
     assert after.max_position_embeddings is None
 
 

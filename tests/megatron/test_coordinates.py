@@ -14,10 +14,10 @@ from support.coordinates import STEPS, Sizes, megatron_gradients, megatron_updat
 from support.processes import run_ranks
 from support.shapes import gpt, recipe_for
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Role, rules
-from mup_megatron.theory.rules import ONE
+from mup_megatron.theory import ADAM, Role
+from mup_megatron.theory.optimizers import ONE
 
 WIDTHS = (64, 128, 256, 512)
 SEEDS = (0, 1, 2)
@@ -171,7 +171,7 @@ def test_eps_follows_the_gradient(first_gradients: dict[str, float]) -> None:
 def test_an_eps_that_does_not_is_noticed(
     role: Role, first_gradients: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(rules.ADAM_EPS, role, ONE)
+    monkeypatch.setitem(ADAM.eps, role, ONE)
     assert eps_slopes(UNTIED) != pytest.approx(first_gradients, abs=0.15)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from support.lm_arguments import parser_of_megatron
 
-from mup_megatron.megatron.arguments.effects import ROWS, Effect, page, row_of
-from mup_megatron.megatron.arguments.table import EVERY, HYPERPARAMETERS, NOT_SAID, REFUSED, SCHEDULE, STOPPED
-from mup_megatron.megatron.lm import flags
+from mup_megatron.megatron.arguments.effects import Effect, page, row_of, rows
+from mup_megatron.megatron.arguments.table import HYPERPARAMETERS, NOT_SAID, SCHEDULE, STOPPED, every, refused
+from mup_megatron.megatron.pretrain import flags
 
 PAGE = Path(__file__).parents[2] / "docs" / "flags.md"
 
@@ -31,16 +31,16 @@ def test_flags_of_the_oldest_release_are_known() -> None:
 
 
 def test_each_flag_has_one_place() -> None:
-    assert [name for name, count in Counter(row.name for row in ROWS).items() if count > 1] == []
+    assert [name for name, count in Counter(row.name for row in rows()).items() if count > 1] == []
 
 
 def test_what_is_read_has_the_effect_that_reading_it_has() -> None:
-    effects = {row.name: row.effect for row in ROWS}
-    assert {effects[flag.name] for flag in REFUSED} == {Effect.REFUSED}
+    effects = {row.name: row.effect for row in rows()}
+    assert {effects[flag.name] for flag in refused()} == {Effect.REFUSED}
     assert {effects[flag.name] for flag in STOPPED} == {Effect.STOPPED}
     assert {effects[flag.name] for flag in NOT_SAID} == {Effect.ALIKE}
     assert {effects[flag.name] for flag in SCHEDULE} == {Effect.RECIPE}
-    assert {effects[flag.name] for flag in EVERY} >= {Effect.MODEL}
+    assert {effects[flag.name] for flag in every()} >= {Effect.MODEL}
     assert {effects[flag.name] for flag in HYPERPARAMETERS.values()} == {Effect.RECIPE, Effect.MODEL}
     assert all(row_of(name) is not None for name in flags.NAMES)
 
@@ -56,7 +56,7 @@ def test_a_flag_is_known_by_its_whole_name_first() -> None:
 
 
 def test_every_reason_is_said() -> None:
-    assert [row.name for row in ROWS if not row.reason and row.effect is not Effect.ALIKE] == []
+    assert [row.name for row in rows() if not row.reason and row.effect is not Effect.ALIKE] == []
 
 
 def test_the_page_is_up_to_date() -> None:

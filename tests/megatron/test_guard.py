@@ -274,27 +274,27 @@ def _no_readout_multiplier(run: Run) -> None:
 
 
 def _multiplied_twice(run: Run) -> None:
-    from mup_megatron.modules.hooks import ScaledOutput
+    from mup_megatron.live.hooks import ScaledOutput
 
     _embedding(run).register_forward_hook(ScaledOutput(3.0))
 
 
 def _another_multiplier(run: Run) -> None:
-    from mup_megatron.modules.hooks import ScaledInput
+    from mup_megatron.live.hooks import ScaledInput
 
     _no_readout_multiplier(run)
     run.chunks[0].module.output_layer.register_forward_pre_hook(ScaledInput(2.0))
 
 
 def _on_the_wrong_side(run: Run) -> None:
-    from mup_megatron.modules.hooks import ScaledOutput
+    from mup_megatron.live.hooks import ScaledOutput
 
     _no_readout_multiplier(run)
     run.chunks[0].module.output_layer.register_forward_hook(ScaledOutput(0.5))
 
 
 def _multiplier_too_many(run: Run) -> None:
-    from mup_megatron.modules.hooks import ScaledInput
+    from mup_megatron.live.hooks import ScaledInput
 
     run.chunks[0].module.decoder.layers[3].mlp.linear_fc2.register_forward_pre_hook(ScaledInput(2.0))
 
@@ -753,7 +753,7 @@ def test_rows_that_pad_the_vocabulary_may_be_anything() -> None:
 
 def _draws() -> tuple[int, list[int]]:
     """False alarms over many draws, and how many elements it takes to notice a std that is 1.5 of what it should be."""
-    from mup_megatron.megatron.guard.weights import _drawn
+    from mup_megatron.live.weights import _drawn
 
     generator = torch.Generator().manual_seed(0)
     alarms, noticed = 0, []
@@ -774,7 +774,7 @@ def test_no_draw_gives_a_false_alarm() -> None:
 
 
 def _zeros() -> tuple[int, list[str]]:
-    from mup_megatron.megatron.guard.weights import _drawn
+    from mup_megatron.live.weights import _drawn
 
     wrong = _drawn(torch.full((4,), 0.5), PLAN[QKV], 0.0)
     return len(_drawn(torch.zeros(4), PLAN[QKV], 0.0)), [str(problem) for problem in wrong]

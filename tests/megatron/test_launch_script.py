@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments import model_from_flags, words_of_launch, words_of_script
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.megatron.arguments.convert import model_from_flags
+from mup_megatron.megatron.arguments.launch_script import words_of_launch, words_of_script
 from mup_megatron.yaml_io import dump_yaml
 
 TORCHRUN = "torchrun x.py --num-layers 2 --num-attention-heads 4 --seq-length 8 --vocab-size 9 --hidden-size"

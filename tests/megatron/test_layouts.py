@@ -107,7 +107,7 @@ def _only(*keys: str) -> Callable[..., dict[str, float]]:
 
 MUTATIONS: dict[str, Callable[[], tuple[str, str, Any]]] = {
     # what is broken: (module of the adapter, name in it, what takes its place)
-    "no multipliers": lambda: ("model", "_hook_multipliers", _no_hooks),
+    "no multipliers": lambda: ("model.hooks", "attach", _no_hooks),
     "no attention scale": lambda: ("model", "_set_softmax_scale", _no_hooks),
     "no rescaling of the draw": lambda: ("model", "_initialize", lambda *_: None),
     "one learning rate": lambda: ("optimizer", "_override", _only("wd_mult", "eps")),
@@ -204,7 +204,7 @@ def _joined(ranks: Sequence[Result]) -> Outcome:
                 known = live[moment].setdefault(name, values)
                 live[moment][name] = known if values == known else {**values, "lr": math.nan}
     scales = {scale for rank in ranks for scale in rank.scales.values()}
-    return Outcome(ranks[0].losses, planned.whole([rank.start for rank in ranks]), live, scales)
+    return Outcome(ranks[0].losses, planned.assembled([rank.start for rank in ranks]), live, scales)
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +314,7 @@ def _drawn(layout: Layout) -> dict[str, list[planned.Piece]]:
 def test_gathered_weights_have_the_plans_std(layout: str) -> None:
     of_ranks = run_ranks(_drawn, LAYOUTS[layout].world_size, LAYOUTS[layout])
     for shape in SHAPES:
-        _require_plans_std(planned.whole([rank[shape] for rank in of_ranks]), plan_of(shape))
+        _require_plans_std(planned.assembled([rank[shape] for rank in of_ranks]), plan_of(shape))
 
 
 def _require_plans_std(drawn: dict[str, torch.Tensor], plan: Plan) -> None:

@@ -6,18 +6,24 @@ from typing import Any
 import pytest
 from support.lines import ACCEPTED, NULL, REFUSED, words
 
+from mup_megatron.architectures import registry
+from mup_megatron.architectures.command_line import CommandLine
+from mup_megatron.architectures.flag import Flag, whole_number
+from mup_megatron.architectures.gpt import Gpt
+from mup_megatron.architectures.hybrid import HybridFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import versions
-from mup_megatron.megatron.arguments import fork, read_line
+from mup_megatron.megatron.arguments import fork
 from mup_megatron.megatron.arguments import line as lines
-from mup_megatron.megatron.arguments.effects import row_of
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.megatron.arguments.convert import flags as write_flags
+from mup_megatron.megatron.arguments.effects import Effect, row_of
+from mup_megatron.megatron.arguments.line import read_line
 
 
 @pytest.fixture(autouse=True)
 def newest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some tokenizers count otherwise in older releases."""
-    monkeypatch.setattr(lines, "core_version", lambda: (0, 19, 0))
     monkeypatch.setattr(versions, "core_version", lambda: (0, 19, 0))
 
 
@@ -48,6 +54,118 @@ def test_what_is_no_such_gpt_is_refused_by_name(name: str) -> None:
 
 def test_flags_alone_are_read_as_a_gpts() -> None:
     assert read_line(words("")).model() == read("").model()
+
+
+# ---- hybrid models ---------------------------------------------------------------------------------------------------
+
+LOCAL = "--spec mup_megatron.megatron.builders.hybrid local_stack_spec"
+STOCK = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec"
+OLD_STOCK = "--spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec"
+PLAIN = HybridFile(
+    hybrid_layer_pattern="*-*-",
+    hidden_size=64,
+    num_attention_heads=4,
+    seq_length=32,
+    vocab_size=511,
+    attention_dropout=0.1,
+    hidden_dropout=0.1,
+)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "keys"),
+    [
+        ("pretrain_hybrid.py", "--hybrid-layer-pattern *-*-", {}),
+        ("mine/train.py", "--hybrid-layer-pattern=*-*-", {}),
+        ("pretrain_hybrid.py", f"--hybrid-layer-pattern *-*- {LOCAL}", {"transformer_impl": "local"}),
+        ("pretrain_hybrid.py", f"{STOCK} --swiglu --hybrid-layer-pattern *-*-", {"swiglu": True}),
+        ("pretrain_mamba.py", f"{OLD_STOCK} --is-hybrid-model --hybrid-override-pattern *-*-", {}),
+        ("pretrain_hybrid.py", "--hybrid-layer-pattern *-|*-", {"hybrid_layer_pattern": "*-|*-"}),
+        ("pretrain_hybrid.py", "--hybrid-layer-pattern -**-", {"hybrid_layer_pattern": "-**-"}),
+    ],
+)
+def test_lines_of_a_hybrid_model_are_model_files(script: str, flags: str, keys: dict[str, Any]) -> None:
+    assert read(flags, script=script).model() == PLAIN.model_copy(update=keys)
+
+
+def test_a_launch_scripts_pattern_is_read_as_a_shell_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.sh"
+    path.write_text(
+        f"ARGS=(\n{' '.join(words(LOCAL))}\n--hybrid-layer-pattern '*-|*-')\n"
+        'torchrun --nproc-per-node 2 pretrain_hybrid.py "${ARGS[@]}"\n'
+    )
+    changes = {"hybrid_layer_pattern": "*-|*-", "transformer_impl": "local"}
+    assert read_line([str(path)]).model() == PLAIN.model_copy(update=changes)
+
+
+def test_the_number_of_layers_beside_a_pattern_is_what_the_release_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = "--is-hybrid-model --hybrid-override-pattern *-"
+    for flags in (older, "--hybrid-layer-pattern *-"):
+        line = read(flags, script="pretrain_mamba.py")  # and --num-layers 4
+        assert line.model().num_layers == 2
+        assert f"--num-layers 4: Megatron takes the layers of {flags.split()[-2]}, 2." in line.remarks
+    monkeypatch.setattr(versions, "core_version", lambda: (0, 16, 1))
+    with pytest.raises(
+        InputError, match=r"--hybrid-override-pattern has 2 layers, and --num-layers is 4, which Megatron"
+    ):
+        read(older, script="pretrain_mamba.py").model()
+    [remark] = read("--hybrid-override-pattern *-*-", script="pretrain_mamba.py").remarks
+    assert remark.startswith("--is-hybrid-model is missing: without it Megatron 0.16 draws")
+    assert read(f"--num-layers 2 {older}", script="pretrain_mamba.py").remarks == ()
+
+
+@pytest.mark.parametrize("release", [(0, 16), (0, 17), (0, 18), (0, 19)])
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+@pytest.mark.parametrize("pattern", ["*-*-", "*-|*-", "-*"])
+def test_what_args_writes_for_a_release_is_read_back(
+    monkeypatch: pytest.MonkeyPatch, release: tuple[int, int], impl: str, pattern: str
+) -> None:
+    monkeypatch.setattr(versions, "core_version", lambda: (*release, 0))
+    content = {**dict(PLAIN), "transformer_impl": impl, "hybrid_layer_pattern": pattern}
+    model = HybridFile(**content | {"num_layers": len(pattern.replace("|", ""))})
+    words = write_flags(model, release=release)
+    older = release < (0, 17)
+    assert ("--is-hybrid-model" in words, "--hybrid-override-pattern" in words) == (older, older)
+    expected = model.letters if older else pattern
+    line = read_line(["pretrain_mamba.py", *words])
+    assert line.model() == model.model_copy(update={"hybrid_layer_pattern": expected})
+    assert line.remarks == ()
+
+
+# ---- an architecture that is defined elsewhere -----------------------------------------------------------------------
+
+
+class StreamsFile(ModelFile):
+    streams: int
+
+
+class Streams(Gpt):
+    name = "streams"
+    description = "a model of streams"
+    file = StreamsFile
+    command_line = CommandLine(
+        programs=("pretrain_streams.py",), keys={"streams": (Flag("--streams", "streams", None, whole_number),)}
+    )
+
+
+def test_an_architectures_own_flags_need_no_edit_here() -> None:
+    registry.register(Streams())
+    try:
+        line = read("--streams 3", script="pretrain_streams.py")
+        expected = {**dict(read("").model()), "streams": 3}
+        assert line.model() == StreamsFile(**expected)
+        assert line.remarks == ()
+        assert read_line(write_flags(line.model())).model() == line.model()
+        row = row_of("--streams")
+        assert row is not None
+        assert row.effect is Effect.MODEL
+        with pytest.raises(InputError, match=r"pretrain_streams\.py builds .*, and --streams is missing"):
+            read("", script="pretrain_streams.py")
+        with pytest.raises(InputError, match=r"--streams: a flag of a model of streams, and pretrain_gpt\.py builds"):
+            read("--streams 3")
+    finally:
+        del registry._ARCHITECTURES["streams"]
+    assert row_of("--streams") is None
 
 
 # ---- remarks -------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from support.processes import run_ranks
 from support.shapes import gpt
 from support.stock import Layout, Run, Training
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.megatron.versions import core_version
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(core_version() < (0, 17, 0), reason="megatron-core 0.16 has no μP of its own")

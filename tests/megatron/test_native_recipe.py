@@ -4,6 +4,7 @@ What native μP does is read from live Megatron-Core models.
 """
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,11 @@ from support import planned, stock
 from support.processes import run_ranks
 from support.stock import Layout
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments import values_from_flags
+from mup_megatron.megatron.arguments.convert import values_from_flags
 from mup_megatron.megatron.arguments.native import Difference, Native, NativeRecipe, recipe_from_native
 from mup_megatron.megatron.versions import core_version
-from mup_megatron.models.model_file import ModelFile
-from mup_megatron.theory import Kind
 
 MODEL = (
     "--num-layers 2 --hidden-size 128 --num-attention-heads 16 --kv-channels 8 --ffn-hidden-size 256 --seq-length 12 "
@@ -49,6 +49,7 @@ LINES = {
     "sgd": "--optimizer sgd --untie-embeddings-and-output-weights",
     "sgd, decoupled": "--optimizer sgd --decoupled-lr 0.01",
     "off": "--mup-base-hidden-size 128",
+    "a hybrid model": "--hybrid-layer-pattern *-*--* --mup-base-head-dim 8 --untie-embeddings-and-output-weights",
 }
 _CONFIG = "mup_base_hidden_size mup_base_head_dim mup_embedding_mult mup_output_mult mup_attn_scale_power".split()
 
@@ -130,7 +131,7 @@ def test_every_number_is_natives_or_said_to_differ(line: str) -> None:
             if None in numbers:
                 assert numbers == (None, None), (entry.name, quantity)
                 continue
-            expected = said.get((quantity, entry.name.replace(".0.", ".*.").replace(".1.", ".*.")), numbers[:1] * 2)
+            expected = said.get((quantity, re.sub(r"\.\d+\.", ".*.", entry.name)), numbers[:1] * 2)
             assert numbers == pytest.approx(expected, rel=1e-9), (entry.name, quantity)
 
 
@@ -255,7 +256,7 @@ def test_what_belongs_to_single_tensors_becomes_per_parameter() -> None:
     native = carried("--decoupled-lr 0.01 --embedding-init-method-std 0.1 --untie-embeddings-and-output-weights")
     plan = native.recipe.plan(native.model)
     for entry in plan.entries:
-        if entry.kind in (Kind.EMBEDDING, Kind.HEAD):
+        if entry.is_embedding or entry.is_readout:
             assert entry.init_std == pytest.approx(0.1), entry.name
     assert plan["embedding.word_embeddings.weight"].lr == plan["output_layer.weight"].lr == pytest.approx(0.01)
     assert plan["embedding.position_embeddings.weight"].lr == 1e-3

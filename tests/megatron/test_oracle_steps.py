@@ -16,10 +16,10 @@ from support.processes import run_ranks
 from support.shapes import HYPERPARAMETERS, batch, gpt, recipe_for
 from torch import Tensor
 
-from mup_megatron.models.model_file import ModelFile
-from mup_megatron.theory import Optimizer, Role, rules
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.theory import ADAM, Role, rules
 from mup_megatron.theory.folding import READOUT, fold, fold_attention
-from mup_megatron.theory.rules import ONE
+from mup_megatron.theory.optimizers import ONE
 
 UNTIED = {"untie_embeddings_and_output_weights": True}
 LLAMA = {
@@ -91,7 +91,7 @@ def losses_of_both(base: ModelFile, target: ModelFile, optimizer: str, broken: s
     if broken == "readout":
         rules.MULTIPLIER[Role.OUTPUT] = ONE
     elif broken == "hidden LR":
-        rules.LEARNING_RATE[Optimizer.ADAM][Role.HIDDEN] = ONE
+        ADAM.lr[Role.HIDDEN] = ONE
     lr, weight_decay = LR[optimizer], HYPERPARAMETERS["weight_decay"]
     multipliers = ("embedding_multiplier", "output_multiplier", "attention_multiplier")
     oracle = mup_gpt(

@@ -4,8 +4,17 @@ from pathlib import Path
 
 import pytest
 
+from mup_megatron.architectures.registry import architectures
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments.programs import Family, family_of, require_gpt, script_of, scripts_in
+from mup_megatron.megatron.arguments.programs import (
+    ProgramKind,
+    builds,
+    kind_of,
+    require_flags,
+    require_supported,
+    script_of,
+    scripts_in,
+)
 
 
 @pytest.mark.parametrize(
@@ -34,9 +43,7 @@ def test_flags_alone_name_no_script() -> None:
         ("pretrain_bert.py", "BERT models"),
         ("$MEGATRON/examples/bert/pretrain_bert.py", "BERT models"),
         ("pretrain_t5.py", "T5 models"),
-        ("pretrain_mamba.py", "Mamba or other hybrid layers"),
-        ("pretrain_hybrid.py", "Mamba or other hybrid layers"),
-        ("megatron/elastification/pretrain_hybrid_flex.py", "Mamba or other hybrid layers"),
+        ("megatron/elastification/pretrain_hybrid_flex.py", "layers have several sizes"),
         ("pretrain_vlm.py", "multimodal"),
         ("examples/multimodal/train.py", "multimodal"),
         ("examples/mimo/train.py", "multimodal"),
@@ -57,7 +64,7 @@ def test_flags_alone_name_no_script() -> None:
 )
 def test_other_programs_are_refused_by_name(script: str, what: str) -> None:
     with pytest.raises(InputError) as raised:
-        require_gpt(script, source="run.sh")
+        require_supported(script, source="run.sh")
     assert str(raised.value).startswith(f"run.sh: {'/'.join(script.split('/')[-2:])}") or script.split("/")[
         -1
     ].lower() in str(raised.value)
@@ -67,14 +74,34 @@ def test_other_programs_are_refused_by_name(script: str, what: str) -> None:
 
 @pytest.mark.parametrize("script", ["pretrain_gpt.py", "a/b/pretrain_gpt.py", "tools/run_text_generation_server.py"])
 def test_those_that_build_a_gpt_pass(script: str) -> None:
-    require_gpt(script, source="")
-    assert family_of(script) is Family.GPT
+    require_supported(script, source="")
+    assert kind_of(script) is ProgramKind.SUPPORTED
+
+
+@pytest.mark.parametrize("script", ["pretrain_hybrid.py", "megatron/pretrain_mamba.py"])
+def test_those_that_build_a_hybrid_model_want_its_pattern(script: str) -> None:
+    require_supported(script, source="")
+    assert builds(script) is architectures()["hybrid"]
+    name = script.rpartition("/")[2]
+    for flag in ("--hybrid-layer-pattern", "--hybrid-override-pattern=*-", "--use-checkpoint-args"):
+        require_flags(script, [flag, "*-"], source="line")
+    with pytest.raises(InputError, match=f"line: {name} builds a hybrid model, and --hybrid-layer-pattern is missing"):
+        require_flags(script, ["--num-layers", "2"], source="line")
+
+
+def test_a_gpts_program_is_given_no_pattern() -> None:
+    require_flags("pretrain_gpt.py", ["--num-layers", "2"], source="line")
+    require_flags("mine/train.py", ["--hybrid-layer-pattern", "*-"], source="line")
+    with pytest.raises(
+        InputError, match=r"--is-hybrid-model: a flag of a hybrid model, and pretrain_gpt\.py builds a GPT"
+    ):
+        require_flags("pretrain_gpt.py", ["--is-hybrid-model"], source="line")
 
 
 @pytest.mark.parametrize("script", ["train.py", "my/finetune.py", "pretrain_gpt2.py"])
 def test_other_names_are_somebodys_own(script: str) -> None:
-    require_gpt(script, source="")
-    assert family_of(script) is Family.OWN
+    require_supported(script, source="")
+    assert kind_of(script) is ProgramKind.OWN
 
 
 def test_the_scripts_that_a_launch_script_names(tmp_path: Path) -> None:

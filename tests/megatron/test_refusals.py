@@ -438,7 +438,7 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all() -> None:
     [
         ("megatron.core.models.bert.bert_model", "BertModel", "an encoder"),
         ("megatron.core.models.T5.t5_model", "T5Model", "an encoder and a decoder"),
-        ("megatron.core.models.mamba", "MambaModel", "a hybrid of Mamba, attention and other layers"),
+        ("megatron.core.models.mamba", "MambaModel", "a hybrid model"),
     ],
 )
 def test_other_models_are_called_what_they_are(module: str, name: str, what: str) -> None:
@@ -451,5 +451,5 @@ def test_other_models_are_called_what_they_are(module: str, name: str, what: str
     model.decoder = torch.nn.Identity()
     with pytest.raises(InputError) as raised:
         apply_plan([model], TUNED.plan(WIDE))
-    assert re.search(rf"the model is a (Hybrid|{name})\w*, {what}, and a plan is for", str(raised.value))
+    assert re.search(rf"the model is a (Hybrid|{name})\w*, {what}, and the plan is for a GPT", str(raised.value))
     assert "model file" not in str(raised.value)

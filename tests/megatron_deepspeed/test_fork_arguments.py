@@ -11,9 +11,9 @@ from support.lm_arguments import said_once
 from support.shapes import gpt, recipe_for
 
 from mup_megatron import megatron_deepspeed
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron_deepspeed import model_from_fork_args
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe, Schedule, save_recipe
 
 MODELS = {

@@ -11,10 +11,10 @@ from support.processes import run_ranks
 from support.shapes import gpt, recipe_for
 
 from mup_megatron import megatron_deepspeed
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron_deepspeed import groups
 from mup_megatron.megatron_deepspeed.names import named_parameters
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import PerParameter, Recipe
 
 LLAMA = {"swiglu": True, "normalization": "RMSNorm", "position_embedding_type": "rope", "add_bias_linear": False,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from support.processes import HANGS_AFTER_S
 
-from mup_megatron.megatron.lm import hooks
+from mup_megatron.megatron.pretrain import hooks
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,9 +12,9 @@ from support.plain_gpt import PlainGPT
 from support.shapes import gpt, recipe_for
 
 from mup_megatron import megatron_deepspeed
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron_deepspeed.names import core_names
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import PerParameter, Recipe, save_recipe
 from mup_megatron.theory import Plan
 
@@ -193,7 +193,9 @@ def test_attention_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_a_model_that_is_not_what_the_command_line_says_is_refused(tmp_path: Path) -> None:
     save_recipe(recipe_for(gpt(1)), tmp_path / "R.yaml")
     args = parsed(gpt(2), "--mup-recipe", str(tmp_path / "R.yaml"))
-    with pytest.raises(InputError, match=r"linear_proj.weight\) it would be \(64, 64\)"):
+    with pytest.raises(
+        InputError, match=r"linear_proj.weight\): the model's shape is \(128, 128\), the plan's \(64, 64\)"
+    ):
         megatron_deepspeed.apply_to_model([GPTModel(gpt(4))], args)
     with pytest.raises(InputError, match=r"language_model\.output_layer\.weight: the model has this parameter"):
         megatron_deepspeed.apply_to_model([GPTModel(gpt(2, untie_embeddings_and_output_weights=True))], args)

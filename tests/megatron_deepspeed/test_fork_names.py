@@ -8,9 +8,9 @@ import torch
 from support.fork_models import MODELS, GPTModel, GPTModelPipe, Layout
 from support.shapes import gpt, recipe_for
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.megatron_deepspeed import core_names
-from mup_megatron.megatron_deepspeed.names import expected_shape, mismatches, named_parameters, stored_shape
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.megatron_deepspeed.names import global_shape, mismatches, named_parameters
 
 SHAPES = {
     "as GPT-3": {},
@@ -52,9 +52,8 @@ def test_shards_have_the_shapes_that_the_plan_expects_of_a_rank(
     plan = plan_for(model)
     shard = kind(model, Layout(tensor_parallel=2, sequence_parallel=sequence_parallel))
     assert mismatches([shard], plan, 2) == []
-    # The other way round: the shards of all ranks make up the plan's shapes.
     for fork_name, name, parameter in named_parameters([shard]):
-        whole = expected_shape(plan[name], fork_name, 1)
+        whole = global_shape(parameter, fork_name, name, 2)
         split = [a != b for a, b in zip(whole, parameter.shape, strict=True)]
         assert sum(split) <= 1
     assert mismatches([shard], plan, 1) != []
@@ -112,4 +111,5 @@ def test_a_parameter_that_the_plan_does_not_know_is_named() -> None:
 def test_zero_3_leaves_an_empty_parameter_that_knows_its_shape() -> None:
     taken_away = torch.nn.Parameter(torch.empty(0))
     taken_away.ds_shape = torch.Size([96, 32])  # type: ignore[attr-defined]
-    assert stored_shape(taken_away) == (96, 32)
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    assert global_shape(taken_away, "", name, 2) == (192, 32)

@@ -13,7 +13,7 @@ from torch import nn
 from mup_megatron.errors import InputError
 from mup_megatron.modules import module_base
 from mup_megatron.modules.draws import Draw, build_on_meta, truncated_std
-from mup_megatron.modules.shapes import Built
+from mup_megatron.modules.shapes import MetaModule
 
 ROWS, COLUMNS = 300, 400
 Init = Callable[[torch.Tensor], object]
@@ -33,7 +33,7 @@ def recorded(init: Init, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> Draw:
 
 
 def draws_of(make: Callable[[], nn.Module]) -> Mapping[str, Draw]:
-    return Built.of(make).draws
+    return MetaModule.of(make).draws
 
 
 def drawn(init: Init, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> torch.Tensor:

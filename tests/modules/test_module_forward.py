@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mup_megatron.modules.forward import Forward, Softmax, watched_forward
-from mup_megatron.modules.shapes import Built
+from mup_megatron.modules.shapes import MetaModule
 
 HEADS, SIZE = 2, 8
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -92,7 +92,7 @@ ATTENTIONS: dict[str, tuple[Attend, float]] = {
 
 
 def passed(attend: Attend) -> Forward:
-    built = Built.of(lambda: Attention(attend))
+    built = MetaModule.of(lambda: Attention(attend))
     model = built.module
     assert isinstance(model, Attention)
     ids = torch.zeros(1, 5, dtype=torch.long, device="meta")
@@ -126,7 +126,7 @@ def test_a_softmax_of_a_layers_output_is_no_attention() -> None:
 
 
 def test_the_scale_is_told_by_the_module_that_it_is_in() -> None:
-    built = Built.of(lambda: nn.Sequential(Attention(eager)))
+    built = MetaModule.of(lambda: nn.Sequential(Attention(eager)))
     ids = torch.zeros(1, 5, dtype=torch.long, device="meta")
     found = watched_forward(built.module, lambda: built.module(ids), built.watch)
     assert [softmax.where for softmax in found.softmaxes] == ["0"]

@@ -179,7 +179,7 @@ def test_a_cycle_goes_up_to_the_plans_rates(right: bool) -> None:
         if right:
             check_optimizer(optimizer, own, model)
         else:
-            with pytest.raises(InputError, match=r"lr is 0\.01 in the optimizer"):
+            with pytest.raises(InputError, match=r"lr should be 0\.0025 and is 0\.01"):
                 check_optimizer(optimizer, own, model)
         optimizer.step()
         scheduler.step()
@@ -226,7 +226,9 @@ def test_a_parameter_in_another_group_of_the_plan() -> None:
     optimizer = optim.AdamW(param_groups(model.named_parameters(), own))
     one, other = optimizer.param_groups[0]["params"], optimizer.param_groups[2]["params"]
     one[0], other[0] = other[0], one[0]
-    with pytest.raises(InputError, match=r"^(0|2)\.weight: lr is .* in the optimizer and .* in the plan"):
+    with pytest.raises(
+        InputError, match=r"^(0|2)\.weight: lr should be .* and is .*\. Make the optimizer of param_groups"
+    ):
         check_optimizer(optimizer, own, model)
 
 
@@ -235,7 +237,7 @@ def test_a_model_of_which_something_was_replaced() -> None:
     apply_plan(model, own)
     model[4] = nn.Linear(64, 4)  # type: ignore[operator]
     groups = param_groups(model.named_parameters(), own)
-    with pytest.raises(InputError, match=r"4\.weight: its multiplier 0\.25 is gone"):
+    with pytest.raises(InputError, match=r"^4: multiplier should be 0\.25 on its input and is none\. The hook is gone"):
         check_optimizer(optim.AdamW(groups), own, model)
     plain = net()
     plain[4] = nn.Linear(64, 6)  # type: ignore[operator]
@@ -264,9 +266,9 @@ def _twice(groups: list[dict[str, Any]]) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
-    "lr": (lambda groups: groups[0].update(lr=1.0), "0.weight: lr is 1.0 in the optimizer and 0.01 in the plan"),
-    "eps": (lambda groups: groups[1].update(eps=1.0), "0.bias: eps is 1.0"),
-    "decay": (lambda groups: groups[0].update(weight_decay=1.0), "0.weight: weight_decay is 1.0"),
+    "lr": (lambda groups: groups[0].update(lr=1.0), "0.weight: lr should be 0.01 and is 1. Make the optimizer of"),
+    "eps": (lambda groups: groups[1].update(eps=1.0), "0.bias: eps should be 2.5e-09 and is 1."),
+    "decay": (lambda groups: groups[0].update(weight_decay=1.0), "0.weight: weight decay should be 0.1 and is 1."),
     "betas": (lambda groups: groups[0].update(betas=(0.1, 0.2)), "betas differ"),
     "a group missing": (_popped, "the optimizer does not have it"),
     "a parameter missing": (_emptied, "the optimizer does not have it"),
@@ -290,7 +292,7 @@ def test_groups_of_ones_own_are_compared_by_parameter() -> None:
     flat = optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     with pytest.raises(InputError, match="groups are not the plan's"):
         check_optimizer(flat, own)
-    with pytest.raises(InputError, match=r"in the optimizer and .* in the plan"):
+    with pytest.raises(InputError, match=r"should be .* and is .*\. Make the optimizer of param_groups"):
         check_optimizer(flat, own, model)
     each = [
         {"params": [p], "lr": own[n].lr, "eps": own[n].eps, "weight_decay": own[n].weight_decay}

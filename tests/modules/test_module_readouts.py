@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional
 
 from mup_megatron.errors import InputError
+from mup_megatron.live.hooks import ScaledInput
 from mup_megatron.modules import apply_plan, module_base, plan_for_module
-from mup_megatron.modules.apply import require_applied
-from mup_megatron.modules.hooks import ScaledInput
+from mup_megatron.modules.applied import require_applied
 from mup_megatron.recipe import Hyperparameters, Recipe
-from mup_megatron.theory import Kind, Plan
+from mup_megatron.theory import Plan, Property
 
 VOCABULARY = 12
 
@@ -89,7 +89,7 @@ def test_a_tied_readout_that_is_no_layer_has_no_place_for_its_multiplier() -> No
 
 def test_a_readout_among_layers_has_the_output_multiplier_if_it_is_named() -> None:
     plan = planned(Listed, readout="layers.2.weight", output=3.0)
-    assert (plan["layers.2.weight"].kind, plan["layers.2.weight"].multiplier) == (Kind.HEAD, 0.75)
+    assert (set(plan["layers.2.weight"].properties), plan["layers.2.weight"].multiplier) == ({Property.READOUT}, 0.75)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,9 @@ def test_a_layer_that_was_replaced_after_the_plan_was_applied_is_noticed() -> No
     apply_plan(model, plan)
     model.head = nn.Linear(64, VOCABULARY, bias=False)
     model.head.weight = model.embed.weight
-    with pytest.raises(InputError, match=r"head\.weight: its multiplier 0\.25 is gone"):
+    with pytest.raises(
+        InputError, match=r"^head: multiplier should be 0\.25 on its input and is none\. The hook is gone"
+    ):
         require_applied(model, plan)
 
 

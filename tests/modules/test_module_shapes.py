@@ -13,8 +13,8 @@ from torch import nn
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, module_base, param_groups, plan_for_module
 from mup_megatron.recipe import Hyperparameters, ModuleBase, Recipe, load_recipe, recipe, save_recipe
-from mup_megatron.theory import Kind, Optimizer, Role, rules
-from mup_megatron.theory.rules import ONE, Power
+from mup_megatron.theory import ADAM, SGD, Property, Role, rules
+from mup_megatron.theory.optimizers import ONE, Power
 
 HYPERPARAMETERS = {"lr": 0.003, "weight_decay": 0.1, "adam_eps": 1e-7, "output_multiplier": 3.0}
 WIDTHS = (2, 4)
@@ -84,8 +84,8 @@ def test_every_tensor_gets_what_mup_gives_it(kind: str, optimizer: str) -> None:
     [
         (rules.INIT_STD, Role.HIDDEN, Power(r_out=-0.5), "adam", {"hidden.init"}),
         (rules.INIT_STD, Role.OUTPUT, Power(r_in=-0.5), "adam", {"output.init"}),
-        (rules.LEARNING_RATE[Optimizer.ADAM], Role.HIDDEN, Power(r_out=-1), "adam", {"hidden.lr"}),
-        (rules.LEARNING_RATE[Optimizer.SGD], Role.INPUT, ONE, "sgd", {"input.lr"}),
+        (ADAM.lr, Role.HIDDEN, Power(r_out=-1), "adam", {"hidden.lr"}),
+        (SGD.lr, Role.INPUT, ONE, "sgd", {"input.lr"}),
         (rules.MULTIPLIER, Role.OUTPUT, ONE, "adam", {"output.multiplier"}),
     ],
 )
@@ -220,24 +220,24 @@ def _parts() -> Mapping[str, Any]:
 
 
 def test_what_every_parameter_is() -> None:
-    seen = {name: (entry.role, entry.kind, entry.fan_in, entry.fan_out) for name, entry in _parts().items()}
+    seen = {name: (entry.role, set(entry.properties), entry.fan_in, entry.fan_out) for name, entry in _parts().items()}
     assert seen == {
-        "table.weight": (Role.INPUT, Kind.EMBEDDING, 10, 32),
-        "token": (Role.INPUT, Kind.WEIGHT, 1, 32),
-        "depthwise.weight": (Role.INPUT, Kind.WEIGHT, 9, 32),
-        "depthwise.bias": (Role.INPUT, Kind.BIAS, 1, 32),
-        "grouped.weight": (Role.HIDDEN, Kind.WEIGHT, 48, 32),
-        "grouped.bias": (Role.INPUT, Kind.BIAS, 1, 32),
-        "scale": (Role.INPUT, Kind.BIAS, 1, 32),
-        "temperature": (Role.SCALAR, Kind.BIAS, 1, 1),
-        "rms.weight": (Role.INPUT, Kind.GAIN, 1, 32),
-        "blocks.0.weight": (Role.OUTPUT, Kind.WEIGHT, 32, 4),
-        "blocks.0.bias": (Role.SCALAR, Kind.BIAS, 1, 4),
-        "wide.weight": (Role.HIDDEN, Kind.WEIGHT, 32 * 6, 64),
-        "wide.bias": (Role.INPUT, Kind.BIAS, 1, 64),
-        "early.weight": (Role.OUTPUT, Kind.HEAD, 32, 3),
-        "early.bias": (Role.SCALAR, Kind.BIAS, 1, 3),
-        "head.weight": (Role.OUTPUT, Kind.HEAD, 32, 7),
+        "table.weight": (Role.INPUT, {Property.EMBEDDING}, 10, 32),
+        "token": (Role.INPUT, set(), 1, 32),
+        "depthwise.weight": (Role.INPUT, set(), 9, 32),
+        "depthwise.bias": (Role.INPUT, {Property.VECTOR}, 1, 32),
+        "grouped.weight": (Role.HIDDEN, set(), 48, 32),
+        "grouped.bias": (Role.INPUT, {Property.VECTOR}, 1, 32),
+        "scale": (Role.INPUT, {Property.VECTOR}, 1, 32),
+        "temperature": (Role.SCALAR, {Property.VECTOR}, 1, 1),
+        "rms.weight": (Role.INPUT, {Property.VECTOR, Property.GAIN}, 1, 32),
+        "blocks.0.weight": (Role.OUTPUT, set(), 32, 4),
+        "blocks.0.bias": (Role.SCALAR, {Property.VECTOR}, 1, 4),
+        "wide.weight": (Role.HIDDEN, set(), 32 * 6, 64),
+        "wide.bias": (Role.INPUT, {Property.VECTOR}, 1, 64),
+        "early.weight": (Role.OUTPUT, {Property.READOUT}, 32, 3),
+        "early.bias": (Role.SCALAR, {Property.VECTOR}, 1, 3),
+        "head.weight": (Role.OUTPUT, {Property.READOUT}, 32, 7),
     }
 
 
@@ -266,7 +266,7 @@ def test_a_tied_readout() -> None:
 
     made = recipe_of(lambda: Tied(8), lambda: Tied(16))
     plan = plan_for_module(lambda: Tied(32), made, readout="head.weight")
-    assert [(entry.name, entry.kind) for entry in plan.entries] == [("head.weight", Kind.EMBEDDING)]
+    assert [(entry.name, set(entry.properties)) for entry in plan.entries] == [("head.weight", {Property.EMBEDDING})]
     assert plan.tied
     assert plan.output_multiplier == 0.75
 

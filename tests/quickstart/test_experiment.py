@@ -16,14 +16,14 @@ import optuna
 import pytest
 from support.commands import contents
 
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import load_model_file
-from mup_megatron.quickstart.experiment import Cell, Experiment, GridFile, Result, Settings, claim, run
+from mup_megatron.quickstart.experiment import Cell, Experiment, ExperimentSettings, GridFile, Result, claim, run
 from mup_megatron.recipe import load_recipe
-from mup_megatron.training.data.indexed import read_meta
+from mup_megatron.training.data.reading import read_meta
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = Settings(
+SETTINGS = ExperimentSettings(
     seed=3,
     width=32,
     widening=2,
@@ -42,9 +42,9 @@ import json, os, sys
 os.environ["OMP_NUM_THREADS"] = "1"
 from pathlib import Path
 from mup_megatron.cli.quickstart import conduct
-from mup_megatron.quickstart.experiment import Settings
+from mup_megatron.quickstart.experiment import ExperimentSettings
 from mup_megatron.training.data.documents import documents, scan
-from mup_megatron.training.data.indexed import write_data
+from mup_megatron.training.data.writing import write_data
 from mup_megatron.training.data.tokenizer import make_tokenizer, parse_tokenizer
 from mup_megatron.training.ranks import preload
 
@@ -58,7 +58,7 @@ for name in ("text", "other"):
 for folder in folders:
     content = json.loads(settings)
     content["learning_rates"] = tuple(content["learning_rates"])
-    conduct(Settings(**content), here / "text", Path(folder), cache=here / "cache", workers=1)
+    conduct(ExperimentSettings(**content), here / "text", Path(folder), cache=here / "cache", workers=1)
 """
 ANSWER = ("quickstart.png", "summary.json", "grid.csv", "quickstart.recipe.yaml")
 
@@ -76,7 +76,7 @@ def started(here: Path, *folders: Path) -> subprocess.Popen[str]:
         )
 
 
-def again(settings: Settings, data: Path, folder: Path, ticks: list[str] | None = None) -> Experiment:
+def again(settings: ExperimentSettings, data: Path, folder: Path, ticks: list[str] | None = None) -> Experiment:
     """The experiment in this process, which has no Megatron: good for what is finished or refused."""
     told = [] if ticks is None else ticks
     return run(

@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 
 from mup_megatron.errors import InputError
-from mup_megatron.quickstart.experiment import Cell, Experiment, Result, Settings, grid, with_best_lr
+from mup_megatron.quickstart.experiment import Cell, Experiment, ExperimentSettings, Result, grid, with_best_lr
 from mup_megatron.quickstart.picture import png
 from mup_megatron.quickstart.report import caption, compare, grid_csv, optimum, summary, table
 from mup_megatron.recipe import recipe
 
-SETTINGS = Settings()
+SETTINGS = ExperimentSettings()
 TUNED = 2.0**-7
 RECIPE = recipe({"base": SETTINGS.model(64).model_dump(), "hyperparameters": {"lr": TUNED}}, source="test")
 

@@ -12,16 +12,16 @@ import optuna
 import pytest
 
 from mup_megatron.errors import InputError
-from mup_megatron.search import Outcome, ReportFn, StudySpec, read_study, run_sweep
-from mup_megatron.search.space import Dimension, Space
+from mup_megatron.search import ReportFn, StudySpec, TrialOutcome, read_study, run_sweep
+from mup_megatron.search.space import SearchRange, Space
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
-SPACE = Space({"lr": Dimension(1e-4, 1e-1, log=True), "scale": Dimension(-1.0, 1.0, log=False)})
+SPACE = Space({"lr": SearchRange(1e-4, 1e-1, log=True), "scale": SearchRange(-1.0, 1.0, log=False)})
 
 
-def loss(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
-    return Outcome(parameters["lr"] + parameters["scale"] ** 2, metrics={"tokens": 128})
+def loss(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
+    return TrialOutcome(parameters["lr"] + parameters["scale"] ** 2, metrics={"tokens": 128})
 
 
 @pytest.fixture(scope="module")

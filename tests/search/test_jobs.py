@@ -10,21 +10,21 @@ import pytest
 from support.blocking import LIMIT_S, Block, own_children, wait_until_dead
 
 from mup_megatron.errors import InputError
-from mup_megatron.search import Objective, Outcome, ReportFn
+from mup_megatron.search import Objective, ReportFn, TrialOutcome
 from mup_megatron.search.jobs import run_jobs
-from mup_megatron.search.worker import Job
+from mup_megatron.search.worker import TrialJob
 
-JOBS = [Job(number, {"x": number / 2}) for number in range(5)]
+JOBS = [TrialJob(number, {"x": number / 2}) for number in range(5)]
 
 
-def double(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+def double(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
     report(1, 0.0)
-    return Outcome(parameters["x"] * 2, metrics={"pid": os.getpid()})
+    return TrialOutcome(parameters["x"] * 2, metrics={"pid": os.getpid()})
 
 
-def ended(objective: Objective, jobs: list[Job], workers: int) -> list[tuple[Job, Outcome]]:
+def ended(objective: Objective, jobs: list[TrialJob], workers: int) -> list[tuple[TrialJob, TrialOutcome]]:
     """What `on_end` was told, in its order."""
-    told: list[tuple[Job, Outcome]] = []
+    told: list[tuple[TrialJob, TrialOutcome]] = []
     run_jobs(objective, jobs, workers=workers, on_end=lambda job, outcome: told.append((job, outcome)))
     assert own_children() == []
     return told
@@ -39,7 +39,7 @@ def test_every_job_ends_once_with_its_own_outcome(workers: int) -> None:
 
 
 def test_one_worker_takes_them_in_their_order() -> None:
-    jobs = [Job(number, {"x": 0.0}) for number in (3, 1, 2)]
+    jobs = [TrialJob(number, {"x": 0.0}) for number in (3, 1, 2)]
     assert [job for job, _ in ended(double, jobs, 1)] == jobs
 
 
@@ -53,38 +53,38 @@ def test_several_run_at_a_time(tmp_path: Path) -> None:
     for pipe in pipes:
         os.mkfifo(pipe)
 
-    def meet(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def meet(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         signal.alarm(LIMIT_S)
         for index in range(2):
             # Opening a FIFO waits for the other side.
             flags = os.O_WRONLY if index == parameters["x"] else os.O_RDONLY
             os.close(os.open(pipes[index], flags))
-        return Outcome(parameters["x"])
+        return TrialOutcome(parameters["x"])
 
-    assert len(ended(meet, [Job(0, {"x": 0}), Job(1, {"x": 1})], 2)) == 2
+    assert len(ended(meet, [TrialJob(0, {"x": 0}), TrialJob(1, {"x": 1})], 2)) == 2
 
 
 def test_a_divergence_is_an_outcome_like_others() -> None:
-    def diverges(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
-        return Outcome(float("nan") if parameters["x"] == 0.5 else 1.0)
+    def diverges(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
+        return TrialOutcome(float("nan") if parameters["x"] == 0.5 else 1.0)
 
     told = {job.number: outcome for job, outcome in ended(diverges, JOBS, 2)}
     assert [number for number, outcome in told.items() if outcome.diverged] == [1]
     assert len(told) == len(JOBS)
 
 
-def kill_itself(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+def kill_itself(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
 
-def kill_the_worker(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+def kill_the_worker(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
     os.kill(os.getppid(), signal.SIGKILL)
     signal.pause()
     raise AssertionError
 
 
-def refuse(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+def refuse(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
     raise InputError("data.bin: cut short. Make it again.")
 
 
@@ -103,10 +103,10 @@ def test_a_job_without_a_result_ends_all_and_leaves_no_process(
     family: list[psutil.Process] = []
     told: list[int] = []
 
-    def work(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def work(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         return {0.0: double, 0.5: objective, 1.0: block}[parameters["x"]](parameters, report)
 
-    def on_end(job: Job, outcome: Outcome) -> None:
+    def on_end(job: TrialJob, outcome: TrialOutcome) -> None:
         # The third runs by now, and for ever; the second goes wrong only after the first has ended.
         told.append(job.number)
         block.wait_until_running()
@@ -121,7 +121,7 @@ def test_a_job_without_a_result_ends_all_and_leaves_no_process(
 
 
 def test_an_error_of_the_caller_ends_all_too(tmp_path: Path) -> None:
-    def on_end(job: Job, outcome: Outcome) -> None:
+    def on_end(job: TrialJob, outcome: TrialOutcome) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -130,9 +130,9 @@ def test_an_error_of_the_caller_ends_all_too(tmp_path: Path) -> None:
 
 
 def test_what_runs_print_goes_to_a_file_each(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    def prints(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def prints(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         os.write(1, b"loss 1\n")
-        return Outcome(1.0)
+        return TrialOutcome(1.0)
 
     logs = tmp_path / "logs"
     run_jobs(prints, JOBS[:2], workers=1, on_end=lambda job, outcome: None, log_folder=logs)

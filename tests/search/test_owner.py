@@ -9,12 +9,12 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from mup_megatron.search.owner import Owner, Watch
+from mup_megatron.search.owner import Owner, OwnerWatch
 
 
 @pytest.fixture
-def watch() -> Watch:
-    return Watch(grace_s=3600)
+def watch() -> OwnerWatch:
+    return OwnerWatch(grace_s=3600)
 
 
 def sleeper() -> subprocess.Popen[bytes]:
@@ -27,14 +27,14 @@ def owner_of(pid: int) -> Owner:
     return Owner(Owner.this_process().machine, pid, process.create_time() - psutil.boot_time())
 
 
-def test_an_owner_is_alive_until_it_is_retired(watch: Watch) -> None:
+def test_an_owner_is_alive_until_it_is_retired(watch: OwnerWatch) -> None:
     first, second = Owner.this_process(), Owner.this_process()
     first.retire()
     assert watch.is_dead(0, first.record(0))
     assert not watch.is_dead(0, second.record(0))
 
 
-def test_another_process_is_alive_until_it_is_killed_also_as_a_zombie(watch: Watch) -> None:
+def test_another_process_is_alive_until_it_is_killed_also_as_a_zombie(watch: OwnerWatch) -> None:
     with sleeper() as process:
         record = owner_of(process.pid).record(0)
         assert not watch.is_dead(0, record)
@@ -44,7 +44,7 @@ def test_another_process_is_alive_until_it_is_killed_also_as_a_zombie(watch: Wat
     assert watch.is_dead(0, record)
 
 
-def test_a_process_that_has_got_the_number_of_a_dead_one_is_another(watch: Watch) -> None:
+def test_a_process_that_has_got_the_number_of_a_dead_one_is_another(watch: OwnerWatch) -> None:
     with sleeper() as process:
         record = owner_of(process.pid)
         earlier = replace(record, started=record.started - 60)
@@ -54,7 +54,7 @@ def test_a_process_that_has_got_the_number_of_a_dead_one_is_another(watch: Watch
 
 @pytest.mark.parametrize("record", [{"machine": "elsewhere", "token": "t", "beat": 1}, None])
 def test_from_elsewhere_an_owner_is_dead_when_its_heartbeat_stands_still(record: dict[str, object] | None) -> None:
-    patient, impatient = Watch(grace_s=3600), Watch(grace_s=-1)
+    patient, impatient = OwnerWatch(grace_s=3600), OwnerWatch(grace_s=-1)
     for watch in (patient, impatient):
         assert not watch.is_dead(0, record)  # seen for the first time
     assert not patient.is_dead(0, record)
@@ -62,7 +62,7 @@ def test_from_elsewhere_an_owner_is_dead_when_its_heartbeat_stands_still(record:
 
 
 def test_a_heartbeat_keeps_alive() -> None:
-    watch = Watch(grace_s=-1)
+    watch = OwnerWatch(grace_s=-1)
     for beat in range(3):
         assert not watch.is_dead(0, {"machine": "elsewhere", "token": "t", "beat": beat})
     assert watch.is_dead(0, {"machine": "elsewhere", "token": "t", "beat": 2})

@@ -18,28 +18,28 @@ import sqlalchemy
 from support.blocking import LIMIT_S, Block
 
 from mup_megatron.errors import InputError
-from mup_megatron.search import Outcome, ReportFn, Selection, StudySpec, find_study, read_study, run_sweep
+from mup_megatron.search import ReportFn, Selection, StudySpec, TrialOutcome, find_study, read_study, run_sweep
 from mup_megatron.search.report import best_json, trials_csv
-from mup_megatron.search.space import Dimension, Space
+from mup_megatron.search.space import SearchRange, Space
 
 # pytest-xdist runs a thread beside the tests, and Python warns of every fork then.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 N, BEST = 8, 4
-SPACE = Space({"lr": Dimension(1e-4, 1e-1, log=True), "scale": Dimension(-1.0, 1.0, log=False)})
+SPACE = Space({"lr": SearchRange(1e-4, 1e-1, log=True), "scale": SearchRange(-1.0, 1.0, log=False)})
 DRAWN = [SPACE.sample(3, slot) for slot in range(N)]
 
 
-def short(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+def short(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
     """Lowest at lr 0.01, scale 0; diverges where the learning rate is high."""
     if parameters["lr"] > 0.03:
-        return Outcome(math.nan, reason="loss is NaN at step 1")
-    return Outcome(math.log10(parameters["lr"] / 0.01) ** 2 + parameters["scale"] ** 2)
+        return TrialOutcome(math.nan, reason="loss is NaN at step 1")
+    return TrialOutcome(math.log10(parameters["lr"] / 0.01) ** 2 + parameters["scale"] ** 2)
 
 
-def long(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+def long(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
     """Another order than that of `short`: a longer run can prefer other hyperparameters."""
-    return Outcome(1.0 + abs(parameters["scale"]))
+    return TrialOutcome(1.0 + abs(parameters["scale"]))
 
 
 def expected_order() -> list[int]:
@@ -100,7 +100,7 @@ def test_the_best_are_the_complete_trials_with_the_lowest_losses_in_their_order(
 
 
 def test_of_equal_losses_the_first_trial_comes_first(first: StudySpec) -> None:
-    run_sweep(replace(first, name="flat"), lambda parameters, report: Outcome(1.0), 3)
+    run_sweep(replace(first, name="flat"), lambda parameters, report: TrialOutcome(1.0), 3)
     assert [c.trial for c in read_study(first.storage, "flat").select_best(2).candidates] == [0, 1]
 
 
@@ -136,7 +136,7 @@ def test_a_stopped_first_study_is_refused_until_it_is_finished(first: StudySpec,
     stopped = replace(first, name="stopped")
     block = Block.new(tmp_path)
 
-    def stops(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def stops(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         return block(parameters, report) if dict(parameters) == DRAWN[3] else short(parameters, report)
 
     process = multiprocessing.get_context("fork").Process(target=lambda: run_sweep(stopped, stops, N))
@@ -214,7 +214,7 @@ def test_a_study_keeps_the_trials_it_was_made_of(first: StudySpec) -> None:
     assert_holds_the_best_once(spec)
 
 
-def _refuse(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+def _refuse(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
     raise InputError("corpus.bin: cut short.")
 
 

@@ -135,4 +135,4 @@ def test_the_gpt3_space_is_the_papers() -> None:
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_space_here_loads(file: Path) -> None:
-    assert "lr" in load_space(file, HYPERPARAMETERS).dimensions
+    assert "lr" in load_space(file, HYPERPARAMETERS).ranges

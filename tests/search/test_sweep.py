@@ -25,27 +25,36 @@ from optuna.trial import FrozenTrial, TrialState
 from support.blocking import LIMIT_S, Block, own_children, wait_until_dead
 
 from mup_megatron.errors import InputError
-from mup_megatron.search import Objective, Outcome, ReportFn, StudySpec, SweepResult, best_trial, read_study, run_sweep
+from mup_megatron.search import (
+    Objective,
+    ReportFn,
+    StudySpec,
+    SweepResult,
+    TrialOutcome,
+    best_trial,
+    read_study,
+    run_sweep,
+)
 from mup_megatron.search.owner import Owner
-from mup_megatron.search.space import Dimension, Space
+from mup_megatron.search.space import SearchRange, Space
 from mup_megatron.search.storage import open_storage
 
 # pytest-xdist runs a thread beside the tests, and Python warns of every fork then.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 N = 6
-SPACE = Space({"lr": Dimension(1e-4, 1e-1, log=True), "scale": Dimension(-1.0, 1.0, log=False)})
+SPACE = Space({"lr": SearchRange(1e-4, 1e-1, log=True), "scale": SearchRange(-1.0, 1.0, log=False)})
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-def bowl(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+def bowl(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
     """Lowest at lr 0.01, scale 0; diverges where the learning rate is high."""
     report(0, 9.0)
     if parameters["lr"] > 0.03:
-        return Outcome(float("nan"), reason="loss is NaN at step 1")
+        return TrialOutcome(float("nan"), reason="loss is NaN at step 1")
     loss = math.log10(parameters["lr"] / 0.01) ** 2 + parameters["scale"] ** 2
     report(1, loss)
-    return Outcome(loss, metrics={"tokens": 128})
+    return TrialOutcome(loss, metrics={"tokens": 128})
 
 
 @pytest.fixture(scope="session")
@@ -142,7 +151,7 @@ def test_another_seed_draws_other_trials(spec: StudySpec) -> None:
 def test_a_finished_search_runs_nothing_and_a_larger_one_adds_to_it(spec: StudySpec) -> None:
     run_sweep(spec, bowl, 3)
 
-    def fails(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def fails(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         raise AssertionError("not to be run")
 
     assert len(run_sweep(spec, fails, 3).trials) == 3
@@ -174,9 +183,9 @@ def test_tpe_learns_from_earlier_trials(spec: StudySpec) -> None:
 
 
 def test_a_diverged_trial_is_finished_has_its_reason_and_is_never_the_best(spec: StudySpec) -> None:
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         report(0, math.nan)
-        return Outcome(-100.0, diverged=True, reason="loss rose") if parameters["scale"] < 0 else Outcome(1.0)
+        return TrialOutcome(-100.0, diverged=True, reason="loss rose") if parameters["scale"] < 0 else TrialOutcome(1.0)
 
     result = run_sweep(spec, objective, N)
     negative = [values["scale"] < 0 for values in drawn()]
@@ -187,7 +196,7 @@ def test_a_diverged_trial_is_finished_has_its_reason_and_is_never_the_best(spec:
 
 
 def test_a_study_whose_trials_all_diverged_has_no_best(spec: StudySpec) -> None:
-    result = run_sweep(spec, lambda parameters, report: Outcome(math.inf), 2)
+    result = run_sweep(spec, lambda parameters, report: TrialOutcome(math.inf), 2)
     assert result.best is None
     with pytest.raises(InputError, match="no complete trial"):
         best_trial(spec.storage, spec.name)
@@ -201,7 +210,7 @@ def crash(parameters: Mapping[str, float]) -> None:
 
 
 def test_a_crash_is_tried_twice_then_given_up_and_not_fatal(spec: StudySpec, tmp_path: Path) -> None:
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         with (tmp_path / "runs").open("a") as runs:
             runs.write(f"{drawn().index(dict(parameters))}\n")
         crash(parameters)
@@ -225,7 +234,7 @@ def test_a_crash_is_tried_twice_then_given_up_and_not_fatal(spec: StudySpec, tmp
 
 
 def test_a_killed_trial_that_then_succeeds_leaves_no_trace(spec: StudySpec, tmp_path: Path) -> None:
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         marker = tmp_path / str(drawn().index(dict(parameters)))
         if not marker.exists():
             marker.touch()
@@ -237,7 +246,7 @@ def test_a_killed_trial_that_then_succeeds_leaves_no_trace(spec: StudySpec, tmp_
 
 
 def test_a_killed_worker_is_replaced_by_the_others(spec: StudySpec, tmp_path: Path) -> None:
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         if dict(parameters) == drawn()[1] and not (tmp_path / "killed").exists():
             (tmp_path / "killed").touch()
             os.kill(os.getppid(), signal.SIGKILL)
@@ -249,7 +258,7 @@ def test_a_killed_worker_is_replaced_by_the_others(spec: StudySpec, tmp_path: Pa
 
 
 def test_when_all_workers_are_killed_the_same_command_goes_on(spec: StudySpec) -> None:
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         if dict(parameters) == drawn()[1]:
             os.kill(os.getppid(), signal.SIGKILL)
             signal.pause()
@@ -262,7 +271,7 @@ def test_when_all_workers_are_killed_the_same_command_goes_on(spec: StudySpec) -
 
 
 def test_bad_input_in_a_trial_ends_the_search_and_the_same_command_goes_on(spec: StudySpec) -> None:
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         if dict(parameters) == drawn()[3]:
             raise InputError("corpus.bin: cut short. Make it again.")
         return bowl(parameters, report)
@@ -387,7 +396,7 @@ def test_two_sweeps_at_once_share_the_trials(new_spec: StudySpec, tmp_path: Path
     spec = new_spec
     barrier = multiprocessing.get_context("fork").Barrier(2)
 
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         handle = os.open(tmp_path / "runs", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(handle, b"%d\n" % drawn().index(dict(parameters)))
         return bowl(parameters, report)
@@ -406,12 +415,12 @@ def test_a_living_sweeps_trial_is_waited_for_and_not_taken(spec: StudySpec, tmp_
     for pipe in (go, wait_here):
         os.mkfifo(pipe)
 
-    def slow(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def slow(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         wait_here.write_text("!")
         go.read_text()
         return bowl(parameters, report)
 
-    def quick(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def quick(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         assert dict(parameters) == drawn()[1]
         go.write_text("!")
         return bowl(parameters, report)
@@ -438,12 +447,12 @@ def test_a_trial_of_another_machine_is_run_again_when_its_heartbeat_stops(spec: 
 
 
 def test_the_heartbeat_of_a_running_trial_goes_on(spec: StudySpec, tmp_path: Path) -> None:
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         first = load(spec).trials[0].user_attrs["owner"]
         while (owner := load(spec).trials[0].user_attrs["owner"]) == first:
             pass
         assert {**owner, "beat": 0} == {**first, "beat": 0}
-        return Outcome(float(owner["beat"] - first["beat"]))
+        return TrialOutcome(float(owner["beat"] - first["beat"]))
 
     best = run_sweep(spec, objective, 1, heartbeat_s=0.01).best
     assert best is not None
@@ -453,11 +462,11 @@ def test_the_heartbeat_of_a_running_trial_goes_on(spec: StudySpec, tmp_path: Pat
 def test_a_result_that_comes_after_another_owners_is_dropped(spec: StudySpec) -> None:
     """A machine that slept is taken for dead; when it wakes, its trial may have been finished elsewhere."""
 
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         if dict(parameters) == drawn()[0]:
             load(spec).tell(0, 0.125)
         report(5, 3.0)
-        return Outcome(1.0)
+        return TrialOutcome(1.0)
 
     run_sweep(spec, objective, 2)
     assert [trial.value for trial in load(spec).trials] == [0.125, 1.0]
@@ -500,7 +509,7 @@ def test_of_two_sweeps_that_create_the_last_trial_together_one_puts_it_back(
 def test_of_two_sweeps_that_retry_a_trial_together_one_runs_it(
     spec: StudySpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         crash(parameters)
         return bowl(parameters, report)
 
@@ -519,11 +528,11 @@ def test_of_two_sweeps_that_retry_a_trial_together_one_runs_it(
     ("change", "said"),
     [
         (
-            {"space": Space({**SPACE.dimensions, "lr": Dimension(1e-3, 1e-1, True)})},
+            {"space": Space({**SPACE.ranges, "lr": SearchRange(1e-3, 1e-1, True)})},
             ["space.lr.low", "0.0001", "0.001"],
         ),
-        ({"space": Space({"lr": SPACE.dimensions["lr"]})}, ["space.scale is missing now"]),
-        ({"space": Space({**SPACE.dimensions, "beta": Dimension(0, 1, False)})}, ["space.beta is new"]),
+        ({"space": Space({"lr": SPACE.ranges["lr"]})}, ["space.scale is missing now"]),
+        ({"space": Space({**SPACE.ranges, "beta": SearchRange(0, 1, False)})}, ["space.beta is new"]),
         ({"context": {"proxy": {"layers": 3}}}, ["context.proxy.layers was 2 and is 3"]),
         ({"seed": 4, "sampler": "tpe"}, ["seed was 3 and is 4", "sampler was 'random' and is 'tpe'"]),
     ],
@@ -544,7 +553,7 @@ def test_another_study_under_the_same_name_is_refused_with_what_differs(
 
 def test_the_order_of_a_space_makes_no_other_study(spec: StudySpec) -> None:
     run_sweep(spec, bowl, 1)
-    run_sweep(replace(spec, space=Space(dict(reversed(SPACE.dimensions.items())))), bowl, 2)
+    run_sweep(replace(spec, space=Space(dict(reversed(SPACE.ranges.items())))), bowl, 2)
     assert_holds_exactly(spec, 2)
 
 
@@ -606,17 +615,19 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(spec: StudySpec, tmp_
 
 
 def test_the_database_is_not_open_in_a_trial_and_no_thread_runs(spec: StudySpec, tmp_path: Path) -> None:
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         handles = [os.readlink(handle) for handle in Path("/proc/self/fd").iterdir() if handle.is_symlink()]
         threads = len(list(Path("/proc/self/task").iterdir()))
-        return Outcome(0.0, metrics={"open": sum(str(tmp_path) in handle for handle in handles), "threads": threads})
+        return TrialOutcome(
+            0.0, metrics={"open": sum(str(tmp_path) in handle for handle in handles), "threads": threads}
+        )
 
     for trial in run_sweep(spec, objective, 3, workers=2).trials:
         assert trial.metrics == {"open": 0, "threads": 1}
 
 
 def test_trials_and_the_best_are_on_disk(spec: StudySpec, tmp_path: Path) -> None:
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         crash(parameters)
         return bowl(parameters, report)
 

@@ -13,8 +13,18 @@ import pytest
 from support.blocking import Block, own_children, wait_until_dead
 
 from mup_megatron.errors import InputError
-from mup_megatron.search import Objective, Outcome, ReportFn
-from mup_megatron.search.worker import Crashed, Finished, Job, Launch, Message, Refused, Report, Worker, WorkerDiedError
+from mup_megatron.search import Objective, ReportFn, TrialOutcome
+from mup_megatron.search.worker import (
+    Crashed,
+    Finished,
+    Launch,
+    Message,
+    Refused,
+    Report,
+    TrialJob,
+    Worker,
+    WorkerDiedError,
+)
 
 # pytest-xdist runs a thread beside the tests, and Python warns of every fork then.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -22,8 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 changed_after_import: list[str] = []
 
 
-def see_process(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
-    return Outcome(0.0, metrics={"pid": os.getpid(), "changed": list(changed_after_import)})
+def see_process(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
+    return TrialOutcome(0.0, metrics={"pid": os.getpid(), "changed": list(changed_after_import)})
 
 
 @contextmanager
@@ -37,7 +47,7 @@ def worker(objective: Objective, launch: Launch = "fork", log_folder: Path | Non
 
 def messages(worker: Worker, number: int = 0, **parameters: float) -> list[Message]:
     """Everything that one job brings, the result last."""
-    worker.submit(Job(number, parameters))
+    worker.submit(TrialJob(number, parameters))
     found = [worker.receive()]
     while isinstance(found[-1], Report):
         found.append(worker.receive())
@@ -51,16 +61,16 @@ def only_result(objective: Objective) -> Message:
 
 
 def test_a_trial_gets_its_hyperparameters_and_gives_reports_and_an_outcome() -> None:
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         report(1, 4.0)
         report(2, 3.0)
-        return Outcome(parameters["x"] * 2, metrics={"tokens": 7})
+        return TrialOutcome(parameters["x"] * 2, metrics={"tokens": 7})
 
     with worker(objective) as made:
         *reports, result = messages(made, x=1.5)
     assert reports == [Report(1, 4.0), Report(2, 3.0)]
     assert isinstance(result, Finished)
-    assert result.outcome == Outcome(3.0, metrics={"tokens": 7})
+    assert result.outcome == TrialOutcome(3.0, metrics={"tokens": 7})
 
 
 @pytest.mark.parametrize("launch", ["fork", "spawn"])
@@ -87,30 +97,30 @@ def test_a_forked_trial_begins_with_what_was_imported_and_a_spawned_one_afresh(
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf"), None])
 def test_a_loss_that_is_no_number_is_a_divergence(loss: float | None) -> None:
-    result = only_result(lambda parameters, report: Outcome(loss))
+    result = only_result(lambda parameters, report: TrialOutcome(loss))
     assert isinstance(result, Finished)
-    assert result.outcome == Outcome(None, diverged=True, reason=f"the loss is {loss}")
+    assert result.outcome == TrialOutcome(None, diverged=True, reason=f"the loss is {loss}")
 
 
 def test_a_trial_can_say_that_it_diverged_and_why() -> None:
-    result = only_result(lambda parameters, report: Outcome(9.0, diverged=True, reason="loss rose at step 3"))
+    result = only_result(lambda parameters, report: TrialOutcome(9.0, diverged=True, reason="loss rose at step 3"))
     assert isinstance(result, Finished)
-    assert result.outcome == Outcome(None, diverged=True, reason="loss rose at step 3")
+    assert result.outcome == TrialOutcome(None, diverged=True, reason="loss rose at step 3")
 
 
 def test_an_exception_a_signal_and_an_exit_are_results(capfd: pytest.CaptureFixture[str]) -> None:
-    def raises(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def raises(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         raise ZeroDivisionError("no layers")
 
-    def killed(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def killed(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
-    def terminated(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def terminated(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError
 
-    def leaves(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def leaves(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         sys.exit(3)
 
     assert only_result(raises) == Crashed("ZeroDivisionError: no layers")
@@ -123,17 +133,17 @@ def test_an_exception_a_signal_and_an_exit_are_results(capfd: pytest.CaptureFixt
 
 
 def test_bad_input_is_told_apart_from_a_crash() -> None:
-    def refuses(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def refuses(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         raise InputError("data.bin: cut short. Make it again.")
 
     assert only_result(refuses) == Refused("data.bin: cut short. Make it again.")
 
 
 def test_a_worker_goes_on_after_a_crash() -> None:
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         if parameters["x"] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return Outcome(parameters["x"])
+        return TrialOutcome(parameters["x"])
 
     with worker(objective) as made:
         assert isinstance(messages(made, x=0.0)[-1], Crashed)
@@ -144,7 +154,7 @@ def test_a_process_that_a_trial_leaves_behind_does_not_hold_it_up() -> None:
     """It has inherited the trial's end of the pipe, so the pipe does not end with the trial."""
     alive, held = os.pipe()
 
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         if os.fork() == 0:
             os.close(held)
             os.read(alive, 1)
@@ -159,9 +169,9 @@ def test_a_process_that_a_trial_leaves_behind_does_not_hold_it_up() -> None:
 
 
 def test_what_trials_print_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         os.write(1, b"to output")
-        return Outcome(0.0)
+        return TrialOutcome(0.0)
 
     only_result(objective)
     out, err = capfd.readouterr()
@@ -170,10 +180,10 @@ def test_what_trials_print_goes_to_standard_error(capfd: pytest.CaptureFixture[s
 
 
 def test_what_trials_print_goes_to_a_file_each_if_there_is_a_folder(tmp_path: Path) -> None:
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         os.write(1, b"to output\n")
         os.write(2, b"to error\n")
-        return Outcome(0.0)
+        return TrialOutcome(0.0)
 
     with worker(objective, log_folder=tmp_path / "logs") as made:
         for number in (0, 7):
@@ -196,7 +206,7 @@ def test_a_log_folder_that_cannot_be_is_bad_input(tmp_path: Path) -> None:
 def test_closing_ends_worker_and_trial(tmp_path: Path, launch: Launch) -> None:
     block = Block.new(tmp_path)
     made = Worker(block, launch)
-    made.submit(Job(0, {}))
+    made.submit(TrialJob(0, {}))
     block.wait_until_running()
     family = own_children()
     made.close()
@@ -208,7 +218,7 @@ def test_closing_ends_worker_and_trial(tmp_path: Path, launch: Launch) -> None:
 def test_a_dead_worker_is_noticed_and_its_trial_dies(tmp_path: Path) -> None:
     block = Block.new(tmp_path)
     with worker(block) as made:
-        made.submit(Job(0, {}))
+        made.submit(TrialJob(0, {}))
         block.wait_until_running()
         family = own_children()
         family[0].kill()
@@ -223,7 +233,7 @@ def test_worker_and_trial_die_with_their_parent(tmp_path: Path, launch: Launch) 
 
     def parent() -> None:
         made = Worker(block, launch)
-        made.submit(Job(0, {}))
+        made.submit(TrialJob(0, {}))
         made.receive()
 
     process = multiprocessing.get_context("fork").Process(target=parent)
@@ -239,10 +249,10 @@ def test_worker_and_trial_die_with_their_parent(tmp_path: Path, launch: Launch) 
 def test_ctrl_c_is_for_the_process_above(tmp_path: Path) -> None:
     """A terminal sends it to every process. Worker and trial must live on until they are told otherwise."""
 
-    def objective(parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def objective(parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         os.kill(os.getppid(), signal.SIGINT)
         os.kill(os.getppid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        return Outcome(1.0)
+        return TrialOutcome(1.0)
 
     assert isinstance(only_result(objective), Finished)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from mup_megatron.search import Outcome, ReportFn
+from mup_megatron.search import ReportFn, TrialOutcome
 
 LIMIT_S = 120
 """Longer than anything here takes on a busy machine; only a fault reaches it."""
@@ -29,7 +29,7 @@ class Block:
         os.mkfifo(pipe)
         return cls(pipe, os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
 
-    def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> Outcome:
+    def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         writer = os.open(self.pipe, os.O_WRONLY)
         os.write(writer, b"!")
         while True:

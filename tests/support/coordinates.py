@@ -18,7 +18,7 @@ from support.plan_runs import train as train_plain
 from support.shapes import batch
 from torch import Tensor, nn
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 

@@ -17,7 +17,7 @@ from support.shapes import HYPERPARAMETERS, gpt, recipe_for
 from support.stock import Layout
 from support.training_runs import VOCABULARY, options
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.recipe import Recipe, save_recipe
 from mup_megatron.theory import Plan
 from mup_megatron.training import ranks

@@ -16,7 +16,7 @@ from support.shapes import batch
 from support.stock import Layout, Run, Training
 from torch import Tensor
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Plan
 
 Weights = Mapping[str, Tensor]
@@ -32,7 +32,7 @@ def megatron_gpt(plan: Plan, target: ModelFile, weights: Weights, *, dtype: torc
     load(model, weights)
     apply_plan([model], plan, initialize=False)
     training = Training(
-        optimizer=plan.optimizer.value,
+        optimizer=plan.optimizer,
         lr=plan.lr,
         min_lr=plan.min_lr,
         weight_decay=plan.weight_decay,

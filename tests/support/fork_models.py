@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mup_megatron import megatron_deepspeed
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 
 _NORMS = {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}
 

@@ -8,7 +8,7 @@ from support import fork_models
 from torch import nn
 
 from mup_megatron import megatron_deepspeed
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.recipe import Recipe, save_recipe
 
 RUN = ("--train-iters", "100")

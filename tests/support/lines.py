@@ -108,7 +108,27 @@ REFUSED = {
     "another model's builder": Refused("--model-provider mamba", "--model-provider mamba"),
     "BERT": Refused("", "pretrain_bert.py: BERT models", "pretrain_bert.py"),
     "T5": Refused("--encoder-num-layers 4 --decoder-num-layers 4", "pretrain_t5.py: T5 models", "pretrain_t5.py"),
-    "hybrid": Refused("--hybrid-layer-pattern M*M-", "pretrain_hybrid.py: models with Mamba", "pretrain_hybrid.py"),
+    "Mamba": Refused(
+        "--hybrid-layer-pattern M*M-", "--hybrid-layer-pattern: 'M' is a layer of Mamba", "pretrain_hybrid.py"
+    ),
+    "Mamba, as 0.16 says it": Refused(
+        "--is-hybrid-model --hybrid-override-pattern M*M-",
+        "--hybrid-override-pattern: 'M' is a layer of Mamba",
+        "pretrain_mamba.py",
+    ),
+    "Mamba by default": Refused(
+        "--hybrid-attention-ratio 0.5 --hybrid-override-pattern *-*-",
+        "--hybrid-attention-ratio: a share of the layers, the others being Mamba layers",
+        "pretrain_mamba.py",
+    ),
+    "a hybrid model without a pattern": Refused("", "--hybrid-layer-pattern is missing", "pretrain_hybrid.py"),
+    "a GPT with a pattern": Refused("--hybrid-layer-pattern *-*-", "--hybrid-layer-pattern: a flag of a hybrid model"),
+    "a spec without a pattern": Refused(
+        "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec", "--spec: a custom layer"
+    ),
+    "another spec with a pattern": Refused(
+        "--hybrid-layer-pattern *-*- --spec local", "--spec: a custom layer", "pretrain_hybrid.py"
+    ),
     "multimodal": Refused(
         "--img-h 336 --patch-dim 14", "multimodal/train.py: multimodal", "examples/multimodal/train.py"
     ),

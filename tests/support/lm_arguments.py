@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 
 
 def parser_of_megatron() -> argparse.ArgumentParser:

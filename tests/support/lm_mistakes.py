@@ -14,11 +14,13 @@ import megatron.training.arguments as arguments
 import megatron.training.training as training
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
+MODELS = (GPTModel, HybridModel)
 
 
 def after(owner: type, name: str, change: Callable[..., None]) -> None:
@@ -48,16 +50,18 @@ def attention_ignores_its_scale() -> None:
 
 def unknown_parameter() -> None:
     def add(model: Any) -> None:
-        model.decoder.layers[0].mlp.gate = torch.nn.Parameter(torch.ones(3))
+        model.decoder.layers[0].gate = torch.nn.Parameter(torch.ones(3))
 
-    after(GPTModel, "__init__", add)
+    for kind in MODELS:
+        after(kind, "__init__", add)
 
 
 def frozen_parameter() -> None:
     def freeze(model: Any) -> None:
         model.decoder.layers[1].mlp.linear_fc1.weight.requires_grad = False
 
-    after(GPTModel, "__init__", freeze)
+    for kind in MODELS:
+        after(kind, "__init__", freeze)
 
 
 def flattening_scheduler() -> None:
@@ -119,7 +123,7 @@ def dropped_multiplier() -> None:
         import gc
 
         for model in gc.get_objects():
-            if isinstance(model, GPTModel) and hasattr(model, "output_layer"):
+            if isinstance(model, MODELS) and hasattr(model, "output_layer"):
                 model.output_layer._forward_pre_hooks.clear()
         return original(optimizer)
 
@@ -133,7 +137,7 @@ def weights_drawn_again() -> None:
         import gc
 
         for model in gc.get_objects():
-            if isinstance(model, GPTModel):
+            if isinstance(model, MODELS):
                 for name, parameter in model.named_parameters():
                     if name.endswith("linear_fc1.weight"):
                         torch.nn.init.normal_(parameter.data, std=0.02)

@@ -63,8 +63,14 @@ def gpt(**changes: Any) -> list[str]:
         if value is not None:
             words.append(f"--{name.replace('_', '-')}")
             if value is not True:
-                words.append(str(value))
+                words += str(value).split()
     return words
+
+
+def hybrid(pattern: str = "*-*-") -> dict[str, Any]:
+    """The flags of `gpt` that make a hybrid model of it, of local layers."""
+    spec = "mup_megatron.megatron.builders.hybrid local_stack_spec"
+    return {"num_layers": None, "hybrid_layer_pattern": pattern, "spec": spec}
 
 
 class Finished(NamedTuple):

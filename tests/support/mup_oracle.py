@@ -22,7 +22,7 @@ from support.plain_gpt import PlainGPT
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from typing import Any
 import mup
 from torch import nn
 
-from mup_megatron.check.plain_gpt import PlainGPT as _PlainGPT
-from mup_megatron.check.plain_gpt import cross_entropy, draw_weights
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.plain import PlainDecoder as _PlainDecoder
+from mup_megatron.architectures.plain import cross_entropy, draw_weights
 
 __all__ = ["PlainGPT", "cross_entropy", "draw_weights"]
 
 
-class PlainGPT(_PlainGPT):
+class PlainGPT(_PlainDecoder):
     """`mup_readout` makes the readout `mup.MuReadout` (`mup.MuSharedReadout` if tied) with `output_mult` as given. It
     multiplies by 1/width once `mup.set_base_shapes` has told it the width.
     """

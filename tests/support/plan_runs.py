@@ -4,15 +4,15 @@ import torch
 from support.shapes import batch
 from torch import Tensor, nn
 
-from mup_megatron.check.plain_gpt import PlainGPT, cross_entropy
-from mup_megatron.check.reference import carried_out
-from mup_megatron.models.model_file import ModelFile
-from mup_megatron.theory import Optimizer, Plan
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.plain import PlainDecoder, cross_entropy
+from mup_megatron.check.reference.gpt import planned_gpt
+from mup_megatron.theory import Plan
 
 
-def plain_from_plan(plan: Plan, target: ModelFile, *, dtype: torch.dtype = torch.float64) -> PlainGPT:
+def plain_from_plan(plan: Plan, target: ModelFile, *, dtype: torch.dtype = torch.float64) -> PlainDecoder:
     """The plain GPT with each of the plan's multipliers at its weight, and constants as the plan starts them."""
-    return carried_out(plan, target, dtype=dtype)
+    return planned_gpt(plan, target, dtype=dtype)
 
 
 def optimizer_from_plan(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
@@ -20,7 +20,7 @@ def optimizer_from_plan(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
     named = list(model.named_parameters())
     assert [name for name, _ in named] == [entry.name for entry in plan.entries]
     groups = [{"params": [p], "lr": plan[name].lr, "weight_decay": plan[name].weight_decay} for name, p in named]
-    if plan.optimizer is Optimizer.SGD:
+    if plan.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9)
     for group, (name, _) in zip(groups, named, strict=True):
         group["eps"] = plan[name].eps
@@ -28,7 +28,7 @@ def optimizer_from_plan(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(
-    model: PlainGPT, optimizer: torch.optim.Optimizer, target: ModelFile, *, first: int = 0, steps: int = 10
+    model: PlainDecoder, optimizer: torch.optim.Optimizer, target: ModelFile, *, first: int = 0, steps: int = 10
 ) -> Tensor:
     """The losses of some steps, [steps]."""
     losses = []

@@ -12,7 +12,7 @@ import torch
 from support import stock
 from support.stock import Layout, Run, Sizes, Training
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.recipe import Hyperparameters, Parametrization, PerParameter, Recipe
 from mup_megatron.theory import Plan
 
@@ -97,10 +97,15 @@ def built(
 
     `same_weights` puts in numbers that do not depend on the layout, with the std of Megatron's draw.
     """
+    from mup_megatron.megatron.builders import build_chunk, config_fields
+
     sizes = sizes_of(model, layout.tp)
     stock.init_parallel(layout)
-    config = stock.transformer_config(sizes, layout, **(config_changes or {}))
-    chunks = stock.build_chunks(sizes, layout, config, layer_spec() if layer_spec is not None else None)
+    config = stock.transformer_config(sizes, layout, **config_fields(model), **(config_changes or {}))
+    if type(model) is ModelFile:
+        chunks = stock.build_chunks(sizes, layout, config, layer_spec() if layer_spec is not None else None)
+    else:
+        chunks = [build_chunk(model, config, None)]
     if same_weights:
         stock.draw_weights(chunks, sizes.init_method_std)
         with torch.no_grad():
@@ -191,7 +196,7 @@ def pieces(chunks: Sequence[Any]) -> list[Piece]:
     return found
 
 
-def whole(of_ranks: Sequence[Sequence[Piece]]) -> dict[str, torch.Tensor]:
+def assembled(of_ranks: Sequence[Sequence[Piece]]) -> dict[str, torch.Tensor]:
     """The whole tensors from the pieces of all ranks. Parts that several ranks hold must be equal."""
     tensors: dict[str, torch.Tensor] = {}
     for key, shape, begin, part in (piece for of_rank in of_ranks for piece in of_rank):

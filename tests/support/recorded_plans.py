@@ -137,7 +137,7 @@ def _plain(plan: Any) -> dict[str, Any]:
 
 
 def _gpt(name: str) -> Any:
-    from mup_megatron.models.model_file import model_file
+    from mup_megatron.architectures.registry import model_file
     from mup_megatron.recipe import recipe
 
     base, target, content = GPT[name]
@@ -198,6 +198,8 @@ def plans() -> dict[str, Callable[[], Any]]:
     examples = ROOT / "examples"
     named: dict[str, Callable[[], Any]] = {f"gpt: {name}": lambda name=name: _gpt(name) for name in GPT}
     for path in sorted((ROOT / "configs" / "models").glob("*.yaml")):
+        if path.name == "tiny_hybrid.yaml":  # younger than the recording
+            continue
         named[f"configs/models/{path.name}"] = lambda path=path: _shipped(path)
     for folder, name in (("deepspeed_gpt2", "gpt2"), ("trainer_llama", "llama")):
         named[f"examples/{folder}"] = lambda folder=folder, name=name: _example(

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.hybrid import HybridFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.recipe import Hyperparameters, Parametrization, Recipe
 
 HYPERPARAMETERS: dict[str, Any] = {
@@ -35,6 +36,12 @@ def gpt(width: float = 1, **changes: Any) -> ModelFile:
         "transformer_impl": "local",
     }
     return ModelFile(**{**plain, **changes})
+
+
+def hybrid(model: ModelFile, pattern: str | None = None) -> HybridFile:
+    """The hybrid model with the sizes of a GPT; its own layers by default, each as attention and an MLP."""
+    own = {key: value for key, value in dict(model).items() if key != "num_layers"}
+    return HybridFile(**own, hybrid_layer_pattern=pattern or "*-" * model.num_layers)
 
 
 def recipe_for(base: ModelFile, *, rule: str = "mup", optimizer: str = "adam", **changes: Any) -> Recipe:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mup_megatron.check import batches
-from mup_megatron.check.measurements import Measured, Protocol
-from mup_megatron.check.modules import ModuleFamily
+from mup_megatron.check.measure import batches
+from mup_megatron.check.measure.measurements import Measurements, RunProtocol
+from mup_megatron.check.module_family import ModuleFamily
 from mup_megatron.modules import module_base
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Rule
@@ -100,7 +100,7 @@ def loss(model: Any, tokens: Tensor) -> Tensor:
 OPTIONS: dict[str, Any] = {"widths": WIDTHS, "batch": batch, "loss": loss}
 
 
-_kept: dict[Any, Measured] = {}
+_kept: dict[Any, Measurements] = {}
 
 
 def keep_references(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,12 +110,12 @@ def keep_references(monkeypatch: pytest.MonkeyPatch) -> None:
     def kept(
         self: ModuleFamily,
         recipe: Recipe,
-        protocol: Protocol,
+        protocol: RunProtocol,
         rule: Rule,
         widths: Sequence[int],
         seeds: Sequence[int],
         what: str,
-    ) -> Measured:
+    ) -> Measurements:
         key = (self.factory, self.schedule, recipe.fingerprint, protocol, rule, tuple(widths), tuple(seeds))
         if key not in _kept:
             _kept[key] = train(self, recipe, protocol, rule, widths, seeds, what)

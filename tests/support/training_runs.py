@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from support.processes import _fork_server, _rank_main
 from support.shapes import gpt, recipe_for
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.training.data.documents import documents, scan
-from mup_megatron.training.data.indexed import write_data
 from mup_megatron.training.data.tokenizer import make_tokenizer, parse_tokenizer
+from mup_megatron.training.data.writing import write_data
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.training.train import TrainingResult, run_training
 

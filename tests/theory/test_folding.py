@@ -12,7 +12,7 @@ from support.plan_runs import optimizer_from_plan, plain_from_plan, train
 from support.shapes import HYPERPARAMETERS, gpt, recipe_for
 from torch import Tensor
 
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.recipe import PerParameter
 from mup_megatron.theory import Plan, PlanEntry, PlanError
 from mup_megatron.theory.folding import READOUT, fold, fold_attention, unfold

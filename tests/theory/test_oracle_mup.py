@@ -13,9 +13,9 @@ from support.mup_oracle import mup_adamw, mup_gpt, mup_numbers, mup_sgd, readout
 from support.plan_runs import optimizer_from_plan, plain_from_plan, train
 from support.shapes import HYPERPARAMETERS, gpt, recipe_for
 
-from mup_megatron.models.model_file import ModelFile
-from mup_megatron.theory import Kind, Optimizer, Role, rules
-from mup_megatron.theory.rules import ONE, Power
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.theory import ADAM, SGD, Role, rules
+from mup_megatron.theory.optimizers import ONE, Power
 
 Family = Callable[[float], ModelFile]
 
@@ -61,7 +61,7 @@ def disagreements(family: str, width: float, optimizer: str, **changes: float) -
     found = set()
     for entry in plan.entries:
         # mup has no embedding multiplier: what is left is the tuned α.
-        alpha = h["embedding_multiplier"] if entry.kind is Kind.EMBEDDING else 1.0
+        alpha = h["embedding_multiplier"] if entry.is_embedding else 1.0
         expected = replace(oracle[entry.name], multiplier=alpha * oracle[entry.name].multiplier)
         for key in ("init_std", "multiplier", "lr", "weight_decay"):
             ours, theirs = getattr(entry, key), getattr(expected, key)
@@ -98,20 +98,20 @@ BREAKS = {
         "adam",
         {"output.multiplier", "model.output_multiplier"},
     ),
-    "one LR for all": (rules.LEARNING_RATE[Optimizer.ADAM], Role.HIDDEN, ONE, "adam", {"hidden.lr"}),
-    "output LR": (rules.LEARNING_RATE[Optimizer.ADAM], Role.OUTPUT, Power(r_in=-1), "adam", {"output.lr"}),
-    "SGD input LR": (rules.LEARNING_RATE[Optimizer.SGD], Role.INPUT, ONE, "sgd", {"input.lr"}),
-    "SGD hidden LR": (rules.LEARNING_RATE[Optimizer.SGD], Role.HIDDEN, ONE, "sgd", {"hidden.lr"}),
-    "SGD output LR": (rules.LEARNING_RATE[Optimizer.SGD], Role.OUTPUT, ONE, "sgd", {"output.lr"}),
+    "one LR for all": (ADAM.lr, Role.HIDDEN, ONE, "adam", {"hidden.lr"}),
+    "output LR": (ADAM.lr, Role.OUTPUT, Power(r_in=-1), "adam", {"output.lr"}),
+    "SGD input LR": (SGD.lr, Role.INPUT, ONE, "sgd", {"input.lr"}),
+    "SGD hidden LR": (SGD.lr, Role.HIDDEN, ONE, "sgd", {"hidden.lr"}),
+    "SGD output LR": (SGD.lr, Role.OUTPUT, ONE, "sgd", {"output.lr"}),
     "Adam input decay": (
-        rules.WEIGHT_DECAY[Optimizer.ADAM],
+        ADAM.weight_decay,
         Role.INPUT,
         Power(r_out=-1),
         "adam",
         {"input.weight_decay"},
     ),
-    "SGD hidden decay": (rules.WEIGHT_DECAY[Optimizer.SGD], Role.HIDDEN, ONE, "sgd", {"hidden.weight_decay"}),
-    "SGD output decay": (rules.WEIGHT_DECAY[Optimizer.SGD], Role.OUTPUT, ONE, "sgd", {"output.weight_decay"}),
+    "SGD hidden decay": (SGD.weight_decay, Role.HIDDEN, ONE, "sgd", {"hidden.weight_decay"}),
+    "SGD output decay": (SGD.weight_decay, Role.OUTPUT, ONE, "sgd", {"output.weight_decay"}),
 }
 
 
@@ -123,7 +123,7 @@ def test_a_broken_rule_is_noticed_where_it_is_broken(broken: str, monkeypatch: p
 
 
 def test_fan_in_and_fan_out_mixed_up_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rules.LEARNING_RATE[Optimizer.ADAM], Role.HIDDEN, Power(r_out=-1))
+    monkeypatch.setitem(ADAM.lr, Role.HIDDEN, Power(r_out=-1))
     # With all sides alike nobody can tell.
     assert disagreements("all sides alike", 2, "adam") == set()
     assert disagreements("ffn grows faster", 2, "adam") == {"hidden.lr"}
@@ -196,9 +196,9 @@ def test_ten_steps_are_those_of_mup(family: str, optimizer: str) -> None:
     ("table", "role", "optimizer"),
     [
         (rules.MULTIPLIER, Role.OUTPUT, "adam"),
-        (rules.LEARNING_RATE[Optimizer.ADAM], Role.HIDDEN, "adam"),
-        (rules.LEARNING_RATE[Optimizer.SGD], Role.INPUT, "sgd"),
-        (rules.WEIGHT_DECAY[Optimizer.SGD], Role.OUTPUT, "sgd"),
+        (ADAM.lr, Role.HIDDEN, "adam"),
+        (SGD.lr, Role.INPUT, "sgd"),
+        (SGD.weight_decay, Role.OUTPUT, "sgd"),
     ],
 )
 def test_ten_steps_notice_a_broken_rule(

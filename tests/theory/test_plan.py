@@ -11,21 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.shapes import HYPERPARAMETERS, gpt, recipe_for
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import PerParameter, Recipe
 from mup_megatron.theory import (
-    Dimension,
-    Hyperparameters,
-    Kind,
     ModelShape,
-    Optimizer,
     Override,
-    Parameter,
-    Parametrization,
     Plan,
     PlanError,
     Role,
+    Rules,
+    Side,
+    Tensor,
+    Tuned,
     build_plan,
 )
 
@@ -241,26 +239,16 @@ def test_vectors_take_no_multiplier_and_no_init(key: str) -> None:
 # ---- what cannot be planned ----------------------------------------------------------------------------------------
 
 
-def _shape(*parameters: Parameter) -> ModelShape:
-    return ModelShape(
-        parameters=parameters,
-        hidden_size=8,
-        head_size=8,
-        num_layers=1,
-        readout=parameters[0].name,
-        readout_norm=(),
-        query_norms=(),
-    )
+def _shape(*tensors: Tensor) -> ModelShape:
+    return ModelShape(tensors=tensors, hidden_size=8, head_size=8, readout=tensors[0].name)
 
 
-def _matrix(name: str, fan_in: int = 8) -> Parameter:
-    sides = (Dimension(fan_in, infinite=True), Dimension(8, infinite=True))
-    return Parameter(name=name, kind=Kind.WEIGHT, shape=(8, fan_in), fan_in=sides[0], fan_out=sides[1])
+def _matrix(name: str, fan_in: int = 8) -> Tensor:
+    return Tensor(name=name, shape=(8, fan_in), fan_in=Side(fan_in, grows=True), fan_out=Side(8, grows=True))
 
 
-TUNED = Hyperparameters(
-    **{field.name: HYPERPARAMETERS[field.name] for field in dataclasses.fields(Hyperparameters)}
-    | {"embedding_multiplier": 1.0},
+TUNED = Tuned(
+    **{field.name: HYPERPARAMETERS[field.name] for field in dataclasses.fields(Tuned)} | {"embedding_multiplier": 1.0},
 )
 
 
@@ -268,29 +256,29 @@ TUNED = Hyperparameters(
 def test_a_multiplier_of_what_the_model_has_not_is_refused(key: str) -> None:
     shape = dataclasses.replace(_shape(_matrix("layers.0.weight")), readout=None)
     tuned = dataclasses.replace(TUNED, output_multiplier=1.0)
-    assert build_plan(shape, shape, tuned, parametrization=Parametrization()).readout is None
+    assert build_plan(shape, shape, tuned, rules_used=Rules()).readout is None
     with pytest.raises(PlanError, match=rf"{key} is 2, and the model has no .* Set it to 1\."):
-        build_plan(shape, shape, dataclasses.replace(tuned, **{key: 2.0}), parametrization=Parametrization())
+        build_plan(shape, shape, dataclasses.replace(tuned, **{key: 2.0}), rules_used=Rules())
 
 
 def test_a_parameter_that_the_base_lacks_is_named() -> None:
     base = _shape(_matrix("decoder.layers.0.weight"))
     target = _shape(_matrix("decoder.layers.0.weight"), _matrix("decoder.layers.0.mlp.router.weight"))
     with pytest.raises(PlanError, match=r"decoder\.layers\.0\.mlp\.router\.weight: the base has no such parameter"):
-        build_plan(base, target, TUNED, parametrization=Parametrization())
+        build_plan(base, target, TUNED, rules_used=Rules())
 
 
 def test_a_base_whose_layers_differ_is_refused() -> None:
     base = _shape(_matrix("layers.0.weight"), _matrix("layers.1.weight", fan_in=16))
-    deeper = _shape(*base.parameters, _matrix("layers.2.weight"))
+    deeper = _shape(*base.tensors, _matrix("layers.2.weight"))
     with pytest.raises(PlanError, match=r"layers\.1\.weight: the base has layers of different sizes"):
-        build_plan(base, deeper, TUNED, parametrization=Parametrization())
+        build_plan(base, deeper, TUNED, rules_used=Rules())
 
 
 def test_layers_of_different_sizes_are_matched_one_by_one_at_equal_depth() -> None:
     base = _shape(_matrix("layers.0.weight"), _matrix("layers.1.weight", fan_in=16))
     target = _shape(_matrix("layers.0.weight", fan_in=32), _matrix("layers.1.weight", fan_in=32))
-    plan = build_plan(base, target, TUNED, parametrization=Parametrization())
+    plan = build_plan(base, target, TUNED, rules_used=Rules())
     assert [entry.width_ratio for entry in plan.entries] == [4.0, 2.0]
 
 
@@ -355,12 +343,10 @@ def test_rows_say_which_rule_gave_them() -> None:
 
 def test_sgd_has_no_eps() -> None:
     assert {entry.eps for entry in _with(optimizer="sgd").entries} == {None}
-    assert _with(optimizer="sgd").optimizer is Optimizer.SGD
+    assert _with(optimizer="sgd").optimizer == "sgd"
 
 
 def test_overrides_are_part_of_the_theory_and_not_of_files() -> None:
     shape = _shape(_matrix("layers.0.weight"))
-    plan = build_plan(
-        shape, shape, TUNED, parametrization=Parametrization(), overrides=[Override(match="*", lr_mult=2.0)]
-    )
+    plan = build_plan(shape, shape, TUNED, rules_used=Rules(), overrides=[Override(match="*", lr_mult=2.0)])
     assert plan["layers.0.weight"].lr == 2 * TUNED.lr

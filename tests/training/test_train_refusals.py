@@ -11,8 +11,8 @@ from support.processes import run_ranks
 from support.shapes import recipe_for
 from support.training_runs import RECIPE, Finished, base, command_line, make_text, options, target
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.models.model_file import ModelFile
 from mup_megatron.recipe import Recipe, save_recipe
 from mup_megatron.training.options import require_possible
 from mup_megatron.yaml_io import dump_yaml

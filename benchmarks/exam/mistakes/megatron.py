@@ -117,7 +117,7 @@ def last_stage_with_the_bases_eps_and_decay(setup: Megatron) -> Setup:
         for entry, group in _groups(built, chunks, plan):
             if entry.name.startswith(("decoder.layers.1.", "decoder.final_layernorm", "output_layer")):
                 group["eps"] = plan.adam_eps
-                group["wd_mult"] = 0.0 if entry.kind.is_vector else 1.0
+                group["wd_mult"] = 0.0 if entry.is_vector else 1.0
 
     return _with_mutant(setup, "last-stage-with-the-bases-eps-and-decay", optimizer=optimizer)
 

@@ -9,7 +9,7 @@ from exam import models
 from exam.mistakes.entries import mistake
 from exam.mistakes.scripts import OwnSchedule, adamw, discard, own_groups, singly
 from exam.setups import Modules, Setup
-from mup_megatron.check.modules import Task, warm_up_and_decay
+from mup_megatron.check.subjects.scripts import Task, warm_up_and_decay
 from mup_megatron.modules import apply_plan, param_groups
 from mup_megatron.theory import PlanEntry, Role
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mup_megatron.check.modules import Task
+from mup_megatron.check.subjects.scripts import Task
 from mup_megatron.modules import apply_plan
 from mup_megatron.theory import Plan, PlanEntry
 

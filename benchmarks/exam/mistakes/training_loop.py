@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from exam.mistakes.entries import mistake
 from exam.mistakes.scripts import adamw, discard
 from exam.setups import Modules, Setup
-from mup_megatron.check.modules import Task
+from mup_megatron.check.subjects.scripts import Task
 from mup_megatron.modules import apply_plan, param_groups
 
 

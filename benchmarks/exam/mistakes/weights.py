@@ -8,7 +8,7 @@ from exam import models
 from exam.mistakes.entries import mistake
 from exam.mistakes.scripts import adamw, discard
 from exam.setups import Modules, Setup
-from mup_megatron.check.modules import Task, prepare_by_plan
+from mup_megatron.check.subjects.scripts import Task, prepare_by_plan
 from mup_megatron.modules import param_groups
 
 

@@ -3,27 +3,5 @@
 `line` reads what a user gives; `effects` is the table of all flags, `programs` of the programs that take them;
 `vocabulary` reads tokenizers' files; `native` makes a recipe of a line with Megatron-Core's own μP. Needs neither
 Megatron nor torch. The flags are those of core_v0.16.1 to core_v0.19.0, which agree on all that are read. Not the place
-where arguments meet a run: that is `megatron/lm/`.
+where arguments meet a run: that is `megatron/pretrain/`.
 """
-
-from mup_megatron.megatron.arguments.convert import (
-    flags,
-    model_from_flags,
-    model_from_values,
-    not_in_model_file,
-    values_from_flags,
-)
-from mup_megatron.megatron.arguments.launch_script import words_of_launch, words_of_script
-from mup_megatron.megatron.arguments.line import Line, read_line
-
-__all__ = [
-    "Line",
-    "flags",
-    "model_from_flags",
-    "model_from_values",
-    "not_in_model_file",
-    "read_line",
-    "values_from_flags",
-    "words_of_launch",
-    "words_of_script",
-]

@@ -4,22 +4,30 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mup_megatron.architectures.command_line import Reading, Release
+from mup_megatron.architectures.decoder import Decoder
+from mup_megatron.architectures.flag import Flag
+from mup_megatron.architectures.gpt import GPT
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import architecture_of, architectures, model_file
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.table import (
-    EVERY,
     FIELDS,
     HYPERPARAMETERS,
-    MODEL,
     NOT_SAID,
-    REFUSED,
     ROPE_SCALING,
     SOFTMAX_TYPE,
-    Flag,
+    SPEC,
+    every,
+    of_models,
     parsed,
+    refused,
     unresolved,
 )
-from mup_megatron.models.model_file import ModelFile, model_file
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
+from mup_megatron.megatron.versions import NEWEST_TESTED, known_release
 from mup_megatron.recipe import Recipe, Schedule
+from mup_megatron.theory import optimizers
 from mup_megatron.validation import brief
 
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_size")
@@ -28,7 +36,13 @@ _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "
 # ---- to flags ------------------------------------------------------------------------------------------------------
 
 
-def flags(model: ModelFile, recipe: Recipe | None = None, *, train_iters: int | None = None) -> list[str]:
+def flags(
+    model: ModelFile,
+    recipe: Recipe | None = None,
+    *,
+    train_iters: int | None = None,
+    release: Release | None = None,
+) -> list[str]:
     """Megatron-LM's flags of a model, and of a recipe's hyperparameters and schedule: ["--num-layers", "32", …].
 
     A key of the model that is at Megatron's own default is left out; a recipe is written out as a whole. They say the
@@ -39,6 +53,8 @@ def flags(model: ModelFile, recipe: Recipe | None = None, *, train_iters: int | 
         recipe: its `init_method_std` takes the place of the model's.
         train_iters: length of the run, where parts of the schedule have to be counted in iterations. Megatron counts
             them in whole ones, so they are rounded.
+        release: the Megatron-Core that is to read them, by default the installed one, and without one the newest that
+            was tested: some architectures are said otherwise to older ones.
 
     Raises:
         InputError: the schedule needs `train_iters`.
@@ -47,23 +63,20 @@ def flags(model: ModelFile, recipe: Recipe | None = None, *, train_iters: int | 
     words: list[str] = []
     for key, flag in FIELDS.items():
         if values[key] != flag.default and not (recipe is not None and key == "init_method_std"):
-            words += _written(flag, values[key])
+            words += flag.words(values[key])
+    words += architecture_of(model).command_line.written(model, release or known_release() or NEWEST_TESTED)
     return words if recipe is None else [*words, *_recipe_flags(recipe, train_iters)]
-
-
-def _written(flag: Flag, value: Any) -> list[str]:
-    # Megatron's own parser reads the shortest decimal that is this very float.
-    return [flag.name] if flag.parse is None else [flag.name, value if isinstance(value, str) else repr(value)]
 
 
 def _recipe_flags(recipe: Recipe, train_iters: int | None) -> list[str]:
     optimizer = recipe.parametrization.optimizer
     values = recipe.hyperparameters.model_dump() | {"optimizer": optimizer}
-    others = ("sgd_",) if optimizer == "adam" else ("adam_",)
+    MEGATRON_OPTIMIZERS.require(optimizer)
+    others = {key for each in optimizers().values() for key in each.hyperparameters}
     words: list[str] = []
     for key, flag in HYPERPARAMETERS.items():
-        if not key.startswith(others):
-            words += _written(flag, values[key])
+        if key not in others or key in optimizers()[optimizer].hyperparameters:
+            words += flag.words(values[key])
     return words + _schedule_flags(recipe.schedule, train_iters)
 
 
@@ -95,7 +108,9 @@ def _needed(train_iters: int | None, what: str) -> int:
 # ---- to a model file -----------------------------------------------------------------------------------------------
 
 
-def model_from_values(values: Mapping[str, Any], *, vocab_size: int | None = None, source: str) -> ModelFile:
+def model_from_values(
+    values: Mapping[str, Any], *, vocab_size: int | None = None, source: str, release: Release | None = None
+) -> ModelFile:
     """The model file that parsed Megatron arguments describe: `vars(args)`, before or after `validate_args`.
 
     What a model file says only once is left out: positions that are as many as the sequence is long, a bias of
@@ -106,6 +121,7 @@ def model_from_values(values: Mapping[str, Any], *, vocab_size: int | None = Non
         values: attributes that are missing count as Megatron's default.
         vocab_size: the tokenizer's, where the arguments do not say it.
         source: names the arguments in messages.
+        release: the Megatron-Core that is meant, where it is known.
 
     Raises:
         InputError: the model is impossible, or is one that a model file cannot describe; names the flag.
@@ -114,12 +130,17 @@ def model_from_values(values: Mapping[str, Any], *, vocab_size: int | None = Non
     content = {key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()}
     content["vocab_size"], content["make_vocab_size_divisible_by"] = _vocabulary(values, vocab_size)
     _read_other_ways(content, values, source)
+    own = _own(values, source, release)
+    content |= own.content
+    if SPEC.changed(values):
+        content["transformer_impl"] = architecture_named(values).command_line.specs[SPEC.found(values)]
+    content = {key: value for key, value in content.items() if value is not None or key not in own.content}
     _require_all(content, source)
     if content["max_position_embeddings"] == content["seq_length"]:
         content["max_position_embeddings"] = None
     if content["add_bias_linear"]:
         content["add_qkv_bias"] = False
-    model = _named_by_flag(content, source)
+    model = _named_by_flag(content, {**{key: flag.name for key, flag in FIELDS.items()}, **own.names}, source)
     plain = model.model_copy(update={"ffn_hidden_size": None})
     follows: dict[str, Any] = {"ffn_hidden_size": None} if plain.ffn_size == model.ffn_size else {}
     if model.kv_channels is not None and model.kv_channels * model.num_attention_heads == model.hidden_size:
@@ -129,14 +150,32 @@ def model_from_values(values: Mapping[str, Any], *, vocab_size: int | None = Non
     return model.model_copy(update=follows)
 
 
+def architecture_named(values: Mapping[str, Any]) -> Decoder:
+    """Returns the architecture whose flags parsed arguments have: a GPT's are those that every model has."""
+    return next((each for each in architectures().values() if each.command_line.named(values) is not None), GPT)
+
+
+def remarks_of(values: Mapping[str, Any], release: Release | None) -> tuple[str, ...]:
+    """Returns what to know of how a model's own flags are read, in sentences; the model is supported."""
+    return architecture_named(values).command_line.read(values, release).remarks
+
+
+def _own(values: Mapping[str, Any], source: str, release: Release | None) -> Reading:
+    try:
+        return architecture_named(values).command_line.read(values, release)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
 def require_supported(values: Mapping[str, Any], *, source: str) -> None:
     """Raises InputError for parsed arguments that change the model in a way that a model file cannot say."""
-    refused: dict[str, list[str]] = {}
-    for flag in REFUSED:
-        if flag.changed(values):
-            refused.setdefault(flag.refusal, []).append(flag.name)
-    if refused:
-        raise InputError("\n".join(f"{source}: {', '.join(names)}: {why}" for why, names in refused.items()))
+    specs = architecture_named(values).command_line.specs
+    found: dict[str, list[str]] = {}
+    for flag in refused():
+        if flag.changed(values) and not (flag is SPEC and flag.found(values) in specs):
+            found.setdefault(flag.refusal, []).append(flag.name)
+    if found:
+        raise InputError("\n".join(f"{source}: {', '.join(names)}: {why}" for why, names in found.items()))
 
 
 def _vocabulary(values: Mapping[str, Any], vocab_size: int | None) -> tuple[int | None, int]:
@@ -192,7 +231,7 @@ _ON_THE_VOCABULARY = (
 
 
 def _require_all(content: Mapping[str, Any], source: str) -> None:
-    missing = [key for key in _REQUIRED if content[key] is None]
+    missing = [key for key in _REQUIRED if key in content and content[key] is None]
     if not missing:
         return
     names = ", ".join(FIELDS[key].name for key in missing)
@@ -202,17 +241,15 @@ def _require_all(content: Mapping[str, Any], source: str) -> None:
     raise InputError(text)
 
 
-_KEYS = re.compile(rf"\b(?:{'|'.join(sorted(FIELDS, key=len, reverse=True))})\b")
-
-
-def _named_by_flag(content: Mapping[str, Any], source: str) -> ModelFile:
+def _named_by_flag(content: Mapping[str, Any], names: Mapping[str, str], source: str) -> ModelFile:
     """The checked model file; where it is wrong, the message has the names of flags instead of keys."""
     try:
         return model_file(content, source=source)
     except InputError as error:
         prefix = f"{source}: "
         lines = [line.removeprefix(prefix) for line in str(error).splitlines()]
-        named = [_KEYS.sub(lambda match: FIELDS[match[0]].name, line) for line in lines]
+        keys = re.compile(rf"\b(?:{'|'.join(sorted(names, key=len, reverse=True))})\b")
+        named = [keys.sub(lambda match: names[match[0]], line) for line in lines]
         raise InputError("\n".join(prefix + line for line in named)) from None
 
 
@@ -229,15 +266,16 @@ def not_in_model_file(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def values_from_flags(words: Sequence[str], *, source: str, known: Sequence[Flag] = EVERY) -> dict[str, Any]:
-    """What Megatron's parser would make of the flags that concern model, learning rates or native μP.
+def values_from_flags(words: Sequence[str], *, source: str, known: Sequence[Flag] | None = None) -> dict[str, Any]:
+    """Returns what Megatron's parser would make of the flags that concern model, learning rates or native μP.
 
-    Needs no Megatron. Others than those that are `known` are skipped with their values. Flags that are not given have
-    Megatron's default.
+    Needs no Megatron. Others than those that are `known` (by default all) are skipped with their values. Flags that are
+    not given have Megatron's default.
 
     Raises:
         InputError: a value is missing or cannot be read; names the flag.
     """
+    known = every() if known is None else known
     try:
         given = parsed(words, known)
     except InputError as error:
@@ -258,7 +296,7 @@ def model_from_flags(words: Sequence[str], *, source: str) -> ModelFile:
         InputError: as `model_from_values`, and for a value that is missing or cannot be read.
     """
     try:
-        values = parsed(words, MODEL)
+        values = parsed(words, of_models())
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     try:

@@ -1,7 +1,8 @@
-"""What every flag of Megatron-LM 0.16 to 0.19 means to a model file and a recipe: the one table of it.
+"""The one table of what every flag of Megatron-LM 0.16 to 0.19 means to a model file and a recipe.
 
 `table.py` has the flags whose values are read. This adds all others, each with the reason why it need not be, and says
-in a page for people (`page`, docs/flags.md) what becomes of each. Pure data and text; needs no Megatron.
+in a page for people (`page`, docs/flags.md) what becomes of each. Pure data and text, and long for that; needs no
+Megatron.
 """
 
 import functools
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+from mup_megatron.architectures.registry import architectures
 from mup_megatron.megatron.arguments.table import (
     ALSO_READ,
     FIELDS,
@@ -16,18 +18,21 @@ from mup_megatron.megatron.arguments.table import (
     MORE_TOKENS,
     NATIVE_MUP,
     NOT_SAID,
-    REFUSED,
     SCHEDULE,
+    SPEC,
     STOPPED,
     TOKENIZER,
+    of_architectures,
+    refused,
 )
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
 
 OLDEST, NEWEST = (0, 16), (0, 19)
 """The releases of Megatron-Core (major, minor) whose flags these are."""
 
 
 class Effect(Enum):
-    """What becomes of a flag. The value is the heading of its part of the page."""
+    """The effect of a flag. The value is the heading of its part of the page."""
 
     MODEL = "Read into the model file"
     RECIPE = "The recipe's"
@@ -44,8 +49,8 @@ _ABOUT = {
     Effect.REFUSED: "They change parameters or their scale in a way that a model file cannot say. `model --from-args` "
     "and `from-native` refuse them. So does a run with a recipe, but for these: `--use-checkpoint-args` is right, "
     "since Megatron has read the model from the checkpoint by then; `--model-provider` stops the run once the model is "
-    "built and is no GPT; and flags that only other programs have (ModelOpt's, multimodal, hybrid and retrieval ones, "
-    "the last six rows or a part of them) are not looked at.",
+    "built and is none of the plan's; and flags that only other programs have (ModelOpt's, multimodal, Flextron's and "
+    "retrieval ones, the last six rows or a part of them) are not looked at.",
     Effect.STOPPED: "The model file is right; the run is stopped, because the plan would not hold in it. `model "
     "--from-args` says so.",
     Effect.ALIKE: "A model file has no key for them. They change what is computed, but no parameter and nothing that "
@@ -65,7 +70,7 @@ class Row:
 
 
 _LAYER_KINDS = "read only with a kind of layer that is refused by its own flag"
-_OTHER_PROGRAMS = "read by programs that are refused by their name, and by no GPT"
+_OTHER_PROGRAMS = "read by programs that are refused by their name, and by no model that is supported"
 _PRECISION = "precision of arithmetic or of what is stored: the same numbers but for rounding"
 
 _HARMLESS: tuple[tuple[str, str], ...] = (
@@ -306,7 +311,7 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        _LAYER_KINDS + " (`--hybrid-layer-pattern`)",
+        "read only with a kind of layer that is refused by its letter (`M` in `--hybrid-layer-pattern`)",
         """
         --mamba-head-dim --mamba-num-groups --mamba-num-heads --mamba-state-dim --mamba-training-ssm-states-dtype
         --mamba-inference-conv-states-dtype --mamba-inference-ssm-states-dtype --disable-mamba-mem-eff-path
@@ -363,7 +368,7 @@ _OF_OTHERS: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "hybrid models (Mamba and others) are not supported yet. Choose a model of attention and MLP layers.",
+        "hybrid models whose layers have several sizes are not supported. Drop the flag.",
         "--flextron --mamba-int-list --emb-int-list --mlp-int-list --moe-expert-int-list --enable-router",
     ),
     (
@@ -377,6 +382,8 @@ _OF_OTHERS: tuple[tuple[str, str], ...] = (
 def _rows() -> Iterator[Row]:
     for flag in (*FIELDS.values(), *ALSO_READ):
         yield Row(flag.name, Effect.MODEL, "says what a key of a model file says")
+    for flag in of_architectures():
+        yield Row(flag.name, Effect.MODEL, "says what layers the model has, where they are not a GPT's")
     for flag in TOKENIZER:
         yield Row(flag.name, Effect.MODEL, "decides the vocabulary where `--vocab-size` does not")
     for name in MORE_TOKENS:
@@ -385,7 +392,11 @@ def _rows() -> Iterator[Row]:
         yield Row(name, Effect.REFUSED, "another model than a GPT is built, unless it says `gpt`.")
     for flag in HYPERPARAMETERS.values():
         if flag.name not in {field.name for field in FIELDS.values()}:
-            more = ", which knows adam and sgd; another one is refused" if flag.name == "--optimizer" else ""
+            more = (
+                f", which knows {MEGATRON_OPTIMIZERS.names}; another one is refused"
+                if flag.name == "--optimizer"
+                else ""
+            )
             yield Row(flag.name, Effect.RECIPE, f"a hyperparameter of the recipe{more}")
     for flag in SCHEDULE:
         yield Row(flag.name, Effect.RECIPE, "learning rate or weight decay over the run")
@@ -393,8 +404,10 @@ def _rows() -> Iterator[Row]:
         yield Row(name, Effect.RECIPE, "a recipe has no weight decay on norms")
     for flag in NATIVE_MUP:
         yield Row(flag.name, Effect.RECIPE, "Megatron-Core's own μP, which `from-native` carries over")
-    for flag in REFUSED:
-        yield Row(flag.name, Effect.REFUSED, flag.refusal)
+    specs = [f"`{spec}`" for each in architectures().values() for spec in each.command_line.specs]
+    for flag in refused():
+        more = f" With a model's own flags these are accepted: {', '.join(specs)}." if flag is SPEC else ""
+        yield Row(flag.name, Effect.REFUSED, flag.refusal + more)
     for reason, names in _OF_OTHERS:
         yield from (Row(name, Effect.REFUSED, reason) for name in names.split())
     for flag in STOPPED:
@@ -405,19 +418,25 @@ def _rows() -> Iterator[Row]:
         yield from (Row(name, Effect.HARMLESS, reason) for name in names.split())
 
 
-ROWS = tuple(_rows())
-_WHOLE = {row.name: row for row in ROWS if not row.name.endswith("*")}
-_BEGINNINGS = {row.name[:-1]: row for row in ROWS if row.name.endswith("*")}
+def rows() -> tuple[Row, ...]:
+    """Returns what becomes of each flag; anew each time, because an architecture may be registered at any time."""
+    return tuple(_rows())
 
 
 @functools.cache
+def _table(known: frozenset[str]) -> tuple[dict[str, Row], dict[str, Row]]:
+    """The rows by whole name, and those by its beginning, while these architectures are known."""
+    whole = {row.name: row for row in rows() if not row.name.endswith("*")}
+    return whole, {row.name[:-1]: row for row in rows() if row.name.endswith("*")}
+
+
 def row_of(name: str) -> Row | None:
-    """What becomes of a flag; None for one that no release from 0.16 to 0.19 has, nor a program of Megatron-LM's."""
-    whole = _WHOLE.get(name)
-    if whole is not None:
-        return whole
-    found = [beginning for beginning in _BEGINNINGS if name.startswith(beginning)]
-    return _BEGINNINGS[max(found, key=len)] if found else None
+    """Returns the row of a flag; None for one that no release from 0.16 to 0.19 has, nor a program of Megatron-LM's."""
+    whole, beginnings = _table(frozenset(architectures()))
+    if name in whole:
+        return whole[name]
+    found = [beginning for beginning in beginnings if name.startswith(beginning)]
+    return beginnings[max(found, key=len)] if found else None
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
@@ -430,9 +449,8 @@ What becomes of every flag of Megatron-LM core_v0.16 to core_v0.19: in `mup-mega
 `from-native`, and in a run with `--mup-recipe`. A star stands for all flags that begin so.
 
 A flag that is not here is an error on a line of one of Megatron-LM's own programs, whose parser has no such flag
-either, and a remark on the line of a program of your own. Programs of Megatron-LM that build no GPT
-(`pretrain_bert.py`, `pretrain_t5.py`, `pretrain_mamba.py`, `pretrain_hybrid.py`, `pretrain_vlm.py`, `train_rl.py`, …)
-are refused by name.
+either, and a remark on the line of a program of your own. Programs of Megatron-LM that build another model than a GPT
+or a hybrid model (`pretrain_bert.py`, `pretrain_t5.py`, `pretrain_vlm.py`, `train_rl.py`, …) are refused by name.
 """
 
 
@@ -442,7 +460,7 @@ def page() -> str:
     for effect in Effect:
         parts.append(f"\n## {effect.value}\n\n" + (f"{_ABOUT[effect]}\n\n" if _ABOUT[effect] else ""))
         reasons: dict[str, list[str]] = {}
-        for row in ROWS:
+        for row in rows():
             if row.effect is effect:
                 reasons.setdefault(row.reason, []).append(f"`{row.name}`")
         if list(reasons) == [""]:

@@ -78,7 +78,7 @@ _RENAMED = {
 
 
 def known(name: str) -> bool:
-    """Whether a flag is one of those that the fork adds."""
+    """Returns whether a flag is one of those that the fork adds."""
     return name in HARMLESS or name in REFUSED or name in _RENAMED
 
 

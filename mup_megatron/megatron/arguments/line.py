@@ -11,35 +11,41 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from mup_megatron.architectures.flag import Flag
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments import fork, programs
-from mup_megatron.megatron.arguments.convert import model_from_values, naming_unread, not_in_model_file
+from mup_megatron.megatron.arguments.convert import (
+    model_from_values,
+    naming_unread,
+    not_in_model_file,
+    remarks_of,
+)
 from mup_megatron.megatron.arguments.effects import Effect, row_of
 from mup_megatron.megatron.arguments.launch_script import words_of_launch
 from mup_megatron.megatron.arguments.table import (
-    EVERY,
     FIELDS,
     HYPERPARAMETERS,
-    MODEL,
     MORE_TOKENS,
     STOPPED,
     TOKENIZER,
+    every,
+    of_models,
     parsed,
     unresolved,
 )
 from mup_megatron.megatron.arguments.vocabulary import vocabulary
-from mup_megatron.megatron.versions import core_version, range_remark
-from mup_megatron.models.model_file import ModelFile
+from mup_megatron.megatron.optimizers import require_known
+from mup_megatron.megatron.versions import known_release, range_remark
 from mup_megatron.validation import brief
 
-_OPTIMIZERS = ("adam", "sgd")
 _FLAGS = "flags"
 """What `words_of_launch` calls words that are no launch script."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What a launch line says."""
+    """The contents of a launch line."""
 
     source: str
     """What messages call it."""
@@ -59,7 +65,9 @@ class Line:
             InputError: the model is impossible, is one that a model file cannot describe, or is not all there.
         """
         try:
-            return model_from_values(self.values, vocab_size=self.vocab_size, source=self.source)
+            return model_from_values(
+                self.values, vocab_size=self.vocab_size, source=self.source, release=known_release()
+            )
         except InputError as error:
             raise naming_unread(error, self.flags) from None
 
@@ -79,20 +87,24 @@ def read_line(given: Sequence[str], *, vocab_size: int | None = None, native: bo
     words, source = words_of_launch(given)
     script, flags = _program(given, words, source)
     _require_flags(flags, source)
+    if script is not None:
+        programs.require_flags(script, flags, source=source)
     remarks = [*_version_remarks(), *_unknown(script, flags, source)]
     if fork.MARK in flags:
         flags = [*fork.renamed(flags)]
-    values = {flag.key: flag.default for flag in (*EVERY, *TOKENIZER)}
+    values = {flag.key: flag.default for flag in (*every(), *TOKENIZER)}
     values |= _parsed(flags, source, native=native, answered=vocab_size is not None)
     size, more = _vocabulary(flags, values, vocab_size, source)
     remarks += more
     if not native:
-        _require_known_optimizer(values, source)
+        require_known(values[HYPERPARAMETERS["optimizer"].key], source)
         remarks += _stopped(values)
     remarks += [
         f"{name}: a model file has no key for it. Give it to the proxy's runs as well."
         for name in not_in_model_file(values)
     ]
+    with contextlib.suppress(InputError):  # `Line.model` raises it
+        remarks += remarks_of(values, known_release())
     return Line(source, values, size, tuple(remarks), tuple(flags))
 
 
@@ -105,7 +117,7 @@ def _program(given: Sequence[str], words: Sequence[str], source: str) -> tuple[s
     if named is not None and words[0].startswith("-"):
         return named, [*words]  # a script's words begin behind the program
     for script, _ in programs.programs_of(words):
-        programs.require_gpt(script, source=source)
+        programs.require_supported(script, source=source)
     found = programs.script_of(words)
     if found is None:
         return named, [*words]
@@ -117,12 +129,12 @@ def _program_of_script(path: Path) -> str | None:
     """The one training program that a launch script names.
 
     Raises:
-        InputError: it names one that builds no GPT.
+        InputError: it names one that builds no model that is supported.
     """
-    scripts = [s for s in programs.scripts_in(path) if programs.family_of(s) is not programs.Family.DATA]
+    scripts = [s for s in programs.scripts_in(path) if programs.kind_of(s) is not programs.ProgramKind.DATA]
     for script in scripts:
-        programs.require_gpt(script, source=str(path))
-    known = [script for script in scripts if programs.family_of(script) is programs.Family.GPT]
+        programs.require_supported(script, source=str(path))
+    known = [script for script in scripts if programs.kind_of(script) is programs.ProgramKind.SUPPORTED]
     return next(iter([*known, *scripts]), None)
 
 
@@ -134,7 +146,7 @@ def _version_remarks() -> Iterator[str]:
 
 def _unknown(script: str | None, flags: Sequence[str], source: str) -> Iterator[str]:
     """Remarks on what is not known of a line; flags that Megatron-LM's own program would refuse are an error."""
-    known = script is not None and programs.family_of(script) is programs.Family.GPT
+    known = script is not None and programs.kind_of(script) is programs.ProgramKind.SUPPORTED
     names = list(dict.fromkeys(w.partition("=")[0] for w in flags if w.startswith("--") and len(w) > 2))
     forks = fork.MARK in names
     unknown = [
@@ -145,17 +157,17 @@ def _unknown(script: str | None, flags: Sequence[str], source: str) -> Iterator[
     program = script if script is not None else launched
     if program is not None and (script is None or unresolved(program) is not None):
         yield (
-            f"{brief(program, 60)}: which program this is, is not known here. What it builds is taken for the GPT that "
-            "its flags describe."
+            f"{brief(program, 60)}: which program this is, is not known here. What it builds is taken for the model "
+            "that its flags describe."
         )
     elif script is not None and not known:
         yield (
-            f"{brief(script, 100)}: no program of Megatron-LM's. What it builds is taken for the GPT that its flags "
-            "describe."
+            f"{brief(script, 100)}: no program of Megatron-LM's. What it builds is taken for the model that its "
+            "flags describe."
         )
     for name in names:
         row = row_of(name)
-        if row is not None and row.effect is Effect.REFUSED and name not in _PARSED:
+        if row is not None and row.effect is Effect.REFUSED and name not in _read_flags():
             _refuse_of_others(name, row.reason, flags, source)
         if forks and name in fork.REFUSED:
             raise InputError(f"{source}: {name}: {fork.REFUSED[name]}")
@@ -170,15 +182,17 @@ def _unknown(script: str | None, flags: Sequence[str], source: str) -> Iterator[
     yield f"{_listed(unknown)}: no flag of Megatron-LM 0.16 to 0.19. What it changes of a model, the file lacks."
 
 
-_PARSED = {flag.name: flag for flag in EVERY}
+def _read_flags() -> dict[str, Flag]:
+    return {flag.name: flag for flag in every()}
 
 
 def _require_flags(flags: Sequence[str], source: str) -> None:
     """Raises InputError for words that Megatron's parser takes for no flag, and which would be passed over here."""
     if "--" in flags:
         raise InputError(f"{source}: --: Megatron takes no words behind a lone `--`. Drop it, or what follows it.")
+    read = _read_flags()
     for before, word in zip(("", *flags), flags, strict=False):
-        flag = _PARSED.get(before)
+        flag = read.get(before)
         if word.startswith("@") and (not before.startswith("-") or (flag is not None and flag.parse is None)):
             raise InputError(
                 f"{source}: {brief(word, 60)}: Megatron reads no flags from a file on its line. Write them on the line."
@@ -190,7 +204,7 @@ _SAYS_WHICH = ("--model-provider", "--model-type")
 
 
 def _no_model_flag(word: str) -> bool:
-    return word.partition("=")[0] not in _PARSED
+    return word.partition("=")[0] not in _read_flags()
 
 
 def _refuse_of_others(name: str, reason: str, flags: Sequence[str], source: str) -> None:
@@ -213,22 +227,16 @@ def _listed(names: Sequence[str]) -> str:
 def _parsed(flags: Sequence[str], source: str, *, native: bool, answered: bool) -> dict[str, Any]:
     """The values of all flags that are read. What need not be known for the answer may be a variable."""
     size = FIELDS["vocab_size"]
-    needed = [flag for flag in (EVERY if native else MODEL) if not (answered and flag is size)]
+    needed = [flag for flag in (every() if native else of_models()) if not (answered and flag is size)]
     try:
         values = parsed(flags, needed)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
-    for flag in (*EVERY, *TOKENIZER):
+    for flag in (*every(), *TOKENIZER):
         if flag not in needed:
             with contextlib.suppress(InputError):
                 values |= parsed(flags, [flag])
     return values
-
-
-def _require_known_optimizer(values: Mapping[str, Any], source: str) -> None:
-    found = values[HYPERPARAMETERS["optimizer"].key]
-    if found not in _OPTIMIZERS:
-        raise InputError(f"{source}: --optimizer {brief(found, 60)}: a recipe knows adam and sgd. Choose one of them.")
 
 
 def _stopped(values: Mapping[str, Any]) -> Iterator[str]:
@@ -253,7 +261,7 @@ def _vocabulary(
         return stated if stated is not None else answer, []
     more = any(row.partition("=")[0] in MORE_TOKENS for row in flags)
     try:
-        found = None if more else vocabulary(values, _core())
+        found = None if more else vocabulary(values, known_release())
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     if found is not None:
@@ -272,14 +280,6 @@ def _vocabulary(
             )
         return stated, remarks
     return answer, []
-
-
-def _core() -> tuple[int, int] | None:
-    """The installed Megatron-Core, if there is one."""
-    try:
-        return core_version()[:2]
-    except InputError:
-        return None
 
 
 def _tokenizer(values: Mapping[str, Any]) -> str:

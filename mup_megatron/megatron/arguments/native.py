@@ -1,7 +1,8 @@
 """A launch line with Megatron-Core's own μP (`--use-mup`) → a recipe, and where the two differ on this very model.
 
 Works on flags and shapes; needs no Megatron. What native μP does is in docs/native-mup.md, and is checked against live
-models in tests/megatron/test_native_recipe.py.
+models in tests/megatron/test_native_recipe.py. Longer than others, because reading a line, converting it and telling
+what differs share every name of native μP and are read side by side.
 """
 
 import math
@@ -10,13 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_args
 
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS
+from mup_megatron.architectures.registry import architecture_of, model_file
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.convert import model_from_values, values_from_flags
 from mup_megatron.megatron.arguments.table import HYPERPARAMETERS
-from mup_megatron.models.gpt import HEAD, POSITION_EMBEDDINGS, WORD_EMBEDDINGS
-from mup_megatron.models.model_file import ModelFile, model_file
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS, MegatronOptimizer, require_known
 from mup_megatron.recipe import LONGEST_SCHEDULE, Recipe, Schedule, recipe
-from mup_megatron.theory import Kind, Plan, PlanEntry, Role
+from mup_megatron.theory import Plan, PlanEntry, Role, optimizers
 from mup_megatron.theory.rules import softmax_scale
 from mup_megatron.validation import brief
 
@@ -43,7 +46,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class NativeRecipe:
-    """What became of a native launch line."""
+    """The recipe of a native launch line, with what differs."""
 
     recipe: Recipe
     model: ModelFile
@@ -55,7 +58,7 @@ class NativeRecipe:
 
 @dataclass(frozen=True, slots=True)
 class NativeValues:
-    """What native μP gives to one parameter; None as in a plan's entry."""
+    """The values that native μP gives to one parameter; None as in a plan's entry."""
 
     init_std: float | None
     lr: float
@@ -82,6 +85,11 @@ class Native:
         return self.model.hidden_size / self.base_hidden_size
 
     @property
+    def rules(self) -> MegatronOptimizer:
+        """The factors of this optimizer."""
+        return MEGATRON_OPTIMIZERS[self.values["optimizer"]]
+
+    @property
     def softmax_scale(self) -> float:
         """√base_head_dim / d**power."""
         base = self.values["mup_base_head_dim"]
@@ -89,35 +97,32 @@ class Native:
 
     @property
     def output_multiplier(self) -> float:
-        """On the logits: 1/m, or the factor that is given in its place."""
+        """The factor of the logits: 1/m, or the factor that is given in its place."""
         given = float(self.values["mup_output_mult"])
         return 1.0 / self.width_mult if given == 1.0 else given
 
     def of(self, entry: PlanEntry) -> NativeValues:
-        """What a parameter gets."""
+        """Returns the values of a parameter."""
         v, m = self.values, self.width_mult
-        hidden = not entry.kind.is_vector and entry.kind not in (Kind.EMBEDDING, Kind.HEAD)
-        adam = v["optimizer"] == "adam"
-        factor = (1.0 / m if hidden else 1.0) if adam else (1.0 if hidden else m)
+        hidden = not entry.is_vector and not (entry.is_embedding or entry.is_readout)
+        rules = self.rules
+        factor = rules.native_lr(hidden, m)
         lr, min_lr = v["lr"] * factor, v["min_lr"] * factor
-        if v["decoupled_lr"] is not None and entry.name in (WORD_EMBEDDINGS, HEAD):
+        if v["decoupled_lr"] is not None and entry.name in (WORD_EMBEDDINGS, READOUT_WEIGHT):
             # An absolute value, with the floor of all others if it has none of its own.
             lr, min_lr = v["decoupled_lr"], v["min_lr"] if v["decoupled_min_lr"] is None else v["decoupled_min_lr"]
-        eps = v["adam_eps"] * (1.0 / m if hidden else 1.0) if adam else None
-        return NativeValues(self._std(entry), lr, min_lr, eps, 0.0 if entry.kind.is_vector else v["weight_decay"])
+        eps = None if rules.native_eps is None else v["adam_eps"] * rules.native_eps(hidden, m)
+        return NativeValues(self._std(entry), lr, min_lr, eps, 0.0 if entry.is_vector else v["weight_decay"])
 
     def _std(self, entry: PlanEntry) -> float | None:
         sigma = self.values["init_method_std"]
         embedding = self.values["embedding_init_method_std"]
-        match entry.kind:
-            case Kind.EMBEDDING | Kind.HEAD:
-                return float(sigma if embedding is None else embedding)
-            case Kind.WEIGHT:
-                return float(sigma / math.sqrt(self.width_mult))
-            case Kind.RESIDUAL:
-                return float(sigma / math.sqrt(2.0 * self.model.num_layers * self.width_mult))
-            case _:
-                return None
+        if entry.is_vector:
+            return None
+        if entry.is_embedding or entry.is_readout:
+            return float(sigma if embedding is None else embedding)
+        branches = architecture_of(self.model).branches * self.model.num_layers if entry.is_residual else 1
+        return float(sigma / math.sqrt(branches * self.width_mult))
 
 
 _POSITIVE = (
@@ -155,10 +160,7 @@ def recipe_from_native(
             f"{source}: --use-mup is missing, so this is not Megatron's own μP. Write a recipe by hand with "
             "`mup-megatron recipe`."
         )
-    if values["optimizer"] not in ("adam", "sgd"):
-        raise InputError(
-            f"{source}: --optimizer {brief(values['optimizer'], 60)}: a recipe knows adam and sgd. Choose one of them."
-        )
+    require_known(values["optimizer"], source)
     if values["lr"] is None:
         raise InputError(f"{source}: --lr is missing. Give it.")
     for key in _POSITIVE:
@@ -250,8 +252,14 @@ def _base(native: Native, source: str) -> tuple[ModelFile, list[str]]:
 
 def _hyperparameters(native: Native, base: ModelFile) -> dict[str, Any]:
     v = native.values
-    keys: tuple[str, ...] = ("lr", "min_lr", "init_method_std", "weight_decay", "clip_grad")
-    keys += ("adam_beta1", "adam_beta2", "adam_eps") if v["optimizer"] == "adam" else ("sgd_momentum",)
+    keys = (
+        "lr",
+        "min_lr",
+        "init_method_std",
+        "weight_decay",
+        "clip_grad",
+        *optimizers()[v["optimizer"]].hyperparameters,
+    )
     given = float(v["mup_output_mult"])
     multipliers = {
         "embedding_multiplier": v["mup_embedding_mult"],
@@ -276,13 +284,13 @@ def _per_parameter(native: Native) -> list[dict[str, Any]]:
     std, lr = v["embedding_init_method_std"], v["decoupled_lr"]
     init_mult = 1.0 if std is None else std / v["init_method_std"]
     # Natively, SGD multiplies the rate of embedding and readout by m, which a decoupled rate leaves out.
-    scaled = v["lr"] * (native.width_mult if v["optimizer"] == "sgd" else 1.0)
+    scaled = v["lr"] * native.rules.native_lr(False, native.width_mult)
     lr_mult = 1.0 if lr is None else lr / scaled
     entries: list[dict[str, Any]] = [{"match": WORD_EMBEDDINGS, "init_mult": init_mult, "lr_mult": lr_mult}]
     if model.position_embedding_type == "learned_absolute":
         entries.append({"match": POSITION_EMBEDDINGS, "init_mult": init_mult})
     if not model.tied:
-        entries.append({"match": HEAD, "init_mult": init_mult, "lr_mult": lr_mult})
+        entries.append({"match": READOUT_WEIGHT, "init_mult": init_mult, "lr_mult": lr_mult})
     return [entry for entry in entries if any(factor != 1.0 for key, factor in entry.items() if key != "match")]
 
 
@@ -290,7 +298,7 @@ def _schedule(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Megatron's counts as fractions of the run; its own conditions on them in the line's own words."""
     unit, other = ("samples", "iters") if values["train_samples"] is not None else ("iters", "samples")
 
-    def said(key: str) -> str:
+    def text(key: str) -> str:
         return f"--{key.replace('_', '-')} {values[key]}"
 
     def refuse(what: str, remedy: str) -> NoReturn:
@@ -298,10 +306,10 @@ def _schedule(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
     mixed = [key for key in (f"train_{other}", f"lr_decay_{other}", f"lr_warmup_{other}") if values[key]]
     if mixed and values[f"train_{unit}"] is not None:
-        refuse(f"{said(mixed[0])} beside {said(f'train_{unit}')}", "Megatron counts a run in one unit: drop one.")
+        refuse(f"{text(mixed[0])} beside {text(f'train_{unit}')}", "Megatron counts a run in one unit: drop one.")
     if values["lr_warmup_fraction"] is not None and values[f"lr_warmup_{unit}"]:
         refuse(
-            f"{said('lr_warmup_fraction')} beside {said(f'lr_warmup_{unit}')}", "Megatron takes one: drop the other."
+            f"{text('lr_warmup_fraction')} beside {text(f'lr_warmup_{unit}')}", "Megatron takes one: drop the other."
         )
     run = values[f"train_{unit}"]
     for key, least in (
@@ -312,20 +320,20 @@ def _schedule(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         ("lr_warmup_fraction", 0),
     ):
         if values[key] is not None and values[key] < least:
-            refuse(f"{said(key)} is below {least}", "Correct this value.")
+            refuse(f"{text(key)} is below {least}", "Correct this value.")
 
     def fraction(key: str, count: float) -> float:
         if run is None:
-            refuse(f"{said(key)}: a recipe counts in fractions of the run", "Give --train-iters.")
+            refuse(f"{text(key)}: a recipe counts in fractions of the run", "Give --train-iters.")
         if count > LONGEST_SCHEDULE * run:
-            refuse(f"{said(key)} is too long for {said(f'train_{unit}')}", "A recipe reaches a million runs.")
+            refuse(f"{text(key)} is too long for {text(f'train_{unit}')}", "A recipe reaches a million runs.")
         return count / int(run)
 
     style, decay_key, warmup_key = values["lr_decay_style"], f"lr_decay_{unit}", f"lr_warmup_{unit}"
     if style not in get_args(Schedule.model_fields["lr_decay_style"].annotation):
         refuse(f"--lr-decay-style {brief(style, 60)}: a recipe does not know it", "Choose another.")
     decay = 1.0 if values[decay_key] is None else fraction(decay_key, values[decay_key])
-    end = said(decay_key) if values[decay_key] is not None else said(f"train_{unit}") if run is not None else "the run"
+    end = text(decay_key) if values[decay_key] is not None else text(f"train_{unit}") if run is not None else "the run"
     if values["lr_warmup_fraction"] is not None:
         warmup_key = "lr_warmup_fraction"
         # Megatron's is a fraction of the decay.
@@ -334,7 +342,7 @@ def _schedule(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         warmup = fraction(warmup_key, values[warmup_key]) if values[warmup_key] else 0.0
     if warmup >= decay:
         what = "is no part of" if warmup_key == "lr_warmup_fraction" else "does not end before"
-        refuse(f"{said(warmup_key)} {what} {end}, which Megatron refuses", "Shorten the warm-up.")
+        refuse(f"{text(warmup_key)} {what} {end}, which Megatron refuses", "Shorten the warm-up.")
     if style == "inverse-square-root" and not warmup:
         refuse("--lr-decay-style inverse-square-root is measured from the end of the warm-up", "Give one.")
     schedule = {"lr_decay_style": style, "lr_warmup_fraction": warmup, "lr_decay_fraction": decay}
@@ -344,8 +352,8 @@ def _schedule(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             refuse(f"--{key.replace('_', '-')} is missing, which --lr-decay-style WSD needs", "Give it.")
         final = fraction(key, values[key])
         if final > decay - warmup:
-            beside = f", of which {said(warmup_key)} are the warm-up" if warmup else ""
-            refuse(f"{said(key)} is longer than {end}{beside}", "Shorten it.")
+            beside = f", of which {text(warmup_key)} are the warm-up" if warmup else ""
+            refuse(f"{text(key)} is longer than {end}{beside}", "Shorten it.")
         schedule["lr_wsd_decay_fraction"] = final
         schedule["lr_wsd_decay_style"] = values["lr_wsd_decay_style"]
     return schedule
@@ -391,7 +399,8 @@ def _differences(native: Native, plan: Plan) -> Iterator[Difference]:
 def _why(quantity: str, entry: PlanEntry, native: Native) -> str:
     if quantity == "eps" and entry.role is Role.HIDDEN:
         return _ONE_RATIO
-    if quantity == "min_lr" and native.values["decoupled_lr"] is not None and entry.name in (WORD_EMBEDDINGS, HEAD):
+    decoupled = native.values["decoupled_lr"] is not None and entry.name in (WORD_EMBEDDINGS, READOUT_WEIGHT)
+    if quantity == "min_lr" and decoupled:
         return _DECOUPLED
     return _WHY[quantity]
 
@@ -426,7 +435,7 @@ def _notes(native: Native) -> Iterator[str]:
             "The base is the line's model with every width divided by m. If the one that you tuned has another ffn, "
             "number of heads or depth, write that into the recipe: natively it makes no difference, here it does."
         )
-    if v["optimizer"] == "adam" and v["weight_decay"] and m != 1.0:
+    if v["weight_decay"] and native.rules.native_lr(True, m) != 1.0:
         yield (
             "weight_decay_exponent is 0, as natively: the product of learning rate and weight decay of hidden weights "
             "falls as 1/m. Set it to 1 to keep AdamW's averaging time at every width; tune weight_decay anew then."

@@ -1,38 +1,35 @@
-"""Which programs of Megatron-LM build a GPT, and what the others are: known by the script's name.
+"""The programs of Megatron-LM: which builds what, and which are none of ours, known by the script's name.
 
-Lists every program at the tags core_v0.16.1 to core_v0.19.0 that takes Megatron's flags, and those of older releases
-and forks that many lines name. Without this, a BERT's line reads like a GPT's.
+With those that architectures name as theirs, every program at the tags core_v0.16.1 to core_v0.19.0 that takes
+Megatron's flags, and those of older releases and forks that many lines name. Without this, a BERT's line reads like a
+GPT's.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from enum import Enum
 from pathlib import Path, PurePosixPath
 
+from mup_megatron.architectures.decoder import Decoder
+from mup_megatron.architectures.registry import architectures
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments.table import EVERY
+from mup_megatron.megatron.arguments.table import every
 
 
-class Family(Enum):
-    """What a program is to the plug-in."""
+class ProgramKind(Enum):
+    """The kinds of programs that the plug-in tells apart."""
 
-    GPT = "GPT"
+    SUPPORTED = "supported"
+    """Builds a model of an architecture that is known."""
     OTHER = "other"
-    """Builds another model, or changes a GPT in a way that a plan does not know."""
+    """Builds another model, or changes one in a way that a plan does not know."""
     DATA = "data"
     """Builds no model that is trained."""
     OWN = "own"
     """None of Megatron-LM's: somebody's own."""
 
 
-_GPT = """
-pretrain_gpt.py pretrain_gpt_core.py finetune_gpt.py finetune_llama.py generate_samples_gpt.py gpt_dynamic_inference.py
-gpt_dynamic_inference_with_coordinator.py gpt_static_inference.py offline_inference.py launch_inference_server.py
-run_text_generation_server.py run_dynamic_text_generation_server.py run_inference_performance_test.py
-report_theoretical_memory.py
-""".split()
-
-_HYBRID = "models with Mamba or other hybrid layers are not supported yet"
+_FLEXTRON = "hybrid models whose layers have several sizes are not supported"
 _BERT = "BERT models are not supported yet"
 _T5 = "T5 models, of an encoder and a decoder, are not supported yet"
 _MULTIMODAL = "multimodal models are not supported yet"
@@ -45,7 +42,7 @@ _PREFIX = "prefix language models and non-causal decoders are not supported yet"
 _NO_MODEL = "it trains no model"
 
 OTHERS: dict[str, str] = {
-    **dict.fromkeys(("pretrain_mamba.py", "pretrain_hybrid.py", "pretrain_hybrid_flex.py"), _HYBRID),
+    "pretrain_hybrid_flex.py": _FLEXTRON,
     "pretrain_bert.py": _BERT,
     **dict.fromkeys(("pretrain_t5.py", "simple_t5_batch_inference.py"), _T5),
     **dict.fromkeys(
@@ -101,7 +98,8 @@ LAUNCHERS = frozenset({"mup_megatron.launch", "torch.distributed.run", "torch.di
 """Modules that are started with -m and run a script."""
 
 _SCRIPT = re.compile(r"\.pyc?\Z", re.IGNORECASE)
-_MODEL_FLAGS = {flag.name for flag in EVERY}
+_MODEL_ELSEWHERE = ("--use-checkpoint-args", "--yaml-cfg")
+"""Flags after which a line need not say what its model is."""
 
 
 def programs_of(words: Sequence[str]) -> list[tuple[str, int]]:
@@ -110,9 +108,10 @@ def programs_of(words: Sequence[str]) -> list[tuple[str, int]]:
     The last of them is the program: those before it start it, or belong to a launcher's option.
     """
     found: list[tuple[str, int]] = []
+    read = {flag.name for flag in every()}
     for index, word in enumerate(words):
         option = word.startswith("-")
-        if option and (word.partition("=")[0] in _MODEL_FLAGS or (found and family_of(found[-1][0]) is Family.GPT)):
+        if option and (word.partition("=")[0] in read or (found and kind_of(found[-1][0]) is ProgramKind.SUPPORTED)):
             break
         before = words[index - 1] if index else ""
         module = word[2:] if re.fullmatch(r"-m\w.*", word) else word if before in ("-m", "--module") else ""
@@ -138,20 +137,27 @@ def script_of(words: Sequence[str]) -> tuple[str, int] | None:
 
 
 def _is_known(script: str) -> bool:
-    return family_of(script) is not Family.OWN
+    return kind_of(script) is not ProgramKind.OWN
 
 
-def family_of(script: str) -> Family:
-    """What a script is, by its name."""
+def kind_of(script: str) -> ProgramKind:
+    """Returns the kind of a script, by its name."""
     if _find(script, OTHERS) is not None:
-        return Family.OTHER
+        return ProgramKind.OTHER
     if _find(script, _DATA) is not None:
-        return Family.DATA
-    return Family.GPT if _find(script, _GPT) is not None else Family.OWN
+        return ProgramKind.DATA
+    return ProgramKind.SUPPORTED if builds(script) is not None else ProgramKind.OWN
 
 
-def require_gpt(script: str, *, source: str) -> None:
-    """Raises InputError for a program of Megatron-LM's that builds no GPT; says what it is."""
+def builds(script: str) -> Decoder | None:
+    """The architecture that a program of Megatron-LM's builds, if it is one that is known."""
+    known = {program: each for each in architectures().values() for program in each.command_line.programs}
+    name = _find(script, known)
+    return None if name is None else known[name]
+
+
+def require_supported(script: str, *, source: str) -> None:
+    """Raises InputError for a program of Megatron-LM's that builds no model that is supported; says what it is."""
     name = _find(script, OTHERS)
     if name is not None:
         raise InputError(
@@ -162,6 +168,27 @@ def require_gpt(script: str, *, source: str) -> None:
         raise InputError(f"{source}: {name}: {_NO_MODEL}. Give the line that trains.")
 
 
+def require_flags(script: str, flags: Sequence[str], *, source: str) -> None:
+    """Raises InputError if a program of Megatron-LM's is given another model's flags, or lacks those of its own."""
+    architecture = builds(script)
+    if architecture is None:
+        return
+    names = [word.partition("=")[0] for word in flags]
+    program = PurePosixPath(script.replace("\\", "/")).name
+    for other in architectures().values():
+        own = next((flag.name for flag in other.command_line.flags if flag.name in names), None)
+        if other is not architecture and own is not None:
+            raise InputError(
+                f"{source}: {own}: a flag of {other.description}, and {program} builds {architecture.description}. Use "
+                f"{other.command_line.programs[0]}, or drop the flag."
+            )
+    for asked in architecture.command_line.keys.values():
+        if not any(flag.name in names for flag in asked) and not any(each in names for each in _MODEL_ELSEWHERE):
+            raise InputError(
+                f"{source}: {program} builds {architecture.description}, and {asked[0].name} is missing. Give it."
+            )
+
+
 def scripts_in(path: Path) -> list[str]:
     """The Python scripts that a launch script names outside its comments, in order. It is not run."""
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -169,7 +196,7 @@ def scripts_in(path: Path) -> list[str]:
     return list(dict.fromkeys(re.findall(r"[\w./${}-]*\w\.py\b", bare)))
 
 
-def _find(script: str, known: dict[str, str] | list[str]) -> str | None:
+def _find(script: str, known: Container[str]) -> str | None:
     """The entry for a script: one with its folder, or its bare name."""
     parts = PurePosixPath(script.replace("\\", "/").lower()).parts
     for count in (2, 1):

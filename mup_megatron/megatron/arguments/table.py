@@ -1,72 +1,19 @@
 """Megatron-LM's flags as far as they concern a model file or a recipe: name, attribute, default, and what follows.
 
 Data, and how words become values. The four supported releases agree on every entry that they have; a few flags
-exist in some of them only.
+exist in some of them only. What one architecture's flags are, it says itself (`architectures/command_line.py`).
 """
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
+from mup_megatron.architectures.flag import Flag, number, whole_number
+from mup_megatron.architectures.registry import architectures
 from mup_megatron.errors import InputError
 from mup_megatron.validation import brief
-
-_BITS = 63
-"""Of a whole number: no size, length or count of Megatron's has more."""
-
-
-def whole_number(text: str) -> int:
-    """As argparse's `type=int`."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise InputError(f"'{brief(text, 60)}' is not a whole number") from None
-    if value.bit_length() > _BITS:
-        raise InputError(f"'{brief(text, 60)}' is too large")
-    return value
-
-
-def number(text: str) -> float:
-    """As argparse's `type=float`, without NaN and infinity."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise InputError(f"'{brief(text, 60)}' is not a number") from None
-    if not math.isfinite(value):
-        raise InputError(f"'{brief(text, 60)}' is not a finite number")
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """A flag, and the attribute of Megatron's namespace that it sets."""
-
-    name: str
-    key: str
-    default: Any
-    """The attribute's value without the flag."""
-    parse: Callable[[str], Any] | None = None
-    """What its word becomes; None where the flag takes none and turns `default` into its opposite."""
-    refusal: str = ""
-    """For what a model file cannot say and the plan cannot allow: why, and what to do."""
-    fine: tuple[Any, ...] = ()
-    """Other values that change nothing."""
-
-    def value(self, word: str) -> Any:
-        """The attribute that a word gives; InputError names the flag."""
-        assert self.parse is not None
-        try:
-            return self.parse(word)
-        except InputError as error:
-            raise InputError(f"{self.name}: {error}. Correct this value.") from None
-
-    def changed(self, values: Mapping[str, Any]) -> bool:
-        """Whether parsed arguments have something else than Megatron's default; off in either way is off."""
-        found = values.get(self.key, self.default)
-        return bool(found != self.default and (found or self.default) and found not in self.fine)
-
 
 FIELDS: dict[str, Flag] = {
     "num_layers": Flag("--num-layers", "num_layers", None, whole_number),
@@ -117,7 +64,17 @@ def _refused(reason: str, *flags: Flag) -> Iterator[Flag]:
         yield replace(flag, refusal=reason)
 
 
-REFUSED = (
+SPEC = Flag(
+    "--spec",
+    "spec",
+    None,
+    str,
+    refusal="a custom layer can have any parameters, and a model file cannot list them. Drop the flag.",
+    many=True,
+)
+"""Refused, but for the specs that an architecture has."""
+
+_REFUSED = (
     *_refused(
         "models with experts are not supported yet. Choose a model without.",
         Flag("--num-experts", "num_experts", None, whole_number),
@@ -135,23 +92,12 @@ REFUSED = (
         Flag("--mtp-num-layers", "mtp_num_layers", None, whole_number),
         Flag("--mtp-hybrid-override-pattern", "mtp_hybrid_override_pattern", None, str),
     ),
-    *_refused(
-        "a custom layer can have any parameters, and a model file cannot list them. Drop the flag.",
-        Flag("--spec", "spec", None, str),
-    ),
+    SPEC,
     *_refused(
         "layers of different sizes are not supported: the width ratio of a layer has to be the same at every depth. "
         "Choose a model whose layers are alike.",
         Flag("--heterogeneous-layers-config-path", "heterogeneous_layers_config_path", None, str),
         Flag("--heterogeneous-layers-config-encoded-json", "heterogeneous_layers_config_encoded_json", None, str),
-    ),
-    *_refused(
-        "hybrid models (Mamba and others) are not supported yet. Choose a model of attention and MLP layers.",
-        Flag("--is-hybrid-model", "is_hybrid_model", False),
-        Flag("--hybrid-layer-pattern", "hybrid_layer_pattern", None, str),
-        Flag("--hybrid-override-pattern", "hybrid_override_pattern", None, str),
-        Flag("--hybrid-attention-ratio", "hybrid_attention_ratio", 0.0, number),
-        Flag("--hybrid-mlp-ratio", "hybrid_mlp_ratio", 0.0, number),
     ),
     *_refused(
         "this kind of attention is not supported yet. Choose a model with ordinary self-attention.",
@@ -211,7 +157,7 @@ REFUSED = (
         Flag("--vision-pretraining", "vision_pretraining", False),
     ),
 )
-"""What changes parameters or their scale, and what a model file cannot say."""
+
 
 SOFTMAX_TYPE = Flag("--softmax-type", "softmax_type", "vanilla", str)
 ROPE_SCALING = Flag("--use-rope-scaling", "use_rope_scaling", False)
@@ -320,8 +266,25 @@ TOKENIZER = (
 )
 """What decides the vocabulary where --vocab-size does not."""
 
-MODEL = (*FIELDS.values(), *ALSO_READ, *REFUSED, *NOT_SAID)
-EVERY = tuple(dict.fromkeys((*MODEL, *STOPPED, *HYPERPARAMETERS.values(), *SCHEDULE, *NATIVE_MUP)))
+
+def of_architectures() -> tuple[Flag, ...]:
+    """Returns the flags that single architectures have, and that are read into their model files."""
+    return tuple(dict.fromkeys(flag for each in architectures().values() for flag in each.command_line.flags))
+
+
+def refused() -> tuple[Flag, ...]:
+    """Returns what changes parameters or their scale, and what a model file cannot say."""
+    return (*_REFUSED, *(flag for each in architectures().values() for flag in each.command_line.refused))
+
+
+def of_models() -> tuple[Flag, ...]:
+    """Returns every flag that concerns a model."""
+    return (*FIELDS.values(), *ALSO_READ, *of_architectures(), *refused(), *NOT_SAID)
+
+
+def every() -> tuple[Flag, ...]:
+    """Returns every flag whose value is read. Functions all, because an architecture may be registered at any time."""
+    return tuple(dict.fromkeys((*of_models(), *STOPPED, *HYPERPARAMETERS.values(), *SCHEDULE, *NATIVE_MUP)))
 
 
 def parsed(words: Sequence[str], known: Sequence[Flag]) -> dict[str, Any]:
@@ -344,10 +307,14 @@ def parsed(words: Sequence[str], known: Sequence[Flag]) -> dict[str, Any]:
             given[flag] = _Located(attached, getattr(word, "line", None), getattr(word, "why", ""))
         elif flag.parse is None:
             given[flag] = None
-        elif index + 1 < len(words) and not words[index + 1].startswith("--"):
-            given[flag] = words[index + 1]
         else:
-            raise InputError(f"{name}: its value is missing. Write it after the flag.")
+            values = [*takewhile(lambda each: not each.startswith("--"), words[index + 1 :])]
+            if not values:
+                raise InputError(f"{name}: its value is missing. Write it after the flag.")
+            given[flag] = values[0]
+            if flag.many and len(values) > 1:
+                origin = getattr(values[0], "line", None), getattr(values[0], "why", "")
+                given[flag] = _Located(" ".join(values), *origin)
     return {flag.key: _value(flag, text) for flag, text in given.items()}
 
 

@@ -1,4 +1,4 @@
-"""How many entries Megatron's tokenizer has, read from the tokenizer's files: before padding, as Megatron counts.
+"""The number of entries of Megatron's tokenizers, read from the tokenizer's files: before padding, as Megatron counts.
 
 Reads JSON, lists of words, and the outline of sentencepiece's protobuf, in files that exist here; runs nothing of a
 tokenizer, and asks no network. Where the size follows from more than a file says (code of the tokenizer's own, tokens

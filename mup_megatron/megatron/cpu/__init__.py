@@ -29,7 +29,7 @@ _enabled = False
 
 
 def enable() -> bool:
-    """Prepare this process to run Megatron-Core on the CPU. Return whether it now does: False where there is a GPU.
+    """Prepares this process to run Megatron-Core on the CPU. Returns whether it now does: False where there is a GPU.
 
     Call it before the first `import megatron`; calling it again changes nothing. It imports Megatron's optimizer, which
     takes seconds. With a GPU nothing is touched. Where processes are forked on a GPU machine, call it in the child:
@@ -66,12 +66,12 @@ def enable() -> bool:
 
 
 def is_enabled() -> bool:
-    """Whether this process runs Megatron-Core on the CPU through `enable`."""
+    """Returns whether this process runs Megatron-Core on the CPU through `enable`."""
     return _enabled
 
 
 def transformer_config_overrides() -> dict[str, object]:
-    """The fields of `TransformerConfig` that a CPU run needs, to be merged over one's own; empty unless `is_enabled()`.
+    """Returns the fields of `TransformerConfig` that a CPU run needs, to be merged over one's own; none unless enabled.
 
     They turn off what exists only as a GPU kernel, and nothing else: no field here changes what is computed. With
     `use_cpu_initialization` the initial weights don't depend on the tensor-parallel size.

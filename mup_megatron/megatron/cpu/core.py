@@ -1,4 +1,4 @@
-"""What Megatron-Core's own modules need on the CPU beyond a pretended device: an Adam and a norm. No fork of them."""
+"""The parts that Megatron-Core needs on the CPU beyond a pretended device: an Adam and a norm. No fork of them."""
 
 import copy
 import importlib

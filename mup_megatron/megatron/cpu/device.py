@@ -30,7 +30,7 @@ _BYTES = "max_memory_allocated max_memory_reserved memory_allocated memory_reser
 
 
 class DeviceProperties(NamedTuple):
-    """What the pretended device says of itself. Compute capability 0.0: no kernel written for a GPU may be chosen."""
+    """The properties of the pretended device. Compute capability 0.0: no kernel written for a GPU may be chosen."""
 
     name: str = "CPU"
     major: int = 0
@@ -173,7 +173,7 @@ def _replace_placement() -> None:
 
 
 def is_pretended(device: Any) -> bool:
-    """Whether a `device` argument means the pretended device: "cuda", "cuda:0", its number, or such a torch.device."""
+    """Returns whether a `device` argument is the pretended device: "cuda", "cuda:0", its number, or a torch.device."""
     if isinstance(device, torch.device):
         return device.type == "cuda"
     if isinstance(device, str):

@@ -1,4 +1,4 @@
-"""What Megatron-LM's training loop (megatron.training, and megatron.legacy of 0.16) needs without a GPU. No fork of it.
+"""The parts that Megatron-LM's training loop (megatron.training, megatron.legacy) needs without a GPU. No fork of it.
 
 Everything here waits until the module that it is about has been imported, and imports none itself: programs that stay
 with Megatron-Core never notice. In which order things are imported does not matter either.

@@ -1,22 +1,23 @@
 """The guard: a live model, optimizer and scheduler against the plan, before a wrong run costs anything.
 
-It holds no theory and changes nothing: a run is bitwise the same with and without it. Checks of one rank's share are
-functions that return problems; `require_as_planned` makes one error of those of all ranks.
+It changes nothing: a run is bitwise the same with and without it. Functions here collect what is live on one rank and
+return the problems that `live/` finds; `require_as_planned` makes one error of those of all ranks.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from mup_megatron.collectives import gathered
 from mup_megatron.errors import InputError
+from mup_megatron.live import weights as initial
+from mup_megatron.live.problems import Problem, message
 from mup_megatron.megatron.guard.forward import attention_problems, multiplier_problems
 from mup_megatron.megatron.guard.optimizer import optimizer_problems, schedule_problems
-from mup_megatron.megatron.guard.problems import Problem, message
-from mup_megatron.megatron.guard.weights import weight_problems
-from mup_megatron.megatron.names import require_match
-from mup_megatron.theory import Plan
+from mup_megatron.megatron.names import named_parameters, require_match
+from mup_megatron.theory import Plan, PlanEntry
 
 __all__ = [
     "Problem",
@@ -55,3 +56,23 @@ def require_as_planned(
     everywhere = [problem for of_rank in gathered(problems) for problem in of_rank]
     if everywhere:
         raise InputError(message(everywhere))
+
+
+def weight_problems(chunks: Sequence[torch.nn.Module], plan: Plan) -> list[Problem]:
+    """Returns where this rank's initial weights are not the plan's; for a model that was just drawn."""
+    return [
+        problem
+        for name, parameter in named_parameters(chunks, tied=plan.tied)
+        if not parameter.is_meta
+        for problem in initial.weight_problems(_without_padding(parameter, plan[name]), plan[name])
+    ]
+
+
+def _without_padding(parameter: torch.nn.Parameter, entry: PlanEntry) -> torch.Tensor:
+    """A rank's values without the rows that only pad the vocabulary."""
+    values = parameter.detach()
+    if entry.padded_to is None:
+        return values
+    sharded = getattr(parameter, "tensor_model_parallel", False)
+    first = parallel_state.get_tensor_model_parallel_rank() * len(values) if sharded else 0
+    return values[: max(0, entry.shape[0] - first)]

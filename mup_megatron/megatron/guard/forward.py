@@ -1,7 +1,6 @@
-"""What the forward pass really does against the plan: the scale of attention, measured, and multipliers, counted.
+"""The forward pass against the plan: the scale of attention, measured, and multipliers, counted.
 
-What should be there is worked out here from the plan's names alone, not by the code of `model.py` that puts it there: a
-mistake that both shared would be seen by neither. Leaves no trace.
+What should be there are the plan's sites. Leaves no trace.
 """
 
 import math
@@ -11,13 +10,12 @@ from typing import Any
 
 import torch
 
-from mup_megatron.megatron.guard.problems import Problem, number
-from mup_megatron.megatron.model import core_attentions, part_scales
-from mup_megatron.megatron.names import named_parameters, unwrapped
-from mup_megatron.models.gpt import HEAD
-from mup_megatron.modules.hooks import ScaledInput, ScaledOutput
-from mup_megatron.theory import Kind, Plan
-from mup_megatron.theory.roles import default_softmax_scale
+from mup_megatron.live import hooks
+from mup_megatron.live.compare import CLOSE, close, hook_problems, scale_problem
+from mup_megatron.live.problems import Problem, number
+from mup_megatron.megatron.model import part_scales
+from mup_megatron.megatron.names import named_modules, unwrapped
+from mup_megatron.theory import Acts, Plan, Site
 
 # ---- attention -----------------------------------------------------------------------------------------------------
 
@@ -29,66 +27,62 @@ _LOGITS = (4.0, 2.0**-4, 2.0**-10)
 
 
 def attention_problems(chunks: Sequence[torch.nn.Module], plan: Plan) -> list[Problem]:
-    """Where attention on this rank does not compute softmax(s·q·k) with the plan's s, which is measured.
+    """Returns where attention on this rank does not compute softmax(s·q·k) with the plan's s, which is measured.
 
     Measured to the rounding of the weights' type; what the attention says of itself (`softmax_scale`) is compared
     exactly, and alone where it cannot be called: with context parallelism, FP8, or another signature.
     """
+    sites = [site for site in plan.sites if site.acts is Acts.SCALE]
     found = []
     for model in map(unwrapped, chunks):
-        for name, core in core_attentions(model):
-            attention = model.get_submodule(name.removesuffix(".core_attention"))
-            problem = _scale_problem(name, core, attention, plan)
-            if problem is None:
-                problem = _inference_problem(name.removesuffix(".core_attention"), attention, plan)
-            if problem is not None:
-                found.append(_renamed(problem, model))
+        modules = dict(named_modules(model))
+        for site in sites:
+            if site.module in modules:
+                attention = modules[site.module.rpartition(".")[0]]
+                problem = _scale_problem(site, modules[site.module], attention) or _inference_problem(site, attention)
+                found += [problem] if problem is not None else []
     return found
 
 
-def _scale_problem(name: str, core: torch.nn.Module, attention: Any, plan: Plan) -> Problem | None:
-    expected = plan.softmax_scale
+def _scale_problem(site: Site, core: torch.nn.Module, attention: Any) -> Problem | None:
     said = part_scales(core)
-    wrong = [scale for scale in said if not math.isclose(scale, expected, rel_tol=1e-6)]
-    measured = _measured(core, attention, expected)
-    if measured is not None and not math.isclose(measured, expected, rel_tol=_precision(attention)):
-        return Problem(name, "softmax scale", number(expected), number(measured), _scale_cause(said, wrong, core, plan))
-    if wrong:
-        return Problem(name, "softmax scale", number(expected), number(wrong[0]), _scale_cause(said, wrong, core, plan))
-    if measured is None and not said and plan.changes_softmax_scale:
-        cause = (
-            f"This attention ({type(core).__name__}) has no softmax_scale and cannot be measured. Use Megatron's local "
-            "or Transformer Engine attention, or a base of the target's head size and attention_multiplier 1."
-        )
-        return Problem(name, "softmax scale", number(expected), "unknown", cause)
-    return None
+    measured = _measured(core, attention, site.factor)
+    return scale_problem(
+        site.module,
+        site.factor,
+        said,
+        lambda wrong: _scale_cause(site, type(core).__name__, said, wrong, measured),
+        measured=measured,
+        precision=CLOSE if measured is None else _precision(attention),
+        must_be_known=site.changes,
+    )
 
 
-def _scale_cause(said: list[float], wrong: list[float], core: torch.nn.Module, plan: Plan) -> str:
-    kind = type(core).__name__
+def _scale_cause(site: Site, kind: str, said: Sequence[float], wrong: Sequence[float], measured: float | None) -> str:
     if said and not wrong:
         return (
             f"This attention ({kind}) has the right softmax_scale and computes with another. Let its forward pass use "
             "self.softmax_scale, or use Megatron's local or Transformer Engine attention."
         )
     if not said:
+        what = "cannot be measured" if measured is None else "computes with its own"
         return (
-            f"This attention ({kind}) has no softmax_scale and computes with its own. Use Megatron's local or "
-            "Transformer Engine attention, or a base of the target's head size and attention_multiplier 1."
+            f"This attention ({kind}) has no softmax_scale and {what}. Use Megatron's local or Transformer Engine "
+            "attention, or a base of the target's head size and attention_multiplier 1."
         )
-    default = default_softmax_scale(plan.head_size)
-    if plan.changes_softmax_scale and all(math.isclose(scale, default, rel_tol=1e-6) for scale in wrong):
+    if site.changes and all(close(scale, site.stock) for scale in wrong):
         return "It has Megatron's own 1/√d: the plan's scale did not arrive, or the layer was built anew afterwards."
     return "Something set another scale. Leave softmax_scale to the plan; tune attention_multiplier instead."
 
 
-def _inference_problem(name: str, attention: Any, plan: Plan) -> Problem | None:
+def _inference_problem(site: Site, attention: Any) -> Problem | None:
     # Dynamic inference bypasses core_attention and takes its scale from here, or 1/√d where there is none.
     said = getattr(attention, "softmax_scale", None)
-    if said == plan.softmax_scale or (said is None and not plan.changes_softmax_scale):
+    if said == site.factor or (said is None and not site.changes):
         return None
     cause = "Training does not use this one, dynamic inference does. Apply the plan anew; do not set it by hand."
-    return Problem(name, "softmax scale of dynamic inference", number(plan.softmax_scale), number(said), cause)
+    name = site.module.rpartition(".")[0]
+    return Problem(name, "softmax scale of dynamic inference", number(site.factor), number(said), cause)
 
 
 def _measured(core: torch.nn.Module, attention: Any, expected: float) -> float | None:
@@ -162,65 +156,9 @@ def _precision(attention: Any) -> float:
 
 # ---- multipliers ---------------------------------------------------------------------------------------------------
 
-_Hooks = list[tuple[str, float]]
-"""(what is scaled, factor) for each hook of ours on a module."""
-
 
 def multiplier_problems(chunks: Sequence[torch.nn.Module], plan: Plan) -> list[Problem]:
-    """Where a multiplier of the plan is missing, acts twice, has another factor or stands where none should."""
-    found = []
-    for model in map(unwrapped, chunks):
-        expected = _expected_hooks(model, plan)
-        for name, module in model.named_modules():
-            hooks, wanted = _hooks(module), expected.get(name, [])
-            if hooks != wanted:
-                problem = Problem(name, "multiplier", _listed(wanted), _listed(hooks), _hook_cause(hooks, wanted))
-                found.append(_renamed(problem, model))
-    return found
-
-
-def _expected_hooks(model: torch.nn.Module, plan: Plan) -> dict[str, _Hooks]:
-    """What should stand on each module, by the model's own name of it; nothing where a multiplier is 1."""
-    expected: dict[str, _Hooks] = {}
-    own_names = (name for name, _ in model.named_parameters())
-    for own_name, (name, _) in zip(own_names, named_parameters([model], tied=plan.tied), strict=True):
-        entry = plan[name]
-        if own_name != HEAD and entry.kind is not Kind.HEAD and entry.multiplier != 1.0:
-            # The input is what scales a weight and leaves its bias alone; a table has no input to scale.
-            side = "output" if entry.kind is Kind.EMBEDDING else "input"
-            expected[own_name.rpartition(".")[0]] = [(side, entry.multiplier)]
-    # A tied readout on the embedding's own stage has no parameter.
-    if hasattr(model, "output_layer") and plan.output_multiplier != 1.0:
-        expected[HEAD.rpartition(".")[0]] = [("input", plan.output_multiplier)]
-    return expected
-
-
-def _hooks(module: torch.nn.Module) -> _Hooks:
-    before = [("input", h.factor) for h in module._forward_pre_hooks.values() if isinstance(h, ScaledInput)]
-    after = [("output", h.factor) for h in module._forward_hooks.values() if isinstance(h, ScaledOutput)]
-    return before + after
-
-
-def _listed(hooks: _Hooks) -> str:
-    return " and ".join(f"{number(factor)} on its {side}" for side, factor in hooks) or "none"
-
-
-def _hook_cause(found: _Hooks, wanted: _Hooks) -> str:
-    if not found:
-        return "The hook is gone: the layer was built anew or copied without it. Apply the plan to the final model."
-    if not wanted:
-        return "The plan has no multiplier here. Another plan was applied to this model; build it anew."
-    if len(found) > 1:
-        return "The plan was applied more than once. Apply it once, to a freshly built model."
-    return "Another recipe's plan was applied to this model. Build it anew with this one."
-
-
-def _renamed(problem: Problem, model: Any) -> Problem:
-    """With the layer's number in the whole model for its number on this stage."""
-    start, _, rest = problem.name.partition("decoder.layers.")
-    if start or not rest:
-        return problem
-    own, _, rest = rest.partition(".")
-    layer = model.decoder.layers[int(own)].layer_number - 1
-    name = f"decoder.layers.{layer}.{rest}"
-    return Problem(name, problem.quantity, problem.expected, problem.found, problem.cause)
+    """Returns where this rank's hooks are not those of the plan's sites."""
+    wanted = hooks.wanted(plan.sites)
+    live = ((name, hooks.found(module)) for model in map(unwrapped, chunks) for name, module in named_modules(model))
+    return list(hook_problems(live, wanted))

@@ -3,9 +3,8 @@
 Reads, changes nothing. Judges values, not how they came about.
 """
 
-import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -15,18 +14,16 @@ from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mup_megatron.collectives import gathered
-from mup_megatron.megatron.guard.problems import Problem, number
-from mup_megatron.megatron.optimizer import GroupValues, is_sharded, parameters_with_groups, parts_of
+from mup_megatron.live.compare import close, group_problems, value_problems
+from mup_megatron.live.problems import Problem, number
+from mup_megatron.megatron.optimizer import LiveGroupValues, is_sharded, parameters_with_groups, parts_of
 from mup_megatron.theory import Plan, PlanEntry
-
-CLOSE = 1e-6
-"""Relative: groups hold the plan's very numbers, at worst through a tensor of single precision."""
 
 
 def optimizer_problems(
     chunks: Sequence[torch.nn.Module], plan: Plan, optimizer: Any, scheduler: Any = None
 ) -> list[Problem]:
-    """Where what the optimizer does with this rank's parameters is not the plan.
+    """Returns where what the optimizer does with this rank's parameters is not the plan.
 
     Collective over the data-parallel group, because the distributed optimizer gives each rank another share of the
     parameters.
@@ -40,7 +37,7 @@ def optimizer_problems(
     """
     held = parameters_with_groups(optimizer, chunks, tied=plan.tied)
     found = _trained_problems(held, optimizer)
-    owned = [_Held(plan[name], GroupValues.of(groups[0]), groups[0]) for name, _, groups in held if groups]
+    owned = [_Held(plan[name], LiveGroupValues.of(groups[0]), groups[0]) for name, _, groups in held if groups]
     found += _limit_problems(owned, plan, optimizer, scheduler)
     found += _momentum_problems(owned)
     if scheduler is not None:
@@ -54,12 +51,8 @@ class _Held:
     """A parameter that this rank's optimizer updates."""
 
     entry: PlanEntry
-    live: GroupValues
+    live: LiveGroupValues
     group: dict[str, Any]
-
-
-def _close(found: float | None, expected: float) -> bool:
-    return found is not None and math.isclose(found, expected, rel_tol=CLOSE)
 
 
 # ---- in exactly one group ------------------------------------------------------------------------------------------
@@ -78,16 +71,12 @@ def _trained_problems(
         if not parameter.requires_grad:
             cause = "It is frozen (requires_grad is False). Unfreeze it: the recipe was tuned training everything."
             found.append(Problem(name, "training", "on", "off", cause))
-        elif name not in anywhere:
-            cause = (
-                "No group of the optimizer holds it, so it would stay as it is. Build the optimizer after the last "
-                "change to the model, and do not take parameters out of its groups."
-            )
-            found.append(Problem(name, "optimizer group", "one", "none", cause))
-        elif len(groups) > 1:
-            cause = "Each of them would update it. Add it to one group only, and build the optimizer once."
-            found.append(Problem(name, "optimizer group", "one", str(len(groups)), cause))
+        elif groups or name not in anywhere:  # else another rank has it
+            found += group_problems({name: len(groups)}, _AFTER)
     return found
+
+
+_AFTER = "Build the optimizer after the last change to the model, and do not take parameters out of its groups."
 
 
 # ---- what a group holds --------------------------------------------------------------------------------------------
@@ -118,23 +107,27 @@ def _limit_problems(owned: list[_Held], plan: Plan, optimizer: Any, scheduler: A
         flat=_flat([(item.live.max_lr, item.entry.lr) for item in owned]),
         owners={entry.lr: entry.name for entry in reversed(plan.entries)},
     )
-    found = []
-    for item in owned:
-        entry, live = item.entry, item.live
-        peak_cause = None if _close(live.max_lr, entry.lr) else _peak_cause(live.max_lr, plan, known)
-        if peak_cause is not None:
-            found.append(Problem(entry.name, "max_lr", number(entry.lr), number(live.max_lr), peak_cause))
-        if not _close(live.min_lr, entry.min_lr):
-            cause = peak_cause or _limit_cause(live.min_lr, plan.min_lr, known)
-            found.append(Problem(entry.name, "min_lr", number(entry.min_lr), number(live.min_lr), cause))
-        if entry.eps is not None and not _close(live.eps, entry.eps):
-            cause = (
-                f"eps is the base's, not scaled as the gradient is. {_REBUILD}"
-                if _close(live.eps, plan.adam_eps)
-                else "Another eps reached this group: a callback, or a loaded checkpoint that mixed up the groups."
-            )
-            found.append(Problem(entry.name, "eps", number(entry.eps), number(live.eps), cause))
-    return found
+    return [problem for item in owned for problem in _limit_problems_of(item, plan, known)]
+
+
+def _limit_problems_of(item: _Held, plan: Plan, known: _Circumstances) -> Iterator[Problem]:
+    entry, live = item.entry, item.live
+    peak_cause = None if close(live.max_lr, entry.lr) else _peak_cause(live.max_lr, plan, known)
+
+    def cause(quantity: str, value: float | None) -> str:
+        if quantity == "eps":
+            return _eps_cause(value, plan)
+        return _limit_cause(value, plan.min_lr, known) if peak_cause is None else peak_cause
+
+    planned = {"max_lr": entry.lr, "min_lr": entry.min_lr, "eps": entry.eps}
+    values = {"max_lr": live.max_lr, "min_lr": live.min_lr, "eps": live.eps}
+    return value_problems(entry.name, planned, values, cause)
+
+
+def _eps_cause(value: float | None, plan: Plan) -> str:
+    if close(value, plan.adam_eps):
+        return f"eps is the base's, not scaled as the gradient is. {_REBUILD}"
+    return "Another eps reached this group: a callback, or a loaded checkpoint that mixed up the groups."
 
 
 def _peak_cause(value: float | None, plan: Plan, known: _Circumstances) -> str:
@@ -142,8 +135,8 @@ def _peak_cause(value: float | None, plan: Plan, known: _Circumstances) -> str:
         return "decoupled_lr is set: drop --decoupled-lr and use per_parameter in the recipe."
     if known.flat and value is not None and not known.overridden:
         return f"All groups have one learning rate, so the plan's are lost. {_REBUILD}"
-    owner = next((name for lr, name in known.owners.items() if _close(value, lr)), None)
-    if owner is not None and not _close(value, plan.lr):
+    owner = next((name for lr, name in known.owners.items() if close(value, lr)), None)
+    if owner is not None and not close(value, plan.lr):
         return (
             f"That is what {owner} should have: a loaded checkpoint mixed up the groups. Load it with the plug-in on, "
             "which restores them by name, or start the optimizer anew (--no-load-optim)."
@@ -154,7 +147,7 @@ def _peak_cause(value: float | None, plan: Plan, known: _Circumstances) -> str:
 def _limit_cause(value: float | None, base: float, known: _Circumstances) -> str:
     if value is None:
         return f"Its group has none of its own, so the scheduler takes the base's. {_REBUILD}"
-    if _close(value, base):
+    if close(value, base):
         if known.overridden:
             return "--override-opt-param-scheduler gave every group the base's value: drop the flag."
         return f"That is the base's value: this group's own is lost. {_REBUILD}"
@@ -193,22 +186,23 @@ def _rate_problems(owned: list[_Held], plan: Plan, scheduler: Any) -> list[Probl
     """
     if isinstance(scheduler, OptimizerParamScheduler) and scheduler.init_lr != 0.0:
         return []  # told by `schedule_problems`
-    judged = [i for i in owned if _close(i.live.max_lr, i.entry.lr) and _close(i.live.min_lr, i.entry.min_lr)]
+    judged = [i for i in owned if close(i.live.max_lr, i.entry.lr) and close(i.live.min_lr, i.entry.min_lr)]
     base = _base_rate(judged, plan, scheduler)
     flat = _flat([(item.live.lr, item.entry.lr) for item in judged])
-    found = []
-    for item in judged:
-        expected = base * (item.entry.lr / plan.lr)
-        if not _close(item.live.lr, expected):
-            cause = (
-                "The scheduler gives all groups one learning rate. Use Megatron's OptimizerParamScheduler, or let "
-                "yours go by each group's max_lr and min_lr."
-                if flat
-                else "It is not what the schedule makes of this group's max_lr and min_lr: something else sets it. "
-                "Leave it to the scheduler."
-            )
-            found.append(Problem(item.entry.name, "lr", number(expected), number(item.live.lr), cause))
-    return found
+    cause = (
+        "The scheduler gives all groups one learning rate. Use Megatron's OptimizerParamScheduler, or let yours go by "
+        "each group's max_lr and min_lr."
+        if flat
+        else "It is not what the schedule makes of this group's max_lr and min_lr: something else sets it. Leave it to "
+        "the scheduler."
+    )
+    return [
+        problem
+        for item in judged
+        for problem in value_problems(
+            item.entry.name, {"lr": base * (item.entry.lr / plan.lr)}, {"lr": item.live.lr}, cause
+        )
+    ]
 
 
 def _base_rate(owned: list[_Held], plan: Plan, scheduler: Any) -> float:
@@ -224,28 +218,29 @@ def _decay_problems(owned: list[_Held], plan: Plan, scheduler: Any) -> list[Prob
     base = plan.weight_decay
     if isinstance(scheduler, OptimizerParamScheduler):
         base = float(scheduler.get_wd())  # whether it is the recipe's: see `schedule_problems`
-    found = []
+    found: list[Problem] = []
     for item in owned:
         ratio = item.entry.weight_decay / plan.weight_decay if plan.weight_decay else 0.0
-        expected = base * ratio
         live = base * item.live.wd_mult if scheduler is None else item.live.weight_decay
-        if _close(live, expected):
-            continue
-        if item.entry.kind.is_vector:
-            cause = f"Biases and gains have none, and this group's wd_mult is lost. {_REBUILD}"
-        elif _close(live, base):
-            cause = f"That is the base's, not compensated for this group's learning rate. {_REBUILD}"
-        else:
-            cause = "Something changed this group's weight decay or wd_mult: a callback, or a loaded checkpoint."
-        found.append(Problem(item.entry.name, "weight decay", number(expected), number(live), cause))
+        planned = {"weight decay": base * ratio}
+        cause = _decay_cause(item.entry, live, base)
+        found += value_problems(item.entry.name, planned, {"weight decay": live}, cause)
     return found
+
+
+def _decay_cause(entry: PlanEntry, live: float, base: float) -> str:
+    if entry.is_vector:
+        return f"Biases and gains have none, and this group's wd_mult is lost. {_REBUILD}"
+    if close(live, base):
+        return f"That is the base's, not compensated for this group's learning rate. {_REBUILD}"
+    return "Something changed this group's weight decay or wd_mult: a callback, or a loaded checkpoint."
 
 
 # ---- the schedule itself -------------------------------------------------------------------------------------------
 
 
 def schedule_problems(plan: Plan, scheduler: Any, optimizer: Any) -> list[Problem]:
-    """Where Megatron's scheduler is not the plan's.
+    """Returns where Megatron's scheduler is not the plan's.
 
     Any other is judged by what it does to the groups: see `optimizer_problems`.
     """
@@ -259,14 +254,9 @@ def schedule_problems(plan: Plan, scheduler: Any, optimizer: Any) -> list[Proble
         )
         found.append(Problem("schedule", "lr_warmup_init", "0", number(scheduler.init_lr), cause))
     cause = "Groups are scaled relative to the recipe's value: use that one, not one from a flag or an old checkpoint."
-    for quantity, right, value in (
-        ("max_lr", plan.lr, scheduler.max_lr),
-        ("min_lr", plan.min_lr, scheduler.min_lr),
-        ("start_wd", plan.weight_decay, scheduler.start_wd),
-        ("end_wd", plan.weight_decay, scheduler.end_wd),
-    ):
-        if not _close(value, right):
-            found.append(Problem("schedule", quantity, number(right), number(value), cause))
+    planned = {"max_lr": plan.lr, "min_lr": plan.min_lr, "start_wd": plan.weight_decay, "end_wd": plan.weight_decay}
+    live = {quantity: getattr(scheduler, quantity) for quantity in planned}
+    found += value_problems("schedule", planned, live, cause)
     driven = {id(group) for group in scheduler.optimizer.param_groups}
     if any(id(group) not in driven for group in optimizer.param_groups):
         cause = (

@@ -2,7 +2,9 @@
 
     documents.py   files → documents (text)
     tokenizer.py   text → token ids
-    indexed.py     documents → PREFIX.bin, .idx, .tokenizer.json, .json; and the check of what lies at a PREFIX
+    prefix.py      the four files at a PREFIX: .bin, .idx, .tokenizer.json, .json
+    writing.py     documents → these files
+    reading.py     these files, checked
     embedded.py    the corpus that needs no download: the Python standard library's own source, cached
     dataset.py     PREFIX → Megatron's GPTDataset → the micro-batches of an iteration
 
@@ -16,7 +18,7 @@ CACHE = Path("results/cache")
 """Where what can be made again is kept, unless told otherwise: the embedded corpus and Megatron's sample indices."""
 
 
-class Progress(Protocol):
+class ProgressFn(Protocol):
     """Told after every step of a long work how far it is; `stage` is a short phrase such as "tokenizing"."""
 
     def __call__(self, stage: str, done: int, total: int, /) -> None:
@@ -24,4 +26,4 @@ class Progress(Protocol):
 
 
 def silent(stage: str, done: int, total: int, /) -> None:
-    """A `Progress` that shows nothing."""
+    """A `ProgressFn` that shows nothing."""

@@ -7,11 +7,10 @@ iteration, and the same samples make up a global batch in every layout.
 
 import hashlib
 import json
-import os
 import re
 import tokenize
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +20,8 @@ import psutil  # type: ignore[import-untyped]
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.versions import core_version_text
 from mup_megatron.training.data import CACHE
-from mup_megatron.training.data.indexed import (
-    DataMeta,
-    at,
-    check_prefix,
-    read_index,
-    require_known_tokens,
-    staging,
-)
+from mup_megatron.training.data.prefix import DataMeta, at, publish, remove_damaged, staging
+from mup_megatron.training.data.reading import check_prefix, read_index, require_known_tokens
 from mup_megatron.training.ranks import on_first_rank
 from mup_megatron.validation import brief
 
@@ -41,14 +34,14 @@ DEFAULT_SPLIT = "99,1,0"
 
 @dataclass(frozen=True)
 class DatasetTokenizer:
-    """As much of a tokenizer as GPTDataset asks for. It has no padding token, so no token of the data is masked."""
+    """The part of a tokenizer that GPTDataset asks for. It has no padding token, so no token of the data is masked."""
 
     vocab_size: int
     eod: int
 
     @property
     def unique_identifiers(self) -> dict[str, int]:
-        """What Megatron names its cached indices after."""
+        """The values that Megatron names its cached indices after."""
         return {"vocab_size": self.vocab_size, "eod": self.eod}
 
 
@@ -62,7 +55,7 @@ def build_datasets(
     split: str = DEFAULT_SPLIT,
     cache_dir: Path = CACHE,
 ) -> tuple["GPTDataset", "GPTDataset | None"]:
-    """Megatron's data sets for training and validation.
+    """Builds Megatron's data sets for training and validation.
 
     Call it on all ranks when torch.distributed is on: the first rank checks the data and makes the indices, in a folder
     that appears only when they are whole; the others wait, then read them. `cache_dir` must be seen by all.
@@ -99,19 +92,12 @@ def build_datasets(
         key = hashlib.sha256(json.dumps([core_version_text(), *settings]).encode()).hexdigest()[:16]
         indices = cache_dir / "index" / key
         if indices.exists() and not _are_sound(indices, len(read_index(prefix).sequence_lengths)):
-            # Somebody damaged it. Out of the way under a name of its own, since others may look at this moment.
-            with staging(indices.parent) as folder, suppress(FileNotFoundError):
-                os.rename(indices, folder / "damaged")
+            remove_damaged(indices)
         if not indices.is_dir():
             require_known_tokens(prefix, meta)
             with staging(indices.parent) as folder:
                 _construct(prefix, _with_cache(config, folder), wanted)
-                try:
-                    os.rename(folder, indices)
-                except OSError:
-                    # Another process was faster; its files are the same. Anything else is an error.
-                    if not indices.is_dir():
-                        raise
+                publish(folder, indices)
         return meta, indices
 
     meta, indices = on_first_rank(prepare)
@@ -132,7 +118,7 @@ def sample_indices(
     data_parallel_rank: int = 0,
     data_parallel_size: int = 1,
 ) -> list[list[int]]:
-    """Which samples a data-parallel rank takes in an iteration (counted from 0): one list per micro-batch.
+    """Lists the samples that a data-parallel rank takes in an iteration (counted from 0), one list per micro-batch.
 
     Iteration i uses samples i·GBS … (i+1)·GBS − 1. They are dealt out as by Megatron's `MegatronPretrainingSampler`:
     a micro-batch of consecutive samples to every rank in turn, until none is left.
@@ -161,7 +147,7 @@ def global_batch(
     data_parallel_rank: int = 0,
     data_parallel_size: int = 1,
 ) -> list[dict[str, "torch.Tensor"]]:
-    """This rank's micro-batches of an iteration (counted from 0), each with tensors of shape [micro_batch, seq_length].
+    """Returns this rank's micro-batches of an iteration (counted from 0), with tensors [micro_batch, seq_length].
 
     Raises:
         InputError: see `sample_indices`.

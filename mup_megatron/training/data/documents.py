@@ -11,7 +11,7 @@ from pathlib import Path
 from mup_megatron.errors import InputError
 from mup_megatron.files import require_ordinary
 from mup_megatron.readback import parse_json
-from mup_megatron.training.data import Progress, silent
+from mup_megatron.training.data import ProgressFn, silent
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Source:
 
 
 def scan(
-    paths: Sequence[Path], *, names: Sequence[str] | None = None, progress: Progress = silent
+    paths: Sequence[Path], *, names: Sequence[str] | None = None, progress: ProgressFn = silent
 ) -> tuple[Source, ...]:
     """Reads every file once, so that whatever is wrong with the last one is said before any work is done.
 

@@ -5,20 +5,20 @@ It lies in a cache whose folders appear whole or not at all, so several processe
 
 import hashlib
 import json
-import os
 import sys
 import sysconfig
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 from mup_megatron.errors import InputError
+from mup_megatron.files import read_text
 from mup_megatron.megatron.versions import core_version_text
-from mup_megatron.readback import read_text
-from mup_megatron.training.data import CACHE, Progress, silent
+from mup_megatron.training.data import CACHE, ProgressFn, silent
 from mup_megatron.training.data.documents import Source, documents, scan
-from mup_megatron.training.data.indexed import DataMeta, check_prefix, staging, write_files
+from mup_megatron.training.data.prefix import DataMeta, publish, remove_damaged, staging
+from mup_megatron.training.data.reading import check_prefix
 from mup_megatron.training.data.tokenizer import DEFAULT_TOKENIZER, TokenizerSpec, make_tokenizer, parse_tokenizer
+from mup_megatron.training.data.writing import write_files
 
 _FORMAT = 1
 """Counted up when the same sources and settings begin to give other files."""
@@ -37,9 +37,9 @@ def embedded_data(
     *,
     tokenizer: str = DEFAULT_TOKENIZER,
     eod_token: str | None = None,
-    progress: Progress = silent,
+    progress: ProgressFn = silent,
 ) -> Path:
-    """The PREFIX of the embedded corpus, which is made at the first call.
+    """Returns the PREFIX of the embedded corpus, which is made at the first call.
 
     A folder of the cache is named after the Python version and a hash of the sources, the tokenizer and the versions of
     what writes it. Takes about 10 s the first time, later as long as reading 9 MB takes.
@@ -61,24 +61,17 @@ def embedded_data(
         try:
             check_prefix(prefix)
         except InputError:
-            # Somebody damaged it. Out of the way under a name of its own, since others may look at this moment.
-            with staging(home.parent) as folder, suppress(FileNotFoundError):
-                os.rename(home, folder / "damaged")
+            remove_damaged(home)
         else:
             return prefix
     with staging(home.parent) as folder:
         _write(folder / _NAME, sources, spec, eod_token, progress)
-        try:
-            os.rename(folder, home)
-        except OSError:
-            # Another process was faster; its files are the same. Anything else is an error.
-            if not home.is_dir():
-                raise
+        publish(folder, home)
     return prefix
 
 
-def embedded_sources(*, progress: Progress = silent) -> tuple[Source, ...]:
-    """The files of the corpus, in an order that has nothing to do with their subjects.
+def embedded_sources(*, progress: ProgressFn = silent) -> tuple[Source, ...]:
+    """Returns the files of the corpus, in an order that has nothing to do with their subjects.
 
     Megatron validates on the last documents. In alphabetical order that would be `xml`, `zipfile` and `zoneinfo`.
 
@@ -118,7 +111,7 @@ def _key(sources: tuple[Source, ...], spec: TokenizerSpec, eod_token: str | None
 
 
 def _write(
-    prefix: Path, sources: tuple[Source, ...], spec: TokenizerSpec, eod_token: str | None, progress: Progress
+    prefix: Path, sources: tuple[Source, ...], spec: TokenizerSpec, eod_token: str | None, progress: ProgressFn
 ) -> DataMeta:
     progress("preparing the tokenizer", 0, 1)
     made = make_tokenizer(spec, lambda: documents(sources), eod_token=eod_token)

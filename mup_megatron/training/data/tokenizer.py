@@ -12,12 +12,12 @@ from typing import Literal
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mup_megatron.errors import InputError
-from mup_megatron.readback import read_text
+from mup_megatron.files import read_text
 from mup_megatron.validation import brief
 
 EOD_TOKEN = "<|endoftext|>"
 DEFAULT_TOKENIZER = "bpe:1024"
-"""Small, because embedding and head of a narrow model cost vocabulary × width: at width 64 more than its layers."""
+"""Small, because embedding and readout of a narrow model cost vocabulary × width: at width 64 more than its layers."""
 
 _KNOWN_EODS = (EOD_TOKEN, "<|end_of_text|>", "<eod>", "<eos>", "</s>")
 _BYTES = 256
@@ -32,7 +32,7 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """What a user asks for with `--tokenizer`."""
+    """The tokenizer that a user asks for with `--tokenizer`."""
 
     text: str
     """As written."""
@@ -53,7 +53,7 @@ class TextTokenizer:
     """What it is called in messages."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of every text, without the end of document. Nothing in a text is taken for a special token.
+        """Returns the ids of every text, without the end of document. Nothing in a text is taken for a special token.
 
         Raises:
             InputError: the tokenizer cannot; that of a file may lack what it needs for a text.
@@ -62,18 +62,18 @@ class TextTokenizer:
             return [encoding.ids for encoding in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids; special tokens are shown as they are spelled."""
+        """Returns the text of some ids; special tokens are shown as they are spelled."""
         text: str = self.inner.decode(list(ids), skip_special_tokens=False)
         return text
 
     def to_json(self) -> str:
-        """The content of a `tokenizer.json`."""
+        """Returns the content of a `tokenizer.json`."""
         text: str = self.inner.to_str(pretty=True)
         return text
 
 
 def parse_tokenizer(text: str) -> TokenizerSpec:
-    """`byte`, `bpe:VOCAB` or a file.
+    """Parses `byte`, `bpe:VOCAB` or the name of a file.
 
     Raises:
         InputError: none of the three.
@@ -97,7 +97,7 @@ def parse_tokenizer(text: str) -> TokenizerSpec:
 def make_tokenizer(
     spec: TokenizerSpec, texts: Callable[[], Iterable[str]], *, eod_token: str | None = None
 ) -> TextTokenizer:
-    """The tokenizer asked for. Equal texts give an equal tokenizer, whatever the number of threads.
+    """Makes the tokenizer asked for. Equal texts give an equal tokenizer, whatever the number of threads.
 
     Args:
         spec: which one.
@@ -117,7 +117,7 @@ def make_tokenizer(
 
 
 def load_tokenizer(path: Path, *, eod_token: str | None = None) -> TextTokenizer:
-    """A `tokenizer.json` in the format of the `tokenizers` library, such as PREFIX.tokenizer.json.
+    """Reads a `tokenizer.json` in the format of the `tokenizers` library, such as PREFIX.tokenizer.json.
 
     Raises:
         InputError: the file is missing, is no tokenizer, or lacks an end of document.

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from mup_megatron.training.data.documents import documents, scan
-from mup_megatron.training.data.indexed import SUFFIXES, DataMeta, at, write_data
+from mup_megatron.training.data.prefix import SUFFIXES, DataMeta, at
 from mup_megatron.training.data.tokenizer import make_tokenizer, parse_tokenizer
+from mup_megatron.training.data.writing import write_data
 
 WORDS = ("the", "width", "of", "a", "layer", "grows", "and", "its", "learning", "rate", "falls")
 

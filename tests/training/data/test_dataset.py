@@ -20,7 +20,7 @@ from mup_megatron.training.data.dataset import (
     global_batch,
     sample_indices,
 )
-from mup_megatron.training.data.indexed import DataMeta, at, copy_data
+from mup_megatron.training.data.prefix import DataMeta, at, copy_data
 
 SETTINGS: dict[str, Any] = {"seq_length": 32, "train_samples": 200, "valid_samples": 10, "seed": 7, "split": "80,20,0"}
 

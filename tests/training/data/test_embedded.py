@@ -8,7 +8,8 @@ from small_data import files_at
 from support.processes import RankFailure, run_ranks
 
 from mup_megatron.training.data.embedded import embedded_data, embedded_sources
-from mup_megatron.training.data.indexed import at, check_prefix
+from mup_megatron.training.data.prefix import at
+from mup_megatron.training.data.reading import check_prefix
 from mup_megatron.training.data.tokenizer import load_tokenizer
 
 

@@ -1,0 +1,38 @@
+"""The cost of training a model: parameters and FLOPs, itemised, from its model file."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import architecture_of, shapes_of
+
+__all__ = ["Flops", "parameter_count", "training_flops"]
+
+
+def parameter_count(model: ModelFile) -> int:
+    """Returns the number of all parameters, embeddings and padding included."""
+    shape, _ = shapes_of(model, model)
+    return sum(math.prod(tensor.shape) for tensor in shape.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Training FLOPs for one token: forward and backward, 6 for each weight that the token passes (2 + 4).
+
+    Attention scores are counted without halving for the causal mask, as is usual (PaLM, arXiv 2204.02311, App. B).
+    Norms, biases, softmax and recomputation are left out.
+    """
+
+    items: Mapping[str, float]
+    """By what they are spent on: "attention_projections", "attention_scores", "mlp", "readout"."""
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(self.items.values())
+
+
+def training_flops(model: ModelFile) -> Flops:
+    """Returns FLOPs per token of training `model` at its sequence length."""
+    return Flops(architecture_of(model).flops(model))

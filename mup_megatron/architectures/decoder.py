@@ -1,0 +1,192 @@
+"""A language model of one stack of layers: embeddings, layers of families, a final norm, a readout.
+
+What differs between such models (which families a layer has, what the final norm is called, what a model file says of
+it) is in one file for each: `gpt.py`, `hybrid.py`.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+from mup_megatron.architectures.command_line import CommandLine
+from mup_megatron.architectures.families import Family, Growth, norm
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS, in_layer
+from mup_megatron.errors import InputError
+from mup_megatron.theory import READOUT, Acts, ModelShape, Place, Property, Side, Stack, Tensor
+
+STACK = "decoder"
+
+_SHARED = {
+    "swiglu": "swiglu",
+    "normalization": "normalization",
+    "apply_layernorm_1p": "apply_layernorm_1p",
+    "qk_layernorm": "qk_layernorm",
+    "position_embedding_type": "position_embedding_type",
+    "add_bias_linear": "add_bias_linear",
+    "add_qkv_bias": "bias_on_qkv",
+    "untie_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
+}
+"""What base and target must share: key → what it decides. μP compares sizes, not architectures."""
+
+
+class Decoder(ABC):
+    """An architecture of one stack, from its model file to everything that the rest of the package asks of it."""
+
+    name: ClassVar[str]
+    """As in a model file's `architecture`, and in a plan."""
+    description: ClassVar[str]
+    """For messages, with its article: "a GPT"."""
+    file: ClassVar[type[ModelFile]]
+    """What its model files say."""
+    live_classes: ClassVar[tuple[str, ...]]
+    """Names of the classes of Megatron-Core's that are it."""
+    builder: ClassVar[str]
+    """The module whose `build` makes a live one; imported when it is used, because it imports Megatron."""
+    command_line: ClassVar[CommandLine] = CommandLine()
+    """What Megatron-LM's command line says of it alone."""
+    final_norm: ClassVar[str]
+    """The prefix of the parameters of the norm before the readout."""
+    branches: ClassVar[int]
+    """Residual branches of a layer; the stock initialisation counts them likewise (`is_hybrid_model`)."""
+
+    @abstractmethod
+    def layers(self, model: ModelFile) -> Sequence[Sequence[Family]]:
+        """Returns the families of each layer, in order."""
+
+    @abstractmethod
+    def with_layers(self, model: ModelFile, kept: Sequence[int]) -> ModelFile:
+        """Returns the model with these of its layers alone, in this order."""
+
+    def with_depth(self, model: ModelFile, layers: int) -> ModelFile:
+        """Returns the model with its first layers alone."""
+        return self.with_layers(model, range(layers))
+
+    def stages(self, model: ModelFile) -> Sequence[int] | None:
+        """Returns how many layers each pipeline stage has; None where the model file leaves them to an even split."""
+        return None
+
+    def taken_from(self, other: "Decoder", model: ModelFile) -> ModelFile | None:
+        """Returns another architecture's model as one of this; None if this has none that is equal."""
+        return model if other is self else None
+
+    def given_to(self, other: "Decoder", model: ModelFile) -> ModelFile | None:
+        """Returns a model of this architecture as one of another; None if that has none that is equal."""
+        return model if other is self else None
+
+    def shapes(self, base: ModelFile, target: ModelFile, of_base: "Decoder") -> tuple[ModelShape, ModelShape]:
+        """Returns the shapes of base and target, named as in the target, with the names that patterns mean.
+
+        Depth, heads, ffn and head size may differ; which of them grow is known from both together.
+
+        Args:
+            base: at which hyperparameters were tuned.
+            target: a model of this architecture.
+            of_base: the base's architecture.
+
+        Raises:
+            InputError: the two differ in architecture; names the key.
+        """
+        for key, decides in _SHARED.items():
+            at_base, at_target = getattr(base, decides), getattr(target, decides)
+            if at_base != at_target:
+                raise InputError(
+                    f"{key} is {at_base} in the recipe's base but {at_target} in the target. "
+                    "Hyperparameters transfer between widths of one architecture: tune a base that has the target's."
+                )
+        own, as_tuned = as_other(of_base, self, base), as_other(self, of_base, target)
+        if own is None or as_tuned is None:
+            raise InputError(
+                f"the recipe's base is {of_base.description} and the target {self.description}, which are not one "
+                "model. Tune a base of the target's architecture."
+            )
+        kinds_at_base, kinds = ({f.name for layer in self.layers(m) for f in layer} for m in (own, target))
+        if kinds_at_base != kinds:
+            raise InputError(
+                f"the recipe's base has layers of {' and '.join(sorted(kinds_at_base))}, and the target of "
+                f"{' and '.join(sorted(kinds))}. Tune a base with the target's kinds of layers."
+            )
+        growth = Growth(own, target)
+        as_tuned = as_tuned.model_copy(update={"transformer_impl": base.transformer_impl})
+        # One model has its tensors in one order, whatever architecture it is taken for.
+        tuned_names = [tensor.name for tensor in of_base._tensors(as_tuned, growth)]
+        shape = self._shape(target, growth)
+        tensors = tuple(
+            replace(tensor, name_at_base=tuned if tuned != tensor.name else None)
+            for tensor, tuned in zip(shape.tensors, tuned_names, strict=True)
+        )
+        at_base = self._shape(own.model_copy(update={"transformer_impl": target.transformer_impl}), growth)
+        of_own = zip(at_base.tensors, of_base._tensors(base, growth), strict=True)
+        base_tensors = tuple(replace(tensor, name_at_base=tuned.name) for tensor, tuned in of_own)
+        return replace(at_base, tensors=base_tensors), replace(shape, tensors=tensors)
+
+    def _shape(self, model: ModelFile, growth: Growth) -> ModelShape:
+        tensors = tuple(self._tensors(model, growth))
+        names = [tensor.name for tensor in tensors]
+        return ModelShape(
+            architecture=self.name,
+            tensors=tensors,
+            hidden_size=model.hidden_size,
+            head_size=model.head_size,
+            stacks={STACK: Stack(model.num_layers, self.branches)},
+            readout=WORD_EMBEDDINGS if model.tied else READOUT_WEIGHT,
+            readout_norm=tuple(name for name in names if name.startswith(self.final_norm)),
+            query_norms=tuple(name for name in names if ".q_layernorm." in name),
+            places=tuple(self._places(model)),
+        )
+
+    def _tensors(self, model: ModelFile, growth: Growth) -> Iterator[Tensor]:
+        hidden = Side(model.hidden_size, grows=True)
+        vocabulary = Side(model.padded_vocab_size())
+        yield replace(_embedding(WORD_EMBEDDINGS, vocabulary, hidden), padded_to=model.make_vocab_size_divisible_by)
+        if model.position_embedding_type == "learned_absolute":
+            yield _embedding(POSITION_EMBEDDINGS, Side(model.positions), hidden)
+        for index, families in enumerate(self.layers(model)):
+            for family in families:
+                for tensor in family.tensors(model, in_layer(STACK, index, "").removesuffix("."), growth):
+                    yield replace(tensor, stack=STACK)
+        yield from norm(model, self.final_norm, hidden)
+        if not model.tied:
+            yield Tensor(
+                name=READOUT_WEIGHT,
+                shape=(vocabulary.size, hidden.size),
+                fan_in=hidden,
+                fan_out=vocabulary,
+                properties=frozenset({Property.READOUT}),
+                padded_to=model.make_vocab_size_divisible_by,
+            )
+
+    def _places(self, model: ModelFile) -> Iterator[Place]:
+        for name in (WORD_EMBEDDINGS, POSITION_EMBEDDINGS):
+            if name == WORD_EMBEDDINGS or model.position_embedding_type == "learned_absolute":
+                yield Place(name.rpartition(".")[0], Acts.OUTPUT, name)
+        for index, families in enumerate(self.layers(model)):
+            for family in families:
+                yield from family.places(in_layer(STACK, index, "").removesuffix("."))
+        yield Place(READOUT_WEIGHT.rpartition(".")[0], Acts.INPUT, READOUT)
+
+    def flops(self, model: ModelFile) -> Mapping[str, float]:
+        """Returns training FLOPs for one token, by item: see `cost.Flops`."""
+        found: Counter[str] = Counter()
+        for families in self.layers(model):
+            for family in families:
+                found.update(family.flops(model))
+        return {**found, "readout": 6.0 * model.hidden_size * model.padded_vocab_size()}
+
+
+def as_other(one: Decoder, other: Decoder, model: ModelFile) -> ModelFile | None:
+    """Returns a model of one architecture as one of another, by whichever of the two knows; None if they differ."""
+    given = one.given_to(other, model)
+    return other.taken_from(one, model) if given is None else given
+
+
+def _embedding(name: str, entries: Side, hidden: Side) -> Tensor:
+    return Tensor(
+        name=name,
+        shape=(entries.size, hidden.size),
+        fan_in=entries,
+        fan_out=hidden,
+        properties=frozenset({Property.EMBEDDING}),
+    )

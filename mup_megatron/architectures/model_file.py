@@ -1,0 +1,152 @@
+"""Model files: the shape of a model in Megatron-LM's own argument names, with Megatron's own defaults.
+
+Not what its parameters are called: that is `families.py`. Files are read by `registry.py`, which knows of what
+architecture one is.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mup_megatron.errors import InputError
+from mup_megatron.validation import Strict
+
+Count = Annotated[int, Field(gt=0, le=10**9)]
+_NOT_SUPPORTED = ("moe_", "expert_", "multi_latent_", "q_lora_", "kv_lora_", "qk_head_dim", "v_head_dim", "mtp_")
+"""How the keys of Megatron's begin that ask for layers which `families.py` does not know."""
+
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ModelFile(Strict):
+    """The shape of a language model of one stack.
+
+    Field names, meanings and defaults are Megatron-LM's arguments of the same name.
+
+    Two defaults differ: dropout is 0, and `max_position_embeddings` follows `seq_length`.
+    """
+
+    num_layers: Annotated[int, Field(gt=0, le=10**4)]
+    hidden_size: Count
+    num_attention_heads: Count
+    vocab_size: Count
+    """Before padding."""
+    seq_length: Count
+    ffn_hidden_size: Count | None = None
+    """Default: 4·hidden_size, with swiglu ⌊8/3·hidden_size/64⌋·64."""
+    kv_channels: Count | None = None
+    """The head size. Default: hidden_size / num_attention_heads."""
+    group_query_attention: bool = False
+    num_query_groups: Count = 1
+    """Read only with `group_query_attention`."""
+    swiglu: bool = False
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    apply_layernorm_1p: bool = False
+    """Norm gains are stored as their distance from 1."""
+    qk_layernorm: bool = False
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
+    rotary_base: Count = 10000
+    rotary_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
+    add_bias_linear: bool = True
+    add_qkv_bias: bool = False
+    untie_embeddings_and_output_weights: bool = False
+    make_vocab_size_divisible_by: Count = 128
+    max_position_embeddings: Count | None = None
+    init_method_std: Annotated[float, Field(gt=0)] = 0.02
+    """What a script passes to Megatron. With a recipe, the recipe's `init_method_std` is what counts."""
+    attention_dropout: Probability = 0.0
+    hidden_dropout: Probability = 0.0
+    transformer_impl: Literal["local", "transformer_engine"] = "transformer_engine"
+    num_experts: Count | None = None
+    moe_ffn_hidden_size: Count | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_kind(cls, content: Any) -> Any:
+        for key in content if isinstance(content, Mapping) else ():
+            if isinstance(key, str) and key not in cls.model_fields and key.startswith(_NOT_SUPPORTED):
+                raise ValueError(
+                    f"{key}: models with experts, latent attention or multi-token prediction are not supported yet. "
+                    "Choose a model without."
+                )
+        return content
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ModelFile":
+        if self.ffn_size == 0:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is too small for the default ffn_hidden_size of a gated MLP, which is "
+                "a multiple of 64. Give ffn_hidden_size."
+            )
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}. "
+                "Change one of them, or give kv_channels."
+            )
+        if self.group_query_attention and self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by num_query_groups "
+                f"{self.num_query_groups}. Choose a divisor of the number of heads."
+            )
+        if self.max_position_embeddings is not None and self.max_position_embeddings < self.seq_length:
+            raise ValueError(
+                f"max_position_embeddings {self.max_position_embeddings} is smaller than seq_length {self.seq_length}. "
+                "Raise it, or shorten the sequence."
+            )
+        if self.position_embedding_type == "rope" and self.head_size % 2:
+            raise ValueError(f"kv_channels {self.head_size} is odd, which rotary embeddings cannot use. Make it even.")
+        if self.num_experts is not None or self.moe_ffn_hidden_size is not None:
+            key = "num_experts" if self.num_experts is not None else "moe_ffn_hidden_size"
+            raise ValueError(f"{key}: mixture-of-experts models are not supported yet. Remove the key.")
+        return self
+
+    @property
+    def ffn_size(self) -> int:
+        """Hidden size of the MLP; with swiglu, of each of its two halves."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return int((4 * self.hidden_size * 2 / 3) / 64) * 64 if self.swiglu else 4 * self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return self.kv_channels if self.kv_channels is not None else self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key/value heads."""
+        return self.num_query_groups if self.group_query_attention else self.num_attention_heads
+
+    @property
+    def positions(self) -> int:
+        """Longest sequence for which there are position embeddings."""
+        return self.max_position_embeddings if self.max_position_embeddings is not None else self.seq_length
+
+    @property
+    def bias_on_qkv(self) -> bool:
+        """True where the projection to queries, keys and values has a bias."""
+        return self.add_bias_linear or self.add_qkv_bias
+
+    @property
+    def tied(self) -> bool:
+        """True where the readout is the token embedding."""
+        return not self.untie_embeddings_and_output_weights
+
+    def padded_vocab_size(self, tensor_model_parallel_size: int = 1) -> int:
+        """The vocabulary as Megatron pads it at this tensor parallelism."""
+        multiple = self.make_vocab_size_divisible_by * tensor_model_parallel_size
+        return -(-self.vocab_size // multiple) * multiple
+
+    def require_tensor_parallel(self, size: int) -> None:
+        """Raises InputError unless the model can be split over `size` tensor-parallel ranks."""
+        for key, value in (
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_query_groups", self.query_groups),
+            ("ffn_hidden_size", self.ffn_size),
+        ):
+            if value % size:
+                raise InputError(
+                    f"--tensor-model-parallel-size {size} does not divide {key} {value}. Choose a divisor of it."
+                )

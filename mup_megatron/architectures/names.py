@@ -1,0 +1,52 @@
+"""The names that Megatron-Core's language models share, and a pipeline stage's names as those of the whole model."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+POSITION_EMBEDDINGS = "embedding.position_embeddings.weight"
+READOUT_WEIGHT = "output_layer.weight"
+_LAYER = re.compile(r"^(\w+)\.layers\.(\d+)\.(.+)$")
+
+
+def layer_of(name: str) -> tuple[str, int, str] | None:
+    """Returns (stack, index of the layer, the rest) of a parameter's or module's name; None outside of all layers."""
+    match = _LAYER.match(name)
+    return None if match is None else (match[1], int(match[2]), match[3])
+
+
+def in_layer(stack: str, index: int, rest: str) -> str:
+    """Returns the name of something in a layer; the inverse of `layer_of`."""
+    return f"{stack}.layers.{index}.{rest}"
+
+
+def global_name(local_name: str, layers: Mapping[str, Sequence[int]], *, tied: bool) -> str:
+    """Returns the plan's name of a parameter that a pipeline stage calls `local_name`.
+
+    Args:
+        local_name: for example "decoder.layers.0.mlp.linear_fc1.weight".
+        layers: for each stack, the global index, from 0, of each layer that the stage (or virtual stage) holds.
+        tied: whether readout and embedding are one weight; the last stage then holds a copy under the readout's name.
+    """
+    if tied and local_name == READOUT_WEIGHT:
+        return WORD_EMBEDDINGS
+    parts = layer_of(local_name)
+    if parts is None or parts[0] not in layers:
+        return local_name
+    stack, index, rest = parts
+    return in_layer(stack, layers[stack][index], rest)
+
+
+def stage_layers(
+    num_layers: int, *, stages: int, stage: int, virtual_stages: int = 1, virtual_stage: int = 0
+) -> tuple[int, ...]:
+    """Returns the global indices of the layers on one (virtual) pipeline stage, split evenly as Megatron does.
+
+    With virtual stages, stage s holds every `stages`-th block of layers: virtual stage v starts at
+    v·(num_layers/virtual_stages) + s·(layers per block).
+    """
+    blocks = stages * virtual_stages
+    assert num_layers % blocks == 0, (num_layers, stages, virtual_stages)
+    size = num_layers // blocks
+    first = virtual_stage * (num_layers // virtual_stages) + stage * size
+    return tuple(range(first, first + size))

@@ -1,0 +1,40 @@
+"""A table of what one framework makes of each optimizer: every adapter has one. Their rules are in `theory/`."""
+
+from typing import TypeVar
+
+from mup_megatron.errors import InputError
+
+Known = TypeVar("Known")
+
+
+class ByOptimizer(dict[str, Known]):
+    """A framework's table of optimizers, by their names in a recipe.
+
+    Asking for an optimizer that was not registered raises InputError, which names those that were.
+    """
+
+    def __init__(self, framework: str) -> None:
+        """Begins an empty table of a framework, as messages call it."""
+        super().__init__()
+        self._framework = framework
+
+    def register(self, name: str, known: Known) -> None:
+        """Adds an optimizer that has its rules in `theory.optimizers`."""
+        assert name not in self, name
+        self[name] = known
+
+    def __missing__(self, name: str) -> Known:
+        """Raises InputError."""
+        raise InputError(
+            f"parametrization.optimizer: the recipe's is {name}, and for {self._framework} there is {self.names}. Take "
+            "a recipe for one of these."
+        )
+
+    def require(self, name: str) -> None:
+        """Raises InputError unless an optimizer was registered."""
+        _ = self[name]
+
+    @property
+    def names(self) -> str:
+        """The optimizers within a sentence: "adam and sgd"."""
+        return " and ".join(self)

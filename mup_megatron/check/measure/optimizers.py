@@ -1,0 +1,169 @@
+"""The optimizers as a check sees them: how their steps are replayed, which of their values make a mistake show,
+and what their rules are in words.
+
+To add one, `register` it here, in `modules/optimizers.py`, whose class trains the correct runs, and its rules in
+`theory.optimizers`. Importing it does not import torch.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from mup_megatron.by_optimizer import ByOptimizer
+from mup_megatron.check.entries import is_hidden
+from mup_megatron.check.measure.measurements import Quantity
+from mup_megatron.recipe import Hyperparameters, Recipe
+from mup_megatron.theory import Optimizer, Plan, PlanEntry, optimizers
+
+__all__ = ["CHECKED_OPTIMIZERS", "CheckedOptimizer", "register"]
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from mup_megatron.check.measure.replay import Replay
+
+DECAY = 0.4
+"""How much weight decay alone shrinks a weight over the run, at least: so much that a wrong one shows."""
+MOVEMENT = 0.125
+"""How far one step at the peak moves a hidden weight, in units of its initial std, at least."""
+MOST_MOVEMENT = 0.25
+"""Likewise at most: beyond, training is chaos, and seeds hide what differs."""
+EPS_SHARE = 0.1
+"""The eps of a check, relative to the gradients: it acts, and Adam is Adam still."""
+PILOT_RATE = 1e-7
+"""Of an optimizer whose step grows with gradients, the learning rate in the run that shows how large these are: so
+small that nothing moves."""
+
+_ADAM_IN_WORDS: Mapping[Quantity, Mapping[str, str]] = {
+    Quantity.INITIAL: {
+        "hidden": "σ/√r_in",
+        "embedding": "σ",
+        "readout": "σ",
+        "gain": "1, a constant",
+        "bias": "0",
+    },
+    Quantity.LEARNING_RATE: {"hidden": "η/r_in", "embedding": "η", "readout": "η", "gain": "η", "bias": "η"},
+    Quantity.EPS: {
+        "hidden": "ε/r_out",
+        "embedding": "ε/r_out",
+        "readout": "ε/r_in",
+        "gain": "ε/r_out",
+        "bias": "ε/r_out",
+    },
+    Quantity.WEIGHT_DECAY: {"hidden": "λ·r_in", "embedding": "λ", "readout": "λ", "gain": "none", "bias": "none"},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedOptimizer:
+    """An optimizer as a check sees it, beside its rules."""
+
+    replay: "Callable[[Hyperparameters], Replay]"
+    """Makes a new replay of one tensor's state."""
+    damping: Callable[[Hyperparameters], float] = lambda _: 1.0
+    """How much shorter a first step is than what repeated ones add up to: 1 - μ with a momentum that is no mean."""
+    in_words: Mapping[Quantity, Mapping[str, str]] = field(default_factory=dict)
+    """Quantity and kind of parameter → what the rules give it, for people."""
+
+
+def _adam_replay(h: Hyperparameters) -> "Replay":
+    from mup_megatron.check.measure.replay import AdamReplay
+
+    return AdamReplay(h.adam_beta1, h.adam_beta2)
+
+
+def _sgd_replay(h: Hyperparameters) -> "Replay":
+    from mup_megatron.check.measure.replay import SGDReplay
+
+    return SGDReplay(h.sgd_momentum)
+
+
+CHECKED_OPTIMIZERS = ByOptimizer[CheckedOptimizer]("a check")
+"""The optimizers that a check knows, by their names in a recipe."""
+register = CHECKED_OPTIMIZERS.register
+
+register("adam", CheckedOptimizer(replay=_adam_replay, in_words=_ADAM_IN_WORDS))
+register("sgd", CheckedOptimizer(replay=_sgd_replay, damping=lambda h: 1 - h.sgd_momentum))
+
+
+def rules_of(recipe: Recipe) -> Optimizer:
+    """Returns the rules of the recipe's optimizer."""
+    return optimizers()[recipe.parametrization.optimizer]
+
+
+def _checked(recipe: Recipe) -> CheckedOptimizer:
+    return CHECKED_OPTIMIZERS[recipe.parametrization.optimizer]
+
+
+def rule_in_words(recipe: Recipe, quantity: Quantity, kind: str) -> str:
+    """Returns what rules give a kind of parameter ("hidden", "embedding", "readout", "gain", "bias"), for people."""
+    return _checked(recipe).in_words.get(quantity, {}).get(kind, "the plan's")
+
+
+def torch_optimizer(groups: Iterable[dict[str, Any]], recipe: Recipe) -> "torch.optim.Optimizer":
+    """Builds the recipe's optimizer as torch has it, with these parameter groups."""
+    from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
+
+    return TORCH_OPTIMIZERS[recipe.parametrization.optimizer].made(groups, recipe.hyperparameters)
+
+
+def replay_for(recipe: Recipe) -> "Replay":
+    """Returns a new replay of one tensor's state in the recipe's optimizer."""
+    return _checked(recipe).replay(recipe.hyperparameters)
+
+
+def clip(model: "nn.Module", most: float) -> float:
+    """Clips a model's gradients to a norm, unless `most` is 0, and returns the norm that they had."""
+    from torch import nn
+
+    return float(nn.utils.clip_grad_norm_(model.parameters(), most if most > 0 else math.inf))
+
+
+def stressed_values(
+    recipe: Recipe, *, steps: int, std: float, eps: float | None, rate: float | None
+) -> dict[str, float]:
+    """Returns learning rate, weight decay and eps of the recipe, brought to where a mistake in them shows.
+
+    Args:
+        recipe: as tuned.
+        steps: of the run.
+        std: of weights at the base, by and large.
+        eps: at the base, if the optimizer has one.
+        rate: of an optimizer whose step grows with gradients, the learning rate at which weights move by `MOVEMENT`.
+    """
+    h = recipe.hyperparameters
+    if rules_of(recipe).step == 0:
+        lr = clamped(h.lr, (MOVEMENT * std, MOST_MOVEMENT * std))
+    else:
+        lr = h.lr if rate is None else clamped(h.lr, (rate / 4, rate))
+    # The mean of a check's schedule is a little above half of its peak; what momentum adds up moves a weight as well.
+    decay = DECAY * _checked(recipe).damping(h) / (0.5 * steps * lr)
+    return {"lr": lr, "weight_decay": decay} | ({} if eps is None else {"adam_eps": eps})
+
+
+def from_gradients(gradients: Sequence[tuple[float, PlanEntry]], plan: Plan, recipe: Recipe) -> dict[str, float | None]:
+    """Returns the value of `stressed_values` that depends on how large gradients are: the eps, or where they make the
+    step, the learning rate.
+
+    Args:
+        gradients: of a correct run, each with its entry.
+        plan: that it was trained with.
+        recipe: likewise.
+    """
+    there = [(value, entry) for value, entry in gradients if value > 0]
+    if rules_of(recipe).step > 0:
+        h = recipe.hyperparameters
+        moved = [value * entry.lr / plan.lr * entry.width_ratio for value, entry in there if is_hidden(entry)]
+        return {"rate": MOVEMENT * _checked(recipe).damping(h) * h.init_method_std / median(moved) if moved else None}
+    # Gradients follow the base as the rule for eps has it.
+    at_base = [value * plan.adam_eps / entry.eps for value, entry in there if entry.eps is not None]
+    return {"eps": EPS_SHARE * median(at_base) if at_base else None}
+
+
+def clamped(value: float, bounds: tuple[float, float]) -> float:
+    """Returns the value, or the bound that it is beyond."""
+    low, high = bounds
+    return min(max(value, low), high)

@@ -1,0 +1,185 @@
+"""Mistakes in the forward pass."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mup_megatron.check.mutants.conditions import has_multiplier, heads_grow, is_rotary
+from mup_megatron.check.mutants.mutant import Context, ModelChange, Mutant
+from mup_megatron.theory import Plan
+
+
+def _softmax_scale(factor: Callable[[Plan, Context], float]) -> ModelChange:
+    """Multiplies the scale of attention logits."""
+
+    def change(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
+        from mup_megatron.megatron.model import core_attentions
+        from mup_megatron.megatron.names import unwrapped
+
+        for chunk in chunks:
+            for _, attention in core_attentions(unwrapped(chunk)):
+                parts: list[Any] = list(attention.modules())
+                for part in parts:
+                    if isinstance(getattr(part, "softmax_scale", None), float):
+                        part.softmax_scale *= factor(plan, context)
+
+    return change
+
+
+def _output(of: str, factor: Callable[[Plan, Context], float], *, last: bool = False) -> ModelChange:
+    """Multiplies the output of the modules whose names end so, of the last layer or of all."""
+
+    def change(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
+        from mup_megatron.megatron.names import unwrapped
+
+        scale = factor(plan, context)
+
+        def scaled(_module: Any, _args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (output[0] * scale, *output[1:])
+            return output * scale
+
+        for chunk in chunks:
+            modules = [module for name, module in unwrapped(chunk).named_modules() if name.endswith(of)]
+            for module in modules[-1:] if last else modules:
+                module.register_forward_hook(scaled)
+
+    return change
+
+
+def _in_evaluation(of: str, factor: Callable[[Plan, Context], float]) -> ModelChange:
+    """Multiplies the output of the modules whose names end so, in evaluation mode alone."""
+
+    def change(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
+        from mup_megatron.megatron.names import unwrapped
+
+        scale = factor(plan, context)
+
+        def scaled(module: Any, _args: Any, output: Any) -> Any:
+            if module.training:
+                return output
+            return (output[0] * scale, *output[1:]) if isinstance(output, tuple) else output * scale
+
+        for chunk in chunks:
+            for name, module in unwrapped(chunk).named_modules():
+                if name.endswith(of):
+                    module.register_forward_hook(scaled)
+
+    return change
+
+
+def _rotary_base(chunks: Sequence[Any], _plan: Plan, context: Context) -> None:
+    from mup_megatron.megatron.names import unwrapped
+
+    for chunk in chunks:
+        rotary: Any = getattr(unwrapped(chunk), "rotary_pos_emb", None)
+        if rotary is not None:
+            share = -math.log(rotary.inv_freq[1].item()) / math.log(context.target.rotary_base)
+            rotary.inv_freq = rotary.inv_freq * context.r ** -(share * _counted(len(rotary.inv_freq), rotary.inv_freq))
+            # What it computed before would be used again.
+            getattr(rotary.forward, "cache_clear", lambda: None)()
+
+
+def _counted(count: int, like: Any) -> Any:
+    import torch
+
+    return torch.arange(count, dtype=like.dtype, device=like.device)
+
+
+FORWARD = (
+    Mutant(
+        name="attention-sqrt-d",
+        what="Attention logits are scaled by 1/√d instead of 1/d.",
+        cause=("attention-sqrt-d",),
+        model=_softmax_scale(lambda _p, c: math.sqrt(c.target.head_size / c.base.head_size)),
+        when=heads_grow,
+    ),
+    Mutant(
+        name="attention-no-base",
+        what="Attention logits are scaled by 1/d without the base's √d.",
+        cause=("attention-no-base",),
+        model=_softmax_scale(lambda _p, c: 1 / math.sqrt(c.base.head_size)),
+    ),
+    Mutant(
+        name="attention-multiplier-dropped",
+        what="The recipe's attention_multiplier is not applied.",
+        cause=("attention-multiplier-dropped",),
+        model=_softmax_scale(lambda _p, c: 1 / c.recipe.hyperparameters.attention_multiplier),
+        when=has_multiplier("attention_multiplier"),
+    ),
+    Mutant(
+        name="readout-multiplied-twice",
+        what="The logits are multiplied by α_out/r twice, by the model and by a wrapper.",
+        cause=("readout-multiplied-twice",),
+        model=_output("output_layer", lambda p, _: p.output_multiplier),
+    ),
+    Mutant(
+        name="readout-not-multiplied",
+        what="The logits are not multiplied at all.",
+        cause=("readout-not-multiplied",),
+        model=_output("output_layer", lambda p, _: 1 / p.output_multiplier),
+    ),
+    Mutant(
+        name="readout-without-alpha",
+        what="The logits are multiplied by 1/r, and the recipe's output_multiplier is lost.",
+        cause=("output-multiplier-dropped",),
+        model=_output("output_layer", lambda _, c: 1 / c.recipe.hyperparameters.output_multiplier),
+        when=has_multiplier("output_multiplier"),
+    ),
+    Mutant(
+        name="readout-without-ratio",
+        what="The logits are multiplied by the recipe's output_multiplier, which replaced 1/r.",
+        cause=("readout-ratio-dropped",),
+        model=_output("output_layer", lambda _, c: c.r),
+    ),
+    Mutant(
+        name="embedding-multiplier-dropped",
+        what="The recipe's embedding_multiplier is not applied.",
+        cause=("embedding-multiplier-dropped",),
+        model=_output("_embeddings", lambda _, c: 1 / c.recipe.hyperparameters.embedding_multiplier),
+        when=has_multiplier("embedding_multiplier"),
+    ),
+    Mutant(
+        name="embedding-multiplier-on-tokens-only",
+        what="The recipe's embedding_multiplier is applied to the token table and not to positions.",
+        cause=("embedding-multiplier-on-tokens-only",),
+        model=_output("position_embeddings", lambda _, c: 1 / c.recipe.hyperparameters.embedding_multiplier),
+        when=lambda c: (
+            c.target.position_embedding_type == "learned_absolute" and has_multiplier("embedding_multiplier")(c)
+        ),
+    ),
+    Mutant(
+        name="stray-root-in-one-mlp",
+        what="A layer that somebody edited multiplies the output of its fc1 by √r.",
+        cause=("module-output",),
+        model=_output("mlp.linear_fc1", lambda _, c: math.sqrt(c.r), last=True),
+    ),
+    Mutant(
+        name="branch-scaled-by-depth",
+        what="Every MLP's output is multiplied by 1/√L, on top of the initial std's 1/√(2L).",
+        cause=("module-output",),
+        model=_output("mlp.linear_fc2", lambda p, _: 1 / math.sqrt(p.num_layers)),
+        when=lambda c: c.target.num_layers > 1,
+    ),
+    Mutant(
+        name="evaluation-readout-twice",
+        what="Under eval() the logits are multiplied by α_out/r twice.",
+        cause=("evaluation-differs",),
+        model=_in_evaluation("output_layer", lambda p, _: p.output_multiplier),
+        trains_alike=True,
+    ),
+    Mutant(
+        name="evaluation-branch",
+        what="Under eval() every MLP's output is divided by 2.",
+        cause=("evaluation-differs",),
+        model=_in_evaluation("mlp.linear_fc2", lambda _p, _c: 0.5),
+        trains_alike=True,
+    ),
+    Mutant(
+        name="rotary-base-by-width",
+        what="The rotary base is multiplied by r.",
+        cause=("positions",),
+        model=_rotary_base,
+        when=is_rotary,
+    ),
+)

@@ -1,0 +1,105 @@
+"""Mistakes in the forward pass: multipliers and the scale of attention."""
+
+import math
+from collections.abc import Callable, Mapping
+
+from mup_megatron.check.measure.measurements import Key, Quantity
+from mup_megatron.check.verdict.causes.at_width import AtWidth
+from mup_megatron.check.verdict.causes.hypothesis import Hypothesis
+
+OfActivation = Callable[[Key, AtWidth], float]
+
+
+def at_module(ending: str | tuple[str, ...], factor: Callable[[AtWidth], float]) -> OfActivation:
+    """The outputs of the modules of a name are so many times larger: log."""
+
+    def predict(key: Key, here: AtWidth) -> float:
+        return factor(here) if key.quantity is Quantity.ACTIVATION and key.name.endswith(ending) else 0.0
+
+    return predict
+
+
+def at_readout(factor: Callable[[AtWidth], float]) -> OfActivation:
+    """Returns a prediction: the readout is so many times larger."""
+
+    def predict(key: Key, here: AtWidth) -> float:
+        readout = here.plan.readout
+        of_weight = "output_layer" if readout is None or here.plan.tied else readout.rpartition(".")[0]
+        return at_module(of_weight, factor)(key, here)
+
+    return predict
+
+
+def at_logits(factor: Callable[[AtWidth], float]) -> OfActivation:
+    """Returns a prediction: the attention logits are so many times larger."""
+    return at_module("scale_mask_softmax", factor)
+
+
+def root_of_head(here: AtWidth) -> float:
+    """Returns the step from what attention should have to 1/√d."""
+    return math.log(here.alpha / math.sqrt(here.plan.head_size) / here.plan.softmax_scale)
+
+
+def forward_pass(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
+    """Multipliers that are missing, replaced or applied twice."""
+
+    def h(name: str, sentence: str, predict: OfActivation) -> Hypothesis:
+        return Hypothesis(name, sentence, lambda key, width: predict(key, at[width]))
+
+    return [
+        h(
+            "attention-sqrt-d",
+            "attention logits are scaled by 1/√d. Set softmax_scale to α·√d_base/d, which falls as 1/d.",
+            at_logits(root_of_head),
+        ),
+        h(
+            "attention-no-base",
+            "attention logits are scaled by 1/d alone. Set softmax_scale to α·√d_base/d, as at the base.",
+            at_logits(lambda w: math.log(w.alpha / w.plan.head_size / w.plan.softmax_scale)),
+        ),
+        h(
+            "attention-multiplier-dropped",
+            "the recipe's attention_multiplier is not applied. Multiply softmax_scale by it.",
+            at_logits(lambda w: -math.log(w.alpha)),
+        ),
+        h(
+            "attention-multiplier-twice",
+            "the recipe's attention_multiplier is applied twice. Apply it once, in softmax_scale.",
+            at_logits(lambda w: math.log(w.alpha)),
+        ),
+        h(
+            "readout-multiplied-twice",
+            "the readout's multiplier is applied twice. Leave it to the plan's hook, or take that away.",
+            at_readout(lambda w: math.log(w.plan.output_multiplier)),
+        ),
+        h(
+            "readout-not-multiplied",
+            "the readout's multiplier α_out/r is not applied. Multiply the readout's input by it.",
+            at_readout(lambda w: -math.log(w.plan.output_multiplier)),
+        ),
+        h(
+            "readout-ratio-dropped",
+            "the readout's 1/r is lost: α_out replaced it. Multiply by both.",
+            at_readout(lambda w: math.log(w.r)),
+        ),
+        h(
+            "output-multiplier-dropped",
+            "the recipe's output_multiplier is lost: 1/r replaced it. Multiply the logits by both.",
+            at_readout(lambda w: -math.log(w.recipe.hyperparameters.output_multiplier)),
+        ),
+        h(
+            "embedding-multiplier-dropped",
+            "the recipe's embedding_multiplier is not applied. Multiply token and position embeddings by it.",
+            at_module("_embeddings", lambda w: -math.log(w.recipe.hyperparameters.embedding_multiplier)),
+        ),
+        h(
+            "embedding-multiplier-twice",
+            "the recipe's embedding_multiplier is applied twice. Apply it once.",
+            at_module("_embeddings", lambda w: math.log(w.recipe.hyperparameters.embedding_multiplier)),
+        ),
+        h(
+            "embedding-multiplier-on-tokens-only",
+            "the recipe's embedding_multiplier is not applied to positions. Multiply the sum of both tables by it.",
+            at_module("position_embeddings", lambda w: -math.log(w.recipe.hyperparameters.embedding_multiplier)),
+        ),
+    ]

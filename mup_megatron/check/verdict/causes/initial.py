@@ -1,0 +1,152 @@
+"""Mistakes in initial weights."""
+
+import math
+from collections.abc import Callable, Mapping
+
+from mup_megatron.check.entries import (
+    is_embedding,
+    is_hidden,
+    is_linear_bias,
+    is_plain_bias,
+    is_readout,
+    is_residual,
+)
+from mup_megatron.check.measure.measurements import Key, Quantity
+from mup_megatron.check.verdict.causes.at_width import AtWidth
+from mup_megatron.check.verdict.causes.forward import at_module
+from mup_megatron.check.verdict.causes.hypothesis import Hypothesis, LogFactor, Predict, Select, of_weights
+from mup_megatron.check.verdict.causes.powers import POWERS
+from mup_megatron.theory import PlanEntry
+
+
+def initial_weights(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
+    """Depth, shards, fan_out, biases, zeros, and the rows of linear_qkv."""
+    some = next(iter(at.values()))
+
+    def h(name: str, sentence: str, select: Select, factor: LogFactor) -> Hypothesis:
+        return of_weights(name, sentence, Quantity.INITIAL, at, select, factor)
+
+    def depth(_: PlanEntry, here: AtWidth) -> float:
+        return 0.5 * math.log(here.plan.depth)
+
+    what = "the initial std of what writes into the residual stream"
+    found = [
+        h(
+            "residual-init",
+            f"{what} lacks Megatron's 1/√(2L). Divide it.",
+            is_residual,
+            depth,
+        ),
+        h(
+            "residual-init",
+            f"{what} is divided by √(2L) twice. Divide it once.",
+            is_residual,
+            lambda e, w: -depth(e, w),
+        ),
+    ]
+    base = some.depth_at_base
+    if base is not None:
+        found.append(
+            h(
+                "residual-init",
+                f"{what} has the base's depth in its 1/√(2L). Take the target's.",
+                is_residual,
+                lambda _, w: 0.5 * math.log(w.plan.depth / base),
+            )
+        )
+    found += [
+        h(
+            "init-by-shard",
+            f"{what} is √{ranks} times too large: it follows one tensor-parallel rank's share of fan_in, or 1/√L "
+            "stands for 1/√(2L). Use the global fan_in.",
+            is_residual,
+            _constant(0.5 * math.log(ranks)),
+        )
+        for ranks in (2, 4, 8)
+    ]
+    found += [
+        h(
+            "init-by-fan-out",
+            "the initial std of hidden weights follows fan_out. Divide σ by the root of the ratio of fan_in.",
+            is_hidden,
+            lambda e, w: 0.5 * math.log(e.width_ratio / w.r_out(e)),
+        ),
+        h(
+            "bias-init",
+            "biases do not start at 0. Initialise them at 0.",
+            is_linear_bias,
+            lambda _e, _w: math.inf,
+        ),
+        h(
+            "bias-init",
+            "biases do not start at 0, nor do those of norms. Initialise them at 0.",
+            is_plain_bias,
+            lambda _e, _w: math.inf,
+        ),
+    ]
+    zero = "starts at 0, and the recipe does not say so. Say it there, with init_mult 0, or draw it."
+    found += [
+        h("zero-init", f"{who} {zero}", select, lambda _e, _w: -math.inf)
+        for who, select in (
+            ("the readout", is_readout),
+            ("what writes into the residual stream", is_residual),
+            ("the embedding", is_embedding),
+        )
+    ]
+    if all(here.model is not None for here in at.values()):
+        found += _inside_qkv(at)
+    return found
+
+
+def _constant(value: float) -> LogFactor:
+    return lambda _entry, _at: value
+
+
+def _inside_qkv(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
+    """About queries, keys and values, whose rows are in one matrix."""
+
+    def shares(here: AtWidth) -> tuple[float, float]:
+        assert here.model is not None
+        queries = here.model.num_attention_heads / (here.model.num_attention_heads + 2 * here.model.query_groups)
+        return queries, 1 - queries
+
+    def rows(queries: float, others: float) -> Callable[[AtWidth], float]:
+        """The whole's log factor where rows are multiplied by these powers of r."""
+
+        def factor(here: AtWidth) -> float:
+            q, kv = shares(here)
+            return 0.5 * math.log(q * here.r ** (2 * queries) + kv * here.r ** (2 * others))
+
+        return factor
+
+    def weight(key: Key) -> bool:
+        return key.quantity is Quantity.INITIAL and key.name.endswith("linear_qkv.weight")
+
+    def zeroed(key: Key, width: int) -> float:
+        here = at[width]
+        if weight(key):
+            return 0.5 * math.log(shares(here)[1])
+        # A norm of nothing is nothing as well.
+        return at_module(("scale_mask_softmax", "q_layernorm"), lambda _: -math.inf)(key, here)
+
+    def moved(factor: Callable[[AtWidth], float]) -> Predict:
+        return lambda key, width: factor(at[width]) if weight(key) else 0.0
+
+    found = [
+        Hypothesis(
+            "queries-zeroed",
+            "queries start at 0, and the recipe does not say so. Draw their rows of linear_qkv as its other rows.",
+            zeroed,
+        )
+    ]
+    for power in (-0.5, 0.5, -1.0):
+        for who, factor in (("keys and values", rows(0, power)), ("queries", rows(power, 0))):
+            found.append(
+                Hypothesis(
+                    "qkv-rows",
+                    f"the rows of {who} in linear_qkv are drawn with {POWERS[power]} the std of the others'. Draw all "
+                    "rows alike: they have one fan_in.",
+                    moved(factor),
+                )
+            )
+    return found

@@ -1,0 +1,38 @@
+"""Makes a live model of Megatron-Core of each architecture: one module each, named by its `builder`.
+
+A builder has `build(model, config, stage)`, which gives this rank's chunk, and `CONFIG`, the fields of a
+TransformerConfig that the architecture needs. Importing one imports Megatron: the CPU
+runtime has to come before.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import architecture_of
+
+
+def build_chunk(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:
+    """Returns this rank's chunk of a model, drawn as Megatron draws it.
+
+    Args:
+        model: as it can be built on this machine.
+        config: the TransformerConfig.
+        stage: Megatron's `vp_stage`, None without virtual pipeline stages.
+    """
+    chunk = _builder(model).build(model, config, stage)
+    assert isinstance(chunk, torch.nn.Module)
+    return chunk
+
+
+def config_fields(model: ModelFile) -> Mapping[str, Any]:
+    """Returns the fields of the TransformerConfig that only models of its architecture have."""
+    fields: Mapping[str, Any] = _builder(model).CONFIG
+    return fields
+
+
+def _builder(model: ModelFile) -> Any:
+    return importlib.import_module(architecture_of(model).builder)

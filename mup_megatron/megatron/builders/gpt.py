@@ -1,0 +1,27 @@
+"""Builds Megatron-Core's `GPTModel`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.megatron.builders.common import arguments
+
+CONFIG: Mapping[str, Any] = {}
+"""Fields of the TransformerConfig beside those of every Transformer."""
+
+
+def build(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:
+    """Returns this rank's chunk; see `build_chunk`."""
+    if model.transformer_impl == "local":
+        spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
+    else:
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+    chunk: torch.nn.Module = GPTModel(transformer_layer_spec=spec, vp_stage=stage, **arguments(model, config, stage))
+    return chunk

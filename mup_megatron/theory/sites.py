@@ -1,0 +1,52 @@
+"""The sites where forward factors act: named places of a model, each with its factor and the reason for it.
+
+An architecture says which places there are; the plan knows the factors. An adapter applies and verifies sites without
+knowing why they are there.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Acts(StrEnum):
+    """The part of a module that is multiplied."""
+
+    INPUT = "input"
+    """What it takes in: scales a weight and leaves its bias alone."""
+    OUTPUT = "output"
+    """What it gives: of a table, which has no input to scale, or of a residual branch."""
+    SCALE = "scale"
+    """Nothing, but its own softmax scale is set to the factor."""
+
+
+READOUT = "readout"
+"""A place's `carries`: the multiplier of the model's output, whose weight may be a tied embedding's."""
+SOFTMAX = "softmax"
+"""A place's `carries`: the scale of attention logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A module of a model, by its global name, at which a factor acts."""
+
+    module: str
+    acts: Acts
+    carries: str
+    """The name of the parameter whose multiplier acts here; or READOUT or SOFTMAX."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place with its factor."""
+
+    module: str
+    acts: Acts
+    factor: float
+    stock: float
+    """What the model uses here by itself; there is nothing to do where the factor is the same."""
+    reason: str
+
+    @property
+    def changes(self) -> bool:
+        """True where there is anything to do."""
+        return self.factor != self.stock

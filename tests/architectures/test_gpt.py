@@ -1,0 +1,237 @@
+"""The parameters of a GPT by name, shape and sides, from its model file alone.
+
+Against live Megatron-Core models: `test_gpt_against_megatron.py`.
+"""
+
+from typing import Any
+
+import pytest
+from support.shapes import gpt
+
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.names import global_name, stage_layers
+from mup_megatron.architectures.registry import shapes_of
+from mup_megatron.errors import InputError
+from mup_megatron.theory import Constant, Property, Side, Tensor
+
+WORDS = "embedding.word_embeddings.weight"
+READOUT_WEIGHT = "output_layer.weight"
+
+
+def _tensors(model: ModelFile, base: ModelFile | None = None) -> dict[str, Tensor]:
+    return {t.name: t for t in shapes_of(base or model, model)[1].tensors}
+
+
+def _constant(tensor: Tensor) -> float | None:
+    return tensor.start.value if isinstance(tensor.start, Constant) else None
+
+
+def _shapes(**changes: Any) -> dict[str, tuple[int, ...]]:
+    return {name: t.shape for name, t in _tensors(gpt(1, num_layers=1, **changes)).items()}
+
+
+def test_every_parameter_of_a_plain_gpt_in_megatrons_order() -> None:
+    layer = "decoder.layers.0."
+    assert list(_shapes(untie_embeddings_and_output_weights=True).items()) == [
+        ("embedding.word_embeddings.weight", (48, 32)),
+        ("embedding.position_embeddings.weight", (12, 32)),
+        (f"{layer}input_layernorm.weight", (32,)),
+        (f"{layer}input_layernorm.bias", (32,)),
+        (f"{layer}self_attention.linear_qkv.weight", (96, 32)),
+        (f"{layer}self_attention.linear_qkv.bias", (96,)),
+        (f"{layer}self_attention.linear_proj.weight", (32, 32)),
+        (f"{layer}self_attention.linear_proj.bias", (32,)),
+        (f"{layer}pre_mlp_layernorm.weight", (32,)),
+        (f"{layer}pre_mlp_layernorm.bias", (32,)),
+        (f"{layer}mlp.linear_fc1.weight", (64, 32)),
+        (f"{layer}mlp.linear_fc1.bias", (64,)),
+        (f"{layer}mlp.linear_fc2.weight", (32, 64)),
+        (f"{layer}mlp.linear_fc2.bias", (32,)),
+        ("decoder.final_layernorm.weight", (32,)),
+        ("decoder.final_layernorm.bias", (32,)),
+        ("output_layer.weight", (48, 32)),
+    ]
+
+
+def test_transformer_engine_fuses_the_norms_into_the_layers_that_read_them() -> None:
+    # Its LayerNormColumnParallelLinear calls them layer_norm_weight and layer_norm_bias; Megatron-Core's
+    # local spec maps its own names to these in checkpoints (sharded_state_dict_keys_map).
+    names = list(_shapes(transformer_impl="transformer_engine"))
+    for module in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+        for part in ("weight", "bias"):
+            assert f"decoder.layers.0.{module}.layer_norm_{part}" in names
+    assert "decoder.final_layernorm.weight" in names
+    assert not any("input_layernorm" in name or "pre_mlp_layernorm" in name for name in names)
+
+
+def test_what_each_choice_adds_and_removes() -> None:
+    plain = set(_shapes())
+    layer = "decoder.layers.0."
+    linears = [
+        f"{layer}{n}.bias"
+        for n in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    ]
+    norms = [f"{layer}input_layernorm.bias", f"{layer}pre_mlp_layernorm.bias", "decoder.final_layernorm.bias"]
+    qk = [f"{layer}self_attention.{n}_layernorm.{part}" for n in "qk" for part in ("weight", "bias")]
+    positions = "embedding.position_embeddings.weight"
+    assert plain ^ set(_shapes(untie_embeddings_and_output_weights=True)) == {READOUT_WEIGHT}
+    assert plain ^ set(_shapes(add_bias_linear=False)) == set(linears)
+    assert plain ^ set(_shapes(add_bias_linear=False, add_qkv_bias=True)) == set(linears[1:])
+    assert plain ^ set(_shapes(normalization="RMSNorm")) == set(norms)
+    assert plain ^ set(_shapes(qk_layernorm=True)) == set(qk)
+    for without in ("rope", "none"):
+        assert plain ^ set(_shapes(position_embedding_type=without)) == {positions}
+
+
+def test_shapes_follow_heads_groups_and_gates() -> None:
+    layer = "decoder.layers.0."
+    shapes = _shapes(num_attention_heads=6, kv_channels=10, group_query_attention=True, num_query_groups=2)
+    assert shapes[f"{layer}self_attention.linear_qkv.weight"] == ((6 + 2 + 2) * 10, 32)
+    assert shapes[f"{layer}self_attention.linear_proj.weight"] == (32, 60)
+    gated = _shapes(swiglu=True)
+    assert gated[f"{layer}mlp.linear_fc1.weight"] == (128, 32)
+    assert gated[f"{layer}mlp.linear_fc1.bias"] == (128,)
+    assert gated[f"{layer}mlp.linear_fc2.weight"] == (32, 64)
+    assert _shapes(qk_layernorm=True)[f"{layer}self_attention.q_layernorm.weight"] == (8,)
+    assert _shapes(vocab_size=49)[WORDS] == (64, 32)
+    assert _shapes(max_position_embeddings=40)["embedding.position_embeddings.weight"] == (40, 32)
+
+
+def test_which_sides_grow() -> None:
+    tensors = _tensors(gpt(1, untie_embeddings_and_output_weights=True))
+
+    def sides(name: str) -> tuple[bool, bool]:
+        return tensors[name].fan_in.grows, tensors[name].fan_out.grows
+
+    layer = "decoder.layers.0."
+    assert sides(WORDS) == sides("embedding.position_embeddings.weight") == (False, True)
+    assert sides(READOUT_WEIGHT) == (True, False)
+    for module in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"):
+        assert sides(f"{layer}{module}.weight") == (True, True)
+        assert sides(f"{layer}{module}.bias") == (False, True)
+    assert sides(f"{layer}input_layernorm.weight") == sides("decoder.final_layernorm.bias") == (False, True)
+
+
+def test_fans_are_those_of_the_whole_matrix() -> None:
+    tensors = _tensors(gpt(1, swiglu=True, untie_embeddings_and_output_weights=True))
+    fc1 = tensors["decoder.layers.0.mlp.linear_fc1.weight"]
+    assert (fc1.fan_in, fc1.fan_out) == (Side(32, grows=True), Side(128, grows=True))
+    assert (tensors[WORDS].fan_in.size, tensors[WORDS].fan_out.size) == (48, 32)
+    assert (tensors[READOUT_WEIGHT].fan_in.size, tensors[READOUT_WEIGHT].fan_out.size) == (32, 48)
+    for tensor in tensors.values():
+        if len(tensor.shape) == 2 and Property.EMBEDDING not in tensor.properties:
+            assert tensor.shape == (tensor.fan_out.size, tensor.fan_in.size)
+
+
+def test_constants_start_where_megatron_starts_them() -> None:
+    def start(**changes: Any) -> dict[str, float | None]:
+        return {name: _constant(tensor) for name, tensor in _tensors(gpt(1, **changes)).items()}
+
+    values = start(qk_layernorm=True)
+    assert values["decoder.final_layernorm.weight"] == 1.0
+    assert values["decoder.layers.1.self_attention.q_layernorm.weight"] == 1.0
+    assert values["decoder.layers.1.mlp.linear_fc1.bias"] == values["decoder.final_layernorm.bias"] == 0.0
+    assert values[WORDS] is None
+    # Stored as the distance from 1.
+    assert start(apply_layernorm_1p=True)["decoder.final_layernorm.weight"] == 0.0
+
+
+def test_what_writes_into_the_residual_stream() -> None:
+    residual = {name for name, t in _tensors(gpt(1)).items() if Property.RESIDUAL in t.properties}
+    expected = ("self_attention.linear_proj", "mlp.linear_fc2")
+    assert residual == {f"decoder.layers.{i}.{name}.weight" for i in (0, 1) for name in expected}
+
+
+def test_a_head_size_grows_only_where_base_and_target_differ_in_it() -> None:
+    gain = "decoder.layers.0.self_attention.q_layernorm.weight"
+    base = gpt(1, qk_layernorm=True)
+    assert not _tensors(gpt(4, qk_layernorm=True), base)[gain].fan_out.grows
+    assert _tensors(gpt(4, qk_layernorm=True, kv_channels=32), base)[gain].fan_out.grows
+
+
+def test_the_base_is_named_as_the_target() -> None:
+    base = gpt(1, transformer_impl="local")
+    target = gpt(2, transformer_impl="transformer_engine")
+    base_shape, target_shape = shapes_of(base, target)
+    assert [t.name for t in base_shape.tensors] == [t.name for t in target_shape.tensors]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("swiglu", True),
+        ("normalization", "RMSNorm"),
+        ("apply_layernorm_1p", True),
+        ("qk_layernorm", True),
+        ("position_embedding_type", "rope"),
+        ("add_bias_linear", False),
+        ("untie_embeddings_and_output_weights", True),
+    ],
+)
+def test_base_and_target_of_different_architecture_are_refused(key: str, value: object) -> None:
+    with pytest.raises(InputError, match=rf"^{key} is .* in the recipe's base but {value} in the target\."):
+        shapes_of(gpt(1), gpt(2, **{key: value}))
+    shapes_of(gpt(1, **{key: value}), gpt(2, **{key: value}))
+
+
+def test_a_bias_on_queries_keys_and_values_counts_only_where_not_every_layer_has_one() -> None:
+    shapes_of(gpt(1, add_qkv_bias=True), gpt(2))
+    without: dict[str, Any] = {"add_bias_linear": False}
+    with pytest.raises(InputError, match=r"^add_qkv_bias is True in the recipe's base but False in the target"):
+        shapes_of(gpt(1, **without, add_qkv_bias=True), gpt(2, **without))
+
+
+def test_gpt3_175b_has_its_number_of_parameters() -> None:
+    large = {"num_layers": 96, "hidden_size": 12288, "num_attention_heads": 96, "vocab_size": 50257}
+    model = ModelFile(**large, seq_length=2048)
+    tensors = _tensors(model)
+    matrices = sum(t.shape[0] * t.shape[1] for t in tensors.values() if len(t.shape) == 2)
+    assert matrices == 96 * 12 * 12288**2 + (50304 + 2048) * 12288
+
+
+# ---- names on a pipeline stage -------------------------------------------------------------------------------------
+
+
+def test_a_stage_holds_consecutive_layers() -> None:
+    assert [stage_layers(8, stages=4, stage=s) for s in range(4)] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+
+
+def test_virtual_stages_are_dealt_round() -> None:
+    # Megatron's interleaved schedule: 8 layers on 2 stages with 2 virtual stages each.
+    held = {
+        (s, v): stage_layers(8, stages=2, stage=s, virtual_stages=2, virtual_stage=v) for s in (0, 1) for v in (0, 1)
+    }
+    assert held == {(0, 0): (0, 1), (1, 0): (2, 3), (0, 1): (4, 5), (1, 1): (6, 7)}
+
+
+@pytest.mark.parametrize(("stages", "virtual"), [(1, 1), (2, 1), (3, 4), (4, 3), (12, 1)])
+def test_every_layer_is_on_exactly_one_stage(stages: int, virtual: int) -> None:
+    held = [
+        layer
+        for v in range(virtual)
+        for s in range(stages)
+        for layer in stage_layers(12, stages=stages, stage=s, virtual_stages=virtual, virtual_stage=v)
+    ]
+    assert sorted(held) == list(range(12))
+
+
+def test_local_names_become_global() -> None:
+    local = "decoder.layers.1.mlp.linear_fc1.weight"
+    assert global_name(local, {"decoder": (4, 5)}, tied=False) == "decoder.layers.5.mlp.linear_fc1.weight"
+    assert (
+        global_name("decoder.final_layernorm.weight", {"decoder": (4, 5)}, tied=True)
+        == "decoder.final_layernorm.weight"
+    )
+    assert global_name(WORDS, {"decoder": (0, 1)}, tied=True) == WORDS
+    # The last stage's copy of a tied table has the readout's name there.
+    assert global_name(READOUT_WEIGHT, {"decoder": (6, 7)}, tied=True) == WORDS
+    assert global_name(READOUT_WEIGHT, {"decoder": (6, 7)}, tied=False) == READOUT_WEIGHT
+
+
+def test_a_chunk_renames_to_the_whole_model() -> None:
+    whole = [name for name in _tensors(gpt(1, num_layers=4)) if ".layers." in name]
+    per_layer = len(whole) // 4
+    local = whole[: 2 * per_layer]
+    stages = [{"decoder": stage_layers(4, stages=2, stage=s)} for s in (0, 1)]
+    renamed = [global_name(n, held, tied=True) for held in stages for n in local]
+    assert renamed == whole

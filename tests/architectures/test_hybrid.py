@@ -1,0 +1,180 @@
+"""Hybrid models: what is stated of them against the live model, their proxies, and how a GPT's recipe meets them."""
+
+from typing import Any
+
+import pytest
+from support import planned, stock
+from support.processes import run_ranks
+from support.shapes import gpt, hybrid, recipe_for
+from support.stock import Layout
+
+from mup_megatron.architectures.hybrid import HybridFile
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.proxy import Search, choose_proxy
+from mup_megatron.architectures.registry import model_file, shapes_of
+from mup_megatron.errors import InputError
+from mup_megatron.megatron.versions import core_version
+from mup_megatron.recipe import PerParameter
+
+Shapes = dict[str, tuple[int, ...]]
+
+MODELS: dict[str, HybridFile] = {
+    "as a GPT": hybrid(gpt()),
+    "another order": hybrid(gpt(), "-**-"),
+    "untied, gated, RMSNorm, rotary, no biases": hybrid(
+        gpt(
+            untie_embeddings_and_output_weights=True,
+            swiglu=True,
+            normalization="RMSNorm",
+            position_embedding_type="rope",
+            add_bias_linear=False,
+        ),
+        "*--*",
+    ),
+    "grouped queries, own head size": hybrid(
+        gpt(kv_channels=6, num_attention_heads=4, group_query_attention=True, num_query_groups=2)
+    ),
+}
+LAYOUTS: dict[str, tuple[Layout, bool]] = {
+    "TP1": (Layout(), False),
+    "TP2": (Layout(tp=2), False),
+    "PP2, split evenly": (Layout(pp=2), False),
+    "PP2, as the pattern says": (Layout(pp=2), True),
+}
+
+
+def _parted(model: HybridFile) -> HybridFile:
+    """The same with stages of one layer and of three."""
+    return model.model_copy(update={"hybrid_layer_pattern": f"{model.letters[:1]}|{model.letters[1:]}"})
+
+
+def live_shapes(models: list[HybridFile], layout: Layout) -> list[Shapes]:
+    """In a rank: global name → global shape of what it would save, which no code of the package has a part in."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    from mup_megatron.megatron.builders import build_chunk
+
+    found = []
+    for model in models:
+        stock.init_parallel(layout)
+        config = stock.transformer_config(planned.sizes_of(model, layout.tp), layout, is_hybrid_model=True)
+        shapes: Shapes = {}
+        for entry in nested_values(build_chunk(model, config, None).sharded_state_dict()):
+            # The two halves of a gated layer are saved apart.
+            parts = list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
+            parts = [part for part in parts if isinstance(part, ShardedTensor)]
+            if parts:
+                assert len({part.key for part in parts}) == 1
+                shapes[parts[0].key] = tuple(parts[0].global_shape)
+        found.append(shapes)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_names_and_shapes_are_those_of_the_live_model(layout: str) -> None:
+    how, parted = LAYOUTS[layout]
+    if parted and core_version() < (0, 17, 0):
+        pytest.skip("megatron-core 0.16 splits evenly")
+    models = [_parted(model) if parted else model for model in MODELS.values()]
+    ranks = run_ranks(live_shapes, how.world_size, models, how)
+    for index, model in enumerate(models):
+        live = {name: shape for rank in ranks for name, shape in rank[index].items()}
+        _, stated = shapes_of(model, model)
+        expected = {tensor.name: tensor.shape for tensor in stated.tensors}
+        vocabulary = model.padded_vocab_size(how.tp)
+        expected |= {
+            tensor.name: (vocabulary, *tensor.shape[1:]) for tensor in stated.tensors if tensor.padded_to is not None
+        }
+        assert live == expected
+
+
+def test_a_gpts_recipe_gives_each_parameter_what_it_gives_the_gpts() -> None:
+    """And the reverse; a pattern of `per_parameter` means the names of the base."""
+    target = gpt(4)
+    plans = [recipe_for(base).plan(model) for base in (gpt(), hybrid(gpt())) for model in (target, hybrid(target))]
+    for plan in plans:
+        assert sum(stack.depth for stack in plan.stacks.values()) == 4
+        assert [_without_name(entry) for entry in plan.entries] == [_without_name(entry) for entry in plans[0].entries]
+
+
+def _without_name(entry: Any) -> tuple[Any, ...]:
+    return (entry.role, entry.shape, entry.init_std, entry.multiplier, entry.lr, entry.eps, entry.weight_decay)
+
+
+@pytest.mark.parametrize("pattern", ["*-*", "-*-*", "**--"])
+def test_a_gpts_recipe_is_none_for_another_pattern(pattern: str) -> None:
+    with pytest.raises(InputError, match="base is a GPT and the target a hybrid model, which are not one model"):
+        recipe_for(gpt()).plan(hybrid(gpt(4), pattern))
+
+
+# ---- proxies ---------------------------------------------------------------------------------------------------------
+
+
+def _proxy(pattern: str, *, trials: int) -> ModelFile:
+    target = hybrid(gpt(32, vocab_size=512), pattern)
+    return choose_proxy(target, Search(trials=trials, trial_tokens=1.0, target_tokens=100.0), width=64).model
+
+
+@pytest.mark.parametrize(
+    ("pattern", "trials", "letters"),
+    [
+        ("*-**--" * 4, 1, "*-**--" * 4),
+        ("*-**--" * 4, 10**6, "*-**--" * 2),
+        ("*-" * 16, 10**6, "*-" * 4),
+        ("*-|*-|*-|*-|*-|*-", 10**6, "*-" * 4),
+        ("*--", 10**6, "*--"),
+    ],
+)
+def test_a_proxy_has_whole_periods_and_no_fewer_branches_than_four_layers_of_a_gpt(
+    pattern: str, trials: int, letters: str
+) -> None:
+    proxy = _proxy(pattern, trials=trials)
+    assert isinstance(proxy, HybridFile)
+    assert (proxy.letters, proxy.num_layers) == (letters, len(letters))
+
+
+# ---- model files -----------------------------------------------------------------------------------------------------
+
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100, "seq_length": 16}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"hybrid_layer_pattern": "M*"}, "hybrid_layer_pattern: 'M' is a layer of Mamba, which is not supported yet"),
+        ({"hybrid_layer_pattern": "*E"}, "'E' is a layer of experts"),
+        ({"hybrid_layer_pattern": "*G"}, "'G' is a layer of gated delta net"),
+        ({"hybrid_layer_pattern": "*D"}, "'D' is a layer of sparse attention"),
+        ({"hybrid_layer_pattern": "+-"}, "'+' is a layer of latent attention"),
+        ({"hybrid_layer_pattern": "*-/*-"}, "'/' is a layer of multi-token prediction"),
+        ({"hybrid_layer_pattern": "*x"}, "'x' is no letter of a layer"),
+        ({"hybrid_layer_pattern": "*||-"}, "a pipeline stage has no layer"),
+        ({"hybrid_layer_pattern": "*-", "num_layers": 3}, "num_layers 3, and hybrid_layer_pattern has 2"),
+        ({"hybrid_layer_pattern": "*-", "architecture": "gpt"}, "gpt has no hybrid_layer_pattern"),
+        ({"architecture": "hybrid"}, "hybrid_layer_pattern"),
+    ],
+)
+def test_what_is_no_hybrid_model_is_refused(content: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError) as raised:
+        model_file({**SIZES, **content}, source="file")
+    assert said in str(raised.value)
+    assert all(len(line) <= 300 for line in str(raised.value).splitlines())
+
+
+# ---- patterns of other orders --------------------------------------------------------------------------------------
+
+
+def test_a_layers_number_that_means_another_kind_at_the_base_is_refused() -> None:
+    """Layer 1 of the base is an MLP, and that of the target attention."""
+    pattern = PerParameter(match="decoder.layers.1.*", lr_mult=2.0)
+    own = recipe_for(hybrid(gpt(), "*-")).model_copy(update={"per_parameter": (pattern,)})
+    with pytest.raises(InputError, match=r"'decoder.layers.1.\*': it does not match the same at the base"):
+        own.plan(hybrid(gpt(), "**--"))
+    assert own.plan(hybrid(gpt(), "*-*-")).entries
+
+
+def test_a_base_without_a_kind_of_layer_or_with_one_more_is_refused() -> None:
+    for base, target in (("*-", "*"), ("-", "*-")):
+        with pytest.raises(InputError, match="Tune a base with the target's kinds of layers"):
+            recipe_for(hybrid(gpt(), base)).plan(hybrid(gpt(), target))

@@ -1,0 +1,154 @@
+"""Model files: Megatron-LM's argument names, meanings and defaults; what is wrong is said with key and remedy."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import load_model_file, model_file
+from mup_megatron.errors import InputError
+
+SMALL: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "vocab_size": 1000,
+    "seq_length": 32,
+}
+
+
+def _small(**changes: Any) -> ModelFile:
+    return model_file({**SMALL, **changes}, source="small.yaml")
+
+
+def test_derived_sizes_are_megatrons() -> None:
+    model = _small()
+    assert (model.ffn_size, model.head_size, model.query_groups, model.positions) == (256, 16, 4, 32)
+    assert model.tied
+    # SwiGLU: two thirds of 4·hidden, in steps of 64.
+    assert _small(hidden_size=4096, swiglu=True).ffn_size == 10880
+    assert _small(swiglu=True, ffn_hidden_size=100).ffn_size == 100
+    assert _small(kv_channels=24).head_size == 24
+    assert _small(group_query_attention=True, num_query_groups=2).query_groups == 2
+    # Megatron reads num_query_groups only with group_query_attention.
+    assert _small(num_query_groups=2).query_groups == 4
+    assert _small(max_position_embeddings=128).positions == 128
+    assert not _small(untie_embeddings_and_output_weights=True).tied
+
+
+@pytest.mark.parametrize(
+    ("vocab", "multiple", "tensor_parallel", "padded"),
+    [(50257, 128, 1, 50304), (50257, 128, 8, 51200), (128, 128, 1, 128), (129, 128, 1, 256), (48, 1, 1, 48)],
+)
+def test_the_vocabulary_is_padded_as_megatron_pads_it(
+    vocab: int, multiple: int, tensor_parallel: int, padded: int
+) -> None:
+    model = _small(vocab_size=vocab, make_vocab_size_divisible_by=multiple)
+    assert model.padded_vocab_size(tensor_parallel) == padded
+
+
+def test_dropout_is_off_unless_asked_for() -> None:
+    assert (_small().attention_dropout, _small().hidden_dropout) == (0.0, 0.0)
+    assert _small(hidden_dropout=0.1).hidden_dropout == 0.1
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"hiden_size": 64}, r"hiden_size: unknown key\. Did you mean 'hidden_size'\?"),
+    "Megatron's dashes": ({"num-layers": 2}, r"num-layers: unknown key\. Did you mean 'num_layers'\?"),
+    "unlike any key": ({"zzz": 1}, r"zzz: unknown key\. Known keys: num_layers, "),
+    "word for a number": ({"num_layers": "two"}, r"num_layers: should be a valid integer, found 'two'"),
+    "number in quotes": ({"num_layers": "2"}, r"num_layers: should be a valid integer, found '2'"),
+    "fraction of a layer": ({"num_layers": 2.5}, r"num_layers: .*integer.*, found 2\.5"),
+    "truth for a number": ({"num_layers": True}, r"num_layers: should be a valid integer, found True"),
+    "number for truth": ({"swiglu": 1}, r"swiglu: should be a valid boolean, found 1"),
+    "nothing": ({"hidden_size": None}, r"hidden_size: should be a valid integer, found None"),
+    "zero": ({"hidden_size": 0}, r"hidden_size: should be greater than 0, found 0"),
+    "negative": ({"ffn_hidden_size": -1}, r"ffn_hidden_size: should be greater than 0, found -1"),
+    "NaN": ({"init_method_std": math.nan}, r"init_method_std: must be a finite number, found nan"),
+    "infinite": ({"norm_epsilon": math.inf}, r"norm_epsilon: must be a finite number, found inf"),
+    "no such norm": ({"normalization": "BatchNorm"}, r"normalization: should be 'LayerNorm' or 'RMSNorm', found"),
+    "dropout of 1": ({"hidden_dropout": 1.0}, r"hidden_dropout: should be less than 1, found 1"),
+    "heads that don't divide": (
+        {"num_attention_heads": 5},
+        r"hidden_size 64 is not divisible by num_attention_heads 5\. Change one of them, or give kv_channels\.",
+    ),
+    "groups that don't divide": (
+        {"group_query_attention": True, "num_query_groups": 3},
+        r"num_attention_heads 4 is not divisible by num_query_groups 3\. Choose a divisor",
+    ),
+    "too few positions": (
+        {"max_position_embeddings": 16},
+        r"max_position_embeddings 16 is smaller than seq_length 32\. Raise it, or shorten",
+    ),
+    "rotary with an odd head": (
+        {"position_embedding_type": "rope", "kv_channels": 15},
+        r"kv_channels 15 is odd, which rotary embeddings cannot use\. Make it even\.",
+    ),
+    "experts": ({"num_experts": 8}, r"num_experts: mixture-of-experts models are not supported yet\. Remove the key\."),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_named_with_file_key_and_remedy(case: str) -> None:
+    changes, message = BAD[case]
+    with pytest.raises(InputError, match=rf"^small\.yaml: {message}") as caught:
+        _small(**changes)
+    assert "pydantic" not in str(caught.value)
+    assert str(caught.value).endswith((".", "?"))
+
+
+def test_every_mistake_is_named_at_once() -> None:
+    with pytest.raises(InputError) as caught:
+        _small(num_layers=0, hiden_size=64)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("key", SMALL)
+def test_a_missing_key_is_named(key: str) -> None:
+    with pytest.raises(InputError, match=rf"^m\.yaml: {key}: missing\. Add this key\.$"):
+        model_file({k: v for k, v in SMALL.items() if k != key}, source="m.yaml")
+
+
+@pytest.mark.parametrize("content", [[1, 2], "hidden_size", 3])
+def test_what_is_not_a_list_of_keys_is_refused(content: object) -> None:
+    with pytest.raises(InputError, match=r"^m\.yaml: expected keys and values, found"):
+        model_file(content, source="m.yaml")
+
+
+def test_the_corrected_twins_are_accepted() -> None:
+    _small(num_attention_heads=5, kv_channels=16)
+    _small(group_query_attention=True, num_query_groups=2)
+    _small(max_position_embeddings=64)
+    _small(position_embedding_type="rope", kv_channels=14)
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "key"),
+    [
+        ({}, 8, "num_attention_heads 4"),
+        ({"group_query_attention": True, "num_query_groups": 2}, 4, "num_query_groups 2"),
+        ({"ffn_hidden_size": 250}, 4, "ffn_hidden_size 250"),
+    ],
+)
+def test_tensor_parallelism_that_does_not_divide_is_named(changes: dict[str, Any], size: int, key: str) -> None:
+    with pytest.raises(InputError, match=rf"--tensor-model-parallel-size {size} does not divide {key}\. Choose"):
+        _small(**changes).require_tensor_parallel(size)
+    _small(**changes).require_tensor_parallel(2)
+
+
+def test_a_file_is_read_and_named(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("\n".join(f"{key}: {value}" for key, value in SMALL.items()))
+    bad.write_text(good.read_text() + "\nnum_layer: 3\n")
+    assert load_model_file(good) == ModelFile(**SMALL)
+    with pytest.raises(InputError, match=r"bad\.yaml: num_layer: unknown key\. Did you mean 'num_layers'\?"):
+        load_model_file(bad)
+    with pytest.raises(InputError, match=r"absent\.yaml: no such file"):
+        load_model_file(tmp_path / "absent.yaml")
+
+
+def test_a_model_file_does_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        _small().hidden_size = 3  # type: ignore[misc]

@@ -1,0 +1,150 @@
+"""The proxy of a target: what is kept, what is reduced, and that it is said."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mup_megatron.architectures.cost import training_flops
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.proxy import Proxy, Search, choose_proxy
+from mup_megatron.architectures.registry import load_model_file, model_file
+from mup_megatron.errors import InputError
+from mup_megatron.recipe import recipe
+
+MODELS = Path(__file__).parents[2] / "configs" / "models"
+GPT3 = {"num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "vocab_size": 50257, "seq_length": 2048}
+# 70B: 64 heads of 128 in 8 groups, gated MLP of 28672, rotary, RMSNorm, no biases.
+GROUPED = {
+    "num_layers": 80, "hidden_size": 8192, "num_attention_heads": 64, "group_query_attention": True,
+    "num_query_groups": 8, "ffn_hidden_size": 28672, "swiglu": True, "position_embedding_type": "rope",
+    "normalization": "RMSNorm", "add_bias_linear": False, "untie_embeddings_and_output_weights": True,
+    "vocab_size": 32000, "seq_length": 4096,
+}  # fmt: skip
+CHEAP = Search(trials=10, trial_tokens=1e6, target_tokens=1e12)
+ARCHITECTURE = (
+    "group_query_attention", "swiglu", "normalization", "qk_layernorm", "position_embedding_type", "add_bias_linear",
+    "add_qkv_bias", "untie_embeddings_and_output_weights", "vocab_size", "seq_length", "transformer_impl",
+)  # fmt: skip
+
+
+def target(content: dict[str, Any], **changes: Any) -> ModelFile:
+    return model_file({**content, **changes}, source="target.yaml")
+
+
+def valid(proxy: Proxy) -> ModelFile:
+    """The proxy's model, once it has been found to be one that a file may hold."""
+    return model_file(proxy.model.model_dump(mode="json"), source="proxy.yaml")
+
+
+@pytest.mark.parametrize("content", [GPT3, GROUPED], ids=["GPT-3", "grouped"])
+def test_only_the_size_differs_and_the_target_takes_its_recipe(content: dict[str, Any]) -> None:
+    model = target(content)
+    proxy = valid(choose_proxy(model, CHEAP))
+    for key in (*ARCHITECTURE, "head_size", "num_layers"):
+        assert getattr(proxy, key) == getattr(model, key), key
+    assert proxy.ffn_size / proxy.hidden_size == model.ffn_size / model.hidden_size
+    assert proxy.hidden_size / proxy.num_attention_heads == model.hidden_size / model.num_attention_heads
+    plan = recipe({"base": proxy.model_dump(), "hyperparameters": {"lr": 0.01}}, source="recipe").plan(model)
+    matrices = {entry.width_ratio for entry in plan.entries if entry.name.startswith("decoder.layers.0.")} - {1.0}
+    assert matrices == {model.hidden_size / proxy.hidden_size}
+
+
+def test_gpt3s_proxy_is_the_papers() -> None:
+    proxy = choose_proxy(target(GPT3), Search(trials=350, trial_tokens=4e9, target_tokens=300e9))
+    model = valid(proxy)
+    sizes = (model.num_layers, model.hidden_size, model.num_attention_heads, model.head_size, model.ffn_size)
+    assert sizes == (32, 256, 2, 128, 1024)
+    assert model.query_groups == 2
+    assert proxy.notes == ()
+
+
+@pytest.mark.parametrize(("width", "heads", "groups"), [(1024, 8, 1), (2048, 16, 2), (1400, 8, 1), (3100, 24, 3)])
+def test_groups_stay_whole_where_the_width_allows(width: int, heads: int, groups: int) -> None:
+    proxy = choose_proxy(target(GROUPED), CHEAP, width=width)
+    model = valid(proxy)
+    assert (model.num_attention_heads, model.num_query_groups) == (heads, groups)
+    assert model.hidden_size == 128 * heads
+    assert proxy.notes == ()
+
+
+def test_a_width_of_less_than_a_group_is_used_and_said() -> None:
+    proxy = choose_proxy(target(GROUPED), CHEAP, width=256)
+    model = valid(proxy)
+    assert (model.num_attention_heads, model.num_query_groups, model.hidden_size, model.head_size) == (2, 1, 256, 128)
+    (note,) = proxy.notes
+    assert note.startswith("2 heads share a key/value group, in the target 8")
+    assert note.endswith("Width 1024 would keep the ratio.")
+
+
+def test_a_head_wider_than_the_proxy_makes_it_one_head() -> None:
+    proxy = valid(choose_proxy(target(GPT3, num_attention_heads=8), CHEAP, width=64))
+    assert (proxy.num_attention_heads, proxy.head_size, proxy.hidden_size) == (1, 512, 512)
+
+
+def test_head_sizes_of_their_own_are_kept() -> None:
+    """kv_channels other than hidden / heads: the width for each head stays too."""
+    proxy = valid(choose_proxy(target(GPT3, kv_channels=256), CHEAP))
+    assert (proxy.num_attention_heads, proxy.head_size, proxy.hidden_size) == (2, 256, 256)
+
+
+def test_an_ffn_that_cannot_keep_its_ratio_is_rounded_and_said() -> None:
+    exact = choose_proxy(target(GPT3, ffn_hidden_size=11008, swiglu=True), CHEAP)
+    assert (exact.model.ffn_size, exact.notes) == (688, ())
+    rounded = choose_proxy(target(GPT3, ffn_hidden_size=11000, swiglu=True), CHEAP)
+    assert valid(rounded).ffn_size == 688  # 687.5
+    assert rounded.notes == ("ffn_hidden_size 688 is rounded; the target's ratio to hidden_size is 2.686.",)
+
+
+def test_the_depth_is_what_the_budget_allows() -> None:
+    model = target(GPT3)
+    search = Search(trials=350, trial_tokens=4e9, target_tokens=300e9)
+    full = search.fraction(choose_proxy(model, search, budget=1.0).model, model)
+    depths = []
+    for budget in (full * 1.0001, full * 0.9999, full / 2, 1e-9):
+        proxy = choose_proxy(model, search, budget=budget)
+        depth = valid(proxy).num_layers
+        depths.append(depth)
+        one_more = proxy.model.model_copy(update={"num_layers": depth + 1})
+        assert depth == 32 or search.fraction(one_more, model) > budget
+        assert depth == 4 or search.fraction(proxy.model, model) <= budget
+        assert (depth < 32) == any(f"{depth} of the target's 32 layers, for the cost" in note for note in proxy.notes)
+    assert depths[:2] == [32, 31]
+    assert 4 < depths[2] < 16, "the readout does not get cheaper with depth"
+    assert depths[3] == 4
+    assert any("costs more than 0% of the target even at 4 layers: use fewer trials" in note for note in proxy.notes)
+
+
+def test_a_shallow_target_keeps_its_depth() -> None:
+    proxy = choose_proxy(target(GPT3, num_layers=2), Search(trials=10**6, trial_tokens=1e9, target_tokens=1e9))
+    assert valid(proxy).num_layers == 2
+    assert any("use fewer trials" in note for note in proxy.notes)
+
+
+def test_the_cost_is_that_of_all_runs_beside_the_targets() -> None:
+    model = target(GPT3)
+    proxy = choose_proxy(model, CHEAP).model
+    fraction = 10 * 1e6 * training_flops(proxy).total / (1e12 * training_flops(model).total)
+    assert CHEAP.fraction(proxy, model) == pytest.approx(fraction, rel=1e-12)
+
+
+def test_sizes_below_those_at_which_transfer_was_good_are_said() -> None:
+    narrow = choose_proxy(target(GPT3), CHEAP, width=128)
+    assert any(note.startswith("width 128 is below the 256") for note in narrow.notes)
+    small_heads = choose_proxy(target(GPT3, num_attention_heads=256), CHEAP)
+    assert any(note.startswith("head size 16 is below 32") for note in small_heads.notes)
+    assert small_heads.model.head_size == 16
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(256, 256), (4096, 4096), (4096, 10**6)])
+def test_a_target_that_is_not_wider_is_refused(hidden: int, width: int) -> None:
+    with pytest.raises(InputError, match=rf"hidden_size {hidden}: the target is not wider.*or give a smaller"):
+        choose_proxy(target(GPT3, hidden_size=hidden), CHEAP, width=width)
+
+
+@pytest.mark.parametrize("path", sorted(MODELS.glob("gpt3_*b.yaml")), ids=lambda path: path.stem)
+def test_every_gpt3_has_a_proxy(path: Path) -> None:
+    model = load_model_file(path)
+    proxy = choose_proxy(model, CHEAP)
+    assert valid(proxy).head_size == model.head_size
+    assert proxy.model.hidden_size == pytest.approx(256, rel=0.13)  # whole heads: the largest of them are 128 wide

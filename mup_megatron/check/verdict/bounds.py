@@ -280,16 +280,27 @@ def _positions(subject: Measurements, reference: Measurements, known: Known) -> 
     found = []
     grow = any(known.growth(key.name) for key in _keys(subject, Quantity.ACTIVATION) if known.logits in key.name)
     expected = reference.keys()
-    for key, compared in own_slopes(subject, Quantity.POSITION, 0, logarithms=False).items():
+    slopes = own_slopes(subject, Quantity.POSITION, 0, logarithms=False)
+    rooms = {key: TURNS if key.name.startswith(TURNING) else POSITIONS for key in slopes}
+    # Where heads grow frequencies lie closer, and their mean follows.
+    follow = {
+        key for key, compared in slopes.items() if not grow and is_outside(compared.subject, -rooms[key], rooms[key])
+    }
+    for key, compared in slopes.items():
         turns = key.name.startswith(TURNING)
-        room = TURNS if turns else POSITIONS
-        # Where heads grow frequencies lie closer, and their mean follows.
-        follows = not grow and is_outside(compared.subject, -room, room)
+        alike = [other for other in slopes if _how_far(other) == _how_far(key)]
+        # What is drawn at random differs by chance in a layer or other; the code of positions is that of all layers.
+        follows = key in follow and (turns or 2 * len(follow.intersection(alike)) > len(alike))
         most = TURNS_APART if turns else POSITIONS_APART
         apart = key in expected and _is_apart(_by_width(subject, key), _by_width(reference, key), most)
         if follows or apart:
             found.append(_bound(key, compared.deviations))
     return found
+
+
+def _how_far(key: Key) -> str:
+    """The distance of two positions in a key's name."""
+    return key.name.rpartition(", ")[2]
 
 
 def _is_apart(subject: Mapping[int, Sequence[float]], reference: Mapping[int, Sequence[float]], most: float) -> bool:

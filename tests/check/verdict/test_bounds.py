@@ -462,3 +462,25 @@ def test_a_loss_that_is_the_sum_of_its_micro_batches_is_named() -> None:
     assert names(found) == [(Quantity.SUMMED, "loss")]
     assert math.isclose(found[0].compared.largest, 4.0, rel_tol=1e-3)
     assert of_bounds(found)[0].name == "micro-batches-summed"
+
+
+def test_positions_have_to_follow_width_in_more_than_half_of_the_layers() -> None:
+    """Learned positions are drawn, and one layer of many differs over widths by chance."""
+    known = Known(plans={32: plan_of(Net)})
+
+    def following(*slopes: float) -> list[tuple[Quantity, str]]:
+        def values(width: int, seed: int) -> dict[Key, float]:
+            far = math.log(width / 32)
+            return {
+                Key(Quantity.POSITION, f"layers.{layer}.attention, 4 apart", 0): 0.5 + slope * far + 0.001 * seed
+                for layer, slope in enumerate(slopes)
+            }
+
+        runs = tuple(MeasuredRun(w, s, values(w, s), ()) for w in WIDTHS for s in range(3))
+        return names(out_of_bounds(Measurements(runs), Measurements(runs), known))
+
+    assert following(0.1, 0.0) == []
+    assert following(0.1, 0.1, 0.0) == [
+        (Quantity.POSITION, "layers.0.attention, 4 apart"),
+        (Quantity.POSITION, "layers.1.attention, 4 apart"),
+    ]

@@ -87,9 +87,9 @@ def test_what_readme_imports_is_there() -> None:
         for module, names in re.findall(r"^from (mup_megatron[\w.]*) import (.+)$", block, flags=re.MULTILINE):
             path = ROOT / module.replace(".", "/")
             source = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
-            defined = {
-                node.name for node in ast.parse(source.read_text(encoding="utf-8")).body if hasattr(node, "name")
-            }
+            body = ast.parse(source.read_text(encoding="utf-8")).body
+            defined = {node.name for node in body if hasattr(node, "name")}
+            defined |= {alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
             assert set(names.split(", ")) <= defined, module
 
 

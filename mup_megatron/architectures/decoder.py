@@ -13,7 +13,7 @@ from typing import ClassVar
 from mup_megatron.architectures.command_line import CommandLine
 from mup_megatron.architectures.families import Family, Growth, norm
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS, in_layer
+from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS
 from mup_megatron.errors import InputError
 from mup_megatron.theory import READOUT, Acts, ModelShape, Place, Property, Side, Stack, Tensor
 
@@ -102,7 +102,7 @@ class Decoder(ABC):
                 f"the recipe's base is {of_base.description} and the target {self.description}, which are not one "
                 "model. Tune a base of the target's architecture."
             )
-        kinds_at_base, kinds = ({f.name for layer in self.layers(m) for f in layer} for m in (own, target))
+        kinds_at_base, kinds = ({f.name for _, f in self._branches(m)} for m in (own, target))
         if kinds_at_base != kinds:
             raise InputError(
                 f"the recipe's base has layers of {' and '.join(sorted(kinds_at_base))}, and the target of "
@@ -121,6 +121,12 @@ class Decoder(ABC):
         of_own = zip(at_base.tensors, of_base._tensors(base, growth), strict=True)
         base_tensors = tuple(replace(tensor, name_at_base=tuned.name) for tensor, tuned in of_own)
         return replace(at_base, tensors=base_tensors), replace(shape, tensors=tensors)
+
+    def _branches(self, model: ModelFile) -> Iterator[tuple[str, Family]]:
+        """Each layer's name and one of its families, in order."""
+        for index, families in enumerate(self.layers(model)):
+            for family in families:
+                yield f"{STACK}.layers.{index}", family
 
     def _shape(self, model: ModelFile, growth: Growth) -> ModelShape:
         tensors = tuple(self._tensors(model, growth))
@@ -143,10 +149,9 @@ class Decoder(ABC):
         yield replace(_embedding(WORD_EMBEDDINGS, vocabulary, hidden), padded_to=model.make_vocab_size_divisible_by)
         if model.position_embedding_type == "learned_absolute":
             yield _embedding(POSITION_EMBEDDINGS, Side(model.positions), hidden)
-        for index, families in enumerate(self.layers(model)):
-            for family in families:
-                for tensor in family.tensors(model, in_layer(STACK, index, "").removesuffix("."), growth):
-                    yield replace(tensor, stack=STACK)
+        for layer, family in self._branches(model):
+            for tensor in family.tensors(model, layer, growth):
+                yield replace(tensor, stack=STACK)
         yield from norm(model, self.final_norm, hidden)
         if not model.tied:
             yield Tensor(
@@ -162,17 +167,15 @@ class Decoder(ABC):
         for name in (WORD_EMBEDDINGS, POSITION_EMBEDDINGS):
             if name == WORD_EMBEDDINGS or model.position_embedding_type == "learned_absolute":
                 yield Place(name.rpartition(".")[0], Acts.OUTPUT, name)
-        for index, families in enumerate(self.layers(model)):
-            for family in families:
-                yield from family.places(in_layer(STACK, index, "").removesuffix("."))
+        for layer, family in self._branches(model):
+            yield from family.places(layer)
         yield Place(READOUT_WEIGHT.rpartition(".")[0], Acts.INPUT, READOUT)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
         found: Counter[str] = Counter()
-        for families in self.layers(model):
-            for family in families:
-                found.update(family.flops(model))
+        for _, family in self._branches(model):
+            found.update(family.flops(model))
         return {**found, "readout": 6.0 * model.hidden_size * model.padded_vocab_size()}
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import PILOT, Pilot, pilot_recipe, stressed_after, under_rule
@@ -14,9 +13,6 @@ from mup_megatron.check.measure.workers import WorkerJob, run_jobs
 from mup_megatron.check.reference import cache
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Rule
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,15 +48,14 @@ def apply_plan(model_chunks: Sequence[torch.nn.Module], plan: Plan, *, initializ
     """
     models = [unwrapped(chunk) for chunk in model_chunks]
     problems = [problem for model in models for problem in _problems(model, plan)]
-    if initialize:
-        problems += [problem for model in models for problem in _draw_problems(model)] if not problems else []
+    if initialize and not problems:
+        problems = [problem for model in models for problem in _draw_problems(model)]
     raise_together(problems)
     require_match(models, plan)
-    with torch.no_grad():
-        for name, parameter in named_parameters(models, tied=plan.tied):
-            entry = plan[name]
-            if initialize:
-                _initialize(parameter, entry, models[0].config)
+    if initialize:
+        with torch.no_grad():
+            for name, parameter in named_parameters(models, tied=plan.tied):
+                _initialize(parameter, plan[name], models[0].config)
     for model in models:
         _set_softmax_scale(model, plan)
         hooks.attach(dict(named_modules(model)), plan.sites)

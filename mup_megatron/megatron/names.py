@@ -4,7 +4,7 @@ A rank of a pipeline numbers its layers from 0 and a tensor-parallel rank holds 
 global names and shapes. Nothing here changes a model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +52,13 @@ def named_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module
     """Yields (global name, module) of everything in a model that is not wrapped."""
     layers = layers_of(model)
     for name, module in model.named_modules():
-        # As a parameter of it would be called.
-        yield global_name(f"{name}.weight", layers, tied=False).removesuffix(".weight"), module
+        yield global_module_name(name, layers), module
+
+
+def global_module_name(name: str, layers: Mapping[str, Sequence[int]]) -> str:
+    """Returns the global name of a module, given those of `layers_of`; a tied readout is a readout here."""
+    # Names of parameters are what is translated.
+    return global_name(f"{name}.weight", layers, tied=False).removesuffix(".weight")
 
 
 _REMEDIES = Remedies(

@@ -28,6 +28,7 @@ from mup_megatron.theory import (
     Tensor,
     family_of,
 )
+from mup_megatron.theory.matching import by_family
 from mup_megatron.validation import brief
 
 
@@ -143,7 +144,7 @@ def model_shapes(
         InputError: parameters that cannot be classified or that the base lacks, all of them by name.
     """
     _require_understood(target)
-    families = _by_family(base)
+    families = by_family(base)
     at_base = {name: found for name in target.shapes if (found := _counterpart(name, base, families)) is not None}
     missing = [name for name in target.shapes if name not in at_base]
     if missing:
@@ -195,20 +196,13 @@ def _tied_readout(model: torch.nn.Module) -> str | None:
     return next((n for n, p in named_parameters(model) if id(p) in linear and id(p) in _embeddings(model)), None)
 
 
-def _by_family(base: Mapping[str, ModuleParameter]) -> dict[str, list[ModuleParameter]]:
-    families: dict[str, list[ModuleParameter]] = {}
-    for name, parameter in base.items():
-        families.setdefault(family_of(name), []).append(parameter)
-    return families
-
-
 def _counterpart(
-    name: str, base: Mapping[str, ModuleParameter], families: Mapping[str, list[ModuleParameter]]
+    name: str, base: Mapping[str, ModuleParameter], families: Mapping[str, list[str]]
 ) -> ModuleParameter | None:
     """What the base has for a parameter: of the same name, or of other layers where these are all alike."""
     if name in base:
         return base[name]
-    alike = families.get(family_of(name), [])
+    alike = [base[other] for other in families.get(family_of(name), [])]
     return alike[0] if alike and all(other == alike[0] for other in alike) else None
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import shapes_of
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Plan, PlanEntry, family_of
+from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.theory.matching import counterparts
 from mup_megatron.theory.widths import Scaling, Sizes, scaling
 
 
@@ -32,8 +33,8 @@ class Context:
     def ratios(self) -> Mapping[str, Scaling]:
         """The sizes of each tensor at base and target, by global name."""
         base, target = shapes_of(self.base, self.target)
-        by_family = {family_of(parameter.name): parameter for parameter in base.tensors}
-        return {p.name: scaling(by_family[family_of(p.name)], p, Sizes(1, 1)) for p in target.tensors}
+        at_base = counterparts(base.tensors)
+        return {p.name: scaling(at_base.of(p.name), p, Sizes(1, 1)) for p in target.tensors}
 
 
 PlanChange = Callable[[Plan, Context], Plan]

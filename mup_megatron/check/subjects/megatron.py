@@ -12,7 +12,6 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.names import global_name
 from mup_megatron.check.measure import batches, measurements
 from mup_megatron.check.measure.measurements import Grouped, Quantity
 from mup_megatron.check.measure.names import ATTENTION, watched_modules
@@ -20,7 +19,7 @@ from mup_megatron.check.measure.optimizers import replay_for
 from mup_megatron.check.measure.replay import Replay
 from mup_megatron.check.measure.trainee import At
 from mup_megatron.collectives import gathered
-from mup_megatron.megatron.names import layers_of, named_parameters, unwrapped
+from mup_megatron.megatron.names import global_module_name, layers_of, named_modules, named_parameters, unwrapped
 from mup_megatron.megatron.optimizer import is_sharded, live_values, parts_of
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
@@ -92,8 +91,7 @@ class MegatronTrainee:
             model: Any = unwrapped(chunk)
             layers = layers_of(model)
             for name, module, at in watched_modules(model.named_modules()):
-                # Names of parameters are what is translated. A tied readout is a readout here.
-                yield global_name(f"{name}.weight", layers, tied=False).removesuffix(".weight"), module, at
+                yield global_module_name(name, layers), module, at
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """By global name, each once. The last stage's copy of a tied embedding counts as the embedding that it is."""
@@ -136,11 +134,9 @@ class MegatronTrainee:
     def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
         """Yields the queries that attention proper takes in, [position, batch, head, channel]."""
         for chunk in self._built.chunks:
-            model: Any = unwrapped(chunk)
-            layers = layers_of(model)
-            for name, module in model.named_modules():
+            for name, module in named_modules(unwrapped(chunk)):
                 if name.endswith(ATTENTION):
-                    yield global_name(f"{name}.weight", layers, tied=False).removesuffix(".weight"), module, 0
+                    yield name, module, 0
 
     def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
         """Nothing: the reference has code of its own, so activations tell."""

@@ -19,7 +19,7 @@ from mup_megatron.megatron.arguments.convert import model_from_values, values_fr
 from mup_megatron.megatron.arguments.table import HYPERPARAMETERS
 from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS, MegatronOptimizer, require_known
 from mup_megatron.recipe import LONGEST_SCHEDULE, Recipe, Schedule, recipe
-from mup_megatron.theory import Plan, PlanEntry, Role, optimizers
+from mup_megatron.theory import Plan, PlanEntry, Role, family_of, optimizers
 from mup_megatron.theory.rules import softmax_scale
 from mup_megatron.validation import brief
 
@@ -361,7 +361,6 @@ def _schedule(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 # ---- differences ---------------------------------------------------------------------------------------------------
 
-_LAYER = re.compile(r"\.\d+(?=\.)")
 _ONE_RATIO = "Native μP has one ratio for all widths, and this weight's own side grows by another."
 _WHY = {
     "init_std": _ONE_RATIO,
@@ -383,7 +382,7 @@ def _differences(native: Native, plan: Plan) -> Iterator[Difference]:
                 continue
             why = _why(quantity, entry, native)
             names = found.setdefault((quantity, entry.role, one, other, why), [])
-            name = _LAYER.sub(".*", entry.name)
+            name = family_of(entry.name)
             names += [] if name in names else [name]
     for (quantity, role, one, other, why), names in found.items():
         yield Difference(quantity, str(role), tuple(names), one, other, why)

@@ -28,34 +28,24 @@ class LocalStack(_classes.stack):  # type: ignore[misc, name-defined]
     """The hybrid stack of local layers: with torch's final norm where the stock one asks for Transformer Engine."""
 
     def __init__(self, config: Any, **given: Any) -> None:
-        norm = _submodules(config).input_layernorm
-        layers = {
-            "attention_layer": ModuleSpec(module=TransformerLayer, submodules=_attention(config)),
-            "mlp_layer": ModuleSpec(module=MLPLayer, submodules=_mlp(config)),
-        }
-        super().__init__(config, _classes.submodules(**layers), post_layer_norm=False, **given)
+        own = get_gpt_layer_local_spec(normalization=config.normalization).submodules
+        attention = TransformerLayerSubmodules(
+            input_layernorm=own.input_layernorm, self_attention=own.self_attention, self_attn_bda=own.self_attn_bda
+        )
+        mlp = TransformerLayerSubmodules(pre_mlp_layernorm=own.pre_mlp_layernorm, mlp=own.mlp, mlp_bda=own.mlp_bda)
+        layers = _classes.submodules(
+            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+            mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
+        )
+        super().__init__(config, layers, post_layer_norm=False, **given)
         self.post_layer_norm = True
         if self.post_process:
-            self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+            self.final_norm = own.input_layernorm(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
 
 
 local_stack_spec = ModuleSpec(module=LocalStack)
-
-
-def _submodules(config: Any) -> Any:
-    return get_gpt_layer_local_spec(normalization=config.normalization).submodules
-
-
-def _attention(config: Any) -> Any:
-    own = _submodules(config)
-    return TransformerLayerSubmodules(
-        input_layernorm=own.input_layernorm, self_attention=own.self_attention, self_attn_bda=own.self_attn_bda
-    )
-
-
-def _mlp(config: Any) -> Any:
-    own = _submodules(config)
-    return TransformerLayerSubmodules(pre_mlp_layernorm=own.pre_mlp_layernorm, mlp=own.mlp, mlp_bda=own.mlp_bda)
 
 
 def build(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:

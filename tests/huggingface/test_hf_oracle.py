@@ -7,6 +7,7 @@ mup has no rule for eps; that one is held against gradients in `test_hf_coordina
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,7 +152,7 @@ def test_a_kernel_that_is_not_counted_is_noticed_where_fan_in_is_shown(monkeypat
     name = "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"
     assert (plan[name].fan_in, plan[name].fan_out, plan[name].width_ratio) == (128 * 9, 128, 4.0)
     assert plan["resnet.embedder.embedder.convolution.weight"].fan_in == 3 * 7 * 7
-    monkeypatch.setattr(shapes.math, "prod", lambda *_: 1)
+    monkeypatch.setattr(shapes, "math", SimpleNamespace(prod=lambda *_: 1))  # of this module alone
     assert _plan("resnet", 4)[name].fan_in == 128
 
 

@@ -72,7 +72,13 @@ def test_a_recipe_that_is_written_loads_and_is_the_same(run: Command, here: Path
 )
 def test_every_tuned_key_is_an_option(run: Command, here: Path, key: str) -> None:
     section = next(section for section, model in MODELS.items() if key in model.model_fields and section != "base")
-    words = {"lr_decay_style": "WSD", "lr_wsd_decay_style": "minus_sqrt", "rule": "standard", "optimizer": "sgd"}
+    words = {
+        "lr_decay_style": "WSD",
+        "lr_wsd_decay_style": "minus_sqrt",
+        "rule": "standard",
+        "optimizer": "sgd",
+        "router": "hidden",
+    }
     value = words.get(key, "0.25")
     code, out, err = run("recipe", "--base", "base.yaml", "--lr", "0.5", f"--{key.replace('_', '-')}", value)
     assert (code, err) == (0, "")

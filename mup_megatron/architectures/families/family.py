@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from mup_megatron.architectures.measured import Measured
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Constant, Part, Place, Property, Side, Tensor
 
@@ -43,6 +44,9 @@ class Family(Protocol):
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
+
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields the modules of the layer of this name that a check looks at, in the order of a forward pass."""
 
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
         """Returns the names of its norm and of its branch in a layer, and the branch in plain torch: see `plain/`."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from mup_megatron.architectures.command_line import CommandLine
-from mup_megatron.architectures.families import Family, Growth, norm
+from mup_megatron.architectures.families import Family, Growth, Size, norm
 from mup_megatron.architectures.measured import Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS
@@ -164,6 +164,11 @@ class Decoder(ABC):
                 properties=frozenset({Property.READOUT}),
                 padded_to=model.make_vocab_size_divisible_by,
             )
+
+    def sizes(self, model: ModelFile) -> Sequence[Size]:
+        """Returns the sizes of a model's families that it has, each once."""
+        found = {size.key: size for _, family in self._branches(model) for size in family.sizes}
+        return [size for size in found.values() if size.of(model) is not None]
 
     def places(self, model: ModelFile) -> Iterator[Place]:
         """Yields where factors act in a model, beside those of single weights."""

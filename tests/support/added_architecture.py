@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mup_megatron.architectures.decoder import Decoder
-from mup_megatron.architectures.families import ATTENTION, Family, Growth, norm
+from mup_megatron.architectures.families import ATTENTION, Family, Growth, Size, norm
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Place, Property, Role, Side, Tensor
@@ -30,6 +30,7 @@ class Bank:
 
     name = "bank"
     shared: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = ()
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         hidden = Side(model.hidden_size, grows=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from mup_megatron.architectures.families.family import Growth, linear, norm
+from mup_megatron.architectures.families.family import Growth, Size, linear, norm
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Part, Place, Side, Tensor
@@ -17,6 +17,7 @@ class Mlp:
 
     name = "mlp"
     shared: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = (Size(key="ffn_hidden_size", attribute="ffn_size", small=256),)
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         """Yields norm, linear_fc1 and linear_fc2."""

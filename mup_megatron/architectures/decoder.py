@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from mup_megatron.architectures.command_line import CommandLine
 from mup_megatron.architectures.families import Family, Growth, Size, norm
-from mup_megatron.architectures.measured import Kind, Measured, inside
+from mup_megatron.architectures.measured import Measured, ModuleKind, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS
 from mup_megatron.errors import InputError
@@ -185,13 +185,13 @@ class Decoder(ABC):
         for name in (WORD_EMBEDDINGS, POSITION_EMBEDDINGS):
             if name == WORD_EMBEDDINGS or model.position_embedding_type == "learned_absolute":
                 module = name.rpartition(".")[0]
-                yield Measured(module, Kind.TABLE, "Embedding", (), leads=name == WORD_EMBEDDINGS)
+                yield Measured(module, ModuleKind.TABLE, "Embedding", (), leads=name == WORD_EMBEDDINGS)
                 stream.append(module)
         yield from _stack_measured(model, STACK, self.layers(model), stream)
         final = self.final_norm.removesuffix(".")
         yield inside(final, "Residual stream", f"{STACK}.layers.{model.num_layers - 1}")
         readout = READOUT_WEIGHT.rpartition(".")[0]
-        yield Measured(readout, Kind.READOUT, "Readout (the model's logits)", (final,), leads=True)
+        yield Measured(readout, ModuleKind.READOUT, "Readout (the model's logits)", (final,), leads=True)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
@@ -210,8 +210,8 @@ def _stack_measured(
         for family in families:
             own = [each.after(stream) for each in family.measured(model, layer)]
             yield from own
-            stream = [*stream, *(each.module for each in own if each.kind is Kind.BRANCH)]
-        yield Measured(layer, Kind.STREAM, "Residual stream", tuple(stream), leads=True)
+            stream = [*stream, *(each.module for each in own if each.kind is ModuleKind.BRANCH)]
+        yield Measured(layer, ModuleKind.STREAM, "Residual stream", tuple(stream), leads=True)
         stream = [layer]
 
 

@@ -1,17 +1,17 @@
-"""What a check looks at in a model: modules, each with what it is, what it is computed from, and where it is shown."""
+"""The modules of a model that a check looks at: what each is, what it is computed from, and where it is shown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-__all__ = ["STREAM", "Kind", "Measured", "inside"]
+__all__ = ["STREAM", "Measured", "ModuleKind", "inside"]
 
 STREAM = "the residual stream"
-"""Among what a family's module reads: whatever the stream is at its place, which the whole model knows."""
+"""Stands among what a family's module reads for whatever the stream is at its place, which the whole model knows."""
 
 
-class Kind(StrEnum):
-    """What a module is to the model."""
+class ModuleKind(StrEnum):
+    """The part that a module has in a model."""
 
     TABLE = "embedding"
     STREAM = "residual stream"
@@ -29,7 +29,7 @@ class Measured:
 
     module: str
     """Its name in the whole model; of a norm, as where it is a module of its own."""
-    kind: Kind
+    kind: ModuleKind
     panel: str
     """The title under which a picture shows it, as "Attention logits"; one is shown of those of a title."""
     reads: tuple[str, ...]
@@ -45,4 +45,4 @@ class Measured:
 
 def inside(module: str, panel: str, *reads: str) -> Measured:
     """Returns a module on the way to what a title means: a norm, a projection."""
-    return Measured(module, Kind.HIDDEN, panel, reads)
+    return Measured(module, ModuleKind.HIDDEN, panel, reads)

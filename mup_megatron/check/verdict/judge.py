@@ -59,7 +59,7 @@ class Expectation:
 
     @property
     def measured(self) -> tuple[Measured, ...]:
-        """What the architecture has measured; nothing of a torch module."""
+        """The modules that the architecture has measured; none of a torch module."""
         model = None if self.models is None else next(iter(self.models.values()))
         return () if model is None else tuple(architecture_of(model).measured(model))
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-__all__ = ["STREAM", "Measured", "ModuleKind", "inside"]
+__all__ = ["STREAM", "Kind", "Measured", "inside"]
 
 STREAM = "the residual stream"
 """Stands among what a family's module reads for whatever the stream is at its place, which the whole model knows."""
 
 
-class ModuleKind(StrEnum):
+class Kind(StrEnum):
     """The part that a module has in a model."""
 
     TABLE = "embedding"
@@ -29,7 +29,7 @@ class Measured:
 
     module: str
     """Its name in the whole model; of a norm, as where it is a module of its own."""
-    kind: ModuleKind
+    kind: Kind
     panel: str
     """The title under which a picture shows it, as "Attention logits"; one is shown of those of a title."""
     reads: tuple[str, ...]
@@ -45,4 +45,4 @@ class Measured:
 
 def inside(module: str, panel: str, *reads: str) -> Measured:
     """Returns a module on the way to what a title means: a norm, a projection."""
-    return Measured(module, ModuleKind.HIDDEN, panel, reads)
+    return Measured(module, Kind.HIDDEN, panel, reads)

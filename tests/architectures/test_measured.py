@@ -10,7 +10,7 @@ from support.shapes import gpt, hybrid
 from torch import Tensor, nn
 
 from mup_megatron.architectures import registry
-from mup_megatron.architectures.measured import Measured, ModuleKind
+from mup_megatron.architectures.measured import Kind, Measured
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.plain.decoder import PlainDecoder
 from mup_megatron.architectures.registry import architecture_of
@@ -24,6 +24,7 @@ UNTIED: dict[str, Any] = {
 MODELS = {
     "GPT": gpt(),
     "GPT with norms of queries and keys": gpt(**UNTIED, qk_layernorm=True),
+    "GPT with experts": gpt(num_experts=4, moe_shared_expert_intermediate_size=48, add_bias_linear=False),
     "hybrid": hybrid(gpt(), "--*-*"),
     "hybrid, untied": hybrid(gpt(**UNTIED), "*-"),
     "a model of banks": BankFile(**dict(gpt()), architecture="bank"),
@@ -60,7 +61,7 @@ class Watched:
 
         def hook(name: str) -> Any:
             def watch(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-                found[name] = (args[0] if self.measured[name].kind is ModuleKind.LOGITS else output, output)
+                found[name] = (args[0] if self.measured[name].kind is Kind.LOGITS else output, output)
                 return None if kept is None or name == but else kept.get(name, 1.5 * output)
 
             return watch
@@ -88,8 +89,8 @@ def test_nothing_but_what_is_read_changes_what_is_seen(model: ModelFile) -> None
 
 def test_each_layer_adds_its_branches_to_the_stream(model: ModelFile) -> None:
     of = measured(model)
-    branches = [name for name, each in of.items() if each.kind is ModuleKind.BRANCH]
-    read_by_layers = [read for each in of.values() if each.kind is ModuleKind.STREAM for read in each.reads]
+    branches = [name for name, each in of.items() if each.kind is Kind.BRANCH]
+    read_by_layers = [read for each in of.values() if each.kind is Kind.STREAM for read in each.reads]
     assert [read for read in read_by_layers if read in branches] == branches
     assert len(branches) == registry.depth_of(model)
 
@@ -97,5 +98,5 @@ def test_each_layer_adds_its_branches_to_the_stream(model: ModelFile) -> None:
 def test_each_title_has_what_leads(model: ModelFile) -> None:
     of = measured(model).values()
     assert {each.panel for each in of if each.leads} == {each.panel for each in of}
-    ends = (ModuleKind.BRANCH, ModuleKind.LOGITS, ModuleKind.STREAM, ModuleKind.READOUT)
+    ends = (Kind.BRANCH, Kind.LOGITS, Kind.STREAM, Kind.READOUT)
     assert all(each.leads for each in of if each.kind in ends)

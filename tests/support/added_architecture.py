@@ -13,7 +13,7 @@ from torch import nn
 
 from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.families import ATTENTION, Family, Growth, Size, norm
-from mup_megatron.architectures.measured import STREAM, Measured, ModuleKind, inside
+from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Place, Property, Role, Side, Tensor
 
@@ -65,7 +65,7 @@ class Bank:
     def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
         norm = f"{layer}.pre_mlp_layernorm"
         yield inside(norm, "Bank output", STREAM)
-        yield Measured(f"{layer}.mlp", ModuleKind.BRANCH, "Bank output", (norm,), leads=True)
+        yield Measured(f"{layer}.mlp", Kind.BRANCH, "Bank output", (norm,), leads=True)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         return {"bank": 6.0 * EXPERTS * model.hidden_size * (1 + 2 * RANK)}

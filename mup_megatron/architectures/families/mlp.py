@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from mup_megatron.architectures.families.family import Growth, Size, linear, norm
-from mup_megatron.architectures.measured import STREAM, Measured, ModuleKind, inside
+from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Part, Place, Side, Tensor
 
@@ -44,7 +44,7 @@ class Mlp:
         norm, fc1, fc2 = f"{layer}.pre_mlp_layernorm", f"{layer}.mlp.linear_fc1", f"{layer}.mlp.linear_fc2"
         yield inside(norm, "MLP output", STREAM)
         yield inside(fc1, "MLP output", norm)
-        yield Measured(fc2, ModuleKind.BRANCH, "MLP output", (fc1,), leads=True)
+        yield Measured(fc2, Kind.BRANCH, "MLP output", (fc1,), leads=True)
 
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
         """Returns an MLP."""

@@ -196,7 +196,15 @@ def condensed(
         stages: pipeline stages, virtual ones counted, that share the layers.
         depth: how many layers are left, if there are more, of which every kind that the recipe's patterns tell apart
             comes first; None leaves all.
+
+    Raises:
+        InputError: the target has experts.
     """
+    if target.num_experts is not None:
+        raise InputError(
+            f"num_experts {target.num_experts}: `check` does not know models with experts yet. Check the recipe on the "
+            "target without them (num_experts and the keys that begin with moe_)."
+        )
     recipe, architecture = in_terms_of(target, recipe), architecture_of(target)
     target, base = _turning_whole_pairs(target, recipe.megatron_base)
     growth = _Growth.of(target, base)

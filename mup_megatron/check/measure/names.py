@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from mup_megatron.architectures.measured import Measured, ModuleKind
+from mup_megatron.architectures.measured import Kind, Measured
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +21,7 @@ def watched_modules(
     kinds = {each.module: each.kind for each in measured}
     for name, module in modules:
         if name in kinds:
-            yield name, module, "masked input" if kinds[name] is ModuleKind.LOGITS else "output"
+            yield name, module, "masked input" if kinds[name] is Kind.LOGITS else "output"
 
 
 def layer_of(name: str) -> int | None:

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from mup_megatron.architectures.families.attention import QKV
-from mup_megatron.architectures.measured import Measured, ModuleKind
+from mup_megatron.architectures.measured import Kind, Measured
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, shapes_of
 from mup_megatron.recipe import Recipe
@@ -51,12 +51,12 @@ class Context:
     @property
     def readouts(self) -> frozenset[str]:
         """The modules that compute the model's logits."""
-        return frozenset(each.module for each in self.measured if each.kind is ModuleKind.READOUT)
+        return frozenset(each.module for each in self.measured if each.kind is Kind.READOUT)
 
     @property
     def branches(self) -> Mapping[str, str]:
         """The branches of the family that the last one is of → what each is computed from first, as of an MLP."""
-        every = [each for each in self.measured if each.kind is ModuleKind.BRANCH]
+        every = [each for each in self.measured if each.kind is Kind.BRANCH]
         return {each.module: each.reads[0] for each in every if each.panel == every[-1].panel}
 
     @cached_property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from mup_megatron.architectures.measured import Measured, ModuleKind
+from mup_megatron.architectures.measured import Kind, Measured
 from mup_megatron.check.entries import is_any, is_embedding, is_readout, is_vector
 from mup_megatron.check.measure.measurements import Key, Measurements, Quantity
 from mup_megatron.check.measure.names import layer_of
@@ -288,7 +288,7 @@ def activation_panels(picture: ShownVerdict) -> list[ActivationPanel]:
     measured = picture.verdict.measured
     if measured:
         edges = {each.kind: each.panel for each in measured}
-        first = [edges[kind] for kind in (ModuleKind.TABLE, ModuleKind.STREAM) if kind in edges]
+        first = [edges[kind] for kind in (Kind.TABLE, Kind.STREAM) if kind in edges]
         titles = dict.fromkeys([*first, *(each.panel for each in measured)])
         return [_of_title(title, [each for each in measured if each.panel == title]) for title in titles]
     names = list(dict.fromkeys(key.name for key in picture.compared if key.quantity is Quantity.UPDATE))

@@ -12,7 +12,7 @@ import pytest
 from support.shapes import gpt, recipe_for
 
 from mup_megatron.architectures.gpt import GPT
-from mup_megatron.architectures.measured import Measured, ModuleKind
+from mup_megatron.architectures.measured import Kind, Measured
 from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.measure.measurements import COORDINATES, Key, MeasuredRun, Measurements, Quantity
 from mup_megatron.check.report.picture import png
@@ -265,7 +265,7 @@ def test_panels_are_those_of_what_the_architecture_has_measured(monkeypatch: pyt
 def test_a_model_with_more_families_gets_more_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     made = verdict()
     titles = ("Router logits", "Expert output", "Mamba output")
-    more = tuple(Measured(f"decoder.layers.0.{title}", ModuleKind.BRANCH, title, (), leads=True) for title in titles)
+    more = tuple(Measured(f"decoder.layers.0.{title}", Kind.BRANCH, title, (), leads=True) for title in titles)
     panels = drawn(replace(made, measured=made.measured + more), monkeypatch)
     assert [title for title in panels if title in titles] == [*titles]
     assert {"Training loss by width", "Gradients and weights: found / expected"} < set(panels)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mup_megatron.architectures.families.attention import QKV
-from mup_megatron.architectures.measured import Measured, ModuleKind
+from mup_megatron.architectures.measured import Kind, Measured
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, depth_of, shapes_of
 from mup_megatron.check.entries import is_embedding, is_hidden, is_input_role, is_output_role
@@ -56,13 +56,13 @@ class AtWidth:
         model = self.model
         return {} if model is None else {each.module: each for each in architecture_of(model).measured(model)}
 
-    def of_kind(self, kind: ModuleKind) -> tuple[str, ...]:
+    def of_kind(self, kind: Kind) -> tuple[str, ...]:
         """Returns the measured modules of a kind."""
         return self._of_kind.get(kind, ())
 
     @cached_property
-    def _of_kind(self) -> Mapping[ModuleKind, tuple[str, ...]]:
-        return {kind: tuple(name for name, each in self.measured.items() if each.kind is kind) for kind in ModuleKind}
+    def _of_kind(self) -> Mapping[Kind, tuple[str, ...]]:
+        return {kind: tuple(name for name, each in self.measured.items() if each.kind is kind) for kind in Kind}
 
     @cached_property
     def tables(self) -> Mapping[str, str]:

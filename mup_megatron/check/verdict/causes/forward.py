@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Mapping
 
-from mup_megatron.architectures.measured import ModuleKind
+from mup_megatron.architectures.measured import Kind
 from mup_megatron.check.entries import token_table
 from mup_megatron.check.measure.measurements import Key, Quantity
 from mup_megatron.check.verdict.causes.at_width import AtWidth
@@ -26,14 +26,14 @@ def at_readout(factor: Callable[[AtWidth], float]) -> OfActivation:
 
     def readouts(here: AtWidth) -> Collection[str]:
         plan = here.plan
-        return here.of_kind(ModuleKind.READOUT) if plan.readout is None or plan.tied else (plan[plan.readout].module,)
+        return here.of_kind(Kind.READOUT) if plan.readout is None or plan.tied else (plan[plan.readout].module,)
 
     return at_modules(readouts, factor)
 
 
 def at_logits(factor: Callable[[AtWidth], float]) -> OfActivation:
     """Returns a prediction: the attention logits are so many times larger."""
-    return at_modules(lambda here: here.of_kind(ModuleKind.LOGITS), factor)
+    return at_modules(lambda here: here.of_kind(Kind.LOGITS), factor)
 
 
 def at_tables(factor: Callable[[AtWidth], float], *, tokens: bool = True) -> OfActivation:

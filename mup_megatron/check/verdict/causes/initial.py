@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from mup_megatron.architectures.measured import ModuleKind
+from mup_megatron.architectures.measured import Kind
 from mup_megatron.check.entries import (
     is_embedding,
     is_hidden,
@@ -116,7 +116,7 @@ def _inside_qkv(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
             return 0.5 * math.log(1 - queries)
         # A norm of nothing is nothing as well.
         norms = [name.rpartition(".")[0] for name in here.plan.query_norms]
-        return at_modules(lambda _: (*here.of_kind(ModuleKind.LOGITS), *norms), lambda _: -math.inf)(key, here)
+        return at_modules(lambda _: (*here.of_kind(Kind.LOGITS), *norms), lambda _: -math.inf)(key, here)
 
     def moved(queries: float, others: float) -> Predict:
         """The whole's log factor where rows are multiplied by these powers of r."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mup_megatron.architectures.measured import ModuleKind
+from mup_megatron.architectures.measured import Kind
 from mup_megatron.check.measure.measurements import FROM_STEPS, Key, Quantity
 from mup_megatron.check.measure.names import layer_of
 from mup_megatron.check.verdict.causes.at_width import AtWidth
@@ -101,6 +101,6 @@ def _computed_from(name: str, here: AtWidth) -> tuple[str, ...]:
 
 def _weights_of(name: str, here: AtWidth) -> list[str]:
     own = [entry.name for entry in here.plan.entries if entry.module == name]
-    if name in here.of_kind(ModuleKind.READOUT) and not own and here.plan.readout is not None:
+    if name in here.of_kind(Kind.READOUT) and not own and here.plan.readout is not None:
         return [here.plan.readout]
     return own

@@ -159,14 +159,20 @@ def test_experts() -> None:
     assert re.match(r"model\.layers\.0\.\S+", message)
 
 
-def test_a_configuration_within_a_configuration_is_named_and_not_shown() -> None:
-    def llava(width: int) -> PretrainedConfig:
-        own = {"text_config": {"model_type": "llama", "hidden_size": width, "num_attention_heads": width // 16}}
-        return transformers.LlavaConfig(**own, architectures=["LlavaForConditionalGeneration"])
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"vocab_size": 128}, ("text_config.vocab_size is 64", "but 128")),
+        ({"hidden_act": "relu"}, ("text_config.hidden_act",)),
+        ({"model_type": "mistral"}, ("text_config.model_type is llama", "mistral")),
+    ],
+)
+def test_a_key_of_a_configuration_within_a_configuration_is_named(keys: dict[str, Any], words: tuple[str, ...]) -> None:
+    def llava(**own: Any) -> PretrainedConfig:
+        text = {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "num_attention_heads": 4, **own}
+        return transformers.LlavaConfig(text_config=text, architectures=["LlavaForConditionalGeneration"])
 
-    message = _refused(
-        lambda: plan_for(llava(64), recipe_at(llava(32))), "text_config.hidden_size", "text_config alone"
-    )
+    message = _refused(lambda: plan_for(llava(**keys), recipe_at(llava())), *words)
     assert len(message) <= 300
 
 

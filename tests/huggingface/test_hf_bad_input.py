@@ -1,6 +1,5 @@
 """What a user can do wrong with Hugging Face models: a sentence that names key and remedy, before anything changes."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 

@@ -16,7 +16,7 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import AnyModelFile, shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
-from mup_megatron.validation import Strict, plain, quoted, validated
+from mup_megatron.validation import Strict, added, plain, quoted, validated
 from mup_megatron.yaml_io import dump_yaml, read_yaml
 
 __all__ = [
@@ -125,6 +125,9 @@ class Parametrization(Strict):
     optimizer: Annotated[str, AfterValidator(_known_optimizer)] = theory.ADAM.name
     weight_decay_exponent: Fraction = 1.0
     """λ·r_in^exponent for hidden weights: 1 keeps AdamW's averaging timescale, 0 leaves λ alone."""
+    router: Literal["output", "hidden"] = added("0.2", "output")
+    """The role of what chooses experts: an output's logits shrink with width at the start, as a readout's; hidden is
+    what native μP takes it for."""
 
 
 class Training(Strict):
@@ -261,6 +264,7 @@ class Recipe(Strict):
                 rule=theory.Rule(self.parametrization.rule),
                 optimizer=theory.optimizers()[self.parametrization.optimizer],
                 weight_decay_exponent=self.parametrization.weight_decay_exponent,
+                router=theory.Role(self.parametrization.router),
             ),
             overrides=[theory.Override(**own.model_dump()) for own in self.per_parameter],
             fingerprint=self.fingerprint,

@@ -89,7 +89,8 @@ class Decoder(ABC):
         Raises:
             InputError: the two differ in architecture; names the key.
         """
-        for key, decides in _SHARED.items():
+        own_keys = {key: key for _, family in self._branches(target) for key in family.shared}
+        for key, decides in (_SHARED | own_keys).items():
             at_base, at_target = getattr(base, decides), getattr(target, decides)
             if at_base != at_target:
                 raise InputError(

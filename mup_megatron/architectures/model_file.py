@@ -1,6 +1,6 @@
 """Model files: the shape of a model in Megatron-LM's own argument names, with Megatron's own defaults.
 
-Not what its parameters are called: that is `families.py`. Files are read by `registry.py`, which knows of what
+Not what its parameters are called: that is `families/`. Files are read by `registry.py`, which knows of what
 architecture one is.
 """
 
@@ -14,7 +14,7 @@ from mup_megatron.validation import Strict
 
 Count = Annotated[int, Field(gt=0, le=10**9)]
 _NOT_SUPPORTED = ("moe_", "expert_", "multi_latent_", "q_lora_", "kv_lora_", "qk_head_dim", "v_head_dim", "mtp_")
-"""How the keys of Megatron's begin that ask for layers which `families.py` does not know."""
+"""How the keys of Megatron's begin that ask for layers which `families/` does not know."""
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 

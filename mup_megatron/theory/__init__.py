@@ -15,7 +15,7 @@ from mup_megatron.theory.matching import family_of
 from mup_megatron.theory.optimizers import ADAM, SGD, Optimizer, optimizers
 from mup_megatron.theory.plan import Plan, PlanEntry
 from mup_megatron.theory.rules import Rule
-from mup_megatron.theory.sites import READOUT, SOFTMAX, Acts, Place, Site
+from mup_megatron.theory.sites import READOUT, SOFTMAX, Acts, Heads, Place, Site
 from mup_megatron.theory.tensors import (
     Constant,
     Kept,
@@ -37,6 +37,7 @@ __all__ = [
     "SOFTMAX",
     "Acts",
     "Constant",
+    "Heads",
     "Kept",
     "LibraryDraw",
     "ModelShape",

@@ -12,7 +12,7 @@ from mup_megatron.theory.matching import counterparts, family_of
 from mup_megatron.theory.optimizers import ADAM, Optimizer
 from mup_megatron.theory.plan import Plan, PlanEntry
 from mup_megatron.theory.rules import Rule
-from mup_megatron.theory.sites import Place
+from mup_megatron.theory.sites import SOFTMAX, Place
 from mup_megatron.theory.tensors import Constant, Kept, LibraryDraw, Property, Role, Tensor
 from mup_megatron.theory.widths import Scaling, Sizes, Stack, scaling
 
@@ -48,6 +48,8 @@ class Rules:
     rule: Rule = Rule.MUP
     optimizer: Optimizer = ADAM
     weight_decay_exponent: float = 1.0
+    router: Role = Role.OUTPUT
+    """The role of what chooses experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,11 +136,31 @@ def build_plan(
         readout=target.readout,
         readout_norm=target.readout_norm,
         query_norms=target.query_norms,
-        places=target.places,
+        places=_scaled(base.places, target.places, alpha=tuned.attention_multiplier, standard=standard),
         entries=tuple(entries),
         stock_softmax_scale=target.stock_softmax_scale,
         stock_readout_ratio=1.0 if standard else target.stock_readout_scale / base.stock_readout_scale,
     )
+
+
+def _scaled(base: tuple[Place, ...], target: tuple[Place, ...], *, alpha: float, standard: bool) -> tuple[Place, ...]:
+    """The target's places, each with the scale of its attention where that has heads of its own."""
+    at_base = {family_of(place.module): place.heads for place in base if place.carries == SOFTMAX}
+    found = []
+    for place in target:
+        own = place.heads
+        if own is None:
+            found.append(place)
+            continue
+        tuned = own if standard else at_base.get(family_of(place.module))
+        if tuned is None:
+            raise PlanError(
+                f"{place.module}: the base has no such attention, so the ratio of its heads is unknown. Give the base "
+                "the target's architecture."
+            )
+        scale = rules.softmax_scale(base_head_size=tuned.size, head_size=own.size, alpha=alpha, stock=tuned.stock_scale)
+        found.append(replace(place, scale=scale))
+    return tuple(found)
 
 
 def _require_multiplied(tuned: Tuned, shape: ModelShape) -> None:
@@ -155,6 +177,8 @@ def _require_multiplied(tuned: Tuned, shape: ModelShape) -> None:
 
 def _entry(tensor: Tensor, base: Tensor, s: Scaling, tuned: Tuned, used: Rules) -> PlanEntry:
     role, properties = tensor.role, tensor.properties
+    if Property.ROUTER in properties and used.router is not role:
+        role, properties = used.router, properties - {Property.FOLDED}
     optimizer = used.optimizer.for_tensor(tensor)
     vector = Property.VECTOR in properties
     entry = PlanEntry(
@@ -166,7 +190,7 @@ def _entry(tensor: Tensor, base: Tensor, s: Scaling, tuned: Tuned, used: Rules) 
         fan_in=tensor.fan_in.size,
         fan_out=tensor.fan_out.size,
         width_ratio=s.r_in,
-        init_std=_init_std(tensor, base, s, sigma=tuned.init_method_std),
+        init_std=_init_std(tensor, base, role, s, sigma=tuned.init_method_std),
         init_value=tensor.start.value if isinstance(tensor.start, Constant) else None,
         multiplier=rules.multiplier(
             role, properties, s, embedding=tuned.embedding_multiplier, output=tuned.output_multiplier
@@ -189,11 +213,11 @@ def _entry(tensor: Tensor, base: Tensor, s: Scaling, tuned: Tuned, used: Rules) 
     return replace(moved(entry, entry.multiplier), folded=1.0, fold_offset=0.0)
 
 
-def _init_std(tensor: Tensor, base: Tensor, s: Scaling, *, sigma: float) -> float | None:
+def _init_std(tensor: Tensor, base: Tensor, role: Role, s: Scaling, *, sigma: float) -> float | None:
     """The std of the initial draw; None for a constant, and for what keeps its library's start."""
     match tensor.start, base.start:
         case LibraryDraw(), LibraryDraw(std):
-            return rules.carried_init_std(tensor.role, s, std_at_base=std)
+            return rules.carried_init_std(role, s, std_at_base=std)
         case (LibraryDraw(), _) | (_, LibraryDraw()):
             raise PlanError(
                 f"{tensor.name}: it starts at a constant in one of base and target and is drawn at random in the "
@@ -202,7 +226,7 @@ def _init_std(tensor: Tensor, base: Tensor, s: Scaling, *, sigma: float) -> floa
         case ((Constant() | Kept()), _):
             return None
         case _:
-            return rules.init_std(tensor.role, tensor.properties, s, sigma=sigma)
+            return rules.init_std(role, tensor.properties, s, sigma=sigma)
 
 
 def _overridden(entry: PlanEntry, tensor: Tensor, overrides: tuple[Override, ...]) -> PlanEntry:

@@ -72,8 +72,11 @@ class Optimizer:
         return eta * self.lr[role](s)
 
     def epsilon(self, role: Role, s: Scaling, *, eps: float) -> float | None:
-        """Returns the eps of a tensor whose base value is `eps`; None for an optimizer without."""
-        return None if self.eps is None else eps * self.eps[role](s)
+        """Returns the eps of a tensor whose base value is `eps`; None for an optimizer without.
+
+        It follows the gradient, which is a sum over the tokens that the tensor sees: an expert's falls as its share.
+        """
+        return None if self.eps is None else eps * self.eps[role](s) * s.share.ratio
 
     def decayed(self, role: Role, s: Scaling, *, lam: float, exponent: float) -> float:
         """Returns the weight decay of a matrix whose base value is `lam`.

@@ -10,8 +10,8 @@ from typing import Any
 
 from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.optimizers import Optimizer, optimizers
-from mup_megatron.theory.rules import default_softmax_scale
-from mup_megatron.theory.sites import READOUT, SOFTMAX, Acts, Place, Site
+from mup_megatron.theory.rules import stock_scale
+from mup_megatron.theory.sites import READOUT, SOFTMAX, Acts, Heads, Place, Site
 from mup_megatron.theory.tensors import Property, Role
 from mup_megatron.theory.widths import Stack
 
@@ -166,13 +166,14 @@ class Plan:
     @property
     def own_softmax_scale(self) -> float:
         """The scale that attention uses if nothing is said."""
-        stock = self.stock_softmax_scale
-        return default_softmax_scale(self.head_size) if stock is None else stock
+        return stock_scale(self.head_size, self.stock_softmax_scale)
 
     @property
     def changes_softmax_scale(self) -> bool:
-        """True where attention needs to be told another scale than the one it uses by itself."""
-        return self.softmax_scale != self.own_softmax_scale
+        """True where an attention needs to be told another scale than the one it uses by itself."""
+        return self.softmax_scale != self.own_softmax_scale or any(
+            site.changes for site in map(self.site, self.places) if site.acts is Acts.SCALE
+        )
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -191,7 +192,10 @@ class Plan:
         """Returns a place with its factor; also one that is known from the live model alone."""
         if place.carries == SOFTMAX:
             reason = "attention logits scale as 1/d in the head size"
-            return Site(place.module, place.acts, self.softmax_scale, self.own_softmax_scale, reason)
+            factor, stock = self.softmax_scale, self.own_softmax_scale
+            if place.heads is not None and place.scale is not None:
+                factor, stock = place.scale, stock_scale(place.heads.size, place.heads.stock_scale)
+            return Site(place.module, place.acts, factor, stock, reason)
         if place.carries == READOUT:
             reason = "the readout's multiplier, α_out over its width ratio"
             return Site(place.module, place.acts, self.output_multiplier, self.stock_readout_ratio, reason)
@@ -202,7 +206,7 @@ class Plan:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in {"entries", *_MODEL_KEYS}}
         model = {key: getattr(self, key) for key in _MODEL_KEYS}
         model["stacks"] = {name: asdict(stack) for name, stack in self.stacks.items()}
-        model["places"] = [asdict(place) for place in self.places]
+        model["places"] = [_place_to_json(place) for place in self.places]
         return {**own, "model": model, "parameters": [_entry_to_json(entry) for entry in self.entries]}
 
     @classmethod
@@ -222,7 +226,7 @@ class Plan:
             for key in _FOLLOWS:
                 del model[key]
             model["stacks"] = {name: Stack(**stack) for name, stack in model["stacks"].items()}
-            model["places"] = tuple(Place(**{**place, "acts": Acts(place["acts"])}) for place in model["places"])
+            model["places"] = tuple(map(_place_from_json, model["places"]))
             return cls(**rest, **model, entries=entries)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"Not a plan: {error}. Write it anew with `mup-megatron explain --format json`.") from None
@@ -246,6 +250,15 @@ _MODEL_KEYS = (
     "stock_softmax_scale",
     "stock_readout_ratio",
 )
+
+
+def _place_to_json(place: Place) -> dict[str, Any]:
+    return {key: value for key, value in asdict(place).items() if value is not None}
+
+
+def _place_from_json(content: Mapping[str, Any]) -> Place:
+    heads = Heads(**content["heads"]) if "heads" in content else None
+    return Place(**{**content, "acts": Acts(content["acts"]), "heads": heads})
 
 
 def _entry_to_json(entry: PlanEntry) -> dict[str, Any]:

@@ -93,13 +93,18 @@ def default_softmax_scale(head_size: int) -> float:
     return 1.0 / math.sqrt(head_size)
 
 
+def stock_scale(head_size: int, stock: float | None) -> float:
+    """Returns what an attention multiplies logits by if nothing is said: `stock`, or 1/√d where that is None."""
+    return default_softmax_scale(head_size) if stock is None else stock
+
+
 def softmax_scale(*, base_head_size: int, head_size: int, alpha: float, stock: float | None = None) -> float:
     """Returns the scale of attention logits, α·√d_base/d: 1/d in the head size (TP5 §5, Def. 4.1), 1/√d at the base's.
 
     `stock` is what a library uses at the base where that is not 1/√d_base; it then falls as 1/d from there.
     """
     if head_size == base_head_size:
-        return alpha * (default_softmax_scale(head_size) if stock is None else stock)
+        return alpha * stock_scale(head_size, stock)
     if stock is not None:
         return alpha * stock * base_head_size / head_size
     return alpha * math.sqrt(base_head_size) / head_size

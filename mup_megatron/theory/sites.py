@@ -26,6 +26,15 @@ SOFTMAX = "softmax"
 
 
 @dataclass(frozen=True, slots=True)
+class Heads:
+    """The heads of an attention."""
+
+    size: int
+    stock_scale: float | None = None
+    """What it multiplies logits by if nothing is said; None for 1/√size."""
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """A module of a model, by its global name, at which a factor acts."""
 
@@ -33,6 +42,10 @@ class Place:
     acts: Acts
     carries: str
     """The name of the parameter whose multiplier acts here; or READOUT or SOFTMAX."""
+    heads: Heads | None = None
+    """Of a SOFTMAX: its own, where the model has attentions of several kinds; None for the model's."""
+    scale: float | None = None
+    """In a plan, the factor of a place with heads of its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,8 @@ class Property(StrEnum):
     """Writes into the residual stream: drawn with a further 1/√(number of residual branches), as Megatron does."""
     EXPERT = "expert"
     """One of several that share the tokens."""
+    ROUTER = "router"
+    """Chooses experts: an output, unless a recipe takes it for hidden."""
     FOLDED = "folded"
     """Its role's multiplier stands in its weight and in what the optimizer does with it, not in the forward pass."""
     VECTOR = "vector"
@@ -111,6 +113,8 @@ class Tensor:
     """Its name at the base, where that differs: the one that a recipe's patterns mean."""
     padded_to: int | None = None
     """The first dimension is a vocabulary, padded to a multiple of this times the tensor parallelism; here without."""
+    share: float = 1.0
+    """The part of the tokens that it sees: k/E of one of E experts where each token chooses k."""
 
     def __post_init__(self) -> None:
         if math.prod(self.shape) % max(1, self.fan_in.size * self.fan_out.size):

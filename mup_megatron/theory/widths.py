@@ -1,6 +1,6 @@
 """The sizes of a tensor at base and target: both of each side, and both depths of its stack."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mup_megatron.theory.tensors import Side, Tensor
 
@@ -44,6 +44,8 @@ class Scaling:
     fan_out: Sizes
     depth: Sizes = Sizes(1, 1)
     """Residual branches of its stack. A GPT's layer has two and a hybrid model's one, so that equal models agree."""
+    share: Sizes = Sizes(1, 1)
+    """The part of the tokens that it sees."""
 
     @property
     def r_in(self) -> float:
@@ -57,7 +59,7 @@ class Scaling:
 
     def without_width(self) -> "Scaling":
         """The same with the target's width at the base already: every width rule is the identity."""
-        return Scaling(_still(self.fan_in), _still(self.fan_out), self.depth)
+        return replace(self, fan_in=_still(self.fan_in), fan_out=_still(self.fan_out), share=_still(self.share))
 
 
 def _still(sizes: Sizes) -> Sizes:
@@ -66,7 +68,9 @@ def _still(sizes: Sizes) -> Sizes:
 
 def scaling(base: Tensor, target: Tensor, depth: Sizes) -> Scaling:
     """Returns the sizes of one tensor at base and target, given the two depths of its stack."""
-    return Scaling(_sizes(base.fan_in, target.fan_in), _sizes(base.fan_out, target.fan_out), depth)
+    return Scaling(
+        _sizes(base.fan_in, target.fan_in), _sizes(base.fan_out, target.fan_out), depth, Sizes(base.share, target.share)
+    )
 
 
 def _sizes(base: Side, target: Side) -> Sizes:

@@ -14,7 +14,7 @@ from support.processes import run_ranks
 from support.shapes import gpt
 from support.stock import Layout
 
-from mup_megatron.architectures.families import Mlp
+from mup_megatron.architectures.families.mlp import Mlp
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import shapes_of
 from mup_megatron.megatron.versions import core_version

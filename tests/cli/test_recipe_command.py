@@ -33,7 +33,8 @@ def test_defaults_show_every_key(run: Command) -> None:
     # A line of the documentation of the format each.
     assert content["hyperparameters"]["adam_eps"] == 1e-8
     assert content["schedule"]["lr_decay_style"] == "linear"
-    assert content["parametrization"] == {"rule": "mup", "optimizer": "adam", "weight_decay_exponent": 1.0}
+    own = {"rule": "mup", "optimizer": "adam", "weight_decay_exponent": 1.0, "router": "output"}
+    assert content["parametrization"] == own
 
 
 def test_missing_keys_take_the_defaults_that_are_shown(run: Command) -> None:
@@ -72,7 +73,13 @@ def test_a_recipe_that_is_written_loads_and_is_the_same(run: Command, here: Path
 )
 def test_every_tuned_key_is_an_option(run: Command, here: Path, key: str) -> None:
     section = next(section for section, model in MODELS.items() if key in model.model_fields and section != "base")
-    words = {"lr_decay_style": "WSD", "lr_wsd_decay_style": "minus_sqrt", "rule": "standard", "optimizer": "sgd"}
+    words = {
+        "lr_decay_style": "WSD",
+        "lr_wsd_decay_style": "minus_sqrt",
+        "rule": "standard",
+        "optimizer": "sgd",
+        "router": "hidden",
+    }
     value = words.get(key, "0.25")
     code, out, err = run("recipe", "--base", "base.yaml", "--lr", "0.5", f"--{key.replace('_', '-')}", value)
     assert (code, err) == (0, "")

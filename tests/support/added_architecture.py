@@ -28,6 +28,7 @@ class Bank:
     """A residual branch: experts of rank 8, mixed by a router's softmax."""
 
     name = "bank"
+    shared: tuple[str, ...] = ()
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         hidden = Side(model.hidden_size, grows=True)

@@ -5,7 +5,7 @@ from support.shapes import batch
 from torch import Tensor, nn
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.plain import PlainDecoder, cross_entropy
+from mup_megatron.architectures.plain.decoder import PlainDecoder, cross_entropy
 from mup_megatron.check.reference.gpt import planned_gpt
 from mup_megatron.theory import Plan
 

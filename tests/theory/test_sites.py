@@ -101,7 +101,7 @@ Damage = Callable[[dict[str, Any]], object]
 DAMAGED: dict[str, Damage] = {
     "an optimizer that is none": lambda plan: plan.update(optimizer="lion"),
     "an entry's optimizer that is none": lambda plan: plan["parameters"][0].update(optimizer="lion"),
-    "a property that is none": lambda plan: plan["parameters"][0].update(properties=["router"]),
+    "a property that is none": lambda plan: plan["parameters"][0].update(properties=["chooser"]),
     "a role that is none": lambda plan: plan["parameters"][0].update(role="router"),
     "no properties": lambda plan: plan["parameters"][0].pop("properties"),
     "an entry's key": lambda plan: plan["parameters"][0].update(kind="weight"),

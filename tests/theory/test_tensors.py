@@ -4,6 +4,7 @@ Values are worked out by hand: σ, η, ε, λ at the base, r_in and r_out of eac
 """
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -13,17 +14,23 @@ from support.shapes import HYPERPARAMETERS
 from mup_megatron.theory import (
     ADAM,
     SGD,
+    SOFTMAX,
+    Acts,
     Constant,
+    Heads,
     Kept,
     LibraryDraw,
     ModelShape,
     Normal,
     Optimizer,
     Part,
+    Place,
+    Plan,
     PlanEntry,
     PlanError,
     Property,
     Role,
+    Rule,
     Rules,
     Side,
     Stack,
@@ -43,14 +50,14 @@ def tensor(fan_in: Side, fan_out: Side, *properties: Property, **own: Any) -> Te
     return Tensor(fan_in=fan_in, fan_out=fan_out, properties=frozenset(properties), **given)
 
 
-def entry(base: Tensor, target: Tensor, optimizer: Optimizer = ADAM) -> PlanEntry:
+def entry(base: Tensor, target: Tensor, optimizer: Optimizer = ADAM, **rules: Any) -> PlanEntry:
     """What the target's tensor gets, in a model of it alone with 8 layers."""
 
     def shape(one: Tensor) -> ModelShape:
         own = dataclasses.replace(one, stack="")
         return ModelShape(tensors=(own,), hidden_size=8, head_size=8, stacks={"": Stack(8)}, readout=None)
 
-    return build_plan(shape(base), shape(target), TUNED, rules_used=Rules(optimizer=optimizer)).entries[0]
+    return build_plan(shape(base), shape(target), TUNED, rules_used=Rules(optimizer=optimizer, **rules)).entries[0]
 
 
 def side(size: int) -> Side:
@@ -154,6 +161,60 @@ def test_experts_are_a_batch_of_matrices_and_each_has_its_own_sides() -> None:
     assert (found.fan_in, found.fan_out, found.shape) == (32, 64, (4, 32, 64))
     assert (found.init_std, found.lr, found.eps, found.weight_decay) == (SIGMA / 2, ETA / 4, EPS / 4, LAMBDA * 4)
     assert entry(experts(8), experts(32, count=16)).lr == found.lr
+
+
+def test_an_experts_eps_follows_the_part_of_the_tokens_that_it_sees() -> None:
+    base = tensor(side(8), Side(4), Property.EXPERT, declared_role=Role.HIDDEN, share=2 / 8)
+    target = tensor(side(32), Side(4), Property.EXPERT, declared_role=Role.HIDDEN, share=2 / 32)
+    found = entry(base, target)
+    assert found.eps == EPS / 4
+    assert (found.lr, found.weight_decay) == (ETA / 4, 4 * LAMBDA)
+    assert entry(base, target, rule=Rule.STANDARD).eps == EPS
+    assert entry(base, target, SGD).eps is None
+
+
+def test_a_router_is_hidden_where_a_recipe_wants_it() -> None:
+    base, target = (router(width, Property.FOLDED, Property.ROUTER) for width in (8, 32))
+    assert entry(base, target) == dataclasses.replace(
+        entry(router(8, Property.FOLDED), router(32, Property.FOLDED)), properties=target.properties
+    )
+    found = entry(base, target, router=Role.HIDDEN)
+    assert (found.role, found.multiplier) == (Role.HIDDEN, 1.0)
+    assert (found.init_std, found.lr, found.eps, found.weight_decay) == (SIGMA / 2, ETA / 4, EPS, 4 * LAMBDA)
+
+
+# ---- attentions of several kinds -----------------------------------------------------------------------------------
+
+
+def _tower(text: int, vision: int) -> ModelShape:
+    places = (
+        Place("text.0.attention", Acts.SCALE, SOFTMAX),
+        Place("vision.0.attention", Acts.SCALE, SOFTMAX, Heads(vision, stock_scale=0.5)),
+    )
+    own = tensor(side(8), side(8), name="text.0.weight")
+    return ModelShape(tensors=(own,), hidden_size=8, head_size=text, readout=None, places=places)
+
+
+def test_an_attention_with_heads_of_its_own_has_a_scale_of_its_own() -> None:
+    tuned = dataclasses.replace(TUNED, attention_multiplier=3.0)
+    plan = build_plan(_tower(16, 4), _tower(16, 8), tuned, rules_used=Rules())
+    text, vision = plan.sites
+    assert (text.factor, text.stock) == (3 / 4, 1 / 4)
+    assert (vision.factor, vision.stock) == (3 * 0.5 * 4 / 8, 0.5)
+    standard = build_plan(_tower(16, 4), _tower(16, 8), tuned, rules_used=Rules(rule=Rule.STANDARD))
+    assert standard.sites[1].factor == 3 * 0.5
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_one_attention_of_another_scale_is_a_change() -> None:
+    assert not build_plan(_tower(16, 4), _tower(16, 4), TUNED, rules_used=Rules()).changes_softmax_scale
+    assert build_plan(_tower(16, 4), _tower(16, 8), TUNED, rules_used=Rules()).changes_softmax_scale
+
+
+def test_an_attention_that_the_base_has_not_is_refused() -> None:
+    base = dataclasses.replace(_tower(16, 4), places=())
+    with pytest.raises(PlanError, match=r"^vision\.0\.attention: the base has no such attention"):
+        build_plan(base, _tower(16, 4), TUNED, rules_used=Rules())
 
 
 def test_a_shared_experts_output_is_residual_as_well() -> None:

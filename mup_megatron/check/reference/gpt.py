@@ -1,7 +1,7 @@
 """The correct run that a live GPT is compared with: a plain GPT, torch's optimizer, and a plan carried out by hand.
 
 Nothing here is shared with the adapters but the plan: no Megatron, no hooks of theirs, another optimizer, another
-schedule, another clipping. A tied plan, grouped queries, gates, norms of all kinds are `architectures/plain.py`'s.
+schedule, another clipping. A tied plan, grouped queries, gates, norms of all kinds are `architectures/plain/`'s.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.plain import PlainDecoder, cross_entropy, draw_weights
+from mup_megatron.architectures.plain.decoder import PlainDecoder, cross_entropy, draw_weights
 from mup_megatron.check.entries import is_readout
 from mup_megatron.check.measure import batches
 from mup_megatron.check.measure.measurements import Quantity

@@ -1,0 +1,60 @@
+"""Self-attention with grouped queries."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from mup_megatron.architectures.families.family import Growth, linear, norm
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.theory import SOFTMAX, Acts, Part, Place, Side, Tensor
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Attention:
+    """Self-attention with grouped queries; its queries, keys and values are one fused matrix."""
+
+    name = "attention"
+    shared: tuple[str, ...] = ()
+
+    def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
+        """Yields norm, linear_qkv, the norms of queries and keys, and linear_proj."""
+        name = f"{layer}.self_attention"
+        hidden = Side(model.hidden_size, grows=True)
+        queries, keys = model.num_attention_heads * model.head_size, model.query_groups * model.head_size
+        # Transformer Engine fuses each norm into the linear layer that follows it.
+        fused = model.transformer_impl == "transformer_engine"
+        yield from norm(model, f"{name}.linear_qkv.layer_norm_" if fused else f"{layer}.input_layernorm.", hidden)
+        parts = (Part("queries", queries), Part("keys", keys), Part("values", keys))
+        # One fused matrix, so one fan_out: all of its rows.
+        qkv = Side(queries + 2 * keys, grows=True)
+        yield from linear(f"{name}.linear_qkv", hidden, qkv, bias=model.bias_on_qkv, parts=parts)
+        if model.qk_layernorm:
+            head = growth.side(model, "head_size")
+            yield from norm(model, f"{name}.q_layernorm.", head)
+            yield from norm(model, f"{name}.k_layernorm.", head)
+        attended = Side(queries, grows=True)
+        yield from linear(f"{name}.linear_proj", attended, hidden, bias=model.add_bias_linear, residual=True)
+
+    def places(self, layer: str) -> Iterator[Place]:
+        """Yields where the scale of attention logits is set."""
+        yield Place(f"{layer}.self_attention.core_attention", Acts.SCALE, SOFTMAX)
+
+    def flops(self, model: ModelFile) -> Mapping[str, float]:
+        """Returns those of the projections and of the scores."""
+        queries = model.num_attention_heads * model.head_size
+        qkv = queries + 2 * model.query_groups * model.head_size
+        return {
+            "attention_projections": 6.0 * (model.hidden_size * qkv + queries * model.hidden_size),
+            "attention_scores": 12.0 * model.seq_length * queries,
+        }
+
+    def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
+        """Returns causal attention."""
+        from mup_megatron.architectures.plain.attention import SelfAttention
+
+        return "input_layernorm", "self_attention", SelfAttention(model, softmax_scale)
+
+
+ATTENTION = Attention()
+"""The family of self-attention."""

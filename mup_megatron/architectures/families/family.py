@@ -1,0 +1,80 @@
+"""A family of layers: its tensors, the places of its factors, its FLOPs and the same in plain torch.
+
+And what families are made of: linear layers, norms, vectors.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.theory import Constant, Part, Place, Property, Side, Tensor
+
+__all__ = ["Family", "Growth", "linear", "norm", "vector"]
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """The sides that grow between a base and a target, known only from both together."""
+
+    base: ModelFile
+    target: ModelFile
+
+    def side(self, model: ModelFile, key: str) -> Side:
+        """Returns a side of a model's own size that grows where base and target differ in it, as a head may."""
+        return Side(getattr(model, key), grows=getattr(self.base, key) != getattr(self.target, key))
+
+
+class Family(Protocol):
+    """A kind of layer, with one branch that adds to the residual stream."""
+
+    name: str
+    shared: tuple[str, ...]
+    """Keys of a model file that base and target must share, beside those of every model."""
+
+    def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
+        """Yields the tensors of the layer of this name, its norm first."""
+
+    def places(self, layer: str) -> Iterator[Place]:
+        """Yields where factors act in the layer of this name, beside those of single weights."""
+
+    def flops(self, model: ModelFile) -> Mapping[str, float]:
+        """Returns training FLOPs for one token, by item: see `cost.Flops`."""
+
+    def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
+        """Returns the names of its norm and of its branch in a layer, and the branch in plain torch: see `plain/`."""
+
+
+def linear(
+    name: str, fan_in: Side, fan_out: Side, *, bias: bool, residual: bool = False, parts: tuple[Part, ...] = ()
+) -> Iterator[Tensor]:
+    """Yields weight [fan_out, fan_in] and bias of a linear layer."""
+    properties = frozenset({Property.RESIDUAL} if residual else ())
+    yield Tensor(
+        name=f"{name}.weight",
+        shape=(fan_out.size, fan_in.size),
+        fan_in=fan_in,
+        fan_out=fan_out,
+        properties=properties,
+        parts=parts,
+    )
+    if bias:
+        yield vector(f"{name}.bias", fan_out, start=0.0)
+
+
+def norm(model: ModelFile, prefix: str, size: Side) -> Iterator[Tensor]:
+    """Yields gain and, of a LayerNorm, bias."""
+    yield vector(f"{prefix}weight", size, start=0.0 if model.apply_layernorm_1p else 1.0, gain=True)
+    if model.normalization == "LayerNorm":
+        yield vector(f"{prefix}bias", size, start=0.0)
+
+
+def vector(name: str, size: Side, *, start: float, gain: bool = False) -> Tensor:
+    """Returns a bias or gain that starts at a constant."""
+    properties = frozenset({Property.VECTOR, Property.GAIN} if gain else {Property.VECTOR})
+    return Tensor(
+        name=name, shape=(size.size,), fan_in=Side(1), fan_out=size, properties=properties, start=Constant(start)
+    )

@@ -1,0 +1,48 @@
+"""MLPs, gated or not."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from mup_megatron.architectures.families.family import Growth, linear, norm
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.theory import Part, Place, Side, Tensor
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Mlp:
+    """Two linear layers with an activation between; with swiglu, gate and up projection are one fused matrix."""
+
+    name = "mlp"
+    shared: tuple[str, ...] = ()
+
+    def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
+        """Yields norm, linear_fc1 and linear_fc2."""
+        name = f"{layer}.mlp"
+        hidden, ffn = Side(model.hidden_size, grows=True), Side(model.ffn_size, grows=True)
+        fused = model.transformer_impl == "transformer_engine"
+        yield from norm(model, f"{name}.linear_fc1.layer_norm_" if fused else f"{layer}.pre_mlp_layernorm.", hidden)
+        parts = (Part("gate", ffn.size), Part("up", ffn.size)) if model.swiglu else ()
+        rows = Side(2 * ffn.size if model.swiglu else ffn.size, grows=True)
+        yield from linear(f"{name}.linear_fc1", hidden, rows, bias=model.add_bias_linear, parts=parts)
+        yield from linear(f"{name}.linear_fc2", ffn, hidden, bias=model.add_bias_linear, residual=True)
+
+    def places(self, layer: str) -> Iterator[Place]:
+        """Yields nothing: no factor acts in an MLP but those of single weights."""
+        yield from ()
+
+    def flops(self, model: ModelFile) -> Mapping[str, float]:
+        """Returns those of both layers."""
+        fc1 = 2 * model.ffn_size if model.swiglu else model.ffn_size
+        return {"mlp": 6.0 * model.hidden_size * (fc1 + model.ffn_size)}
+
+    def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
+        """Returns an MLP."""
+        from mup_megatron.architectures.plain.mlp import PlainMlp
+
+        return "pre_mlp_layernorm", "mlp", PlainMlp(model)
+
+
+MLP = Mlp()
+"""The family of MLPs."""

@@ -23,6 +23,7 @@ from mup_megatron.theory import (
     Acts,
     Constant,
     Heads,
+    Kept,
     LibraryDraw,
     ModelShape,
     Place,
@@ -45,11 +46,13 @@ class MetaModule:
     module: torch.nn.Module
     watch: Watch
     """What was written into its tensors."""
+    keeps: bool = False
+    """Its vectors and fixed tables keep a start that is not understood: it is a library's, and no weight's."""
 
     @classmethod
-    def of(cls, factory: Callable[[], torch.nn.Module]) -> "MetaModule":
+    def of(cls, factory: Callable[[], torch.nn.Module], *, keeps: bool = False) -> "MetaModule":
         """Returns what a factory builds, allocating nothing."""
-        return cls(*build_on_meta(factory))
+        return cls(*build_on_meta(factory), keeps)
 
     @cached_property
     def draws(self) -> Mapping[str, Draw]:
@@ -91,12 +94,26 @@ def base_parameters(base: MetaModule, *wider: MetaModule, init_scale: float = 1.
 
 def _require_understood(built: MetaModule) -> None:
     """Raises InputError for draws that are not understood: at base and target alike the std has to be known."""
-    unknown = [name for name, draw in built.draws.items() if not draw.understood]
+    parameters = dict(named_parameters(built.module))
+    unknown = [
+        name
+        for name, draw in built.draws.items()
+        if not draw.understood and not (built.keeps and _may_be_kept(name, parameters[name]))
+    ]
     if unknown:
         raise InputError(
             f"{_listed(unknown)}: how it is drawn is not understood, so its std is unknown. Draw it in your own "
             "model with one of torch.nn.init's functions around 0; in place of a library's, choose another model."
         )
+
+
+def _may_be_kept(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether a start that is not understood can be kept: nothing sums over a growing side of the parameter."""
+    return not parameter.requires_grad or parameter.dim() <= 1 or name.endswith(_STATES)
+
+
+_STATES = ".A_log"
+"""A Mamba mixer's decays, one for each channel and state: a matrix that multiplies element by element."""
 
 
 def _require_alike(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> None:
@@ -381,8 +398,7 @@ class _Seen:
 def _start(value: float | None, std: float | None) -> Start:
     if std is not None:
         return LibraryDraw(std)
-    assert value is not None
-    return Constant(value)
+    return Kept() if value is None else Constant(value)
 
 
 def _classified(seen: _Seen, shape: tuple[int, ...]) -> Tensor | None:
@@ -428,9 +444,11 @@ def _classified(seen: _Seen, shape: tuple[int, ...]) -> Tensor | None:
         is_gain = seen.attribute == "weight" or ("Norm" in type(seen.module).__name__ and seen.attribute != "bias")
         return tensor(one, sides[0] if sides else one, Property.VECTOR, *((Property.GAIN,) if is_gain else ()))
     if isinstance(seen.module, TABLES):
-        # A table inside attention is no embedding of what comes in.
-        inside = seen.in_layer or "relative" in seen.name
+        # A table inside attention is no embedding of what comes in, and one that is fixed has no size to be tuned.
+        inside = seen.in_layer or "relative" in seen.name or not seen.draw.understood
         return tensor(sides[0], sides[1], *(() if inside else (Property.EMBEDDING,)))
+    if seen.name.endswith(_STATES):
+        return tensor(one, sides[0], Property.VECTOR)
     order = linear_sides(seen.module, seen.attribute)
     if order is not None:
         fan_out, fan_in = (sides[d] for d in order)

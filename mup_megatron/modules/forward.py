@@ -5,7 +5,7 @@ attribute, buffer or formula it comes from. Nothing is allocated.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mup_megatron.modules.draws import Watch
 from mup_megatron.modules.names import named_parameters
+from mup_megatron.modules.repeats import once
+from mup_megatron.theory import family_of
 
 FUSED_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 """Torch's own, whatever somebody puts in its place later: who does so here imports it first."""
@@ -53,7 +55,7 @@ class Forward:
     called: frozenset[str]
     """Names of the modules that took part."""
     summed: Mapping[str, int]
-    """Name of a parameter → the dimension over which a product with it sums."""
+    """Name of a parameter, without the number of its layer → the dimension over which a product with it sums."""
     looked_up: Mapping[str, float | None]
     """Name of a table → what its rows are multiplied by before anything else is done with them; None where that is no
     number that is known."""
@@ -73,7 +75,7 @@ def watched_forward(
     tracker = _Tracker(model, watch, readout)
     hooks = [hook for name, module in model.named_modules() for hook in tracker.hooks(name, module)]
     try:
-        with watch, tracker, _Calls(watch), torch.no_grad():
+        with once(model, tracker.factor_of), watch, tracker, _Calls(watch), torch.no_grad():
             run()
     finally:
         for hook in hooks:
@@ -167,6 +169,11 @@ class _Tracker(TorchDispatchMode):
         )
 
     # ---- what is known of tensors
+
+    def factor_of(self, tensor: torch.Tensor) -> Hashable:
+        """What is known of a tensor, but for the places where it became so."""
+        track = self._of(tensor)
+        return track.active, track.weight, track.factor, track.contracted
 
     def _of(self, tensor: Any) -> _Track:
         return self._tracks.get(id(tensor), _PASSIVE)
@@ -262,7 +269,7 @@ class _Tracker(TorchDispatchMode):
         if storage is not None:
             name, parameter = self._parameters[storage]
             if stride in parameter.stride():
-                self._summed[name] = parameter.stride().index(stride)
+                self._summed[family_of(name)] = parameter.stride().index(stride)
 
     def _noted(self, rows: _Track) -> _Track:
         """Remembers what rows of a table have been multiplied by so far."""

@@ -154,7 +154,8 @@ class Facts:
     base_attentions: Mapping[str, AttentionSettings] | None = None
     """Of the base, by name, in place of the one: they may be of several kinds."""
     summed: Mapping[str, int] = field(default_factory=dict)
-    """Name of a parameter → the dimension over which a product with it was seen to sum."""
+    """Name of a parameter, without the number of its layer → the dimension over which a product with it was seen to
+    sum."""
     counts_may_differ: bool = False
     """Base and target may have other numbers of experts."""
 
@@ -334,7 +335,7 @@ def _parameters(
             experts=experts,
             counted=counted,
             routes=experts.around is not None and sum(base.grows) == 1 and (counted is not None or 1 in shape),
-            summed=summed.get(name),
+            summed=summed.get(family_of(name)),
         )
         parameters = _classified(seen, base.shape), _classified(seen, shape)
         if parameters[0] is None or parameters[1] is None:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mup_megatron.errors import InputError
 from mup_megatron.huggingface import configs, verification
 from mup_megatron.modules.apply import require_scalable, set_attention_scale
-from mup_megatron.modules.attention import attention_of
+from mup_megatron.modules.attention import attentions_of
 from mup_megatron.modules.names import unwrapped
 from mup_megatron.modules.shapes import Facts, MetaModule, base_parameters, model_shapes
 from mup_megatron.recipe import HuggingFaceBase, Recipe
@@ -68,10 +68,12 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
     _require_no_embedding_scale(base_built.module, built.module)
     _require_known_scale(at_base, config, built.module)
     scale = recipe.hyperparameters.init_method_std / configs.reference_std(at_base)
+    base_attentions = attentions_of(base_built.module)
     facts = Facts(
         num_layers=_num_layers(config),
         readout=_readout(built.module),
-        base_attention=attention_of(base_built.module),
+        base_attention=next(iter(base_attentions.values()), None),
+        base_attentions=base_attentions,
     )
     wider = MetaModule.of(_factory(model_class, configs.widened(small, config)))
     parameters = base_parameters(base_built, wider, init_scale=scale)
@@ -171,7 +173,7 @@ def _num_layers(config: PretrainedConfig) -> int:
 def _require_known_scale(base: PretrainedConfig, target: PretrainedConfig, model: torch.nn.Module) -> None:
     """Raises InputError if heads grow in size, and attention hides its scale."""
     one, other = configs.head_size(base), configs.head_size(target)
-    attention = attention_of(model)
+    attention = next(iter(attentions_of(model).values()), None)
     if one != other and (one is None or other is None):
         raise InputError(
             f"the size of heads is known from the {'target' if one is None else 'recipe'}'s configuration alone, and "

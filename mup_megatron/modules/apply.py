@@ -124,7 +124,7 @@ def require_scalable(model: torch.nn.Module, plan: Plan) -> None:
             "float `scaling` and an integer `head_dim`."
         )
     for name, module, attention in found:
-        if attention.scale is None:
+        if attention.scale is None and _softmax_site(plan, name).changes:
             raise InputError(
                 f"{name}: {type(module).__name__} has no scale to set and would go on with 1/√head_dim. Use "
                 "attention_multiplier 1 and a base of the target's head size, or an attention with a `scaling`."
@@ -134,14 +134,20 @@ def require_scalable(model: torch.nn.Module, plan: Plan) -> None:
 def set_attention_scale(model: torch.nn.Module, plan: Plan) -> None:
     """Tells the attentions of a model the plan's scale."""
     for name, module, attention in attention_modules(model):
-        site = plan.site(Place(name, Acts.SCALE, SOFTMAX))
+        site = _softmax_site(plan, name)
         if not site.changes:
-            return
+            continue
         key = scale_attribute(module)
         assert key is not None
         # A layer may have a scale of its own, as with GPT-2's scale_attn_by_inverse_layer_idx.
         own = 1.0 if attention.scale is None else attention.scale / site.stock
         setattr(module, key, site.factor if own == 1.0 else site.factor * own)
+
+
+def _softmax_site(plan: Plan, name: str) -> Site:
+    """The site of an attention: its own where the model has several kinds, else the model's."""
+    own = (place for place in plan.places if place.module == name and place.carries == SOFTMAX)
+    return plan.site(next(own, Place(name, Acts.SCALE, SOFTMAX)))
 
 
 # ---- multipliers ---------------------------------------------------------------------------------------------------

@@ -7,21 +7,25 @@ device.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
 from mup_megatron.errors import InputError
-from mup_megatron.modules.attention import AttentionSettings, attention_of
+from mup_megatron.modules.attention import AttentionSettings, attention_of, attentions_of
 from mup_megatron.modules.draws import Draw, Watch, build_on_meta
 from mup_megatron.modules.names import named_modules, named_parameters
 from mup_megatron.recipe import ModuleParameter
 from mup_megatron.theory import (
+    SOFTMAX,
+    Acts,
     Constant,
+    Heads,
     Kept,
     LibraryDraw,
     ModelShape,
+    Place,
     Property,
     Side,
     Stack,
@@ -145,6 +149,8 @@ class Facts:
     """The weight of the model's own readout; None to find it: the last weight outside of layers with a fixed output."""
     base_attention: AttentionSettings | None = None
     """Of the base. None: of the target's head size."""
+    base_attentions: Mapping[str, AttentionSettings] = field(default_factory=dict)
+    """Each attention of the base by its name, where these are known: heads may then be of several sizes."""
 
 
 def model_shapes(
@@ -172,11 +178,20 @@ def model_shapes(
     _require_base_is_not_more(target, at_base, base)
     named = _tied_readout(target.module) if facts.readout is None else _own_name(target.module, facts.readout)
     pairs = _parameters(target, at_base, named)
-    attention = attention_of(target.module)
+    attentions = attentions_of(target.module)
+    several = any(len({one.head_size for one in each.values()}) > 1 for each in (facts.base_attentions, attentions))
+    each_its_own = bool(facts.base_attentions) and several
+    attention = next(iter(attentions.values()), None) if each_its_own else attention_of(target.module)
     readout = named or next((p.name for p, _ in reversed(pairs) if Property.READOUT in p.properties), None)
     of_base = facts.base_attention or attention
 
-    def shape(tensors: tuple[Tensor, ...], own: AttentionSettings | None) -> ModelShape:
+    def places(own: Mapping[str, AttentionSettings]) -> tuple[Place, ...]:
+        heads = {name: Heads(each.head_size, each.scale) for name, each in own.items()}
+        return tuple(Place(name, Acts.SCALE, SOFTMAX, each) for name, each in heads.items()) if several else ()
+
+    def shape(
+        tensors: tuple[Tensor, ...], own: AttentionSettings | None, each: Mapping[str, AttentionSettings]
+    ) -> ModelShape:
         width = next(
             (t.fan_out if Property.EMBEDDING in t.properties else t.fan_in for t in tensors if t.name == readout), None
         )
@@ -186,12 +201,13 @@ def model_shapes(
             head_size=1 if own is None else own.head_size,
             stacks={"layers": Stack(facts.num_layers)},
             readout=readout,
+            places=places(each),
             stock_softmax_scale=None if own is None else own.scale,
         )
 
     return (
-        shape(tuple(of_base for of_base, _ in pairs), of_base),
-        shape(tuple(of_target for _, of_target in pairs), attention),
+        shape(tuple(of_base for of_base, _ in pairs), of_base, facts.base_attentions),
+        shape(tuple(of_target for _, of_target in pairs), attention, attentions),
     )
 
 

@@ -255,13 +255,20 @@ def test_heads_of_a_model_that_has_none() -> None:
     _refused(lambda: plan_for(fnet(64, num_attention_heads=4), recipe_at(fnet(32))), "num_attention_heads", "fnet")
 
 
-def test_a_draw_of_a_librarys_model_that_is_not_understood() -> None:
-    def mamba(width: int) -> PretrainedConfig:
-        return transformers.MambaConfig(
-            hidden_size=width, num_hidden_layers=2, vocab_size=64, architectures=["MambaForCausalLM"]
-        )
+class DrawnOtherwise(transformers.LlamaForCausalLM):
+    """One whose weights have a mean."""
 
-    _refused(lambda: plan_for(mamba(64), recipe_at(mamba(32))), "is not understood", "choose another model")
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            module.weight.exponential_()
+
+
+def test_a_draw_of_a_librarys_matrix_that_is_not_understood() -> None:
+    config = _llama()
+    with torch.device("meta"):
+        model = DrawnOtherwise(config)
+    _refused(lambda: plan_for(model, recipe_at(config)), "is not understood", "choose another model")
 
 
 def test_two_kinds_of_attention_in_one_configuration() -> None:
@@ -269,8 +276,7 @@ def test_two_kinds_of_attention_in_one_configuration() -> None:
         model = nn.ModuleDict({"vision": nn.Module(), "text": nn.Module()})
     for name, size in (("vision", 72), ("text", 128)):
         model[name].attn = type("OwnAttention", (nn.Module,), {"head_dim": size})()
-    model.config = transformers.LlavaConfig()  # type: ignore[assignment]
-    _refused(lambda: attention_of(model), "128 in text.attn", "72 in vision.attn", "text_config alone")
+    _refused(lambda: attention_of(model), "128 in text.attn", "72 in vision.attn", "heads of one size")
 
 
 # ---- the wrong kind of recipe --------------------------------------------------------------------------------------

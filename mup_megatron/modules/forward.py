@@ -5,13 +5,14 @@ attribute, buffer or formula it comes from. Nothing is allocated.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mup_megatron.modules.draws import Watch
 from mup_megatron.modules.names import named_parameters
@@ -59,6 +60,27 @@ class Forward:
     looked_up: Mapping[str, float | None]
     """Name of a table → what its rows are multiplied by before anything else is done with them; None where that is no
     number that is known."""
+
+
+def joined(passes: Sequence[Forward]) -> Forward:
+    """Returns the record of several passes of one model, one after the other."""
+    scales = (each.readout_scale for each in passes if each.readout_scale is not None)
+    return Forward(
+        softmaxes=tuple(found for each in passes for found in each.softmaxes),
+        factors=tuple(found for each in passes for found in each.factors),
+        readout_scale=next(scales, None),
+        called=frozenset().union(*(each.called for each in passes)),
+        summed={name: side for each in passes for name, side in each.summed.items()},
+        looked_up=_agreed((name, factor) for each in passes for name, factor in each.looked_up.items()),
+    )
+
+
+def _agreed(factors: Iterable[tuple[str, float | None]]) -> dict[str, float | None]:
+    """The factor of each table; None of one that is looked up in several ways."""
+    found: dict[str, float | None] = {}
+    for name, factor in factors:
+        found[name] = factor if found.get(name, factor) == factor else None
+    return found
 
 
 def watched_forward(
@@ -165,7 +187,7 @@ class _Tracker(TorchDispatchMode):
             readout_scale=self._readout_scale,
             called=frozenset(self._called),
             summed=self._summed,
-            looked_up=self._factors_of_tables(),
+            looked_up=_agreed(self._lookups),
         )
 
     # ---- what is known of tensors
@@ -210,6 +232,7 @@ class _Tracker(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name == "_local_scalar_dense" and args[0].dtype is torch.bool and args[0].device.type == "meta":
             return True  # code asks whether all of a mask is ones, or a batch is one sequence
+        args, kwargs = _in_one_place(name, args, kwargs)
         result = func(*args, **kwargs)
         plain = name if name.startswith("_") else name.removesuffix("_")
         in_place = name.endswith("_") and not name.startswith("__")
@@ -278,13 +301,6 @@ class _Tracker(TorchDispatchMode):
             self._explained |= rows.parts
         return rows
 
-    def _factors_of_tables(self) -> dict[str, float | None]:
-        """Of a table that is looked up in several ways no number is known."""
-        found: dict[str, float | None] = {}
-        for name, factor in self._lookups:
-            found[name] = factor if found.get(name, factor) == factor else None
-        return found
-
     def _softmax(self, logits: _Track) -> _Track:
         if logits.contracted is not None:
             self._softmaxes.append(Softmax(self._where, logits.contracted, logits.factor))
@@ -322,6 +338,21 @@ class _Tracker(TorchDispatchMode):
     @property
     def _where(self) -> str:
         return self._stack[-1] if self._stack else ""
+
+
+def _in_one_place(name: str, args: Any, kwargs: Any) -> Any:
+    """Arguments with what has values taken to the meta device, where others are: there they meet without."""
+    if name in _READ_VALUES:
+        return args, kwargs
+    found = {each.device.type for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor) and each.dim()}
+    if found != {"cpu", "meta"}:
+        return args, kwargs
+    # A number may be on the CPU anywhere, and is needed.
+    return tree_map_only(torch.Tensor, lambda each: each.to("meta") if each.dim() else each, (args, kwargs))
+
+
+_READ_VALUES = frozenset("index index_put index_put_ _unsafe_index copy_ _to_copy".split())
+"""What may choose by a mask, whose values say how many there are; and what takes a tensor from one place to another."""
 
 
 def _merged(tracks: list[_Track]) -> _Track:

@@ -27,7 +27,7 @@ convolution each reads less of its input, which is another architecture.
 HEADS = frozenset(
     "num_attention_heads n_head num_heads num_key_value_heads num_kv_heads encoder_attention_heads "
     "decoder_attention_heads attention_heads n_heads linear_num_key_heads linear_num_value_heads mamba_num_heads "
-    "mamba_n_heads n_mamba_heads".split()
+    "mamba_n_heads n_mamba_heads num_global_key_value_heads".split()
 )
 """Numbers of heads."""
 HEAD_SIZES = frozenset(
@@ -36,8 +36,13 @@ HEAD_SIZES = frozenset(
 _ATTENTION_HEAD_SIZES = ("head_dim", "d_kv")
 WIDTHS = frozenset(
     "hidden_size n_embd d_model embedding_size hidden_sizes word_embed_proj_dim intermediate_size n_inner ffn_dim d_ff "
-    "encoder_ffn_dim decoder_ffn_dim pooler_output_size out_hidden_size".split()
+    "encoder_ffn_dim decoder_ffn_dim pooler_output_size out_hidden_size moe_intermediate_size "
+    "shared_expert_intermediate_size moe_shared_expert_intermediate_size shared_intermediate_size "
+    "intermediate_size_mlp".split()
 )
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")
+"""How many experts there are, and how many of them see a token: the learning rate transfers over both."""
 DEPTHS = frozenset(
     "num_hidden_layers n_layer num_layers num_decoder_layers encoder_layers decoder_layers depths layer_types "
     "max_window_layers stage_names out_features out_indices depth layers_block_type cross_attention_layers "
@@ -136,7 +141,8 @@ def config_from(
         ) from None
     known = {*defaults.to_dict(), *defaults.attribute_map, "tie_word_embeddings", "is_decoder", "num_labels"}
     for key in own if strict else ():
-        if key not in known and not _MAY_DIFFER.fullmatch(key):
+        # Some code reads a size that its configuration does not declare, as Qwen3-MoE its head_dim.
+        if key not in known and key not in _SIZES and not _MAY_DIFFER.fullmatch(key):
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"Did you mean '{near[0]}'?" if near else f"See {type(defaults).__name__} for its keys."
             raise InputError(f"{source}.{brief(key, 60)}: unknown key of model type {model_type}. {hint}")
@@ -166,7 +172,7 @@ def _require_possible(own: Mapping[str, Any], source: str) -> None:
             _require_possible(value, where)
         if value is not None and key in _SIZES:
             sizes = value if isinstance(value, list | tuple) else [value]
-            least = 0 if key in FIXED else 1
+            least = 0 if key in FIXED or "shared" in key else 1
             if not sizes or not all(_is_size(size) and least <= size <= _LARGEST[key] for size in sizes):
                 raise InputError(
                     f"{where}: should be a whole number from {least} to {_LARGEST[key]}, found {quoted(value)}. "
@@ -174,6 +180,14 @@ def _require_possible(own: Mapping[str, Any], source: str) -> None:
                 )
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{where}: must be a finite number, found {value}. Write an ordinary number.")
+
+
+def value(config: PretrainedConfig, key: str) -> Any:
+    """A configuration's value; None where it has none, or one for each layer."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # transformers refuses to give one value where layers have several
+        return None
 
 
 def inner(config: PretrainedConfig) -> dict[str, PretrainedConfig]:
@@ -208,15 +222,14 @@ def require_comparable(base: PretrainedConfig, target: PretrainedConfig, within:
 
 
 def _require_comparable(key: str, base: PretrainedConfig, target: PretrainedConfig, within: str) -> None:
-    one: Any = getattr(base, key, None)
-    other: Any = getattr(target, key, None)
+    one, other = value(base, key), value(target, key)
     staged = key in WIDTHS | {"depths"} and isinstance(one, list | tuple) and isinstance(other, list | tuple)
     if staged and len(one) != len(other):
         raise InputError(
             f"{within}{key} has {len(one)} stages in the recipe's base but {len(other)} in the target. Give the base "
             "as many."
         )
-    if key in WIDTHS | HEADS | HEAD_SIZES | DEPTHS or _MAY_DIFFER.fullmatch(key):
+    if key in {*WIDTHS, *HEADS, *HEAD_SIZES, *DEPTHS, *EXPERTS, *CHOSEN} or _MAY_DIFFER.fullmatch(key):
         return
     one, other = base.to_dict().get(key), target.to_dict().get(key)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -280,7 +293,7 @@ def _wider(base: PretrainedConfig, target: PretrainedConfig) -> dict[str, Any]:
     grow = set(WIDTHS) | sized | {key for key in HEADS if _kind(key) not in set(map(_kind, sized))}
     unlisted = {
         key
-        for key in changed - WIDTHS - HEADS - HEAD_SIZES - DEPTHS - FIXED
+        for key in changed - WIDTHS - HEADS - HEAD_SIZES - DEPTHS - FIXED - {*EXPERTS, *CHOSEN}
         if _is_size(own.get(key)) and not _MAY_DIFFER.fullmatch(key) and not _COUNTS.search(key)
     }
     found = {key: _doubled(own[key]) for key in grow | unlisted if own.get(key) is not None}
@@ -295,10 +308,20 @@ def _kind(key: str) -> str:
 def head_size(config: PretrainedConfig) -> int | None:
     """The size of attention's heads; None where a configuration has none."""
     for key in _ATTENTION_HEAD_SIZES:
-        if isinstance(size := getattr(config, key, None), int):
+        if isinstance(size := value(config, key), int):
             return size
-    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    hidden, heads = value(config, "hidden_size"), value(config, "num_attention_heads")
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
+
+
+def share_of_tokens(config: PretrainedConfig) -> float:
+    """The part of the tokens that one expert sees, k/E; 1 without experts."""
+    for own in (config, *inner(config).values()):
+        count = next((size for key in EXPERTS if _is_size(size := value(own, key))), None)
+        chosen = next((size for key in CHOSEN if _is_size(size := value(own, key))), None)
+        if count and chosen:
+            return chosen / count
+    return 1.0
 
 
 def reference_std(config: PretrainedConfig) -> float:
@@ -308,8 +331,8 @@ def reference_std(config: PretrainedConfig) -> float:
     """
     for own in (config, *inner(config).values()):
         for key in _STDS:
-            if isinstance(std := getattr(own, key, None), float) and std > 0:
-                return std
+            if isinstance(std := value(own, key), float) and std > 0:
+                return float(std)
     return 0.02
 
 
@@ -317,12 +340,16 @@ def base_content(config: PretrainedConfig) -> dict[str, Any]:
     """A configuration as the `base` of a recipe: everything that is not a default, without what has no meaning
     there.
     """
-    known = AutoConfig.for_model(config.model_type).to_dict()
+    known, parts = AutoConfig.for_model(config.model_type).to_dict(), inner(config)
     kept = {
         key: value
         for key, value in config.to_diff_dict().items()
-        if key in known and (not _MAY_DIFFER.fullmatch(key) or key in FIXED or key in _STDS)
+        if (key in known or key in _SIZES) and (not _MAY_DIFFER.fullmatch(key) or key in FIXED or key in _STDS)
     }
+    # A default may follow from other keys, and from those of the default configuration it then is another one.
+    again = AutoConfig.for_model(**kept | {"model_type": config.model_type}).to_dict()
+    own = config.to_dict()
+    kept |= {key: own[key] for key in own if (key in _SIZES or key in parts) and again.get(key) != own[key]}
     classes = {"architectures": list(config.architectures)} if config.architectures else {}
     labels = (
         {"num_labels": config.num_labels} if "num_labels" not in kept and config.num_labels != _DEFAULT_LABELS else {}
@@ -343,9 +370,9 @@ def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> Pretrained
 
 
 def _set(config: PretrainedConfig, changes: Mapping[str, Any]) -> None:
-    for key, value in changes.items():
-        within = getattr(config, key, None)
+    for key, new in changes.items():
+        within = vars(config).get(key)
         if isinstance(within, PretrainedConfig):
-            _set(within, value)
+            _set(within, new)
         else:
-            setattr(config, key, value)
+            setattr(config, key, new)

@@ -37,6 +37,8 @@ def forward_of(built: MetaModule) -> Forward:
     for part in (model, *_models_in(model)):
         if str(getattr(part.config, "_attn_implementation", None)) not in ("eager", "sdpa", "None"):
             part.set_attn_implementation("eager")  # a kernel's own code cannot be watched; it is told the same scale
+        if getattr(part, "_can_set_experts_implementation", lambda: False)():
+            part.set_experts_implementation("batched_mm")  # without values there is no loop over those that were chosen
     # Some classifiers look for the end of the text, of which there is none here. What they stand on has the attention.
     ends = model.get_output_embeddings() is not None or model.base_model is model
     passes = [_watched(built, model if ends else (model, model.base_model))]
@@ -153,7 +155,16 @@ def require_right_softmax(
 
 
 def require_no_hidden_factor(base: Forward, target: Forward, model: torch.nn.Module) -> None:
-    """Raises InputError where the code multiplies by a number that is another one at another width."""
+    """Raises InputError where the code multiplies by a number that is another one at another width.
+
+    What a table's rows are multiplied by may be another one: the plan takes it back. But it has to be known.
+    """
+    for name, factor in (*base.looked_up.items(), *target.looked_up.items()):
+        if not factor:
+            raise InputError(
+                f"{name}: {type(model).__name__} multiplies its rows by something that is no one number that could be "
+                "seen, so its multiplier is unknown. Switch it off in both configurations, or choose another model."
+            )
     for own, found in zip(base.factors, target.factors, strict=False):
         if (own.where, own.operation) != (found.where, found.operation):
             break

@@ -21,7 +21,7 @@ from mup_megatron.modules.marker import marked
 from mup_megatron.modules.names import named_modules, named_parameters, unwrapped
 from mup_megatron.modules.shapes import TABLES, linear_sides
 from mup_megatron.modules.weights import Initialize
-from mup_megatron.theory import READOUT, SOFTMAX, Acts, Place, Plan, PlanEntry, Site
+from mup_megatron.theory import READOUT, Acts, Place, Plan, PlanEntry, Site
 
 
 def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = Initialize.RESCALE) -> None:
@@ -124,7 +124,7 @@ def require_scalable(model: torch.nn.Module, plan: Plan) -> None:
             "float `scaling` and an integer `head_dim`."
         )
     for name, module, attention in found:
-        if attention.scale is None and _softmax_site(plan, name).changes:
+        if attention.scale is None and plan.attention(name).changes:
             raise InputError(
                 f"{name}: {type(module).__name__} has no scale to set and would go on with 1/√head_dim. Use "
                 "attention_multiplier 1 and a base of the target's head size, or an attention with a `scaling`."
@@ -134,7 +134,7 @@ def require_scalable(model: torch.nn.Module, plan: Plan) -> None:
 def set_attention_scale(model: torch.nn.Module, plan: Plan) -> None:
     """Tells the attentions of a model the plan's scale."""
     for name, module, attention in attention_modules(model):
-        site = _softmax_site(plan, name)
+        site = plan.attention(name)
         if not site.changes:
             continue
         key = scale_attribute(module)
@@ -142,12 +142,6 @@ def set_attention_scale(model: torch.nn.Module, plan: Plan) -> None:
         # A layer may have a scale of its own, as with GPT-2's scale_attn_by_inverse_layer_idx.
         own = 1.0 if attention.scale is None else attention.scale / site.stock
         setattr(module, key, site.factor if own == 1.0 else site.factor * own)
-
-
-def _softmax_site(plan: Plan, name: str) -> Site:
-    """The site of an attention: its own where the model has several kinds, else the model's."""
-    own = (place for place in plan.places if place.module == name and place.carries == SOFTMAX)
-    return plan.site(next(own, Place(name, Acts.SCALE, SOFTMAX)))
 
 
 # ---- multipliers ---------------------------------------------------------------------------------------------------

@@ -28,10 +28,15 @@ class AttentionSettings:
     """What it multiplies logits by. None: 1/√head_size, and it cannot be told another one."""
 
 
+def is_attention(module: torch.nn.Module) -> bool:
+    """Returns whether a module is an attention, by what its class is called."""
+    return "Attention" in type(module).__name__
+
+
 def attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, AttentionSettings]]:
     """(name, module, what it says) of each attention in a model."""
     for name, module in named_modules(model):
-        if "Attention" not in type(module).__name__:
+        if not is_attention(module):
             continue
         head_size = next((size for key in _HEAD_SIZES if isinstance(size := getattr(module, key, None), int)), None)
         if head_size is not None:
@@ -61,6 +66,7 @@ def attention_of(model: torch.nn.Module) -> AttentionSettings | None:
         one, other = sorted(first)[:2]
         raise InputError(
             f"heads of different sizes ({other} in {brief(first[other], 60)}, {one} in {brief(first[one], 60)}) are "
-            "not supported: this model has one attention scale. Give all attentions heads of one size."
+            "not supported: one module has one attention scale here. Give all attentions heads of one size, or choose "
+            "another model."
         )
     return next(iter(found.values()), None)

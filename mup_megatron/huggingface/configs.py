@@ -332,7 +332,7 @@ def reference_std(config: PretrainedConfig) -> float:
     for own in (config, *inner(config).values()):
         for key in _STDS:
             if isinstance(std := value(own, key), float) and std > 0:
-                return std
+                return float(std)
     return 0.02
 
 

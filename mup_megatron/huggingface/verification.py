@@ -37,8 +37,8 @@ def forward_of(built: MetaModule) -> Forward:
     for part in (model, *_models_in(model)):
         if str(getattr(part.config, "_attn_implementation", None)) not in ("eager", "sdpa", "None"):
             part.set_attn_implementation("eager")  # a kernel's own code cannot be watched; it is told the same scale
-    if getattr(model, "_can_set_experts_implementation", lambda: False)():
-        model.set_experts_implementation("batched_mm")  # without values there is no loop over those that were chosen
+        if getattr(part, "_can_set_experts_implementation", lambda: False)():
+            part.set_experts_implementation("batched_mm")  # without values there is no loop over those that were chosen
     # Some classifiers look for the end of the text, of which there is none here. What they stand on has the attention.
     ends = model.get_output_embeddings() is not None or model.base_model is model
     passes = [_watched(built, model if ends else (model, model.base_model))]

@@ -5,7 +5,7 @@ attribute, buffer or formula it comes from. Nothing is allocated.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,16 +71,8 @@ def joined(passes: Sequence[Forward]) -> Forward:
         readout_scale=next(scales, None),
         called=frozenset().union(*(each.called for each in passes)),
         summed={name: side for each in passes for name, side in each.summed.items()},
-        looked_up=_agreed((name, factor) for each in passes for name, factor in each.looked_up.items()),
+        looked_up={name: factor for each in passes for name, factor in each.looked_up.items()},
     )
-
-
-def _agreed(factors: Iterable[tuple[str, float | None]]) -> dict[str, float | None]:
-    """The factor of each table; None of one that is looked up in several ways."""
-    found: dict[str, float | None] = {}
-    for name, factor in factors:
-        found[name] = factor if found.get(name, factor) == factor else None
-    return found
 
 
 def watched_forward(
@@ -187,7 +179,7 @@ class _Tracker(TorchDispatchMode):
             readout_scale=self._readout_scale,
             called=frozenset(self._called),
             summed=self._summed,
-            looked_up=_agreed(self._lookups),
+            looked_up=self._factors_of_tables(),
         )
 
     # ---- what is known of tensors
@@ -300,6 +292,13 @@ class _Tracker(TorchDispatchMode):
             self._lookups[rows.lookup] = (self._lookups[rows.lookup][0], rows.factor)
             self._explained |= rows.parts
         return rows
+
+    def _factors_of_tables(self) -> dict[str, float | None]:
+        """Of a table that is looked up in several ways no number is known."""
+        found: dict[str, float | None] = {}
+        for name, factor in self._lookups:
+            found[name] = factor if found.get(name, factor) == factor else None
+        return found
 
     def _softmax(self, logits: _Track) -> _Track:
         if logits.contracted is not None:

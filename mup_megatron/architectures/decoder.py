@@ -115,6 +115,8 @@ class Decoder(ABC):
                 f"{' and '.join(sorted(kinds))}. Tune a base with the target's kinds of layers."
             )
         growth = Growth(own, target)
+        if of_base is self and all(getattr(base, key) == getattr(target, key) for key in _LAYOUT):
+            return self._shape(base, growth), self._shape(target, growth)
         as_tuned = _named_as(as_tuned, base)
         # One model has its tensors in one order, whatever architecture it is taken for.
         tuned_names = [tensor.name for tensor in of_base._tensors(as_tuned, growth)]

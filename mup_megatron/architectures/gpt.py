@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from mup_megatron.architectures.command_line import CommandLine
 from mup_megatron.architectures.decoder import Decoder
-from mup_megatron.architectures.families import ATTENTION, MLP, Family
+from mup_megatron.architectures.families import ATTENTION, LATENT_ATTENTION, MLP, Family
 from mup_megatron.architectures.model_file import ModelFile
 
 _PROGRAMS = (
@@ -40,7 +40,7 @@ class Gpt(Decoder):
 
     def layers(self, model: ModelFile) -> Sequence[Sequence[Family]]:
         """Returns attention and an MLP for each layer."""
-        return [(ATTENTION, MLP)] * model.num_layers
+        return [(LATENT_ATTENTION if model.multi_latent_attention else ATTENTION, MLP)] * model.num_layers
 
     def with_layers(self, model: ModelFile, kept: Sequence[int]) -> ModelFile:
         """Returns the model with as many layers: all are alike."""

@@ -102,10 +102,11 @@ def built(
     sizes = sizes_of(model, layout.tp)
     stock.init_parallel(layout)
     config = stock.transformer_config(sizes, layout, **config_fields(model), **(config_changes or {}))
-    if type(model) is ModelFile:
+    ordinary = type(model) is ModelFile and not model.multi_latent_attention and model.mtp_num_layers is None
+    if ordinary or layer_spec is not None:
         chunks = stock.build_chunks(sizes, layout, config, layer_spec() if layer_spec is not None else None)
     else:
-        chunks = [build_chunk(model, config, None)]
+        chunks = [build_chunk(model, config, stage) for stage in ([None] if layout.vpp is None else range(layout.vpp))]
     if same_weights:
         stock.draw_weights(chunks, sizes.init_method_std)
         with torch.no_grad():

@@ -4,7 +4,9 @@ A GPT's layer is attention and an MLP, a hybrid model's is one of them. Names ar
 """
 
 from mup_megatron.architectures.families.attention import ATTENTION
-from mup_megatron.architectures.families.family import Family, Growth, linear, norm, vector
+from mup_megatron.architectures.families.family import Block, Family, Growth, linear, norm, vector
+from mup_megatron.architectures.families.latent import LATENT_ATTENTION
 from mup_megatron.architectures.families.mlp import MLP
+from mup_megatron.architectures.families.mtp import MTP
 
-__all__ = ["ATTENTION", "MLP", "Family", "Growth", "linear", "norm", "vector"]
+__all__ = ["ATTENTION", "LATENT_ATTENTION", "MLP", "MTP", "Block", "Family", "Growth", "linear", "norm", "vector"]

@@ -59,6 +59,7 @@ def enable() -> bool:
     core.allow_norm_under_sequence_parallel()
     core.allow_resume_of_distributed_fp32()
     core.name_absent_router_kernel()
+    core.give_local_attention_head_sizes()
     pretraining.register()
     atexit.register(_leave_process_group)
     _enabled = True

@@ -74,6 +74,23 @@ def name_absent_router_kernel() -> None:
         moe_utils.te_general_gemm = None
 
 
+def give_local_attention_head_sizes() -> None:
+    """Let Megatron's local attention be built with head sizes of its own, as Transformer Engine's is.
+
+    Latent attention says those of keys and values, which the local one does not take: it has all heads as large as
+    `kv_channels`. It computes with whatever it is given, but for the size of what comes out.
+    """
+    local: Any = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
+    original = local.__init__
+
+    def build(self: Any, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **more: Any) -> None:
+        original(self, *args, **more)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    local.__init__ = build
+
+
 def _set(module: Any, name: str, value: object) -> None:
     assert hasattr(module, name), f"{module.__name__} has no {name}"
     setattr(module, name, value)

@@ -210,5 +210,5 @@ def assembled(of_ranks: Sequence[Sequence[Piece]]) -> dict[str, torch.Tensor]:
 
 
 def family(plan: Plan, key: str) -> list[Any]:
-    """The plan's entries of one whole tensor: one, or one for each layer."""
-    return [entry for entry in plan.entries if re.sub(r"\.layers\.\d+\.", ".layers.", entry.name) == key]
+    """The plan's entries of one whole tensor: one, or one for each layer of the stack."""
+    return [entry for entry in plan.entries if re.sub(r"^decoder\.layers\.\d+\.", "decoder.layers.", entry.name) == key]

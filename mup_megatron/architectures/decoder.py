@@ -12,7 +12,9 @@ from dataclasses import replace
 from typing import ClassVar
 
 from mup_megatron.architectures.command_line import CommandLine
-from mup_megatron.architectures.families import MTP, Block, Family, Growth, norm
+from mup_megatron.architectures.families import MTP, Block, Family, Growth, Size, norm
+from mup_megatron.architectures.families.family import Remarking
+from mup_megatron.architectures.measured import Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import (
     MTP_INNER,
@@ -40,6 +42,8 @@ _SHARED = {
 
 _QUERY_NORM = re.compile(r"\.(?:q_layernorm\.|linear_q_up_proj\.layer_norm_)")
 _MTP_NORM = re.compile(r"mtp\.layers\.\d+\.final_layernorm\.")
+_LAYOUT = ("transformer_impl", "moe_grouped_gemm")
+"""What decides how parameters are called, and nothing else: a base may have another."""
 
 
 class Decoder(ABC):
@@ -120,7 +124,7 @@ class Decoder(ABC):
                 f"{' and '.join(sorted(kinds))}. Tune a base with the target's kinds of layers."
             )
         growth = Growth(own, target)
-        as_tuned = as_tuned.model_copy(update={"transformer_impl": base.transformer_impl})
+        as_tuned = _named_as(as_tuned, base)
         # One model has its tensors in one order, whatever architecture it is taken for.
         tuned_names = [tensor.name for tensor in of_base._tensors(as_tuned, growth)]
         shape = self._shape(target, growth)
@@ -128,17 +132,22 @@ class Decoder(ABC):
             replace(tensor, name_at_base=tuned if tuned != tensor.name else None)
             for tensor, tuned in zip(shape.tensors, tuned_names, strict=True)
         )
-        at_base = self._shape(own.model_copy(update={"transformer_impl": target.transformer_impl}), growth)
+        at_base = self._shape(_named_as(own, target), growth)
         of_own = zip(at_base.tensors, of_base._tensors(base, growth), strict=True)
         base_tensors = tuple(replace(tensor, name_at_base=tuned.name) for tensor, tuned in of_own)
         return replace(at_base, tensors=base_tensors), replace(shape, tensors=tensors)
+
+    def remarks(self, base: ModelFile, target: ModelFile) -> Sequence[str]:
+        """Returns what is known of transfer from this base to a target of this architecture, in sentences."""
+        families = {family.name: family for _, family in self._branches(target)}
+        return [each for own in families.values() if isinstance(own, Remarking) for each in own.remarks(base, target)]
 
     def _branches(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
         """Each layer's name and one of its families, in order; then those of multi-token prediction."""
         yield from self._stack(model)
         yield from self._further(model)
 
-    def _stack(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
+    def _stack(self, model: ModelFile) -> Iterator[tuple[str, Family]]:
         for index, families in enumerate(self.layers(model)):
             for family in families:
                 yield f"{STACK}.layers.{index}", family
@@ -163,7 +172,7 @@ class Decoder(ABC):
             stock_softmax_scale=model.stock_softmax_scale,
             readout_norm=tuple(name for name in names if name.startswith(self.final_norm) or _MTP_NORM.match(name)),
             query_norms=tuple(name for name in names if _QUERY_NORM.search(name)),
-            places=tuple(self._places(model)),
+            places=tuple(self.places(model)),
         )
 
     def _tensors(self, model: ModelFile, growth: Growth) -> Iterator[Tensor]:
@@ -176,8 +185,8 @@ class Decoder(ABC):
             for tensor in family.tensors(model, layer, growth):
                 yield replace(tensor, stack=STACK)
         yield from norm(model, self.final_norm, hidden)
-        for layer, family in self._further(model):
-            for tensor in family.tensors(model, layer, growth):
+        for layer, block in self._further(model):
+            for tensor in block.tensors(model, layer, growth):
                 # Megatron draws what writes into the stream there as in the stack itself, by the stack's depth.
                 yield replace(tensor, stack=STACK)
         if not model.tied:
@@ -190,13 +199,40 @@ class Decoder(ABC):
                 padded_to=model.make_vocab_size_divisible_by,
             )
 
-    def _places(self, model: ModelFile) -> Iterator[Place]:
+    def sizes(self, model: ModelFile) -> Sequence[Size]:
+        """Returns the sizes of a model's families that it has, each once."""
+        found = {size.key: size for _, family in self._stack(model) for size in family.sizes}
+        return [size for size in found.values() if size.of(model) is not None]
+
+    def places(self, model: ModelFile) -> Iterator[Place]:
+        """Yields where factors act in a model, beside those of single weights."""
         for name in (WORD_EMBEDDINGS, POSITION_EMBEDDINGS):
             if name == WORD_EMBEDDINGS or model.position_embedding_type == "learned_absolute":
                 yield Place(name.rpartition(".")[0], Acts.OUTPUT, name)
         for layer, family in self._branches(model):
             yield from family.places(layer)
         yield Place(READOUT_WEIGHT.rpartition(".")[0], Acts.INPUT, READOUT)
+
+    def measured(self, model: ModelFile) -> Iterator[Measured]:
+        """Yields the modules that a check looks at, in the order of a forward pass; norms as modules of their own."""
+        stream: list[str] = []
+        for name in (WORD_EMBEDDINGS, POSITION_EMBEDDINGS):
+            if name == WORD_EMBEDDINGS or model.position_embedding_type == "learned_absolute":
+                module = name.rpartition(".")[0]
+                yield Measured(module, Kind.TABLE, "Embedding", (), leads=name == WORD_EMBEDDINGS)
+                stream.append(module)
+        for index, families in enumerate(self.layers(model)):
+            layer = f"{STACK}.layers.{index}"
+            for family in families:
+                own = [each.after(stream) for each in family.measured(model, layer)]
+                yield from own
+                stream += [each.module for each in own if each.kind is Kind.BRANCH]
+            yield Measured(layer, Kind.STREAM, "Residual stream", tuple(stream), leads=True)
+            stream = [layer]
+        final = self.final_norm.removesuffix(".")
+        yield inside(final, "Residual stream", *stream)
+        readout = READOUT_WEIGHT.rpartition(".")[0]
+        yield Measured(readout, Kind.READOUT, "Readout (the model's logits)", (final,), leads=True)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
@@ -210,6 +246,11 @@ def as_other(one: Decoder, other: Decoder, model: ModelFile) -> ModelFile | None
     """Returns a model of one architecture as one of another, by whichever of the two knows; None if they differ."""
     given = one.given_to(other, model)
     return other.taken_from(one, model) if given is None else given
+
+
+def _named_as(model: ModelFile, other: ModelFile) -> ModelFile:
+    """A model whose parameters are called as another's."""
+    return model.model_copy(update={key: getattr(other, key) for key in _LAYOUT})
 
 
 def _embedding(name: str, entries: Side, hidden: Side) -> Tensor:

@@ -10,13 +10,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mup_megatron.architectures.keys import READ_WITH
+from mup_megatron.architectures.keys.experts import ExpertKeys
 from mup_megatron.architectures.keys.latent import LatentKeys
 from mup_megatron.architectures.keys.mtp import MtpKeys
 from mup_megatron.errors import InputError
 from mup_megatron.validation import Strict
 
 Count = Annotated[int, Field(gt=0, le=10**9)]
-_NOT_SUPPORTED = ("moe_", "expert_")
+_NOT_SUPPORTED = ("moe_latent_", "moe_use_upcycling", "moe_single_grouped_")
 """How the keys of Megatron's begin that ask for layers which `families/` does not know."""
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -57,11 +58,9 @@ class _Keys(Strict):
     attention_dropout: Probability = 0.0
     hidden_dropout: Probability = 0.0
     transformer_impl: Literal["local", "transformer_engine"] = "transformer_engine"
-    num_experts: Count | None = None
-    moe_ffn_hidden_size: Count | None = None
 
 
-class ModelFile(MtpKeys, LatentKeys, _Keys):
+class ModelFile(MtpKeys, LatentKeys, ExpertKeys, _Keys):
     """The shape of a language model of one stack.
 
     Field names, meanings and defaults are Megatron-LM's arguments of the same name.
@@ -76,7 +75,7 @@ class ModelFile(MtpKeys, LatentKeys, _Keys):
     def _known_kind(cls, content: Any) -> Any:
         for key in content if isinstance(content, Mapping) else ():
             if isinstance(key, str) and key not in cls.model_fields and key.startswith(_NOT_SUPPORTED):
-                raise ValueError(f"{key}: models with experts are not supported yet. Choose a model without.")
+                raise ValueError(f"{key}: models with latent experts are not supported yet. Choose a model without.")
         return content
 
     @model_validator(mode="after")
@@ -127,9 +126,7 @@ class ModelFile(MtpKeys, LatentKeys, _Keys):
                 "mtp_num_layers: Megatron has multi-token prediction with position_embedding_type rope or none alone. "
                 "Choose one of them."
             )
-        if self.num_experts is not None or self.moe_ffn_hidden_size is not None:
-            key = "num_experts" if self.num_experts is not None else "moe_ffn_hidden_size"
-            raise ValueError(f"{key}: mixture-of-experts models are not supported yet. Remove the key.")
+        self.require_possible_experts(self.num_layers, biases=self.add_bias_linear)
         return self
 
     @property
@@ -138,6 +135,11 @@ class ModelFile(MtpKeys, LatentKeys, _Keys):
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         return int((4 * self.hidden_size * 2 / 3) / 64) * 64 if self.swiglu else 4 * self.hidden_size
+
+    @property
+    def expert_ffn_size(self) -> int:
+        """Hidden size of one expert; with swiglu, of each of its two halves."""
+        return self.ffn_size if self.moe_ffn_hidden_size is None else self.moe_ffn_hidden_size
 
     @property
     def head_size(self) -> int:

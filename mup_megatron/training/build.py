@@ -23,7 +23,7 @@ from mup_megatron.megatron.guard import require_as_planned
 from mup_megatron.megatron.model import apply_plan, configure
 from mup_megatron.megatron.optimizer import config_overrides
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Plan, optimizers
+from mup_megatron.theory import Plan
 from mup_megatron.training.options import TrainingOptions
 
 
@@ -57,6 +57,11 @@ def available_model(model: ModelFile, options: TrainingOptions) -> ModelFile:
         raise InputError(
             "multi_latent_attention: Megatron's local attention takes no head sizes of its own, so it cannot be "
             "latent. Use transformer_impl transformer_engine."
+        )
+    if model.transformer_impl == "local" and model.num_experts is not None and model.add_bias_linear:
+        raise InputError(
+            "add_bias_linear: Megatron's local experts stop in training if they have biases. Train on a GPU with "
+            "Transformer Engine, or set add_bias_linear to false in model file and recipe."
         )
     if model.transformer_impl == "local" and not HAVE_APEX:
         if model.apply_layernorm_1p:
@@ -133,6 +138,8 @@ def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptio
         "pipeline_model_parallel_size": options.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": virtual_stages,
         "sequence_parallel": options.sequence_parallel,
+        "expert_model_parallel_size": options.expert_model_parallel_size,
+        "expert_tensor_parallel_size": options.expert_tensor_parallel_size or options.tensor_model_parallel_size,
         # Interleaved, sends and receives between two ranks that are each other's neighbours on both sides would be
         # ambiguous in one batch. Megatron-LM's arguments couple these likewise.
         "overlap_p2p_comm": virtual_stages is not None,
@@ -171,7 +178,7 @@ def _optimizer_config(recipe: Recipe, options: TrainingOptions) -> Any:
         lr=h.lr,
         min_lr=h.min_lr,
         weight_decay=h.weight_decay,
-        **{key: getattr(h, key) for key in optimizers()[recipe.parametrization.optimizer].hyperparameters},
+        **recipe.optimizer_values,
         clip_grad=h.clip_grad,
         bf16=options.bf16,
         params_dtype=torch.bfloat16 if options.bf16 else torch.float32,

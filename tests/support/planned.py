@@ -102,11 +102,11 @@ def built(
     sizes = sizes_of(model, layout.tp)
     stock.init_parallel(layout)
     config = stock.transformer_config(sizes, layout, **config_fields(model), **(config_changes or {}))
-    ordinary = type(model) is ModelFile and not model.multi_latent_attention and model.mtp_num_layers is None
-    if ordinary or layer_spec is not None:
+    ordinary = not (model.multi_latent_attention or model.mtp_num_layers or model.num_experts)
+    if layer_spec is not None or (type(model) is ModelFile and ordinary):
         chunks = stock.build_chunks(sizes, layout, config, layer_spec() if layer_spec is not None else None)
     else:
-        chunks = [build_chunk(model, config, stage) for stage in ([None] if layout.vpp is None else range(layout.vpp))]
+        chunks = [build_chunk(model, config, stage if layout.vpp else None) for stage in range(layout.vpp or 1)]
     if same_weights:
         stock.draw_weights(chunks, sizes.init_method_std)
         with torch.no_grad():

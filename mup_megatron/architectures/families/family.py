@@ -5,12 +5,13 @@ And what families are made of: linear layers, norms, vectors.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from mup_megatron.architectures.measured import Measured
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Constant, Part, Place, Property, Role, Side, Tensor
 
-__all__ = ["Block", "Family", "Growth", "linear", "norm", "vector"]
+__all__ = ["Block", "Family", "Growth", "Remarking", "Size", "linear", "norm", "vector"]
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +27,24 @@ class Growth:
     def side(self, model: ModelFile, key: str) -> Side:
         """Returns a side of a model's own size that grows where base and target differ in it, as a head may."""
         return Side(getattr(model, key), grows=getattr(self.base, key) != getattr(self.target, key))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """A size in a model file that is a family's own; heads are every model's."""
+
+    key: str
+    attribute: str
+    """Where a model has it with its default; None there for a model without."""
+    small: int
+    """As large as a small model of the kind needs it, where base and target share it."""
+    follows_width: bool = True
+    """Whether it keeps its ratio to the hidden size where base and target differ in it; a count does not."""
+
+    def of(self, model: ModelFile) -> int | None:
+        """Returns the size in a model."""
+        size: int | None = getattr(model, self.attribute)
+        return size
 
 
 class Block(Protocol):
@@ -48,8 +67,22 @@ class Block(Protocol):
 class Family(Block, Protocol):
     """A kind of layer: a norm and a branch that adds to the residual stream."""
 
+    sizes: tuple[Size, ...]
+    """Its own, for small models of its kind."""
+
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields the modules of the layer of this name that a check looks at, in the order of a forward pass."""
+
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
         """Returns the names of its norm and of its branch in a layer, and the branch in plain torch: see `plain/`."""
+
+
+@runtime_checkable
+class Remarking(Protocol):
+    """A family that has something to say of a base and a target that differ."""
+
+    def remarks(self, base: ModelFile, target: ModelFile) -> Iterator[str]:
+        """Yields what is known of transfer between the two, in sentences."""
 
 
 def linear(

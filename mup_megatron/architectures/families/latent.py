@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from mup_megatron.architectures.families.family import Growth, linear, norm
+from mup_megatron.architectures.families.family import Growth, Size, linear, norm
+from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import SOFTMAX, Acts, Part, Place, Role, Side, Tensor
 
@@ -19,6 +20,7 @@ class LatentAttention:
     """
 
     name = "latent attention"
+    sizes: tuple[Size, ...] = ()
     shared: tuple[str, ...] = ("rotary_scaling_factor", "mscale_all_dim")
     """They are a factor of its softmax scale."""
 
@@ -67,6 +69,26 @@ class LatentAttention:
             "attention_projections": 6.0 * (of_queries + of_keys + values * hidden),
             "attention_scores": 6.0 * model.seq_length * (queries + values),
         }
+
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields norm, projections, the norms of latents, attention logits and output."""
+        name, logits = f"{layer}.self_attention", "Attention logits"
+        start = f"{layer}.input_layernorm"
+        yield inside(start, logits, STREAM)
+        ends = []
+        for latent in ("q", "kv"):
+            if latent == "q" and model.q_lora_rank is None:
+                chain = [f"{name}.linear_q_proj"]
+            else:
+                norms = [f"{name}.{latent}_layernorm"] if model.qk_layernorm else []
+                chain = [f"{name}.linear_{latent}_down_proj", *norms, f"{name}.linear_{latent}_up_proj"]
+            for module, read in zip(chain, (start, *chain), strict=False):
+                yield inside(module, logits, read)
+            ends.append(chain[-1])
+        softmax = f"{name}.core_attention.scale_mask_softmax"
+        # The turned part of the keys goes past their latent.
+        yield Measured(softmax, Kind.LOGITS, logits, (*ends, f"{name}.linear_kv_down_proj"), leads=True)
+        yield Measured(f"{name}.linear_proj", Kind.BRANCH, "Attention output", (ends[1], softmax), leads=True)
 
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
         """Returns causal latent attention."""

@@ -8,7 +8,7 @@ from mup_megatron.architectures.command_line import Reading, Release
 from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.gpt import GPT
-from mup_megatron.architectures.keys import READ_WITH
+from mup_megatron.architectures.keys import READ_WITH, experts
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, architectures, model_file
 from mup_megatron.errors import InputError
@@ -70,13 +70,12 @@ def flags(
 
 
 def _recipe_flags(recipe: Recipe, train_iters: int | None) -> list[str]:
-    optimizer = recipe.parametrization.optimizer
-    values = recipe.hyperparameters.model_dump() | {"optimizer": optimizer}
-    MEGATRON_OPTIMIZERS.require(optimizer)
+    values = recipe.hyperparameters.model_dump() | {"optimizer": recipe.parametrization.optimizer}
+    MEGATRON_OPTIMIZERS.only(recipe.optimizers)
     others = {key for each in optimizers().values() for key in each.hyperparameters}
     words: list[str] = []
     for key, flag in HYPERPARAMETERS.items():
-        if key not in others or key in optimizers()[optimizer].hyperparameters:
+        if key not in others or key in recipe.optimizer_values:
             words += flag.words(values[key])
     return words + _schedule_flags(recipe.schedule, train_iters)
 
@@ -128,7 +127,7 @@ def model_from_values(
         InputError: the model is impossible, or is one that a model file cannot describe; names the flag.
     """
     require_supported(values, source=source)
-    content = {key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()}
+    content = experts.told({key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()})
     content |= {
         key: FIELDS[key].default for switch, keys in READ_WITH.items() if not content[switch] for key in (switch, *keys)
     }

@@ -61,6 +61,9 @@ class HybridFile(ModelFile):
     def _agree(self) -> "HybridFile":
         if self.qk_layernorm:
             raise ValueError("qk_layernorm: a hybrid model's attention has no norms of queries and keys. Remove it.")
+        for key in ("multi_latent_attention", "mtp_num_layers"):
+            if getattr(self, key):
+                raise ValueError(f"{key}: not supported yet in a hybrid model. Remove the key, or choose a GPT.")
         if self.num_layers != len(self.letters):
             raise ValueError(
                 f"num_layers {self.num_layers}, and hybrid_layer_pattern has {len(self.letters)}. Remove num_layers."

@@ -195,6 +195,12 @@ def _entry(tensor: Tensor, base: Tensor, s: Scaling, tuned: Tuned, used: Rules) 
     if Property.ROUTER in properties and used.router is not role:
         role, properties = used.router, properties - {Property.FOLDED}
     optimizer = used.optimizer.for_tensor(tensor)
+    bottleneck = tensor.declared_role is Role.HIDDEN and not tensor.fan_out.grows and Property.EXPERT not in properties
+    if bottleneck and s.r_in != 1.0 and not optimizer.bottlenecks:
+        raise PlanError(
+            f"{tensor.name}: a bottleneck, whose output keeps its size {tensor.fan_out.size} while the model grows; "
+            f"the rules of {optimizer.title} are not known for it. Use Adam, or let it grow with the width."
+        )
     vector = Property.VECTOR in properties
     entry = PlanEntry(
         name=tensor.name,

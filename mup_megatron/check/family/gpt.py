@@ -36,6 +36,7 @@ def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel
     Raises:
         InputError: no models of its shape can be shared so.
     """
+    require_known_layers(target)
     growth = _Growth.of(target, recipe.megatron_base)
     unit = growth.unit
     smallest = -(-SMALLEST // unit) * unit
@@ -51,12 +52,20 @@ def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel
     raise InputError(_NOWHERE)
 
 
+def require_known_layers(target: ModelFile) -> None:
+    """Raises InputError for layers that a check has no small models of."""
+    for key in ("multi_latent_attention", "mtp_num_layers"):
+        if getattr(target, key):
+            raise InputError(f"{key}: a check of such a model is not supported yet. Train it with its recipe's guard.")
+
+
 def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
     """The target's architecture at another hidden size.
 
     Raises:
         InputError: it cannot be built at that width; says what would fit.
     """
+    require_known_layers(target)
     growth = _Growth.of(target, recipe.megatron_base)
     if not growth.is_whole(width):
         raise InputError(

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from mup_megatron.architectures.names import global_name
 from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.live.compare import Remedies, parameter_problems
+from mup_megatron.megatron import versions
 from mup_megatron.theory import Plan
 
 
@@ -36,7 +37,7 @@ def named_parameters(
         model: Any = unwrapped(chunk)
         layers = layers_of(model)
         for name, parameter in model.named_parameters():
-            yield global_name(name, layers, tied=tied), parameter
+            yield global_name(versions.parameter_name(name), layers, tied=tied), parameter
 
 
 def layers_of(model: torch.nn.Module) -> dict[str, list[int]]:

@@ -4,22 +4,24 @@
 is no Transformer Engine. It is the stock stack with the local layers of a GPT.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from mup_megatron.architectures.hybrid import HybridFile
+from mup_megatron.architectures.keys.mamba import MambaKeys
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.builders.common import arguments
 from mup_megatron.megatron.versions import hybrid_classes
-
-CONFIG = {"is_hybrid_model": True}
-"""Fields of the TransformerConfig: its stock initialisation counts one branch a layer."""
 
 _classes = hybrid_classes()
 
@@ -33,7 +35,13 @@ class LocalStack(_classes.stack):  # type: ignore[misc, name-defined]
             input_layernorm=own.input_layernorm, self_attention=own.self_attention, self_attn_bda=own.self_attn_bda
         )
         mlp = TransformerLayerSubmodules(pre_mlp_layernorm=own.pre_mlp_layernorm, mlp=own.mlp, mlp_bda=own.mlp_bda)
+        mixer = ModuleSpec(
+            module=MambaMixer,
+            submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+        )
+        mamba = MambaLayerSubmodules(norm=own.input_layernorm, mixer=mixer, mamba_bda=own.self_attn_bda)
         layers = _classes.submodules(
+            mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
             attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
             mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
         )
@@ -46,6 +54,11 @@ class LocalStack(_classes.stack):  # type: ignore[misc, name-defined]
 
 
 local_stack_spec = ModuleSpec(module=LocalStack)
+
+
+def config(model: ModelFile) -> Mapping[str, Any]:
+    """Returns the fields of the TransformerConfig: the stock initialisation counts one branch a layer."""
+    return {"is_hybrid_model": True, **{key: getattr(model, key) for key in MambaKeys.model_fields}}
 
 
 def build(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:

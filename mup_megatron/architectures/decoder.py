@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import ClassVar
 
 from mup_megatron.architectures.command_line import CommandLine
-from mup_megatron.architectures.families import Family, Growth, norm
+from mup_megatron.architectures.families import Family, Growth, Size, norm
+from mup_megatron.architectures.measured import Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS
 from mup_megatron.errors import InputError
@@ -141,7 +142,7 @@ class Decoder(ABC):
             readout=WORD_EMBEDDINGS if model.tied else READOUT_WEIGHT,
             readout_norm=tuple(name for name in names if name.startswith(self.final_norm)),
             query_norms=tuple(name for name in names if ".q_layernorm." in name),
-            places=tuple(self._places(model)),
+            places=tuple(self.places(model)),
         )
 
     def _tensors(self, model: ModelFile, growth: Growth) -> Iterator[Tensor]:
@@ -164,13 +165,40 @@ class Decoder(ABC):
                 padded_to=model.make_vocab_size_divisible_by,
             )
 
-    def _places(self, model: ModelFile) -> Iterator[Place]:
+    def sizes(self, model: ModelFile) -> Sequence[Size]:
+        """Returns the sizes of a model's families that it has, each once."""
+        found = {size.key: size for _, family in self._branches(model) for size in family.sizes}
+        return [size for size in found.values() if size.of(model) is not None]
+
+    def places(self, model: ModelFile) -> Iterator[Place]:
+        """Yields where factors act in a model, beside those of single weights."""
         for name in (WORD_EMBEDDINGS, POSITION_EMBEDDINGS):
             if name == WORD_EMBEDDINGS or model.position_embedding_type == "learned_absolute":
                 yield Place(name.rpartition(".")[0], Acts.OUTPUT, name)
         for layer, family in self._branches(model):
             yield from family.places(layer)
         yield Place(READOUT_WEIGHT.rpartition(".")[0], Acts.INPUT, READOUT)
+
+    def measured(self, model: ModelFile) -> Iterator[Measured]:
+        """Yields the modules that a check looks at, in the order of a forward pass; norms as modules of their own."""
+        stream: list[str] = []
+        for name in (WORD_EMBEDDINGS, POSITION_EMBEDDINGS):
+            if name == WORD_EMBEDDINGS or model.position_embedding_type == "learned_absolute":
+                module = name.rpartition(".")[0]
+                yield Measured(module, Kind.TABLE, "Embedding", (), leads=name == WORD_EMBEDDINGS)
+                stream.append(module)
+        for index, families in enumerate(self.layers(model)):
+            layer = f"{STACK}.layers.{index}"
+            for family in families:
+                own = [each.after(stream) for each in family.measured(model, layer)]
+                yield from own
+                stream += [each.module for each in own if each.kind is Kind.BRANCH]
+            yield Measured(layer, Kind.STREAM, "Residual stream", tuple(stream), leads=True)
+            stream = [layer]
+        final = self.final_norm.removesuffix(".")
+        yield inside(final, "Residual stream", *stream)
+        readout = READOUT_WEIGHT.rpartition(".")[0]
+        yield Measured(readout, Kind.READOUT, "Readout (the model's logits)", (final,), leads=True)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""

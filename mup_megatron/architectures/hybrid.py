@@ -79,6 +79,11 @@ class HybridFile(mamba.MambaKeys, ModelFile):
             self.require_split_mamba(self.hidden_size, size)
 
     @property
+    def mamba_heads(self) -> int:
+        """Heads of a Mamba layer."""
+        return self.mamba_sizes(self.hidden_size).heads
+
+    @property
     def letters(self) -> str:
         """The letter of each layer."""
         return _letters(self.hybrid_layer_pattern)

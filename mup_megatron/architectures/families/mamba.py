@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from mup_megatron.architectures.families.family import Growth, linear, norm, vector
+from mup_megatron.architectures.families.family import Growth, Size, linear, norm, vector
 from mup_megatron.architectures.keys.mamba import MambaKeys, MambaSizes
+from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Kept, Part, Place, Property, Side, Tensor
 
@@ -22,6 +23,12 @@ class Mamba:
 
     name = "mamba"
     shared: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = (
+        Size(key="mamba_num_heads", attribute="mamba_heads", small=8),
+        Size(key="mamba_head_dim", attribute="mamba_head_dim", small=16, follows_width=False),
+        Size(key="mamba_num_groups", attribute="mamba_num_groups", small=1, follows_width=False),
+        Size(key="mamba_state_dim", attribute="mamba_state_dim", small=16, follows_width=False),
+    )
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         """Yields norm, in_proj, conv1d, what belongs to each head, the gated norm and out_proj."""
@@ -66,6 +73,14 @@ class Mamba:
             "mamba_convolution": 6.0 * KERNEL * sizes.convolved,
             "mamba_scan": 3.0 * _SCAN * sizes.inner * sizes.state_dim,
         }
+
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields the norm, in_proj, the gated norm behind the scan, and out_proj."""
+        norm, mixer, panel = f"{layer}.norm", f"{layer}.mixer", "Mamba output"
+        yield inside(norm, panel, STREAM)
+        yield inside(f"{mixer}.in_proj", panel, norm)
+        yield inside(f"{mixer}.norm", panel, f"{mixer}.in_proj")
+        yield Measured(f"{mixer}.out_proj", Kind.BRANCH, panel, (f"{mixer}.norm",), leads=True)
 
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
         """Returns the recurrence, step by step."""

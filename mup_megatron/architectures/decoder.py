@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from mup_megatron.architectures.command_line import CommandLine
 from mup_megatron.architectures.families import Family, Growth, Size, norm
+from mup_megatron.architectures.families.family import Remarking
 from mup_megatron.architectures.measured import Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS
@@ -31,6 +32,9 @@ _SHARED = {
     "untie_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
 }
 """What base and target must share: key → what it decides. μP compares sizes, not architectures."""
+
+_LAYOUT = ("transformer_impl", "moe_grouped_gemm")
+"""What decides how parameters are called, and nothing else: a base may have another."""
 
 
 class Decoder(ABC):
@@ -111,7 +115,7 @@ class Decoder(ABC):
                 f"{' and '.join(sorted(kinds))}. Tune a base with the target's kinds of layers."
             )
         growth = Growth(own, target)
-        as_tuned = as_tuned.model_copy(update={"transformer_impl": base.transformer_impl})
+        as_tuned = _named_as(as_tuned, base)
         # One model has its tensors in one order, whatever architecture it is taken for.
         tuned_names = [tensor.name for tensor in of_base._tensors(as_tuned, growth)]
         shape = self._shape(target, growth)
@@ -119,10 +123,15 @@ class Decoder(ABC):
             replace(tensor, name_at_base=tuned if tuned != tensor.name else None)
             for tensor, tuned in zip(shape.tensors, tuned_names, strict=True)
         )
-        at_base = self._shape(own.model_copy(update={"transformer_impl": target.transformer_impl}), growth)
+        at_base = self._shape(_named_as(own, target), growth)
         of_own = zip(at_base.tensors, of_base._tensors(base, growth), strict=True)
         base_tensors = tuple(replace(tensor, name_at_base=tuned.name) for tensor, tuned in of_own)
         return replace(at_base, tensors=base_tensors), replace(shape, tensors=tensors)
+
+    def remarks(self, base: ModelFile, target: ModelFile) -> Sequence[str]:
+        """Returns what is known of transfer from this base to a target of this architecture, in sentences."""
+        families = {family.name: family for _, family in self._branches(target)}
+        return [each for own in families.values() if isinstance(own, Remarking) for each in own.remarks(base, target)]
 
     def _branches(self, model: ModelFile) -> Iterator[tuple[str, Family]]:
         """Each layer's name and one of its families, in order."""
@@ -212,6 +221,11 @@ def as_other(one: Decoder, other: Decoder, model: ModelFile) -> ModelFile | None
     """Returns a model of one architecture as one of another, by whichever of the two knows; None if they differ."""
     given = one.given_to(other, model)
     return other.taken_from(one, model) if given is None else given
+
+
+def _named_as(model: ModelFile, other: ModelFile) -> ModelFile:
+    """A model whose parameters are called as another's."""
+    return model.model_copy(update={key: getattr(other, key) for key in _LAYOUT})
 
 
 def _embedding(name: str, entries: Side, hidden: Side) -> Tensor:

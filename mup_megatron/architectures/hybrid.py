@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
 from mup_megatron.architectures.decoder import Decoder
-from mup_megatron.architectures.families import ATTENTION, MAMBA, MLP, Family
+from mup_megatron.architectures.families import ATTENTION, EXPERTS, MAMBA, MLP, Family
 from mup_megatron.architectures.flag import Flag, number
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.keys import mamba
@@ -17,10 +17,9 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.validation import brief
 
-FAMILIES: Mapping[str, Family] = {"M": MAMBA, "*": ATTENTION, "-": MLP}
+FAMILIES: Mapping[str, Family] = {"M": MAMBA, "*": ATTENTION, "-": MLP, "E": EXPERTS}
 """Letter of a pattern → the family of its layer."""
 _OTHERS = {
-    "E": "experts",
     "G": "gated delta net",
     "D": "sparse attention",
     "+": "latent attention",
@@ -29,14 +28,14 @@ _OTHERS = {
 _KNOWN = ", ".join(f"'{letter}' ({family.name})" for letter, family in FAMILIES.items())
 _BOUNDARY = "|"
 _LONGEST = 10**4
-_AS_GPT = re.compile(r"(?:\*-)+")
+_AS_GPT = re.compile(r"(?:\*[-E])+")
 
 
 class HybridFile(mamba.MambaKeys, ModelFile):
     """A hybrid model's shape: a model file with a pattern, which says how many layers there are."""
 
     hybrid_layer_pattern: str = Field(min_length=1, max_length=_LONGEST)
-    """One letter a layer: `M` Mamba-2, `*` attention, `-` MLP; `|` where a pipeline stage ends."""
+    """One letter a layer: `M` Mamba-2, `*` attention, `-` MLP, `E` experts; `|` where a pipeline stage ends."""
 
     @model_validator(mode="before")
     @classmethod
@@ -70,6 +69,10 @@ class HybridFile(mamba.MambaKeys, ModelFile):
             )
         if "M" in self.letters:
             self.require_possible_mamba(self.hidden_size)
+        if (self.num_experts is None) is ("E" in self.letters):
+            raise ValueError("num_experts belongs to layers E of hybrid_layer_pattern. Give both, or none of them.")
+        if self.moe_layer_freq != 1:
+            raise ValueError("moe_layer_freq: a pattern says itself which layers have experts. Remove the key.")
         return self
 
     def require_tensor_parallel(self, size: int) -> None:
@@ -233,23 +236,24 @@ class Hybrid(Decoder):
         return None if len(segments) == 1 else [len(segment) for segment in segments]
 
     def taken_from(self, other: Decoder, model: ModelFile) -> ModelFile | None:
-        """Returns a GPT as the pattern `*-*-…` of twice as many layers."""
+        """Returns a GPT as the pattern `*-*-…` of twice as many layers, with `E` where it has experts."""
         if other is not GPT:
             return super().taken_from(other, model)
-        pattern = "*-" * model.num_layers
-        return HybridFile.model_construct(
-            **{**dict(model), "num_layers": len(pattern), "hybrid_layer_pattern": pattern}
-        )
+        pattern = "".join("*E" if model.has_experts(layer) else "*-" for layer in range(model.num_layers))
+        own = {"num_layers": len(pattern), "hybrid_layer_pattern": pattern, "moe_layer_freq": 1}
+        return HybridFile.model_construct(**{**dict(model), **own})
 
     def given_to(self, other: Decoder, model: ModelFile) -> ModelFile | None:
-        """Returns a pattern `*-*-…` as a GPT of half as many layers."""
+        """Returns a pattern `*-*-…`, or with `E` for `-`, as a GPT of half as many layers."""
         if other is not GPT:
             return super().given_to(other, model)
         letters = _file(model).letters
         if _AS_GPT.fullmatch(letters) is None:
             return None
         shared = {key: getattr(model, key) for key in ModelFile.model_fields}
-        return ModelFile.model_construct(**{**shared, "num_layers": len(letters) // 2})
+        frequency = tuple(int(letter == "E") for letter in letters[1::2])
+        own = {"num_layers": len(letters) // 2, "moe_layer_freq": frequency if len(set(frequency)) > 1 else 1}
+        return ModelFile.model_construct(**{**shared, **own})
 
 
 def _file(model: ModelFile) -> HybridFile:

@@ -9,17 +9,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mup_megatron.architectures.keys.experts import ExpertKeys
 from mup_megatron.errors import InputError
-from mup_megatron.validation import Strict
 
 Count = Annotated[int, Field(gt=0, le=10**9)]
-_NOT_SUPPORTED = ("moe_", "expert_", "multi_latent_", "q_lora_", "kv_lora_", "qk_head_dim", "v_head_dim", "mtp_")
+_NOT_SUPPORTED = (
+    *("moe_latent_", "moe_use_upcycling", "moe_single_grouped_"),
+    *("multi_latent_", "q_lora_", "kv_lora_", "qk_head_dim", "v_head_dim", "mtp_"),
+)
 """How the keys of Megatron's begin that ask for layers which `families/` does not know."""
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
-class ModelFile(Strict):
+class ModelFile(ExpertKeys):
     """The shape of a language model of one stack.
 
     Field names, meanings and defaults are Megatron-LM's arguments of the same name.
@@ -59,8 +62,6 @@ class ModelFile(Strict):
     attention_dropout: Probability = 0.0
     hidden_dropout: Probability = 0.0
     transformer_impl: Literal["local", "transformer_engine"] = "transformer_engine"
-    num_experts: Count | None = None
-    moe_ffn_hidden_size: Count | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -68,8 +69,8 @@ class ModelFile(Strict):
         for key in content if isinstance(content, Mapping) else ():
             if isinstance(key, str) and key not in cls.model_fields and key.startswith(_NOT_SUPPORTED):
                 raise ValueError(
-                    f"{key}: models with experts, latent attention or multi-token prediction are not supported yet. "
-                    "Choose a model without."
+                    f"{key}: models with latent experts, latent attention or multi-token prediction are not supported "
+                    "yet. Choose a model without."
                 )
         return content
 
@@ -97,9 +98,7 @@ class ModelFile(Strict):
             )
         if self.position_embedding_type == "rope" and self.head_size % 2:
             raise ValueError(f"kv_channels {self.head_size} is odd, which rotary embeddings cannot use. Make it even.")
-        if self.num_experts is not None or self.moe_ffn_hidden_size is not None:
-            key = "num_experts" if self.num_experts is not None else "moe_ffn_hidden_size"
-            raise ValueError(f"{key}: mixture-of-experts models are not supported yet. Remove the key.")
+        self.require_possible_experts(self.num_layers, biases=self.add_bias_linear)
         return self
 
     @property
@@ -108,6 +107,11 @@ class ModelFile(Strict):
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         return int((4 * self.hidden_size * 2 / 3) / 64) * 64 if self.swiglu else 4 * self.hidden_size
+
+    @property
+    def expert_ffn_size(self) -> int:
+        """Hidden size of one expert; with swiglu, of each of its two halves."""
+        return self.ffn_size if self.moe_ffn_hidden_size is None else self.moe_ffn_hidden_size
 
     @property
     def head_size(self) -> int:

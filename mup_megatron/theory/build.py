@@ -106,6 +106,8 @@ def build_plan(
         counterpart = at_base.of(tensor.name)
         s = scaling(counterpart, tensor, depths.get(tensor.stack, Sizes(1, 1)))
         entry = _entry(tensor, counterpart, s.without_width() if standard else s, tuned, rules_used)
+        if not standard:
+            entry = replace(entry, stock_multiplier=tensor.stock_multiplier / counterpart.stock_multiplier)
         entries.append(_overridden(entry, tensor, overrides))
     _require_all_used(overrides, target.tensors)
     _require_same_meaning(overrides, base.tensors, target.tensors)
@@ -145,14 +147,16 @@ def build_plan(
 
 def _scaled(base: tuple[Place, ...], target: tuple[Place, ...], *, alpha: float, standard: bool) -> tuple[Place, ...]:
     """The target's places, each with the scale of its attention where that has heads of its own."""
-    at_base = {family_of(place.module): place.heads for place in base if place.carries == SOFTMAX}
+    # Layers of one model may differ, so the same name goes before the same place in another layer.
+    named = {place.module: place.heads for place in base if place.carries == SOFTMAX}
+    at_base = {family_of(name): heads for name, heads in named.items()} | named
     found = []
     for place in target:
         own = place.heads
         if own is None:
             found.append(place)
             continue
-        tuned = own if standard else at_base.get(family_of(place.module))
+        tuned = own if standard else at_base.get(place.module, at_base.get(family_of(place.module)))
         if tuned is None:
             raise PlanError(
                 f"{place.module}: the base has no such attention, so the ratio of its heads is unknown. Give the base "
@@ -203,7 +207,9 @@ def _entry(tensor: Tensor, base: Tensor, s: Scaling, tuned: Tuned, used: Rules) 
         weight_decay=0.0
         if vector
         else optimizer.decayed(role, s, lam=tuned.weight_decay, exponent=used.weight_decay_exponent),
-        rule=f"{used.rule}.{optimizer.name}.{role}" + (".residual" if Property.RESIDUAL in properties else ""),
+        rule=f"{used.rule}.{optimizer.name}.{role}"
+        + (".residual" if Property.RESIDUAL in properties else "")
+        + (f", eps × {s.share.ratio:g} for its share of the tokens" if s.share.ratio != 1.0 else ""),
         padded_to=tensor.padded_to,
         library_std=tensor.start.std if isinstance(tensor.start, LibraryDraw) else None,
     )

@@ -7,14 +7,15 @@ from typing import Generic, TypeVar
 from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.tensors import Tensor
 
-_LAYER_INDEX = re.compile(r"\.\d+(?=\.|$)")
+_INDEX = re.compile(r"\.\d+(?=\.|$)|(?<=\.linear_fc\d\.weight)\d+$|(?<=\.linear_fc\d\.bias)\d+$")
+"""Of a layer or an expert: a part of a name by itself, or the end of one where a linear layer has many matrices."""
 
 T = TypeVar("T")
 
 
 def family_of(name: str) -> str:
-    """Returns a name without its layer index: what is the same at every depth."""
-    return _LAYER_INDEX.sub(".*", name)
+    """Returns a name without the index of its layer and expert: what is the same for all of them."""
+    return _INDEX.sub(lambda index: ".*" if index[0].startswith(".") else "*", name)
 
 
 def by_family(names: Iterable[str]) -> dict[str, list[str]]:

@@ -54,6 +54,11 @@ def available_model(model: ModelFile, options: TrainingOptions) -> ModelFile:
                 "transformer_impl: transformer_engine, and Transformer Engine is not installed. Install it "
                 "(pip install 'transformer-engine[pytorch]'), or write `transformer_impl: local` into the model file."
             )
+    if model.transformer_impl == "local" and model.num_experts is not None and model.add_bias_linear:
+        raise InputError(
+            "add_bias_linear: Megatron's local experts stop in training if they have biases. Train on a GPU with "
+            "Transformer Engine, or set add_bias_linear to false in model file and recipe."
+        )
     if model.transformer_impl == "local" and not HAVE_APEX:
         if model.apply_layernorm_1p:
             raise InputError(
@@ -129,6 +134,8 @@ def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptio
         "pipeline_model_parallel_size": options.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": virtual_stages,
         "sequence_parallel": options.sequence_parallel,
+        "expert_model_parallel_size": options.expert_model_parallel_size,
+        "expert_tensor_parallel_size": options.expert_tensor_parallel_size or options.tensor_model_parallel_size,
         # Interleaved, sends and receives between two ranks that are each other's neighbours on both sides would be
         # ambiguous in one batch. Megatron-LM's arguments couple these likewise.
         "overlap_p2p_comm": virtual_stages is not None,

@@ -35,6 +35,9 @@ MODELS: dict[str, HybridFile] = {
         gpt(kv_channels=6, num_attention_heads=4, group_query_attention=True, num_query_groups=2)
     ),
     "Mamba": hybrid(gpt(), "*-M-", **MAMBA),
+    "Mamba and experts": hybrid(
+        gpt(add_bias_linear=False), "M*EE", **MAMBA, num_experts=4, moe_shared_expert_intermediate_size=16
+    ),
     "Mamba, own heads, RMSNorm, untied": hybrid(
         gpt(normalization="RMSNorm", untie_embeddings_and_output_weights=True), "MM*M", **MAMBA, mamba_num_heads=6
     ),
@@ -150,7 +153,8 @@ SIZES = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100, "seq_le
         ({"hybrid_layer_pattern": "M*", "mamba_head_dim": 48}, "mamba_head_dim 48 does not divide 2·hidden_size 128"),
         ({"hybrid_layer_pattern": "M*"}, "mamba_num_groups 8 does not divide the 2 heads of a Mamba layer"),
         ({"mamba_head_dim": 32}, "hybrid_layer_pattern"),
-        ({"hybrid_layer_pattern": "*E"}, "'E' is a layer of experts"),
+        ({"hybrid_layer_pattern": "*E"}, "num_experts belongs to layers E of hybrid_layer_pattern"),
+        ({"hybrid_layer_pattern": "*-", "num_experts": 4}, "num_experts belongs to layers E of hybrid_layer_pattern"),
         ({"hybrid_layer_pattern": "*G"}, "'G' is a layer of gated delta net"),
         ({"hybrid_layer_pattern": "*D"}, "'D' is a layer of sparse attention"),
         ({"hybrid_layer_pattern": "+-"}, "'+' is a layer of latent attention"),

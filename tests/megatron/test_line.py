@@ -266,6 +266,7 @@ def test_what_the_fork_calls_otherwise_is_read(flags: str, plain: str) -> None:
     ("flag", "said"),
     [
         ("--mlp-type residual", "--mlp-type: models with experts"),
+        ("--num-experts 4", "--num-experts: models with experts"),
         ("--kd", "--kd: distillation"),
         ("--random-ltd", "--random-ltd: it changes"),
         ("--embed-layernorm", "--embed-layernorm: no flag of pretrain_gpt.py"),
@@ -464,7 +465,7 @@ def test_a_missing_vocabulary_is_asked_for_in_both_ways() -> None:
 
 def test_a_model_that_is_refused_is_not_asked_for_its_vocabulary() -> None:
     with pytest.raises(InputError) as raised:
-        read("--num-experts 8", tokenizer="").model()
+        read("--moe-latent-size 8", tokenizer="").model()
     assert "--vocab-size" not in str(raised.value)
 
 

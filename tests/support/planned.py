@@ -102,10 +102,10 @@ def built(
     sizes = sizes_of(model, layout.tp)
     stock.init_parallel(layout)
     config = stock.transformer_config(sizes, layout, **config_fields(model), **(config_changes or {}))
-    if type(model) is ModelFile:
+    if type(model) is ModelFile and model.num_experts is None:
         chunks = stock.build_chunks(sizes, layout, config, layer_spec() if layer_spec is not None else None)
     else:
-        chunks = [build_chunk(model, config, None)]
+        chunks = [build_chunk(model, config, stage if layout.vpp else None) for stage in range(layout.vpp or 1)]
     if same_weights:
         stock.draw_weights(chunks, sizes.init_method_std)
         with torch.no_grad():

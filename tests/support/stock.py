@@ -49,6 +49,10 @@ class Layout:
     pp: int = 1
     vpp: int | None = None
     dp: int = 1
+    ep: int = 1
+    """Experts are divided among so many of the ranks that share tensors and data."""
+    etp: int | None = None
+    """The tensor parallelism of experts, by default that of the rest."""
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
 
@@ -95,7 +99,10 @@ def init_parallel(layout: Layout, seed: int = 1234) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp, layout.vpp, create_gloo_process_groups=False)
+    experts = {"expert_model_parallel_size": layout.ep, "expert_tensor_parallel_size": layout.etp}
+    parallel_state.initialize_model_parallel(
+        layout.tp, layout.pp, layout.vpp, **experts, create_gloo_process_groups=False
+    )
     assert parallel_state.get_data_parallel_world_size() == layout.dp
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -126,6 +133,8 @@ def transformer_config(sizes: Sizes, layout: Layout, **changes: Any) -> Any:
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
         "sequence_parallel": layout.sequence_parallel,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp or layout.tp,
         "pipeline_dtype": torch.float32,
         # Of two ranks each is the other's predecessor and successor: interleaved, one batch of sends and receives
         # between them is ambiguous, and activations arrive as gradients. Megatron-LM's arguments couple these likewise.

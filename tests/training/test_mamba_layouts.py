@@ -1,4 +1,4 @@
-"""A hybrid model with Mamba layers: one run on every layout, the plan's values everywhere, and nothing at the base."""
+"""A hybrid model with Mamba layers and experts: one run on every layout, the plan's values everywhere, and nothing at the base."""
 
 from typing import Any
 
@@ -12,14 +12,16 @@ from support.stock import Layout
 from mup_megatron.architectures.hybrid import HybridFile
 from mup_megatron.errors import InputError
 
-PATTERN = "*-M-"
+PATTERN = "*-ME"
 UNTIED: dict[str, Any] = {"untie_embeddings_and_output_weights": True, "vocab_size": 64}  # padded alike at TP2
-BASE, TARGET = (hybrid(gpt(width, **UNTIED), PATTERN, **MAMBA) for width in (1, 4))
+EXPERTS = {"num_experts": 8, "moe_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 16}
+BASE, TARGET = (hybrid(gpt(width, **UNTIED, add_bias_linear=False), PATTERN, **MAMBA, **EXPERTS) for width in (1, 4))
 RECIPE = recipe_for(BASE, lr=0.01, clip_grad=0.5, adam_eps=1e-5)
 ONE = Layout()
 LAYOUTS = {
     "TP2, sequence parallel": Layout(tp=2, sequence_parallel=True),
     "PP2": Layout(pp=2),
+    "EP2": Layout(dp=2, ep=2),
     "DP2, distributed optimizer": Layout(dp=2, distributed_optimizer=True),
 }
 STEPS = 10

@@ -5,13 +5,13 @@ And what families are made of: linear layers, norms, vectors.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mup_megatron.architectures.measured import Measured
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Constant, Part, Place, Property, Side, Tensor
 
-__all__ = ["Family", "Growth", "Size", "linear", "norm", "vector"]
+__all__ = ["Family", "Growth", "Remarking", "Size", "linear", "norm", "vector"]
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,6 +70,14 @@ class Family(Protocol):
 
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
         """Returns the names of its norm and of its branch in a layer, and the branch in plain torch: see `plain/`."""
+
+
+@runtime_checkable
+class Remarking(Protocol):
+    """A family that has something to say of a base and a target that differ."""
+
+    def remarks(self, base: ModelFile, target: ModelFile) -> Iterator[str]:
+        """Yields what is known of transfer between the two, in sentences."""
 
 
 def linear(

@@ -82,6 +82,16 @@ class Mamba:
         yield inside(f"{mixer}.norm", panel, f"{mixer}.in_proj")
         yield Measured(f"{mixer}.out_proj", Kind.BRANCH, panel, (f"{mixer}.norm",), leads=True)
 
+    def remarks(self, base: ModelFile, target: ModelFile) -> Iterator[str]:
+        """Yields what is known of a state that differs."""
+        states = [sizes_of(model).state_dim for model in (base, target)]
+        if states[0] != states[1]:
+            yield (
+                f"Base and target differ in mamba_state_dim {states[0]} → {states[1]}. What a state gives at the start "
+                "grows with it, which the gated norm behind it hides; the best learning rate was found to transfer all "
+                "the same."
+            )
+
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
         """Returns the recurrence, step by step."""
         from mup_megatron.architectures.plain.mamba import PlainMamba

@@ -1,4 +1,1 @@
-"""Keys of model files that only some kinds of layers have, one file each, with the flags of Megatron's that say them.
-
-A model file's class takes a kind's keys by deriving from it, and its command line takes the flags.
-"""
+"""Keys of a model file that kinds of layers add, one file each: a mixin of fields, and the flags that say the same."""

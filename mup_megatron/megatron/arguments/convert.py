@@ -8,6 +8,7 @@ from mup_megatron.architectures.command_line import Reading, Release
 from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.gpt import GPT
+from mup_megatron.architectures.keys import experts
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, architectures, model_file
 from mup_megatron.errors import InputError
@@ -126,7 +127,7 @@ def model_from_values(
         InputError: the model is impossible, or is one that a model file cannot describe; names the flag.
     """
     require_supported(values, source=source)
-    content = {key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()}
+    content = experts.told({key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()})
     content["vocab_size"], content["make_vocab_size_divisible_by"] = _vocabulary(values, vocab_size)
     _read_other_ways(content, values, source)
     own = _own(values, source, release)

@@ -268,19 +268,24 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        _LAYER_KINDS + " (`--num-experts`)",
+        "how tokens come to experts, and how what those compute is arranged: the same function",
         """
-        --moe-apply-probs-on-input --moe-aux-loss-coeff --moe-deepep-num-sms
-        --moe-enable-deepep --moe-enable-routing-replay --moe-expert-capacity-factor
-        --moe-expert-rank-capacity-factor --moe-extended-tp --moe-flex-dispatcher-backend
-        --moe-flex-dispatcher-num-sms --moe-grouped-gemm --moe-hybridep-* --moe-input-jitter-eps --moe-layer-freq
+        --moe-deepep-num-sms --moe-enable-deepep --moe-enable-routing-replay --moe-expert-rank-capacity-factor
+        --moe-extended-tp --moe-flex-dispatcher-backend --moe-flex-dispatcher-num-sms --moe-hybridep-*
         --moe-mlp-glu-interleave-size --moe-ncclep-static-shape --moe-ncclep-zero-copy
         --moe-pad-expert-input-to-capacity --moe-pad-experts-for-cuda-graph-inference --moe-paged-stash
         --moe-paged-stash-* --moe-per-layer-logging --moe-permute-fusion --moe-permute-fusion-into-hybridep
-        --moe-router-* --moe-routing-trace-* --moe-shared-expert-gate --moe-shared-expert-glu-interleave-size
-        --moe-shared-expert-overlap --moe-single-grouped-bias --moe-single-grouped-weight --moe-token-dispatcher-type
-        --moe-token-drop-policy --moe-upcycling-granularity --moe-use-legacy-grouped-gemm --moe-z-loss-coeff
+        --moe-router-dtype --moe-router-fusion --moe-router-padding-for-* --moe-routing-trace-*
+        --moe-shared-expert-glu-interleave-size --moe-shared-expert-overlap --moe-token-dispatcher-type
         """,
+    ),
+    (
+        "read only with a way of balancing experts that a model file refuses (`quantile_balancing`)",
+        "--moe-router-quantile-balancing-ema",
+    ),
+    (
+        "read only with `--moe-use-upcycling`, which is refused",
+        "--moe-upcycling-granularity",
     ),
     (
         _LAYER_KINDS + " (`--multi-latent-attention`)",

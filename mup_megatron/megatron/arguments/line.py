@@ -171,8 +171,8 @@ def _unknown(script: str | None, flags: Sequence[str], source: str) -> Iterator[
         row = row_of(name)
         if row is not None and row.effect is Effect.REFUSED and name not in _read_flags():
             _refuse_of_others(name, row.reason, flags, source)
-        if forks and name in fork.REFUSED:
-            raise InputError(f"{source}: {name}: {fork.REFUSED[name]}")
+        if forks and (why := fork.REFUSED.get(name, fork.OTHERWISE.get(name))) is not None:
+            raise InputError(f"{source}: {name}: {why}")
     if not unknown:
         return
     if known:

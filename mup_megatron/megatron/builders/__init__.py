@@ -13,6 +13,7 @@ import torch
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of
+from mup_megatron.megatron.builders.experts import expert_fields
 
 
 def build_chunk(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:
@@ -29,9 +30,8 @@ def build_chunk(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Mo
 
 
 def config_fields(model: ModelFile) -> Mapping[str, Any]:
-    """Returns the fields of the TransformerConfig that only models of its architecture have."""
-    fields: Mapping[str, Any] = _builder(model).config(model)
-    return fields
+    """Returns the fields of the TransformerConfig that only models of its architecture, or with its layers, have."""
+    return {**_builder(model).config(model), **expert_fields(model)}
 
 
 def _builder(model: ModelFile) -> Any:

@@ -31,6 +31,11 @@ class LocalStack(_classes.stack):  # type: ignore[misc, name-defined]
 
     def __init__(self, config: Any, **given: Any) -> None:
         own = get_gpt_layer_local_spec(normalization=config.normalization).submodules
+        sparse = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts or 1,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            normalization=config.normalization,
+        ).submodules
         attention = TransformerLayerSubmodules(
             input_layernorm=own.input_layernorm, self_attention=own.self_attention, self_attn_bda=own.self_attn_bda
         )
@@ -40,10 +45,14 @@ class LocalStack(_classes.stack):  # type: ignore[misc, name-defined]
             submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
         )
         mamba = MambaLayerSubmodules(norm=own.input_layernorm, mixer=mixer, mamba_bda=own.self_attn_bda)
+        experts = TransformerLayerSubmodules(
+            pre_mlp_layernorm=sparse.pre_mlp_layernorm, mlp=sparse.mlp, mlp_bda=sparse.mlp_bda
+        )
         layers = _classes.submodules(
             mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
             attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
             mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
+            moe_layer=ModuleSpec(module=TransformerLayer, submodules=experts),
         )
         super().__init__(config, layers, post_layer_norm=False, **given)
         self.post_layer_norm = True

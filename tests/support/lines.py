@@ -77,7 +77,8 @@ ACCEPTED = {
         "--num-experts 8 --expert-model-parallel-size 4 --moe-ffn-hidden-size 64 --moe-grouped-gemm "
         "--moe-router-topk 4 --moe-router-load-balancing-type seq_aux_loss "
         "--moe-aux-loss-coeff 1e-3 "
-        "--moe-z-loss-coeff 0 --swiglu --moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate --disable-bias-linear "
+        "--moe-z-loss-coeff 0 --swiglu --moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate "
+        "--disable-bias-linear "
         "--moe-router-dtype fp32 --moe-layer-freq ([0]*1+[1]*3) "
         "--moe-token-dispatcher-type alltoall --moe-permute-fusion",
         {

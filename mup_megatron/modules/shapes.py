@@ -335,7 +335,7 @@ def _parameters(
             experts=experts,
             counted=counted,
             routes=experts.around is not None and sum(base.grows) == 1 and (counted is not None or 1 in shape),
-            summed=summed.get(family_of(name)),
+            summed=summed.get(family_of(name), _declared_sum(module)),
         )
         parameters = _classified(seen, base.shape), _classified(seen, shape)
         if parameters[0] is None or parameters[1] is None:
@@ -349,6 +349,12 @@ def _parameters(
             "convolutions, embeddings, norms, biases, and own parameters with embed, token or pos in the name."
         )
     return found
+
+
+def _declared_sum(experts: torch.nn.Module) -> int | None:
+    """The dimension that experts in one tensor sum over, where they say it in transformers' way."""
+    transposed = getattr(experts, "is_transposed", None)
+    return None if not isinstance(transposed, bool) else 1 if transposed else 2
 
 
 def _embeddings(model: torch.nn.Module) -> dict[int, tuple[torch.nn.Module, str, str]]:

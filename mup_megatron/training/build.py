@@ -13,13 +13,12 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_APEX
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import cpu, versions
-from mup_megatron.megatron.builders import build_chunk, config_fields
+from mup_megatron.megatron.builders import build_chunk, transformer_config
 from mup_megatron.megatron.guard import require_as_planned
 from mup_megatron.megatron.model import apply_plan, configure
 from mup_megatron.megatron.optimizer import config_overrides
@@ -54,6 +53,16 @@ def available_model(model: ModelFile, options: TrainingOptions) -> ModelFile:
                 "transformer_impl: transformer_engine, and Transformer Engine is not installed. Install it "
                 "(pip install 'transformer-engine[pytorch]'), or write `transformer_impl: local` into the model file."
             )
+    if model.transformer_impl == "local" and model.multi_latent_attention and not cpu.is_enabled():
+        raise InputError(
+            "multi_latent_attention: Megatron's local attention takes no head sizes of its own, so it cannot be "
+            "latent. Use transformer_impl transformer_engine."
+        )
+    if model.transformer_impl == "local" and model.num_experts is not None and model.add_bias_linear:
+        raise InputError(
+            "add_bias_linear: Megatron's local experts stop in training if they have biases. Train on a GPU with "
+            "Transformer Engine, or set add_bias_linear to false in model file and recipe."
+        )
     if model.transformer_impl == "local" and not HAVE_APEX:
         if model.apply_layernorm_1p:
             raise InputError(
@@ -129,6 +138,8 @@ def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptio
         "pipeline_model_parallel_size": options.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": virtual_stages,
         "sequence_parallel": options.sequence_parallel,
+        "expert_model_parallel_size": options.expert_model_parallel_size,
+        "expert_tensor_parallel_size": options.expert_tensor_parallel_size or options.tensor_model_parallel_size,
         # Interleaved, sends and receives between two ranks that are each other's neighbours on both sides would be
         # ambiguous in one batch. Megatron-LM's arguments couple these likewise.
         "overlap_p2p_comm": virtual_stages is not None,
@@ -138,7 +149,7 @@ def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptio
         "use_cpu_initialization": options.use_cpu_initialization,
         "finalize_model_grads_func": finalize_model_grads,
     }
-    return TransformerConfig(**{**fields, **config_fields(model), **cpu.transformer_config_overrides()})
+    return transformer_config(model, {**fields, **cpu.transformer_config_overrides()})
 
 
 def _stages(model: ModelFile, options: TrainingOptions) -> Sequence[int | None]:

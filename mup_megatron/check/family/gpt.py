@@ -20,6 +20,7 @@ from mup_megatron.check.family.sizes import DEPTH, HEAD_SIZE, SEQUENCE, SMALLEST
 from mup_megatron.check.measure.optimizers import clamped
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
+from mup_megatron.theory import Kept
 
 WIDEST_BASE = 4096
 """Beyond which no base is looked for."""
@@ -36,6 +37,7 @@ def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel
     Raises:
         InputError: no models of its shape can be shared so.
     """
+    require_known_layers(target)
     growth = _Growth.of(target, recipe.megatron_base)
     unit = growth.unit
     smallest = -(-SMALLEST // unit) * unit
@@ -51,12 +53,20 @@ def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel
     raise InputError(_NOWHERE)
 
 
+def require_known_layers(target: ModelFile) -> None:
+    """Raises InputError for layers that a check has no small models of."""
+    for key in ("multi_latent_attention", "mtp_num_layers"):
+        if getattr(target, key):
+            raise InputError(f"{key}: a check of such a model is not supported yet. Train it with its recipe's guard.")
+
+
 def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
     """The target's architecture at another hidden size.
 
     Raises:
         InputError: it cannot be built at that width; says what would fit.
     """
+    require_known_layers(target)
     growth = _Growth.of(target, recipe.megatron_base)
     if not growth.is_whole(width):
         raise InputError(
@@ -196,7 +206,16 @@ def condensed(
         stages: pipeline stages, virtual ones counted, that share the layers.
         depth: how many layers are left, if there are more, of which every kind that the recipe's patterns tell apart
             comes first; None leaves all.
+
+    Raises:
+        InputError: the target has experts, or Mamba layers.
     """
+    _require_drawn(target)
+    if target.num_experts is not None:
+        raise InputError(
+            f"num_experts {target.num_experts}: `check` does not know models with experts yet. Check the recipe on the "
+            "target without them (num_experts and the keys that begin with moe_)."
+        )
     recipe, architecture = in_terms_of(target, recipe), architecture_of(target)
     target, base = _turning_whole_pairs(target, recipe.megatron_base)
     growth = _Growth.of(target, base)
@@ -217,6 +236,16 @@ def condensed(
     small_base = architecture.with_layers(small_base, own_layers)
     small = small if kept is None else architecture.with_layers(small, kept)
     return small, recipe.model_copy(update={"base": small_base, "per_parameter": overrides})
+
+
+def _require_drawn(target: ModelFile) -> None:
+    """Raises InputError for what starts as its library draws it, which the correct runs of a check do not know yet."""
+    kept = next((each.name for each in shapes_of(target, target)[1].tensors if isinstance(each.start, Kept)), None)
+    if kept is not None:
+        raise InputError(
+            f"{kept}: a check does not know layers of this kind yet (Mamba). Check a model without them; training "
+            "compares the live model with the plan in any case."
+        )
 
 
 def _turning_whole_pairs(*models: ModelFile) -> list[ModelFile]:

@@ -10,6 +10,7 @@ from mup_megatron.errors import InputError
 MIN_DEPTH = 4
 """Below these sizes TP5 (Table 1 and §6.1) found transfer to get worse."""
 MIN_WIDTH = 256
+_RANKS = ("q_lora_rank", "kv_lora_rank")
 _BRANCHES = 2
 """Residual branches of a layer there: other layers count by theirs."""
 
@@ -37,7 +38,7 @@ class Proxy:
 
 
 def choose_proxy(target: ModelFile, search: Search, *, width: int = MIN_WIDTH, budget: float = 0.1) -> Proxy:
-    """A model of about `width` with the target's head size, ffn ratios, heads per group, experts and architecture.
+    """A model of about `width` with the target's head sizes, ranks, ffn ratios, heads per group, experts and layers.
 
     The depth is the target's, or as much of it as keeps the search within `budget` times the target's cost, but at
     least 4 layers of a GPT or as many residual branches; a pattern of layers keeps whole periods.
@@ -78,7 +79,7 @@ def choose_proxy(target: ModelFile, search: Search, *, width: int = MIN_WIDTH, b
         update={
             "hidden_size": hidden,
             "num_attention_heads": heads,
-            "kv_channels": target.head_size,
+            "kv_channels": target.kv_channels if target.multi_latent_attention else target.head_size,
             **narrow,
             "num_query_groups": groups if target.group_query_attention else 1,
         }
@@ -101,6 +102,12 @@ def choose_proxy(target: ModelFile, search: Search, *, width: int = MIN_WIDTH, b
         notes.append(f"the search costs more than {budget:.0%} of the target even at {depth} layers: use fewer trials.")
     if hidden < MIN_WIDTH:
         notes.append(f"width {hidden} is below the {MIN_WIDTH} at which transfer was good (TP5): for trying out only.")
+    ranks = {key: getattr(target, key) for key in _RANKS if target.multi_latent_attention and getattr(target, key)}
+    if large := [f"{key} {rank}" for key, rank in ranks.items() if rank > hidden]:
+        notes.append(
+            f"{' and '.join(large)}: kept, as in models of one kind at several widths, and above the proxy's "
+            f"hidden_size {hidden}: no bottleneck there. A wider proxy would be more like the target."
+        )
     if target.head_size < 32:
         notes.append(f"head size {target.head_size} is below 32: TP5 App. D.4 advises larger heads for the proxy.")
     return Proxy(model, tuple(notes))

@@ -89,14 +89,14 @@ def native_mup(config: Any) -> bool:
     return bool(getattr(config, "use_mup", False))
 
 
-def distinct_lr_mults(overrides: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+def distinct_lr_mults(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Overrides in which every group that has to be told apart has an `lr_mult` of its own.
 
     A checkpoint finds a group again by its `wd_mult` and `lr_mult` (0.16 to 0.18), later also by `max_lr` and `min_lr`,
     but never by `eps`: groups that differ in what is not compared would load each other's state. Nothing else has
     read `lr_mult` since 0.16. Where two groups collide, the later one's is moved to the next floating-point number.
     """
-    taken: dict[tuple[float, float], tuple[tuple[str, float], ...]] = {}
+    taken: dict[tuple[float, float], tuple[tuple[str, Any], ...]] = {}
     result = {}
     for name, override in overrides.items():
         items = tuple(sorted(override.items()))
@@ -139,6 +139,18 @@ def _zero_momenta(optimizer: Any, config: Any = None) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+_RENAMED = {".mixer.conv1d_weight": ".mixer.conv1d.weight", ".mixer.conv1d_bias": ".mixer.conv1d.bias"}
+"""End of a parameter's name in 0.19 → in releases before, and in checkpoints of all."""
+
+
+def parameter_name(name: str) -> str:
+    """Returns a parameter's name as every release has it in checkpoints."""
+    for now, ever in _RENAMED.items():
+        if name.endswith(now):
+            return name.removesuffix(now) + ever
+    return name
 
 
 @dataclass(frozen=True, slots=True)

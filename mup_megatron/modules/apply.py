@@ -21,7 +21,7 @@ from mup_megatron.modules.marker import marked
 from mup_megatron.modules.names import named_modules, named_parameters, unwrapped
 from mup_megatron.modules.shapes import TABLES, linear_sides
 from mup_megatron.modules.weights import Initialize
-from mup_megatron.theory import READOUT, SOFTMAX, Acts, Place, Plan, PlanEntry, Site
+from mup_megatron.theory import READOUT, Acts, Place, Plan, PlanEntry, Site
 
 
 def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = Initialize.RESCALE) -> None:
@@ -124,7 +124,7 @@ def require_scalable(model: torch.nn.Module, plan: Plan) -> None:
             "float `scaling` and an integer `head_dim`."
         )
     for name, module, attention in found:
-        if attention.scale is None:
+        if attention.scale is None and plan.attention(name).changes:
             raise InputError(
                 f"{name}: {type(module).__name__} has no scale to set and would go on with 1/√head_dim. Use "
                 "attention_multiplier 1 and a base of the target's head size, or an attention with a `scaling`."
@@ -134,9 +134,9 @@ def require_scalable(model: torch.nn.Module, plan: Plan) -> None:
 def set_attention_scale(model: torch.nn.Module, plan: Plan) -> None:
     """Tells the attentions of a model the plan's scale."""
     for name, module, attention in attention_modules(model):
-        site = plan.site(Place(name, Acts.SCALE, SOFTMAX))
+        site = plan.attention(name)
         if not site.changes:
-            return
+            continue
         key = scale_attribute(module)
         assert key is not None
         # A layer may have a scale of its own, as with GPT-2's scale_attn_by_inverse_layer_idx.

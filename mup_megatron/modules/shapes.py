@@ -7,21 +7,28 @@ device.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
 from mup_megatron.errors import InputError
-from mup_megatron.modules.attention import AttentionSettings, attention_of
+from mup_megatron.modules.attention import AttentionSettings, attention_of, attentions_of, is_attention
 from mup_megatron.modules.draws import Draw, Watch, build_on_meta
+from mup_megatron.modules.experts import Membership, Memberships
 from mup_megatron.modules.names import named_modules, named_parameters
 from mup_megatron.recipe import ModuleParameter
 from mup_megatron.theory import (
+    SOFTMAX,
+    Acts,
     Constant,
+    Heads,
+    Kept,
     LibraryDraw,
     ModelShape,
+    Place,
     Property,
+    Role,
     Side,
     Stack,
     Start,
@@ -39,11 +46,13 @@ class MetaModule:
     module: torch.nn.Module
     watch: Watch
     """What was written into its tensors."""
+    keeps: bool = False
+    """Its vectors and fixed tables keep a start that is not understood: it is a library's, and no weight's."""
 
     @classmethod
-    def of(cls, factory: Callable[[], torch.nn.Module]) -> "MetaModule":
+    def of(cls, factory: Callable[[], torch.nn.Module], *, keeps: bool = False) -> "MetaModule":
         """Returns what a factory builds, allocating nothing."""
-        return cls(*build_on_meta(factory))
+        return cls(*build_on_meta(factory), keeps)
 
     @cached_property
     def draws(self) -> Mapping[str, Draw]:
@@ -85,12 +94,26 @@ def base_parameters(base: MetaModule, *wider: MetaModule, init_scale: float = 1.
 
 def _require_understood(built: MetaModule) -> None:
     """Raises InputError for draws that are not understood: at base and target alike the std has to be known."""
-    unknown = [name for name, draw in built.draws.items() if not draw.understood]
+    parameters = dict(named_parameters(built.module))
+    unknown = [
+        name
+        for name, draw in built.draws.items()
+        if not draw.understood and not (built.keeps and _may_be_kept(name, parameters[name]))
+    ]
     if unknown:
         raise InputError(
             f"{_listed(unknown)}: how it is drawn is not understood, so its std is unknown. Draw it in your own "
             "model with one of torch.nn.init's functions around 0; in place of a library's, choose another model."
         )
+
+
+def _may_be_kept(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether a start that is not understood can be kept: nothing sums over a growing side of the parameter."""
+    return not parameter.requires_grad or parameter.dim() <= 1 or name.endswith(_STATES)
+
+
+_STATES = ".A_log"
+"""A Mamba mixer's decays, one for each channel and state: a matrix that multiplies element by element."""
 
 
 def _require_alike(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> None:
@@ -128,6 +151,13 @@ class Facts:
     """The weight of the model's own readout; None to find it: the last weight outside of layers with a fixed output."""
     base_attention: AttentionSettings | None = None
     """Of the base. None: of the target's head size."""
+    base_attentions: Mapping[str, AttentionSettings] | None = None
+    """Of the base, by name, in place of the one: they may be of several kinds."""
+    summed: Mapping[str, int] = field(default_factory=dict)
+    """Name of a parameter, without the number of its layer → the dimension over which a product with it was seen to
+    sum."""
+    counts_may_differ: bool = False
+    """Base and target may have other numbers of experts."""
 
 
 def model_shapes(
@@ -152,14 +182,21 @@ def model_shapes(
             f"{_listed(missing)}: the recipe's base has no such parameter, so its width ratio is unknown. Give the "
             "base the target's architecture."
         )
-    _require_base_is_not_more(target, at_base, base)
+    members = Memberships(target.module)
+    _require_base_is_not_more(target, at_base, base, members if facts.counts_may_differ else None)
     named = _tied_readout(target.module) if facts.readout is None else _own_name(target.module, facts.readout)
-    pairs = _parameters(target, at_base, named)
-    attention = attention_of(target.module)
+    pairs = _parameters(target, at_base, named, members, facts.summed)
+    if facts.base_attentions is None:
+        attention, of_base = attention_of(target.module), facts.base_attention
+        places: _Places = ((), ())
+    else:
+        of_targets = attentions_of(target.module)
+        attention, of_base = (next(iter(found.values()), None) for found in (of_targets, facts.base_attentions))
+        places = _attention_places(facts.base_attentions, of_targets)
+    of_base = of_base or attention
     readout = named or next((p.name for p, _ in reversed(pairs) if Property.READOUT in p.properties), None)
-    of_base = facts.base_attention or attention
 
-    def shape(tensors: tuple[Tensor, ...], own: AttentionSettings | None) -> ModelShape:
+    def shape(tensors: tuple[Tensor, ...], own: AttentionSettings | None, places: tuple[Place, ...]) -> ModelShape:
         width = next(
             (t.fan_out if Property.EMBEDDING in t.properties else t.fan_in for t in tensors if t.name == readout), None
         )
@@ -169,13 +206,31 @@ def model_shapes(
             head_size=1 if own is None else own.head_size,
             stacks={"layers": Stack(facts.num_layers)},
             readout=readout,
+            places=places,
             stock_softmax_scale=None if own is None else own.scale,
         )
 
     return (
-        shape(tuple(of_base for of_base, _ in pairs), of_base),
-        shape(tuple(of_target for _, of_target in pairs), attention),
+        shape(tuple(of_base for of_base, _ in pairs), of_base, places[0]),
+        shape(tuple(of_target for _, of_target in pairs), attention, places[1]),
     )
+
+
+_Places = tuple[tuple[Place, ...], tuple[Place, ...]]
+
+
+def _attention_places(base: Mapping[str, AttentionSettings], target: Mapping[str, AttentionSettings]) -> _Places:
+    """Each attention of base and target as a place with heads of its own; none where all of a model are alike."""
+    if all(len({settings.head_size for settings in found.values()}) <= 1 for found in (base, target)):
+        return (), ()
+    one, other = (
+        tuple(
+            Place(name, Acts.SCALE, SOFTMAX, heads=Heads(settings.head_size, settings.scale))
+            for name, settings in found.items()
+        )
+        for found in (base, target)
+    )
+    return one, other
 
 
 def _own_name(model: torch.nn.Module, name: str) -> str:
@@ -207,7 +262,10 @@ def _counterpart(
 
 
 def _require_base_is_not_more(
-    target: MetaModule, at_base: Mapping[str, ModuleParameter], base: Mapping[str, ModuleParameter]
+    target: MetaModule,
+    at_base: Mapping[str, ModuleParameter],
+    base: Mapping[str, ModuleParameter],
+    members: Memberships | None,
 ) -> None:
     families = {family_of(name) for name in target.shapes}
     surplus = [name for name in base if family_of(name) not in families]
@@ -220,8 +278,9 @@ def _require_base_is_not_more(
         own = at_base[name]
         if len(own.shape) != len(shape):
             raise InputError(f"{name}: it has {len(own.shape)} dimensions in the recipe's base and {len(shape)} here.")
-        for size, base_size, grows in zip(shape, own.shape, own.grows, strict=True):
-            if size != base_size and not grows:
+        counted = members and members.counted(name, shape, own.grows)
+        for side, (size, base_size, grows) in enumerate(zip(shape, own.shape, own.grows, strict=True)):
+            if size != base_size and not grows and side != counted:
                 raise InputError(
                     f"{name}: a side that does not grow with width has size {base_size} in the recipe's base and "
                     f"{size} in the target (a vocabulary, a number of positions or classes). Give the base the "
@@ -245,7 +304,11 @@ _ADDED = ("embed", "token", "pos", "query", "latent", "prompt")
 
 
 def _parameters(
-    target: MetaModule, at_base: Mapping[str, ModuleParameter], readout: str | None
+    target: MetaModule,
+    at_base: Mapping[str, ModuleParameter],
+    readout: str | None,
+    members: Memberships,
+    summed: Mapping[str, int],
 ) -> list[tuple[Tensor, Tensor]]:
     """(at the base, at the target) of each parameter, under the target's name."""
     modules = dict(named_modules(target.module))
@@ -259,19 +322,27 @@ def _parameters(
         module, prefix, attribute = module_of[id(live)]
         base, draw = at_base[name], target.draws[name]
         layer = any(isinstance(modules.get(part), torch.nn.ModuleList) for part in _ancestors(prefix))
-        seen = _Seen(name, module, attribute, base.grows, layer and name != readout, draw)
-        parameters = _classified(seen, base.shape), _classified(seen, tuple(live.shape))
+        shape, experts = tuple(live.shape), members.of(prefix)
+        counted = members.counted(name, shape, base.grows)
+        seen = _Seen(
+            name=name,
+            module=module,
+            attribute=attribute,
+            grows=base.grows,
+            in_layer=layer and name != readout,
+            in_attention=layer and any(is_attention(modules[part]) for part in (*_ancestors(prefix), prefix)),
+            draw=draw,
+            experts=experts,
+            counted=counted,
+            routes=experts.around is not None and sum(base.grows) == 1 and (counted is not None or 1 in shape),
+            summed=summed.get(family_of(name)),
+        )
+        parameters = _classified(seen, base.shape), _classified(seen, shape)
         if parameters[0] is None or parameters[1] is None:
-            unclear.append(f"{name} {tuple(live.shape)}")
+            unclear.append(f"{name} {shape}")
             continue
         drawn = replace(parameters[1], start=_start(draw.value, draw.std))
         found.append((replace(parameters[0], start=_start(base.init_value, base.init_std)), drawn))
-    experts = [name for name in unclear if ".experts." in name]
-    if experts:
-        raise InputError(
-            f"{_listed(experts)}: experts in one tensor, or their router, for which there is no rule here. Choose a "
-            "model of the family without a mixture of experts."
-        )
     if unclear:
         raise InputError(
             f"{_listed(unclear)}: which side is fan_in cannot be known from the layer. Supported are linear layers, "
@@ -301,7 +372,16 @@ class _Seen:
     grows: tuple[bool, ...]
     in_layer: bool
     """It belongs to one of several layers, and so is no model's readout or input."""
+    in_attention: bool
+    """What gets narrow there is a bottleneck, and no readout."""
     draw: Draw
+    experts: Membership
+    counted: int | None
+    """The dimension that counts experts."""
+    routes: bool
+    """It chooses among experts, or is the gate of one that is shared: an output that nobody reads out."""
+    summed: int | None
+    """The dimension over which a product with it sums, where that was seen."""
 
     @property
     def is_added(self) -> bool:
@@ -319,8 +399,7 @@ class _Seen:
 def _start(value: float | None, std: float | None) -> Start:
     if std is not None:
         return LibraryDraw(std)
-    assert value is not None
-    return Constant(value)
+    return Kept() if value is None else Constant(value)
 
 
 def _classified(seen: _Seen, shape: tuple[int, ...]) -> Tensor | None:
@@ -328,35 +407,59 @@ def _classified(seen: _Seen, shape: tuple[int, ...]) -> Tensor | None:
     sides = [Side(size, grows) for size, grows in zip(shape, seen.grows, strict=True)]
     one = Side(1)
 
-    def tensor(fan_in: Side, fan_out: Side, *properties: Property) -> Tensor:
+    def tensor(fan_in: Side, fan_out: Side, *properties: Property, role: Role | None = None) -> Tensor:
+        expert = () if seen.experts.of is None else (Property.EXPERT,)
         return Tensor(
             name=seen.name,
             shape=shape,
             fan_in=fan_in,
             fan_out=fan_out,
-            properties=frozenset(properties),
+            properties=frozenset((*properties, *expert)),
+            declared_role=role,
             start=Constant(0.0),
         )
 
+    if seen.counted == 0 and seen.experts.of is not None:
+        # One of them is a matrix, or a vector: how many there are is no side of it.
+        match sides[1:], seen.summed:
+            case [side], _:
+                return tensor(one, side, Property.VECTOR)
+            case [first, second], 1 | 2:
+                fan_in, fan_out = (first, second) if seen.summed == 1 else (second, first)
+                return tensor(fan_in, fan_out, role=Role.HIDDEN)
+        return None
+    if seen.experts.around is not None and not any(seen.grows) and seen.counted is not None:
+        return tensor(one, Side(math.prod(shape)), Property.VECTOR)
+    if seen.routes:
+        fan_in = next(side for side in sides if side.grows)
+        router = () if seen.counted is None else (Property.ROUTER,)
+        return tensor(fan_in, Side(math.prod(shape) // fan_in.size), Property.FOLDED, *router, role=Role.OUTPUT)
     if len(shape) <= 1:
         # A bias of a layer, or of a norm; a vector of a module's own could be a readout of one output.
-        of_layer = "Norm" in type(seen.module).__name__ or linear_sides(seen.module, "weight") is not None
+        of_layer = (
+            seen.in_attention or "Norm" in type(seen.module).__name__ or linear_sides(seen.module, "weight") is not None
+        )
         known = of_layer or seen.is_torchs or seen.is_added
         if seen.draw.std is not None and not known and any(seen.grows):
             return None
         is_gain = seen.attribute == "weight" or ("Norm" in type(seen.module).__name__ and seen.attribute != "bias")
         return tensor(one, sides[0] if sides else one, Property.VECTOR, *((Property.GAIN,) if is_gain else ()))
     if isinstance(seen.module, TABLES):
-        # A table inside attention is no embedding of what comes in.
-        inside = seen.in_layer or "relative" in seen.name
+        # A table inside attention is no embedding of what comes in, and one that is fixed has no size to be tuned.
+        inside = seen.in_layer or "relative" in seen.name or not seen.draw.understood
         return tensor(sides[0], sides[1], *(() if inside else (Property.EMBEDDING,)))
+    if seen.name.endswith(_STATES):
+        return tensor(one, sides[0], Property.VECTOR)
     order = linear_sides(seen.module, seen.attribute)
     if order is not None:
         fan_out, fan_in = (sides[d] for d in order)
-        reads_out = fan_in.grows and not fan_out.grows and not seen.in_layer
+        narrows = fan_in.grows and not fan_out.grows
+        reads_out = narrows and not seen.in_layer
+        inside = seen.in_attention or seen.experts.of is not None
+        role = Role.HIDDEN if inside else None
         # A convolution sums over its kernel as well.
         summed = Side(fan_in.size * math.prod(shape[2:]), fan_in.grows)
-        return tensor(summed, fan_out, *((Property.READOUT,) if reads_out else ()))
+        return tensor(summed, fan_out, *((Property.READOUT,) if reads_out else ()), role=role)
     if not any(seen.grows[:-1]) and (seen.is_added or not seen.grows[-1]):
         return tensor(Side(math.prod(shape[:-1])), sides[-1])
     return None

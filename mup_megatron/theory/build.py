@@ -116,6 +116,9 @@ def build_plan(
         if kind not in like:
             s = scaling(counterpart, tensor, depths.get(tensor.stack, Sizes(1, 1)))
             like[kind] = _entry(tensor, counterpart, s.without_width() if standard else s, tuned, rules_used)
+            if not standard:
+                stock = tensor.stock_multiplier / counterpart.stock_multiplier
+                like[kind] = replace(like[kind], stock_multiplier=stock)
         entries.append(_overridden(replace(like[kind], name=tensor.name), tensor, overrides))
     _require_all_used(overrides, target.tensors)
     _require_same_meaning(overrides, base.tensors, target.tensors)
@@ -155,14 +158,16 @@ def build_plan(
 
 def _scaled(base: tuple[Place, ...], target: tuple[Place, ...], *, alpha: float, standard: bool) -> tuple[Place, ...]:
     """The target's places, each with the scale of its attention where that has heads of its own."""
-    at_base = {family_of(place.module): place.heads for place in base if place.carries == SOFTMAX}
+    # Layers of one model may differ, so the same name goes before the same place in another layer.
+    named = {place.module: place.heads for place in base if place.carries == SOFTMAX}
+    at_base = {family_of(name): heads for name, heads in named.items()} | named
     found = []
     for place in target:
         own = place.heads
         if own is None:
             found.append(place)
             continue
-        tuned = own if standard else at_base.get(family_of(place.module))
+        tuned = own if standard else at_base.get(place.module, at_base.get(family_of(place.module)))
         if tuned is None:
             raise PlanError(
                 f"{place.module}: the base has no such attention, so the ratio of its heads is unknown. Give the base "
@@ -190,6 +195,12 @@ def _entry(tensor: Tensor, base: Tensor, s: Scaling, tuned: Tuned, used: Rules) 
     if Property.ROUTER in properties and used.router is not role:
         role, properties = used.router, properties - {Property.FOLDED}
     optimizer = used.optimizer.for_tensor(tensor)
+    bottleneck = tensor.declared_role is Role.HIDDEN and not tensor.fan_out.grows and Property.EXPERT not in properties
+    if bottleneck and s.r_in != 1.0 and not optimizer.bottlenecks:
+        raise PlanError(
+            f"{tensor.name}: a bottleneck, whose output keeps its size {tensor.fan_out.size} while the model grows; "
+            f"the rules of {optimizer.title} are not known for it. Use Adam, or let it grow with the width."
+        )
     vector = Property.VECTOR in properties
     entry = PlanEntry(
         name=tensor.name,

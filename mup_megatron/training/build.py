@@ -13,7 +13,6 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_APEX
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from mup_megatron.architectures.model_file import ModelFile
@@ -21,12 +20,12 @@ from mup_megatron.architectures.names import is_of_experts
 from mup_megatron.collectives import raise_together
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import cpu, versions
-from mup_megatron.megatron.builders import build_chunk, config_fields
+from mup_megatron.megatron.builders import build_chunk, transformer_config
 from mup_megatron.megatron.guard import require_as_planned
 from mup_megatron.megatron.model import apply_plan, configure
 from mup_megatron.megatron.optimizer import config_overrides
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Plan, optimizers
+from mup_megatron.theory import Plan
 from mup_megatron.training.options import TrainingOptions
 
 
@@ -56,6 +55,11 @@ def available_model(model: ModelFile, options: TrainingOptions) -> ModelFile:
                 "transformer_impl: transformer_engine, and Transformer Engine is not installed. Install it "
                 "(pip install 'transformer-engine[pytorch]'), or write `transformer_impl: local` into the model file."
             )
+    if model.transformer_impl == "local" and model.multi_latent_attention and not cpu.is_enabled():
+        raise InputError(
+            "multi_latent_attention: Megatron's local attention takes no head sizes of its own, so it cannot be "
+            "latent. Use transformer_impl transformer_engine."
+        )
     if model.transformer_impl == "local" and model.num_experts is not None and model.add_bias_linear:
         raise InputError(
             "add_bias_linear: Megatron's local experts stop in training if they have biases. Train on a GPU with "
@@ -165,7 +169,7 @@ def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptio
         "use_cpu_initialization": options.use_cpu_initialization,
         "finalize_model_grads_func": finalize_model_grads,
     }
-    return TransformerConfig(**{**fields, **config_fields(model), **cpu.transformer_config_overrides()})
+    return transformer_config(model, {**fields, **cpu.transformer_config_overrides()})
 
 
 def _stages(model: ModelFile, options: TrainingOptions) -> Sequence[int | None]:
@@ -194,7 +198,7 @@ def _optimizer_config(recipe: Recipe, options: TrainingOptions) -> Any:
         lr=h.lr,
         min_lr=h.min_lr,
         weight_decay=h.weight_decay,
-        **{key: getattr(h, key) for key in optimizers()[recipe.parametrization.optimizer].hyperparameters},
+        **recipe.optimizer_values,
         clip_grad=h.clip_grad,
         bf16=options.bf16,
         params_dtype=torch.bfloat16 if options.bf16 else torch.float32,

@@ -198,6 +198,11 @@ def _bad_layout(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> I
             f"--num-layers-per-virtual-pipeline-stage {per_stage} does not divide the {model.num_layers // stages} "
             "layers of a pipeline stage. Choose a divisor of it."
         )
+    if stages > 1 and model.tied and model.mtp_num_layers:
+        yield (
+            f"--pipeline-model-parallel-size {stages}: Megatron cannot save tied embeddings with mtp_num_layers on "
+            "several stages. Use untie_embeddings_and_output_weights, or one stage."
+        )
     if options.sequence_parallel:
         if options.tensor_model_parallel_size == 1:
             yield (
@@ -208,9 +213,8 @@ def _bad_layout(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> I
                 f"--sequence-parallel: seq_length {model.seq_length} is not divisible by "
                 f"--tensor-model-parallel-size {options.tensor_model_parallel_size}. Drop it, or change one of them."
             )
-    problem = distributed_problem(recipe.parametrization.optimizer)
-    if problem is not None and options.use_distributed_optimizer:
-        yield problem
+    if options.use_distributed_optimizer:
+        yield from filter(None, map(distributed_problem, recipe.optimizers))
 
 
 def _bad_experts(model: ModelFile, options: TrainingOptions, world_size: int) -> Iterator[str]:

@@ -27,6 +27,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "add_bias_linear": False,
     },
     "q/k norm, RMSNorm, rotary": {"qk_layernorm": True, "normalization": "RMSNorm", "position_embedding_type": "rope"},
+    "latent attention, multi-token prediction": {
+        "multi_latent_attention": True,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 12,
+        "qk_head_dim": 6,
+        "qk_pos_emb_head_dim": 4,
+        "v_head_dim": 8,
+        "qk_layernorm": True,
+        "rotary_scaling_factor": 40.0,
+        "mscale_all_dim": 1.0,
+        "mtp_num_layers": 1,
+        "position_embedding_type": "none",
+    },
 }
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mup_megatron.architectures.families.family import Growth, linear, norm
+from mup_megatron.architectures.families.family import Growth, Size, linear, norm
+from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Kept, Part, Place, Property, Side, Tensor
 
@@ -34,6 +35,13 @@ class Experts:
         "moe_aux_loss_coeff",
         "moe_z_loss_coeff",
         "has_legacy_experts",
+    )
+
+    sizes: tuple[Size, ...] = (
+        Size(key="moe_ffn_hidden_size", attribute="expert_ffn_size", small=64),
+        Size(key="moe_shared_expert_intermediate_size", attribute="moe_shared_expert_intermediate_size", small=64),
+        Size(key="num_experts", attribute="num_experts", small=8, follows_width=False),
+        Size(key="moe_router_topk", attribute="moe_router_topk", small=2, follows_width=False),
     )
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
@@ -99,6 +107,15 @@ class Experts:
         share = (target.moe_router_topk / target.num_experts) / (base.moe_router_topk / base.num_experts)
         if share != 1.0:
             yield f"An expert of the target sees {share:.4g} times the share of tokens, and its eps is that much of it."
+
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields the norm, the router's weights of the experts, the shared expert, and what all of them add."""
+        norm, mlp = f"{layer}.pre_mlp_layernorm", f"{layer}.mlp"
+        yield inside(norm, "Experts' output", STREAM)
+        yield Measured(f"{mlp}.router", Kind.HIDDEN, "Router", (norm,), leads=True)
+        shared = [f"{mlp}.shared_experts"] if model.has_shared_expert else []
+        yield from (inside(each, "Experts' output", norm) for each in shared)
+        yield Measured(mlp, Kind.BRANCH, "Experts' output", (norm, f"{mlp}.router", *shared), leads=True)
 
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
         """Returns experts without a limit on their tokens."""

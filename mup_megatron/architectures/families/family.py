@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from mup_megatron.architectures.measured import Measured
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import Constant, Part, Place, Property, Side, Tensor
+from mup_megatron.theory import Constant, Part, Place, Property, Role, Side, Tensor
 
-__all__ = ["Family", "Growth", "Remarking", "linear", "norm", "vector"]
+__all__ = ["Block", "Family", "Growth", "Remarking", "Size", "linear", "norm", "vector"]
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,21 +29,49 @@ class Growth:
         return Side(getattr(model, key), grows=getattr(self.base, key) != getattr(self.target, key))
 
 
-class Family(Protocol):
-    """A kind of layer, with one branch that adds to the residual stream."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """A size in a model file that is a family's own; heads are every model's."""
+
+    key: str
+    attribute: str
+    """Where a model has it with its default; None there for a model without."""
+    small: int
+    """As large as a small model of the kind needs it, where base and target share it."""
+    follows_width: bool = True
+    """Whether it keeps its ratio to the hidden size where base and target differ in it; a count does not."""
+
+    def of(self, model: ModelFile) -> int | None:
+        """Returns the size in a model."""
+        size: int | None = getattr(model, self.attribute)
+        return size
+
+
+class Block(Protocol):
+    """Some of a model's tensors that stand together under one name."""
 
     name: str
     shared: tuple[str, ...]
     """Keys of a model file that base and target must share, beside those of every model."""
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
-        """Yields the tensors of the layer of this name, its norm first."""
+        """Yields the tensors of the layer of this name."""
 
     def places(self, layer: str) -> Iterator[Place]:
         """Yields where factors act in the layer of this name, beside those of single weights."""
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
+
+
+class Family(Block, Protocol):
+    """A kind of layer: a norm and a branch that adds to the residual stream."""
+
+    sizes: tuple[Size, ...]
+    """Its own, for small models of its kind."""
+
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields the modules of the layer of this name that a check looks at, in the order of a forward pass."""
 
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
         """Returns the names of its norm and of its branch in a layer, and the branch in plain torch: see `plain/`."""
@@ -57,9 +86,16 @@ class Remarking(Protocol):
 
 
 def linear(
-    name: str, fan_in: Side, fan_out: Side, *, bias: bool, residual: bool = False, parts: tuple[Part, ...] = ()
+    name: str,
+    fan_in: Side,
+    fan_out: Side,
+    *,
+    bias: bool,
+    residual: bool = False,
+    parts: tuple[Part, ...] = (),
+    role: Role | None = None,
 ) -> Iterator[Tensor]:
-    """Yields weight [fan_out, fan_in] and bias of a linear layer."""
+    """Yields weight [fan_out, fan_in] and bias of a linear layer; `role` is said where the sides do not say it."""
     properties = frozenset({Property.RESIDUAL} if residual else ())
     yield Tensor(
         name=f"{name}.weight",
@@ -67,6 +103,7 @@ def linear(
         fan_in=fan_in,
         fan_out=fan_out,
         properties=properties,
+        declared_role=role,
         parts=parts,
     )
     if bias:

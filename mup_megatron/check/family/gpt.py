@@ -12,22 +12,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from mup_megatron.architectures.families import Size
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.registry import architecture_of
+from mup_megatron.architectures.registry import architecture_of, shapes_of
 from mup_megatron.check.family.layers import base_layers, in_terms_of, kept_layers, overrides_of_layers
 from mup_megatron.check.family.sizes import DEPTH, HEAD_SIZE, SEQUENCE, SMALLEST, VOCABULARY, require_trainable
 from mup_megatron.check.measure.optimizers import clamped
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
+from mup_megatron.theory import Kept
 
 WIDEST_BASE = 4096
 """Beyond which no base is looked for."""
 BASE = 64
 """How wide the base is at most: the second of the usual widths, so that there are models on both sides of it."""
-FFN = 256
-"""Likewise of MLPs, at most."""
-FFN_RATIOS = (0.125, 8.0)
-"""Of MLPs that grow to the hidden size, in eighths."""
+RATIOS = (0.125, 8.0)
+"""Of sizes that grow to the hidden size, in eighths."""
 
 
 def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel: int = 1) -> list[int]:
@@ -37,6 +37,7 @@ def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel
     Raises:
         InputError: no models of its shape can be shared so.
     """
+    require_known_layers(target)
     growth = _Growth.of(target, recipe.megatron_base)
     unit = growth.unit
     smallest = -(-SMALLEST // unit) * unit
@@ -52,12 +53,20 @@ def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel
     raise InputError(_NOWHERE)
 
 
+def require_known_layers(target: ModelFile) -> None:
+    """Raises InputError for layers that a check has no small models of."""
+    for key in ("multi_latent_attention", "mtp_num_layers"):
+        if getattr(target, key):
+            raise InputError(f"{key}: a check of such a model is not supported yet. Train it with its recipe's guard.")
+
+
 def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
     """The target's architecture at another hidden size.
 
     Raises:
         InputError: it cannot be built at that width; says what would fit.
     """
+    require_known_layers(target)
     growth = _Growth.of(target, recipe.megatron_base)
     if not growth.is_whole(width):
         raise InputError(
@@ -68,7 +77,7 @@ def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
         "hidden_size": width,
         "num_attention_heads": int(growth.heads(width)),
         "kv_channels": int(growth.head_size(width)),
-        "ffn_hidden_size": growth.ffn(width),
+        **growth.own_sizes(width),
         "num_query_groups": int(growth.groups(width)) if target.group_query_attention else 1,
         "vocab_size": VOCABULARY,
         "make_vocab_size_divisible_by": min(target.make_vocab_size_divisible_by, 32),
@@ -89,7 +98,8 @@ class _Growth:
     heads_grow: bool
     sizes_grow: bool
     groups_grow: bool
-    ffn_grows: bool
+    growing: frozenset[str]
+    """The keys of the sizes of families that do."""
 
     @classmethod
     def of(cls, target: ModelFile, base: ModelFile) -> "_Growth":
@@ -103,7 +113,11 @@ class _Growth:
             heads_grow=heads_differ or (as_wide and not sizes_grow),
             sizes_grow=sizes_grow,
             groups_grow=base.query_groups != target.query_groups or (as_wide and not sizes_grow),
-            ffn_grows=base.ffn_size != target.ffn_size or as_wide,
+            growing=frozenset(
+                size.key
+                for size in architecture_of(target).sizes(target)
+                if size.follows_width and (as_wide or size.of(base) != size.of(target))
+            ),
         )
 
     @property
@@ -147,12 +161,13 @@ class _Growth:
             return Fraction(target.query_groups)
         return self.heads(width) * target.query_groups / target.num_attention_heads
 
-    def ffn(self, width: int) -> int:
-        """Hidden size of the MLP."""
-        target = self.target
-        if not self.ffn_grows:
-            return target.ffn_size
-        return max(1, round(target.ffn_size * width / target.hidden_size))
+    def own_sizes(self, width: int) -> dict[str, int]:
+        """Those of the families, by key."""
+        sizes = {size.key: size.of(self.target) or 0 for size in architecture_of(self.target).sizes(self.target)}
+        return {
+            key: max(1, round(size * width / self.target.hidden_size)) if key in self.growing else size
+            for key, size in sizes.items()
+        }
 
 
 def _rotates(model: ModelFile, head_size: int) -> bool:
@@ -171,11 +186,7 @@ def models_for(target: ModelFile, recipe: Recipe, widths: Sequence[int]) -> dict
     """
     models = {width: at_width(target, recipe, width) for width in widths}
     widest = models[max(widths)]
-    heads = widest.num_attention_heads + 2 * widest.query_groups
-    shapes = {
-        "linear_qkv.weight": (heads * widest.head_size, widest.hidden_size),
-        "linear_fc1.weight": (widest.ffn_size * (2 if widest.swiglu else 1), widest.hidden_size),
-    }
+    shapes = {".".join(tensor.name.split(".")[-2:]): tensor.shape for tensor in shapes_of(widest, widest)[1].tensors}
     require_trainable(shapes, widest.hidden_size)
     return models
 
@@ -197,8 +208,9 @@ def condensed(
             comes first; None leaves all.
 
     Raises:
-        InputError: the target has experts.
+        InputError: the target has experts, or Mamba layers.
     """
+    _require_drawn(target)
     if target.num_experts is not None:
         raise InputError(
             f"num_experts {target.num_experts}: `check` does not know models with experts yet. Check the recipe on the "
@@ -224,6 +236,16 @@ def condensed(
     small_base = architecture.with_layers(small_base, own_layers)
     small = small if kept is None else architecture.with_layers(small, kept)
     return small, recipe.model_copy(update={"base": small_base, "per_parameter": overrides})
+
+
+def _require_drawn(target: ModelFile) -> None:
+    """Raises InputError for what starts as its library draws it, which the correct runs of a check do not know yet."""
+    kept = next((each.name for each in shapes_of(target, target)[1].tensors if isinstance(each.start, Kept)), None)
+    if kept is not None:
+        raise InputError(
+            f"{kept}: a check does not know layers of this kind yet (Mamba). Check a model without them; training "
+            "compares the live model with the plan in any case."
+        )
 
 
 def _turning_whole_pairs(*models: ModelFile) -> list[ModelFile]:
@@ -260,8 +282,8 @@ class _Cut:
     """None where their number grows."""
     per_group: Mapping[int, int]
     """Queries of a group, as they are → as they are in the check."""
-    ffn: int | None
-    """None where it grows."""
+    own_sizes: Mapping[str, Mapping[int, int]]
+    """Of families, those that do not grow: key → as it is → as it is in the check."""
 
     @classmethod
     def of(cls, target: ModelFile, base: ModelFile, growth: _Growth, tensor_parallel: int) -> "_Cut":
@@ -277,7 +299,6 @@ class _Cut:
         heads = None
         if not growth.heads_grow:
             heads = math.lcm(*per_group.values()) * min(target.query_groups, shared)
-        fixed = max(tensor_parallel, FFN // tensor_parallel * tensor_parallel)
         return cls(
             growth=growth,
             head_size=None if growth.sizes_grow else size,
@@ -285,7 +306,11 @@ class _Cut:
             growing=2 * max(2, sharing),
             groups=groups,
             per_group=per_group,
-            ffn=None if growth.ffn_grows else min(target.ffn_size, fixed),
+            own_sizes={
+                size.key: _cut(size, base, target, tensor_parallel)
+                for size in architecture_of(target).sizes(target)
+                if size.key not in growth.growing
+            },
         )
 
     def fits(self, width: int) -> bool:
@@ -297,16 +322,22 @@ class _Cut:
         found = self._attention(model, width)
         assert found is not None
         heads, size, groups = found
-        ratio = clamped(round(8 * model.ffn_size / model.hidden_size) / 8, FFN_RATIOS)
         return model.model_copy(
             update={
                 "hidden_size": width,
                 "num_attention_heads": heads,
                 "kv_channels": size,
                 "num_query_groups": groups if model.group_query_attention else 1,
-                "ffn_hidden_size": max(1, round(ratio * width)) if self.ffn is None else self.ffn,
+                **{size.key: self._own_size(size, model, width) for size in architecture_of(model).sizes(model)},
             }
         )
+
+    def _own_size(self, size: Size, model: ModelFile, width: int) -> int:
+        now = size.of(model)
+        assert now is not None
+        if size.key in self.own_sizes:
+            return self.own_sizes[size.key][now]
+        return max(1, round(clamped(round(8 * now / model.hidden_size) / 8, RATIOS) * width))
 
     def _attention(self, model: ModelFile, width: int) -> tuple[int, int, int] | None:
         """Heads, their size, groups; None where they are not whole."""
@@ -329,3 +360,11 @@ class _Cut:
         if not whole or size < 1 or not _rotates(model, size) or (self.head_size is None and size % 2):
             return None
         return int(heads), size, int(groups)
+
+
+def _cut(size: Size, base: ModelFile, target: ModelFile, tensor_parallel: int) -> dict[int, int]:
+    """A size that does not grow, as it is → as it is in the check; two that differ do so there."""
+    few, many = sorted(value for model in (base, target) if (value := size.of(model)) is not None)
+    shared = max(tensor_parallel, size.small // tensor_parallel * tensor_parallel)
+    less = min(few, shared)
+    return {many: less if many == few else min(many, 2 * less), few: less}

@@ -5,7 +5,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from mup_megatron.architectures.measured import Measured
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.check.measure import levels
 from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.measure.measurements import COORDINATES, DRAWS, Measurements, Quantity, RunProtocol
@@ -51,9 +53,20 @@ class Expectation:
     plans: Mapping[int, Plan]
     """Width → the right plan."""
     models: Mapping[int, ModelFile] | None = None
-    """Width → its model file, of a GPT."""
+    """Width → its model file, of an architecture."""
     known: Callable[[], Known] | None = None
     """For bounds, asked after the subject has run; without, what a plan says."""
+
+    @property
+    def heads_grow(self) -> bool:
+        """True where heads are larger in wider models, as model files say."""
+        return len({model.head_size for model in (self.models or {}).values()}) > 1
+
+    @property
+    def measured(self) -> tuple[Measured, ...]:
+        """The modules that the architecture has measured; none of a torch module."""
+        model = None if self.models is None else next(iter(self.models.values()))
+        return () if model is None else tuple(architecture_of(model).measured(model))
 
 
 def judge(
@@ -97,7 +110,7 @@ def judge(
             section, cause = later(only_rounding(reference), without_gradient(reference.runs))
             sections.append(section)
             of_later = () if cause is None or findings(comparison) else (cause,)
-    known = Known(plans=facts.plans) if facts.known is None else facts.known()
+    known = Known(plans=facts.plans, heads_grow=facts.heads_grow) if facts.known is None else facts.known()
     bounds = _bounds(subject, reference, known)
     if trouble is None or (bounds.findings and trouble.outcome is CheckOutcome.NO_VERDICT):
         sections.append(bounds)
@@ -131,6 +144,8 @@ def judge(
         control=control,
         comparison=comparison,
         control_comparison=control_comparison,
+        measured=facts.measured,
+        entries=next(iter(facts.plans.values())).by_name,
     )
 
 

@@ -8,7 +8,7 @@ from mup_megatron.architectures.command_line import Reading, Release
 from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.gpt import GPT
-from mup_megatron.architectures.keys import experts
+from mup_megatron.architectures.keys import READ_WITH, experts
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, architectures, model_file
 from mup_megatron.errors import InputError
@@ -70,13 +70,12 @@ def flags(
 
 
 def _recipe_flags(recipe: Recipe, train_iters: int | None) -> list[str]:
-    optimizer = recipe.parametrization.optimizer
-    values = recipe.hyperparameters.model_dump() | {"optimizer": optimizer}
-    MEGATRON_OPTIMIZERS.require(optimizer)
+    values = recipe.hyperparameters.model_dump() | {"optimizer": recipe.parametrization.optimizer}
+    MEGATRON_OPTIMIZERS.only(recipe.optimizers)
     others = {key for each in optimizers().values() for key in each.hyperparameters}
     words: list[str] = []
     for key, flag in HYPERPARAMETERS.items():
-        if key not in others or key in optimizers()[optimizer].hyperparameters:
+        if key not in others or key in recipe.optimizer_values:
             words += flag.words(values[key])
     return words + _schedule_flags(recipe.schedule, train_iters)
 
@@ -129,6 +128,9 @@ def model_from_values(
     """
     require_supported(values, source=source)
     content = experts.told({key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()})
+    content |= {
+        key: FIELDS[key].default for switch, keys in READ_WITH.items() if not content[switch] for key in (switch, *keys)
+    }
     content["vocab_size"], content["make_vocab_size_divisible_by"] = _vocabulary(values, vocab_size)
     _read_other_ways(content, values, source)
     own = _own(values, source, release)
@@ -144,7 +146,8 @@ def model_from_values(
     model = _named_by_flag(content, {**{key: flag.name for key, flag in FIELDS.items()}, **own.names}, source)
     plain = model.model_copy(update={"ffn_hidden_size": None})
     follows: dict[str, Any] = {"ffn_hidden_size": None} if plain.ffn_size == model.ffn_size else {}
-    if model.kv_channels is not None and model.kv_channels * model.num_attention_heads == model.hidden_size:
+    of_hidden = (model.kv_channels or 0) * model.num_attention_heads == model.hidden_size
+    if model.multi_latent_attention or of_hidden:
         follows["kv_channels"] = None
     if not model.group_query_attention:
         follows["num_query_groups"] = 1

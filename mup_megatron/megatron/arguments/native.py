@@ -168,6 +168,11 @@ def recipe_from_native(
             raise InputError(f"{source}: --{key.replace('_', '-')} {values[key]:g}: must be positive. Correct it.")
     # The recipe says it with per_parameter, the model file need not.
     model = model_from_values({**values, "embedding_init_method_std": None}, vocab_size=vocab_size, source=source)
+    if model.multi_latent_attention:
+        raise InputError(
+            f"{source}: --multi-latent-attention beside --use-mup: Megatron's own μP leaves the scale of this "
+            "attention alone, and a recipe cannot say that. Tune a base with a recipe."
+        )
     native = Native(model, values)
     base, notes = _base(native, source)
     content: dict[str, Any] = {

@@ -208,14 +208,9 @@ def condensed(
             comes first; None leaves all.
 
     Raises:
-        InputError: the target has experts, or Mamba layers.
+        InputError: the target has Mamba layers.
     """
     _require_drawn(target)
-    if target.num_experts is not None:
-        raise InputError(
-            f"num_experts {target.num_experts}: `check` does not know models with experts yet. Check the recipe on the "
-            "target without them (num_experts and the keys that begin with moe_)."
-        )
     recipe, architecture = in_terms_of(target, recipe), architecture_of(target)
     target, base = _turning_whole_pairs(target, recipe.megatron_base)
     growth = _Growth.of(target, base)

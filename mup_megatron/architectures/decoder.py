@@ -124,6 +124,8 @@ class Decoder(ABC):
                 f"{' and '.join(sorted(kinds))}. Tune a base with the target's kinds of layers."
             )
         growth = Growth(own, target)
+        if of_base is self and all(getattr(base, key) == getattr(target, key) for key in _LAYOUT):
+            return self._shape(base, growth), self._shape(target, growth)
         as_tuned = _named_as(as_tuned, base)
         # One model has its tensors in one order, whatever architecture it is taken for.
         tuned_names = [tensor.name for tensor in of_base._tensors(as_tuned, growth)]
@@ -221,16 +223,9 @@ class Decoder(ABC):
                 module = name.rpartition(".")[0]
                 yield Measured(module, Kind.TABLE, "Embedding", (), leads=name == WORD_EMBEDDINGS)
                 stream.append(module)
-        for index, families in enumerate(self.layers(model)):
-            layer = f"{STACK}.layers.{index}"
-            for family in families:
-                own = [each.after(stream) for each in family.measured(model, layer)]
-                yield from own
-                stream += [each.module for each in own if each.kind is Kind.BRANCH]
-            yield Measured(layer, Kind.STREAM, "Residual stream", tuple(stream), leads=True)
-            stream = [layer]
+        yield from _stack_measured(model, STACK, self.layers(model), stream)
         final = self.final_norm.removesuffix(".")
-        yield inside(final, "Residual stream", *stream)
+        yield inside(final, "Residual stream", f"{STACK}.layers.{model.num_layers - 1}")
         readout = READOUT_WEIGHT.rpartition(".")[0]
         yield Measured(readout, Kind.READOUT, "Readout (the model's logits)", (final,), leads=True)
 
@@ -240,6 +235,20 @@ class Decoder(ABC):
         for _, family in self._branches(model):
             found.update(family.flops(model))
         return {**found, "readout": 6.0 * model.hidden_size * model.padded_vocab_size()}
+
+
+def _stack_measured(
+    model: ModelFile, stack: str, layers: Sequence[Sequence[Family]], stream: Sequence[str]
+) -> Iterator[Measured]:
+    """What a check looks at in a stack of layers, to which these modules give the residual stream."""
+    for index, families in enumerate(layers):
+        layer = f"{stack}.layers.{index}"
+        for family in families:
+            own = [each.after(stream) for each in family.measured(model, layer)]
+            yield from own
+            stream = [*stream, *(each.module for each in own if each.kind is Kind.BRANCH)]
+        yield Measured(layer, Kind.STREAM, "Residual stream", tuple(stream), leads=True)
+        stream = [layer]
 
 
 def as_other(one: Decoder, other: Decoder, model: ModelFile) -> ModelFile | None:

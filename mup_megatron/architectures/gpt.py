@@ -34,7 +34,7 @@ class Gpt(Decoder):
     file: ClassVar[type[ModelFile]] = ModelFile
     live_classes: ClassVar[tuple[str, ...]] = ("GPTModel",)
     builder: ClassVar[str] = "mup_megatron.megatron.builders.gpt"
-    command_line: ClassVar[CommandLine] = CommandLine(programs=_PROGRAMS)
+    command_line: ClassVar[CommandLine] = CommandLine(programs=_PROGRAMS, providers=("gpt",))
     final_norm: ClassVar[str] = "decoder.final_layernorm."
     branches: ClassVar[int] = 2
 

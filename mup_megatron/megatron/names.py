@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from mup_megatron.architectures.names import global_name, is_of_experts
 from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.live.compare import Remedies, parameter_problems
+from mup_megatron.megatron import versions
 from mup_megatron.theory import Plan
 
 
@@ -36,7 +37,7 @@ def named_parameters(
         model: Any = unwrapped(chunk)
         layers, experts = layers_of(model), experts_of(model)
         for name, parameter in model.named_parameters():
-            yield global_name(name, layers, tied=tied, experts=experts), parameter
+            yield global_name(versions.parameter_name(name), layers, tied=tied, experts=experts), parameter
 
 
 def layers_of(model: torch.nn.Module) -> dict[str, list[int]]:

@@ -141,6 +141,18 @@ def _zero_momenta(optimizer: Any, config: Any = None) -> None:
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
+_RENAMED = {".mixer.conv1d_weight": ".mixer.conv1d.weight", ".mixer.conv1d_bias": ".mixer.conv1d.bias"}
+"""End of a parameter's name in 0.19 → in releases before, and in checkpoints of all."""
+
+
+def parameter_name(name: str) -> str:
+    """Returns a parameter's name as every release has it in checkpoints."""
+    for now, ever in _RENAMED.items():
+        if name.endswith(now):
+            return name.removesuffix(now) + ever
+    return name
+
+
 @dataclass(frozen=True, slots=True)
 class HybridClasses:
     """Megatron-Core's classes of a hybrid model, and what its constructor calls them."""

@@ -50,6 +50,8 @@ class Side:
 
     size: int
     grows: bool = False
+    leading: int | None = None
+    """Of a fused side, the rows that say how much it grows, where others keep their number; None for all."""
 
 
 @dataclass(frozen=True, slots=True)

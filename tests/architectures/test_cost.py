@@ -93,3 +93,14 @@ def test_tying_changes_parameters_and_no_flops() -> None:
     tied, untied = small(), small(untie_embeddings_and_output_weights=True)
     assert training_flops(tied) == training_flops(untied)
     assert parameter_count(tied) < parameter_count(untied)
+
+
+def test_nemotron_h_has_its_number_of_parameters_and_megatrons_operations() -> None:
+    model = load_model_file(MODELS / "nemotron_h_8b.yaml")
+    assert parameter_count(model) == pytest.approx(8.1e9, rel=0.001)
+    hidden, inner, states, heads = 4096, 128 * 64, 8 * 128, 128
+    # Forward, of a layer and a token, as Megatron reports them: projections, and 7 for a channel's state.
+    expected = 2 * hidden * (2 * inner + 2 * states + heads) + 7 * inner * 128 + 2 * inner * hidden
+    items = training_flops(model).items
+    assert items["mamba_projections"] + items["mamba_scan"] == pytest.approx(24 * 3 * expected)
+    assert items["mamba_convolution"] == 24 * 6 * 4 * (inner + 2 * states)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from support import planned, stock
 from support.processes import run_ranks
-from support.shapes import gpt, hybrid, recipe_for
+from support.shapes import MAMBA, gpt, hybrid, recipe_for
 from support.stock import Layout
 
 from mup_megatron.architectures.hybrid import HybridFile
@@ -34,6 +34,13 @@ MODELS: dict[str, HybridFile] = {
     "grouped queries, own head size": hybrid(
         gpt(kv_channels=6, num_attention_heads=4, group_query_attention=True, num_query_groups=2)
     ),
+    "Mamba": hybrid(gpt(), "*-M-", **MAMBA),
+    "Mamba and experts": hybrid(
+        gpt(add_bias_linear=False), "M*EE", **MAMBA, num_experts=4, moe_shared_expert_intermediate_size=16
+    ),
+    "Mamba, own heads, RMSNorm, untied": hybrid(
+        gpt(normalization="RMSNorm", untie_embeddings_and_output_weights=True), "MM*M", **MAMBA, mamba_num_heads=6
+    ),
 }
 LAYOUTS: dict[str, tuple[Layout, bool]] = {
     "TP1": (Layout(), False),
@@ -53,20 +60,21 @@ def live_shapes(models: list[HybridFile], layout: Layout) -> list[Shapes]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    from mup_megatron.megatron.builders import build_chunk
+    from mup_megatron.megatron.builders import build_chunk, config_fields
 
     found = []
     for model in models:
         stock.init_parallel(layout)
-        config = stock.transformer_config(planned.sizes_of(model, layout.tp), layout, is_hybrid_model=True)
+        config = stock.transformer_config(planned.sizes_of(model, layout.tp), layout, **config_fields(model))
         shapes: Shapes = {}
         for entry in nested_values(build_chunk(model, config, None).sharded_state_dict()):
-            # The two halves of a gated layer are saved apart.
+            # The two halves of a gated layer are saved apart, and the rows of a Mamba layer under names of their own.
             parts = list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
-            parts = [part for part in parts if isinstance(part, ShardedTensor)]
-            if parts:
-                assert len({part.key for part in parts}) == 1
-                shapes[parts[0].key] = tuple(parts[0].global_shape)
+            own = {part.key: tuple(part.global_shape) for part in parts if isinstance(part, ShardedTensor)}
+            if len(own) > 1:
+                [rest] = {shape[1:] for shape in own.values()}
+                own = {entry.key: (sum(shape[0] for shape in own.values()), *rest)}
+            shapes |= own
         found.append(shapes)
     return found
 
@@ -142,8 +150,11 @@ SIZES = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100, "seq_le
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"hybrid_layer_pattern": "M*"}, "hybrid_layer_pattern: 'M' is a layer of Mamba, which is not supported yet"),
-        ({"hybrid_layer_pattern": "*E"}, "'E' is a layer of experts"),
+        ({"hybrid_layer_pattern": "M*", "mamba_head_dim": 48}, "mamba_head_dim 48 does not divide 2·hidden_size 128"),
+        ({"hybrid_layer_pattern": "M*"}, "mamba_num_groups 8 does not divide the 2 heads of a Mamba layer"),
+        ({"mamba_head_dim": 32}, "hybrid_layer_pattern"),
+        ({"hybrid_layer_pattern": "*E"}, "num_experts belongs to layers E of hybrid_layer_pattern"),
+        ({"hybrid_layer_pattern": "*-", "num_experts": 4}, "num_experts belongs to layers E of hybrid_layer_pattern"),
         ({"hybrid_layer_pattern": "*G"}, "'G' is a layer of gated delta net"),
         ({"hybrid_layer_pattern": "*D"}, "'D' is a layer of sparse attention"),
         ({"hybrid_layer_pattern": "+-"}, "'+' is a layer of latent attention"),

@@ -17,6 +17,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gated": {"swiglu": True, "add_bias_linear": False},
     "grouped queries": {"group_query_attention": True, "num_query_groups": 2, "add_qkv_bias": True},
     "untied": {"untie_embeddings_and_output_weights": True},
+    "experts": {
+        "num_experts": 4,
+        "moe_ffn_hidden_size": 24,
+        "moe_shared_expert_intermediate_size": 40,
+        "moe_shared_expert_gate": True,
+        "moe_aux_loss_coeff": 0.01,
+        "moe_layer_freq": [0, 1],
+        "add_bias_linear": False,
+    },
     "q/k norm, RMSNorm, rotary": {"qk_layernorm": True, "normalization": "RMSNorm", "position_embedding_type": "rope"},
     "latent attention, multi-token prediction": {
         "multi_latent_attention": True,

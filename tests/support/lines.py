@@ -75,9 +75,11 @@ ACCEPTED = {
     "FSDP": Accepted("--use-torch-fsdp2 --no-gradient-accumulation-fusion --ckpt-format torch_dist", {}),
     "experts": Accepted(
         "--num-experts 8 --expert-model-parallel-size 4 --moe-ffn-hidden-size 64 --moe-grouped-gemm "
-        "--moe-router-topk 4 --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-3 --moe-z-loss-coeff 0 --swiglu "
-        "--moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate --disable-bias-linear "
-        "--moe-router-dtype fp32 --moe-layer-freq ([0]*1+[1]*3) --moe-token-dispatcher-type alltoall --moe-permute-fusion",
+        "--moe-router-topk 4 --moe-router-load-balancing-type seq_aux_loss "
+        "--moe-aux-loss-coeff 1e-3 "
+        "--moe-z-loss-coeff 0 --swiglu --moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate --disable-bias-linear "
+        "--moe-router-dtype fp32 --moe-layer-freq ([0]*1+[1]*3) "
+        "--moe-token-dispatcher-type alltoall --moe-permute-fusion",
         {
             "num_experts": 8,
             "moe_ffn_hidden_size": 64,
@@ -150,17 +152,30 @@ REFUSED = {
     "another model's builder": Refused("--model-provider mamba", "--model-provider mamba"),
     "BERT": Refused("", "pretrain_bert.py: BERT models", "pretrain_bert.py"),
     "T5": Refused("--encoder-num-layers 4 --decoder-num-layers 4", "pretrain_t5.py: T5 models", "pretrain_t5.py"),
-    "Mamba": Refused(
-        "--hybrid-layer-pattern M*M-", "--hybrid-layer-pattern: 'M' is a layer of Mamba", "pretrain_hybrid.py"
+    "a hybrid model's builder of a GPT": Refused(
+        "--hybrid-layer-pattern *-*- --model-provider gpt", "--model-provider gpt", "pretrain_hybrid.py"
     ),
-    "Mamba, as 0.16 says it": Refused(
-        "--is-hybrid-model --hybrid-override-pattern M*M-",
-        "--hybrid-override-pattern: 'M' is a layer of Mamba",
+    "gated delta net": Refused(
+        "--hybrid-layer-pattern G*M-", "--hybrid-layer-pattern: 'G' is a layer of gated delta net", "pretrain_hybrid.py"
+    ),
+    "gated delta net, as 0.16 says it": Refused(
+        "--is-hybrid-model --hybrid-override-pattern G*M-",
+        "--hybrid-override-pattern: 'G' is a layer of gated delta net",
         "pretrain_mamba.py",
     ),
-    "Mamba by default": Refused(
+    "Mamba layers in groups that they cannot make": Refused(
+        "--hybrid-layer-pattern M*-- --mamba-num-heads 12",
+        "--mamba-num-groups 8 does not divide the 12 heads of a Mamba layer",
+        "pretrain_hybrid.py",
+    ),
+    "shares beside another pattern": Refused(
         "--hybrid-attention-ratio 0.5 --hybrid-override-pattern *-*-",
-        "--hybrid-attention-ratio: a share of the layers, the others being Mamba layers",
+        "--hybrid-attention-ratio beside --hybrid-override-pattern, whose layers are others",
+        "pretrain_mamba.py",
+    ),
+    "shares of more than all": Refused(
+        "--hybrid-attention-ratio 0.5 --hybrid-mlp-ratio 0.75",
+        "--hybrid-attention-ratio 0.5 and --hybrid-mlp-ratio 0.75 are no parts of a whole",
         "pretrain_mamba.py",
     ),
     "a hybrid model without a pattern": Refused("", "--hybrid-layer-pattern is missing", "pretrain_hybrid.py"),

@@ -5,6 +5,7 @@ initial weights that are the same numbers on every layout. All but the dataclass
 """
 
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -172,12 +173,18 @@ def build_chunks(sizes: Sizes, layout: Layout, config: Any, layer_spec: Any = No
     return chunks
 
 
+_DRAWN = re.compile(r"\.mixer\.(conv1d|A_log|dt_bias)\b")
+_RANGES = {"conv1d": (-0.5, 0.5), "A_log": (0.0, 2.7), "dt_bias": (-6.0, -2.0)}
+"""What Megatron draws of a Mamba layer by itself, whatever the std → about what range it draws from."""
+
+
 @torch.no_grad()
 def draw_weights(chunks: Sequence[Any], std: float, seed: int = 7) -> None:
     """Overwrite every matrix with numbers that depend on its global name and shape alone, not on the layout.
 
     Each global tensor (all layers of one kind together) is drawn whole and this rank copies its part. Gains and biases
-    keep the 1 and 0 they were built with. Call it before DDP and the optimizer take their copies.
+    keep the 1 and 0 they were built with, but for those of Mamba layers that Megatron draws. Call it before DDP and the
+    optimizer take their copies.
     """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -186,10 +193,13 @@ def draw_weights(chunks: Sequence[Any], std: float, seed: int = 7) -> None:
         for entry in nested_values(chunk.sharded_state_dict()):
             parts = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
             for part in parts:
-                if not isinstance(part, ShardedTensor) or part.data.dim() < 2:
+                if not isinstance(part, ShardedTensor) or (part.data.dim() < 2 and not _DRAWN.search(part.key)):
                     continue
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {part.key}".encode()))
                 whole = std * torch.randn(part.global_shape, generator=generator)
+                if own := _DRAWN.search(part.key):
+                    low, high = _RANGES[own[1]]
+                    whole = low + (high - low) * torch.rand(part.global_shape, generator=generator)
                 begin = part.global_offset
                 size = (1,) * part.prepend_axis_num + tuple(part.local_shape)
                 mine = whole[tuple(slice(b, b + n) for b, n in zip(begin, size, strict=True))]

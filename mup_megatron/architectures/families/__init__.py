@@ -8,6 +8,7 @@ from mup_megatron.architectures.families.attention import ATTENTION
 from mup_megatron.architectures.families.experts import EXPERTS
 from mup_megatron.architectures.families.family import Block, Family, Growth, Size, linear, norm, vector
 from mup_megatron.architectures.families.latent import LATENT_ATTENTION
+from mup_megatron.architectures.families.mamba import MAMBA
 from mup_megatron.architectures.families.mlp import MLP
 from mup_megatron.architectures.families.mtp import MTP
 
@@ -15,6 +16,7 @@ __all__ = [
     "ATTENTION",
     "EXPERTS",
     "LATENT_ATTENTION",
+    "MAMBA",
     "MLP",
     "MTP",
     "Block",

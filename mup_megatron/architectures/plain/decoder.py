@@ -145,11 +145,11 @@ class TiedReadout(nn.Module):
 
 
 def draw_weights(model: nn.Module, std: Mapping[str, float], seed: int) -> None:
-    """Fills every matrix with std·N(0, 1), the same numbers for the same names, shapes, stds and seed."""
+    """Fills every matrix with a std with std·N(0, 1), the same numbers for the same names, shapes, stds and seed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and name in std:
                 draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(std[name] * draw)
 

@@ -20,6 +20,7 @@ from mup_megatron.check.family.sizes import DEPTH, HEAD_SIZE, SEQUENCE, SMALLEST
 from mup_megatron.check.measure.optimizers import clamped
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
+from mup_megatron.theory import Kept
 
 WIDEST_BASE = 4096
 """Beyond which no base is looked for."""
@@ -207,8 +208,9 @@ def condensed(
             comes first; None leaves all.
 
     Raises:
-        InputError: the target has experts.
+        InputError: the target has experts, or Mamba layers.
     """
+    _require_drawn(target)
     if target.num_experts is not None:
         raise InputError(
             f"num_experts {target.num_experts}: `check` does not know models with experts yet. Check the recipe on the "
@@ -234,6 +236,16 @@ def condensed(
     small_base = architecture.with_layers(small_base, own_layers)
     small = small if kept is None else architecture.with_layers(small, kept)
     return small, recipe.model_copy(update={"base": small_base, "per_parameter": overrides})
+
+
+def _require_drawn(target: ModelFile) -> None:
+    """Raises InputError for what starts as its library draws it, which the correct runs of a check do not know yet."""
+    kept = next((each.name for each in shapes_of(target, target)[1].tensors if isinstance(each.start, Kept)), None)
+    if kept is not None:
+        raise InputError(
+            f"{kept}: a check does not know layers of this kind yet (Mamba). Check a model without them; training "
+            "compares the live model with the plan in any case."
+        )
 
 
 def _turning_whole_pairs(*models: ModelFile) -> list[ModelFile]:

@@ -304,10 +304,10 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "read only with a kind of layer that is refused by its letter (`M` in `--hybrid-layer-pattern`)",
+        "how a Mamba layer's state is stored and computed",
         """
-        --mamba-head-dim --mamba-num-groups --mamba-num-heads --mamba-state-dim --mamba-training-ssm-states-dtype
-        --mamba-inference-conv-states-dtype --mamba-inference-ssm-states-dtype --disable-mamba-mem-eff-path
+        --mamba-training-ssm-states-dtype --mamba-inference-conv-states-dtype --mamba-inference-ssm-states-dtype
+        --disable-mamba-mem-eff-path
         """,
     ),
     (
@@ -382,7 +382,10 @@ def _rows() -> Iterator[Row]:
     for name in MORE_TOKENS:
         yield Row(name, Effect.MODEL, "adds to the vocabulary; `model --from-args` then asks for its size")
     for name in ("--model-provider", "--model-type"):
-        yield Row(name, Effect.REFUSED, "another model than a GPT is built, unless it says `gpt`.")
+        said = (
+            "another model is built than the flags describe, unless it is `gpt` or, with a pattern, `hybrid`, `mamba`."
+        )
+        yield Row(name, Effect.REFUSED, said)
     for flag in HYPERPARAMETERS.values():
         if flag.name not in {field.name for field in FIELDS.values()}:
             more = (

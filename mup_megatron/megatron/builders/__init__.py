@@ -1,6 +1,6 @@
 """Makes a live model of Megatron-Core of each architecture: one module each, named by its `builder`.
 
-A builder has `build(model, config, stage)`, which gives this rank's chunk, and `CONFIG`, the fields of a
+A builder has `build(model, config, stage)`, which gives this rank's chunk, and `config(model)`, the fields of a
 TransformerConfig that the architecture needs; `layers.py` has those of single kinds of layers. Importing one imports
 Megatron: the CPU runtime has to come before.
 """
@@ -32,7 +32,7 @@ def build_chunk(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Mo
 
 def config_fields(model: ModelFile) -> Mapping[str, Any]:
     """Returns the fields of the TransformerConfig that only models of its architecture, or with its layers, have."""
-    return {**_builder(model).CONFIG, **layer_fields(model), **expert_fields(model)}
+    return {**_builder(model).config(model), **layer_fields(model), **expert_fields(model)}
 
 
 def transformer_config(model: ModelFile, fields: Mapping[str, Any]) -> Any:

@@ -126,7 +126,8 @@ def sum_gradients_of_shared_keys() -> None:
         if module.config.sequence_parallel:
             return mappings.scatter_to_sequence_parallel_region(gathered), output[1]
         rank = module.config.kv_lora_rank
-        key = mappings.copy_to_tensor_model_parallel_region(gathered[..., rank:])
+        # The product's gradient is contiguous, as 0.16 wants it: what it adds up else is lost.
+        key = mappings.copy_to_tensor_model_parallel_region(gathered[..., rank:]) * 1.0
         return torch.cat([gathered[..., :rank], key], dim=-1), output[1]
 
     latent.__init__ = build

@@ -1,5 +1,6 @@
 """Megatron-Core's `HybridModel` (`MambaModel` before 0.18): each layer is one family, told by a letter of a pattern."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -229,6 +230,20 @@ class Hybrid(Decoder):
         letters = _file(model).letters
         period = next(n for n in range(1, len(letters) + 1) if letters == (letters[:n] * len(letters))[: len(letters)])
         return self.with_layers(model, range(min(len(letters), max(1, layers // period) * period)))
+
+    def narrowed(self, target: ModelFile, hidden: int) -> tuple[Mapping[str, Any], Sequence[str]]:
+        """Returns heads of Mamba layers in the target's ratio to the hidden size, and as many groups as divide them."""
+        file = _file(target)
+        if "M" not in file.letters:
+            return super().narrowed(target, hidden)
+        sizes = file.mamba_sizes(target.hidden_size)
+        heads = max(1, round(sizes.heads * hidden / target.hidden_size))
+        groups = math.gcd(heads, sizes.groups)
+        fewer = (
+            f"mamba_num_groups {groups}, in the target {sizes.groups}, which do not divide {heads} heads: B and C have "
+            "fewer rows."
+        )
+        return {"mamba_num_heads": heads, "mamba_num_groups": groups}, () if groups == sizes.groups else (fewer,)
 
     def stages(self, model: ModelFile) -> Sequence[int] | None:
         """Returns the layers between the pattern's boundaries; None where it has none."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mup_megatron.architectures.keys.custom import CustomKeys
 from mup_megatron.architectures.keys.experts import ExpertKeys
 from mup_megatron.errors import InputError
 
@@ -22,7 +23,7 @@ _NOT_SUPPORTED = (
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
-class ModelFile(ExpertKeys):
+class ModelFile(CustomKeys, ExpertKeys):
     """The shape of a language model of one stack.
 
     Field names, meanings and defaults are Megatron-LM's arguments of the same name.

@@ -67,8 +67,12 @@ def choose_proxy(target: ModelFile, search: Search, *, width: int = MIN_WIDTH, b
     if ffn * target.hidden_size != target.ffn_size * hidden:
         ratio = target.ffn_size / target.hidden_size
         notes.append(f"ffn_hidden_size {ffn} is rounded; the target's ratio to hidden_size is {ratio:.4g}.")
+    stack = architecture_of(target)
+    own, of_own = stack.narrowed(target, hidden)
+    notes += of_own
     model = target.model_copy(
         update={
+            **own,
             "hidden_size": hidden,
             "num_attention_heads": heads,
             "kv_channels": target.head_size,
@@ -76,7 +80,6 @@ def choose_proxy(target: ModelFile, search: Search, *, width: int = MIN_WIDTH, b
             "num_query_groups": groups if target.group_query_attention else 1,
         }
     )
-    stack = architecture_of(target)
     least = -(-_BRANCHES * MIN_DEPTH // stack.branches)
     model = stack.with_depth(model, target.num_layers)
     for depth in range(target.num_layers - 1, least - 1, -1):

@@ -213,7 +213,7 @@ class Recipe(Strict):
 
     @property
     def optimizer_values(self) -> dict[str, float]:
-        """What these read that not every optimizer does, by key."""
+        """The hyperparameters that these read and that not every optimizer does, by key."""
         rules = [theory.optimizers()[name] for name in self.optimizers]
         return {key: getattr(self.hyperparameters, key) for each in rules for key in each.hyperparameters}
 

@@ -4,6 +4,7 @@ What differs between such models (which families a layer has, what the final nor
 it) is in one file for each: `gpt.py`, `hybrid.py`.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +13,17 @@ from typing import Any, ClassVar
 
 from mup_megatron.architectures.command_line import CommandLine
 from mup_megatron.architectures.custom import custom_tensors
-from mup_megatron.architectures.families import Family, Growth, Size, norm
+from mup_megatron.architectures.families import MTP, Block, Family, Growth, Size, norm
 from mup_megatron.architectures.families.family import Remarking
 from mup_megatron.architectures.measured import Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS
+from mup_megatron.architectures.names import (
+    MTP_INNER,
+    POSITION_EMBEDDINGS,
+    READOUT_WEIGHT,
+    WORD_EMBEDDINGS,
+    mtp_layer,
+)
 from mup_megatron.errors import InputError
 from mup_megatron.theory import READOUT, Acts, ModelShape, Place, Property, Side, Stack, Tensor
 
@@ -34,6 +41,8 @@ _SHARED = {
 }
 """What base and target must share: key → what it decides. μP compares sizes, not architectures."""
 
+_QUERY_NORM = re.compile(r"\.(?:q_layernorm\.|linear_q_up_proj\.layer_norm_)")
+_MTP_NORM = re.compile(r"mtp\.layers\.\d+\.final_layernorm\.")
 _LAYOUT = ("transformer_impl", "moe_grouped_gemm")
 """What decides how parameters are called, and nothing else: a base may have another."""
 
@@ -130,6 +139,8 @@ class Decoder(ABC):
                 f"{' and '.join(sorted(kinds))}. Tune a base with the target's kinds of layers."
             )
         growth = Growth(own, target)
+        if of_base is self and all(getattr(base, key) == getattr(target, key) for key in _LAYOUT):
+            return self._shape(base, growth), self._shape(target, growth)
         as_tuned = _named_as(as_tuned, base)
         # One model has its tensors in one order, whatever architecture it is taken for.
         tuned_names = [tensor.name for tensor in of_base._tensors(as_tuned, growth)]
@@ -148,11 +159,22 @@ class Decoder(ABC):
         families = {family.name: family for _, family in self._branches(target)}
         return [each for own in families.values() if isinstance(own, Remarking) for each in own.remarks(base, target)]
 
-    def _branches(self, model: ModelFile) -> Iterator[tuple[str, Family]]:
-        """Each layer's name and one of its families, in order."""
+    def _branches(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
+        """Each layer's name and one of its families, in order; then those of multi-token prediction."""
+        yield from self._stack(model)
+        yield from self._further(model)
+
+    def _stack(self, model: ModelFile) -> Iterator[tuple[str, Family]]:
         for index, families in enumerate(self.layers(model)):
             for family in families:
                 yield f"{STACK}.layers.{index}", family
+
+    def _further(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
+        """The layers of multi-token prediction, each of the families of the stack's last one."""
+        for index in range(model.mtp_num_layers or 0):
+            yield mtp_layer(index), MTP
+            for family in self.layers(model)[-1]:
+                yield f"{mtp_layer(index)}.{MTP_INNER}", family
 
     def _shape(self, model: ModelFile, growth: Growth) -> ModelShape:
         tensors = tuple(self._tensors(model, growth))
@@ -164,8 +186,9 @@ class Decoder(ABC):
             head_size=model.head_size,
             stacks={STACK: Stack(model.num_layers, self.branches)},
             readout=WORD_EMBEDDINGS if model.tied else READOUT_WEIGHT,
-            readout_norm=tuple(name for name in names if name.startswith(self.final_norm)),
-            query_norms=tuple(name for name in names if ".q_layernorm." in name),
+            stock_softmax_scale=model.stock_softmax_scale,
+            readout_norm=tuple(name for name in names if name.startswith(self.final_norm) or _MTP_NORM.match(name)),
+            query_norms=tuple(name for name in names if _QUERY_NORM.search(name)),
             places=tuple(self.places(model)),
         )
 
@@ -175,11 +198,15 @@ class Decoder(ABC):
         yield replace(_embedding(WORD_EMBEDDINGS, vocabulary, hidden), padded_to=model.make_vocab_size_divisible_by)
         if model.position_embedding_type == "learned_absolute":
             yield _embedding(POSITION_EMBEDDINGS, Side(model.positions), hidden)
-        for layer, family in self._branches(model):
+        for layer, family in self._stack(model):
             for tensor in family.tensors(model, layer, growth):
                 yield replace(tensor, stack=STACK)
         yield from custom_tensors(model, self.layers(model), growth)
         yield from norm(model, self.final_norm, hidden)
+        for layer, block in self._further(model):
+            for tensor in block.tensors(model, layer, growth):
+                # Megatron draws what writes into the stream there as in the stack itself, by the stack's depth.
+                yield replace(tensor, stack=STACK)
         if not model.tied:
             yield Tensor(
                 name=READOUT_WEIGHT,
@@ -192,7 +219,7 @@ class Decoder(ABC):
 
     def sizes(self, model: ModelFile) -> Sequence[Size]:
         """Returns the sizes of a model's families that it has, each once."""
-        found = {size.key: size for _, family in self._branches(model) for size in family.sizes}
+        found = {size.key: size for _, family in self._stack(model) for size in family.sizes}
         return [size for size in found.values() if size.of(model) is not None]
 
     def places(self, model: ModelFile) -> Iterator[Place]:
@@ -212,16 +239,9 @@ class Decoder(ABC):
                 module = name.rpartition(".")[0]
                 yield Measured(module, Kind.TABLE, "Embedding", (), leads=name == WORD_EMBEDDINGS)
                 stream.append(module)
-        for index, families in enumerate(self.layers(model)):
-            layer = f"{STACK}.layers.{index}"
-            for family in families:
-                own = [each.after(stream) for each in family.measured(model, layer)]
-                yield from own
-                stream += [each.module for each in own if each.kind is Kind.BRANCH]
-            yield Measured(layer, Kind.STREAM, "Residual stream", tuple(stream), leads=True)
-            stream = [layer]
+        yield from _stack_measured(model, STACK, self.layers(model), stream)
         final = self.final_norm.removesuffix(".")
-        yield inside(final, "Residual stream", *stream)
+        yield inside(final, "Residual stream", f"{STACK}.layers.{model.num_layers - 1}")
         readout = READOUT_WEIGHT.rpartition(".")[0]
         yield Measured(readout, Kind.READOUT, "Readout (the model's logits)", (final,), leads=True)
 
@@ -231,6 +251,20 @@ class Decoder(ABC):
         for _, family in self._branches(model):
             found.update(family.flops(model))
         return {**found, "readout": 6.0 * model.hidden_size * model.padded_vocab_size()}
+
+
+def _stack_measured(
+    model: ModelFile, stack: str, layers: Sequence[Sequence[Family]], stream: Sequence[str]
+) -> Iterator[Measured]:
+    """What a check looks at in a stack of layers, to which these modules give the residual stream."""
+    for index, families in enumerate(layers):
+        layer = f"{stack}.layers.{index}"
+        for family in families:
+            own = [each.after(stream) for each in family.measured(model, layer)]
+            yield from own
+            stream = [*stream, *(each.module for each in own if each.kind is Kind.BRANCH)]
+        yield Measured(layer, Kind.STREAM, "Residual stream", tuple(stream), leads=True)
+        stream = [layer]
 
 
 def as_other(one: Decoder, other: Decoder, model: ModelFile) -> ModelFile | None:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from mup_megatron.architectures.command_line import CommandLine
 from mup_megatron.architectures.decoder import Decoder
-from mup_megatron.architectures.families import ATTENTION, EXPERTS, MLP, Family
+from mup_megatron.architectures.families import ATTENTION, EXPERTS, LATENT_ATTENTION, MLP, Family
 from mup_megatron.architectures.model_file import ModelFile
 
 _PROGRAMS = (
@@ -40,7 +40,8 @@ class Gpt(Decoder):
 
     def layers(self, model: ModelFile) -> Sequence[Sequence[Family]]:
         """Returns attention, and an MLP or experts, for each layer."""
-        return [(ATTENTION, EXPERTS if model.has_experts(layer) else MLP) for layer in range(model.num_layers)]
+        attention: Family = LATENT_ATTENTION if model.multi_latent_attention else ATTENTION
+        return [(attention, EXPERTS if model.has_experts(layer) else MLP) for layer in range(model.num_layers)]
 
     def with_layers(self, model: ModelFile, kept: Sequence[int]) -> ModelFile:
         """Returns the model with these of its layers."""

@@ -64,6 +64,9 @@ class HybridFile(mamba.MambaKeys, ModelFile):
     def _agree(self) -> "HybridFile":
         if self.qk_layernorm:
             raise ValueError("qk_layernorm: a hybrid model's attention has no norms of queries and keys. Remove it.")
+        for key in ("multi_latent_attention", "mtp_num_layers"):
+            if getattr(self, key):
+                raise ValueError(f"{key}: not supported yet in a hybrid model. Remove the key, or choose a GPT.")
         if self.num_layers != len(self.letters):
             raise ValueError(
                 f"num_layers {self.num_layers}, and hybrid_layer_pattern has {len(self.letters)}. Remove num_layers."
@@ -254,6 +257,8 @@ class Hybrid(Decoder):
         """Returns a GPT as the pattern `*-*-…` of twice as many layers, with `E` where it has experts."""
         if other is not GPT:
             return super().taken_from(other, model)
+        if model.multi_latent_attention or model.mtp_num_layers:
+            return None
         pattern = "".join("*E" if model.has_experts(layer) else "*-" for layer in range(model.num_layers))
         own = {"num_layers": len(pattern), "hybrid_layer_pattern": pattern, "moe_layer_freq": 1}
         return HybridFile.model_construct(**{**dict(model), **own})

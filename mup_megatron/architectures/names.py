@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 POSITION_EMBEDDINGS = "embedding.position_embeddings.weight"
 READOUT_WEIGHT = "output_layer.weight"
+MTP_INNER = "transformer_layer"
+"""The layer within a layer of multi-token prediction, as checkpoints call it."""
 _LAYER = re.compile(r"^(\w+)\.layers\.(\d+)\.(.+)$")
+_MTP_INNER = re.compile(r"^(mtp\.layers\.\d+)\.mtp_model_layer\.(?!layers\.)")
 _EXPERT = re.compile(
     r"(?<=\.experts\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+$|"
     r"(?<=\.experts\.linear_fc[12]\.bias)\d+$"
@@ -23,6 +26,11 @@ def layer_of(name: str) -> tuple[str, int, str] | None:
 def in_layer(stack: str, index: int, rest: str) -> str:
     """Returns the name of something in a layer; the inverse of `layer_of`."""
     return f"{stack}.layers.{index}.{rest}"
+
+
+def mtp_layer(index: int) -> str:
+    """Returns the name of a layer of multi-token prediction, by its index from 0."""
+    return f"mtp.layers.{index}"
 
 
 def is_of_experts(name: str) -> bool:
@@ -49,7 +57,8 @@ def global_name(
     if parts is None or parts[0] not in layers:
         return local_name
     stack, index, rest = parts
-    return in_layer(stack, layers[stack][index], rest)
+    # Since 0.17 a GPT's own layer there has another name in the live model than in its checkpoints.
+    return _MTP_INNER.sub(rf"\1.{MTP_INNER}.", in_layer(stack, layers[stack][index], rest))
 
 
 def stage_layers(

@@ -3,7 +3,7 @@
 An architecture is one file and one line here: see `gpt.py` and `decoder.py` for what it has to say.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,6 +136,11 @@ def _as_model_file(content: object, handler: Callable[[object], ModelFile]) -> M
 
 AnyModelFile = Annotated[SerializeAsAny[ModelFile], WrapValidator(_as_model_file)]
 """A model file of whatever architecture, as a field of another content."""
+
+
+def remarks_on(base: ModelFile, target: ModelFile) -> Sequence[str]:
+    """Returns what is known of transfer between a base and a target that differ in more than width, in sentences."""
+    return architecture_of(target).remarks(base, target)
 
 
 def shapes_of(base: ModelFile, target: ModelFile) -> tuple[ModelShape, ModelShape]:

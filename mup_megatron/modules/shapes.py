@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 
 from mup_megatron.errors import InputError
-from mup_megatron.modules.attention import AttentionSettings, attention_of, attentions_of, is_attention
+from mup_megatron.modules.attention import AttentionSettings, attention_of, attentions_of, is_mixer
 from mup_megatron.modules.draws import Draw, Watch, build_on_meta
 from mup_megatron.modules.experts import Membership, Memberships
 from mup_megatron.modules.names import named_modules, named_parameters
@@ -297,7 +297,8 @@ def _require_base_is_not_more(
 
 
 TABLES = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-_ADDED = ("embed", "token", "pos", "query", "latent", "prompt")
+_BETWEEN = ("project", "adapter", "lora")
+_ADDED = ("embed", "token", "pos", "query", "latent", "prompt", "probe")
 
 
 # ---- one parameter -------------------------------------------------------------------------------------------------
@@ -330,12 +331,12 @@ def _parameters(
             attribute=attribute,
             grows=base.grows,
             in_layer=layer and name != readout,
-            in_attention=layer and any(is_attention(modules[part]) for part in (*_ancestors(prefix), prefix)),
+            in_mixer=layer and any(is_mixer(modules[part]) for part in (*_ancestors(prefix), prefix)),
             draw=draw,
             experts=experts,
             counted=counted,
             routes=experts.around is not None and sum(base.grows) == 1 and (counted is not None or 1 in shape),
-            summed=summed.get(family_of(name)),
+            summed=summed.get(family_of(name), _declared_sum(module)),
         )
         parameters = _classified(seen, base.shape), _classified(seen, shape)
         if parameters[0] is None or parameters[1] is None:
@@ -349,6 +350,12 @@ def _parameters(
             "convolutions, embeddings, norms, biases, and own parameters with embed, token or pos in the name."
         )
     return found
+
+
+def _declared_sum(experts: torch.nn.Module) -> int | None:
+    """The dimension that experts in one tensor sum over, where they say it in transformers' way."""
+    transposed = getattr(experts, "is_transposed", None)
+    return None if not isinstance(transposed, bool) else 1 if transposed else 2
 
 
 def _embeddings(model: torch.nn.Module) -> dict[int, tuple[torch.nn.Module, str, str]]:
@@ -372,7 +379,7 @@ class _Seen:
     grows: tuple[bool, ...]
     in_layer: bool
     """It belongs to one of several layers, and so is no model's readout or input."""
-    in_attention: bool
+    in_mixer: bool
     """What gets narrow there is a bottleneck, and no readout."""
     draw: Draw
     experts: Membership
@@ -389,6 +396,13 @@ class _Seen:
         that is no layer, its shape does not say.
         """
         return not self.is_torchs and any(word in self.name.lower() for word in _ADDED)
+
+    @property
+    def is_between(self) -> bool:
+        """By its name it goes from one part of a model to another, or beside a weight: what gets narrow there is a
+        bottleneck, and no readout.
+        """
+        return any(word in self.name.lower() for word in _BETWEEN)
 
     @property
     def is_torchs(self) -> bool:
@@ -437,7 +451,7 @@ def _classified(seen: _Seen, shape: tuple[int, ...]) -> Tensor | None:
     if len(shape) <= 1:
         # A bias of a layer, or of a norm; a vector of a module's own could be a readout of one output.
         of_layer = (
-            seen.in_attention or "Norm" in type(seen.module).__name__ or linear_sides(seen.module, "weight") is not None
+            seen.in_mixer or "Norm" in type(seen.module).__name__ or linear_sides(seen.module, "weight") is not None
         )
         known = of_layer or seen.is_torchs or seen.is_added
         if seen.draw.std is not None and not known and any(seen.grows):
@@ -454,12 +468,14 @@ def _classified(seen: _Seen, shape: tuple[int, ...]) -> Tensor | None:
     if order is not None:
         fan_out, fan_in = (sides[d] for d in order)
         narrows = fan_in.grows and not fan_out.grows
-        reads_out = narrows and not seen.in_layer
-        inside = seen.in_attention or seen.experts.of is not None
+        reads_out = narrows and not seen.in_layer and not seen.is_between
+        inside = seen.in_mixer or seen.experts.of is not None or seen.is_between
         role = Role.HIDDEN if inside else None
         # A convolution sums over its kernel as well.
         summed = Side(fan_in.size * math.prod(shape[2:]), fan_in.grows)
         return tensor(summed, fan_out, *((Property.READOUT,) if reads_out else ()), role=role)
+    if len(sides) == 2 and seen.summed is not None and (all(seen.grows) or seen.is_between):
+        return tensor(sides[seen.summed], sides[1 - seen.summed], role=Role.HIDDEN)
     if not any(seen.grows[:-1]) and (seen.is_added or not seen.grows[-1]):
         return tensor(Side(math.prod(shape[:-1])), sides[-1])
     return None

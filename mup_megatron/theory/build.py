@@ -3,7 +3,9 @@
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
+from typing import Any
 
 from mup_megatron.theory import rules
 from mup_megatron.theory.errors import PlanError
@@ -79,6 +81,10 @@ class ModelShape:
     """What it multiplies the readout's input by, if nothing is said (T5: 1/√hidden_size)."""
 
 
+_but_for_names = attrgetter(*(each.name for each in fields(Tensor) if each.name not in {"name", "name_at_base"}))
+"""What tensors that are alike have in common."""
+
+
 def build_plan(
     base: ModelShape,
     target: ModelShape,
@@ -102,13 +108,18 @@ def build_plan(
     standard = rules_used.rule is Rule.STANDARD
     depths = {name: Sizes(base.stacks.get(name, stack).depth, stack.depth) for name, stack in target.stacks.items()}
     entries = []
+    like: dict[Any, PlanEntry] = {}
+    """Entries of tensors that differ in name alone, of which experts are many."""
     for tensor in target.tensors:
         counterpart = at_base.of(tensor.name)
-        s = scaling(counterpart, tensor, depths.get(tensor.stack, Sizes(1, 1)))
-        entry = _entry(tensor, counterpart, s.without_width() if standard else s, tuned, rules_used)
-        if not standard:
-            entry = replace(entry, stock_multiplier=tensor.stock_multiplier / counterpart.stock_multiplier)
-        entries.append(_overridden(entry, tensor, overrides))
+        kind = (_but_for_names(tensor), _but_for_names(counterpart))
+        if kind not in like:
+            s = scaling(counterpart, tensor, depths.get(tensor.stack, Sizes(1, 1)))
+            like[kind] = _entry(tensor, counterpart, s.without_width() if standard else s, tuned, rules_used)
+            if not standard:
+                stock = tensor.stock_multiplier / counterpart.stock_multiplier
+                like[kind] = replace(like[kind], stock_multiplier=stock)
+        entries.append(_overridden(replace(like[kind], name=tensor.name), tensor, overrides))
     _require_all_used(overrides, target.tensors)
     _require_same_meaning(overrides, base.tensors, target.tensors)
     _require_multiplied(tuned, target)
@@ -184,6 +195,12 @@ def _entry(tensor: Tensor, base: Tensor, s: Scaling, tuned: Tuned, used: Rules) 
     if Property.ROUTER in properties and used.router is not role:
         role, properties = used.router, properties - {Property.FOLDED}
     optimizer = used.optimizer.for_tensor(tensor)
+    bottleneck = tensor.declared_role is Role.HIDDEN and not tensor.fan_out.grows and Property.EXPERT not in properties
+    if bottleneck and s.r_in != 1.0 and not optimizer.bottlenecks:
+        raise PlanError(
+            f"{tensor.name}: a bottleneck, whose output keeps its size {tensor.fan_out.size} while the model grows; "
+            f"the rules of {optimizer.title} are not known for it. Use Adam, or let it grow with the width."
+        )
     vector = Property.VECTOR in properties
     entry = PlanEntry(
         name=tensor.name,
@@ -207,16 +224,22 @@ def _entry(tensor: Tensor, base: Tensor, s: Scaling, tuned: Tuned, used: Rules) 
         weight_decay=0.0
         if vector
         else optimizer.decayed(role, s, lam=tuned.weight_decay, exponent=used.weight_decay_exponent),
-        rule=f"{used.rule}.{optimizer.name}.{role}"
-        + (".residual" if Property.RESIDUAL in properties else "")
-        + (f", eps × {s.share.ratio:g} for its share of the tokens" if s.share.ratio != 1.0 else ""),
+        rule=f"{used.rule}.{optimizer.name}.{role}" + _more(properties, s),
         padded_to=tensor.padded_to,
         library_std=tensor.start.std if isinstance(tensor.start, LibraryDraw) else None,
     )
-    if Property.FOLDED not in properties:
-        return entry
+    return _folded(entry) if Property.FOLDED in properties else entry
+
+
+def _folded(entry: PlanEntry) -> PlanEntry:
     # The rule itself is folded: there is nothing that could be taken out again.
     return replace(moved(entry, entry.multiplier), folded=1.0, fold_offset=0.0)
+
+
+def _more(properties: frozenset[Property], s: Scaling) -> str:
+    """What of a rule the role does not say."""
+    own = "".join(f".{each}" for each in (Property.RESIDUAL, Property.EXPERT) if each in properties)
+    return own if s.share.ratio == 1.0 else f"{own} (its share of the tokens × {s.share.ratio:.4g})"
 
 
 def _init_std(tensor: Tensor, base: Tensor, role: Role, s: Scaling, *, sigma: float) -> float | None:
@@ -250,7 +273,7 @@ def _overridden(entry: PlanEntry, tensor: Tensor, overrides: tuple[Override, ...
             f"per_parameter[{index}] '{own.match}': {entry.name} keeps its library's own start, which has no init std. "
             "Take init_mult out, or narrow the pattern."
         )
-    return replace(
+    tuned = replace(
         entry,
         init_std=None if entry.init_std is None else entry.init_std * own.init_mult,
         multiplier=entry.multiplier * own.multiplier,
@@ -258,6 +281,7 @@ def _overridden(entry: PlanEntry, tensor: Tensor, overrides: tuple[Override, ...
         min_lr=entry.min_lr * own.lr_mult,
         rule=f"{entry.rule} × per_parameter[{index}]",
     )
+    return _folded(tuned) if Property.FOLDED in entry.properties else tuned
 
 
 def _matches(override: Override, tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from mup_megatron.megatron.names import unwrapped
 from mup_megatron.training.build import Built
 from mup_megatron.training.data.dataset import global_batch
 from mup_megatron.training.options import BatchSizes
@@ -100,7 +101,10 @@ def _forward_step(batches: Iterator[Batch | None], model: Any) -> tuple[torch.Te
     if batch is None:
         return model(None, None, None), _no_loss
     on_device = {key: value.cuda(non_blocking=True) for key, value in batch.items()}
-    output = model(on_device["tokens"], on_device["position_ids"], None, labels=on_device["labels"])
+    # Multi-token prediction has a loss of its own within the model.
+    config: Any = unwrapped(model).config
+    more = {"loss_mask": on_device["loss_mask"]} if config.mtp_num_layers else {}
+    output = model(on_device["tokens"], on_device["position_ids"], None, labels=on_device["labels"], **more)
 
     def mean(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mask = on_device["loss_mask"]

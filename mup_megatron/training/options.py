@@ -198,6 +198,11 @@ def _bad_layout(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> I
             f"--num-layers-per-virtual-pipeline-stage {per_stage} does not divide the {model.num_layers // stages} "
             "layers of a pipeline stage. Choose a divisor of it."
         )
+    if stages > 1 and model.tied and model.mtp_num_layers:
+        yield (
+            f"--pipeline-model-parallel-size {stages}: Megatron cannot save tied embeddings with mtp_num_layers on "
+            "several stages. Use untie_embeddings_and_output_weights, or one stage."
+        )
     if options.sequence_parallel:
         if options.tensor_model_parallel_size == 1:
             yield (

@@ -295,3 +295,49 @@ def test_heads_that_grow_where_the_model_scales_queries_itself() -> None:
     found = plan("gemma2", target={"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1})
     assert found.softmax_scale == pytest.approx(16**-0.5 * 16 / 64)
     assert math.isclose(found.own_softmax_scale, 16**-0.5)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+def refused(config: Any, *words: str) -> None:
+    """Base and target are of 32 and 64."""
+    with pytest.raises(InputError) as raised:
+        planned(config(32), config(64))
+    message = str(raised.value)
+    assert len(message) <= 300, message
+    assert all(word in message for word in words), message
+
+
+def test_hyper_connections_are_refused_by_name() -> None:
+    def deepseek(width: int) -> PretrainedConfig:
+        return transformers.DeepseekV4Config(
+            vocab_size=64, hidden_size=width, moe_intermediate_size=width, num_hidden_layers=1, n_routed_experts=4,
+            num_attention_heads=width // 16, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_lora_rank=8,
+            o_groups=1, num_experts_per_tok=2, layer_types=["sliding_attention"], mlp_layer_types=["moe"],
+            architectures=["DeepseekV4ForCausalLM"],
+        )  # fmt: skip
+
+    refused(deepseek, "attn_hc.fn", "which side is fan_in cannot be known")
+
+
+def test_experts_side_by_side_in_one_matrix_are_refused_by_name() -> None:
+    def dbrx(width: int) -> PretrainedConfig:
+        return transformers.DbrxConfig(
+            vocab_size=64, d_model=width, n_heads=width // 16, n_layers=1, max_seq_len=32,
+            attn_config={"kv_n_heads": 1, "rope_theta": 10000.0},
+            ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+            architectures=["DbrxForCausalLM"],
+        )  # fmt: skip
+
+    refused(dbrx, "dbrx")
+
+
+def test_numbers_of_experts_that_differ_where_nobody_says_how_many_see_a_token() -> None:
+    def switch(width: int) -> PretrainedConfig:
+        return transformers.SwitchTransformersConfig(
+            vocab_size=64, d_model=width, d_ff=width, num_heads=width // 16, num_layers=2, num_sparse_encoder_layers=1,
+            num_experts=width // 16, architectures=["SwitchTransformersForConditionalGeneration"],
+        )  # fmt: skip
+
+    refused(switch, "num_experts is 2 in the recipe's base but 4")

@@ -48,7 +48,8 @@ def megatron_gpt(plan: Plan, target: ModelFile, weights: Weights, *, dtype: torc
 
 def load(model: torch.nn.Module, weights: Weights) -> None:
     """Copies weights by name; there must be one for each parameter."""
-    named = dict(model.named_parameters())
+    # As a checkpoint calls a layer of multi-token prediction, and as the plain model does.
+    named = {name.replace("mtp_model_layer", "transformer_layer"): p for name, p in model.named_parameters()}
     assert set(named) == set(weights), set(named) ^ set(weights)
     with torch.no_grad():
         for name, parameter in named.items():

@@ -111,7 +111,7 @@ def init_parallel(layout: Layout, seed: int = 1234) -> None:
 def transformer_config(sizes: Sizes, layout: Layout, **changes: Any) -> Any:
     """Megatron's TransformerConfig for these sizes: fp32, no dropout, CPU-safe. `changes` override any field."""
     from megatron.core.distributed import finalize_model_grads
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     fields = {
         "num_layers": sizes.num_layers,
@@ -142,7 +142,8 @@ def transformer_config(sizes: Sizes, layout: Layout, **changes: Any) -> Any:
         "batch_p2p_comm": layout.vpp is None,
         "finalize_model_grads_func": finalize_model_grads,
     }
-    return TransformerConfig(**{**fields, **cpu.transformer_config_overrides(), **changes})
+    kind = MLATransformerConfig if changes.get("multi_latent_attention") else TransformerConfig
+    return kind(**{**fields, **cpu.transformer_config_overrides(), **changes})
 
 
 def build_chunks(sizes: Sizes, layout: Layout, config: Any, layer_spec: Any = None) -> list[Any]:

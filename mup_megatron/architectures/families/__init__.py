@@ -6,8 +6,24 @@ Megatron-Core's, as on one rank.
 
 from mup_megatron.architectures.families.attention import ATTENTION
 from mup_megatron.architectures.families.experts import EXPERTS
-from mup_megatron.architectures.families.family import Family, Growth, Size, linear, norm, vector
+from mup_megatron.architectures.families.family import Block, Family, Growth, Size, linear, norm, vector
+from mup_megatron.architectures.families.latent import LATENT_ATTENTION
 from mup_megatron.architectures.families.mamba import MAMBA
 from mup_megatron.architectures.families.mlp import MLP
+from mup_megatron.architectures.families.mtp import MTP
 
-__all__ = ["ATTENTION", "EXPERTS", "MAMBA", "MLP", "Family", "Growth", "Size", "linear", "norm", "vector"]
+__all__ = [
+    "ATTENTION",
+    "EXPERTS",
+    "LATENT_ATTENTION",
+    "MAMBA",
+    "MLP",
+    "MTP",
+    "Block",
+    "Family",
+    "Growth",
+    "Size",
+    "linear",
+    "norm",
+    "vector",
+]

@@ -1,14 +1,16 @@
 """Experts: a router sends each token to a few of many MLPs; a shared one may see all tokens.
 
-Every expert has matrices of its own, of its own size: what grows is one expert's ffn, not that of all together. Router and gate compute one number for each expert and for the token, however wide the model is: outputs. Their
-multiplier is folded, because nothing can be hooked inside of a router.
+Every expert has matrices of its own, of its own size: what grows is one expert's ffn, not that of all together. Router
+and gate compute one number for each expert and for the token, however wide the model is: outputs. Their multiplier is
+folded, because nothing can be hooked inside of a router.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mup_megatron.architectures.families.family import Growth, linear, norm
+from mup_megatron.architectures.families.family import Growth, Size, linear, norm
+from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Kept, Part, Place, Property, Side, Tensor
 
@@ -35,6 +37,13 @@ class Experts:
         "has_legacy_experts",
     )
 
+    sizes: tuple[Size, ...] = (
+        Size(key="moe_ffn_hidden_size", attribute="expert_ffn_size", small=64),
+        Size(key="moe_shared_expert_intermediate_size", attribute="moe_shared_expert_intermediate_size", small=64),
+        Size(key="num_experts", attribute="num_experts", small=8, follows_width=False),
+        Size(key="moe_router_topk", attribute="moe_router_topk", small=2, follows_width=False),
+    )
+
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         """Yields norm, router, the experts one after the other, and the shared expert with its gate."""
         assert model.num_experts is not None
@@ -52,14 +61,10 @@ class Experts:
                 start=Kept(),
             )
         experts = _legacy if model.has_legacy_experts else _single
-        share = model.moe_router_topk / model.num_experts
-        for tensor in experts(model, f"{mlp}.experts", hidden, Side(model.expert_ffn_size, grows=True)):
-            properties = tensor.properties | {Property.EXPERT}
-            yield replace(tensor, properties=properties, share=share)
+        yield from experts(model, f"{mlp}.experts", hidden, Side(model.expert_ffn_size, grows=True))
         if model.moe_shared_expert_intermediate_size is not None:
             ffn = Side(model.moe_shared_expert_intermediate_size, grows=True)
-            fc1, fc2 = f"{mlp}.shared_experts.linear_fc1", f"{mlp}.shared_experts.linear_fc2"
-            yield from _pair(model, (fc1, ""), (fc2, ""), hidden, ffn)
+            yield from _mlp(model, f"{mlp}.shared_experts", hidden, ffn)
             if model.moe_shared_expert_gate:
                 yield _output(f"{mlp}.shared_experts.gate_weight", hidden, 1)
 
@@ -96,12 +101,21 @@ class Experts:
             return
         yield (
             f"Base and target differ in {', '.join(differ)}. Measured at hidden_size 64, from E8 k2 ffn 128 to E32 k8 "
-            "ffn 32: the best learning rate moves by at most 0.1 octave. What layers of experts give at the start changes "
-            "with k, and with num_experts where the softmax is over all of them."
+            "ffn 32: the best learning rate moves by at most 0.1 octave. What layers of experts give at the start "
+            "changes with k, and with num_experts where the softmax is over all of them."
         )
         share = (target.moe_router_topk / target.num_experts) / (base.moe_router_topk / base.num_experts)
         if share != 1.0:
             yield f"An expert of the target sees {share:.4g} times the share of tokens, and its eps is that much of it."
+
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields the norm, the router's weights of the experts, the shared expert, and what all of them add."""
+        norm, mlp = f"{layer}.pre_mlp_layernorm", f"{layer}.mlp"
+        yield inside(norm, "Experts' output", STREAM)
+        yield Measured(f"{mlp}.router", Kind.HIDDEN, "Router", (norm,), leads=True)
+        shared = [f"{mlp}.shared_experts"] if model.has_shared_expert else []
+        yield from (inside(each, "Experts' output", norm) for each in shared)
+        yield Measured(mlp, Kind.BRANCH, "Experts' output", (norm, f"{mlp}.router", *shared), leads=True)
 
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
         """Returns experts without a limit on their tokens."""
@@ -128,44 +142,36 @@ def _single(model: ModelFile, name: str, hidden: Side, ffn: Side) -> Iterator[Te
     """
     assert model.num_experts is not None
     grouped = model.moe_grouped_gemm and model.transformer_impl == "transformer_engine"
+    pattern = f"{name}.{{tensor}}{{expert}}" if grouped else f"{name}.local_experts.{{expert}}.{{tensor}}"
+    alike = [_of_expert(model, tensor, folded=grouped) for tensor in _mlp(model, "", hidden, ffn)]
     for expert in range(model.num_experts):
-        if grouped:
-            pair = _pair(model, (f"{name}.linear_fc1", str(expert)), (f"{name}.linear_fc2", str(expert)), hidden, ffn)
-            yield from (replace(tensor, properties=tensor.properties | {Property.FOLDED}) for tensor in pair)
-        else:
-            own = f"{name}.local_experts.{expert}"
-            yield from _pair(model, (f"{own}.linear_fc1", ""), (f"{own}.linear_fc2", ""), hidden, ffn)
+        for tensor in alike:
+            yield replace(tensor, name=pattern.format(tensor=tensor.name[1:], expert=expert))
 
 
-def _pair(model: ModelFile, fc1: tuple[str, str], fc2: tuple[str, str], hidden: Side, ffn: Side) -> Iterator[Tensor]:
-    """The two linear layers of an MLP: of each its name, and what is behind those of its parameters."""
+def _of_expert(model: ModelFile, tensor: Tensor, *, folded: bool) -> Tensor:
+    assert model.num_experts is not None
+    more = {Property.EXPERT, Property.FOLDED} if folded else {Property.EXPERT}
+    return replace(tensor, properties=tensor.properties | more, share=model.moe_router_topk / model.num_experts)
+
+
+def _mlp(model: ModelFile, name: str, hidden: Side, ffn: Side) -> Iterator[Tensor]:
+    """The two linear layers of an MLP of this size."""
     parts = (Part("gate", ffn.size), Part("up", ffn.size)) if model.swiglu else ()
     rows = replace(ffn, size=2 * ffn.size) if model.swiglu else ffn
-    for tensor in linear(fc1[0], hidden, rows, bias=model.add_bias_linear, parts=parts):
-        yield replace(tensor, name=tensor.name + fc1[1])
-    for tensor in linear(fc2[0], ffn, hidden, bias=model.add_bias_linear, residual=True):
-        yield replace(tensor, name=tensor.name + fc2[1])
+    yield from linear(f"{name}.linear_fc1", hidden, rows, bias=model.add_bias_linear, parts=parts)
+    yield from linear(f"{name}.linear_fc2", ffn, hidden, bias=model.add_bias_linear, residual=True)
 
 
 def _legacy(model: ModelFile, name: str, hidden: Side, ffn: Side) -> Iterator[Tensor]:
     """All experts' matrices beside each other, transposed, in one tensor for each of the two layers."""
     assert model.num_experts is not None
-    rows = replace(ffn, size=2 * ffn.size) if model.swiglu else ffn
-    folded = frozenset({Property.FOLDED})
-    yield Tensor(
-        name=f"{name}.weight1",
-        shape=(hidden.size, model.num_experts * rows.size),
-        fan_in=hidden,
-        fan_out=rows,
-        properties=folded,
-    )
-    yield Tensor(
-        name=f"{name}.weight2",
-        shape=(model.num_experts * ffn.size, hidden.size),
-        fan_in=ffn,
-        fan_out=hidden,
-        properties=folded | {Property.RESIDUAL},
-    )
+    fc1, fc2 = (tensor for tensor in _mlp(model, "", hidden, ffn) if tensor.name.endswith(".weight"))
+    for tensor, own, shape in (
+        (fc1, "weight1", (hidden.size, model.num_experts * fc1.fan_out.size)),
+        (fc2, "weight2", (model.num_experts * ffn.size, hidden.size)),
+    ):
+        yield replace(_of_expert(model, tensor, folded=True), name=f"{name}.{own}", shape=shape)
 
 
 EXPERTS = Experts()

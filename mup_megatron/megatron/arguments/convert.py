@@ -8,7 +8,7 @@ from mup_megatron.architectures.command_line import Reading, Release
 from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.gpt import GPT
-from mup_megatron.architectures.keys import experts
+from mup_megatron.architectures.keys import READ_WITH, experts
 from mup_megatron.architectures.keys.custom import CustomTensor
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, architectures, model_file
@@ -135,6 +135,9 @@ def model_from_values(
     """
     require_supported(values, source=source, custom=bool(custom))
     content = experts.told({key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()})
+    content |= {
+        key: FIELDS[key].default for switch, keys in READ_WITH.items() if not content[switch] for key in (switch, *keys)
+    }
     content["vocab_size"], content["make_vocab_size_divisible_by"] = _vocabulary(values, vocab_size)
     _read_other_ways(content, values, source)
     own = _own(values, source, release)
@@ -152,7 +155,8 @@ def model_from_values(
     model = _named_by_flag(content, {**{key: flag.name for key, flag in FIELDS.items()}, **own.names}, source)
     plain = model.model_copy(update={"ffn_hidden_size": None})
     follows: dict[str, Any] = {"ffn_hidden_size": None} if plain.ffn_size == model.ffn_size else {}
-    if model.kv_channels is not None and model.kv_channels * model.num_attention_heads == model.hidden_size:
+    of_hidden = (model.kv_channels or 0) * model.num_attention_heads == model.hidden_size
+    if model.multi_latent_attention or of_hidden:
         follows["kv_channels"] = None
     if not model.group_query_attention:
         follows["num_query_groups"] = 1

@@ -253,7 +253,7 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         "how text is generated with the trained model",
         """
         --inference-* --no-inference-* --max-tokens-to-oom --enable-chunked-prefill --disable-chunked-prefill
-        --flash-decode --decode-only-cuda-graphs --use-legacy-static-engine --num-speculative-tokens
+        --flash-decode --cache-mla-latents --decode-only-cuda-graphs --use-legacy-static-engine --num-speculative-tokens
         --use-same-sampling-seed-across-dp-ranks
         """,
     ),
@@ -288,25 +288,13 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         "--moe-upcycling-granularity",
     ),
     (
-        _LAYER_KINDS + " (`--multi-latent-attention`)",
+        "read only with positions that a model file refuses (`--position-embedding-type yarn`, `mrope`, `relative`)",
         """
-        --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim --cache-mla-latents
-        --mla-down-proj-fusion
-        """,
-    ),
-    (
-        "read only with positions that a model file refuses (`--position-embedding-type yarn`, `mrope`, `relative`), "
-        "or with latent attention",
-        """
-        --rotary-scaling-factor --mscale --mscale-all-dim --yarn-beta-fast --yarn-beta-slow
+        --yarn-beta-fast --yarn-beta-slow
         --yarn-correction-range-round-to-int --no-yarn-correction-range-round-to-int
         --yarn-original-max-position-embeddings --mrope-section --relative-attention-max-distance
         --relative-attention-num-buckets
         """,
-    ),
-    (
-        _LAYER_KINDS + " (`--mtp-num-layers`)",
-        "--mtp-loss-scaling-factor --mtp-use-repeated-layer --mtp-detach-heads",
     ),
     (
         _LAYER_KINDS + " (`--experimental-attention-variant`, `--linear-attention-freq`)",

@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import Any
 
 from mup_megatron.architectures.flag import Flag, number, whole_number
-from mup_megatron.architectures.keys import experts
+from mup_megatron.architectures.keys import experts, latent, mtp
 from mup_megatron.architectures.registry import architectures
 from mup_megatron.errors import InputError
 from mup_megatron.validation import brief
@@ -48,6 +48,8 @@ FIELDS: dict[str, Flag] = {
     "hidden_dropout": Flag("--hidden-dropout", "hidden_dropout", 0.1, number),
     "transformer_impl": Flag("--transformer-impl", "transformer_impl", "transformer_engine", str),
     **experts.FLAGS,
+    **latent.FLAGS,
+    **mtp.FLAGS,
 }
 """Key of a model file → the flag that says the same."""
 
@@ -97,13 +99,17 @@ _REFUSED = (
         Flag("--moe-router-topk-limited-devices", "moe_router_topk_limited_devices", None, whole_number),
     ),
     *_refused(
-        "latent attention is not supported yet. Choose a model without.",
-        Flag("--multi-latent-attention", "multi_latent_attention", False),
+        "the projections of queries, keys and values to their latents become one matrix, which a model file does not "
+        "know. Drop the flag.",
+        Flag("--mla-down-proj-fusion", "mla_down_proj_fusion", False),
     ),
     *_refused(
-        "multi-token prediction is not supported yet. Choose a model without.",
-        Flag("--mtp-num-layers", "mtp_num_layers", None, whole_number),
+        "multi-token prediction in a hybrid model is not supported yet. Choose a model without.",
         Flag("--mtp-hybrid-override-pattern", "mtp_hybrid_override_pattern", None, str),
+    ),
+    *_refused(
+        "one layer that predicts several tokens is not supported yet. Drop the flag.",
+        Flag("--mtp-use-repeated-layer", "mtp_use_repeated_layer", False),
     ),
     SPEC,
     *_refused(
@@ -154,10 +160,6 @@ _REFUSED = (
         Flag("--use-checkpoint-args", "use_checkpoint_args", False),
     ),
     *_refused(
-        "YaRN scales attention by a factor that a model file does not know. Choose rotary embeddings without it.",
-        Flag("--rope-type", "rope_type", None, str, fine=("rope",)),
-    ),
-    *_refused(
         "frozen weights are not trained, so they have no learning rate. Drop the flag.",
         Flag("--freeze-all-layers", "freeze_all_layers", False),
     ),
@@ -192,6 +194,7 @@ NOT_SAID = (
     Flag("--rope-scaling-factor", "rope_scaling_factor", 8.0, number),
     Flag("--apply-residual-connection-post-layernorm", "apply_residual_connection_post_layernorm", False),
     Flag("--logits-load-dir", "logits_load_dir", None, str),
+    Flag("--mtp-detach-heads", "mtp_detach_heads", False),
     Flag("--moe-apply-probs-on-input", "moe_apply_probs_on_input", False),
     Flag("--moe-input-jitter-eps", "moe_input_jitter_eps", None, number),
     Flag("--moe-expert-capacity-factor", "moe_expert_capacity_factor", None, number),

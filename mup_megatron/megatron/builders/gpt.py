@@ -9,6 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
+    get_gpt_mtp_block_spec,
 )
 
 from mup_megatron.architectures.model_file import ModelFile
@@ -22,12 +23,18 @@ def config(model: ModelFile) -> Mapping[str, Any]:
 
 def build(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:
     """Returns this rank's chunk; see `build_chunk`."""
+    layers = {"qk_layernorm": model.qk_layernorm, "multi_latent_attention": model.multi_latent_attention}
+    fused = model.transformer_impl == "transformer_engine"
     if model.num_experts is not None:
-        own = model.transformer_impl == "transformer_engine"
-        spec: Any = get_gpt_decoder_block_spec(config, own, model.normalization, vp_stage=stage)
-    elif model.transformer_impl == "local":
-        spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
+        spec: Any = get_gpt_decoder_block_spec(config, fused, model.normalization, vp_stage=stage)
+    elif not fused:
+        spec = get_gpt_layer_local_spec(**layers, normalization=model.normalization)
     else:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
-    chunk: torch.nn.Module = GPTModel(transformer_layer_spec=spec, vp_stage=stage, **arguments(model, config, stage))
+        spec = get_gpt_layer_with_transformer_engine_spec(**layers)
+    more: dict[str, Any] = {}
+    if model.mtp_num_layers is not None:
+        more["mtp_block_spec"] = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=fused, vp_stage=stage)
+    chunk: torch.nn.Module = GPTModel(
+        transformer_layer_spec=spec, vp_stage=stage, **more, **arguments(model, config, stage)
+    )
     return chunk

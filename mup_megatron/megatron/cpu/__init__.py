@@ -60,6 +60,8 @@ def enable() -> bool:
     core.allow_norm_under_sequence_parallel()
     core.allow_resume_of_distributed_fp32()
     core.name_absent_router_kernel()
+    core.give_local_attention_head_sizes()
+    core.sum_gradients_of_shared_keys()
     pretraining.register()
     atexit.register(_leave_process_group)
     _enabled = True

@@ -84,6 +84,8 @@ def pretend_device() -> None:
     _replace_placement()
     _replace(torch, "compile", _compile)
     _replace(torch.distributed, "all_to_all_single", _with_listed_sizes(torch.distributed.all_to_all_single))
+    _replace(torch.distributed, "all_gather", _of_any_sizes(torch.distributed.all_gather))
+    _replace(torch.distributed, "reduce_scatter", _into_any_sizes(torch.distributed.reduce_scatter))
     _replace_isend()
 
 
@@ -244,6 +246,38 @@ def _with_listed_sizes(all_to_all_single: Callable[..., Any]) -> Callable[..., A
         return all_to_all_single(output, input, *sizes, group=group, async_op=async_op)
 
     return with_listed_sizes
+
+
+def _of_any_sizes(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    """An all-gather of tensors that differ in length, as tokens of experts do: gloo takes one length alone."""
+
+    @functools.wraps(all_gather)
+    def of_any_sizes(tensor_list: Any, tensor: Any, group: Any = None, async_op: bool = False) -> Any:
+        if len({len(each) for each in tensor_list if each.dim()}) < 2:
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        longest = max(map(len, tensor_list))
+        padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        found = [torch.empty_like(padded) for _ in tensor_list]
+        all_gather(found, padded, group=group)
+        for own, each in zip(tensor_list, found, strict=True):
+            own.copy_(each[: len(own)])
+
+    return of_any_sizes
+
+
+def _into_any_sizes(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
+    """The reverse: sums of pieces that differ in length, each for the rank whose it is."""
+
+    @functools.wraps(reduce_scatter)
+    def into_any_sizes(output: Any, input_list: Any, *args: Any, group: Any = None, **more: Any) -> Any:
+        if len({len(each) for each in input_list}) < 2:
+            return reduce_scatter(output, input_list, *args, group=group, **more)
+        whole = torch.cat(list(input_list))
+        torch.distributed.all_reduce(whole, group=group)
+        output.copy_(whole.split([len(each) for each in input_list])[torch.distributed.get_rank(group)])
+
+    return into_any_sizes
 
 
 def _replace_isend() -> None:

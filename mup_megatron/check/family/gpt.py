@@ -236,7 +236,12 @@ def condensed(
 
 
 def _require_drawn(target: ModelFile) -> None:
-    """Raises InputError for what starts as its library draws it, which the correct runs of a check do not know yet."""
+    """Raises InputError for what the correct runs of a check do not know."""
+    if target.custom_tensors:
+        raise InputError(
+            "custom_tensors: a check has no layers of your own to compare with. Check a model without them; training "
+            "compares the live model with the plan in any case."
+        )
     kept = next((each.name for each in shapes_of(target, target)[1].tensors if isinstance(each.start, Kept)), None)
     if kept is not None:
         raise InputError(

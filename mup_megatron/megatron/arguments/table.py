@@ -73,7 +73,8 @@ SPEC = Flag(
     "spec",
     None,
     str,
-    refusal="a custom layer can have any parameters, and a model file cannot list them. Drop the flag.",
+    refusal="a custom layer can have any parameters. List them as `custom_tensors` in the recipe's base; `model "
+    "--from-args` takes them with --custom-tensors. Or drop the flag.",
     many=True,
 )
 """Refused, but for the specs that an architecture has."""

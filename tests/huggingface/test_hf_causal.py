@@ -325,7 +325,8 @@ def test_experts_side_by_side_in_one_matrix_are_refused_by_name() -> None:
     def dbrx(width: int) -> PretrainedConfig:
         return transformers.DbrxConfig(
             vocab_size=64, d_model=width, n_heads=width // 16, n_layers=1, max_seq_len=32,
-            attn_config={"kv_n_heads": 1, "rope_theta": 10000.0}, ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+            attn_config={"kv_n_heads": 1, "rope_theta": 1e4},
+            ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
             architectures=["DbrxForCausalLM"],
         )  # fmt: skip
 

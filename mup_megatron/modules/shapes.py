@@ -94,11 +94,12 @@ def base_parameters(base: MetaModule, *wider: MetaModule, init_scale: float = 1.
 
 def _require_understood(built: MetaModule) -> None:
     """Raises InputError for draws that are not understood: at base and target alike the std has to be known."""
-    parameters = dict(named_parameters(built.module))
+    parameters, tables = dict(named_parameters(built.module)), _embeddings(built.module)
     unknown = [
         name
         for name, draw in built.draws.items()
-        if not draw.understood and not (built.keeps and _may_be_kept(name, parameters[name]))
+        if not draw.understood
+        and not (built.keeps and (id(parameters[name]) in tables or _may_be_kept(name, parameters[name])))
     ]
     if unknown:
         raise InputError(
@@ -464,7 +465,8 @@ def _classified(seen: _Seen, shape: tuple[int, ...]) -> Tensor | None:
         narrows = fan_in.grows and not fan_out.grows
         reads_out = narrows and not seen.in_layer and not seen.is_between
         inside = seen.in_mixer or seen.experts.of is not None or seen.is_between
-        role = Role.HIDDEN if inside else None
+        # One weight for each channel and step, as a state space's convolution has, multiplies and does not sum.
+        role = Role.HIDDEN if inside and fan_in.size > 1 else None
         # A convolution sums over its kernel as well.
         summed = Side(fan_in.size * math.prod(shape[2:]), fan_in.grows)
         return tensor(summed, fan_out, *((Property.READOUT,) if reads_out else ()), role=role)

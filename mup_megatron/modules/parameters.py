@@ -134,7 +134,8 @@ def classified(seen: Seen, shape: tuple[int, ...]) -> Tensor | None:
         narrows = fan_in.grows and not fan_out.grows
         reads_out = narrows and not seen.in_layer and not seen.is_between
         inside = seen.in_mixer or seen.experts.of is not None or seen.is_between
-        role = Role.HIDDEN if inside else None
+        # One weight for each channel and step, as a state space's convolution has, multiplies and does not sum.
+        role = Role.HIDDEN if inside and fan_in.size > 1 else None
         # A convolution sums over its kernel as well.
         summed = Side(fan_in.size * math.prod(shape[2:]), fan_in.grows)
         return tensor(summed, fan_out, *((Property.READOUT,) if reads_out else ()), role=role)

@@ -97,11 +97,12 @@ def base_parameters(base: MetaModule, *wider: MetaModule, init_scale: float = 1.
 
 def _require_understood(built: MetaModule) -> None:
     """Raises InputError for draws that are not understood: at base and target alike the std has to be known."""
-    parameters = dict(named_parameters(built.module))
+    parameters, tables = dict(named_parameters(built.module)), embeddings_of(built.module)
     unknown = [
         name
         for name, draw in built.draws.items()
-        if not draw.understood and not (built.keeps and _may_be_kept(name, parameters[name]))
+        if not draw.understood
+        and not (built.keeps and (id(parameters[name]) in tables or _may_be_kept(name, parameters[name])))
     ]
     if unknown:
         raise InputError(

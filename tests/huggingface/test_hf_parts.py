@@ -1,7 +1,7 @@
 """State spaces, encoders, two stacks, and several models in one: small ones of the library, live.
 
-Which tensors are hidden is asked of microsoft/mup; what it has no rule for (a start that is kept, heads of several sizes,
-narrow weights between two parts) is written out.
+Which tensors are hidden is asked of microsoft/mup; what it has no rule for (a start that is kept, heads of several
+sizes, narrow weights between two parts) is written out.
 """
 
 import copy

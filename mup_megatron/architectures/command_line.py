@@ -31,6 +31,8 @@ class CommandLine:
     """Megatron-LM's scripts that build it."""
     keys: Mapping[str, tuple[Flag, ...]] = field(default_factory=dict)
     """Keys of its model files that others do not have → the flags that say the same, today's before older ones."""
+    optional: tuple[str, ...] = ()
+    """Those of the keys that a line of its programs need not say."""
     markers: tuple[Flag, ...] = ()
     """Flags that go with those and say nothing of their own."""
     refused: tuple[Flag, ...] = ()

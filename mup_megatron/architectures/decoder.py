@@ -1,7 +1,7 @@
-"""A language model of one stack of layers: embeddings, layers of families, a final norm, a readout.
+"""A language model: embeddings, one or more stacks of layers of families, each with a final norm, and heads.
 
-What differs between such models (which families a layer has, what the final norm is called, what a model file says of
-it) is in one file for each: `gpt.py`, `hybrid.py`.
+What differs between models (which stacks there are, which families a layer has, which heads, what a model file says of
+it) is in one file for each: `gpt.py`, `hybrid.py`, `bert.py`, `t5.py`.
 """
 
 from abc import ABC, abstractmethod
@@ -32,8 +32,12 @@ _SHARED = {
 """What base and target must share: key → what it decides. μP compares sizes, not architectures."""
 
 
-class Decoder(ABC):
-    """An architecture of one stack, from its model file to everything that the rest of the package asks of it."""
+Layers = Sequence[Sequence[Family]]
+"""The families of each layer of a stack, in order."""
+
+
+class Architecture(ABC):
+    """An architecture, from its model file to everything that the rest of the package asks of it."""
 
     name: ClassVar[str]
     """As in a model file's `architecture`, and in a plan."""
@@ -47,14 +51,22 @@ class Decoder(ABC):
     """The module whose `build` makes a live one; imported when it is used, because it imports Megatron."""
     command_line: ClassVar[CommandLine] = CommandLine()
     """What Megatron-LM's command line says of it alone."""
-    final_norm: ClassVar[str]
-    """The prefix of the parameters of the norm before the readout."""
+    final_norm: ClassVar[str] = "final_layernorm"
+    """The name in its stack of the norm behind the layers."""
+    readout: ClassVar[str] = READOUT_WEIGHT
+    """The name of the weight that computes the logits, where it is not the token embedding."""
     branches: ClassVar[int]
-    """Residual branches of a layer; the stock initialisation counts them likewise (`is_hybrid_model`)."""
+    """Residual branches of a layer as the stock initialisation counts them (`is_hybrid_model`)."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Keys of its model files that base and target must share, beside those of every model and of the families."""
+    objective: ClassVar[str] = "next token"
+    """What it is trained to do: the name of an objective of `training`."""
+    pipelines: ClassVar[bool] = True
+    """Whether Megatron-Core splits it over pipeline stages."""
 
     @abstractmethod
-    def layers(self, model: ModelFile) -> Sequence[Sequence[Family]]:
-        """Returns the families of each layer, in order."""
+    def stacks(self, model: ModelFile) -> Mapping[str, Layers]:
+        """Returns the layers of each stack, by the name of the module that has them, in the order of a forward pass."""
 
     @abstractmethod
     def with_layers(self, model: ModelFile, kept: Sequence[int]) -> ModelFile:
@@ -68,15 +80,15 @@ class Decoder(ABC):
         """Returns how many layers each pipeline stage has; None where the model file leaves them to an even split."""
         return None
 
-    def taken_from(self, other: "Decoder", model: ModelFile) -> ModelFile | None:
+    def taken_from(self, other: "Architecture", model: ModelFile) -> ModelFile | None:
         """Returns another architecture's model as one of this; None if this has none that is equal."""
         return model if other is self else None
 
-    def given_to(self, other: "Decoder", model: ModelFile) -> ModelFile | None:
+    def given_to(self, other: "Architecture", model: ModelFile) -> ModelFile | None:
         """Returns a model of this architecture as one of another; None if that has none that is equal."""
         return model if other is self else None
 
-    def shapes(self, base: ModelFile, target: ModelFile, of_base: "Decoder") -> tuple[ModelShape, ModelShape]:
+    def shapes(self, base: ModelFile, target: ModelFile, of_base: "Architecture") -> tuple[ModelShape, ModelShape]:
         """Returns the shapes of base and target, named as in the target, with the names that patterns mean.
 
         Depth, heads, ffn and head size may differ; which of them grow is known from both together.
@@ -89,7 +101,8 @@ class Decoder(ABC):
         Raises:
             InputError: the two differ in architecture; names the key.
         """
-        own_keys = {key: key for _, family in self._branches(target) for key in family.shared}
+        of_families = {key for _, family in self._branches(target) for key in family.shared}
+        own_keys = {key: key for key in (*self.shared, *sorted(of_families))}
         for key, decides in (_SHARED | own_keys).items():
             at_base, at_target = getattr(base, decides), getattr(target, decides)
             if at_base != at_target:
@@ -125,9 +138,10 @@ class Decoder(ABC):
 
     def _branches(self, model: ModelFile) -> Iterator[tuple[str, Family]]:
         """Each layer's name and one of its families, in order."""
-        for index, families in enumerate(self.layers(model)):
-            for family in families:
-                yield f"{STACK}.layers.{index}", family
+        for stack, layers in self.stacks(model).items():
+            for index, families in enumerate(layers):
+                for family in families:
+                    yield f"{stack}.layers.{index}", family
 
     def _shape(self, model: ModelFile, growth: Growth) -> ModelShape:
         tensors = tuple(self._tensors(model, growth))
@@ -137,40 +151,48 @@ class Decoder(ABC):
             tensors=tensors,
             hidden_size=model.hidden_size,
             head_size=model.head_size,
-            stacks={STACK: Stack(model.num_layers, self.branches)},
-            readout=WORD_EMBEDDINGS if model.tied else READOUT_WEIGHT,
-            readout_norm=tuple(name for name in names if name.startswith(self.final_norm)),
+            stacks={stack: Stack(len(layers), self.branches) for stack, layers in self.stacks(model).items()},
+            readout=WORD_EMBEDDINGS if model.tied else self.readout,
+            readout_norm=tuple(name for name in names if name.startswith(self._readout_norm(model))),
             query_norms=tuple(name for name in names if ".q_layernorm." in name),
             places=tuple(self._places(model)),
         )
 
+    def _readout_norm(self, model: ModelFile) -> str:
+        """The prefix of the parameters of the norm before the readout."""
+        return f"{[*self.stacks(model)][-1]}.{self.final_norm}."
+
     def _tensors(self, model: ModelFile, growth: Growth) -> Iterator[Tensor]:
+        yield from self._tables(model)
+        for stack, layers in self.stacks(model).items():
+            for index, families in enumerate(layers):
+                for family in families:
+                    for tensor in family.tensors(model, f"{stack}.layers.{index}", growth):
+                        yield replace(tensor, stack=stack)
+            yield from norm(model, f"{stack}.{self.final_norm}.", Side(model.hidden_size, grows=True))
+        yield from self._heads(model)
+
+    def _tables(self, model: ModelFile) -> Iterator[Tensor]:
+        """What is looked up: the embeddings of words, first, and of what else there is."""
         hidden = Side(model.hidden_size, grows=True)
         vocabulary = Side(model.padded_vocab_size())
-        yield replace(_embedding(WORD_EMBEDDINGS, vocabulary, hidden), padded_to=model.make_vocab_size_divisible_by)
+        yield replace(embedding(WORD_EMBEDDINGS, vocabulary, hidden), padded_to=model.make_vocab_size_divisible_by)
         if model.position_embedding_type == "learned_absolute":
-            yield _embedding(POSITION_EMBEDDINGS, Side(model.positions), hidden)
-        for layer, family in self._branches(model):
-            for tensor in family.tensors(model, layer, growth):
-                yield replace(tensor, stack=STACK)
-        yield from norm(model, self.final_norm, hidden)
+            yield embedding(POSITION_EMBEDDINGS, Side(model.positions), hidden)
+
+    def _heads(self, model: ModelFile) -> Iterator[Tensor]:
+        """What stands behind the stacks: the readout, where it is not the token embedding, and what else there is."""
         if not model.tied:
-            yield Tensor(
-                name=READOUT_WEIGHT,
-                shape=(vocabulary.size, hidden.size),
-                fan_in=hidden,
-                fan_out=vocabulary,
-                properties=frozenset({Property.READOUT}),
-                padded_to=model.make_vocab_size_divisible_by,
-            )
+            vocabulary = Side(model.padded_vocab_size())
+            head = readout(self.readout, Side(model.hidden_size, grows=True), vocabulary)
+            yield replace(head, padded_to=model.make_vocab_size_divisible_by)
 
     def _places(self, model: ModelFile) -> Iterator[Place]:
-        for name in (WORD_EMBEDDINGS, POSITION_EMBEDDINGS):
-            if name == WORD_EMBEDDINGS or model.position_embedding_type == "learned_absolute":
-                yield Place(name.rpartition(".")[0], Acts.OUTPUT, name)
+        for table in self._tables(model):
+            yield Place(table.name.rpartition(".")[0], Acts.OUTPUT, table.name)
         for layer, family in self._branches(model):
             yield from family.places(layer)
-        yield Place(READOUT_WEIGHT.rpartition(".")[0], Acts.INPUT, READOUT)
+        yield Place(self.readout.rpartition(".")[0], Acts.INPUT, READOUT)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
@@ -180,17 +202,41 @@ class Decoder(ABC):
         return {**found, "readout": 6.0 * model.hidden_size * model.padded_vocab_size()}
 
 
-def as_other(one: Decoder, other: Decoder, model: ModelFile) -> ModelFile | None:
+class Decoder(Architecture):
+    """An architecture of one stack whose readout gives each token's successor."""
+
+    @abstractmethod
+    def layers(self, model: ModelFile) -> Layers:
+        """Returns the families of each layer, in order."""
+
+    def stacks(self, model: ModelFile) -> Mapping[str, Layers]:
+        """Returns the one stack."""
+        return {STACK: self.layers(model)}
+
+
+def as_other(one: Architecture, other: Architecture, model: ModelFile) -> ModelFile | None:
     """Returns a model of one architecture as one of another, by whichever of the two knows; None if they differ."""
     given = one.given_to(other, model)
     return other.taken_from(one, model) if given is None else given
 
 
-def _embedding(name: str, entries: Side, hidden: Side) -> Tensor:
+def embedding(name: str, entries: Side, hidden: Side) -> Tensor:
+    """Returns a table that is looked up, with the embedding multiplier on what it gives."""
     return Tensor(
         name=name,
         shape=(entries.size, hidden.size),
         fan_in=entries,
         fan_out=hidden,
         properties=frozenset({Property.EMBEDDING}),
+    )
+
+
+def readout(name: str, hidden: Side, outputs: Side) -> Tensor:
+    """Returns a weight that computes what the model is asked for, with the output multiplier on its input."""
+    return Tensor(
+        name=name,
+        shape=(outputs.size, hidden.size),
+        fan_in=hidden,
+        fan_out=outputs,
+        properties=frozenset({Property.READOUT}),
     )

@@ -241,25 +241,25 @@ def test_every_flag_of_the_fork_means_one_thing() -> None:
 @pytest.mark.parametrize(
     "start",
     [
-        "python bind.py pretrain_bert.py",
-        "python wrapper.py --nproc 3 -- python pretrain_bert.py",
-        "torchrun --log-dir x.py pretrain_bert.py",
-        "nsys profile -o a.py torchrun pretrain_bert.py",
-        "python -u -m accelerate.commands.launch pretrain_bert.py",
-        "python -m pretrain_bert",
-        "python -mpretrain_bert",
-        "python -m torch.distributed.run --module examples.pretrain_bert",
-        "torchrun PRETRAIN_BERT.PY",
-        "torchrun pretrain_bert.pyc",
-        "torchrun ./pretrain_bert",
-        "torchrun pretrain_gpt.py pretrain_bert.py",
+        "python bind.py pretrain_vlm.py",
+        "python wrapper.py --nproc 3 -- python pretrain_vlm.py",
+        "torchrun --log-dir x.py pretrain_vlm.py",
+        "nsys profile -o a.py torchrun pretrain_vlm.py",
+        "python -u -m accelerate.commands.launch pretrain_vlm.py",
+        "python -m pretrain_vlm",
+        "python -mpretrain_vlm",
+        "python -m torch.distributed.run --module examples.pretrain_vlm",
+        "torchrun PRETRAIN_VLM.PY",
+        "torchrun pretrain_vlm.pyc",
+        "torchrun ./pretrain_vlm",
+        "torchrun pretrain_gpt.py pretrain_vlm.py",
     ],
 )
 def test_another_program_is_found_behind_what_starts_it(start: str, tmp_path: Path) -> None:
     script = tmp_path / "run.sh"
     script.write_text(f"{start} {' '.join(words(''))}\n", encoding="utf-8")
     for given in ([*start.split(), *words("")], [str(script)]):
-        with pytest.raises(InputError, match=r"pretrain_bert\.py: BERT"):
+        with pytest.raises(InputError, match=r"pretrain_vlm\.py: multimodal"):
             read_line(given)
 
 
@@ -384,8 +384,8 @@ def script(folder: Path, command: str, flags: str = "") -> list[str]:
 
 def test_a_launch_scripts_program_is_known_as_well(tmp_path: Path) -> None:
     assert read_line(script(tmp_path, "$M/pretrain_gpt.py")).model() == read("").model()
-    with pytest.raises(InputError, match=r"run\.sh: pretrain_bert\.py: BERT models"):
-        read_line(script(tmp_path, "$M/pretrain_bert.py"))
+    with pytest.raises(InputError, match=r"run\.sh: pretrain_vlm\.py: multimodal models"):
+        read_line(script(tmp_path, "$M/pretrain_vlm.py"))
     with pytest.raises(InputError, match="--no-such-flag: no flag of"):
         read_line(script(tmp_path, "pretrain_gpt.py", "--no-such-flag"))
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from mup_megatron.architectures.families import Family
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.plain.common import norm
-from mup_megatron.architectures.registry import architecture_of
+from mup_megatron.architectures.registry import decoder_of
 
 
 class PlainDecoder(nn.Module):
@@ -76,9 +76,9 @@ class Embedding(nn.Module):
 class PlainStack(nn.Module):
     def __init__(self, model: ModelFile, softmax_scale: float) -> None:
         super().__init__()
-        own = architecture_of(model)
+        own = decoder_of(model)
         self.layers = nn.ModuleList(Layer(model, families, softmax_scale) for families in own.layers(model))
-        self.final = own.final_norm.split(".")[1]
+        self.final = own.final_norm
         self.add_module(self.final, norm(model, model.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.registry import architecture_of
+from mup_megatron.architectures.registry import decoder_of
 from mup_megatron.check.family.layers import base_layers, in_terms_of, kept_layers, overrides_of_layers
 from mup_megatron.check.family.sizes import DEPTH, HEAD_SIZE, SEQUENCE, SMALLEST, VOCABULARY, require_trainable
 from mup_megatron.check.measure.optimizers import clamped
@@ -196,7 +196,7 @@ def condensed(
         depth: how many layers are left, if there are more, of which every kind that the recipe's patterns tell apart
             comes first; None leaves all.
     """
-    recipe, architecture = in_terms_of(target, recipe), architecture_of(target)
+    architecture, recipe = decoder_of(target), in_terms_of(target, recipe)
     target, base = _turning_whole_pairs(target, recipe.megatron_base)
     growth = _Growth.of(target, base)
     cut = _Cut.of(target, base, growth, tensor_parallel)

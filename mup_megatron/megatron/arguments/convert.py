@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mup_megatron.architectures.command_line import Reading, Release
-from mup_megatron.architectures.decoder import Decoder
+from mup_megatron.architectures.decoder import Architecture
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.registry import architecture_of, architectures, model_file
+from mup_megatron.architectures.registry import KEY, architecture_of, architectures, model_file
 from mup_megatron.errors import InputError
+from mup_megatron.megatron.arguments.programs import builds
 from mup_megatron.megatron.arguments.table import (
     FIELDS,
     HYPERPARAMETERS,
@@ -109,7 +110,12 @@ def _needed(train_iters: int | None, what: str) -> int:
 
 
 def model_from_values(
-    values: Mapping[str, Any], *, vocab_size: int | None = None, source: str, release: Release | None = None
+    values: Mapping[str, Any],
+    *,
+    vocab_size: int | None = None,
+    source: str,
+    release: Release | None = None,
+    script: str | None = None,
 ) -> ModelFile:
     """The model file that parsed Megatron arguments describe: `vars(args)`, before or after `validate_args`.
 
@@ -122,18 +128,22 @@ def model_from_values(
         vocab_size: the tokenizer's, where the arguments do not say it.
         source: names the arguments in messages.
         release: the Megatron-Core that is meant, where it is known.
+        script: the program, which decides what is built where it is one of Megatron-LM's.
 
     Raises:
         InputError: the model is impossible, or is one that a model file cannot describe; names the flag.
     """
-    require_supported(values, source=source)
+    architecture = architecture_named(values, script)
+    require_supported(values, source=source, script=script)
     content = {key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()}
     content["vocab_size"], content["make_vocab_size_divisible_by"] = _vocabulary(values, vocab_size)
     _read_other_ways(content, values, source)
-    own = _own(values, source, release)
+    own = _own(architecture, values, source, release)
     content |= own.content
     if SPEC.changed(values):
-        content["transformer_impl"] = architecture_named(values).command_line.specs[SPEC.found(values)]
+        content["transformer_impl"] = architecture.command_line.specs[SPEC.found(values)]
+    if KEY in architecture.file.model_fields:
+        content[KEY] = architecture.name
     content = {key: value for key, value in content.items() if value is not None or key not in own.content}
     _require_all(content, source)
     if content["max_position_embeddings"] == content["seq_length"]:
@@ -150,26 +160,32 @@ def model_from_values(
     return model.model_copy(update=follows)
 
 
-def architecture_named(values: Mapping[str, Any]) -> Decoder:
-    """Returns the architecture whose flags parsed arguments have: a GPT's are those that every model has."""
+def architecture_named(values: Mapping[str, Any], script: str | None = None) -> Architecture:
+    """Returns the architecture that a program builds, and else the one whose flags parsed arguments have.
+
+    A GPT's are those that every model has.
+    """
+    by_program = None if script is None else builds(script)
+    if by_program is not None and by_program is not GPT:
+        return by_program
     return next((each for each in architectures().values() if each.command_line.named(values) is not None), GPT)
 
 
-def remarks_of(values: Mapping[str, Any], release: Release | None) -> tuple[str, ...]:
+def remarks_of(values: Mapping[str, Any], release: Release | None, *, script: str | None = None) -> tuple[str, ...]:
     """Returns what to know of how a model's own flags are read, in sentences; the model is supported."""
-    return architecture_named(values).command_line.read(values, release).remarks
+    return architecture_named(values, script).command_line.read(values, release).remarks
 
 
-def _own(values: Mapping[str, Any], source: str, release: Release | None) -> Reading:
+def _own(architecture: Architecture, values: Mapping[str, Any], source: str, release: Release | None) -> Reading:
     try:
-        return architecture_named(values).command_line.read(values, release)
+        return architecture.command_line.read(values, release)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
 
 
-def require_supported(values: Mapping[str, Any], *, source: str) -> None:
+def require_supported(values: Mapping[str, Any], *, source: str, script: str | None = None) -> None:
     """Raises InputError for parsed arguments that change the model in a way that a model file cannot say."""
-    specs = architecture_named(values).command_line.specs
+    specs = architecture_named(values, script).command_line.specs
     found: dict[str, list[str]] = {}
     for flag in refused():
         if flag.changed(values) and not (flag is SPEC and flag.found(values) in specs):
@@ -205,8 +221,8 @@ def _read_other_ways(content: dict[str, Any], values: Mapping[str, Any], source:
         elif values.get(other) not in (None, content[key]):
             name = "--" + other.replace("_", "-")
             raise InputError(
-                f"{source}: {name} {values[other]} beside {FIELDS[key].name} {content[key]}: models with an encoder "
-                "and a decoder are not supported yet. Choose a GPT model."
+                f"{source}: {name} {values[other]} beside {FIELDS[key].name} {content[key]}: Megatron itself takes one "
+                "of them. Drop one."
             )
     if values.get("use_rotary_position_embeddings"):
         content["position_embedding_type"] = "rope"

@@ -290,13 +290,12 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "read only with positions that a model file refuses (`--position-embedding-type yarn`, `mrope`, `relative`), "
-        "or with latent attention",
+        "read only with positions that a model file refuses (`--position-embedding-type yarn`, `mrope`), or with "
+        "latent attention",
         """
         --rotary-scaling-factor --mscale --mscale-all-dim --yarn-beta-fast --yarn-beta-slow
         --yarn-correction-range-round-to-int --no-yarn-correction-range-round-to-int
-        --yarn-original-max-position-embeddings --mrope-section --relative-attention-max-distance
-        --relative-attention-num-buckets
+        --yarn-original-max-position-embeddings --mrope-section
         """,
     ),
     (
@@ -328,9 +327,13 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         "--rl-* --no-rl-* --grpo-* --langrl-* --no-langrl-external-server --refit-method",
     ),
     (
-        _OTHER_PROGRAMS + ": BERT, T5 and retrieval",
+        "how a BERT's and a T5's data are masked and cut",
+        "--mask-prob --short-seq-prob",
+    ),
+    (
+        _OTHER_PROGRAMS + ": retrieval",
         """
-        --mask-prob --short-seq-prob --bert-no-binary-head --bert-load --bert-embedder-type --output-bert-embeddings
+        --bert-load --bert-embedder-type --output-bert-embeddings
         --biencoder-projection-dim --biencoder-shared-query-context-model --block-data-path --embedding-path
         --evidence-data-path --ict-head-size --ict-load --indexer-batch-size --indexer-log-interval
         --query-in-block-prob --retriever-report-topk-accuracies --retriever-score-scaling --titles-data-path
@@ -449,8 +452,8 @@ What becomes of every flag of Megatron-LM core_v0.16 to core_v0.19: in `mup-mega
 `from-native`, and in a run with `--mup-recipe`. A star stands for all flags that begin so.
 
 A flag that is not here is an error on a line of one of Megatron-LM's own programs, whose parser has no such flag
-either, and a remark on the line of a program of your own. Programs of Megatron-LM that build another model than a GPT
-or a hybrid model (`pretrain_bert.py`, `pretrain_t5.py`, `pretrain_vlm.py`, `train_rl.py`, …) are refused by name.
+either, and a remark on the line of a program of your own. Programs of Megatron-LM that build another model than a GPT,
+a hybrid model, a BERT or a T5 (`pretrain_vlm.py`, `train_rl.py`, …) are refused by name.
 """
 
 

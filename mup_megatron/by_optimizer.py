@@ -1,5 +1,6 @@
 """A table of what one framework makes of each optimizer: every adapter has one. Their rules are in `theory/`."""
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 from mup_megatron.errors import InputError
@@ -30,9 +31,23 @@ class ByOptimizer(dict[str, Known]):
             "a recipe for one of these."
         )
 
-    def require(self, name: str) -> None:
-        """Raises InputError unless an optimizer was registered."""
-        _ = self[name]
+    def only(self, stepping: Iterable[str]) -> Known:
+        """Returns what was registered for the one optimizer that steps all tensors, where a run can have but one.
+
+        Args:
+            stepping: the names of those that step a plan's tensors, or a recipe's.
+
+        Raises:
+            InputError: there are several, or the one was not registered.
+        """
+        first, *others = dict.fromkeys(stepping)
+        if others:
+            raise InputError(
+                f"parametrization.optimizer: the recipe's steps some tensors by {first} and some by "
+                f"{' and '.join(others)}, and for {self._framework} a run has one optimizer. Take a recipe whose "
+                "optimizer steps all."
+            )
+        return self[first]
 
     @property
     def names(self) -> str:

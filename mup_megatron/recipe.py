@@ -206,6 +206,18 @@ class Recipe(Strict):
     """Where the values come from: study, trial, data, tokens, versions."""
 
     @property
+    def optimizers(self) -> tuple[str, ...]:
+        """The names of its optimizer and of those that it leaves some tensors to."""
+        own = theory.optimizers()[self.parametrization.optimizer]
+        return own.name, *(each.name for each in own.others)
+
+    @property
+    def optimizer_values(self) -> dict[str, float]:
+        """What these read that not every optimizer does, by key."""
+        rules = [theory.optimizers()[name] for name in self.optimizers]
+        return {key: getattr(self.hyperparameters, key) for each in rules for key in each.hyperparameters}
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over everything that changes the run of a target; the same in every release."""
         content = plain(self, exclude=("training", "provenance"))

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import ClassVar
 
 from mup_megatron.architectures.command_line import CommandLine
-from mup_megatron.architectures.families import Family, Growth, norm
+from mup_megatron.architectures.families import Family, Growth, Size, norm
+from mup_megatron.architectures.measured import Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS
 from mup_megatron.errors import InputError
@@ -155,7 +156,7 @@ class Architecture(ABC):
             readout=WORD_EMBEDDINGS if model.tied else self.readout,
             readout_norm=tuple(name for name in names if name.startswith(self._readout_norm(model))),
             query_norms=tuple(name for name in names if ".q_layernorm." in name),
-            places=tuple(self._places(model)),
+            places=tuple(self.places(model)),
         )
 
     def _readout_norm(self, model: ModelFile) -> str:
@@ -187,12 +188,42 @@ class Architecture(ABC):
             head = readout(self.readout, Side(model.hidden_size, grows=True), vocabulary)
             yield replace(head, padded_to=model.make_vocab_size_divisible_by)
 
-    def _places(self, model: ModelFile) -> Iterator[Place]:
+    def sizes(self, model: ModelFile) -> Sequence[Size]:
+        """Returns the sizes of a model's families that it has, each once."""
+        found = {size.key: size for _, family in self._branches(model) for size in family.sizes}
+        return [size for size in found.values() if size.of(model) is not None]
+
+    def places(self, model: ModelFile) -> Iterator[Place]:
+        """Yields where factors act in a model, beside those of single weights."""
         for table in self._tables(model):
             yield Place(table.name.rpartition(".")[0], Acts.OUTPUT, table.name)
         for layer, family in self._branches(model):
             yield from family.places(layer)
         yield Place(self.readout.rpartition(".")[0], Acts.INPUT, READOUT)
+
+    def measured(self, model: ModelFile) -> Iterator[Measured]:
+        """Yields the modules that a check looks at, in the order of a forward pass; norms as modules of their own."""
+        tables: list[str] = []
+        for table in self._tables(model):
+            module = table.name.rpartition(".")[0]
+            yield Measured(module, Kind.TABLE, "Embedding", (), leads=table.name == WORD_EMBEDDINGS)
+            tables.append(module)
+        final = ""
+        for stack, layers in self.stacks(model).items():
+            stream = [*tables]
+            for index, families in enumerate(layers):
+                layer = f"{stack}.layers.{index}"
+                for family in families:
+                    own = [each.after(stream) for each in family.measured(model, layer)]
+                    yield from own
+                    stream += [each.module for each in own if each.kind is Kind.BRANCH]
+                yield Measured(layer, Kind.STREAM, "Residual stream", tuple(stream), leads=True)
+                stream = [layer]
+            final = f"{stack}.{self.final_norm}"
+            yield inside(final, "Residual stream", *stream)
+        yield Measured(
+            self.readout.rpartition(".")[0], Kind.READOUT, "Readout (the model's logits)", (final,), leads=True
+        )
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""

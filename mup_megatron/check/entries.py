@@ -1,6 +1,11 @@
 """Predicates on a plan's entries, for mistakes and for what is said of them."""
 
-from mup_megatron.theory import PlanEntry, Role
+from mup_megatron.theory import Plan, PlanEntry, Role
+
+
+def token_table(plan: Plan) -> str | None:
+    """Returns the name of the table of tokens: the tied readout, or the first embedding; None without any."""
+    return plan.readout if plan.tied else next((e.name for e in plan.entries if e.is_embedding), None)
 
 
 def is_any(_: PlanEntry) -> bool:

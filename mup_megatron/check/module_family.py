@@ -20,7 +20,7 @@ from mup_megatron.check.measure.workers import WorkerJob, run_jobs
 from mup_megatron.check.reference.modules import carry_out, optimizer_for
 from mup_megatron.check.subjects.modules import Batch, EngineTrainee, Loss, ModuleTrainee
 from mup_megatron.check.subjects.scripts import Factory, Prepare, Schedule, Task, bare_model
-from mup_megatron.check.subjects.sight import LOGITS, blocks, copying
+from mup_megatron.check.subjects.sight import blocks, copying
 from mup_megatron.check.transfer import at_rate, transfer_section
 from mup_megatron.check.verdict.bounds import Known
 from mup_megatron.check.verdict.causes.ranking import Cause
@@ -149,7 +149,6 @@ class ModuleFamily:
             plans=plans,
             shares_code=True,
             blocks=blocks(models[self.widths[0]]),
-            logits=LOGITS,
             copying=copying(models[self.widths[0]]),
             growth=lambda name: _growth(self.head_sizes, name),
             own_tails=_tails(models[self.widths[-1]]),

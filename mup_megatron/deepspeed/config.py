@@ -49,7 +49,7 @@ def configuration(recipe: Recipe, *, path: str, settings: EngineSettings) -> dic
     Raises:
         InputError: DeepSpeed has no scheduler for the recipe's schedule, or the settings contradict each other.
     """
-    kind = DEEPSPEED_OPTIMIZERS[recipe.parametrization.optimizer].type
+    kind = DEEPSPEED_OPTIMIZERS.only(recipe.optimizers).type
     params = entries.optimizer_params(kind, {}, recipe)
     clipping: float | str = recipe.hyperparameters.clip_grad
     if settings.global_batch_size is None:

@@ -195,8 +195,8 @@ def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe:
     Raises:
         InputError: another optimizer than the recipe's, or values that say something else.
     """
+    own = DEEPSPEED_OPTIMIZERS.only(recipe.optimizers)
     wanted = _wanted(recipe)
-    own = DEEPSPEED_OPTIMIZERS[recipe.parametrization.optimizer]
     if name is None:
         raise InputError(
             f'"optimizer": missing, so DeepSpeed would not make one. Write "optimizer": {{"type": '

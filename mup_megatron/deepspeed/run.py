@@ -288,4 +288,4 @@ def _betas_or_momentum(engine: Any, run: EngineRun) -> dict[str, Any]:
     """Returns the recipe's betas or momentum; nothing where a schedule drives them."""
     if getattr(engine.lr_scheduler, "cycle_momentum", False):
         return {}
-    return TORCH_OPTIMIZERS[run.recipe.parametrization.optimizer].settings(run.recipe.hyperparameters)
+    return TORCH_OPTIMIZERS.only(run.plan.optimizers).settings(run.recipe.hyperparameters)

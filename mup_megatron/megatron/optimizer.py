@@ -20,12 +20,12 @@ from mup_megatron.theory import Plan, PlanEntry
 
 __all__ = ["config_overrides"]
 
-Override = Mapping[str, float]
+Override = Mapping[str, Any]
 
 
 def config_overrides(
     model_chunks: Sequence[torch.nn.Module], plan: Plan, config: OptimizerConfig
-) -> dict[ParamKey, dict[str, float]]:
+) -> dict[ParamKey, dict[str, Any]]:
     """Returns the `config_overrides` of `get_megatron_optimizer`, for every parameter to get what the plan says.
 
     It takes the place of Megatron's standard overrides (no weight decay for vectors), which the plan contains. A
@@ -62,8 +62,10 @@ def overrides_by_name(plan: Plan) -> dict[str, Override]:
     return {**distinct_lr_mults({entry.name: _override(entry, plan) for entry in plan.entries})}
 
 
-def _override(entry: PlanEntry, plan: Plan) -> dict[str, float]:
-    override = {}
+def _override(entry: PlanEntry, plan: Plan) -> dict[str, Any]:
+    override: dict[str, Any] = {}
+    if entry.optimizer != plan.optimizer:
+        override["optimizer"] = entry.optimizer
     if entry.is_vector:
         override["wd_mult"] = 0.0
     elif entry.weight_decay != plan.weight_decay:
@@ -79,6 +81,7 @@ def _override(entry: PlanEntry, plan: Plan) -> dict[str, float]:
 
 def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
     """Raises InputError unless an optimizer's configuration is what the plan's ratios are relative to."""
+    MEGATRON_OPTIMIZERS.only(plan.optimizers)
     expected = {"lr": plan.lr, "min_lr": plan.min_lr, "weight_decay": plan.weight_decay}
     if any(entry.eps is not None for entry in plan.entries):
         expected["adam_eps"] = plan.adam_eps
@@ -98,7 +101,8 @@ def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
             "decoupled_lr: it would overwrite what the plan gives to embedding and readout. Drop it, and use "
             "per_parameter in the recipe."
         )
-    if MEGATRON_OPTIMIZERS[plan.optimizer].decoupled_weight_decay and not config.decoupled_weight_decay:
+    decoupled = any(MEGATRON_OPTIMIZERS[name].decoupled_weight_decay for name in plan.optimizers)
+    if decoupled and not config.decoupled_weight_decay:
         problems.append("decoupled_weight_decay: it is off, and the plan's weight decay is AdamW's. Set it to True.")
     if config.apply_wd_to_qk_layernorm:
         problems.append("apply_wd_to_qk_layernorm: the plan has no weight decay for norms. Turn it off.")
@@ -128,6 +132,8 @@ class LiveGroupValues:
     weight_decay: float
     wd_mult: float
     """What the scheduler multiplies the base's weight decay by."""
+    optimizer: str | None
+    """By which Megatron steps the group; None where that is the configured one."""
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "LiveGroupValues":
@@ -139,6 +145,7 @@ class LiveGroupValues:
             eps=group.get("eps"),
             weight_decay=float(group["weight_decay"]),
             wd_mult=float(group.get("wd_mult", 1.0)),
+            optimizer=group.get("optimizer"),
         )
 
 

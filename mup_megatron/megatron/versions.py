@@ -89,14 +89,14 @@ def native_mup(config: Any) -> bool:
     return bool(getattr(config, "use_mup", False))
 
 
-def distinct_lr_mults(overrides: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+def distinct_lr_mults(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Overrides in which every group that has to be told apart has an `lr_mult` of its own.
 
     A checkpoint finds a group again by its `wd_mult` and `lr_mult` (0.16 to 0.18), later also by `max_lr` and `min_lr`,
     but never by `eps`: groups that differ in what is not compared would load each other's state. Nothing else has
     read `lr_mult` since 0.16. Where two groups collide, the later one's is moved to the next floating-point number.
     """
-    taken: dict[tuple[float, float], tuple[tuple[str, float], ...]] = {}
+    taken: dict[tuple[float, float], tuple[tuple[str, Any], ...]] = {}
     result = {}
     for name, override in overrides.items():
         items = tuple(sorted(override.items()))

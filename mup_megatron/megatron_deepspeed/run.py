@@ -197,7 +197,7 @@ def _applied(run: _ForkRun) -> Plan:
 
 def _adam_problems(run: _ForkRun, plan: Plan, adam: type[torch.optim.Optimizer]) -> list[str]:
     # Without CUDA the fork uses torch's Adam, which adds weight decay to the gradient.
-    if adam is not TORCH_OPTIMIZERS[plan.optimizer].coupled or plan.weight_decay == 0:
+    if adam is not TORCH_OPTIMIZERS.only(plan.optimizers).coupled or plan.weight_decay == 0:
         return []
     if run.args.ds_fused_adam or run.args.cpu_optimizer:
         return []

@@ -47,6 +47,8 @@ class Form(StrEnum):
 class GroupValues:
     """The values of the parameters of one group."""
 
+    optimizer: str
+    """The one that steps them."""
     lr: float
     weight_decay: float
     eps: float | None
@@ -57,15 +59,17 @@ class GroupValues:
     @classmethod
     def of(cls, entry: PlanEntry) -> "GroupValues":
         """Returns the values that a parameter needs."""
-        return cls(entry.lr, entry.weight_decay, entry.eps, entry.is_vector)
+        return cls(entry.optimizer, entry.lr, entry.weight_decay, entry.eps, entry.is_vector)
 
-    def as_keys(self, plan: Plan, form: Form) -> dict[str, float]:
-        """The keys of a group."""
-        eps = {} if self.eps is None else {"eps": self.eps}
+    def as_keys(self, plan: Plan, form: Form) -> Group:
+        """The keys of a group; `optimizer` is among them where the plan has several."""
+        rest: Group = {} if self.eps is None else {"eps": self.eps}
+        if len(plan.optimizers) > 1:
+            rest |= {"optimizer": self.optimizer}
         if form is Form.ABSOLUTE:
-            return {"lr": self.lr, "weight_decay": self.weight_decay, **eps}
+            return {"lr": self.lr, "weight_decay": self.weight_decay, **rest}
         decay = self.weight_decay / plan.weight_decay if plan.weight_decay else 1.0
-        return {"lr_mult": self.lr / plan.lr, "wd_mult": decay, **eps}
+        return {"lr_mult": self.lr / plan.lr, "wd_mult": decay, **rest}
 
 
 def members(plan: Plan) -> dict[str, tuple[str, ...]]:
@@ -92,6 +96,8 @@ def param_groups(
     pad_on: torch.nn.Module | None = None,
 ) -> list[Group]:
     """Groups in the plan's order: `name`, `params`, and the keys of `form`. Frozen parameters are left out.
+
+    Where several optimizers step a plan's parameters, the `optimizer` of each group says which one it is for.
 
     Args:
         named_parameters: what this rank holds, by the plan's names, or by those that wrappers make of them.

@@ -30,6 +30,7 @@ def check_optimizer(optimizer: Any, plan: Plan, model: torch.nn.Module | None = 
 
     Args:
         optimizer: made of `param_groups(…)`; in Accelerate's, DeepSpeed's or ZeroRedundancyOptimizer's wrapper or not.
+            A list of them, where several step tensors of the plan.
         plan: that of the model.
         model: the model, which tells frozen parameters from forgotten ones. Without it none may be frozen.
 
@@ -40,13 +41,16 @@ def check_optimizer(optimizer: Any, plan: Plan, model: torch.nn.Module | None = 
     if model is not None:
         require_kept(model)
         _require_shapes(model, plan)
-    inner = _unwrapped(optimizer)
-    groups: list[Group] = optimizer.param_groups
-    _require_rule(inner, groups, plan)
+    parts = optimizer if isinstance(optimizer, list | tuple) else (optimizer,)
+    groups: list[Group] = [group for part in parts for group in part.param_groups]
+    for part in parts:
+        _require_rule(_unwrapped(part), part.param_groups, _stepped_by(part, plan, model))
     _require_one_of_each(groups)
+    for part in parts:
+        _require_one_beta(part.param_groups)
     _require_values(groups, plan, model)
     _require_one_schedule(groups)
-    if not type(optimizer).__module__.startswith("deepspeed"):  # those hold flat buffers
+    if not any(type(part).__module__.startswith("deepspeed") for part in parts):  # those hold flat buffers
         _require_all(groups, plan, model)
 
 
@@ -62,12 +66,25 @@ def _unwrapped(optimizer: Any) -> Any:
 # ---- the rule ------------------------------------------------------------------------------------------------------
 
 
-def _require_rule(optimizer: Any, groups: list[Group], plan: Plan) -> None:
-    cause = _wrong(optimizer, groups, plan.optimizer)
+def _stepped_by(optimizer: Any, plan: Plan, model: torch.nn.Module | None) -> str:
+    """The one of the plan's optimizers that steps what a live one has."""
+    if len(plan.optimizers) == 1:
+        return plan.optimizers[0]
+    held = dict.fromkeys(wanted.optimizer for _, wanted, _ in _compared(optimizer.param_groups, plan, model))
+    if len(held) > 1:
+        raise InputError(
+            f"{type(optimizer).__name__}: it has parameters of {' and of '.join(held)}, and the plan steps them by one "
+            "of each. Make an optimizer of the groups of each `optimizer`, and hand over the list of them."
+        )
+    return next(iter(held), plan.optimizer)
+
+
+def _require_rule(optimizer: Any, groups: list[Group], wanted: str) -> None:
+    cause = _wrong(optimizer, groups, wanted)
     if cause is not None:
         raise InputError(
-            f"{type(optimizer).__name__}: {cause}, and the plan is for {plan.optimizer}: its values would have wrong "
-            f"effects. Use {TORCH_OPTIMIZERS[plan.optimizer].fitting}."
+            f"{type(optimizer).__name__}: {cause}, and the plan is for {wanted}: its values would have wrong effects. "
+            f"Use {TORCH_OPTIMIZERS[wanted].fitting}."
         )
 
 
@@ -177,6 +194,9 @@ def _require_one_of_each(groups: list[Group]) -> None:
         raise InputError(
             "the optimizer has a parameter twice, which would be stepped twice. Hand over param_groups(…) once."
         )
+
+
+def _require_one_beta(groups: list[Group]) -> None:
     if len({tuple(group["betas"]) for group in groups if "betas" in group}) > 1:
         raise InputError("betas differ between the optimizer's groups. Give all of them the same.")
 

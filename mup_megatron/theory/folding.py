@@ -10,7 +10,6 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from mup_megatron.theory.errors import PlanError
-from mup_megatron.theory.optimizers import optimizers
 from mup_megatron.theory.plan import Plan, PlanEntry
 from mup_megatron.theory.sites import READOUT
 
@@ -71,7 +70,7 @@ def moved(entry: PlanEntry, theta: float) -> PlanEntry:
     """Returns the entry with a factor `theta` moved from its multiplier into its weight."""
     if theta == 1.0:
         return entry
-    step = optimizers()[entry.optimizer].folded(theta)
+    step = entry.rules.folded(theta)
     # A gain that is stored as its distance from 1 becomes (1 + γ)θ - 1.
     zero_centered = entry.is_gain and entry.fold_offset == entry.init_value
     shift = theta - 1.0 if zero_centered else 0.0

@@ -64,8 +64,10 @@ class Optimizer:
     """But for the r_in of hidden weights, which has an exponent of its own: see `decayed`."""
     step: int
     """How its step grows with the gradient's size: 0 for those that divide by it, 1 for those that are made of it."""
+    others: "tuple[Optimizer, ...]" = ()
+    """Those that it leaves some tensors to."""
     routes: "Callable[[Tensor], Optimizer] | None" = None
-    """Which optimizer steps a tensor, for one that leaves some tensors to others."""
+    """Which of these or itself steps a tensor; None where it leaves none."""
 
     def learning_rate(self, role: Role, s: Scaling, *, eta: float) -> float:
         """Returns the learning rate of a tensor whose base value is `eta`."""
@@ -97,8 +99,17 @@ class Optimizer:
         return theta * theta**self.step
 
     def for_tensor(self, tensor: Tensor) -> "Optimizer":
-        """Returns the optimizer that steps a tensor where a recipe names this one: itself, unless it says otherwise."""
-        return self if self.routes is None else self.routes(tensor)
+        """Returns the optimizer that steps a tensor where a recipe names this one: itself, unless it says otherwise.
+
+        Raises:
+            PlanError: it routes to an optimizer that is not among its `others`.
+        """
+        if self.routes is None:
+            return self
+        chosen = self.routes(tensor)
+        if chosen.name not in {self.name, *(each.name for each in self.others)}:
+            raise PlanError(f"{self.name}: it leaves {tensor.name} to {chosen.name}. Add that to its `others`.")
+        return chosen
 
 
 ADAM = Optimizer(

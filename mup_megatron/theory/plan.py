@@ -82,6 +82,11 @@ class PlanEntry:
         return Property.RESIDUAL in self.properties
 
     @property
+    def rules(self) -> Optimizer:
+        """The rules of the optimizer that steps it."""
+        return optimizers()[self.optimizer]
+
+    @property
     def module(self) -> str:
         """The module that it belongs to, by its global name."""
         return self.name.rpartition(".")[0]
@@ -138,10 +143,10 @@ class Plan:
                 "or it has a kind of layer that is not supported."
             ) from None
 
-    @property
-    def rules(self) -> Optimizer:
-        """The recipe's optimizer."""
-        return optimizers()[self.optimizer]
+    @cached_property
+    def optimizers(self) -> tuple[str, ...]:
+        """The names of those that step its entries, in their order: one, unless the recipe's leaves some to others."""
+        return tuple(dict.fromkeys(entry.optimizer for entry in self.entries)) or (self.optimizer,)
 
     @property
     def num_layers(self) -> int:

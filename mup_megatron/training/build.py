@@ -24,7 +24,7 @@ from mup_megatron.megatron.guard import require_as_planned
 from mup_megatron.megatron.model import apply_plan, configure
 from mup_megatron.megatron.optimizer import config_overrides
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Plan, optimizers
+from mup_megatron.theory import Plan
 from mup_megatron.training.options import TrainingOptions
 
 
@@ -167,7 +167,7 @@ def _optimizer_config(recipe: Recipe, options: TrainingOptions) -> Any:
         lr=h.lr,
         min_lr=h.min_lr,
         weight_decay=h.weight_decay,
-        **{key: getattr(h, key) for key in optimizers()[recipe.parametrization.optimizer].hyperparameters},
+        **recipe.optimizer_values,
         clip_grad=h.clip_grad,
         bf16=options.bf16,
         params_dtype=torch.bfloat16 if options.bf16 else torch.float32,

@@ -198,9 +198,8 @@ def _bad_layout(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> I
                 f"--sequence-parallel: seq_length {model.seq_length} is not divisible by "
                 f"--tensor-model-parallel-size {options.tensor_model_parallel_size}. Drop it, or change one of them."
             )
-    problem = distributed_problem(recipe.parametrization.optimizer)
-    if problem is not None and options.use_distributed_optimizer:
-        yield problem
+    if options.use_distributed_optimizer:
+        yield from filter(None, map(distributed_problem, recipe.optimizers))
 
 
 def _bad_batch(model: ModelFile, options: TrainingOptions, world_size: int) -> Iterator[str]:

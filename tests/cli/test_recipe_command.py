@@ -33,7 +33,8 @@ def test_defaults_show_every_key(run: Command) -> None:
     # A line of the documentation of the format each.
     assert content["hyperparameters"]["adam_eps"] == 1e-8
     assert content["schedule"]["lr_decay_style"] == "linear"
-    assert content["parametrization"] == {"rule": "mup", "optimizer": "adam", "weight_decay_exponent": 1.0}
+    own = {"rule": "mup", "optimizer": "adam", "weight_decay_exponent": 1.0, "router": "output"}
+    assert content["parametrization"] == own
 
 
 def test_missing_keys_take_the_defaults_that_are_shown(run: Command) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from mup_megatron.architectures.decoder import Decoder
-from mup_megatron.architectures.families import ATTENTION, Family, Growth, norm
+from mup_megatron.architectures.families import ATTENTION, Family, Growth, Size, norm
+from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Place, Property, Role, Side, Tensor
 
@@ -29,6 +30,7 @@ class Bank:
 
     name = "bank"
     shared: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = ()
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         hidden = Side(model.hidden_size, grows=True)
@@ -59,6 +61,11 @@ class Bank:
 
     def places(self, layer: str) -> Iterator[Place]:
         yield from ()
+
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        norm = f"{layer}.pre_mlp_layernorm"
+        yield inside(norm, "Bank output", STREAM)
+        yield Measured(f"{layer}.mlp", Kind.BRANCH, "Bank output", (norm,), leads=True)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         return {"bank": 6.0 * EXPERTS * model.hidden_size * (1 + 2 * RANK)}

@@ -21,6 +21,7 @@ def _own() -> Iterator[Optimizer]:
         ADAM,
         name="own",
         lr={**ADAM.lr, Role.HIDDEN: Power(r_in=-0.5, r_out=-0.5)},
+        others=(SGD,),
         routes=lambda tensor: SGD if Property.EMBEDDING in tensor.properties else optimizers()["own"],
     )
     register(own)
@@ -42,7 +43,8 @@ def test_a_name_is_registered_once(name: str) -> None:
 
 def test_a_recipe_names_a_registered_optimizer_and_each_entry_says_whose_rules_it_has(own: Optimizer) -> None:
     plan = recipe_for(gpt(1), optimizer="own").plan(gpt(4, ffn_hidden_size=64 * 16))
-    assert (plan.optimizer, plan.rules) == ("own", own)
+    assert (plan.optimizer, plan[FC1].rules, plan[WORDS].rules) == ("own", own, SGD)
+    assert set(plan.optimizers) == {"own", "sgd"}
     h = HYPERPARAMETERS
     assert (plan[FC1].optimizer, plan[FC1].rule) == ("own", "mup.own.hidden")
     assert plan[FC1].lr == h["lr"] / 2 / 4

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from mup_megatron.architectures.families.family import Growth, linear, norm
+from mup_megatron.architectures.families.family import Growth, Size, linear, norm
+from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import SOFTMAX, Acts, Part, Place, Side, Tensor
 
@@ -11,11 +12,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+QUERIES = "queries"
+"""The part of a fused weight that makes them; the others are keys and values."""
+
+
 class Attention:
     """Self-attention with grouped queries; its queries, keys and values are one fused matrix."""
 
     name = "attention"
     shared: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = ()
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         """Yields norm, linear_qkv, the norms of queries and keys, and linear_proj."""
@@ -25,7 +31,7 @@ class Attention:
         # Transformer Engine fuses each norm into the linear layer that follows it.
         fused = model.transformer_impl == "transformer_engine"
         yield from norm(model, f"{name}.linear_qkv.layer_norm_" if fused else f"{layer}.input_layernorm.", hidden)
-        parts = (Part("queries", queries), Part("keys", keys), Part("values", keys))
+        parts = (Part(QUERIES, queries), Part("keys", keys), Part("values", keys))
         # One fused matrix, so one fan_out: all of its rows.
         qkv = Side(queries + 2 * keys, grows=True)
         yield from linear(f"{name}.linear_qkv", hidden, qkv, bias=model.bias_on_qkv, parts=parts)
@@ -48,6 +54,17 @@ class Attention:
             "attention_projections": 6.0 * (model.hidden_size * qkv + queries * model.hidden_size),
             "attention_scores": 12.0 * model.seq_length * queries,
         }
+
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields the norms, linear_qkv, the attention logits and linear_proj."""
+        name, logits = f"{layer}.self_attention", "Attention logits"
+        qkv, softmax = f"{name}.linear_qkv", f"{name}.core_attention.scale_mask_softmax"
+        norms = [f"{name}.{each}_layernorm" for each in "qk" if model.qk_layernorm]
+        yield inside(f"{layer}.input_layernorm", logits, STREAM)
+        yield inside(qkv, logits, f"{layer}.input_layernorm")
+        yield from (inside(each, logits, qkv) for each in norms)
+        yield Measured(softmax, Kind.LOGITS, logits, (qkv, *norms), leads=True)
+        yield Measured(f"{name}.linear_proj", Kind.BRANCH, "Attention output", (qkv, softmax), leads=True)
 
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
         """Returns causal attention."""

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from mup_megatron.architectures.families.family import Growth, linear, norm
+from mup_megatron.architectures.families.family import Growth, Size, linear, norm
+from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import SOFTMAX, Acts, Part, Place, Side, Tensor
 
@@ -16,6 +17,7 @@ class CrossAttention:
 
     name = "cross_attention"
     shared: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = ()
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         """Yields norm, linear_q, linear_kv and linear_proj."""
@@ -42,6 +44,16 @@ class CrossAttention:
             "attention_projections": 6.0 * model.hidden_size * 4 * heads,
             "attention_scores": 12.0 * model.seq_length * heads,
         }
+
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields the norm, linear_q, the attention logits and linear_proj."""
+        name, logits = f"{layer}.cross_attention", "Cross-attention logits"
+        queries, softmax = f"{name}.linear_q", f"{name}.core_attention.scale_mask_softmax"
+        before = f"{layer}.pre_cross_attn_layernorm"
+        yield inside(before, logits, STREAM)
+        yield inside(queries, logits, before)
+        yield Measured(softmax, Kind.LOGITS, logits, (queries,), leads=True)
+        yield Measured(f"{name}.linear_proj", Kind.BRANCH, "Cross-attention output", (queries, softmax), leads=True)
 
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
         """Raises NotImplementedError: a plain decoder has no other stack to attend to."""

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from mup_megatron.architectures.measured import Measured
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Constant, Part, Place, Property, Side, Tensor
 
-__all__ = ["Family", "Growth", "linear", "norm", "vector"]
+__all__ = ["Family", "Growth", "Size", "linear", "norm", "vector"]
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,10 +29,30 @@ class Growth:
         return Side(getattr(model, key), grows=getattr(self.base, key) != getattr(self.target, key))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """A size in a model file that is a family's own; heads are every model's."""
+
+    key: str
+    attribute: str
+    """Where a model has it with its default; None there for a model without."""
+    small: int
+    """As large as a small model of the kind needs it, where base and target share it."""
+    follows_width: bool = True
+    """Whether it keeps its ratio to the hidden size where base and target differ in it; a count does not."""
+
+    def of(self, model: ModelFile) -> int | None:
+        """Returns the size in a model."""
+        size: int | None = getattr(model, self.attribute)
+        return size
+
+
 class Family(Protocol):
     """A kind of layer, with one branch that adds to the residual stream."""
 
     name: str
+    sizes: tuple[Size, ...]
+    """Its own, for small models of its kind."""
     shared: tuple[str, ...]
     """Keys of a model file that base and target must share, beside those of every model."""
 
@@ -43,6 +64,9 @@ class Family(Protocol):
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
+
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields the modules of the layer of this name that a check looks at, in the order of a forward pass."""
 
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
         """Returns the names of its norm and of its branch in a layer, and the branch in plain torch: see `plain/`."""

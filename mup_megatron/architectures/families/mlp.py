@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from mup_megatron.architectures.families.family import Growth, linear, norm
+from mup_megatron.architectures.families.family import Growth, Size, linear, norm
+from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Part, Place, Side, Tensor
 
@@ -16,6 +17,7 @@ class Mlp:
 
     name = "mlp"
     shared: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = (Size(key="ffn_hidden_size", attribute="ffn_size", small=256),)
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         """Yields norm, linear_fc1 and linear_fc2."""
@@ -36,6 +38,13 @@ class Mlp:
         """Returns those of both layers."""
         fc1 = 2 * model.ffn_size if model.swiglu else model.ffn_size
         return {"mlp": 6.0 * model.hidden_size * (fc1 + model.ffn_size)}
+
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields the norm, linear_fc1 and linear_fc2."""
+        norm, fc1, fc2 = f"{layer}.pre_mlp_layernorm", f"{layer}.mlp.linear_fc1", f"{layer}.mlp.linear_fc2"
+        yield inside(norm, "MLP output", STREAM)
+        yield inside(fc1, "MLP output", norm)
+        yield Measured(fc2, Kind.BRANCH, "MLP output", (fc1,), leads=True)
 
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
         """Returns an MLP."""

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from mup_megatron.architectures.families import Size
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.registry import decoder_of
+from mup_megatron.architectures.registry import architecture_of, decoder_of, shapes_of
 from mup_megatron.check.family.layers import base_layers, in_terms_of, kept_layers, overrides_of_layers
 from mup_megatron.check.family.sizes import DEPTH, HEAD_SIZE, SEQUENCE, SMALLEST, VOCABULARY, require_trainable
 from mup_megatron.check.measure.optimizers import clamped
@@ -24,10 +25,8 @@ WIDEST_BASE = 4096
 """Beyond which no base is looked for."""
 BASE = 64
 """How wide the base is at most: the second of the usual widths, so that there are models on both sides of it."""
-FFN = 256
-"""Likewise of MLPs, at most."""
-FFN_RATIOS = (0.125, 8.0)
-"""Of MLPs that grow to the hidden size, in eighths."""
+RATIOS = (0.125, 8.0)
+"""Of sizes that grow to the hidden size, in eighths."""
 
 
 def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel: int = 1) -> list[int]:
@@ -68,7 +67,7 @@ def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
         "hidden_size": width,
         "num_attention_heads": int(growth.heads(width)),
         "kv_channels": int(growth.head_size(width)),
-        "ffn_hidden_size": growth.ffn(width),
+        **growth.own_sizes(width),
         "num_query_groups": int(growth.groups(width)) if target.group_query_attention else 1,
         "vocab_size": VOCABULARY,
         "make_vocab_size_divisible_by": min(target.make_vocab_size_divisible_by, 32),
@@ -89,7 +88,8 @@ class _Growth:
     heads_grow: bool
     sizes_grow: bool
     groups_grow: bool
-    ffn_grows: bool
+    growing: frozenset[str]
+    """The keys of the sizes of families that do."""
 
     @classmethod
     def of(cls, target: ModelFile, base: ModelFile) -> "_Growth":
@@ -103,7 +103,11 @@ class _Growth:
             heads_grow=heads_differ or (as_wide and not sizes_grow),
             sizes_grow=sizes_grow,
             groups_grow=base.query_groups != target.query_groups or (as_wide and not sizes_grow),
-            ffn_grows=base.ffn_size != target.ffn_size or as_wide,
+            growing=frozenset(
+                size.key
+                for size in architecture_of(target).sizes(target)
+                if size.follows_width and (as_wide or size.of(base) != size.of(target))
+            ),
         )
 
     @property
@@ -147,12 +151,13 @@ class _Growth:
             return Fraction(target.query_groups)
         return self.heads(width) * target.query_groups / target.num_attention_heads
 
-    def ffn(self, width: int) -> int:
-        """Hidden size of the MLP."""
-        target = self.target
-        if not self.ffn_grows:
-            return target.ffn_size
-        return max(1, round(target.ffn_size * width / target.hidden_size))
+    def own_sizes(self, width: int) -> dict[str, int]:
+        """Those of the families, by key."""
+        sizes = {size.key: size.of(self.target) or 0 for size in architecture_of(self.target).sizes(self.target)}
+        return {
+            key: max(1, round(size * width / self.target.hidden_size)) if key in self.growing else size
+            for key, size in sizes.items()
+        }
 
 
 def _rotates(model: ModelFile, head_size: int) -> bool:
@@ -171,11 +176,7 @@ def models_for(target: ModelFile, recipe: Recipe, widths: Sequence[int]) -> dict
     """
     models = {width: at_width(target, recipe, width) for width in widths}
     widest = models[max(widths)]
-    heads = widest.num_attention_heads + 2 * widest.query_groups
-    shapes = {
-        "linear_qkv.weight": (heads * widest.head_size, widest.hidden_size),
-        "linear_fc1.weight": (widest.ffn_size * (2 if widest.swiglu else 1), widest.hidden_size),
-    }
+    shapes = {".".join(tensor.name.split(".")[-2:]): tensor.shape for tensor in shapes_of(widest, widest)[1].tensors}
     require_trainable(shapes, widest.hidden_size)
     return models
 
@@ -252,8 +253,8 @@ class _Cut:
     """None where their number grows."""
     per_group: Mapping[int, int]
     """Queries of a group, as they are → as they are in the check."""
-    ffn: int | None
-    """None where it grows."""
+    own_sizes: Mapping[str, Mapping[int, int]]
+    """Of families, those that do not grow: key → as it is → as it is in the check."""
 
     @classmethod
     def of(cls, target: ModelFile, base: ModelFile, growth: _Growth, tensor_parallel: int) -> "_Cut":
@@ -269,7 +270,6 @@ class _Cut:
         heads = None
         if not growth.heads_grow:
             heads = math.lcm(*per_group.values()) * min(target.query_groups, shared)
-        fixed = max(tensor_parallel, FFN // tensor_parallel * tensor_parallel)
         return cls(
             growth=growth,
             head_size=None if growth.sizes_grow else size,
@@ -277,7 +277,11 @@ class _Cut:
             growing=2 * max(2, sharing),
             groups=groups,
             per_group=per_group,
-            ffn=None if growth.ffn_grows else min(target.ffn_size, fixed),
+            own_sizes={
+                size.key: _cut(size, base, target, tensor_parallel)
+                for size in architecture_of(target).sizes(target)
+                if size.key not in growth.growing
+            },
         )
 
     def fits(self, width: int) -> bool:
@@ -289,16 +293,22 @@ class _Cut:
         found = self._attention(model, width)
         assert found is not None
         heads, size, groups = found
-        ratio = clamped(round(8 * model.ffn_size / model.hidden_size) / 8, FFN_RATIOS)
         return model.model_copy(
             update={
                 "hidden_size": width,
                 "num_attention_heads": heads,
                 "kv_channels": size,
                 "num_query_groups": groups if model.group_query_attention else 1,
-                "ffn_hidden_size": max(1, round(ratio * width)) if self.ffn is None else self.ffn,
+                **{size.key: self._own_size(size, model, width) for size in architecture_of(model).sizes(model)},
             }
         )
+
+    def _own_size(self, size: Size, model: ModelFile, width: int) -> int:
+        now = size.of(model)
+        assert now is not None
+        if size.key in self.own_sizes:
+            return self.own_sizes[size.key][now]
+        return max(1, round(clamped(round(8 * now / model.hidden_size) / 8, RATIOS) * width))
 
     def _attention(self, model: ModelFile, width: int) -> tuple[int, int, int] | None:
         """Heads, their size, groups; None where they are not whole."""
@@ -321,3 +331,11 @@ class _Cut:
         if not whole or size < 1 or not _rotates(model, size) or (self.head_size is None and size % 2):
             return None
         return int(heads), size, int(groups)
+
+
+def _cut(size: Size, base: ModelFile, target: ModelFile, tensor_parallel: int) -> dict[int, int]:
+    """A size that does not grow, as it is → as it is in the check; two that differ do so there."""
+    few, many = sorted(value for model in (base, target) if (value := size.of(model)) is not None)
+    shared = max(tensor_parallel, size.small // tensor_parallel * tensor_parallel)
+    less = min(few, shared)
+    return {many: less if many == few else min(many, 2 * less), few: less}

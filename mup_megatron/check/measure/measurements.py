@@ -10,6 +10,10 @@ Report = Callable[[str, int, int], None]
 """(what is trained, how many models are done, of how many)."""
 
 
+LOGITS = "attention_logits"
+"""How the attention logits of a torch module are called, which belong to no module of its own."""
+
+
 class Quantity(StrEnum):
     """Kinds of measurement. Each is one number for one parameter or activation at one time."""
 

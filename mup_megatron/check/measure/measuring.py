@@ -19,7 +19,6 @@ from mup_megatron.check.measure.measurements import TURNING, Key, MeasuredRun, Q
 from mup_megatron.check.measure.replay import Sums, rms_of, sample
 from mup_megatron.check.measure.trainee import At, Trainee
 
-_MASKED = "scale_mask_softmax"
 _MEANS = (Quantity.CONSTANT, Quantity.SUMMED, Quantity.PLACE)
 _PREFIX = 512
 """Elements of a draw that are compared with other draws."""
@@ -96,7 +95,8 @@ class Recorder:
         if self._of_all([name for name, x in self._activations.items() if not _is_same(x, again.get(name))]):
             again = self._recorded(self._trainee.forward)
         differing = [n for n, x in self._activations.items() if x.isfinite().all() and not _is_same(x, again.get(n))]
-        bad = [name for name, x in self._activations.items() if not x.isfinite().all() and not name.endswith(_MASKED)]
+        masked = {name for name, _, at in self._trainee.modules() if at == "masked input"}
+        bad = [name for name, x in self._activations.items() if not x.isfinite().all() and name not in masked]
         for name, x in self._activations.items():
             self._note(Key(Quantity.ACTIVATION, name, 0), x)
         for name, w in self._first.items():

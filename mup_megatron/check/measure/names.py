@@ -1,37 +1,27 @@
-"""Names of a GPT as Megatron calls its parts: which modules are looked at. And which layer something is in."""
+"""The modules of a live model that an architecture has measured, by name. And which layer something is in."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
+
+from mup_megatron.architectures.measured import Kind, Measured
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mup_megatron.check.measure.trainee import At
 
-LOGITS = "scale_mask_softmax"
-ATTENTION = "core_attention"
-_OUTPUTS = (
-    "_embeddings",
-    "linear_qkv",
-    "linear_proj",
-    "linear_fc1",
-    "linear_fc2",
-    "norm",
-    "output_layer",
-)
 _LAYER = re.compile(r"(?:^|(?<=\.))layers\.(\d+)(?=\.|$)")
 
 
-def watched_modules(modules: Iterable[tuple[str, "nn.Module"]]) -> Iterable[tuple[str, "nn.Module", "At"]]:
-    """Yields a GPT's modules with Megatron's names: every layer's output, the residual stream after each block, the
-    readout, and the attention logits.
-    """
+def watched_modules(
+    modules: Iterable[tuple[str, "nn.Module"]], measured: Iterable[Measured]
+) -> Iterator[tuple[str, "nn.Module", "At"]]:
+    """Yields those of (global name, module) that are measured, and where each of them is looked at."""
+    kinds = {each.module: each.kind for each in measured}
     for name, module in modules:
-        if name.endswith(LOGITS):
-            yield name, module, "input"
-        elif name.endswith(_OUTPUTS) or name.rpartition(".")[0] == "decoder.layers":
-            yield name, module, "output"
+        if name in kinds:
+            yield name, module, "masked input" if kinds[name] is Kind.LOGITS else "output"
 
 
 def layer_of(name: str) -> int | None:

@@ -95,7 +95,7 @@ def rules_of(recipe: Recipe) -> Optimizer:
 
 
 def _checked(recipe: Recipe) -> CheckedOptimizer:
-    return CHECKED_OPTIMIZERS[recipe.parametrization.optimizer]
+    return CHECKED_OPTIMIZERS.only(recipe.optimizers)
 
 
 def rule_in_words(recipe: Recipe, quantity: Quantity, kind: str) -> str:
@@ -107,7 +107,7 @@ def torch_optimizer(groups: Iterable[dict[str, Any]], recipe: Recipe) -> "torch.
     """Builds the recipe's optimizer as torch has it, with these parameter groups."""
     from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 
-    return TORCH_OPTIMIZERS[recipe.parametrization.optimizer].made(groups, recipe.hyperparameters)
+    return TORCH_OPTIMIZERS.only(recipe.optimizers).made(groups, recipe.hyperparameters)
 
 
 def replay_for(recipe: Recipe) -> "Replay":

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from mup_megatron.check.measure.measurements import Quantity
 from mup_megatron.check.measure.replay import Replay
 
-At = Literal["input", "output"]
+At = Literal["input", "masked input", "output"]
+"""What of a module is looked at; of logits that masks are in, no number has to be finite."""
 
 
 class Trainee(Protocol):
     """A model with its optimizer, ready to train: this rank's part of it."""
 
     def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
-        """(global name, module, whether its input or output is looked at) of what this rank holds."""
+        """(global name, module, what of it is looked at) of what this rank holds."""
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """(global name, this rank's shard or whole of it), each once."""

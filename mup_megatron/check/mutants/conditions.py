@@ -66,6 +66,11 @@ def _hidden_ratios(context: Context) -> list[Scaling]:
     return [context.ratios[e.name] for e in context.recipe.plan(context.target).entries if is_hidden(e)]
 
 
+def has_fused_queries(context: Context) -> bool:
+    """Returns whether queries, keys and values are made by one weight."""
+    return bool(context.fused)
+
+
 def has_linear_biases(context: Context) -> bool:
     """Returns whether linear layers have biases."""
     return context.target.bias_on_qkv

@@ -1,37 +1,57 @@
 """Mistakes in the forward pass."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from mup_megatron.check.entries import token_table
 from mup_megatron.check.mutants.conditions import has_multiplier, heads_grow, is_rotary
+from mup_megatron.check.mutants.live import live_modules
 from mup_megatron.check.mutants.mutant import Context, ModelChange, Mutant
-from mup_megatron.theory import Plan
+from mup_megatron.theory import Acts, Plan
 
 
 def _softmax_scale(factor: Callable[[Plan, Context], float]) -> ModelChange:
     """Multiplies the scale of attention logits."""
 
     def change(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
-        from mup_megatron.megatron.model import core_attentions
-        from mup_megatron.megatron.names import unwrapped
-
-        for chunk in chunks:
-            for _, attention in core_attentions(unwrapped(chunk)):
-                parts: list[Any] = list(attention.modules())
-                for part in parts:
-                    if isinstance(getattr(part, "softmax_scale", None), float):
-                        part.softmax_scale *= factor(plan, context)
+        places = {site.module for site in plan.sites if site.acts is Acts.SCALE}
+        for attention in live_modules(chunks, places):
+            for part in attention.modules():
+                if isinstance(getattr(part, "softmax_scale", None), float):
+                    part.softmax_scale *= factor(plan, context)
 
     return change
 
 
-def _output(of: str, factor: Callable[[Plan, Context], float], *, last: bool = False) -> ModelChange:
-    """Multiplies the output of the modules whose names end so, of the last layer or of all."""
+Of = Callable[[Plan, Context], Collection[str]]
+"""The names of modules."""
+
+
+def _readouts(_plan: Plan, context: Context) -> Collection[str]:
+    return context.readouts
+
+
+def _tables(plan: Plan, _context: Context) -> Collection[str]:
+    return [entry.module for entry in plan.entries if entry.is_embedding]
+
+
+def _tables_beside_tokens(plan: Plan, _context: Context) -> Collection[str]:
+    return [entry.module for entry in plan.entries if entry.is_embedding and entry.name != token_table(plan)]
+
+
+def _branches(_plan: Plan, context: Context) -> Collection[str]:
+    return context.branches.keys()
+
+
+def _inside_branches(_plan: Plan, context: Context) -> Collection[str]:
+    return context.branches.values()
+
+
+def _output(of: Of, factor: Callable[[Plan, Context], float], *, last: bool = False) -> ModelChange:
+    """Multiplies the output of modules, of the last one alone or of all."""
 
     def change(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
-        from mup_megatron.megatron.names import unwrapped
-
         scale = factor(plan, context)
 
         def scaled(_module: Any, _args: Any, output: Any) -> Any:
@@ -40,19 +60,17 @@ def _output(of: str, factor: Callable[[Plan, Context], float], *, last: bool = F
             return output * scale
 
         for chunk in chunks:
-            modules = [module for name, module in unwrapped(chunk).named_modules() if name.endswith(of)]
+            modules = live_modules([chunk], of(plan, context))
             for module in modules[-1:] if last else modules:
                 module.register_forward_hook(scaled)
 
     return change
 
 
-def _in_evaluation(of: str, factor: Callable[[Plan, Context], float]) -> ModelChange:
-    """Multiplies the output of the modules whose names end so, in evaluation mode alone."""
+def _in_evaluation(of: Of, factor: Callable[[Plan, Context], float]) -> ModelChange:
+    """Multiplies the output of modules, in evaluation mode alone."""
 
     def change(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
-        from mup_megatron.megatron.names import unwrapped
-
         scale = factor(plan, context)
 
         def scaled(module: Any, _args: Any, output: Any) -> Any:
@@ -60,10 +78,8 @@ def _in_evaluation(of: str, factor: Callable[[Plan, Context], float]) -> ModelCh
                 return output
             return (output[0] * scale, *output[1:]) if isinstance(output, tuple) else output * scale
 
-        for chunk in chunks:
-            for name, module in unwrapped(chunk).named_modules():
-                if name.endswith(of):
-                    module.register_forward_hook(scaled)
+        for module in live_modules(chunks, of(plan, context)):
+            module.register_forward_hook(scaled)
 
     return change
 
@@ -111,68 +127,68 @@ FORWARD = (
         name="readout-multiplied-twice",
         what="The logits are multiplied by α_out/r twice, by the model and by a wrapper.",
         cause=("readout-multiplied-twice",),
-        model=_output("output_layer", lambda p, _: p.output_multiplier),
+        model=_output(_readouts, lambda p, _: p.output_multiplier),
     ),
     Mutant(
         name="readout-not-multiplied",
         what="The logits are not multiplied at all.",
         cause=("readout-not-multiplied",),
-        model=_output("output_layer", lambda p, _: 1 / p.output_multiplier),
+        model=_output(_readouts, lambda p, _: 1 / p.output_multiplier),
     ),
     Mutant(
         name="readout-without-alpha",
         what="The logits are multiplied by 1/r, and the recipe's output_multiplier is lost.",
         cause=("output-multiplier-dropped",),
-        model=_output("output_layer", lambda _, c: 1 / c.recipe.hyperparameters.output_multiplier),
+        model=_output(_readouts, lambda _, c: 1 / c.recipe.hyperparameters.output_multiplier),
         when=has_multiplier("output_multiplier"),
     ),
     Mutant(
         name="readout-without-ratio",
         what="The logits are multiplied by the recipe's output_multiplier, which replaced 1/r.",
         cause=("readout-ratio-dropped",),
-        model=_output("output_layer", lambda _, c: c.r),
+        model=_output(_readouts, lambda _, c: c.r),
     ),
     Mutant(
         name="embedding-multiplier-dropped",
         what="The recipe's embedding_multiplier is not applied.",
         cause=("embedding-multiplier-dropped",),
-        model=_output("_embeddings", lambda _, c: 1 / c.recipe.hyperparameters.embedding_multiplier),
+        model=_output(_tables, lambda _, c: 1 / c.recipe.hyperparameters.embedding_multiplier),
         when=has_multiplier("embedding_multiplier"),
     ),
     Mutant(
         name="embedding-multiplier-on-tokens-only",
         what="The recipe's embedding_multiplier is applied to the token table and not to positions.",
         cause=("embedding-multiplier-on-tokens-only",),
-        model=_output("position_embeddings", lambda _, c: 1 / c.recipe.hyperparameters.embedding_multiplier),
+        model=_output(_tables_beside_tokens, lambda _, c: 1 / c.recipe.hyperparameters.embedding_multiplier),
         when=lambda c: (
             c.target.position_embedding_type == "learned_absolute" and has_multiplier("embedding_multiplier")(c)
         ),
     ),
     Mutant(
         name="stray-root-in-one-mlp",
-        what="A layer that somebody edited multiplies the output of its fc1 by √r.",
+        what="A layer that somebody edited multiplies what is inside of its last branch by √r.",
         cause=("module-output",),
-        model=_output("mlp.linear_fc1", lambda _, c: math.sqrt(c.r), last=True),
+        model=_output(_inside_branches, lambda _, c: math.sqrt(c.r), last=True),
     ),
     Mutant(
         name="branch-scaled-by-depth",
-        what="Every MLP's output is multiplied by 1/√L, on top of the initial std's 1/√(2L).",
+        what="The branches of one family are multiplied by 1/√L, on top of the initial std's 1/√(2L).",
         cause=("module-output",),
-        model=_output("mlp.linear_fc2", lambda p, _: 1 / math.sqrt(p.num_layers)),
+        model=_output(_branches, lambda p, _: 1 / math.sqrt(p.num_layers)),
         when=lambda c: c.target.num_layers > 1,
     ),
     Mutant(
         name="evaluation-readout-twice",
         what="Under eval() the logits are multiplied by α_out/r twice.",
         cause=("evaluation-differs",),
-        model=_in_evaluation("output_layer", lambda p, _: p.output_multiplier),
+        model=_in_evaluation(_readouts, lambda p, _: p.output_multiplier),
         trains_alike=True,
     ),
     Mutant(
         name="evaluation-branch",
-        what="Under eval() every MLP's output is divided by 2.",
+        what="Under eval() the branches of one family are divided by 2.",
         cause=("evaluation-differs",),
-        model=_in_evaluation("mlp.linear_fc2", lambda _p, _c: 0.5),
+        model=_in_evaluation(_branches, lambda _p, _c: 0.5),
         trains_alike=True,
     ),
     Mutant(

@@ -12,23 +12,21 @@ from mup_megatron.check.entries import (
     is_linear_bias,
     is_readout,
     is_residual,
+    is_vector,
 )
 from mup_megatron.check.mutants.conditions import (
     depth_differs,
     gains_start_at_1,
+    has_fused_queries,
     has_linear_biases,
     has_several_layers,
     is_tied,
     is_untied,
     sides_differ,
 )
-from mup_megatron.check.mutants.live import is_in_last_layer, is_qkv, live_parameters
+from mup_megatron.check.mutants.live import is_in_last_layer, live_parameters
 from mup_megatron.check.mutants.mutant import Context, Factor, ModelChange, Mutant, Select
-from mup_megatron.theory import Plan, PlanEntry, family_of
-
-
-def _word_embedding(entry: PlanEntry) -> bool:
-    return entry.name == "embedding.word_embeddings.weight"
+from mup_megatron.theory import Plan, family_of
 
 
 def _weights(select: Select, factor: Factor) -> ModelChange:
@@ -42,6 +40,21 @@ def _weights(select: Select, factor: Factor) -> ModelChange:
     return change
 
 
+def _tied_table(factor: Factor) -> ModelChange:
+    def change(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
+        _weights(lambda entry: entry.name == plan.readout, factor)(chunks, plan, context)
+
+    return change
+
+
+def _one_tensor(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
+    inside = context.branches.values()
+    change = _weights(
+        lambda e: is_in_last_layer(plan, e) and e.module in inside and not is_vector(e), lambda _e, _r, _c: 1.1
+    )
+    change(chunks, plan, context)
+
+
 def _drawn_biases(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
     for entry, parameter in live_parameters(chunks, plan):
         if is_linear_bias(entry):
@@ -49,11 +62,11 @@ def _drawn_biases(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
 
 
 def _qkv_rows(heads: slice, factor: Callable[[Context], float]) -> ModelChange:
-    """Multiplies some of the rows of linear_qkv: of each group its queries, then its key, then its value."""
+    """Multiplies some of the rows of the fused weight: of each group its queries, then its key, then its value."""
 
     def change(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
         for entry, parameter in live_parameters(chunks, plan):
-            if is_qkv(entry):
+            if entry.name in context.fused:
                 per_group = context.target.num_attention_heads // context.target.query_groups + 2
                 rows = parameter.data.view(-1, per_group, context.target.head_size, parameter.shape[1])
                 rows[:, heads].mul_(factor(context))
@@ -131,14 +144,14 @@ INITIAL = (
         name="tied-init-linear",
         what="The tied table is drawn as a readout whose 1/r is in its weight: σ/r.",
         cause=("embedding-init",),
-        model=_weights(_word_embedding, lambda _e, _r, c: 1 / c.r),
+        model=_tied_table(lambda _e, _r, c: 1 / c.r),
         when=is_tied,
     ),
     Mutant(
         name="tied-init-root",
         what="The tied table is drawn as hidden weights are: σ/√r.",
         cause=("embedding-init",),
-        model=_weights(_word_embedding, lambda _e, _r, c: 1 / math.sqrt(c.r)),
+        model=_tied_table(lambda _e, _r, c: 1 / math.sqrt(c.r)),
         when=is_tied,
     ),
     Mutant(
@@ -167,12 +180,14 @@ INITIAL = (
         what="Queries start at 0, and the recipe does not say so.",
         cause=("queries-zeroed",),
         model=_qkv_rows(slice(None, -2), lambda _: 0.0),
+        when=has_fused_queries,
     ),
     Mutant(
         name="key-value-rows",
         what="The rows of keys and values are drawn as if their fan_in were larger: another 1/√r.",
         cause=("qkv-rows",),
         model=_qkv_rows(slice(-2, None), lambda c: 1 / math.sqrt(c.r)),
+        when=has_fused_queries,
     ),
     Mutant(
         name="gains-scaled",
@@ -197,11 +212,9 @@ INITIAL = (
     ),
     Mutant(
         name="one-tensor-init",
-        what="The last layer's linear_fc1 starts with a std that is 10 % too large.",
+        what="What is inside of the last branch starts with a std that is 10 % too large.",
         cause=("one-layer-init", "tensor-init"),
-        model=lambda chunks, plan, context: _weights(
-            lambda e: is_in_last_layer(plan, e) and e.name.endswith("linear_fc1.weight"), lambda _e, _r, _c: 1.1
-        )(chunks, plan, context),
+        model=_one_tensor,
     ),
     Mutant(
         name="draw-uniform",

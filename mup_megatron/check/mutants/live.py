@@ -1,17 +1,12 @@
 """The tensors of a live run, as mistakes choose them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from mup_megatron.check.measure.names import layer_of
 from mup_megatron.check.mutants.mutant import Context, OptimizerChange, Select
 from mup_megatron.theory import Plan, PlanEntry
 from mup_megatron.theory.widths import Scaling
-
-
-def is_qkv(entry: PlanEntry) -> bool:
-    """Returns whether it is the weight of queries, keys and values."""
-    return entry.name.endswith("linear_qkv.weight")
 
 
 def is_in_last_layer(plan: Plan, entry: PlanEntry) -> bool:
@@ -24,6 +19,13 @@ def live_parameters(chunks: Sequence[Any], plan: Plan) -> Iterable[tuple[PlanEnt
     from mup_megatron.megatron.names import named_parameters
 
     return [(plan[name], parameter) for name, parameter in named_parameters(chunks, tied=plan.tied)]
+
+
+def live_modules(chunks: Sequence[Any], names: Collection[str]) -> list[Any]:
+    """Returns the modules of this rank that have these global names."""
+    from mup_megatron.megatron.names import named_modules, unwrapped
+
+    return [module for chunk in chunks for name, module in named_modules(unwrapped(chunk)) if name in names]
 
 
 def changed_groups(

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from mup_megatron.architectures.families.attention import QUERIES
+from mup_megatron.architectures.measured import Kind, Measured
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.registry import shapes_of
+from mup_megatron.architectures.registry import architecture_of, shapes_of
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.theory import ModelShape, Plan, PlanEntry
 from mup_megatron.theory.matching import counterparts
 from mup_megatron.theory.widths import Scaling, Sizes, scaling
 
@@ -32,9 +34,34 @@ class Context:
     @cached_property
     def ratios(self) -> Mapping[str, Scaling]:
         """The sizes of each tensor at base and target, by global name."""
-        base, target = shapes_of(self.base, self.target)
+        base, target = self._shapes
         at_base = counterparts(base.tensors)
         return {p.name: scaling(at_base.of(p.name), p, Sizes(1, 1)) for p in target.tensors}
+
+    @cached_property
+    def fused(self) -> frozenset[str]:
+        """The weights that make queries, keys and values in one."""
+        return frozenset(t.name for t in self._shapes[1].tensors if any(part.name == QUERIES for part in t.parts))
+
+    @cached_property
+    def measured(self) -> tuple[Measured, ...]:
+        """What the architecture has measured."""
+        return tuple(architecture_of(self.target).measured(self.target))
+
+    @property
+    def readouts(self) -> frozenset[str]:
+        """The modules that compute the model's logits."""
+        return frozenset(each.module for each in self.measured if each.kind is Kind.READOUT)
+
+    @property
+    def branches(self) -> Mapping[str, str]:
+        """The branches of the family that the last one is of → what each is computed from first, as of an MLP."""
+        every = [each for each in self.measured if each.kind is Kind.BRANCH]
+        return {each.module: each.reads[0] for each in every if each.panel == every[-1].panel}
+
+    @cached_property
+    def _shapes(self) -> tuple[ModelShape, ModelShape]:
+        return shapes_of(self.base, self.target)
 
 
 PlanChange = Callable[[Plan, Context], Plan]

@@ -12,9 +12,8 @@ from mup_megatron.check.entries import (
     is_hidden,
     is_readout,
 )
-from mup_megatron.check.measure.names import layer_of
-from mup_megatron.check.mutants.conditions import has_biases, is_untied, sides_differ
-from mup_megatron.check.mutants.live import changed_groups, is_in_last_layer, is_qkv, single_groups
+from mup_megatron.check.mutants.conditions import has_biases, has_fused_queries, is_untied, sides_differ
+from mup_megatron.check.mutants.live import changed_groups, is_in_last_layer, single_groups
 from mup_megatron.check.mutants.mutant import Context, Factor, Mutant, OptimizerChange, Select
 from mup_megatron.theory import Plan, PlanEntry
 from mup_megatron.theory.widths import Scaling
@@ -39,10 +38,16 @@ def _forgotten_layer(optimizer: Any, chunks: Sequence[Any], plan: Plan, context:
     of_layer(optimizer, chunks, plan, context)
 
 
+def _own_ratio(optimizer: Any, chunks: Sequence[Any], plan: Plan, context: Context) -> None:
+    fused = _rates(lambda e: e.name in context.fused, lambda e, _r, c: c.target.hidden_size / e.shape[0])
+    fused(optimizer, chunks, plan, context)
+
+
 def _lost_tensor(optimizer: Any, chunks: Sequence[Any], plan: Plan, _context: Context) -> None:
     from mup_megatron.megatron.optimizer import parts_of
 
-    lost = [g for e, g in single_groups(optimizer, chunks, plan) if is_qkv(e) and layer_of(e.name) == 0]
+    first = next(entry.name for entry in plan.entries if is_hidden(entry))
+    lost = [g for e, g in single_groups(optimizer, chunks, plan) if e.name == first]
     for part in parts_of(optimizer):
         part.optimizer.param_groups[:] = [g for g in part.optimizer.param_groups if not any(g is x for x in lost)]
 
@@ -135,13 +140,14 @@ RATES = (
     ),
     Mutant(
         name="qkv-own-ratio",
-        what="The learning rate of linear_qkv is divided by its rows over the base's hidden size.",
+        what="The learning rate of queries, keys and values in one matrix is divided by its rows over the hidden size.",
         cause=("tensor-learning-rate",),
-        optimizer=_rates(is_qkv, lambda e, _r, c: c.target.hidden_size / e.shape[0]),
+        optimizer=_own_ratio,
+        when=has_fused_queries,
     ),
     Mutant(
         name="tensor-not-trained",
-        what="The optimizer lacks the first layer's linear_qkv.",
+        what="The optimizer lacks the first hidden weight.",
         cause=("not-trained",),
         optimizer=_lost_tensor,
     ),

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.plain.decoder import PlainDecoder, cross_entropy, draw_weights
+from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.check.entries import is_readout
 from mup_megatron.check.measure import batches
 from mup_megatron.check.measure.measurements import Quantity
-from mup_megatron.check.measure.names import ATTENTION, watched_modules
+from mup_megatron.check.measure.names import watched_modules
 from mup_megatron.check.measure.optimizers import clip, replay_for
 from mup_megatron.check.measure.replay import Replay
 from mup_megatron.check.measure.trainee import At
 from mup_megatron.check.reference.modules import multiply, optimizer_for
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Plan
+from mup_megatron.theory import Acts, Plan
 
 
 class Reference:
@@ -48,8 +49,8 @@ class Reference:
         self._norm: float | None = None
 
     def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
-        """Every layer's output and the attention logits."""
-        return watched_modules(self._gpt.named_modules())
+        """Those that the architecture has measured."""
+        return watched_modules(self._gpt.named_modules(), architecture_of(self._model_file).measured(self._model_file))
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """All of them."""
@@ -79,7 +80,8 @@ class Reference:
 
     def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
         """Returns the queries that attention proper takes in."""
-        return [(name, module, -2) for name, module in self._gpt.named_modules() if name.endswith(ATTENTION)]
+        attentions = {place.module for place in self._plan.places if place.acts is Acts.SCALE}
+        return [(name, module, -2) for name, module in self._gpt.named_modules() if name in attentions]
 
     def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
         """Nothing: its code is right."""

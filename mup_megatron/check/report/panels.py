@@ -1,40 +1,35 @@
 """The panels of a verdict's picture: which measurement each shows, and how."""
 
 import math
-import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from mup_megatron.architectures.measured import Kind, Measured
+from mup_megatron.check.entries import is_any, is_embedding, is_readout, is_vector
 from mup_megatron.check.measure.measurements import Key, Measurements, Quantity
 from mup_megatron.check.measure.names import layer_of
 from mup_megatron.check.report.report import typical
 from mup_megatron.check.verdict.comparison import ORDER, TOLERANCES, Compared, Finding, Mismatch, t_quantile
 from mup_megatron.check.verdict.verdict import CheckOutcome, Verdict
+from mup_megatron.theory import PlanEntry
 
 FAULT, CALM, GREY, BAND, PASSED, UNDECIDED = "#c0271c", "#3f5468", "#8a929b", "#bfd3e6", "#2e7d4f", "#9a6a00"
 _LEAST_RANGE = 6.0
 """Times by which a logarithmic axis ranges at least: noise must not look like a slope."""
 _NAME = 44
 """Characters of a name that a panel is wide enough for."""
-_ACTIVATIONS = {
-    "Embedding": (r"^embedding\.word_embeddings$", r"^embedding\."),
-    "Residual stream": (r"^decoder\.layers\.\d+$", r"^decoder\.final_layernorm$"),
-    "Attention logits": (r"\.scale_mask_softmax$", r"\.linear_qkv$", r"\.(input|[qk])_layernorm$"),
-    "Attention output": (r"\.linear_proj$",),
-    "MLP output": (r"\.linear_fc2$", r"\.linear_fc1$", r"\.pre_mlp_layernorm$"),
-    "Readout (the model's logits)": (r"^output_layer$",),
+SPREAD = 6
+"""Panels for the activations of a model that does not say which it has measured."""
+_ROLES: Mapping[str, tuple[str, float, Callable[[PlanEntry], bool]]] = {
+    "embedding": ("o", 10, is_embedding),
+    "readout": ("D", 5, is_readout),
+    "norms and biases": ("^", 4, is_vector),
+    "hidden matrices": ("s", 7.5, is_any),
 }
-"""Panel → the activations that it stands for, as patterns. One is drawn: what is at fault, or of the first."""
-_ROLES = {
-    "embedding": ("o", 10, r"embed|\bwte\b|\bwpe\b"),
-    "readout": ("D", 5, r"^output_layer\.|^lm_head\."),
-    "norms and biases": ("^", 4, r"\.bias$|norm|\bln_"),
-    "hidden matrices": ("s", 7.5, r""),
-}
-"""Role → marker, its size, and its parameters: those that fit and are of no role before it."""
+"""Role → marker, its size, and its parameters: those that it fits and none before it."""
 SETTINGS = {
     Quantity.INITIAL: "Initial weights",
     Quantity.LEARNING_RATE: "Learning rate that acted",
@@ -71,6 +66,11 @@ class ShownVerdict:
         fault = [f for f in found if f.key in self.at_fault]
         first = fault or [f for f in found if f.key.step == min(g.key.step for g in found)]
         return max(first, key=lambda finding: finding.size, default=None)
+
+    def role(self, key: Key) -> str | None:
+        """Returns the role of a parameter; None for what is none of the plan's."""
+        entry = self.verdict.entries.get(key.name)
+        return None if entry is None else next(role for role, (_, _, fits) in _ROLES.items() if fits(entry))
 
     def frame(self, axes: Any, found: Sequence[Finding]) -> None:
         """Marks a panel in which something was found."""
@@ -124,7 +124,7 @@ def settings_panel(axes: Any, picture: ShownVerdict, quantity: Quantity) -> None
     _heading(axes, SETTINGS[quantity])
     ratios = []
     for role, (marker, points, _) in _ROLES.items():
-        of_role = [c for c in picture.compared.values() if _is(c, quantity, role)]
+        of_role = [c for c in picture.compared.values() if c.key.quantity is quantity and picture.role(c.key) == role]
         worst = max([c for c in of_role if c.key in off] or of_role, key=_furthest, default=None)
         if worst is not None:
             ratios.append(_Ratio(role, marker, points, worst.deviations, worst.key in off))
@@ -176,13 +176,38 @@ def _ratios(
     picture.frame(axes, found)
 
 
-def activation_panel(axes: Any, picture: ShownVerdict, name: str, patterns: Sequence[re.Pattern[str]]) -> None:
-    """Draws the size of activations over width, of all that fit these patterns the one to look at."""
-    of_panel = [c for c in picture.compared.values() if _activation(c.key, patterns)]
-    found = [f for f in picture.findings if _activation(f.key, patterns)]
-    named = [f for f in found if f.key in picture.at_fault or patterns[0].search(f.key.name)]
+@dataclass(frozen=True)
+class ActivationPanel:
+    """A panel that shows one of several activations: what is at fault, or one of those that lead."""
+
+    title: str
+    leading: frozenset[str]
+    others: tuple[str, ...] = ()
+    """What is shown where nothing leads, the first that there is."""
+
+    def has(self, key: Key) -> bool:
+        """Returns whether a measurement is of one of its activations."""
+        activation = key.quantity in (Quantity.ACTIVATION, Quantity.UPDATE)
+        return activation and (key.name in self.leading or key.name in self.others)
+
+    def usual(self, compared: Sequence[Compared]) -> Key | None:
+        """Returns the update after the most steps in the last layer of what leads, or else of the others."""
+        updates = [c.key for c in compared if c.key.quantity is Quantity.UPDATE]
+        for names in (self.leading, *({name} for name in self.others)):
+            fit = [key for key in updates if key.name in names]
+            if fit:
+                return max(fit, key=lambda key: (key.step, layer_of(key.name) or 0))
+        return None
+
+
+def activation_panel(axes: Any, picture: ShownVerdict, panel: ActivationPanel) -> None:
+    """Draws the size of activations over width, of all of a panel's the one to look at."""
+    name = panel.title
+    of_panel = [c for c in picture.compared.values() if panel.has(c.key)]
+    found = [f for f in picture.findings if panel.has(f.key)]
+    named = [f for f in found if f.key in picture.at_fault or f.key.name in panel.leading]
     shown = picture.shown(named or found)
-    key = shown.key if shown is not None else _usual(of_panel, patterns)
+    key = shown.key if shown is not None else panel.usual(of_panel)
     if key is None:
         _heading(axes, name)
         _absent(axes, "not in this model" if picture.compared else "not measured")
@@ -207,7 +232,7 @@ def activation_panel(axes: Any, picture: ShownVerdict, name: str, patterns: Sequ
     _scales(axes, verdict.widths)
     _widen(axes)
     c = picture.compared[key]
-    what = "" if patterns[0].search(key.name) else f"{_folded(key.name)}\n"
+    what = "" if key.name in panel.leading else f"{_folded(key.name)}\n"
     told = _told(shown) if shown is not None else f"slope {c.subject.value:+.2f}, expected {c.reference}"
     _note(axes, f"{what}{told}" if off else told, off=off)
     picture.frame(axes, found)
@@ -256,35 +281,26 @@ def _mean_losses(measured: Measurements, width: int) -> list[float]:
     return [fmean(losses[step] for losses in runs) for step in range(length)]
 
 
-def activation_panels(picture: ShownVerdict) -> Mapping[str, tuple[str, ...]]:
-    """Panel → patterns: a GPT's, or of any other model six activations that lie apart, those that are off first."""
+def activation_panels(picture: ShownVerdict) -> list[ActivationPanel]:
+    """Returns the panels of what an architecture has measured: embedding and residual stream, those of its families of
+    layers, the readout. Of any other model, activations that lie apart, those that are off first.
+    """
+    measured = picture.verdict.measured
+    if measured:
+        edges = {each.kind: each.panel for each in measured}
+        first = [edges[kind] for kind in (Kind.TABLE, Kind.STREAM) if kind in edges]
+        titles = dict.fromkeys([*first, *(each.panel for each in measured)])
+        return [_of_title(title, [each for each in measured if each.panel == title]) for title in titles]
     names = list(dict.fromkeys(key.name for key in picture.compared if key.quantity is Quantity.UPDATE))
-    if not names or any(re.search(pattern, n) for n in names for pattern in _ACTIVATIONS["Residual stream"]):
-        return _ACTIVATIONS
-    count = len(_ACTIVATIONS)
     off = [f.key.name for f in picture.findings if f.key.name in names]
-    spread = [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
-    return {name: (f"^{re.escape(name)}$",) for name in list(dict.fromkeys([*off, *spread]))[:count]}
+    spread = [names[round(i * (len(names) - 1) / (SPREAD - 1))] for i in range(SPREAD)] if names else []
+    return [ActivationPanel(name, frozenset({name})) for name in list(dict.fromkeys([*off, *spread]))[:SPREAD]]
 
 
-def _is(c: Compared, quantity: Quantity, role: str) -> bool:
-    first = next(name for name, (_, _, pattern) in _ROLES.items() if re.search(pattern, c.key.name))
-    return c.key.quantity is quantity and first == role
-
-
-def _activation(key: Key, patterns: Sequence[re.Pattern[str]]) -> bool:
-    activation = key.quantity in (Quantity.ACTIVATION, Quantity.UPDATE)
-    return activation and any(pattern.search(key.name) for pattern in patterns)
-
-
-def _usual(compared: Sequence[Compared], patterns: Sequence[re.Pattern[str]]) -> Key | None:
-    """Of the first pattern that fits any, the update after the most steps in the last layer."""
-    updates = [c.key for c in compared if c.key.quantity is Quantity.UPDATE]
-    for pattern in patterns:
-        fit = [key for key in updates if pattern.search(key.name)]
-        if fit:
-            return max(fit, key=lambda key: (key.step, layer_of(key.name) or 0))
-    return None
+def _of_title(title: str, measured: Sequence[Measured]) -> ActivationPanel:
+    # What is computed last says most.
+    others = tuple(each.module for each in reversed(measured) if not each.leads)
+    return ActivationPanel(title, frozenset(each.module for each in measured if each.leads), others)
 
 
 def _heading(axes: Any, text: str) -> None:

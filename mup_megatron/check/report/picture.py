@@ -5,7 +5,6 @@ to the model as it grows, beside the correct reference and beside standard param
 red frame, and what follows from it a thin one.
 """
 
-import re
 import textwrap
 from io import BytesIO
 from typing import Any
@@ -43,6 +42,8 @@ _OTHER_ROWS = (
     "What that does as the model grows. Points belong into the band, whatever its slope: at small widths μP's own "
     "slopes are not quite 0."
 )
+_HEIGHT, _ROW = 12.4, 3.3
+"""Inches: of a picture with two rows of what follows, and of each row more."""
 
 
 def png(verdict: Verdict, *, title: str) -> bytes:
@@ -54,25 +55,39 @@ def png(verdict: Verdict, *, title: str) -> bytes:
     """
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY}):
         # A canvas of its own: no display is needed, and a user's pyplot state is left alone.
-        figure = Figure(figsize=(16, 12.4))
+        picture = ShownVerdict(verdict)
+        activations = activation_panels(picture)
+        rows = max(2, -(-(len(activations) + 2) // 4))
+        figure = Figure(figsize=(16, _HEIGHT + (rows - 2) * _ROW))
         FigureCanvasAgg(figure)
         sides = {"left": 0.045, "right": 0.985, "wspace": 0.24}
-        upper = figure.add_gridspec(1, 4, top=0.850, bottom=0.655, **sides)
-        lower = figure.add_gridspec(2, 4, top=0.565, bottom=0.105, hspace=0.36, **sides)
-        panels = [figure.add_subplot(cell) for cell in (*_cells(upper), *_cells(lower))]
-        picture = ShownVerdict(verdict)
-        for axes, quantity in zip(panels[:4], SETTINGS, strict=True):
+        upper = figure.add_gridspec(1, 4, top=_below(figure, 0.850), bottom=_below(figure, 0.655), **sides)
+        lower = figure.add_gridspec(
+            rows, 4, top=_below(figure, 0.565), bottom=_above(figure, 0.105), hspace=0.36, **sides
+        )
+        settings, others = ([figure.add_subplot(cell) for cell in _cells(grid)] for grid in (upper, lower))
+        for axes, quantity in zip(settings, SETTINGS, strict=True):
             settings_panel(axes, picture, quantity)
-        for axes, (name, patterns) in zip(panels[4:10], activation_panels(picture).items(), strict=False):
-            activation_panel(axes, picture, name, [re.compile(pattern) for pattern in patterns])
-        for axes in panels[4 + len(activation_panels(picture)) : 10]:
+        for axes, panel in zip(others, activations, strict=False):
+            activation_panel(axes, picture, panel)
+        for axes in others[len(activations) : -2]:
             axes.set_axis_off()
-        consequences_panel(panels[10], picture)
-        loss_panel(panels[11], picture)
+        consequences_panel(others[-2], picture)
+        loss_panel(others[-1], picture)
         _words(figure, verdict, title)
         file = BytesIO()
         figure.savefig(file, format="png", dpi=100)
         return file.getvalue()
+
+
+def _below(figure: Figure, share: float) -> float:
+    """The place as far below the top as in a picture of two rows, whatever further rows there are."""
+    return 1 - (1 - share) * _HEIGHT / figure.get_figheight()
+
+
+def _above(figure: Figure, share: float) -> float:
+    """Likewise above the bottom."""
+    return share * _HEIGHT / figure.get_figheight()
 
 
 def _cells(grid: GridSpec) -> list[SubplotSpec]:
@@ -83,17 +98,18 @@ def _words(figure: Figure, verdict: Verdict, title: str) -> None:
     color = {CheckOutcome.PASS: PASSED, CheckOutcome.FAIL: FAULT}.get(verdict.outcome, UNDECIDED)
     head = f"NO VERDICT {title}" if verdict.outcome is CheckOutcome.NO_VERDICT else headline(verdict, title=title)
     head = textwrap.fill(head, 88)
-    figure.text(0.012, 0.985, head, fontsize=17, fontweight="bold", color=color, va="top")
+    figure.text(0.012, _below(figure, 0.985), head, fontsize=17, fontweight="bold", color=color, va="top")
     lines = textwrap.wrap(_because(verdict), 190)[:3]
-    figure.text(0.012, 0.955 - 0.02 * head.count("\n"), "\n".join(lines), fontsize=10.5, va="top", linespacing=1.4)
+    under = _below(figure, 0.955 - 0.02 * head.count("\n"))
+    figure.text(0.012, under, "\n".join(lines), fontsize=10.5, va="top", linespacing=1.4)
     about = f"{conditions(verdict)}. {' '.join(verdict.remarks)}"
-    figure.text(0.012, 0.012, textwrap.shorten(about, 260, placeholder=" …"), fontsize=8, color=GREY, va="bottom")
+    about = textwrap.shorten(about, 260, placeholder=" …")
+    figure.text(0.012, _above(figure, 0.012), about, fontsize=8, color=GREY, va="bottom")
     heading: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "color": CALM}
-    figure.text(0.012, 0.888, _FIRST_ROW, **heading)
-    figure.text(0.012, 0.603, _OTHER_ROWS, **heading)
-    figure.legend(
-        handles=_legend(), loc="lower center", bbox_to_anchor=(0.5, 0.027), ncols=6, frameon=False, fontsize=9
-    )
+    figure.text(0.012, _below(figure, 0.888), _FIRST_ROW, **heading)
+    figure.text(0.012, _below(figure, 0.603), _OTHER_ROWS, **heading)
+    anchor = (0.5, _above(figure, 0.027))
+    figure.legend(handles=_legend(), loc="lower center", bbox_to_anchor=anchor, ncols=6, frameon=False, fontsize=9)
 
 
 def _because(verdict: Verdict) -> str:

@@ -12,27 +12,22 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import architecture_of, shapes_of
 from mup_megatron.check.measure import batches, measurements
 from mup_megatron.check.measure.measurements import Grouped, Quantity
-from mup_megatron.check.measure.names import ATTENTION, watched_modules
+from mup_megatron.check.measure.names import watched_modules
 from mup_megatron.check.measure.optimizers import replay_for
 from mup_megatron.check.measure.replay import Replay
 from mup_megatron.check.measure.trainee import At
 from mup_megatron.collectives import gathered
-from mup_megatron.megatron.names import global_module_name, layers_of, named_modules, named_parameters, unwrapped
+from mup_megatron.megatron.names import named_modules, named_parameters, unwrapped
 from mup_megatron.megatron.optimizer import is_sharded, live_values, parts_of
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Plan
+from mup_megatron.theory import Acts, Plan
 from mup_megatron.training.build import Built, build
 from mup_megatron.training.loop import forward_backward, train_iteration
 from mup_megatron.training.options import BatchSizes, TrainingOptions, batch_sizes
 from mup_megatron.training.ranks import seed_all
-
-_OF_TRANSFORMER_ENGINE = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
-"""Norms that Transformer Engine has inside of the layer that follows, under the names that they have outside."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +71,9 @@ class MegatronTrainee:
     def __init__(self, built: Built, model: ModelFile, recipe: Recipe, *, seed: int, sizes: BatchSizes) -> None:
         self._built, self._recipe, self._sizes = built, recipe, sizes
         self._tied = model.tied
-        named = dict(named_parameters(built.chunks, tied=model.tied))
-        self._parameters = {_without_transformer_engine(name): parameter for name, parameter in named.items()}
+        self._outside = _without_transformer_engine(model)
+        named = named_parameters(built.chunks, tied=model.tied)
+        self._parameters = {self._outside.get(name, name): parameter for name, parameter in named}
         self._model, self._seed = model, seed
         self._norm: float | None = None
         self._data = _Sequences(model, size=sizes.global_batch, seed=seed)
@@ -86,12 +82,10 @@ class MegatronTrainee:
         self._shared = sizes.data_parallel > 1 and any(is_sharded(part) for part in parts_of(built.optimizer))
 
     def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
-        """Every layer's output and the attention logits, by global name."""
+        """Those that the architecture has measured, by global name."""
+        measured = [*architecture_of(self._model).measured(self._model)]
         for chunk in self._built.chunks:
-            model: Any = unwrapped(chunk)
-            layers = layers_of(model)
-            for name, module, at in watched_modules(model.named_modules()):
-                yield global_module_name(name, layers), module, at
+            yield from watched_modules(named_modules(unwrapped(chunk)), measured)
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """By global name, each once. The last stage's copy of a tied embedding counts as the embedding that it is."""
@@ -133,9 +127,11 @@ class MegatronTrainee:
 
     def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
         """Yields the queries that attention proper takes in, [position, batch, head, channel]."""
+        places = architecture_of(self._model).places(self._model)
+        attentions = {place.module for place in places if place.acts is Acts.SCALE}
         for chunk in self._built.chunks:
             for name, module in named_modules(unwrapped(chunk)):
-                if name.endswith(ATTENTION):
+                if name in attentions:
                     yield name, module, 0
 
     def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
@@ -174,7 +170,7 @@ class MegatronTrainee:
         optimizer, chunks = self._built.optimizer, self._built.chunks
         h = self._recipe.hyperparameters
         return {
-            _without_transformer_engine(name): Grouped(
+            self._outside.get(name, name): Grouped(
                 lr=h.lr if values.max_lr is None else values.max_lr,
                 min_lr=h.min_lr if values.min_lr is None else values.min_lr,
                 eps=values.eps,
@@ -184,10 +180,14 @@ class MegatronTrainee:
         }
 
 
-def _without_transformer_engine(name: str) -> str:
-    for inside, outside in _OF_TRANSFORMER_ENGINE.items():
-        name = name.replace(inside, outside)
-    return name
+def _without_transformer_engine(model: ModelFile) -> dict[str, str]:
+    """Names of parameters → those that they have in the same model without Transformer Engine, which has norms inside
+    of the layer that follows.
+    """
+    tensors, plain = (
+        shapes_of(each, each)[1].tensors for each in (model, model.model_copy(update={"transformer_impl": "local"}))
+    )
+    return {tensor.name: other.name for tensor, other in zip(tensors, plain, strict=True)}
 
 
 def build_megatron(

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from mup_megatron.check.measure.measurements import LOSS_INPUT, WITHOUT_MEAN, Quantity
+from mup_megatron.check.measure.measurements import LOGITS, LOSS_INPUT, WITHOUT_MEAN, Quantity
 from mup_megatron.check.measure.trainee import At
 from mup_megatron.modules.forward import FUSED_ATTENTION
 
-LOGITS = "attention_logits"
 ADDED = "added"
 """What a block adds to its input: in a residual stream the sum of all hides what one adds."""
 _SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)

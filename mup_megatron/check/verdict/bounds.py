@@ -13,7 +13,15 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from mup_megatron.check.entries import is_embedding, is_hidden, is_output_role, is_scalar_role
-from mup_megatron.check.measure.measurements import LOSS_INPUT, TURNING, WITHOUT_MEAN, Key, Measurements, Quantity
+from mup_megatron.check.measure.measurements import (
+    LOGITS,
+    LOSS_INPUT,
+    TURNING,
+    WITHOUT_MEAN,
+    Key,
+    Measurements,
+    Quantity,
+)
 from mup_megatron.check.verdict.comparison import CONFIDENCE, Compared, Finding, Mismatch, Slope, own_slopes, t_quantile
 from mup_megatron.theory import Plan
 
@@ -65,8 +73,6 @@ class Known:
     """Whether the reference computes with the subject's own code, so that nothing but bounds can tell it wrong."""
     blocks: Sequence[str] = ()
     """Modules that are blocks."""
-    logits: str = "scale_mask_softmax"
-    """Part of the names of attention logits."""
     copying: Mapping[str, str] = field(default_factory=dict)
     """Modules that copy one layer into all of theirs → how their class is called."""
     growth: Callable[[str], float] = lambda _: 0.0
@@ -123,7 +129,7 @@ def _slopes_before(subject: Measurements, known: Known, place: Callable[[str], f
     for quantity in (Quantity.ACTIVATION, Quantity.INSIDE):
         for key, compared in own_slopes(subject, quantity, 0).items():
             low, high = BEFORE
-            if known.logits in key.name:
+            if LOGITS in key.name:
                 if (Quantity.INSIDE, f"{key.name}.{WITHOUT_MEAN}") in there:
                     continue
                 growth = known.growth(key.name.removesuffix(f".{WITHOUT_MEAN}"))
@@ -149,7 +155,7 @@ def _slopes_after(subject: Measurements, known: Known, place: Callable[[str], fl
     found = []
     at_readout = _at_readout(subject, known, place)
     for key, compared in own_slopes(subject, Quantity.UPDATE, max(moved)).items():
-        low, high = MOVED_READOUT if at_readout(key.name) else MOVED_LOGITS if known.logits in key.name else MOVED
+        low, high = MOVED_READOUT if at_readout(key.name) else MOVED_LOGITS if LOGITS in key.name else MOVED
         if is_outside(compared.subject, low, high):
             found.append(_slope(compared, low, high))
     return found
@@ -278,7 +284,7 @@ def _evaluation(subject: Measurements) -> list[Finding]:
 
 def _positions(subject: Measurements, reference: Measurements, known: Known) -> list[Finding]:
     found = []
-    grow = any(known.growth(key.name) for key in _keys(subject, Quantity.ACTIVATION) if known.logits in key.name)
+    grow = any(known.growth(key.name) for key in _keys(subject, Quantity.ACTIVATION) if LOGITS in key.name)
     expected = reference.keys()
     slopes = own_slopes(subject, Quantity.POSITION, 0, logarithms=False)
     rooms = {key: TURNS if key.name.startswith(TURNING) else POSITIONS for key in slopes}

@@ -5,7 +5,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from mup_megatron.architectures.measured import Measured
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.check.measure import levels
 from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.measure.measurements import COORDINATES, DRAWS, Measurements, Quantity, RunProtocol
@@ -51,9 +53,15 @@ class Expectation:
     plans: Mapping[int, Plan]
     """Width → the right plan."""
     models: Mapping[int, ModelFile] | None = None
-    """Width → its model file, of a GPT."""
+    """Width → its model file, of an architecture."""
     known: Callable[[], Known] | None = None
     """For bounds, asked after the subject has run; without, what a plan says."""
+
+    @property
+    def measured(self) -> tuple[Measured, ...]:
+        """What the architecture has measured; nothing of a torch module."""
+        model = None if self.models is None else next(iter(self.models.values()))
+        return () if model is None else tuple(architecture_of(model).measured(model))
 
 
 def judge(
@@ -131,6 +139,8 @@ def judge(
         control=control,
         comparison=comparison,
         control_comparison=control_comparison,
+        measured=facts.measured,
+        entries=next(iter(facts.plans.values())).by_name,
     )
 
 

@@ -5,10 +5,12 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from mup_megatron.architectures.measured import Measured
 from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.measure.measurements import Key, Measurements
 from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import Compared, Comparison, Finding
+from mup_megatron.theory import PlanEntry
 
 WITHOUT_DROPOUT = "Dropout is off in the check, so that differences are not its own."
 """A remark, wherever it was on."""
@@ -61,6 +63,10 @@ class Verdict:
     """Subject against reference."""
     control_comparison: Comparison = field(repr=False)
     """Control against reference."""
+    measured: tuple[Measured, ...] = field(default=(), repr=False)
+    """The modules of an architecture that were looked at, in the order of a forward pass; none of a torch module."""
+    entries: Mapping[str, PlanEntry] = field(default_factory=dict, repr=False)
+    """What each parameter is, by name; of one width."""
 
     @property
     def passed(self) -> bool:

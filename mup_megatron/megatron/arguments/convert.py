@@ -70,13 +70,12 @@ def flags(
 
 
 def _recipe_flags(recipe: Recipe, train_iters: int | None) -> list[str]:
-    optimizer = recipe.parametrization.optimizer
-    values = recipe.hyperparameters.model_dump() | {"optimizer": optimizer}
-    MEGATRON_OPTIMIZERS.require(optimizer)
+    values = recipe.hyperparameters.model_dump() | {"optimizer": recipe.parametrization.optimizer}
+    MEGATRON_OPTIMIZERS.only(recipe.optimizers)
     others = {key for each in optimizers().values() for key in each.hyperparameters}
     words: list[str] = []
     for key, flag in HYPERPARAMETERS.items():
-        if key not in others or key in optimizers()[optimizer].hyperparameters:
+        if key not in others or key in recipe.optimizer_values:
             words += flag.words(values[key])
     return words + _schedule_flags(recipe.schedule, train_iters)
 

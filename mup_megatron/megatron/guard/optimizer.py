@@ -38,6 +38,7 @@ def optimizer_problems(
     held = parameters_with_groups(optimizer, chunks, tied=plan.tied)
     found = _trained_problems(held, optimizer)
     owned = [_Held(plan[name], LiveGroupValues.of(groups[0]), groups[0]) for name, _, groups in held if groups]
+    found += _kind_problems(owned, plan)
     found += _limit_problems(owned, plan, optimizer, scheduler)
     found += _momentum_problems(owned)
     if scheduler is not None:
@@ -85,6 +86,16 @@ _REBUILD = (
     "Build the optimizer with the plan's config_overrides; after loading another run's checkpoint, start the optimizer "
     "anew (--no-load-optim)."
 )
+
+
+def _kind_problems(owned: list[_Held], plan: Plan) -> list[Problem]:
+    """Where another of the plan's optimizers has a parameter than the one whose rules gave it its values."""
+    cause = f"Its values have wrong effects there. {_REBUILD}"
+    return [
+        Problem(item.entry.name, "optimizer", item.entry.optimizer, live, cause)
+        for item in owned
+        if (live := item.live.optimizer or plan.optimizer) != item.entry.optimizer
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,16 +172,17 @@ def _flat(pairs: list[tuple[float | None, float]]) -> bool:
 
 
 def _momentum_problems(owned: list[_Held]) -> list[Problem]:
-    """Betas and momentum are the same for all parameters; which they are, the plan does not say."""
+    """Betas and momentum are the same for all parameters of an optimizer; which they are, the plan does not say."""
     found = []
     for key in ("betas", "momentum"):
-        values = [tuple(value) if isinstance(value := item.group.get(key), list) else value for item in owned]
-        if len(set(values)) > 1:
+        for name in dict.fromkeys(item.entry.optimizer for item in owned):
+            own = [item for item in owned if item.entry.optimizer == name]
+            values = [tuple(value) if isinstance(value := item.group.get(key), list) else value for item in own]
             usual = Counter(values).most_common(1)[0][0]
             cause = "The rules hold for one choice of it in all groups. Leave it to the recipe."
             found += [
                 Problem(item.entry.name, key, str(usual), str(value), cause)
-                for item, value in zip(owned, values, strict=True)
+                for item, value in zip(own, values, strict=True)
                 if value != usual
             ]
     return found

@@ -15,7 +15,6 @@ from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.table import STOPPED
 from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS, distributed_problem
 from mup_megatron.recipe import Recipe, load_recipe
-from mup_megatron.theory import optimizers
 
 _OWN: dict[str, dict[str, Any]] = {
     "--mup-recipe": {
@@ -183,8 +182,9 @@ def take_over(values: argparse.Namespace, given: frozenset[str], options: Option
     except InputError as error:
         raise InputError(f"--mup-recipe: {error}") from None
     _refuse(values)
-    problem = distributed_problem(recipe.parametrization.optimizer)
-    if problem is not None and getattr(values, "use_distributed_optimizer", False):
+    MEGATRON_OPTIMIZERS.only(recipe.optimizers)
+    problems = filter(None, map(distributed_problem, recipe.optimizers))
+    if getattr(values, "use_distributed_optimizer", False) and (problem := next(problems, None)) is not None:
         raise InputError(problem)
     conflicts = []
     for setting in _settings(recipe, values):
@@ -245,19 +245,20 @@ class _Setting:
 
 
 def _settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
-    h, p = recipe.hyperparameters, recipe.parametrization
+    h = recipe.hyperparameters
     taken: dict[str, Any] = {
-        "optimizer": p.optimizer,
+        "optimizer": recipe.parametrization.optimizer,
         "lr": h.lr,
         "min_lr": h.min_lr,
         "init_method_std": h.init_method_std,
         "weight_decay": h.weight_decay,
         "clip_grad": h.clip_grad,
+        **recipe.optimizer_values,
     }
-    taken |= {key: getattr(h, key) for key in optimizers()[p.optimizer].hyperparameters}
     for dest, value in taken.items():
         yield _Setting(dest, value, f"{value:g}" if isinstance(value, float) else str(value))
     yield from _schedule(recipe, values)
+    decoupled = any(MEGATRON_OPTIMIZERS[name].decoupled_weight_decay for name in recipe.optimizers)
     # Each of these would give some parameters another value than the plan does.
     for dest, value, means in (
         ("weight_decay_incr_style", "constant", "a constant weight decay"),
@@ -271,8 +272,7 @@ def _settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
         ("apply_wd_to_qk_layernorm", False, "no weight decay on norms"),
         ("decoupled_weight_decay", True, "AdamW's weight decay"),
     ):
-        unused = dest == "decoupled_weight_decay" and not MEGATRON_OPTIMIZERS[p.optimizer].decoupled_weight_decay
-        if hasattr(values, dest) and not unused:
+        if hasattr(values, dest) and (decoupled or dest != "decoupled_weight_decay"):
             yield _Setting(dest, value, means)
 
 

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.optimizer import overrides_by_name, parts_of
+from mup_megatron.megatron.optimizer import Override, overrides_by_name, parts_of
 from mup_megatron.theory import Plan
 
-_VALUES = ("max_lr", "min_lr", "wd_mult", "lr_mult", "eps")
+_VALUES = ("max_lr", "min_lr", "wd_mult", "lr_mult", "eps", "optimizer")
 """What a group holds that the plan decides."""
 
 
@@ -57,12 +57,12 @@ def show_as(optimizer: Any, before: Plan, now: Plan) -> None:
         group.update(former[_key({key: group[key] for key in _VALUES if key in group})])
 
 
-def _full(name: str, overrides: Mapping[str, Mapping[str, float]], plan: Plan) -> tuple[tuple[str, float], ...]:
+def _full(name: str, overrides: Mapping[str, Override], plan: Plan) -> tuple[tuple[str, Any], ...]:
     """All that the group of a parameter holds."""
     base = {"max_lr": plan.lr, "min_lr": plan.min_lr, "wd_mult": 1.0, "lr_mult": 1.0}
     eps = {} if plan[name].eps is None else {"eps": plan.adam_eps}
     return _key({**base, **eps, **overrides[name]})
 
 
-def _key(values: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+def _key(values: Override) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(values.items()))

@@ -28,12 +28,13 @@ def problems(recipe: Recipe, values: argparse.Namespace, optimizer: Any, schedul
 
 
 def _optimizer_problems(recipe: Recipe, optimizer: Any) -> list[str]:
-    h, name = recipe.hyperparameters, recipe.parametrization.optimizer
-    settings = TORCH_OPTIMIZERS[name].settings(h)
+    h = recipe.hyperparameters
     found: dict[str, tuple[Any, Any]] = {}
     for part in parts_of(optimizer):
         found["clip_grad"] = (part.config.clip_grad, h.clip_grad)
         for group in part.param_groups:
+            name = group.get("optimizer", recipe.parametrization.optimizer)
+            settings = TORCH_OPTIMIZERS[name].settings(h)
             for key in settings.keys() & group.keys():
                 live = tuple(group[key]) if isinstance(group[key], list) else group[key]
                 found[f"{optimizers()[name].title}'s {key}"] = (live, settings[key])

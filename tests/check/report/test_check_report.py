@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from support.shapes import gpt, recipe_for
 
+from mup_megatron.architectures.gpt import GPT
 from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.measure.measurements import COORDINATES, Key, MeasuredRun, Measurements, Quantity
 from mup_megatron.check.report.picture import png
@@ -69,6 +71,8 @@ def verdict(factor: Factor | None = None, *causes: Cause, **changes: object) -> 
         control=control,
         comparison=comparison,
         control_comparison=compare(control, reference),
+        measured=tuple(GPT.measured(gpt(num_layers=3))),
+        entries=recipe_for(gpt()).plan(gpt(num_layers=3)).by_name,
     )
     return replace(made, **changes)
 
@@ -259,7 +263,7 @@ def test_a_model_of_other_names_is_drawn_too(monkeypatch: pytest.MonkeyPatch) ->
     made = verdict()
     subject, reference = renamed(made.subject), renamed(made.reference)
     panels = drawn(
-        replace(made, subject=subject, reference=reference, comparison=compare(subject, reference)),
+        replace(made, subject=subject, reference=reference, comparison=compare(subject, reference), measured=()),
         monkeypatch,
     )
     assert any(title.startswith("blocks.") for title in panels)

@@ -48,7 +48,7 @@ def causes(
         comparison: of subject and reference.
         plans: width → the right plan.
         recipe: that they were made with.
-        models: width → its shape, of a GPT; without, mistakes inside a fused weight have no name of their own.
+        models: width → its model file; without, mistakes inside a fused weight have no name of their own.
     """
     if all(compared.off is None for compared in comparison.values()):
         return ()

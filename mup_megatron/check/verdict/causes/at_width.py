@@ -1,11 +1,13 @@
 """The right plan at one width, in the terms in which mistakes are told."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from mup_megatron.architectures.measured import Kind, Measured
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.registry import depth_of
+from mup_megatron.architectures.registry import architecture_of, depth_of, shapes_of
 from mup_megatron.check.entries import is_embedding, is_hidden, is_input_role, is_output_role
 from mup_megatron.recipe import PerParameter, Recipe
 from mup_megatron.theory import Plan, PlanEntry
@@ -44,6 +46,34 @@ class AtWidth:
         """Its factor on the learning rate."""
         own = self.own(entry)
         return 1.0 if own is None else own.lr_mult
+
+    @cached_property
+    def measured(self) -> Mapping[str, Measured]:
+        """What the architecture has measured, by name and in the order of a forward pass; nothing of a torch module."""
+        model = self.model
+        return {} if model is None else {each.module: each for each in architecture_of(model).measured(model)}
+
+    def of_kind(self, kind: Kind) -> tuple[str, ...]:
+        """Returns the measured modules of a kind."""
+        return self._of_kind.get(kind, ())
+
+    @cached_property
+    def _of_kind(self) -> Mapping[Kind, tuple[str, ...]]:
+        return {kind: tuple(name for name, each in self.measured.items() if each.kind is kind) for kind in Kind}
+
+    @cached_property
+    def tables(self) -> Mapping[str, str]:
+        """The modules of embeddings → the name of the table; that of tokens is `token_table`'s."""
+        return {entry.module: entry.name for entry in self.plan.entries if entry.is_embedding}
+
+    @cached_property
+    def parts(self) -> Mapping[str, Mapping[str, float]]:
+        """The fused weights of a model file's model, each with its parts' shares of its rows."""
+        if self.model is None:
+            return {}
+        tensors = shapes_of(self.recipe.megatron_base, self.model)[1].tensors
+        fused = {tensor.name: {part.name: part.rows for part in tensor.parts} for tensor in tensors if tensor.parts}
+        return {name: {part: rows / sum(of.values()) for part, rows in of.items()} for name, of in fused.items()}
 
     @property
     def alpha(self) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from mup_megatron.check.measure.measurements import WITHOUT_MEAN, Quantity
+from mup_megatron.check.measure.measurements import LOGITS, WITHOUT_MEAN, Quantity
 from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import Finding
 
@@ -57,7 +57,6 @@ _ATTENTION = (
     "attention a float `scaling` and an integer `head_dim`, which a plan then sets if the name of its class has "
     "`Attention` in it, or let the number of heads grow.",
 )
-_LOGITS = ("attention_logits", "scale_mask_softmax")
 
 
 def of_bounds(found: Sequence[Finding], copying: Mapping[str, str] | None = None) -> tuple[Cause, ...]:
@@ -70,7 +69,7 @@ def of_bounds(found: Sequence[Finding], copying: Mapping[str, str] | None = None
     causes: dict[str, Cause] = {}
     of_slopes = {_ATTENTION[0], _FORWARD[0]}
     for finding in found:
-        usual = _ATTENTION if any(part in finding.key.name for part in _LOGITS) else _FORWARD
+        usual = _ATTENTION if LOGITS in finding.key.name else _FORWARD
         name, sentence = _CAUSES.get(finding.key.quantity, usual)
         culprit = finding.key.name.removesuffix(f".{WITHOUT_MEAN}")
         if name in of_slopes and of_slopes & set(causes):

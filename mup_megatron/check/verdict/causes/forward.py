@@ -1,8 +1,10 @@
 """Mistakes in the forward pass: multipliers and the scale of attention."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
+from mup_megatron.architectures.measured import Kind
+from mup_megatron.check.entries import token_table
 from mup_megatron.check.measure.measurements import Key, Quantity
 from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.hypothesis import Hypothesis
@@ -10,11 +12,11 @@ from mup_megatron.check.verdict.causes.hypothesis import Hypothesis
 OfActivation = Callable[[Key, AtWidth], float]
 
 
-def at_module(ending: str | tuple[str, ...], factor: Callable[[AtWidth], float]) -> OfActivation:
-    """The outputs of the modules of a name are so many times larger: log."""
+def at_modules(modules: Callable[[AtWidth], Collection[str]], factor: Callable[[AtWidth], float]) -> OfActivation:
+    """The outputs of modules are so many times larger: log."""
 
     def predict(key: Key, here: AtWidth) -> float:
-        return factor(here) if key.quantity is Quantity.ACTIVATION and key.name.endswith(ending) else 0.0
+        return factor(here) if key.quantity is Quantity.ACTIVATION and key.name in modules(here) else 0.0
 
     return predict
 
@@ -22,17 +24,25 @@ def at_module(ending: str | tuple[str, ...], factor: Callable[[AtWidth], float])
 def at_readout(factor: Callable[[AtWidth], float]) -> OfActivation:
     """Returns a prediction: the readout is so many times larger."""
 
-    def predict(key: Key, here: AtWidth) -> float:
-        readout = here.plan.readout
-        of_weight = "output_layer" if readout is None or here.plan.tied else readout.rpartition(".")[0]
-        return at_module(of_weight, factor)(key, here)
+    def readouts(here: AtWidth) -> Collection[str]:
+        plan = here.plan
+        return here.of_kind(Kind.READOUT) if plan.readout is None or plan.tied else (plan[plan.readout].module,)
 
-    return predict
+    return at_modules(readouts, factor)
 
 
 def at_logits(factor: Callable[[AtWidth], float]) -> OfActivation:
     """Returns a prediction: the attention logits are so many times larger."""
-    return at_module("scale_mask_softmax", factor)
+    return at_modules(lambda here: here.of_kind(Kind.LOGITS), factor)
+
+
+def at_tables(factor: Callable[[AtWidth], float], *, tokens: bool = True) -> OfActivation:
+    """Returns a prediction: the embeddings, or all but that of tokens, are so many times larger."""
+
+    def tables(here: AtWidth) -> Collection[str]:
+        return [module for module, name in here.tables.items() if tokens or name != token_table(here.plan)]
+
+    return at_modules(tables, factor)
 
 
 def root_of_head(here: AtWidth) -> float:
@@ -90,16 +100,16 @@ def forward_pass(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
         h(
             "embedding-multiplier-dropped",
             "the recipe's embedding_multiplier is not applied. Multiply token and position embeddings by it.",
-            at_module("_embeddings", lambda w: -math.log(w.recipe.hyperparameters.embedding_multiplier)),
+            at_tables(lambda w: -math.log(w.recipe.hyperparameters.embedding_multiplier)),
         ),
         h(
             "embedding-multiplier-twice",
             "the recipe's embedding_multiplier is applied twice. Apply it once.",
-            at_module("_embeddings", lambda w: math.log(w.recipe.hyperparameters.embedding_multiplier)),
+            at_tables(lambda w: math.log(w.recipe.hyperparameters.embedding_multiplier)),
         ),
         h(
             "embedding-multiplier-on-tokens-only",
             "the recipe's embedding_multiplier is not applied to positions. Multiply the sum of both tables by it.",
-            at_module("position_embeddings", lambda w: -math.log(w.recipe.hyperparameters.embedding_multiplier)),
+            at_tables(lambda w: -math.log(w.recipe.hyperparameters.embedding_multiplier), tokens=False),
         ),
     ]

@@ -1,8 +1,10 @@
 """Mistakes in initial weights."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
+from mup_megatron.architectures.families.attention import QUERIES
+from mup_megatron.architectures.measured import Kind
 from mup_megatron.check.entries import (
     is_embedding,
     is_hidden,
@@ -13,14 +15,14 @@ from mup_megatron.check.entries import (
 )
 from mup_megatron.check.measure.measurements import Key, Quantity
 from mup_megatron.check.verdict.causes.at_width import AtWidth
-from mup_megatron.check.verdict.causes.forward import at_module
+from mup_megatron.check.verdict.causes.forward import at_modules
 from mup_megatron.check.verdict.causes.hypothesis import Hypothesis, LogFactor, Predict, Select, of_weights
 from mup_megatron.check.verdict.causes.powers import POWERS
 from mup_megatron.theory import PlanEntry
 
 
 def initial_weights(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
-    """Depth, shards, fan_out, biases, zeros, and the rows of linear_qkv."""
+    """Depth, shards, fan_out, biases, zeros, and the rows of queries, keys and values in one matrix."""
     some = next(iter(at.values()))
 
     def h(name: str, sentence: str, select: Select, factor: LogFactor) -> Hypothesis:
@@ -93,7 +95,7 @@ def initial_weights(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
             ("the embedding", is_embedding),
         )
     ]
-    if all(here.model is not None for here in at.values()):
+    if any(QUERIES in parts for parts in some.parts.values()):
         found += _inside_qkv(at)
     return found
 
@@ -105,48 +107,46 @@ def _constant(value: float) -> LogFactor:
 def _inside_qkv(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     """About queries, keys and values, whose rows are in one matrix."""
 
-    def shares(here: AtWidth) -> tuple[float, float]:
-        assert here.model is not None
-        queries = here.model.num_attention_heads / (here.model.num_attention_heads + 2 * here.model.query_groups)
-        return queries, 1 - queries
-
-    def rows(queries: float, others: float) -> Callable[[AtWidth], float]:
-        """The whole's log factor where rows are multiplied by these powers of r."""
-
-        def factor(here: AtWidth) -> float:
-            q, kv = shares(here)
-            return 0.5 * math.log(q * here.r ** (2 * queries) + kv * here.r ** (2 * others))
-
-        return factor
-
-    def weight(key: Key) -> bool:
-        return key.quantity is Quantity.INITIAL and key.name.endswith("linear_qkv.weight")
+    def share(key: Key, here: AtWidth) -> float | None:
+        """The queries' share of the rows, if it is such a weight."""
+        return here.parts.get(key.name, {}).get(QUERIES) if key.quantity is Quantity.INITIAL else None
 
     def zeroed(key: Key, width: int) -> float:
         here = at[width]
-        if weight(key):
-            return 0.5 * math.log(shares(here)[1])
+        if (queries := share(key, here)) is not None:
+            return 0.5 * math.log(1 - queries)
         # A norm of nothing is nothing as well.
-        return at_module(("scale_mask_softmax", "q_layernorm"), lambda _: -math.inf)(key, here)
+        norms = [name.rpartition(".")[0] for name in here.plan.query_norms]
+        return at_modules(lambda _: (*here.of_kind(Kind.LOGITS), *norms), lambda _: -math.inf)(key, here)
 
-    def moved(factor: Callable[[AtWidth], float]) -> Predict:
-        return lambda key, width: factor(at[width]) if weight(key) else 0.0
+    def moved(queries: float, others: float) -> Predict:
+        """The whole's log factor where rows are multiplied by these powers of r."""
 
+        def predict(key: Key, width: int) -> float:
+            here = at[width]
+            if (q := share(key, here)) is None:
+                return 0.0
+            return 0.5 * math.log(q * here.r ** (2 * queries) + (1 - q) * here.r ** (2 * others))
+
+        return predict
+
+    fused = next(name for name, parts in next(iter(at.values())).parts.items() if QUERIES in parts)
+    layer = fused.removesuffix(".weight").rpartition(".")[2]
     found = [
         Hypothesis(
             "queries-zeroed",
-            "queries start at 0, and the recipe does not say so. Draw their rows of linear_qkv as its other rows.",
+            f"queries start at 0, and the recipe does not say so. Draw their rows of {layer} as its other rows.",
             zeroed,
         )
     ]
     for power in (-0.5, 0.5, -1.0):
-        for who, factor in (("keys and values", rows(0, power)), ("queries", rows(power, 0))):
+        for who, predict in (("keys and values", moved(0, power)), ("queries", moved(power, 0))):
             found.append(
                 Hypothesis(
                     "qkv-rows",
-                    f"the rows of {who} in linear_qkv are drawn with {POWERS[power]} the std of the others'. Draw all "
+                    f"the rows of {who} in {layer} are drawn with {POWERS[power]} the std of the others'. Draw all "
                     "rows alike: they have one fan_in.",
-                    moved(factor),
+                    predict,
                 )
             )
     return found

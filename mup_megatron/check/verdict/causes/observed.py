@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mup_megatron.architectures.measured import Kind
 from mup_megatron.check.measure.measurements import FROM_STEPS, Key, Quantity
 from mup_megatron.check.measure.names import layer_of
 from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.comparison import Compared, Comparison
-from mup_megatron.theory import Plan
 
 CAP = 3.0
 """Of log deviations: what is 0 and should not be, or the reverse, is not infinitely more than all the rest."""
@@ -33,15 +33,16 @@ class Observation:
 
 def observed_of(comparison: Comparison, at: Mapping[int, AtWidth]) -> list[Observation]:
     """Everything direct, in causal order, without what only follows from something else that is off."""
-    plan = next(iter(at.values())).plan
-    keys = [key for key in comparison if key.quantity in DIRECT and not _follows(key, comparison, plan)]
+    here = next(iter(at.values()))
+    keys = [key for key in comparison if key.quantity in DIRECT and not _follows(key, comparison, here)]
     steps: dict[tuple[Quantity, str], int] = {}
     for key in keys:
         steps[key.quantity, key.name] = steps.get((key.quantity, key.name), 0) + 1
-    order = {entry.name: index for index, entry in enumerate(plan.entries)}
+    order = {entry.name: index for index, entry in enumerate(here.plan.entries)}
 
     def causal(key: Key) -> tuple[int, tuple[int, ...], str, int]:
-        place = _forward_place(key.name) if key.quantity is Quantity.ACTIVATION else (order.get(key.name, len(order)),)
+        activation = key.quantity is Quantity.ACTIVATION
+        place = _forward_place(key.name, here) if activation else (order.get(key.name, len(order)),)
         return DIRECT.index(key.quantity), place, key.name, key.step
 
     return [
@@ -61,7 +62,7 @@ def capped(deviation: float) -> float:
     return max(-CAP, min(CAP, deviation))
 
 
-def _follows(key: Key, comparison: Comparison, plan: Plan) -> bool:
+def _follows(key: Key, comparison: Comparison, here: AtWidth) -> bool:
     """Whether an activation that is off may be so because of what it is computed from."""
     if key.quantity is not Quantity.ACTIVATION:
         return False
@@ -69,8 +70,8 @@ def _follows(key: Key, comparison: Comparison, plan: Plan) -> bool:
         return True
     if comparison[key].off is None:
         return False
-    inputs = [Key(Quantity.ACTIVATION, name, 0) for name in _computed_from(key.name, plan)]
-    weights = [Key(Quantity.INITIAL, name, 0) for name in _weights_of(key.name, plan)]
+    inputs = [Key(Quantity.ACTIVATION, name, 0) for name in _computed_from(key.name, here)]
+    weights = [Key(Quantity.INITIAL, name, 0) for name in _weights_of(key.name, here)]
     before = [comparison[k] for k in (*inputs, *weights) if k in comparison and comparison[k].off is not None]
     if _is_gone(comparison[key]):
         # A nothing needs a nothing to follow from.
@@ -82,60 +83,24 @@ def _is_gone(compared: Compared) -> bool:
     return compared.off is not None and max(compared.deviations.values()) < GONE
 
 
-_PLACES = (
-    "input_layernorm",
-    "linear_qkv",
-    "q_layernorm",
-    "k_layernorm",
-    "scale_mask_softmax",
-    "linear_proj",
-    "pre_mlp_layernorm",
-    "linear_fc1",
-    "linear_fc2",
-)
-"""Of a layer's modules, in the order in which they are computed."""
-
-
-def _forward_place(name: str) -> tuple[int, ...]:
+def _forward_place(name: str, here: AtWidth) -> tuple[int, ...]:
+    """When the forward pass comes by a module: by the architecture, or of a torch module by the layer that it is in."""
+    if here.measured:
+        return (list(here.measured).index(name) if name in here.measured else len(here.measured),)
     layer = layer_of(name)
     if layer is not None:
-        last = name.rpartition(".")[2]
-        return (1, layer, _PLACES.index(last) if last in _PLACES else len(_PLACES))
-    if "embedding" in name:
-        return (0, "word" not in name)
-    return (2, "final" not in name)
+        return (1, layer)
+    entries = [entry for entry in here.plan.entries if entry.module == name]
+    return (0,) if any(entry.is_embedding for entry in entries) else (2,)
 
 
-def _computed_from(name: str, plan: Plan) -> list[str]:
-    """The activations that a GPT's activation is computed from, as far as they are measured."""
-    layer, last = layer_of(name), name.rpartition(".")[2]
-    if layer is None:
-        final = plan.readout_norm[0].rpartition(".")[0] if plan.readout_norm else ""
-        if name == final:
-            return [f"decoder.layers.{plan.num_layers - 1}"]
-        return [final] if last == "output_layer" else []
-    here = f"decoder.layers.{layer}"
-    stream = [f"decoder.layers.{layer - 1}"] if layer else [f"embedding.{kind}_embeddings" for kind in _TABLES]
-    attention, mlp = f"{here}.self_attention", f"{here}.mlp"
-    qkv, proj = f"{attention}.linear_qkv", f"{attention}.linear_proj"
-    return {
-        "input_layernorm": stream,
-        "linear_qkv": [f"{here}.input_layernorm"],
-        "q_layernorm": [qkv],
-        "k_layernorm": [qkv],
-        "scale_mask_softmax": [qkv, f"{attention}.q_layernorm", f"{attention}.k_layernorm"],
-        "linear_proj": [qkv, f"{attention}.core_attention.scale_mask_softmax"],
-        "pre_mlp_layernorm": [*stream, proj],
-        "linear_fc1": [f"{here}.pre_mlp_layernorm"],
-        "linear_fc2": [f"{mlp}.linear_fc1"],
-    }.get(last, [*stream, proj, f"{mlp}.linear_fc2"])
+def _computed_from(name: str, here: AtWidth) -> tuple[str, ...]:
+    """The activations that an activation is computed from, as far as they are measured."""
+    return here.measured[name].reads if name in here.measured else ()
 
 
-_TABLES = ("word", "position")
-
-
-def _weights_of(name: str, plan: Plan) -> list[str]:
-    own = [entry.name for entry in plan.entries if entry.name.rpartition(".")[0] == name]
-    if name.rpartition(".")[2] == "output_layer" and not own and plan.readout is not None:
-        return [plan.readout]
+def _weights_of(name: str, here: AtWidth) -> list[str]:
+    own = [entry.name for entry in here.plan.entries if entry.module == name]
+    if name in here.of_kind(Kind.READOUT) and not own and here.plan.readout is not None:
+        return [here.plan.readout]
     return own

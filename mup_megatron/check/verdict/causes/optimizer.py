@@ -117,15 +117,15 @@ def _descended(step: int, recipe: Recipe) -> float:
 
 
 def eps(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
-    """An eps that follows another rule, of an optimizer that has one."""
-    if next(iter(at.values())).plan.rules.eps is None:
+    """An eps that follows another rule, of the tensors whose optimizer has one."""
+    if all(entry.eps is None for entry in next(iter(at.values())).plan.entries):
         return []
 
     def unscaled(entry: PlanEntry, here: AtWidth) -> float:
         return 0.0 if entry.eps is None else math.log(here.plan.adam_eps / entry.eps)
 
     def h(name: str, sentence: str, select: Select, factor: LogFactor) -> Hypothesis:
-        return of_weights(name, sentence, Quantity.EPS, at, select, factor)
+        return of_weights(name, sentence, Quantity.EPS, at, lambda e: e.eps is not None and select(e), factor)
 
     rule = "Divide ε by the ratio of fan_out, the readout's by that of fan_in."
     return [

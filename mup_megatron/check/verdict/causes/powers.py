@@ -9,6 +9,7 @@ from mup_megatron.check.entries import (
     is_gain,
     is_hidden,
     is_readout,
+    token_table,
 )
 from mup_megatron.check.measure.measurements import Quantity
 from mup_megatron.check.measure.optimizers import rule_in_words
@@ -16,14 +17,19 @@ from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.hypothesis import Hypothesis, LogFactor, Select, of_weights
 
 POWERS = {-2.0: "1/r²", -1.0: "1/r", -0.5: "1/√r", 0.5: "√r", 1.0: "r"}
-_CLASSES: tuple[tuple[str, str, Select], ...] = (
-    ("hidden", "hidden weights", is_hidden),
-    ("embedding", "embeddings", is_embedding),
-    ("embedding", "the token embedding", lambda e: e.name == "embedding.word_embeddings.weight"),
-    ("readout", "the readout", is_readout),
-    ("gain", "norm gains", is_gain),
-    ("bias", "biases", is_bias),
-)
+
+
+def _classes(tokens: str | None) -> tuple[tuple[str, str, Select], ...]:
+    return (
+        ("hidden", "hidden weights", is_hidden),
+        ("embedding", "embeddings", is_embedding),
+        ("embedding", "the token embedding", lambda e: e.name == tokens),
+        ("readout", "the readout", is_readout),
+        ("gain", "norm gains", is_gain),
+        ("bias", "biases", is_bias),
+    )
+
+
 QUANTITIES: tuple[tuple[Quantity, str, str, tuple[float, ...]], ...] = (
     (Quantity.INITIAL, "init", "the initial std", (0.5, -0.5, -1.0, 1.0)),
     (Quantity.LEARNING_RATE, "learning-rate", "the learning rate", (1.0, 0.5, -0.5, -1.0, -2.0)),
@@ -38,11 +44,11 @@ def _power(power: float) -> LogFactor:
 
 def powers(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     """Something of one class of tensors is a power of the width ratio away from its rule."""
-    recipe = next(iter(at.values())).recipe
+    some = next(iter(at.values()))
     found = []
     for quantity, short, long, powers in QUANTITIES:
-        for kind, who, select in _CLASSES:
-            right = rule_in_words(recipe, quantity, kind)
+        for kind, who, select in _classes(token_table(some.plan)):
+            right = rule_in_words(some.recipe, quantity, kind)
             for power in powers:
                 found.append(
                     of_weights(

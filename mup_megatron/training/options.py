@@ -188,6 +188,11 @@ def _bad_layout(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> I
             f"--num-layers-per-virtual-pipeline-stage {per_stage} does not divide the {model.num_layers // stages} "
             "layers of a pipeline stage. Choose a divisor of it."
         )
+    if stages > 1 and not architecture_of(model).pipelines:
+        yield (
+            f"--pipeline-model-parallel-size {stages}: Megatron-Core does not split "
+            f"{architecture_of(model).description} over pipeline stages. Drop it."
+        )
     if options.sequence_parallel:
         if options.tensor_model_parallel_size == 1:
             yield (

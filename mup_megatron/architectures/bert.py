@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from mup_megatron.architectures.command_line import CommandLine, Release
+from mup_megatron.architectures.command_line import CommandLine, Reading, Release
 from mup_megatron.architectures.decoder import Architecture, Layers, embedding, readout
 from mup_megatron.architectures.families import ATTENTION, MLP, linear, norm, vector
 from mup_megatron.architectures.flag import Flag
@@ -39,6 +39,11 @@ class BertFile(ModelFile):
 
 class BertCommandLine(CommandLine):
     """A command line whose layers are Transformer Engine's unless `--spec local` says otherwise."""
+
+    def read(self, values: Mapping[str, Any], release: Release | None) -> Reading:
+        """Returns its keys; `--transformer-impl` has no say."""
+        reading = super().read(values, release)
+        return Reading({**reading.content, "transformer_impl": "transformer_engine"}, reading.names, reading.remarks)
 
     def written(self, model: ModelFile, release: Release) -> Sequence[str]:
         """Returns its flags, with the spec of local layers where it has them."""

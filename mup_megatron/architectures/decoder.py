@@ -102,21 +102,15 @@ class Architecture(ABC):
         Raises:
             InputError: the two differ in architecture; names the key.
         """
-        of_families = {key for _, family in self._branches(target) for key in family.shared}
-        own_keys = {key: key for key in (*self.shared, *sorted(of_families))}
-        for key, decides in (_SHARED | own_keys).items():
-            at_base, at_target = getattr(base, decides), getattr(target, decides)
-            if at_base != at_target:
-                raise InputError(
-                    f"{key} is {at_base} in the recipe's base but {at_target} in the target. "
-                    "Hyperparameters transfer between widths of one architecture: tune a base that has the target's."
-                )
+        _require_alike(base, target, _SHARED)
         own, as_tuned = as_other(of_base, self, base), as_other(self, of_base, target)
         if own is None or as_tuned is None:
             raise InputError(
                 f"the recipe's base is {of_base.description} and the target {self.description}, which are not one "
                 "model. Tune a base of the target's architecture."
             )
+        of_families = {key for _, family in self._branches(target) for key in family.shared}
+        _require_alike(own, target, {key: key for key in (*self.shared, *sorted(of_families))})
         kinds_at_base, kinds = ({f.name for _, f in self._branches(m)} for m in (own, target))
         if kinds_at_base != kinds:
             raise InputError(
@@ -249,6 +243,17 @@ def as_other(one: Architecture, other: Architecture, model: ModelFile) -> ModelF
     """Returns a model of one architecture as one of another, by whichever of the two knows; None if they differ."""
     given = one.given_to(other, model)
     return other.taken_from(one, model) if given is None else given
+
+
+def _require_alike(base: ModelFile, target: ModelFile, keys: Mapping[str, str]) -> None:
+    """Raises InputError for the first key of which base and target decide otherwise."""
+    for key, decides in keys.items():
+        at_base, at_target = getattr(base, decides), getattr(target, decides)
+        if at_base != at_target:
+            raise InputError(
+                f"{key} is {at_base} in the recipe's base but {at_target} in the target. "
+                "Hyperparameters transfer between widths of one architecture: tune a base that has the target's."
+            )
 
 
 def embedding(name: str, entries: Side, hidden: Side) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a model is trained to do with a batch of text: the next token, masked tokens, or the text before it was damaged.
+"""The tasks that models are trained for on a batch of text: the next token, masked tokens, a text that was damaged.
 
 An architecture names its objective. All of them take the batches of `data/dataset.py` and are functions of a sample
 alone, so that a run's losses do not depend on its layout. Importing it imports torch.
@@ -26,7 +26,7 @@ _MASKED = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """One task: what is made of a batch on the host, and of that on the device."""
+    """A task: a batch as the host prepares it, and what a rank's part of the model makes of that."""
 
     forward: Callable[[Any, Batch], tuple[torch.Tensor, LossFunction]]
     """Calls a rank's part of the model."""

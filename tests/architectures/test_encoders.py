@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from support.stock import Layout
 from mup_megatron.architectures.cost import parameter_count, training_flops
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import Search, choose_proxy
-from mup_megatron.architectures.registry import architecture_of, model_file, shapes_of
+from mup_megatron.architectures.registry import architecture_of, load_model_file, model_file, shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.theory import Acts, Plan, Role, Tensor
 
@@ -282,3 +283,18 @@ def test_a_proxy_is_of_the_same_kind(architecture: str) -> None:
     assert layers["encoder"] == proxy.num_layers
     assert architecture != "t5" or layers["decoder"] == round(proxy.num_layers / 2)
     recipe_for(proxy).plan(target)
+
+
+def test_base_and_large_have_one_proxy() -> None:
+    shipped = Path(__file__).parents[2] / "configs" / "models"
+    proxy, base, large = (load_model_file(shipped / f"bert_{name}.yaml") for name in ("proxy", "base", "large"))
+    tuned = recipe_for(proxy, **VALUES)
+    for target, width in ((base, 768), (large, 1024)):
+        plan = tuned.plan(target)
+        fc2 = plan[f"encoder.layers.{target.num_layers - 1}.mlp.linear_fc2.weight"]
+        # Its fan_in is an MLP's of 256 in the proxy, and of four widths in the target.
+        assert fc2.width_ratio == 4 * width / 256
+        assert fc2.init_std == pytest.approx(0.05 / math.sqrt(2 * target.num_layers * fc2.width_ratio))
+        assert plan["binary_head.weight"].multiplier == pytest.approx(0.5 * 256 / width)
+        # Heads of 64 in place of 32.
+        assert plan.softmax_scale == pytest.approx(1.5 * math.sqrt(32) / 64)

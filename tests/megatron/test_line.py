@@ -284,6 +284,32 @@ def test_a_program_that_is_not_known_is_remarked(start: str) -> None:
     assert remark.startswith(f"{start.split()[-1]}: which program this is, is not known here")
 
 
+def test_a_berts_line_is_its_programs() -> None:
+    found = read("", script="examples/bert/pretrain_bert.py").model()
+    assert dict(found) == {**dict(read("").model()), "architecture": "bert", "bert_binary_head": True}
+    # Its layers are Transformer Engine's, unless the spec says otherwise.
+    assert read("--transformer-impl local", script="pretrain_bert.py").model() == found
+    local = read("--spec local --bert-no-binary-head", script="pretrain_bert.py").model()
+    assert dict(local) == {**dict(found), "transformer_impl": "local", "bert_binary_head": False}
+    assert read_line(["python", "pretrain_bert.py", *write_flags(local)]).model() == local
+
+
+def test_a_t5s_line_is_its_programs() -> None:
+    layers = read("").model().num_layers
+    said = f"--decoder-seq-length 8 --decoder-num-layers {layers} --position-embedding-type relative"
+    own = {"encoder_num_layers": layers, "decoder_num_layers": layers, "decoder_seq_length": 8}
+    relative = {"relative_attention_num_buckets": 16, "relative_attention_max_distance": 128}
+    found = read(f"{said} --relative-attention-num-buckets 16", script="pretrain_t5.py").model()
+    expected = {**dict(read("").model()), "architecture": "t5", **own, **relative}
+    assert dict(found) == {**expected, "position_embedding_type": "relative"}
+    # Its own flags say what it is in a script of another name.
+    assert read(f"{said} --relative-attention-num-buckets 16", script="mine.py").model() == found
+    assert read_line(write_flags(found)).model() == found
+    # Flags for both stacks, in place of those for one.
+    words = [word.replace("--num-layers", "--encoder-num-layers") for word in write_flags(found)]
+    assert read_line([word.replace("--seq-length", "--encoder-seq-length") for word in words]).model() == found
+
+
 @pytest.mark.parametrize("flag", ["--model-type BERT", "--model-type=T5"])
 def test_another_type_of_model_is_refused(flag: str) -> None:
     assert read("--model-type GPT").model() == read("").model()

@@ -1,7 +1,7 @@
-"""A language model of one stack of layers: embeddings, layers of families, a final norm, a readout.
+"""A language model: embeddings, one or more stacks of layers of families, each with a final norm, and heads.
 
-What differs between such models (which families a layer has, what the final norm is called, what a model file says of
-it) is in one file for each: `gpt.py`, `hybrid.py`.
+What differs between models (which stacks there are, which families a layer has, which heads, what a model file says of
+it) is in one file for each: `gpt.py`, `hybrid.py`, `bert.py`, `t5.py`.
 """
 
 import re
@@ -47,8 +47,12 @@ _LAYOUT = ("transformer_impl", "moe_grouped_gemm")
 """What decides how parameters are called, and nothing else: a base may have another."""
 
 
-class Decoder(ABC):
-    """An architecture of one stack, from its model file to everything that the rest of the package asks of it."""
+Layers = Sequence[Sequence[Family]]
+"""The families of each layer of a stack, in order."""
+
+
+class Architecture(ABC):
+    """An architecture, from its model file to everything that the rest of the package asks of it."""
 
     name: ClassVar[str]
     """As in a model file's `architecture`, and in a plan."""
@@ -62,14 +66,22 @@ class Decoder(ABC):
     """The module whose `build` makes a live one; imported when it is used, because it imports Megatron."""
     command_line: ClassVar[CommandLine] = CommandLine()
     """What Megatron-LM's command line says of it alone."""
-    final_norm: ClassVar[str]
-    """The prefix of the parameters of the norm before the readout."""
+    final_norm: ClassVar[str] = "final_layernorm"
+    """The name in its stack of the norm behind the layers."""
+    readout: ClassVar[str] = READOUT_WEIGHT
+    """The name of the weight that computes the logits, where it is not the token embedding."""
     branches: ClassVar[int]
-    """Residual branches of a layer; the stock initialisation counts them likewise (`is_hybrid_model`)."""
+    """Residual branches of a layer as the stock initialisation counts them (`is_hybrid_model`)."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Keys of its model files that base and target must share, beside those of every model and of the families."""
+    objective: ClassVar[str] = "next token"
+    """What it is trained to do: the name of an objective of `training`."""
+    pipelines: ClassVar[bool] = True
+    """Whether Megatron-Core splits it over pipeline stages."""
 
     @abstractmethod
-    def layers(self, model: ModelFile) -> Sequence[Sequence[Family]]:
-        """Returns the families of each layer, in order."""
+    def stacks(self, model: ModelFile) -> Mapping[str, Layers]:
+        """Returns the layers of each stack, by the name of the module that has them, in the order of a forward pass."""
 
     @abstractmethod
     def with_layers(self, model: ModelFile, kept: Sequence[int]) -> ModelFile:
@@ -87,15 +99,15 @@ class Decoder(ABC):
         """Returns how many layers each pipeline stage has; None where the model file leaves them to an even split."""
         return None
 
-    def taken_from(self, other: "Decoder", model: ModelFile) -> ModelFile | None:
+    def taken_from(self, other: "Architecture", model: ModelFile) -> ModelFile | None:
         """Returns another architecture's model as one of this; None if this has none that is equal."""
         return model if other is self else None
 
-    def given_to(self, other: "Decoder", model: ModelFile) -> ModelFile | None:
+    def given_to(self, other: "Architecture", model: ModelFile) -> ModelFile | None:
         """Returns a model of this architecture as one of another; None if that has none that is equal."""
         return model if other is self else None
 
-    def shapes(self, base: ModelFile, target: ModelFile, of_base: "Decoder") -> tuple[ModelShape, ModelShape]:
+    def shapes(self, base: ModelFile, target: ModelFile, of_base: "Architecture") -> tuple[ModelShape, ModelShape]:
         """Returns the shapes of base and target, named as in the target, with the names that patterns mean.
 
         Depth, heads, ffn and head size may differ; which of them grow is known from both together.
@@ -114,13 +126,7 @@ class Decoder(ABC):
                 "to list the same."
             )
         own_keys = {key: key for _, family in self._branches(target) for key in family.shared}
-        for key, decides in (_SHARED | own_keys).items():
-            at_base, at_target = getattr(base, decides), getattr(target, decides)
-            if at_base != at_target:
-                raise InputError(
-                    f"{key} is {at_base} in the recipe's base but {at_target} in the target. "
-                    "Hyperparameters transfer between widths of one architecture: tune a base that has the target's."
-                )
+        _require_alike(base, target, _SHARED | own_keys)
         own, as_tuned = as_other(of_base, self, base), as_other(self, of_base, target)
         if of_base is not self and target.custom_tensors:
             raise InputError(
@@ -132,6 +138,8 @@ class Decoder(ABC):
                 f"the recipe's base is {of_base.description} and the target {self.description}, which are not one "
                 "model. Tune a base of the target's architecture."
             )
+        of_families = {key for _, family in self._branches(target) for key in family.shared}
+        _require_alike(own, target, {key: key for key in (*self.shared, *sorted(of_families))})
         kinds_at_base, kinds = ({f.name for _, f in self._branches(m)} for m in (own, target))
         if kinds_at_base != kinds:
             raise InputError(
@@ -160,21 +168,19 @@ class Decoder(ABC):
         return [each for own in families.values() if isinstance(own, Remarking) for each in own.remarks(base, target)]
 
     def _branches(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
-        """Each layer's name and one of its families, in order; then those of multi-token prediction."""
-        yield from self._stack(model)
+        """Each layer's name and one of its families, in order; then those behind the stacks."""
+        yield from self._in_stacks(model)
         yield from self._further(model)
 
-    def _stack(self, model: ModelFile) -> Iterator[tuple[str, Family]]:
-        for index, families in enumerate(self.layers(model)):
-            for family in families:
-                yield f"{STACK}.layers.{index}", family
+    def _in_stacks(self, model: ModelFile) -> Iterator[tuple[str, Family]]:
+        for stack, layers in self.stacks(model).items():
+            for index, families in enumerate(layers):
+                for family in families:
+                    yield f"{stack}.layers.{index}", family
 
     def _further(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
-        """The layers of multi-token prediction, each of the families of the stack's last one."""
-        for index in range(model.mtp_num_layers or 0):
-            yield mtp_layer(index), MTP
-            for family in self.layers(model)[-1]:
-                yield f"{mtp_layer(index)}.{MTP_INNER}", family
+        """What stands behind the stacks and is made of layers too."""
+        yield from ()
 
     def _shape(self, model: ModelFile, growth: Growth) -> ModelShape:
         tensors = tuple(self._tensors(model, growth))
@@ -184,66 +190,75 @@ class Decoder(ABC):
             tensors=tensors,
             hidden_size=model.hidden_size,
             head_size=model.head_size,
-            stacks={STACK: Stack(model.num_layers, self.branches)},
-            readout=WORD_EMBEDDINGS if model.tied else READOUT_WEIGHT,
+            stacks={stack: Stack(len(layers), self.branches) for stack, layers in self.stacks(model).items()},
+            readout=WORD_EMBEDDINGS if model.tied else self.readout,
             stock_softmax_scale=model.stock_softmax_scale,
-            readout_norm=tuple(name for name in names if name.startswith(self.final_norm) or _MTP_NORM.match(name)),
+            readout_norm=tuple(n for n in names if n.startswith(self._readout_norm(model)) or _MTP_NORM.match(n)),
             query_norms=tuple(name for name in names if _QUERY_NORM.search(name)),
             places=tuple(self.places(model)),
         )
 
+    def _readout_norm(self, model: ModelFile) -> str:
+        """The prefix of the parameters of the norm before the readout."""
+        return f"{[*self.stacks(model)][-1]}.{self.final_norm}."
+
     def _tensors(self, model: ModelFile, growth: Growth) -> Iterator[Tensor]:
-        hidden = Side(model.hidden_size, grows=True)
-        vocabulary = Side(model.padded_vocab_size())
-        yield replace(_embedding(WORD_EMBEDDINGS, vocabulary, hidden), padded_to=model.make_vocab_size_divisible_by)
-        if model.position_embedding_type == "learned_absolute":
-            yield _embedding(POSITION_EMBEDDINGS, Side(model.positions), hidden)
-        for layer, family in self._stack(model):
-            for tensor in family.tensors(model, layer, growth):
-                yield replace(tensor, stack=STACK)
-        yield from custom_tensors(model, self.layers(model), growth)
-        yield from norm(model, self.final_norm, hidden)
+        yield from self._tables(model)
+        for stack, layers in self.stacks(model).items():
+            for index, families in enumerate(layers):
+                for family in families:
+                    for tensor in family.tensors(model, f"{stack}.layers.{index}", growth):
+                        yield replace(tensor, stack=stack)
+            yield from norm(model, f"{stack}.{self.final_norm}.", Side(model.hidden_size, grows=True))
+        yield from custom_tensors(model, self.stacks(model), growth)
         for layer, block in self._further(model):
             for tensor in block.tensors(model, layer, growth):
                 # Megatron draws what writes into the stream there as in the stack itself, by the stack's depth.
                 yield replace(tensor, stack=STACK)
+        yield from self._heads(model)
+
+    def _tables(self, model: ModelFile) -> Iterator[Tensor]:
+        """What is looked up: the embeddings of words, first, and of what else there is."""
+        hidden = Side(model.hidden_size, grows=True)
+        vocabulary = Side(model.padded_vocab_size())
+        yield replace(embedding(WORD_EMBEDDINGS, vocabulary, hidden), padded_to=model.make_vocab_size_divisible_by)
+        if model.position_embedding_type == "learned_absolute":
+            yield embedding(POSITION_EMBEDDINGS, Side(model.positions), hidden)
+
+    def _heads(self, model: ModelFile) -> Iterator[Tensor]:
+        """What stands behind the stacks: the readout, where it is not the token embedding, and what else there is."""
         if not model.tied:
-            yield Tensor(
-                name=READOUT_WEIGHT,
-                shape=(vocabulary.size, hidden.size),
-                fan_in=hidden,
-                fan_out=vocabulary,
-                properties=frozenset({Property.READOUT}),
-                padded_to=model.make_vocab_size_divisible_by,
-            )
+            vocabulary = Side(model.padded_vocab_size())
+            head = readout(self.readout, Side(model.hidden_size, grows=True), vocabulary)
+            yield replace(head, padded_to=model.make_vocab_size_divisible_by)
 
     def sizes(self, model: ModelFile) -> Sequence[Size]:
         """Returns the sizes of a model's families that it has, each once."""
-        found = {size.key: size for _, family in self._stack(model) for size in family.sizes}
+        found = {size.key: size for _, family in self._in_stacks(model) for size in family.sizes}
         return [size for size in found.values() if size.of(model) is not None]
 
     def places(self, model: ModelFile) -> Iterator[Place]:
         """Yields where factors act in a model, beside those of single weights."""
-        for name in (WORD_EMBEDDINGS, POSITION_EMBEDDINGS):
-            if name == WORD_EMBEDDINGS or model.position_embedding_type == "learned_absolute":
-                yield Place(name.rpartition(".")[0], Acts.OUTPUT, name)
+        for table in self._tables(model):
+            yield Place(table.name.rpartition(".")[0], Acts.OUTPUT, table.name)
         for layer, family in self._branches(model):
             yield from family.places(layer)
-        yield Place(READOUT_WEIGHT.rpartition(".")[0], Acts.INPUT, READOUT)
+        yield Place(self.readout.rpartition(".")[0], Acts.INPUT, READOUT)
 
     def measured(self, model: ModelFile) -> Iterator[Measured]:
         """Yields the modules that a check looks at, in the order of a forward pass; norms as modules of their own."""
         stream: list[str] = []
-        for name in (WORD_EMBEDDINGS, POSITION_EMBEDDINGS):
-            if name == WORD_EMBEDDINGS or model.position_embedding_type == "learned_absolute":
-                module = name.rpartition(".")[0]
-                yield Measured(module, Kind.TABLE, "Embedding", (), leads=name == WORD_EMBEDDINGS)
-                stream.append(module)
-        yield from _stack_measured(model, STACK, self.layers(model), stream)
-        final = self.final_norm.removesuffix(".")
-        yield inside(final, "Residual stream", f"{STACK}.layers.{model.num_layers - 1}")
-        readout = READOUT_WEIGHT.rpartition(".")[0]
-        yield Measured(readout, Kind.READOUT, "Readout (the model's logits)", (final,), leads=True)
+        for table in self._tables(model):
+            module = table.name.rpartition(".")[0]
+            yield Measured(module, Kind.TABLE, "Embedding", (), leads=table.name == WORD_EMBEDDINGS)
+            stream.append(module)
+        final = ""
+        for stack, layers in self.stacks(model).items():
+            yield from _stack_measured(model, stack, layers, stream)
+            final = f"{stack}.{self.final_norm}"
+            yield inside(final, "Residual stream", f"{stack}.layers.{len(layers) - 1}")
+        module = self.readout.rpartition(".")[0]
+        yield Measured(module, Kind.READOUT, "Readout (the model's logits)", (final,), leads=True)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
@@ -267,7 +282,26 @@ def _stack_measured(
         stream = [layer]
 
 
-def as_other(one: Decoder, other: Decoder, model: ModelFile) -> ModelFile | None:
+class Decoder(Architecture):
+    """An architecture of one stack whose readout gives each token's successor."""
+
+    @abstractmethod
+    def layers(self, model: ModelFile) -> Layers:
+        """Returns the families of each layer, in order."""
+
+    def stacks(self, model: ModelFile) -> Mapping[str, Layers]:
+        """Returns the one stack."""
+        return {STACK: self.layers(model)}
+
+    def _further(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
+        """The layers of multi-token prediction, each of the families of the stack's last one."""
+        for index in range(model.mtp_num_layers or 0):
+            yield mtp_layer(index), MTP
+            for family in self.layers(model)[-1]:
+                yield f"{mtp_layer(index)}.{MTP_INNER}", family
+
+
+def as_other(one: Architecture, other: Architecture, model: ModelFile) -> ModelFile | None:
     """Returns a model of one architecture as one of another, by whichever of the two knows; None if they differ."""
     given = one.given_to(other, model)
     return other.taken_from(one, model) if given is None else given
@@ -278,11 +312,34 @@ def _named_as(model: ModelFile, other: ModelFile) -> ModelFile:
     return model.model_copy(update={key: getattr(other, key) for key in _LAYOUT})
 
 
-def _embedding(name: str, entries: Side, hidden: Side) -> Tensor:
+def _require_alike(base: ModelFile, target: ModelFile, keys: Mapping[str, str]) -> None:
+    """Raises InputError for the first key of which base and target decide otherwise."""
+    for key, decides in keys.items():
+        at_base, at_target = getattr(base, decides), getattr(target, decides)
+        if at_base != at_target:
+            raise InputError(
+                f"{key} is {at_base} in the recipe's base but {at_target} in the target. "
+                "Hyperparameters transfer between widths of one architecture: tune a base that has the target's."
+            )
+
+
+def embedding(name: str, entries: Side, hidden: Side) -> Tensor:
+    """Returns a table that is looked up, with the embedding multiplier on what it gives."""
     return Tensor(
         name=name,
         shape=(entries.size, hidden.size),
         fan_in=entries,
         fan_out=hidden,
         properties=frozenset({Property.EMBEDDING}),
+    )
+
+
+def readout(name: str, hidden: Side, outputs: Side) -> Tensor:
+    """Returns a weight that computes what the model is asked for, with the output multiplier on its input."""
+    return Tensor(
+        name=name,
+        shape=(outputs.size, hidden.size),
+        fan_in=hidden,
+        fan_out=outputs,
+        properties=frozenset({Property.READOUT}),
     )

@@ -35,7 +35,6 @@ class Gpt(Decoder):
     live_classes: ClassVar[tuple[str, ...]] = ("GPTModel",)
     builder: ClassVar[str] = "mup_megatron.megatron.builders.gpt"
     command_line: ClassVar[CommandLine] = CommandLine(programs=_PROGRAMS, providers=("gpt",))
-    final_norm: ClassVar[str] = "decoder.final_layernorm."
     branches: ClassVar[int] = 2
 
     def layers(self, model: ModelFile) -> Sequence[Sequence[Family]]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
-from mup_megatron.architectures.decoder import Decoder
+from mup_megatron.architectures.decoder import Architecture, Decoder
 from mup_megatron.architectures.families import ATTENTION, EXPERTS, MAMBA, MLP, Family
 from mup_megatron.architectures.flag import Flag, number
 from mup_megatron.architectures.gpt import GPT
@@ -216,7 +216,7 @@ class Hybrid(Decoder):
         markers=(_IS_HYBRID,),
         specs={_LOCAL_SPEC: "local", **dict.fromkeys(_STOCK_SPECS.values(), "transformer_engine")},
     )
-    final_norm: ClassVar[str] = "decoder.final_norm."
+    final_norm: ClassVar[str] = "final_norm"
     branches: ClassVar[int] = 1
 
     def layers(self, model: ModelFile) -> Sequence[Sequence[Family]]:
@@ -253,7 +253,7 @@ class Hybrid(Decoder):
         segments = _file(model).segments
         return None if len(segments) == 1 else [len(segment) for segment in segments]
 
-    def taken_from(self, other: Decoder, model: ModelFile) -> ModelFile | None:
+    def taken_from(self, other: Architecture, model: ModelFile) -> ModelFile | None:
         """Returns a GPT as the pattern `*-*-…` of twice as many layers, with `E` where it has experts."""
         if other is not GPT:
             return super().taken_from(other, model)
@@ -263,7 +263,7 @@ class Hybrid(Decoder):
         own = {"num_layers": len(pattern), "hybrid_layer_pattern": pattern, "moe_layer_freq": 1}
         return HybridFile.model_construct(**{**dict(model), **own})
 
-    def given_to(self, other: Decoder, model: ModelFile) -> ModelFile | None:
+    def given_to(self, other: Architecture, model: ModelFile) -> ModelFile | None:
         """Returns a pattern `*-*-…`, or with `E` for `-`, as a GPT of half as many layers."""
         if other is not GPT:
             return super().given_to(other, model)

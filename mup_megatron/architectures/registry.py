@@ -9,11 +9,13 @@ from typing import Annotated, Any
 
 from pydantic import SerializeAsAny, WrapValidator
 
-from mup_megatron.architectures.decoder import Decoder
+from mup_megatron.architectures.bert import BERT
+from mup_megatron.architectures.decoder import Architecture, Decoder
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.hybrid import HYBRID
 from mup_megatron.architectures.keys.custom import CustomList, CustomTensor
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.t5 import T5
 from mup_megatron.errors import InputError
 from mup_megatron.theory import ModelShape
 from mup_megatron.validation import quoted, validated
@@ -22,10 +24,10 @@ from mup_megatron.yaml_io import read_yaml
 KEY = "architecture"
 """The key of a model file that names its architecture, where the others do not decide it."""
 
-_ARCHITECTURES: dict[str, Decoder] = {}
+_ARCHITECTURES: dict[str, Architecture] = {}
 
 
-def register(architecture: Decoder) -> None:
+def register(architecture: Architecture) -> None:
     """Makes an architecture known under its name.
 
     Raises:
@@ -45,24 +47,39 @@ def register(architecture: Decoder) -> None:
     _ARCHITECTURES[architecture.name] = architecture
 
 
-def architectures() -> Mapping[str, Decoder]:
+def architectures() -> Mapping[str, Architecture]:
     """Returns every architecture that is known, by its name."""
     return _ARCHITECTURES
 
 
-def architecture_of(model: ModelFile) -> Decoder:
+def architecture_of(model: ModelFile) -> Architecture:
     """Returns the architecture of a model file."""
     found = next((each for each in _ARCHITECTURES.values() if each.file is type(model)), None)
     assert found is not None, f"{type(model).__name__}: of no architecture that is registered"
     return found
 
 
+def decoder_of(model: ModelFile) -> Decoder:
+    """Returns the architecture of a model that is one decoder.
+
+    Raises:
+        InputError: it is none, so there is no plain form of it in `plain/` and nothing that a check could compare.
+    """
+    found = architecture_of(model)
+    if not isinstance(found, Decoder):
+        raise InputError(
+            f"architecture {found.name}: {found.description} cannot be checked yet, since there is no plain PyTorch "
+            "model to compare it with. Train it: the guard compares the live run with the plan."
+        )
+    return found
+
+
 def depth_of(model: ModelFile) -> int:
     """Returns the number of residual branches of a model."""
-    return sum(len(families) for families in architecture_of(model).layers(model))
+    return sum(len(families) for layers in architecture_of(model).stacks(model).values() for families in layers)
 
 
-for _each in (GPT, HYBRID):
+for _each in (GPT, HYBRID, BERT, T5):
     register(_each)
 
 
@@ -106,7 +123,7 @@ def load_custom_tensors(path: Path) -> tuple[CustomTensor, ...]:
     return validated(CustomList, {key: content[key]}, source=str(path)).custom_tensors
 
 
-def _sorted_out(content: object) -> tuple[Decoder, object]:
+def _sorted_out(content: object) -> tuple[Architecture, object]:
     """The architecture that plain values are of, and what its model file says of them.
 
     Raises:
@@ -123,8 +140,8 @@ def _sorted_out(content: object) -> tuple[Decoder, object]:
         key = next(iter(by_keys[0].command_line.keys.keys() & content.keys()))
         raise ValueError(f"{KEY}: {named} has no {key}. Remove one of the two keys.")
     architecture = by_keys[0] if by_keys else _ARCHITECTURES[named]
-    own = content if KEY in architecture.file.model_fields else {k: v for k, v in content.items() if k != KEY}
-    return architecture, own
+    own = {key: value for key, value in content.items() if key != KEY}
+    return architecture, own | ({KEY: architecture.name} if KEY in architecture.file.model_fields else {})
 
 
 def _as_model_file(content: object, handler: Callable[[object], ModelFile]) -> ModelFile:
@@ -144,7 +161,7 @@ def remarks_on(base: ModelFile, target: ModelFile) -> Sequence[str]:
 
 
 def shapes_of(base: ModelFile, target: ModelFile) -> tuple[ModelShape, ModelShape]:
-    """Returns the shapes of base and target, named as in the target: see `Decoder.shapes`.
+    """Returns the shapes of base and target, named as in the target: see `Architecture.shapes`.
 
     Raises:
         InputError: the two differ in architecture; names the key.

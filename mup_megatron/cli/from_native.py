@@ -27,7 +27,7 @@ def command(output: Path | None, vocab_size: int | None, force: bool, flags: tup
     if not flags:
         raise click.UsageError("give Megatron's flags, or a launch script: mup-megatron from-native FLAGS…")
     line = read_line(flags, vocab_size=vocab_size, native=True)
-    native = recipe_from_native(line.values, vocab_size=line.vocab_size, source=line.source)
+    native = recipe_from_native(line.values, vocab_size=line.vocab_size, source=line.source, script=line.script)
     for remark in line.remarks:
         click.echo(f"Warning: {remark}", err=True)
     answer(native.recipe.to_yaml(), output, force=force)

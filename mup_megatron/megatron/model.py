@@ -1,4 +1,4 @@
-"""A plan → a built Megatron-Core GPTModel: initial weights, multipliers, attention scale. Holds no theory.
+"""A plan → a built model of Megatron-Core's: initial weights, multipliers, attention scale. Holds no theory.
 
 Nothing is touched where nothing changes, so that a plan at its base leaves the model as it is.
 """
@@ -39,7 +39,7 @@ def apply_plan(model_chunks: Sequence[torch.nn.Module], plan: Plan, *, initializ
     is rescaled, never drawn again, so that seeds and layouts give what they gave before.
 
     Args:
-        model_chunks: the rank's GPTModels, one for each virtual pipeline stage; wrapped or not.
+        model_chunks: the rank's models, one for each virtual pipeline stage; wrapped or not.
         plan: for the whole model.
         initialize: False where the weights are about to be loaded from a checkpoint.
 
@@ -54,8 +54,9 @@ def apply_plan(model_chunks: Sequence[torch.nn.Module], plan: Plan, *, initializ
     require_match(models, plan)
     if initialize:
         with torch.no_grad():
-            for name, parameter in named_parameters(models, tied=plan.tied):
-                _initialize(parameter, plan[name], models[0].config)
+            for model in models:
+                for name, parameter in named_parameters([model], tied=plan.tied):
+                    _initialize(parameter, plan[name], _config_of(model, plan[name]))
     for model in models:
         _set_softmax_scale(model, plan)
         hooks.attach(dict(named_modules(model)), plan.sites)
@@ -80,8 +81,6 @@ def refuse_native(config: Any) -> None:
 
 
 _OTHER_KINDS = {
-    "T5Model": "an encoder and a decoder",
-    "BertModel": "an encoder",
     "LLaVAModel": "a multimodal model",
     "MimoModel": "a multimodal model",
 }
@@ -180,6 +179,11 @@ def _draw_problems(model: torch.nn.Module) -> list[str]:
     ]
 
 
+def _config_of(model: torch.nn.Module, entry: PlanEntry) -> Any:
+    """The configuration that a weight was drawn with: its stack's, where stacks have their own."""
+    return getattr(getattr(model, entry.stack, None), "config", model.config)
+
+
 def _stock_std(entry: PlanEntry, config: Any) -> float | None:
     """The std with which Megatron drew a weight."""
     # A readout is drawn as other weights are, except by native μP, which is refused.
@@ -212,7 +216,7 @@ def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, config: Any) ->
 
 def core_attentions(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """Returns (name, module) of what computes attention in each layer of a model that is not wrapped."""
-    return [(name, module) for name, module in model.named_modules() if name.endswith("self_attention.core_attention")]
+    return [(name, module) for name, module in model.named_modules() if name.endswith("_attention.core_attention")]
 
 
 def _scaled_parts(core_attention: torch.nn.Module) -> list[Any]:

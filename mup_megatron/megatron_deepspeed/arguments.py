@@ -6,7 +6,8 @@ from typing import Any
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.arguments.convert import model_from_values, not_in_model_file
+from mup_megatron.megatron.arguments.convert import architecture_named, model_from_values, not_in_model_file
+from mup_megatron.megatron.arguments.fork import require_gpt
 from mup_megatron.recipe import Recipe
 
 _SOURCE = "the command line"
@@ -75,7 +76,9 @@ def model_from_fork_args(args: argparse.Namespace) -> ModelFile:
             f"{_SOURCE}: --num-experts: models with experts are not supported yet in the fork Megatron-DeepSpeed. "
             "Choose a model without."
         )
-    return model_from_values(_as_megatron_lm(args), source=_SOURCE)
+    values = _as_megatron_lm(args)
+    require_gpt(architecture_named(values), _SOURCE)
+    return model_from_values(values, source=_SOURCE)
 
 
 def notes(args: argparse.Namespace) -> list[str]:

@@ -26,6 +26,7 @@ from mup_megatron.megatron.model import apply_plan, configure
 from mup_megatron.megatron.optimizer import config_overrides
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
+from mup_megatron.training.objectives import NEXT_TOKEN, Objective, objective_of
 from mup_megatron.training.options import TrainingOptions
 
 
@@ -37,6 +38,7 @@ class Built:
     chunks: Sequence[Any]
     optimizer: Any
     scheduler: Any
+    objective: Objective = NEXT_TOKEN
 
 
 def available_model(model: ModelFile, options: TrainingOptions) -> ModelFile:
@@ -109,7 +111,7 @@ def build(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions
     config.grad_scale_func = optimizer.scale_loss
     scheduler = _scheduler(optimizer, recipe, options)
     require_as_planned(chunks, plan, optimizer, scheduler, weights=initialize)
-    return Built(config, chunks, optimizer, scheduler)
+    return Built(config, chunks, optimizer, scheduler, objective_of(model))
 
 
 def _gradients_not_added_up(model: torch.nn.Module, config: Any) -> list[str]:

@@ -5,18 +5,17 @@ Importing it imports Megatron: the CPU runtime has to come before.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from mup_megatron.megatron.names import unwrapped
 from mup_megatron.training.build import Built
 from mup_megatron.training.data.dataset import global_batch
+from mup_megatron.training.objectives import Batch, Objective
 from mup_megatron.training.options import BatchSizes
-
-Batch = dict[str, torch.Tensor]
 
 
 class IterationResult(NamedTuple):
@@ -69,9 +68,9 @@ def forward_backward(
     built: Built, dataset: Any, iteration: int, sizes: BatchSizes, *, forward_only: bool
 ) -> list[torch.Tensor]:
     """Returns the loss of each micro-batch, on the last pipeline stage; nothing on the others."""
-    batches = _batches(dataset, iteration, sizes)
+    batches = _batches(built, dataset, iteration, sizes)
     losses: list[torch.Tensor] = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=partial(_forward_step, built.objective),
         data_iterator=[iter(batches) for _ in built.chunks],
         model=list(built.chunks),
         num_microbatches=sizes.micro_batches,
@@ -82,11 +81,12 @@ def forward_backward(
     return losses
 
 
-def _batches(dataset: Any, iteration: int, sizes: BatchSizes) -> Sequence[Batch | None]:
+def _batches(built: Built, dataset: Any, iteration: int, sizes: BatchSizes) -> Sequence[Batch | None]:
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
-    if not first and not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+    ends = first or parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    if not (ends or built.objective.on_every_stage):
         return [None] * sizes.micro_batches  # a middle stage gets activations alone
-    return global_batch(
+    found = global_batch(
         dataset,
         iteration,
         global_batch_size=sizes.global_batch,
@@ -94,21 +94,20 @@ def _batches(dataset: Any, iteration: int, sizes: BatchSizes) -> Sequence[Batch 
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=sizes.data_parallel,
     )
+    return [built.objective.prepared(batch) for batch in found]
 
 
-def _forward_step(batches: Iterator[Batch | None], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+def _forward_step(
+    objective: Objective, batches: Iterator[Batch | None], model: Any
+) -> tuple[torch.Tensor, Callable[..., Any]]:
     batch = next(batches)
     if batch is None:
         return model(None, None, None), _no_loss
     on_device = {key: value.cuda(non_blocking=True) for key, value in batch.items()}
-    # Multi-token prediction has a loss of its own within the model.
-    config: Any = unwrapped(model).config
-    more = {"loss_mask": on_device["loss_mask"]} if config.mtp_num_layers else {}
-    output = model(on_device["tokens"], on_device["position_ids"], None, labels=on_device["labels"], **more)
+    output, loss_of = objective.forward(model, on_device)
 
-    def mean(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = on_device["loss_mask"]
-        loss = (losses.float() * mask).sum() / mask.sum()
+    def mean(result: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = loss_of(result)
         # A copy, because Megatron divides the first by the number of micro-batches in place.
         return loss, loss.detach().clone()
 

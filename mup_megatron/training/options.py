@@ -203,6 +203,11 @@ def _bad_layout(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> I
             f"--pipeline-model-parallel-size {stages}: Megatron cannot save tied embeddings with mtp_num_layers on "
             "several stages. Use untie_embeddings_and_output_weights, or one stage."
         )
+    if stages > 1 and not architecture_of(model).pipelines:
+        yield (
+            f"--pipeline-model-parallel-size {stages}: Megatron-Core does not split "
+            f"{architecture_of(model).description} over pipeline stages. Drop it."
+        )
     if options.sequence_parallel:
         if options.tensor_model_parallel_size == 1:
             yield (

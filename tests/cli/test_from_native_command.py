@@ -90,4 +90,4 @@ def test_a_short_run_of_a_long_schedule_and_a_vocabulary_that_is_answered(run: C
 def test_another_programs_line_is_refused(run: Command, here: Path) -> None:
     code, out, err = run("from-native", "--", "torchrun", "pretrain_t5.py", *FLAGS)
     assert (code, out) == (2, "")
-    assert "pretrain_t5.py: T5 models" in err
+    assert "builds a T5, whose logits" in err

@@ -119,6 +119,6 @@ def test_an_answer_that_is_no_number_of_entries(run: Command, here: Path, size: 
 
 
 def test_another_programs_line_is_refused(run: Command, here: Path) -> None:
-    code, out, err = run("model", "--from-args", "--", "torchrun", "pretrain_bert.py", *FLAGS)
+    code, out, err = run("model", "--from-args", "--", "torchrun", "pretrain_vlm.py", *FLAGS)
     assert (code, out) == (2, "")
-    assert "pretrain_bert.py: BERT models are not supported yet" in err
+    assert "pretrain_vlm.py: multimodal models are not supported yet" in err

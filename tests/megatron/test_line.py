@@ -302,25 +302,25 @@ def test_every_flag_of_the_fork_means_one_thing() -> None:
 @pytest.mark.parametrize(
     "start",
     [
-        "python bind.py pretrain_bert.py",
-        "python wrapper.py --nproc 3 -- python pretrain_bert.py",
-        "torchrun --log-dir x.py pretrain_bert.py",
-        "nsys profile -o a.py torchrun pretrain_bert.py",
-        "python -u -m accelerate.commands.launch pretrain_bert.py",
-        "python -m pretrain_bert",
-        "python -mpretrain_bert",
-        "python -m torch.distributed.run --module examples.pretrain_bert",
-        "torchrun PRETRAIN_BERT.PY",
-        "torchrun pretrain_bert.pyc",
-        "torchrun ./pretrain_bert",
-        "torchrun pretrain_gpt.py pretrain_bert.py",
+        "python bind.py pretrain_vlm.py",
+        "python wrapper.py --nproc 3 -- python pretrain_vlm.py",
+        "torchrun --log-dir x.py pretrain_vlm.py",
+        "nsys profile -o a.py torchrun pretrain_vlm.py",
+        "python -u -m accelerate.commands.launch pretrain_vlm.py",
+        "python -m pretrain_vlm",
+        "python -mpretrain_vlm",
+        "python -m torch.distributed.run --module examples.pretrain_vlm",
+        "torchrun PRETRAIN_VLM.PY",
+        "torchrun pretrain_vlm.pyc",
+        "torchrun ./pretrain_vlm",
+        "torchrun pretrain_gpt.py pretrain_vlm.py",
     ],
 )
 def test_another_program_is_found_behind_what_starts_it(start: str, tmp_path: Path) -> None:
     script = tmp_path / "run.sh"
     script.write_text(f"{start} {' '.join(words(''))}\n", encoding="utf-8")
     for given in ([*start.split(), *words("")], [str(script)]):
-        with pytest.raises(InputError, match=r"pretrain_bert\.py: BERT"):
+        with pytest.raises(InputError, match=r"pretrain_vlm\.py: multimodal"):
             read_line(given)
 
 
@@ -343,6 +343,32 @@ def test_a_value_that_looks_like_a_program_is_a_value(tmp_path: Path) -> None:
 def test_a_program_that_is_not_known_is_remarked(start: str) -> None:
     (remark,) = (each for each in read_line([*start.split(), *words("")]).remarks if "--nproc" not in each)
     assert remark.startswith(f"{start.split()[-1]}: which program this is, is not known here")
+
+
+def test_a_berts_line_is_its_programs() -> None:
+    found = read("", script="examples/bert/pretrain_bert.py").model()
+    assert dict(found) == {**dict(read("").model()), "architecture": "bert", "bert_binary_head": True}
+    # Its layers are Transformer Engine's, unless the spec says otherwise.
+    assert read("--transformer-impl local", script="pretrain_bert.py").model() == found
+    local = read("--spec local --bert-no-binary-head", script="pretrain_bert.py").model()
+    assert dict(local) == {**dict(found), "transformer_impl": "local", "bert_binary_head": False}
+    assert read_line(["python", "pretrain_bert.py", *write_flags(local)]).model() == local
+
+
+def test_a_t5s_line_is_its_programs() -> None:
+    layers = read("").model().num_layers
+    said = f"--decoder-seq-length 8 --decoder-num-layers {layers} --position-embedding-type relative"
+    own = {"encoder_num_layers": layers, "decoder_num_layers": layers, "decoder_seq_length": 8}
+    relative = {"relative_attention_num_buckets": 16, "relative_attention_max_distance": 128}
+    found = read(f"{said} --relative-attention-num-buckets 16", script="pretrain_t5.py").model()
+    expected = {**dict(read("").model()), "architecture": "t5", **own, **relative}
+    assert dict(found) == {**expected, "position_embedding_type": "relative"}
+    # Its own flags say what it is in a script of another name.
+    assert read(f"{said} --relative-attention-num-buckets 16", script="mine.py").model() == found
+    assert read_line(write_flags(found)).model() == found
+    # Flags for both stacks, in place of those for one.
+    words = [word.replace("--num-layers", "--encoder-num-layers") for word in write_flags(found)]
+    assert read_line([word.replace("--seq-length", "--encoder-seq-length") for word in words]).model() == found
 
 
 @pytest.mark.parametrize("flag", ["--model-type BERT", "--model-type=T5"])
@@ -445,8 +471,8 @@ def script(folder: Path, command: str, flags: str = "") -> list[str]:
 
 def test_a_launch_scripts_program_is_known_as_well(tmp_path: Path) -> None:
     assert read_line(script(tmp_path, "$M/pretrain_gpt.py")).model() == read("").model()
-    with pytest.raises(InputError, match=r"run\.sh: pretrain_bert\.py: BERT models"):
-        read_line(script(tmp_path, "$M/pretrain_bert.py"))
+    with pytest.raises(InputError, match=r"run\.sh: pretrain_vlm\.py: multimodal models"):
+        read_line(script(tmp_path, "$M/pretrain_vlm.py"))
     with pytest.raises(InputError, match="--no-such-flag: no flag of"):
         read_line(script(tmp_path, "pretrain_gpt.py", "--no-such-flag"))
 

@@ -40,11 +40,9 @@ def test_flags_alone_name_no_script() -> None:
 @pytest.mark.parametrize(
     ("script", "what"),
     [
-        ("pretrain_bert.py", "BERT models"),
-        ("$MEGATRON/examples/bert/pretrain_bert.py", "BERT models"),
-        ("pretrain_t5.py", "T5 models"),
         ("megatron/elastification/pretrain_hybrid_flex.py", "layers have several sizes"),
         ("pretrain_vlm.py", "multimodal"),
+        ("$MEGATRON/examples/vlm/pretrain_vlm.py", "multimodal"),
         ("examples/multimodal/train.py", "multimodal"),
         ("examples/mimo/train.py", "multimodal"),
         ("pretrain_vision_dino.py", "vision"),
@@ -59,7 +57,7 @@ def test_flags_alone_name_no_script() -> None:
         ("tools/create_doc_index.py", "it trains no model"),
         ("pretrain_prefix_lm.py", "prefix language models"),
         ("examples/inference/quantization/text_generation_ptq.py", "ModelOpt"),
-        ("PRETRAIN_T5.PY", "T5 models"),
+        ("PRETRAIN_VLM.PY", "multimodal"),
     ],
 )
 def test_other_programs_are_refused_by_name(script: str, what: str) -> None:

@@ -436,8 +436,8 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all() -> None:
 @pytest.mark.parametrize(
     ("module", "name", "what"),
     [
-        ("megatron.core.models.bert.bert_model", "BertModel", "an encoder"),
-        ("megatron.core.models.T5.t5_model", "T5Model", "an encoder and a decoder"),
+        ("megatron.core.models.bert.bert_model", "BertModel", "a BERT"),
+        ("megatron.core.models.T5.t5_model", "T5Model", "a T5"),
         ("megatron.core.models.mamba", "MambaModel", "a hybrid model"),
     ],
 )

@@ -100,7 +100,6 @@ class BankArchitecture(Decoder):
     file: ClassVar[type[ModelFile]] = BankFile
     live_classes: ClassVar[tuple[str, ...]] = ("BankModel",)
     builder: ClassVar[str] = "support.added_architecture"
-    final_norm: ClassVar[str] = "decoder.final_layernorm."
     branches: ClassVar[int] = 2
 
     def layers(self, model: ModelFile) -> Sequence[Sequence[Family]]:

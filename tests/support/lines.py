@@ -149,8 +149,18 @@ REFUSED = {
     "a flag that no release has": Refused("--no-such-flag 3", "--no-such-flag: no flag of pretrain_gpt.py"),
     "distilled": Refused("--export-kd-teacher-load there", "--export-kd-teacher-load: ModelOpt"),
     "another model's builder": Refused("--model-provider mamba", "--model-provider mamba"),
-    "BERT": Refused("", "pretrain_bert.py: BERT models", "pretrain_bert.py"),
-    "T5": Refused("--encoder-num-layers 4 --decoder-num-layers 4", "pretrain_t5.py: T5 models", "pretrain_t5.py"),
+    "a BERT's flag on a GPT": Refused(
+        "--bert-no-binary-head", "--bert-no-binary-head: a flag of a BERT", "m/pretrain_gpt.py"
+    ),
+    "a T5's flag on a GPT": Refused(
+        "--decoder-seq-length 8", "--decoder-seq-length: a flag of a T5", "m/pretrain_gpt.py"
+    ),
+    "a BERT of rotary positions": Refused(
+        "--position-embedding-type rope", "--position-embedding-type rope: Megatron's BERT", "pretrain_bert.py"
+    ),
+    "a BERT of other layers": Refused("--spec some.module spec", "--spec: a custom layer", "pretrain_bert.py"),
+    "a T5 of two depths": Refused("--decoder-num-layers 9", "--decoder-num-layers 9 beside", "pretrain_t5.py"),
+    "the fork's BERT": Refused("--deepspeed", "--deepspeed: the line builds a BERT", "pretrain_bert.py"),
     "a hybrid model's builder of a GPT": Refused(
         "--hybrid-layer-pattern *-*- --model-provider gpt", "--model-provider gpt", "pretrain_hybrid.py"
     ),

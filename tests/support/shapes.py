@@ -6,6 +6,7 @@ import torch
 
 from mup_megatron.architectures.hybrid import HybridFile
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import model_file
 from mup_megatron.recipe import Hyperparameters, Parametrization, Recipe
 
 HYPERPARAMETERS: dict[str, Any] = {
@@ -46,6 +47,12 @@ def hybrid(model: ModelFile, pattern: str | None = None, **changes: Any) -> Hybr
 
 MAMBA = {"mamba_head_dim": 8, "mamba_state_dim": 16, "mamba_num_groups": 2}
 """The keys of small Mamba layers: two groups for two tensor-parallel ranks."""
+
+
+def encoder(architecture: str, width: float = 1, **changes: Any) -> ModelFile:
+    """The BERT or T5 with the sizes of a GPT."""
+    own = {key: value for key, value in dict(gpt(width)).items() if value is not None}
+    return model_file({**own, "architecture": architecture, **changes}, source="a test")
 
 
 def recipe_for(base: ModelFile, *, rule: str = "mup", optimizer: str = "adam", **changes: Any) -> Recipe:

@@ -5,6 +5,7 @@ Megatron-Core's, as on one rank.
 """
 
 from mup_megatron.architectures.families.attention import ATTENTION
+from mup_megatron.architectures.families.cross_attention import CROSS_ATTENTION
 from mup_megatron.architectures.families.experts import EXPERTS
 from mup_megatron.architectures.families.family import Block, Family, Growth, Size, linear, norm, vector
 from mup_megatron.architectures.families.latent import LATENT_ATTENTION
@@ -14,6 +15,7 @@ from mup_megatron.architectures.families.mtp import MTP
 
 __all__ = [
     "ATTENTION",
+    "CROSS_ATTENTION",
     "EXPERTS",
     "LATENT_ATTENTION",
     "MAMBA",

@@ -11,7 +11,7 @@ from mup_megatron.architectures.families import Family
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.plain.common import norm
 from mup_megatron.architectures.plain.mtp import PlainMtp, PlainMtpLayer, shifted
-from mup_megatron.architectures.registry import architecture_of
+from mup_megatron.architectures.registry import decoder_of
 
 
 class PlainDecoder(nn.Module):
@@ -47,7 +47,7 @@ class PlainDecoder(nn.Module):
         self.decoder = PlainStack(model, scale)
         self.mtp_weight = model.mtp_loss_scaling_factor
         if model.mtp_num_layers is not None:
-            families = architecture_of(model).layers(model)[-1]
+            families = decoder_of(model).layers(model)[-1]
             self.mtp = PlainMtp(
                 [PlainMtpLayer(model, Layer(model, families, scale)) for _ in range(model.mtp_num_layers)]
             )
@@ -96,9 +96,9 @@ class Embedding(nn.Module):
 class PlainStack(nn.Module):
     def __init__(self, model: ModelFile, softmax_scale: float) -> None:
         super().__init__()
-        own = architecture_of(model)
+        own = decoder_of(model)
         self.layers = nn.ModuleList(Layer(model, families, softmax_scale) for families in own.layers(model))
-        self.final = own.final_norm.split(".")[1]
+        self.final = own.final_norm
         self.add_module(self.final, norm(model, model.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:

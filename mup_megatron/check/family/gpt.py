@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from mup_megatron.architectures.families import Size
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.registry import architecture_of, shapes_of
+from mup_megatron.architectures.registry import architecture_of, decoder_of, shapes_of
 from mup_megatron.check.family.layers import base_layers, in_terms_of, kept_layers, overrides_of_layers
 from mup_megatron.check.family.sizes import DEPTH, HEAD_SIZE, SEQUENCE, SMALLEST, VOCABULARY, require_trainable
 from mup_megatron.check.measure.optimizers import clamped
@@ -213,7 +213,7 @@ def condensed(
         InputError: the target has Mamba layers.
     """
     _require_drawn(target)
-    recipe, architecture = in_terms_of(target, recipe), architecture_of(target)
+    architecture, recipe = decoder_of(target), in_terms_of(target, recipe)
     target, base = _turning_whole_pairs(target, recipe.megatron_base)
     growth = _Growth.of(target, base)
     cut = _Cut.of(target, base, growth, tensor_parallel)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from mup_megatron.architectures.decoder import as_other
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.registry import architecture_of, shapes_of
+from mup_megatron.architectures.registry import architecture_of, decoder_of, shapes_of
 from mup_megatron.check.measure.names import in_layer, layer_of
 from mup_megatron.recipe import PerParameter, Recipe
 from mup_megatron.theory import Tensor
@@ -22,7 +22,7 @@ def kept_layers(target: ModelFile, recipe: Recipe, stages: int, depth: int | Non
 
 def base_layers(base: ModelFile, count: int) -> list[int]:
     """Returns which of the base's layers stand for all of them, about so many: one of each family at least."""
-    families = architecture_of(base).layers(base)
+    families = decoder_of(base).layers(base)
     kinds = {layer: tuple(family.name for family in own) for layer, own in enumerate(families)}
     return _first_of_each(kinds, max(count, len(set(kinds.values()))))
 

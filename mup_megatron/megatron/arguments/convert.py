@@ -5,14 +5,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mup_megatron.architectures.command_line import Reading, Release
-from mup_megatron.architectures.decoder import Decoder
+from mup_megatron.architectures.decoder import Architecture
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.keys import READ_WITH, experts
 from mup_megatron.architectures.keys.custom import CustomTensor
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.registry import architecture_of, architectures, model_file
+from mup_megatron.architectures.registry import KEY, architecture_of, architectures, model_file
 from mup_megatron.errors import InputError
+from mup_megatron.megatron.arguments.programs import builds
 from mup_megatron.megatron.arguments.table import (
     FIELDS,
     HYPERPARAMETERS,
@@ -116,6 +117,7 @@ def model_from_values(
     source: str,
     release: Release | None = None,
     custom: Sequence[CustomTensor] = (),
+    script: str | None = None,
 ) -> ModelFile:
     """The model file that parsed Megatron arguments describe: `vars(args)`, before or after `validate_args`.
 
@@ -129,23 +131,27 @@ def model_from_values(
         source: names the arguments in messages.
         release: the Megatron-Core that is meant, where it is known.
         custom: the tensors of its own layers, which the arguments cannot say; with them any --spec is right.
+        script: the program, which decides what is built where it is one of Megatron-LM's.
 
     Raises:
         InputError: the model is impossible, or is one that a model file cannot describe; names the flag.
     """
-    require_supported(values, source=source, custom=bool(custom))
+    architecture = architecture_named(values, script)
+    require_supported(values, source=source, custom=bool(custom), script=script)
     content = experts.told({key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()})
     content |= {
         key: FIELDS[key].default for switch, keys in READ_WITH.items() if not content[switch] for key in (switch, *keys)
     }
     content["vocab_size"], content["make_vocab_size_divisible_by"] = _vocabulary(values, vocab_size)
     _read_other_ways(content, values, source)
-    own = _own(values, source, release)
+    own = _own(architecture, values, source, release)
     content |= own.content
-    specs = architecture_named(values).command_line.specs
+    specs = architecture.command_line.specs
     if SPEC.changed(values) and (SPEC.found(values) in specs or not custom):
         content["transformer_impl"] = specs[SPEC.found(values)]
     content["custom_tensors"] = tuple(custom)
+    if KEY in architecture.file.model_fields:
+        content[KEY] = architecture.name
     content = {key: value for key, value in content.items() if value is not None or key not in own.content}
     _require_all(content, source)
     if content["max_position_embeddings"] == content["seq_length"]:
@@ -163,32 +169,41 @@ def model_from_values(
     return model.model_copy(update=follows)
 
 
-def architecture_named(values: Mapping[str, Any]) -> Decoder:
-    """Returns the architecture whose flags parsed arguments have: a GPT's are those that every model has."""
+def architecture_named(values: Mapping[str, Any], script: str | None = None) -> Architecture:
+    """Returns the architecture that a program builds, and else the one whose flags parsed arguments have.
+
+    A GPT's are those that every model has.
+    """
+    by_program = None if script is None else builds(script)
+    if by_program is not None and by_program is not GPT:
+        return by_program
     return next((each for each in architectures().values() if each.command_line.named(values) is not None), GPT)
 
 
-def remarks_of(values: Mapping[str, Any], release: Release | None) -> tuple[str, ...]:
+def remarks_of(values: Mapping[str, Any], release: Release | None, *, script: str | None = None) -> tuple[str, ...]:
     """Returns what to know of how a model's own flags are read, in sentences; the model is supported."""
-    return architecture_named(values).command_line.read(values, release).remarks
+    return architecture_named(values, script).command_line.read(values, release).remarks
 
 
-def _own(values: Mapping[str, Any], source: str, release: Release | None) -> Reading:
+def _own(architecture: Architecture, values: Mapping[str, Any], source: str, release: Release | None) -> Reading:
     try:
-        return architecture_named(values).command_line.read(values, release)
+        return architecture.command_line.read(values, release)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
 
 
-def require_supported(values: Mapping[str, Any], *, source: str, custom: bool = False) -> None:
+def require_supported(
+    values: Mapping[str, Any], *, source: str, custom: bool = False, script: str | None = None
+) -> None:
     """Raises InputError for parsed arguments that change the model in a way that a model file cannot say.
 
     Args:
         values: the arguments.
         source: names them in messages.
         custom: whether the tensors of the model's own layers are listed, so that any --spec is right.
+        script: the program, which decides what is built where it is one of Megatron-LM's.
     """
-    specs = architecture_named(values).command_line.specs
+    specs = architecture_named(values, script).command_line.specs
     found: dict[str, list[str]] = {}
     for flag in refused():
         if flag.changed(values) and not (flag is SPEC and (custom or flag.found(values) in specs)):
@@ -224,8 +239,8 @@ def _read_other_ways(content: dict[str, Any], values: Mapping[str, Any], source:
         elif values.get(other) not in (None, content[key]):
             name = "--" + other.replace("_", "-")
             raise InputError(
-                f"{source}: {name} {values[other]} beside {FIELDS[key].name} {content[key]}: models with an encoder "
-                "and a decoder are not supported yet. Choose a GPT model."
+                f"{source}: {name} {values[other]} beside {FIELDS[key].name} {content[key]}: Megatron itself takes one "
+                "of them. Drop one."
             )
     if values.get("use_rotary_position_embeddings"):
         content["position_embedding_type"] = "rope"

@@ -289,12 +289,11 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         "--moe-upcycling-granularity",
     ),
     (
-        "read only with positions that a model file refuses (`--position-embedding-type yarn`, `mrope`, `relative`)",
+        "read only with positions that a model file refuses (`--position-embedding-type yarn`, `mrope`)",
         """
         --yarn-beta-fast --yarn-beta-slow
         --yarn-correction-range-round-to-int --no-yarn-correction-range-round-to-int
-        --yarn-original-max-position-embeddings --mrope-section --relative-attention-max-distance
-        --relative-attention-num-buckets
+        --yarn-original-max-position-embeddings --mrope-section
         """,
     ),
     (
@@ -322,9 +321,13 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         "--rl-* --no-rl-* --grpo-* --langrl-* --no-langrl-external-server --refit-method",
     ),
     (
-        _OTHER_PROGRAMS + ": BERT, T5 and retrieval",
+        "how a BERT's and a T5's data are masked and cut",
+        "--mask-prob --short-seq-prob",
+    ),
+    (
+        _OTHER_PROGRAMS + ": retrieval",
         """
-        --mask-prob --short-seq-prob --bert-no-binary-head --bert-load --bert-embedder-type --output-bert-embeddings
+        --bert-load --bert-embedder-type --output-bert-embeddings
         --biencoder-projection-dim --biencoder-shared-query-context-model --block-data-path --embedding-path
         --evidence-data-path --ict-head-size --ict-load --indexer-batch-size --indexer-log-interval
         --query-in-block-prob --retriever-report-topk-accuracies --retriever-score-scaling --titles-data-path
@@ -446,8 +449,8 @@ What becomes of every flag of Megatron-LM core_v0.16 to core_v0.19: in `mup-mega
 `from-native`, and in a run with `--mup-recipe`. A star stands for all flags that begin so.
 
 A flag that is not here is an error on a line of one of Megatron-LM's own programs, whose parser has no such flag
-either, and a remark on the line of a program of your own. Programs of Megatron-LM that build another model than a GPT
-or a hybrid model (`pretrain_bert.py`, `pretrain_t5.py`, `pretrain_vlm.py`, `train_rl.py`, …) are refused by name.
+either, and a remark on the line of a program of your own. Programs of Megatron-LM that build another model than a GPT,
+a hybrid model, a BERT or a T5 (`pretrain_vlm.py`, `train_rl.py`, …) are refused by name.
 """
 
 

@@ -6,6 +6,10 @@ is one of its own. Pure data; needs neither.
 
 from collections.abc import Iterator, Sequence
 
+from mup_megatron.architectures.decoder import Architecture
+from mup_megatron.architectures.gpt import GPT
+from mup_megatron.errors import InputError
+
 MARK = "--deepspeed"
 """The flag without which the fork does not use DeepSpeed, and which no other Megatron has."""
 
@@ -78,6 +82,15 @@ _RENAMED = {
     "--num-key-value-heads": "--num-query-groups",
 }
 """Flag → Megatron-LM's name for the same."""
+
+
+def require_gpt(architecture: Architecture, source: str) -> None:
+    """Raises InputError for another model than a GPT: the fork has classes of its own for those."""
+    if architecture is not GPT:
+        raise InputError(
+            f"{source}: {MARK}: the line builds {architecture.description}, and of Megatron-DeepSpeed's models only "
+            "GPTs are supported. Choose one, or drop the flag for Megatron-Core's model."
+        )
 
 
 def known(name: str) -> bool:

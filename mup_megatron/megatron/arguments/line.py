@@ -19,6 +19,7 @@ from mup_megatron.architectures.registry import architectures
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments import fork, programs
 from mup_megatron.megatron.arguments.convert import (
+    architecture_named,
     model_from_values,
     naming_unread,
     not_in_model_file,
@@ -60,6 +61,8 @@ class Line:
     """What to know beside it, in sentences."""
     flags: tuple[str, ...]
     """The words that are the program's own."""
+    script: str | None = None
+    """The program, if it names one."""
 
     def model(self, custom: Sequence[CustomTensor] = ()) -> ModelFile:
         """The model file that it describes.
@@ -72,7 +75,12 @@ class Line:
         """
         try:
             return model_from_values(
-                self.values, vocab_size=self.vocab_size, source=self.source, release=known_release(), custom=custom
+                self.values,
+                vocab_size=self.vocab_size,
+                source=self.source,
+                release=known_release(),
+                script=self.script,
+                custom=custom,
             )
         except InputError as error:
             raise naming_unread(error, self.flags) from None
@@ -100,6 +108,8 @@ def read_line(given: Sequence[str], *, vocab_size: int | None = None, native: bo
         flags = [*fork.renamed(flags)]
     values = {flag.key: flag.default for flag in (*every(), *TOKENIZER)}
     values |= _parsed(flags, source, native=native, answered=vocab_size is not None)
+    if fork.MARK in flags:
+        fork.require_gpt(architecture_named(values, script), source)
     size, more = _vocabulary(flags, values, vocab_size, source)
     remarks += more
     if not native:
@@ -110,8 +120,8 @@ def read_line(given: Sequence[str], *, vocab_size: int | None = None, native: bo
         for name in not_in_model_file(values)
     ]
     with contextlib.suppress(InputError):  # `Line.model` raises it
-        remarks += remarks_of(values, known_release())
-    return Line(source, values, size, tuple(remarks), tuple(flags))
+        remarks += remarks_of(values, known_release(), script=script)
+    return Line(source, values, size, tuple(remarks), tuple(flags), script)
 
 
 # ---- the program ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_args
 
+from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS
 from mup_megatron.architectures.registry import architecture_of, model_file
@@ -139,7 +140,11 @@ _POSITIVE = (
 
 
 def recipe_from_native(
-    line: Sequence[str] | Mapping[str, Any], *, vocab_size: int | None = None, source: str
+    line: Sequence[str] | Mapping[str, Any],
+    *,
+    vocab_size: int | None = None,
+    source: str,
+    script: str | None = None,
 ) -> NativeRecipe:
     """The recipe that does what a native launch line does, as far as a recipe can.
 
@@ -149,6 +154,7 @@ def recipe_from_native(
         line: the words of a launch line, or Megatron's parsed arguments (`vars(args)`).
         vocab_size: the tokenizer's, where the line does not say it.
         source: names them in messages.
+        script: the program, which decides what is built where it is one of Megatron-LM's.
 
     Raises:
         InputError: the line is not native μP, its model is none that is supported, or its optimizer or schedule is
@@ -167,11 +173,18 @@ def recipe_from_native(
         if values.get(key) is not None and values[key] <= 0:
             raise InputError(f"{source}: --{key.replace('_', '-')} {values[key]:g}: must be positive. Correct it.")
     # The recipe says it with per_parameter, the model file need not.
-    model = model_from_values({**values, "embedding_init_method_std": None}, vocab_size=vocab_size, source=source)
+    plain = {**values, "embedding_init_method_std": None}
+    model = model_from_values(plain, vocab_size=vocab_size, source=source, script=script)
     if model.multi_latent_attention:
         raise InputError(
             f"{source}: --multi-latent-attention beside --use-mup: Megatron's own μP leaves the scale of this "
             "attention alone, and a recipe cannot say that. Tune a base with a recipe."
+        )
+    architecture = architecture_of(model)
+    if not isinstance(architecture, Decoder):
+        raise InputError(
+            f"{source}: --use-mup: the line builds {architecture.description}, whose logits Megatron's own μP leaves "
+            "as they are, so no recipe does the same. Write one by hand with `mup-megatron recipe`."
         )
     native = Native(model, values)
     base, notes = _base(native, source)

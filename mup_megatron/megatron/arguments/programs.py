@@ -10,7 +10,7 @@ from collections.abc import Container, Sequence
 from enum import Enum
 from pathlib import Path, PurePosixPath
 
-from mup_megatron.architectures.decoder import Decoder
+from mup_megatron.architectures.decoder import Architecture
 from mup_megatron.architectures.registry import architectures
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.table import every
@@ -30,8 +30,6 @@ class ProgramKind(Enum):
 
 
 _FLEXTRON = "hybrid models whose layers have several sizes are not supported"
-_BERT = "BERT models are not supported yet"
-_T5 = "T5 models, of an encoder and a decoder, are not supported yet"
 _MULTIMODAL = "multimodal models are not supported yet"
 _VISION = "vision models are not supported yet"
 _RETRIEVAL = "retrieval models, of several encoders, are not supported yet"
@@ -43,8 +41,6 @@ _NO_MODEL = "it trains no model"
 
 OTHERS: dict[str, str] = {
     "pretrain_hybrid_flex.py": _FLEXTRON,
-    "pretrain_bert.py": _BERT,
-    **dict.fromkeys(("pretrain_t5.py", "simple_t5_batch_inference.py"), _T5),
     **dict.fromkeys(
         (
             "pretrain_vlm.py",
@@ -149,7 +145,7 @@ def kind_of(script: str) -> ProgramKind:
     return ProgramKind.SUPPORTED if builds(script) is not None else ProgramKind.OWN
 
 
-def builds(script: str) -> Decoder | None:
+def builds(script: str) -> Architecture | None:
     """The architecture that a program of Megatron-LM's builds, if it is one that is known."""
     known = {program: each for each in architectures().values() for program in each.command_line.programs}
     name = _find(script, known)
@@ -182,7 +178,9 @@ def require_flags(script: str, flags: Sequence[str], *, source: str) -> None:
                 f"{source}: {own}: a flag of {other.description}, and {program} builds {architecture.description}. Use "
                 f"{other.command_line.programs[0]}, or drop the flag."
             )
-    for asked in architecture.command_line.keys.values():
+    for key, asked in architecture.command_line.keys.items():
+        if key in architecture.command_line.optional:
+            continue
         if not any(flag.name in names for flag in asked) and not any(each in names for each in _MODEL_ELSEWHERE):
             raise InputError(
                 f"{source}: {program} builds {architecture.description}, and {asked[0].name} is missing. Give it."

@@ -128,11 +128,6 @@ _REFUSED = (
         Flag("--attention-output-gate", "attention_output_gate", False),
     ),
     *_refused(
-        "models with an encoder and a decoder are not supported yet. Choose a GPT model.",
-        Flag("--decoder-num-layers", "decoder_num_layers", None, whole_number),
-        Flag("--decoder-seq-length", "decoder_seq_length", None, whole_number),
-    ),
-    *_refused(
         "only models of Megatron-Core are supported. Drop the flag.",
         Flag("--use-legacy-models", "use_legacy_models", False),
     ),

@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -124,7 +125,7 @@ def _validate_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     def validate(values: Any, defaults: Mapping[str, Any] | None = None, *rest: Any, **more: Any) -> Any:
         flags.take_given(values)
         _before.update(vars(values))
-        require_supported({**_before, **_READ_ELSEWHERE}, source=_SOURCE)
+        require_supported({**_before, **_READ_ELSEWHERE}, source=_SOURCE, script=sys.argv[0])
         with in_one_sentence("refuses it"):
             return wrapped(values, defaults or {}, *rest, **more)
 
@@ -158,7 +159,9 @@ def _set_global_variables(wrapped: Any, instance: Any, args: Any, kwargs: Any) -
     described = {**_of_yaml(vars(values)), **_READ_ELSEWHERE}
     asked = {flag.key for flag in (*refused(), *NOT_SAID, *STOPPED)}
     described |= {key: value for key, value in _before.items() if key in asked} | _READ_ELSEWHERE
-    model = model_from_values(described, vocab_size=_vocabulary(values), source=_SOURCE, release=core_version()[:2])
+    model = model_from_values(
+        described, vocab_size=_vocabulary(values), source=_SOURCE, release=core_version()[:2], script=sys.argv[0]
+    )
     _write(model, described)
     raise SystemExit(0)
 
@@ -190,7 +193,7 @@ def _write(model: ModelFile, described: Mapping[str, Any]) -> None:
         say(remark)
     for name in not_in_model_file(described):
         say(f"{name}: a model file has no key for it. Give it to the proxy's runs as well.")
-    for sentence in remarks_of({**described, **_before}, core_version()[:2]):
+    for sentence in remarks_of({**described, **_before}, core_version()[:2], script=sys.argv[0]):
         say(sentence)
     for flag in STOPPED:
         if flag.changed(described):

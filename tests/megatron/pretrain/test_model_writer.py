@@ -187,7 +187,7 @@ def test_another_program_is_refused_before_it_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
     for name, said in (
-        ("pretrain_t5.py", "pretrain_t5.py: T5 models"),
+        ("pretrain_vlm.py", "pretrain_vlm.py: multimodal models"),
         ("pretrain_mamba.py", "pretrain_mamba.py builds a hybrid model, and --hybrid-layer-pattern is missing"),
     ):
         script = tmp_path / name

@@ -74,6 +74,15 @@ SPEC = Flag(
 )
 """Refused, but for the specs that an architecture has."""
 
+CHECKPOINT_ARGS = Flag(
+    "--use-checkpoint-args",
+    "use_checkpoint_args",
+    False,
+    refusal="a part of the model comes from the checkpoint's arguments. Say all of it on the line, or let Megatron "
+    "read it: the launcher's --mup-write-model-file.",
+)
+"""Refused where the line leaves a part of the model to it."""
+
 _REFUSED = (
     *_refused(
         "models with experts are not supported yet. Choose a model without.",
@@ -131,21 +140,12 @@ _REFUSED = (
         Flag("--yaml-cfg", "yaml_cfg", None, str),
     ),
     *_refused(
-        "a part of the model comes from the checkpoint's arguments. Drop the flag if the line says all of it, or let "
-        "Megatron read it: the launcher's --mup-write-model-file.",
-        Flag("--use-checkpoint-args", "use_checkpoint_args", False),
-    ),
-    *_refused(
         "YaRN scales attention by a factor that a model file does not know. Choose rotary embeddings without it.",
         Flag("--rope-type", "rope_type", None, str, fine=("rope",)),
     ),
     *_refused(
         "frozen weights are not trained, so they have no learning rate. Drop the flag.",
         Flag("--freeze-all-layers", "freeze_all_layers", False),
-    ),
-    *_refused(
-        "only pre-training is supported, reinforcement learning is not yet. Drop the flag.",
-        Flag("--perform-rl-step", "perform_rl_step", False),
     ),
     *_refused(
         "vision models are not supported yet. Choose a GPT model.",
@@ -226,6 +226,10 @@ NATIVE_MUP = (
 
 STOPPED = (
     *_refused(
+        "a recipe is for pre-training, and reinforcement learning is another task",
+        Flag("--perform-rl-step", "perform_rl_step", False),
+    ),
+    *_refused(
         "it keeps its own copies of the parameters, which the plan does not reach",
         Flag("--use-megatron-fsdp", "use_megatron_fsdp", False),
         Flag("--use-torch-fsdp2", "use_torch_fsdp2", False),
@@ -274,7 +278,7 @@ def refused() -> tuple[Flag, ...]:
 
 def of_models() -> tuple[Flag, ...]:
     """Returns every flag that concerns a model."""
-    return (*FIELDS.values(), *ALSO_READ, *of_architectures(), *refused(), *NOT_SAID)
+    return (*FIELDS.values(), *ALSO_READ, CHECKPOINT_ARGS, *of_architectures(), *refused(), *NOT_SAID)
 
 
 def every() -> tuple[Flag, ...]:

@@ -58,9 +58,16 @@ register(
 def require_known(flag: str, source: str) -> None:
     """Raises InputError unless `--optimizer` says one that a recipe can have."""
     if flag not in MEGATRON_OPTIMIZERS:
-        raise InputError(
-            f"{source}: --optimizer {brief(flag, 60)}: a recipe knows {MEGATRON_OPTIMIZERS.names}. Choose one of them."
-        )
+        raise InputError(f"{source}: {_unknown(flag)}. Choose one of them.")
+
+
+def unknown_remark(flag: str) -> str | None:
+    """Returns what follows for a run where `--optimizer` says one that no recipe can have; None where one can."""
+    return None if flag in MEGATRON_OPTIMIZERS else f"{_unknown(flag)}, so a run with one is stopped."
+
+
+def _unknown(flag: str) -> str:
+    return f"--optimizer {brief(flag, 60)}: a recipe knows {MEGATRON_OPTIMIZERS.names}"
 
 
 def distributed_problem(name: str) -> str | None:

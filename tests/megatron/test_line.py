@@ -55,6 +55,40 @@ def test_what_is_no_such_gpt_is_refused_by_name(name: str) -> None:
     assert all(len(sentence) <= 300 for sentence in str(raised.value).splitlines())
 
 
+def test_an_optimizer_is_no_part_of_a_model() -> None:
+    line = read("--optimizer muon --muon-momentum 0.9")
+    assert line.model() == read("").model()
+    assert line.remarks == ("--optimizer muon: a recipe knows adam and sgd, so a run with one is stopped.",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--perform-rl-step", "--perform-rl-step: a run with a recipe is stopped: a recipe is for pre-training"),
+        (
+            "--transformer-impl inference_optimized",
+            "--transformer-impl inference_optimized: kernels that",
+        ),
+    ],
+)
+def test_what_else_is_done_with_a_model_leaves_it_as_it_is(flags: str, said: str) -> None:
+    line = read(flags)
+    assert line.model() == read("").model()
+    assert len(line.remarks) == 1
+    assert line.remarks[0].startswith(said)
+
+
+def test_what_a_checkpoint_may_say_otherwise_is_remarked() -> None:
+    line = read("--use-checkpoint-args --load there")
+    assert line.model() == read("").model()
+    assert [remark.partition(":")[0] for remark in line.remarks] == ["--use-checkpoint-args"]
+    for size in ("--hidden-size", "--num-layers"):
+        given = words("--use-checkpoint-args --load there")
+        at = given.index(size)
+        with pytest.raises(InputError, match="--use-checkpoint-args: a part of the model comes from the checkpoint"):
+            read_line(["pretrain_gpt.py", *given[:at], *given[at + 2 :]]).model()
+
+
 def test_flags_alone_are_read_as_a_gpts() -> None:
     assert read_line(words("")).model() == read("").model()
 

@@ -15,6 +15,7 @@ from mup_megatron.architectures.registry import KEY, architecture_of, architectu
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.programs import builds
 from mup_megatron.megatron.arguments.table import (
+    CHECKPOINT_ARGS,
     FIELDS,
     HYPERPARAMETERS,
     NOT_SAID,
@@ -153,7 +154,7 @@ def model_from_values(
     if KEY in architecture.file.model_fields:
         content[KEY] = architecture.name
     content = {key: value for key, value in content.items() if value is not None or key not in own.content}
-    _require_all(content, source)
+    _require_all(content, values, source)
     if content["max_position_embeddings"] == content["seq_length"]:
         content["max_position_embeddings"] = None
     if content["add_bias_linear"]:
@@ -264,10 +265,12 @@ _ON_THE_VOCABULARY = (
 )
 
 
-def _require_all(content: Mapping[str, Any], source: str) -> None:
+def _require_all(content: Mapping[str, Any], values: Mapping[str, Any], source: str) -> None:
     missing = [key for key in _REQUIRED if key in content and content[key] is None]
     if not missing:
         return
+    if CHECKPOINT_ARGS.changed(values) and missing != ["vocab_size"]:
+        raise InputError(f"{source}: {CHECKPOINT_ARGS.name}: {CHECKPOINT_ARGS.refusal}")
     names = ", ".join(FIELDS[key].name for key in missing)
     text = f"{source}: missing: {names}. Give {'it' if len(missing) == 1 else 'them'}."
     if "vocab_size" in missing:

@@ -13,6 +13,7 @@ from enum import Enum
 from mup_megatron.architectures.registry import architectures
 from mup_megatron.megatron.arguments.table import (
     ALSO_READ,
+    CHECKPOINT_ARGS,
     FIELDS,
     HYPERPARAMETERS,
     MORE_TOKENS,
@@ -47,10 +48,9 @@ _ABOUT = {
     Effect.RECIPE: "`from-native` reads them, and a run with a recipe takes them from there; a line that says "
     "something else is an error, unless it has `--mup-override`.",
     Effect.REFUSED: "They change parameters or their scale in a way that a model file cannot say. `model --from-args` "
-    "and `from-native` refuse them. So does a run with a recipe, but for these: `--use-checkpoint-args` is right, "
-    "since Megatron has read the model from the checkpoint by then; `--model-provider` stops the run once the model is "
-    "built and is none of the plan's; and flags that only other programs have (ModelOpt's, multimodal, Flextron's and "
-    "retrieval ones, the last six rows or a part of them) are not looked at.",
+    "and `from-native` refuse them. So does a run with a recipe, but for these: `--model-provider` stops the run once "
+    "the model is built and is none of the plan's; and flags that only other programs have (ModelOpt's, multimodal, "
+    "Flextron's and retrieval ones, the last six rows or a part of them) are not looked at.",
     Effect.STOPPED: "The model file is right; the run is stopped, because the plan would not hold in it. `model "
     "--from-args` says so.",
     Effect.ALIKE: "A model file has no key for them. They change what is computed, but no parameter and nothing that "
@@ -317,7 +317,7 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "read only with `--perform-rl-step`, which is refused",
+        "read only with `--perform-rl-step`, with which a run with a recipe is stopped",
         "--rl-* --no-rl-* --grpo-* --langrl-* --no-langrl-external-server --refit-method",
     ),
     (
@@ -381,6 +381,12 @@ def _rows() -> Iterator[Row]:
         yield Row(flag.name, Effect.MODEL, "says what a key of a model file says")
     for flag in of_architectures():
         yield Row(flag.name, Effect.MODEL, "says what layers the model has, where they are not a GPT's")
+    yield Row(
+        CHECKPOINT_ARGS.name,
+        Effect.MODEL,
+        "the checkpoint's arguments take the place of the line's: a remark says so, and a line that leaves a size to "
+        "them is refused",
+    )
     for flag in TOKENIZER:
         yield Row(flag.name, Effect.MODEL, "decides the vocabulary where `--vocab-size` does not")
     for name in MORE_TOKENS:
@@ -393,7 +399,7 @@ def _rows() -> Iterator[Row]:
     for flag in HYPERPARAMETERS.values():
         if flag.name not in {field.name for field in FIELDS.values()}:
             more = (
-                f", which knows {MEGATRON_OPTIMIZERS.names}; another one is refused"
+                f", which knows {MEGATRON_OPTIMIZERS.names}; a run with another one is stopped"
                 if flag.name == "--optimizer"
                 else ""
             )

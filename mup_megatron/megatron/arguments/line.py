@@ -28,6 +28,7 @@ from mup_megatron.megatron.arguments.convert import (
 from mup_megatron.megatron.arguments.effects import Effect, row_of
 from mup_megatron.megatron.arguments.launch_script import words_of_launch
 from mup_megatron.megatron.arguments.table import (
+    CHECKPOINT_ARGS,
     FIELDS,
     HYPERPARAMETERS,
     MORE_TOKENS,
@@ -39,10 +40,11 @@ from mup_megatron.megatron.arguments.table import (
     unresolved,
 )
 from mup_megatron.megatron.arguments.vocabulary import vocabulary
-from mup_megatron.megatron.optimizers import require_known
+from mup_megatron.megatron.optimizers import unknown_remark
 from mup_megatron.megatron.versions import known_release, range_remark
 from mup_megatron.validation import brief
 
+_FOR_INFERENCE = "inference_optimized"
 _FLAGS = "flags"
 """What `words_of_launch` calls words that are no launch script."""
 
@@ -108,13 +110,24 @@ def read_line(given: Sequence[str], *, vocab_size: int | None = None, native: bo
         flags = [*fork.renamed(flags)]
     values = {flag.key: flag.default for flag in (*every(), *TOKENIZER)}
     values |= _parsed(flags, source, native=native, answered=vocab_size is not None)
+    impl = FIELDS["transformer_impl"]
+    if values[impl.key] == _FOR_INFERENCE:
+        values[impl.key] = impl.default
+        remarks.append(
+            f"{impl.name} {_FOR_INFERENCE}: kernels that generate text, with the parameters of {impl.default}. That is "
+            "in the model file; a run with a recipe is stopped."
+        )
     if fork.MARK in flags:
         fork.require_gpt(architecture_named(values, script), source)
     size, more = _vocabulary(flags, values, vocab_size, source)
     remarks += more
     if not native:
-        require_known(values[HYPERPARAMETERS["optimizer"].key], source)
         remarks += _stopped(values)
+    if CHECKPOINT_ARGS.changed(values):
+        remarks.append(
+            f"{CHECKPOINT_ARGS.name}: what a checkpoint says of the model takes the place of these flags. The file is "
+            "what they say; see that the two agree."
+        )
     remarks += [
         f"{name}: a model file has no key for it. Give it to the proxy's runs as well."
         for name in not_in_model_file(values)
@@ -260,6 +273,9 @@ def _parsed(flags: Sequence[str], source: str, *, native: bool, answered: bool) 
 
 
 def _stopped(values: Mapping[str, Any]) -> Iterator[str]:
+    unknown = unknown_remark(values[HYPERPARAMETERS["optimizer"].key])
+    if unknown is not None:
+        yield unknown
     for flag in STOPPED:
         if flag.changed(values):
             yield f"{flag.name}: a run with a recipe is stopped: {flag.refusal}."

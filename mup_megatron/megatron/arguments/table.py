@@ -79,6 +79,15 @@ SPEC = Flag(
 )
 """Refused, but for the specs that an architecture has."""
 
+CHECKPOINT_ARGS = Flag(
+    "--use-checkpoint-args",
+    "use_checkpoint_args",
+    False,
+    refusal="a part of the model comes from the checkpoint's arguments. Say all of it on the line, or let Megatron "
+    "read it: the launcher's --mup-write-model-file.",
+)
+"""Refused where the line leaves a part of the model to it."""
+
 _REFUSED = (
     *_refused(
         "experts that work on a projection of the residual stream are not supported yet. Drop the flag.",
@@ -150,17 +159,8 @@ _REFUSED = (
         Flag("--yaml-cfg", "yaml_cfg", None, str),
     ),
     *_refused(
-        "a part of the model comes from the checkpoint's arguments. Drop the flag if the line says all of it, or let "
-        "Megatron read it: the launcher's --mup-write-model-file.",
-        Flag("--use-checkpoint-args", "use_checkpoint_args", False),
-    ),
-    *_refused(
         "frozen weights are not trained, so they have no learning rate. Drop the flag.",
         Flag("--freeze-all-layers", "freeze_all_layers", False),
-    ),
-    *_refused(
-        "only pre-training is supported, reinforcement learning is not yet. Drop the flag.",
-        Flag("--perform-rl-step", "perform_rl_step", False),
     ),
     *_refused(
         "vision models are not supported yet. Choose a GPT model.",
@@ -248,6 +248,10 @@ NATIVE_MUP = (
 
 STOPPED = (
     *_refused(
+        "a recipe is for pre-training, and reinforcement learning is another task",
+        Flag("--perform-rl-step", "perform_rl_step", False),
+    ),
+    *_refused(
         "the weights would be drawn after the plan has scaled them",
         Flag("--init-model-with-meta-device", "init_model_with_meta_device", False),
     ),
@@ -291,7 +295,7 @@ def refused() -> tuple[Flag, ...]:
 
 def of_models() -> tuple[Flag, ...]:
     """Returns every flag that concerns a model."""
-    return (*FIELDS.values(), *ALSO_READ, *of_architectures(), *refused(), *NOT_SAID)
+    return (*FIELDS.values(), *ALSO_READ, CHECKPOINT_ARGS, *of_architectures(), *refused(), *NOT_SAID)
 
 
 def every() -> tuple[Flag, ...]:

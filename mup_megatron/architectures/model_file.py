@@ -149,6 +149,10 @@ class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
             return self.latent_head_size
         return self.kv_channels if self.kv_channels is not None else self.hidden_size // self.num_attention_heads
 
+    def heads_of(self, size: int) -> dict[str, int]:
+        """Returns the keys of a model with heads of this size."""
+        return self.latent_heads(size) if self.multi_latent_attention else {"kv_channels": size}
+
     @property
     def query_groups(self) -> int:
         """Number of key/value heads."""

@@ -19,7 +19,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.recipe import HuggingFaceBase
 from mup_megatron.validation import brief, quoted
 
-_COUNTS = re.compile("vocab|position|length|^max_|^num_|_num_|groups$")
+_COUNTS = re.compile("vocab|position|length|kernel|^max_|^num_|_num_|groups$")
 """What a key has in its name that is a size and no width, where it is not listed below. With more groups of a
 convolution each reads less of its input, which is another architecture.
 """
@@ -261,6 +261,15 @@ def differing(base: PretrainedConfig, target: PretrainedConfig) -> set[str]:
     one, other = base.to_dict(), target.to_dict()
     known = _known(base)
     return {key for key in one if key in known and one[key] != other.get(key)}
+
+
+def differing_states(base: PretrainedConfig, target: PretrainedConfig) -> list[str]:
+    """The keys of the size of a state space's state, of those in which two configurations differ."""
+    within = [key for name, part in inner(base).items() for key in differing_states(part, inner(target)[name])]
+    return sorted(differing(base, target) & _STATE_SIZES) + within
+
+
+_STATE_SIZES = frozenset({"state_size", "ssm_state_size", "mamba_d_state"})
 
 
 def _known(config: PretrainedConfig) -> Collection[str]:

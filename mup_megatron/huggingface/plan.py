@@ -62,6 +62,12 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
             "at it with `mup-megatron explain`, and make a coordinate check before a large run.",
             config.model_type,
         )
+    for key in configs.differing_states(at_base, config):
+        _log.warning(
+            "%s differs between the recipe's base and the target: the learning rate was measured to transfer, and the "
+            "size of what a state gives does not stay until the norm behind it. Keep it where you can.",
+            key,
+        )
     model_class = _class_of(target, at_base)
     small = configs.at_depth_of(at_base, config)
     built = MetaModule.of(_factory(model_class, config), keeps=True)

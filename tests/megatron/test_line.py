@@ -236,7 +236,7 @@ def test_an_architectures_own_flags_need_no_edit_here() -> None:
     [
         ("--squared-relu", "--squared-relu: a model file has no key for it"),
         ("--softmax-type off-by-one", "--softmax-type: a model file has no key for it"),
-        ("--use-torch-fsdp2", "--use-torch-fsdp2: a run with a recipe is stopped: it keeps its own copies"),
+        ("--init-model-with-meta-device", "--init-model-with-meta-device: a run with a recipe is stopped: the weights"),
         ("--fp8-param-gather", "--fp8-param-gather: a run with a recipe is stopped: weights that are stored"),
         ("--use-mup", "--use-mup: a run with a recipe is stopped. `mup-megatron from-native`"),
     ],

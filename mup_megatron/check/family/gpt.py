@@ -54,9 +54,11 @@ def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel
 
 def require_known_layers(target: ModelFile) -> None:
     """Raises InputError for layers that a check has no small models of."""
-    for key in ("multi_latent_attention", "mtp_num_layers"):
-        if getattr(target, key):
-            raise InputError(f"{key}: a check of such a model is not supported yet. Train it with its recipe's guard.")
+    if target.mtp_num_layers:
+        raise InputError(
+            "mtp_num_layers: `check` does not know multi-token prediction yet. Check the recipe on the target "
+            "without mtp_num_layers and mtp_loss_scaling_factor."
+        )
 
 
 def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
@@ -75,7 +77,7 @@ def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
     changes = {
         "hidden_size": width,
         "num_attention_heads": int(growth.heads(width)),
-        "kv_channels": int(growth.head_size(width)),
+        **target.heads_of(int(growth.head_size(width))),
         **growth.own_sizes(width),
         "num_query_groups": int(growth.groups(width)) if target.group_query_attention else 1,
         "vocab_size": VOCABULARY,
@@ -319,7 +321,7 @@ class _Cut:
             update={
                 "hidden_size": width,
                 "num_attention_heads": heads,
-                "kv_channels": size,
+                **model.heads_of(size),
                 "num_query_groups": groups if model.group_query_attention else 1,
                 **{size.key: self._own_size(size, model, width) for size in architecture_of(model).sizes(model)},
             }

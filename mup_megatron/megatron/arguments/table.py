@@ -253,11 +253,6 @@ NATIVE_MUP = (
 
 STOPPED = (
     *_refused(
-        "it keeps its own copies of the parameters, which the plan does not reach",
-        Flag("--use-megatron-fsdp", "use_megatron_fsdp", False),
-        Flag("--use-torch-fsdp2", "use_torch_fsdp2", False),
-    ),
-    *_refused(
         "the weights would be drawn after the plan has scaled them",
         Flag("--init-model-with-meta-device", "init_model_with_meta_device", False),
     ),

@@ -13,7 +13,13 @@ from mup_megatron.check.entries import (
     is_hidden,
     is_readout,
 )
-from mup_megatron.check.mutants.conditions import has_biases, has_convolutions, has_fused_queries, is_untied, sides_differ
+from mup_megatron.check.mutants.conditions import (
+    has_biases,
+    has_convolutions,
+    has_fused_queries,
+    is_untied,
+    sides_differ,
+)
 from mup_megatron.check.mutants.live import changed_groups, is_in_last_layer, single_groups
 from mup_megatron.check.mutants.mutant import Context, Factor, Mutant, OptimizerChange, Select
 from mup_megatron.theory import Plan, PlanEntry

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[Recipe, ModelFile]] = {
     "wider heads, deeper, rotary, overrides": _case(
         gpt(1, **UNTIED, **ROPE), gpt(4, num_attention_heads=4, kv_channels=32, num_layers=3, **UNTIED, **ROPE), RULES
     ),
-    "Mamba": _case(hybrid(gpt(1, **UNTIED), "M*-", **MAMBA), hybrid(gpt(4, **UNTIED), "M*-", **MAMBA)),
+    "Mamba": _case(hybrid(gpt(1, **UNTIED), "MM*-", **MAMBA), hybrid(gpt(4, **UNTIED), "MM*-", **MAMBA)),
 }
 
 

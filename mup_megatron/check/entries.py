@@ -33,6 +33,11 @@ def is_scalar_role(entry: PlanEntry) -> bool:
     return entry.role is Role.SCALAR
 
 
+def is_convolution(entry: PlanEntry) -> bool:
+    """Returns whether it has a kernel for each channel: its input side is as large at every width."""
+    return len(entry.shape) > 2 and entry.role is Role.INPUT
+
+
 def is_embedding(entry: PlanEntry) -> bool:
     """Returns whether it is a lookup table."""
     return entry.is_embedding

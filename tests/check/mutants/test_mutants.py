@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 from support.processes import run_ranks
-from support.shapes import gpt, recipe_for
+from support.shapes import MAMBA, gpt, hybrid, recipe_for
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import stressed
@@ -35,6 +35,7 @@ CASES: dict[str, tuple[Recipe, ModelFile]] = {
     "wider heads, deeper, rotary, overrides": _case(
         gpt(1, **UNTIED, **ROPE), gpt(4, num_attention_heads=4, kv_channels=32, num_layers=3, **UNTIED, **ROPE), RULES
     ),
+    "Mamba": _case(hybrid(gpt(1, **UNTIED), "MM*-", **MAMBA), hybrid(gpt(4, **UNTIED), "MM*-", **MAMBA)),
 }
 
 
@@ -113,6 +114,7 @@ def test_a_mistake_changes_the_run_where_it_says_so(case: str) -> None:
         ("plain", "residual-init-depth"),
         ("tied, fixed ffn", "readout-learning-rate"),
         ("plain", "rotary-base-by-width"),
+        ("plain", "convolution-as-matrix"),
     ],
 )
 def test_a_mistake_that_has_no_place_changes_nothing(case: str, mutant: str) -> None:

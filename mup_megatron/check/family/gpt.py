@@ -56,8 +56,8 @@ def require_known_layers(target: ModelFile) -> None:
     """Raises InputError for layers that a check has no small models of."""
     if target.mtp_num_layers:
         raise InputError(
-            "mtp_num_layers: `check` does not know multi-token prediction yet. Check the recipe on the target "
-            "without mtp_num_layers and mtp_loss_scaling_factor."
+            "mtp_num_layers: `check` does not know multi-token prediction yet. Check the recipe on the target without "
+            "it (mtp_num_layers and mtp_loss_scaling_factor)."
         )
 
 

@@ -49,8 +49,7 @@ _COMMON = "common.pt"
 _DISTRIBUTED = {"distrib_optim_sharding_type": "dp_reshardable"}
 """How Megatron cuts the distributed optimizer's state: along the data-parallel ranks, whose number may change."""
 _WHOLE = {"chained_optim_avoid_prefix": True}
-"""Another optimizer's is found by the names of parameters, of however many Megatron makes it: one of its own for experts
-that are divided."""
+"""Another optimizer's state is found by the names of parameters, whichever of Megatron's single optimizers has them."""
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,12 @@ def choose_proxy(target: ModelFile, search: Search, *, width: int = MIN_WIDTH, b
         for key, size in sizes.items()
         if narrow[key] * target.hidden_size != size * hidden
     ]
+    stack = architecture_of(target)
+    own, of_own = stack.narrowed(target, hidden)
+    notes += of_own
     model = target.model_copy(
         update={
+            **own,
             "hidden_size": hidden,
             "num_attention_heads": heads,
             "kv_channels": target.kv_channels if target.multi_latent_attention else target.head_size,
@@ -84,7 +88,6 @@ def choose_proxy(target: ModelFile, search: Search, *, width: int = MIN_WIDTH, b
             "num_query_groups": groups if target.group_query_attention else 1,
         }
     )
-    stack = architecture_of(target)
     least = -(-_BRANCHES * MIN_DEPTH // stack.branches)
     model = stack.with_depth(model, target.num_layers)
     for depth in range(target.num_layers - 1, least - 1, -1):

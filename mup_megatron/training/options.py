@@ -38,7 +38,8 @@ class TrainingOptions:
     use_distributed_optimizer: bool = False
     bf16: bool = False
     use_cpu_initialization: bool = False
-    """Draw weights on the CPU, whole, so that they do not depend on the tensor parallelism. Always so without a GPU."""
+    """Draw weights on the CPU, whole, so that they do not depend on tensor and expert parallelism. Always so without a
+    GPU."""
     eval_iters: int = 10
     """Batches of a validation loss; 0 for none. It is measured at the end of the run in any case."""
     eval_interval: int | None = None

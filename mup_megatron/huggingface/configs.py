@@ -229,7 +229,9 @@ def _require_comparable(key: str, base: PretrainedConfig, target: PretrainedConf
             f"{within}{key} has {len(one)} stages in the recipe's base but {len(other)} in the target. Give the base "
             "as many."
         )
-    if key in {*WIDTHS, *HEADS, *HEAD_SIZES, *DEPTHS, *EXPERTS, *CHOSEN} or _MAY_DIFFER.fullmatch(key):
+    if key in {*WIDTHS, *HEADS, *HEAD_SIZES, *DEPTHS} or _MAY_DIFFER.fullmatch(key):
+        return
+    if key in {*EXPERTS, *CHOSEN} and _share_of_tokens(base) is not None and _share_of_tokens(target) is not None:
         return
     one, other = base.to_dict().get(key), target.to_dict().get(key)
     if key == _PER_LAYER and isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -346,13 +348,19 @@ def head_size(config: PretrainedConfig) -> int | None:
 
 
 def share_of_tokens(config: PretrainedConfig) -> float:
-    """The part of the tokens that one expert sees, k/E; 1 without experts."""
-    for own in (config, *inner(config).values()):
-        count = next((size for key in EXPERTS if _is_size(size := value(own, key))), None)
-        chosen = next((size for key in CHOSEN if _is_size(size := value(own, key))), None)
-        if count and chosen:
-            return float(chosen / count)
-    return 1.0
+    """The part of the tokens that one expert sees, k/E; 1 without experts, and where it is not known."""
+    shares = (_share_of_tokens(own) for own in (config, *inner(config).values()))
+    return next((share for share in shares if share is not None), 1.0)
+
+
+def _share_of_tokens(config: PretrainedConfig) -> float | None:
+    count, chosen = (_first_size(config, keys) for keys in (EXPERTS, CHOSEN))
+    return chosen / count if count and chosen else None
+
+
+def _first_size(config: PretrainedConfig, keys: tuple[str, ...]) -> int | None:
+    found: list[int] = [size for key in keys if _is_size(size := value(config, key))]
+    return found[0] if found else None
 
 
 def reference_std(config: PretrainedConfig) -> float:

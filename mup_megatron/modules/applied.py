@@ -17,7 +17,7 @@ from mup_megatron.live.hooks import Hooks
 from mup_megatron.live.problems import Problem
 from mup_megatron.modules.attention import attention_modules
 from mup_megatron.modules.names import named_modules, named_parameters, unwrapped
-from mup_megatron.modules.shapes import TABLES
+from mup_megatron.modules.parameters import TABLES
 from mup_megatron.modules.weights import full_shape
 from mup_megatron.theory import Acts, Plan
 

@@ -19,7 +19,7 @@ from mup_megatron.modules.applied import (
 from mup_megatron.modules.attention import attention_modules, scale_attribute
 from mup_megatron.modules.marker import marked
 from mup_megatron.modules.names import named_modules, named_parameters, unwrapped
-from mup_megatron.modules.shapes import TABLES, linear_sides
+from mup_megatron.modules.parameters import TABLES, linear_sides
 from mup_megatron.modules.weights import Initialize
 from mup_megatron.theory import READOUT, Acts, Place, Plan, PlanEntry, Site
 

@@ -59,8 +59,16 @@ def load(model: torch.nn.Module, weights: Weights) -> None:
 def logits(model: Any, tokens: Tensor) -> Tensor:
     """[batch, sequence, padded vocabulary], of a GPTModel, wrapped or not."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    result: Tensor = model(tokens, positions, None)
-    return result
+    own = getattr(model, "module", model)
+    if not own.config.mtp_num_layers:
+        result: Tensor = model(tokens, positions, None)
+        return result
+    # 0.16 has multi-token prediction with labels alone; the model's own logits are the last ones.
+    seen: list[Tensor] = []
+    hook = own.output_layer.register_forward_hook(lambda _m, _a, output: seen.append(output[0]))
+    model(tokens, positions, None, labels=tokens)
+    hook.remove()
+    return seen[-1].transpose(0, 1)
 
 
 def backward(run: Run, target: ModelFile, step: int) -> Tensor:

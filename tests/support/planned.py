@@ -187,7 +187,7 @@ def pieces(chunks: Sequence[Any]) -> list[Piece]:
 
     found: list[Piece] = []
     for chunk in chunks:
-        for entry in nested_values(chunk.sharded_state_dict()):
+        for entry in nested_values(stock.saved(chunk)):
             parts = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
             for part in parts:
                 if isinstance(part, ShardedTensor):

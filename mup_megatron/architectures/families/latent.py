@@ -20,7 +20,10 @@ class LatentAttention:
     """
 
     name = "latent attention"
-    sizes: tuple[Size, ...] = ()
+    sizes: tuple[Size, ...] = (
+        Size(key="q_lora_rank", attribute="q_lora_rank", small=32),
+        Size(key="kv_lora_rank", attribute="kv_lora_rank", small=32),
+    )
     shared: tuple[str, ...] = ("rotary_scaling_factor", "mscale_all_dim")
     """They are a factor of its softmax scale."""
 

@@ -36,6 +36,12 @@ class LatentKeys(Strict):
         """Channels of the queries and keys of a head of latent attention."""
         return self.qk_head_dim + self.qk_pos_emb_head_dim
 
+    def latent_heads(self, size: int) -> dict[str, int]:
+        """Returns the keys of heads whose queries and keys have so many channels, in about the same parts."""
+        turned = max(2, 2 * round(size * self.qk_pos_emb_head_dim / self.latent_head_size / 2))
+        values = max(1, round(size * self.v_head_dim / self.latent_head_size))
+        return {"qk_head_dim": size - turned, "qk_pos_emb_head_dim": turned, "v_head_dim": values}
+
     @property
     def stock_softmax_scale(self) -> float | None:
         """Its attention multiplies logits by this if nothing is said; None for 1/√(head size)."""

@@ -91,6 +91,20 @@ def give_local_attention_head_sizes() -> None:
     local.__init__ = build
 
 
+def compute_yarn_on_the_cpu() -> None:
+    """Let the frequencies of YaRN be computed on the CPU, where latent attention leaves them to the device.
+
+    It asks torch for the device of a number, which newer releases of torch answer with an error where there is none.
+    """
+    yarn: Any = importlib.import_module("megatron.core.models.common.embeddings").YarnRotaryEmbedding
+    original = yarn.__init__
+
+    def build(self: Any, *args: Any, **more: Any) -> None:
+        original(self, *args, **{**more, "use_cpu_initialization": True})
+
+    yarn.__init__ = build
+
+
 def sum_gradients_of_shared_keys() -> None:
     """Let latent attention of local layers train alike on every number of tensor-parallel ranks.
 
@@ -112,10 +126,17 @@ def sum_gradients_of_shared_keys() -> None:
         if module.config.sequence_parallel:
             return mappings.scatter_to_sequence_parallel_region(gathered), output[1]
         rank = module.config.kv_lora_rank
-        key = mappings.copy_to_tensor_model_parallel_region(gathered[..., rank:])
+        # The product's gradient is contiguous, as 0.16 wants it: what it adds up else is lost.
+        key = mappings.copy_to_tensor_model_parallel_region(gathered[..., rank:]) * 1.0
         return torch.cat([gathered[..., :rank], key], dim=-1), output[1]
 
     latent.__init__ = build
+
+
+def know_absent_transformer_engine() -> None:
+    """Tell 0.16's latent attention that Transformer Engine is absent: it takes the names of its classes for it."""
+    latent: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    latent.HAVE_TE = importlib.import_module("megatron.core.extensions.transformer_engine").HAVE_TE
 
 
 def _set(module: Any, name: str, value: object) -> None:

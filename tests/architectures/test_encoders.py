@@ -59,7 +59,8 @@ def saved(models: dict[str, ModelFile], layout: Layout) -> dict[str, tuple[Shape
             parts = list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
             shapes |= {part.key: tuple(part.global_shape) for part in parts if isinstance(part, ShardedTensor)}
         read = {
-            name: names.global_shape(name, parameter) for name, parameter in names.named_parameters([chunk], tied=model.tied)
+            name: names.global_shape(name, parameter)
+            for name, parameter in names.named_parameters([chunk], tied=model.tied)
         }
         found[case] = (shapes, read)
     return found

@@ -11,6 +11,7 @@ from mup_megatron.architectures.bert import BertFile
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.megatron.builders.common import arguments
 
+
 def config(model: ModelFile) -> Mapping[str, Any]:
     """Returns the fields of the TransformerConfig beside those of every Transformer: none."""
     return {}

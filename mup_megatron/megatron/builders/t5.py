@@ -13,6 +13,7 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.t5 import T5File
 from mup_megatron.megatron.builders.common import arguments
 
+
 def config(model: ModelFile) -> Mapping[str, Any]:
     """Returns the fields of the TransformerConfig beside those of every Transformer: none."""
     return {}

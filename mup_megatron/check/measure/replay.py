@@ -37,7 +37,7 @@ SAMPLE = 8192
 """Elements of a tensor, drawn once, that are looked at: each is an equation, and there are four unknowns."""
 
 FEWEST = 8
-"""Elements of a tensor, fewer of which are not looked at: as few equations have a solution whatever it was that moved."""
+"""Elements of a tensor, fewer of which are not looked at: so few equations have a solution whatever moved."""
 
 
 def sample(tensor: Tensor) -> Tensor | slice:

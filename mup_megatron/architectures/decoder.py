@@ -9,9 +9,10 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mup_megatron.architectures.command_line import CommandLine
+from mup_megatron.architectures.custom import custom_tensors
 from mup_megatron.architectures.families import MTP, Block, Family, Growth, Size, norm
 from mup_megatron.architectures.families.family import Remarking
 from mup_megatron.architectures.measured import Kind, Measured, inside
@@ -78,6 +79,10 @@ class Decoder(ABC):
         """Returns the model with its first layers alone."""
         return self.with_layers(model, range(layers))
 
+    def narrowed(self, target: ModelFile, hidden: int) -> tuple[Mapping[str, Any], Sequence[str]]:
+        """Returns the keys of a proxy of this hidden size that only its own layers have, and what to say of them."""
+        return {}, ()
+
     def stages(self, model: ModelFile) -> Sequence[int] | None:
         """Returns how many layers each pipeline stage has; None where the model file leaves them to an even split."""
         return None
@@ -103,6 +108,11 @@ class Decoder(ABC):
         Raises:
             InputError: the two differ in architecture; names the key.
         """
+        if base.custom_tensors != target.custom_tensors:
+            raise InputError(
+                "custom_tensors of the recipe's base and of the target differ, in what they say or in order. Both have "
+                "to list the same."
+            )
         own_keys = {key: key for _, family in self._branches(target) for key in family.shared}
         for key, decides in (_SHARED | own_keys).items():
             at_base, at_target = getattr(base, decides), getattr(target, decides)
@@ -112,6 +122,11 @@ class Decoder(ABC):
                     "Hyperparameters transfer between widths of one architecture: tune a base that has the target's."
                 )
         own, as_tuned = as_other(of_base, self, base), as_other(self, of_base, target)
+        if of_base is not self and target.custom_tensors:
+            raise InputError(
+                "custom_tensors: their names are of one architecture, and the recipe's base is of another. Tune a base "
+                "of the target's."
+            )
         if own is None or as_tuned is None:
             raise InputError(
                 f"the recipe's base is {of_base.description} and the target {self.description}, which are not one "
@@ -186,6 +201,7 @@ class Decoder(ABC):
         for layer, family in self._stack(model):
             for tensor in family.tensors(model, layer, growth):
                 yield replace(tensor, stack=STACK)
+        yield from custom_tensors(model, self.layers(model), growth)
         yield from norm(model, self.final_norm, hidden)
         for layer, block in self._further(model):
             for tensor in block.tensors(model, layer, growth):

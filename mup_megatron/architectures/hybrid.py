@@ -1,5 +1,6 @@
 """Megatron-Core's `HybridModel` (`MambaModel` before 0.18): each layer is one family, told by a letter of a pattern."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -233,6 +234,20 @@ class Hybrid(Decoder):
         period = next(n for n in range(1, len(letters) + 1) if letters == (letters[:n] * len(letters))[: len(letters)])
         return self.with_layers(model, range(min(len(letters), max(1, layers // period) * period)))
 
+    def narrowed(self, target: ModelFile, hidden: int) -> tuple[Mapping[str, Any], Sequence[str]]:
+        """Returns heads of Mamba layers in the target's ratio to the hidden size, and as many groups as divide them."""
+        file = _file(target)
+        if "M" not in file.letters:
+            return super().narrowed(target, hidden)
+        sizes = file.mamba_sizes(target.hidden_size)
+        heads = max(1, round(sizes.heads * hidden / target.hidden_size))
+        groups = math.gcd(heads, sizes.groups)
+        fewer = (
+            f"mamba_num_groups {groups}, in the target {sizes.groups}, which do not divide {heads} heads: B and C have "
+            "fewer rows."
+        )
+        return {"mamba_num_heads": heads, "mamba_num_groups": groups}, () if groups == sizes.groups else (fewer,)
+
     def stages(self, model: ModelFile) -> Sequence[int] | None:
         """Returns the layers between the pattern's boundaries; None where it has none."""
         segments = _file(model).segments
@@ -242,6 +257,8 @@ class Hybrid(Decoder):
         """Returns a GPT as the pattern `*-*-…` of twice as many layers, with `E` where it has experts."""
         if other is not GPT:
             return super().taken_from(other, model)
+        if model.multi_latent_attention or model.mtp_num_layers:
+            return None
         pattern = "".join("*E" if model.has_experts(layer) else "*-" for layer in range(model.num_layers))
         own = {"num_layers": len(pattern), "hybrid_layer_pattern": pattern, "moe_layer_freq": 1}
         return HybridFile.model_construct(**{**dict(model), **own})

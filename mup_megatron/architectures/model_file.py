@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mup_megatron.architectures.keys import READ_WITH
+from mup_megatron.architectures.keys.custom import CustomKeys
 from mup_megatron.architectures.keys.experts import ExpertKeys
 from mup_megatron.architectures.keys.latent import LatentKeys
 from mup_megatron.architectures.keys.mtp import MtpKeys
@@ -60,7 +61,7 @@ class _Keys(Strict):
     transformer_impl: Literal["local", "transformer_engine"] = "transformer_engine"
 
 
-class ModelFile(MtpKeys, LatentKeys, ExpertKeys, _Keys):
+class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
     """The shape of a language model of one stack.
 
     Field names, meanings and defaults are Megatron-LM's arguments of the same name.

@@ -12,6 +12,7 @@ from pydantic import SerializeAsAny, WrapValidator
 from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.hybrid import HYBRID
+from mup_megatron.architectures.keys.custom import CustomList, CustomTensor
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.theory import ModelShape
@@ -90,6 +91,19 @@ def load_model_file(path: Path) -> ModelFile:
         InputError: as `model_file`, and for a file that cannot be read.
     """
     return model_file(read_yaml(path), source=str(path))
+
+
+def load_custom_tensors(path: Path) -> tuple[CustomTensor, ...]:
+    """Reads the key `custom_tensors` of a file that may have others, as a model file has.
+
+    Raises:
+        InputError: there is no such key, or what it says is wrong.
+    """
+    content = read_yaml(path)
+    key = "custom_tensors"
+    if not isinstance(content, Mapping) or key not in content:
+        raise InputError(f"{path}: no {key}. Write it as in a model file.")
+    return validated(CustomList, {key: content[key]}, source=str(path)).custom_tensors
 
 
 def _sorted_out(content: object) -> tuple[Decoder, object]:

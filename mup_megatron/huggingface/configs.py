@@ -9,7 +9,7 @@ import difflib
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -19,7 +19,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.recipe import HuggingFaceBase
 from mup_megatron.validation import brief, quoted
 
-_COUNTS = re.compile("vocab|position|length|^max_|^num_|_num_|groups$")
+_COUNTS = re.compile("vocab|position|length|kernel|^max_|^num_|_num_|groups$")
 """What a key has in its name that is a size and no width, where it is not listed below. With more groups of a
 convolution each reads less of its input, which is another architecture.
 """
@@ -229,9 +229,15 @@ def _require_comparable(key: str, base: PretrainedConfig, target: PretrainedConf
             f"{within}{key} has {len(one)} stages in the recipe's base but {len(other)} in the target. Give the base "
             "as many."
         )
-    if key in {*WIDTHS, *HEADS, *HEAD_SIZES, *DEPTHS, *EXPERTS, *CHOSEN} or _MAY_DIFFER.fullmatch(key):
+    if key in {*WIDTHS, *HEADS, *HEAD_SIZES, *DEPTHS} or _MAY_DIFFER.fullmatch(key):
+        return
+    if key in {*EXPERTS, *CHOSEN} and _share_of_tokens(base) is not None and _share_of_tokens(target) is not None:
         return
     one, other = base.to_dict().get(key), target.to_dict().get(key)
+    if key == _PER_LAYER and isinstance(one, Mapping) and isinstance(other, Mapping):
+        changed = {own for at in other for own in other[at] if one.get(at, other[at]).get(own) != other[at][own]}
+        if changed <= {*WIDTHS, *HEADS, *HEAD_SIZES}:
+            return
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         first = next((own for own in sorted(other) if one.get(own) != other[own]), "…")
         raise InputError(
@@ -253,7 +259,30 @@ def _is_size(value: Any) -> bool:
 def differing(base: PretrainedConfig, target: PretrainedConfig) -> set[str]:
     """The keys in which two configurations differ; not those that their type does not have, as old files may."""
     one, other = base.to_dict(), target.to_dict()
-    return {key for key in one if one[key] != other.get(key)}
+    known = _known(base)
+    return {key for key in one if key in known and one[key] != other.get(key)}
+
+
+def differing_states(base: PretrainedConfig, target: PretrainedConfig) -> list[str]:
+    """The keys of the size of a state space's state, of those in which two configurations differ."""
+    within = [key for name, part in inner(base).items() for key in differing_states(part, inner(target)[name])]
+    return sorted(differing(base, target) & _STATE_SIZES) + within
+
+
+_STATE_SIZES = frozenset({"state_size", "ssm_state_size", "mamba_d_state"})
+
+
+def _known(config: PretrainedConfig) -> Collection[str]:
+    """The keys that a configuration's type has, where they can be told: its code passes over others."""
+    kind = type(config)
+    try:
+        return {*kind().to_dict(), *kind.attribute_map, _PER_LAYER}
+    except Exception:  # some types have no defaults
+        return config.to_dict()
+
+
+_PER_LAYER = "per_layer_config"
+"""The key under which layers have values of their own."""
 
 
 def at_depth_of(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedConfig:
@@ -278,8 +307,7 @@ def _depth_of(base: PretrainedConfig, target: PretrainedConfig) -> dict[str, Any
 def widened(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedConfig:
     """The base with every width doubled: what has another size then, grows with width.
 
-    The size of heads grows where it differs between base and target; else their number does. A configuration within
-    it is widened by itself, and only if it differs from the target's.
+    The size of heads grows where it differs between base and target; else their number does.
     """
     return _changed(base, _wider(base, target))
 
@@ -297,6 +325,11 @@ def _wider(base: PretrainedConfig, target: PretrainedConfig) -> dict[str, Any]:
         if _is_size(own.get(key)) and not _MAY_DIFFER.fullmatch(key) and not _COUNTS.search(key)
     }
     found = {key: _doubled(own[key]) for key in grow | unlisted if own.get(key) is not None}
+    if isinstance(layers := own.get(_PER_LAYER), Mapping):
+        found[_PER_LAYER] = {
+            at: {key: _doubled(size) if key in grow else size for key, size in each.items()}
+            for at, each in layers.items()
+        }
     return found | {key: _wider(part, others[key]) for key, part in inner(base).items() if key in others}
 
 
@@ -315,13 +348,19 @@ def head_size(config: PretrainedConfig) -> int | None:
 
 
 def share_of_tokens(config: PretrainedConfig) -> float:
-    """The part of the tokens that one expert sees, k/E; 1 without experts."""
-    for own in (config, *inner(config).values()):
-        count = next((size for key in EXPERTS if _is_size(size := value(own, key))), None)
-        chosen = next((size for key in CHOSEN if _is_size(size := value(own, key))), None)
-        if count and chosen:
-            return chosen / count
-    return 1.0
+    """The part of the tokens that one expert sees, k/E; 1 without experts, and where it is not known."""
+    shares = (_share_of_tokens(own) for own in (config, *inner(config).values()))
+    return next((share for share in shares if share is not None), 1.0)
+
+
+def _share_of_tokens(config: PretrainedConfig) -> float | None:
+    count, chosen = (_first_size(config, keys) for keys in (EXPERTS, CHOSEN))
+    return chosen / count if count and chosen else None
+
+
+def _first_size(config: PretrainedConfig, keys: tuple[str, ...]) -> int | None:
+    found: list[int] = [size for key in keys if _is_size(size := value(config, key))]
+    return found[0] if found else None
 
 
 def reference_std(config: PretrainedConfig) -> float:

@@ -62,13 +62,20 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
             "at it with `mup-megatron explain`, and make a coordinate check before a large run.",
             config.model_type,
         )
+    for key in configs.differing_states(at_base, config):
+        _log.warning(
+            "%s differs between the recipe's base and the target: the learning rate was measured to transfer, and the "
+            "size of what a state gives does not stay until the norm behind it. Keep it where you can.",
+            key,
+        )
     model_class = _class_of(target, at_base)
     small = configs.at_depth_of(at_base, config)
     built = MetaModule.of(_factory(model_class, config), keeps=True)
     base_built = MetaModule.of(_factory(model_class, small), keeps=True)
     _require_known_scale(at_base, config, built.module)
     scale = recipe.hyperparameters.init_method_std / configs.reference_std(at_base)
-    base_pass, stock_pass = verification.forward_of(base_built), verification.forward_of(built)
+    fixed = verification.fixed_parts(base_built, built)
+    base_pass, stock_pass = (verification.forward_of(each, fixed=fixed) for each in (base_built, built))
     verification.require_no_hidden_factor(base_pass, stock_pass, built.module)
     facts = Facts(
         num_layers=_num_layers(config),
@@ -88,13 +95,14 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
     if plan.changes_softmax_scale:
         require_scalable(built.module, plan)
         set_attention_scale(built.module, plan)
-        final_pass = verification.forward_of(built)
+        final_pass = verification.forward_of(built, fixed=fixed)
     verification.require_right_softmax(
         base_pass,
         final_pass,
         built.module,
         alpha=recipe.hyperparameters.attention_multiplier,
         standard=recipe.parametrization.rule == "standard",
+        changes=lambda name: plan.attention(name).changes,
     )
     return plan
 
@@ -111,7 +119,7 @@ def _class_of(target: PreTrainedModel | PretrainedConfig, base: PretrainedConfig
             "Add for example architectures: [GPT2LMHeadModel]."
         )
     with configs.refused(f"architectures: {brief(names[0], 60)} cannot be imported from transformers"):
-        found = getattr(transformers, names[0], None)
+        found = getattr(transformers, _spelled(names[0]), None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel):
         raise InputError(
             f"architectures: {brief(names[0], 60)} is no model class of the installed transformers. Write one that is; "
@@ -122,6 +130,17 @@ def _class_of(target: PreTrainedModel | PretrainedConfig, base: PretrainedConfig
             f"architectures: {names[0]} is no model of model_type {target.model_type}. Correct one of them."
         )
     return found
+
+
+def _spelled(name: str) -> str:
+    """A class's name as the installed transformers spells it: code that came with a checkpoint before may differ."""
+    if hasattr(transformers, name):
+        return name
+    return next((known for known in dir(transformers) if _letters(known) == _letters(name)), name)
+
+
+def _letters(name: str) -> str:
+    return name.replace("_", "").lower()
 
 
 def _factory(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Callable[[], torch.nn.Module]:

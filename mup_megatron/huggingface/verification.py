@@ -6,7 +6,7 @@ to models whose attention is seen to compute what the plan says.
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -19,15 +19,20 @@ from mup_megatron.huggingface.inputs import attempts
 from mup_megatron.modules.attention import attention_modules
 from mup_megatron.modules.forward import Factor, Forward, joined, watched_forward
 from mup_megatron.modules.shapes import MetaModule
-from mup_megatron.theory import rules
+from mup_megatron.theory import family_of, rules
 from mup_megatron.validation import shortened
 
 _CLOSE = 1e-4
 """Relative difference of two scales that are one: some code rounds them to half precision."""
 
 
-def forward_of(built: MetaModule) -> Forward:
+def forward_of(built: MetaModule, *, fixed: Collection[str] = ()) -> Forward:
     """Returns what forward passes of a model do: one of the whole, and one of each part that this did not reach.
+
+    Args:
+        built: the model.
+        fixed: names of models within it that have one size in base and target: where they do not run, nothing in them
+            can follow width.
 
     Raises:
         InputError: the forward pass of a part cannot be run with the inputs that are known, or not on the meta device.
@@ -41,14 +46,42 @@ def forward_of(built: MetaModule) -> Forward:
             part.set_experts_implementation("batched_mm")  # without values there is no loop over those that were chosen
     # Some classifiers look for the end of the text, of which there is none here. What they stand on has the attention.
     ends = model.get_output_embeddings() is not None or model.base_model is model
-    passes = [_watched(built, model if ends else (model, model.base_model))]
+    passes: list[Forward] = []
+    try:
+        passes.append(_watched(built, model if ends else (model, model.base_model)))
+    except InputError:
+        # A model of several may want more than text, or sound and images that fit the text.
+        if len(_outermost(model)) < 2:
+            raise
     for name in _FEATURES:
         if hasattr(model, name) and _unreached(model, passes):
             with contextlib.suppress(InputError):  # the models within it are tried by themselves
                 passes.append(_watched(built, getattr(model, name)))
-    while unreached := _unreached(model, passes):
-        passes += _of_parts(built, unreached[0])
+    name_of = {id(module): name for name, module in model.named_modules()}
+    for part in _unreached(model, passes):
+        if part in _unreached(model, passes):
+            try:
+                passes += _of_parts(built, part)
+            except InputError:
+                if not any(_is_within(name_of[id(part)], name) for name in fixed):
+                    raise
     return joined(passes)
+
+
+def fixed_parts(base: MetaModule, target: MetaModule) -> frozenset[str]:
+    """Returns the names of the models within a model that have one size in base and target."""
+    one, other = base.shapes, target.shapes
+    return frozenset(
+        name
+        for name, part in target.module.named_modules()
+        if name
+        and isinstance(part, PreTrainedModel)
+        and all(one.get(key) == other[key] for key in other if _is_within(key, name))
+    )
+
+
+def _is_within(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(f"{outer}.")
 
 
 _FEATURES = ("get_image_features", "get_audio_features")
@@ -58,6 +91,13 @@ _FEATURES = ("get_image_features", "get_audio_features")
 def _models_in(model: torch.nn.Module) -> list[Any]:
     """The models within a model, outer ones first."""
     return [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
+
+
+def _outermost(model: torch.nn.Module) -> list[Any]:
+    """The models within a model that are in no other of them."""
+    found = _models_in(model)
+    within = {id(own) for part in found for own in _models_in(part)}
+    return [part for part in found if id(part) not in within]
 
 
 def _unreached(model: torch.nn.Module, passes: Iterable[Forward]) -> list[Any]:
@@ -111,7 +151,13 @@ def _watched(built: MetaModule, calls: Any) -> Forward:
 
 
 def require_right_softmax(
-    base: Forward, after: Forward, model: torch.nn.Module, *, alpha: float, standard: bool
+    base: Forward,
+    after: Forward,
+    model: torch.nn.Module,
+    *,
+    alpha: float,
+    standard: bool,
+    changes: Callable[[str], bool],
 ) -> None:
     """Raises InputError where attention would not compute with the scale that follows from the base's.
 
@@ -121,6 +167,7 @@ def require_right_softmax(
         model: the target.
         alpha: the recipe's attention_multiplier.
         standard: every scale stays the library's.
+        changes: whether an attention of this name has to be told another scale than its own.
     """
     if len(base.softmaxes) != len(after.softmaxes):
         raise InputError(
@@ -133,6 +180,13 @@ def require_right_softmax(
             raise InputError(
                 f"{name}: no softmax was seen in {type(module).__name__}, so what it computes is not known. A model "
                 "with such an attention is not supported."
+            )
+    families = {family_of(name) for name in after.called}
+    for name, module, _ in attention_modules(model):
+        if family_of(name) not in families and changes(name):
+            raise InputError(
+                f"{name}: no pass over small inputs reaches {type(module).__name__}, so that it uses the scale that it "
+                "is told is not known. Use attention_multiplier 1, and a base whose heads have the target's size."
             )
     for own, found in zip(base.softmaxes, after.softmaxes, strict=True):
         if own.scale is None or found.scale is None:

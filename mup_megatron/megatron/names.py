@@ -80,13 +80,21 @@ def require_match(model_chunks: Sequence[torch.nn.Module], plan: Plan) -> None:
 
     Collective: every rank has to call it.
     """
-    held = {name: _global_shape(name, parameter) for name, parameter in named_parameters(model_chunks, tied=plan.tied)}
+    held = {name: global_shape(name, parameter) for name, parameter in named_parameters(model_chunks, tied=plan.tied)}
     everywhere = set().union(*gathered(set(held)))
     size = parallel_state.get_tensor_model_parallel_world_size()
     raise_together(parameter_problems(held, plan, _REMEDIES, everywhere=everywhere, tensor_parallel=size))
 
 
-def _global_shape(name: str, parameter: torch.nn.Parameter) -> tuple[int, ...]:
+def local_values(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Returns what this rank holds of a parameter: FSDP keeps a part of it, as a tensor of another kind."""
+    values: Any = parameter.detach()
+    local: torch.Tensor = values.to_local() if hasattr(values, "to_local") else values
+    return local
+
+
+def global_shape(name: str, parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """Returns the shape in a model that is not split, of a parameter by its global name."""
     shape = list(parameter.shape)
     if is_of_experts(name):
         return _global_shape_of_experts(name, shape)

@@ -89,6 +89,25 @@ def native_mup(config: Any) -> bool:
     return bool(getattr(config, "use_mup", False))
 
 
+def fsdp_problem(values: Any) -> str | None:
+    """Returns why a run cannot have its weights in FSDP's pieces, from Megatron's arguments; None where it can.
+
+    Older releases wrap the model before a plan can be applied, and Megatron-FSDP computes with copies that it misses.
+    """
+    release = known_release()
+    flag = next((name for name in ("use_torch_fsdp2", "use_megatron_fsdp") if getattr(values, name, False)), None)
+    if flag is None or release is None or release >= _FSDP_FROM:
+        return None
+    here, first = (".".join(map(str, numbers)) for numbers in (release, _FSDP_FROM))
+    name = flag.replace("_", "-")
+    return (
+        f"--{name}: the plan does not reach these weights in Megatron-Core {here}. Take {first} or later, or drop it."
+    )
+
+
+_FSDP_FROM = (0, 19)
+
+
 def distinct_lr_mults(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Overrides in which every group that has to be told apart has an `lr_mult` of its own.
 

@@ -19,7 +19,7 @@ from mup_megatron.modules.applied import (
 from mup_megatron.modules.attention import attention_modules, scale_attribute
 from mup_megatron.modules.marker import marked
 from mup_megatron.modules.names import named_modules, named_parameters, unwrapped
-from mup_megatron.modules.shapes import TABLES, linear_sides
+from mup_megatron.modules.parameters import TABLES, linear_sides
 from mup_megatron.modules.weights import Initialize
 from mup_megatron.theory import READOUT, Acts, Place, Plan, PlanEntry, Site
 
@@ -27,8 +27,9 @@ from mup_megatron.theory import READOUT, Acts, Place, Plan, PlanEntry, Site
 def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = Initialize.RESCALE) -> None:
     """Makes a freshly built module what the plan says. Under ZeRO-3 and FSDP2 every rank has to call it.
 
-    Call it once, on the module that the plan was made for, before the optimizer is built and before FSDP; or after
-    `fully_shard` and `to_empty` of a module from the meta device, with `initialize="redraw"`.
+    Call it once, on the module that the plan was made for, before the optimizer is built. `fully_shard` may come before
+    or after it, FullyShardedDataParallel after it; a module from the meta device is sharded, emptied (`to_empty`) and
+    then drawn with `initialize="redraw"`.
 
     Args:
         model: wrapped or not. Its parameters may be partitioned by `deepspeed.zero.Init`.
@@ -43,7 +44,8 @@ def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = I
         raise InputError(f"initialize is {initialize!r}. Say one of {', '.join(Initialize)}.")
     how = Initialize(initialize)
     _require_order(model, how)
-    model = unwrapped(model)
+    weights.reshard(model)
+    whole, model = model, unwrapped(model)
     require_match(model, plan)
     _require_mark(model, plan, how)
     if any(is_marked(module) or hooks.found(module) for module in model.modules()):
@@ -54,6 +56,8 @@ def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = I
     require_scalable(model, plan)
     _require_multipliable(model, plan)
     weights.initialize(model, plan, how)
+    if how is Initialize.REDRAW:
+        weights.agree(whole)
     set_attention_scale(model, plan)
     hooks.attach(dict(named_modules(model)), [site for site, _, _, _ in _uses(model, plan)])
     note_applied(model, plan)
@@ -101,11 +105,6 @@ def _require_order(model: torch.nn.Module, how: Initialize) -> None:
             raise InputError(
                 f"{name} is on the meta device, where there is nothing to draw. Call to_empty(device=…) first, after "
                 'fully_shard if that is used, and then apply_plan(model, plan, initialize="redraw").'
-            )
-        if weights.is_sharded(parameter) and how is Initialize.RESCALE:
-            raise InputError(
-                f"{name}: fully_shard was called before apply_plan. Call apply_plan first and fully_shard then; or for "
-                'a model from the meta device: fully_shard, to_empty, apply_plan(model, plan, initialize="redraw").'
             )
 
 

@@ -5,6 +5,7 @@ has a float `scaling` too: so it is in most Hugging Face models, for all of thei
 `MultiheadAttention`.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,11 @@ class AttentionSettings:
 def is_attention(module: torch.nn.Module) -> bool:
     """Returns whether a module is an attention, by what its class is called."""
     return "Attention" in type(module).__name__
+
+
+def is_mixer(module: torch.nn.Module) -> bool:
+    """Returns whether a module mixes positions, as an attention or as a state space, by what its class is called."""
+    return re.search("Attention|Mixer|Mamba", type(module).__name__) is not None
 
 
 def attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, AttentionSettings]]:

@@ -13,25 +13,28 @@ from functools import cached_property
 import torch
 
 from mup_megatron.errors import InputError
-from mup_megatron.modules.attention import AttentionSettings, attention_of, attentions_of, is_attention
+from mup_megatron.modules.attention import AttentionSettings, attention_of, attentions_of, is_mixer
 from mup_megatron.modules.draws import Draw, Watch, build_on_meta
-from mup_megatron.modules.experts import Membership, Memberships
+from mup_megatron.modules.experts import Memberships
 from mup_megatron.modules.names import named_modules, named_parameters
+from mup_megatron.modules.parameters import (
+    STATES,
+    Seen,
+    classified,
+    declared_sum,
+    embeddings_of,
+    linear_sides,
+    start_of,
+)
 from mup_megatron.recipe import ModuleParameter
 from mup_megatron.theory import (
     SOFTMAX,
     Acts,
-    Constant,
     Heads,
-    Kept,
-    LibraryDraw,
     ModelShape,
     Place,
     Property,
-    Role,
-    Side,
     Stack,
-    Start,
     Tensor,
     family_of,
 )
@@ -94,11 +97,12 @@ def base_parameters(base: MetaModule, *wider: MetaModule, init_scale: float = 1.
 
 def _require_understood(built: MetaModule) -> None:
     """Raises InputError for draws that are not understood: at base and target alike the std has to be known."""
-    parameters = dict(named_parameters(built.module))
+    parameters, tables = dict(named_parameters(built.module)), embeddings_of(built.module)
     unknown = [
         name
         for name, draw in built.draws.items()
-        if not draw.understood and not (built.keeps and _may_be_kept(name, parameters[name]))
+        if not draw.understood
+        and not (built.keeps and (id(parameters[name]) in tables or _may_be_kept(name, parameters[name])))
     ]
     if unknown:
         raise InputError(
@@ -109,11 +113,7 @@ def _require_understood(built: MetaModule) -> None:
 
 def _may_be_kept(name: str, parameter: torch.nn.Parameter) -> bool:
     """Whether a start that is not understood can be kept: nothing sums over a growing side of the parameter."""
-    return not parameter.requires_grad or parameter.dim() <= 1 or name.endswith(_STATES)
-
-
-_STATES = ".A_log"
-"""A Mamba mixer's decays, one for each channel and state: a matrix that multiplies element by element."""
+    return not parameter.requires_grad or parameter.dim() <= 1 or name.endswith(STATES)
 
 
 def _require_alike(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> None:
@@ -248,7 +248,7 @@ def _own_name(model: torch.nn.Module, name: str) -> str:
 def _tied_readout(model: torch.nn.Module) -> str | None:
     """The table that a linear layer uses as its weight, if there is one."""
     linear = {id(m.weight) for m in model.modules() if linear_sides(m, "weight") is not None}
-    return next((n for n, p in named_parameters(model) if id(p) in linear and id(p) in _embeddings(model)), None)
+    return next((n for n, p in named_parameters(model) if id(p) in linear and id(p) in embeddings_of(model)), None)
 
 
 def _counterpart(
@@ -296,10 +296,6 @@ def _require_base_is_not_more(
         )
 
 
-TABLES = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-_ADDED = ("embed", "token", "pos", "query", "latent", "prompt")
-
-
 # ---- one parameter -------------------------------------------------------------------------------------------------
 
 
@@ -316,7 +312,7 @@ def _parameters(
         id(parameter): (module, prefix, attribute)
         for prefix, module in modules.items()
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-    } | _embeddings(target.module)
+    } | embeddings_of(target.module)
     found, unclear = [], []
     for name, live in named_parameters(target.module):
         module, prefix, attribute = module_of[id(live)]
@@ -324,25 +320,25 @@ def _parameters(
         layer = any(isinstance(modules.get(part), torch.nn.ModuleList) for part in _ancestors(prefix))
         shape, experts = tuple(live.shape), members.of(prefix)
         counted = members.counted(name, shape, base.grows)
-        seen = _Seen(
+        seen = Seen(
             name=name,
             module=module,
             attribute=attribute,
             grows=base.grows,
             in_layer=layer and name != readout,
-            in_attention=layer and any(is_attention(modules[part]) for part in (*_ancestors(prefix), prefix)),
+            in_mixer=layer and any(is_mixer(modules[part]) for part in (*_ancestors(prefix), prefix)),
             draw=draw,
             experts=experts,
             counted=counted,
             routes=experts.around is not None and sum(base.grows) == 1 and (counted is not None or 1 in shape),
-            summed=summed.get(family_of(name)),
+            summed=summed.get(family_of(name), declared_sum(module)),
         )
-        parameters = _classified(seen, base.shape), _classified(seen, shape)
+        parameters = classified(seen, base.shape), classified(seen, shape)
         if parameters[0] is None or parameters[1] is None:
             unclear.append(f"{name} {shape}")
             continue
-        drawn = replace(parameters[1], start=_start(draw.value, draw.std))
-        found.append((replace(parameters[0], start=_start(base.init_value, base.init_std)), drawn))
+        drawn = replace(parameters[1], start=start_of(draw.value, draw.std))
+        found.append((replace(parameters[0], start=start_of(base.init_value, base.init_std)), drawn))
     if unclear:
         raise InputError(
             f"{_listed(unclear)}: which side is fan_in cannot be known from the layer. Supported are linear layers, "
@@ -351,127 +347,6 @@ def _parameters(
     return found
 
 
-def _embeddings(model: torch.nn.Module) -> dict[int, tuple[torch.nn.Module, str, str]]:
-    """Tables, by the identity of their weight: one that is the readout as well counts as an embedding."""
-    return {id(m.weight): (m, name, "weight") for name, m in named_modules(model) if isinstance(m, TABLES)}
-
-
 def _ancestors(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:n]) for n in range(1, len(parts))]
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """A parameter in its place, but for its size."""
-
-    name: str
-    module: torch.nn.Module
-    """The layer that it belongs to."""
-    attribute: str
-    grows: tuple[bool, ...]
-    in_layer: bool
-    """It belongs to one of several layers, and so is no model's readout or input."""
-    in_attention: bool
-    """What gets narrow there is a bottleneck, and no readout."""
-    draw: Draw
-    experts: Membership
-    counted: int | None
-    """The dimension that counts experts."""
-    routes: bool
-    """It chooses among experts, or is the gate of one that is shared: an output that nobody reads out."""
-    summed: int | None
-    """The dimension over which a product with it sums, where that was seen."""
-
-    @property
-    def is_added(self) -> bool:
-        """A parameter of a module's own that is looked up or added, by its name: what else it could be, as a readout
-        that is no layer, its shape does not say.
-        """
-        return not self.is_torchs and any(word in self.name.lower() for word in _ADDED)
-
-    @property
-    def is_torchs(self) -> bool:
-        """Whether its layer is one of torch's own."""
-        return type(self.module).__module__.startswith("torch.nn")
-
-
-def _start(value: float | None, std: float | None) -> Start:
-    if std is not None:
-        return LibraryDraw(std)
-    return Kept() if value is None else Constant(value)
-
-
-def _classified(seen: _Seen, shape: tuple[int, ...]) -> Tensor | None:
-    """What a parameter is; None where it is not known. Its draw is filled in later."""
-    sides = [Side(size, grows) for size, grows in zip(shape, seen.grows, strict=True)]
-    one = Side(1)
-
-    def tensor(fan_in: Side, fan_out: Side, *properties: Property, role: Role | None = None) -> Tensor:
-        expert = () if seen.experts.of is None else (Property.EXPERT,)
-        return Tensor(
-            name=seen.name,
-            shape=shape,
-            fan_in=fan_in,
-            fan_out=fan_out,
-            properties=frozenset((*properties, *expert)),
-            declared_role=role,
-            start=Constant(0.0),
-        )
-
-    if seen.counted == 0 and seen.experts.of is not None:
-        # One of them is a matrix, or a vector: how many there are is no side of it.
-        match sides[1:], seen.summed:
-            case [side], _:
-                return tensor(one, side, Property.VECTOR)
-            case [first, second], 1 | 2:
-                fan_in, fan_out = (first, second) if seen.summed == 1 else (second, first)
-                return tensor(fan_in, fan_out, role=Role.HIDDEN)
-        return None
-    if seen.experts.around is not None and not any(seen.grows) and seen.counted is not None:
-        return tensor(one, Side(math.prod(shape)), Property.VECTOR)
-    if seen.routes:
-        fan_in = next(side for side in sides if side.grows)
-        router = () if seen.counted is None else (Property.ROUTER,)
-        return tensor(fan_in, Side(math.prod(shape) // fan_in.size), Property.FOLDED, *router, role=Role.OUTPUT)
-    if len(shape) <= 1:
-        # A bias of a layer, or of a norm; a vector of a module's own could be a readout of one output.
-        of_layer = (
-            seen.in_attention or "Norm" in type(seen.module).__name__ or linear_sides(seen.module, "weight") is not None
-        )
-        known = of_layer or seen.is_torchs or seen.is_added
-        if seen.draw.std is not None and not known and any(seen.grows):
-            return None
-        is_gain = seen.attribute == "weight" or ("Norm" in type(seen.module).__name__ and seen.attribute != "bias")
-        return tensor(one, sides[0] if sides else one, Property.VECTOR, *((Property.GAIN,) if is_gain else ()))
-    if isinstance(seen.module, TABLES):
-        # A table inside attention is no embedding of what comes in, and one that is fixed has no size to be tuned.
-        inside = seen.in_layer or "relative" in seen.name or not seen.draw.understood
-        return tensor(sides[0], sides[1], *(() if inside else (Property.EMBEDDING,)))
-    if seen.name.endswith(_STATES):
-        return tensor(one, sides[0], Property.VECTOR)
-    order = linear_sides(seen.module, seen.attribute)
-    if order is not None:
-        fan_out, fan_in = (sides[d] for d in order)
-        narrows = fan_in.grows and not fan_out.grows
-        reads_out = narrows and not seen.in_layer
-        inside = seen.in_attention or seen.experts.of is not None
-        role = Role.HIDDEN if inside else None
-        # A convolution sums over its kernel as well.
-        summed = Side(fan_in.size * math.prod(shape[2:]), fan_in.grows)
-        return tensor(summed, fan_out, *((Property.READOUT,) if reads_out else ()), role=role)
-    if not any(seen.grows[:-1]) and (seen.is_added or not seen.grows[-1]):
-        return tensor(Side(math.prod(shape[:-1])), sides[-1])
-    return None
-
-
-def linear_sides(module: torch.nn.Module, attribute: str) -> tuple[int, int] | None:
-    """Returns which dimensions of a weight are fan_out and fan_in; None where it is not known."""
-    if isinstance(module, torch.nn.MultiheadAttention) and attribute.endswith("proj_weight"):
-        return 0, 1
-    if attribute != "weight":
-        return None
-    if isinstance(module, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
-        return 0, 1
-    # Hugging Face's linear layer of GPT-2, whose weight is transposed; known by name: transformers may be absent.
-    return (1, 0) if type(module).__name__ == "Conv1D" and {"nx", "nf"} <= vars(module).keys() else None

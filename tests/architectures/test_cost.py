@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from support.commands import TARGET
 
-from mup_megatron.architectures.cost import parameter_count, training_flops
+from mup_megatron.architectures.cost import active_parameter_count, parameter_count, training_flops
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import load_model_file, model_file
 
@@ -93,6 +93,31 @@ def test_tying_changes_parameters_and_no_flops() -> None:
     tied, untied = small(), small(untie_embeddings_and_output_weights=True)
     assert training_flops(tied) == training_flops(untied)
     assert parameter_count(tied) < parameter_count(untied)
+
+
+def test_experts_count_whole_as_parameters_and_chosen_ones_as_flops() -> None:
+    experts = {
+        "num_experts": 8,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 96,
+        "add_bias_linear": False,
+        "swiglu": True,
+    }
+    shared = {"moe_shared_expert_intermediate_size": 64, "moe_shared_expert_gate": True}
+    model = small(**experts, **shared, num_layers=3, moe_layer_freq=[0, 1, 1])
+    flops = training_flops(model)
+    one = 3 * 128 * 96
+    assert flops.items["experts"] == 6 * 2 * (2 * one + 3 * 128 * 64)
+    assert flops.items["router"] == 6 * 2 * 128 * (8 + 1)
+    assert flops.items["mlp"] == 6 * 3 * 128 * 320
+    assert parameter_count(model) - active_parameter_count(model) == 2 * 6 * one
+    dense = small(**shared_of(experts), num_layers=3)
+    assert parameter_count(model) == parameter_count(dense) + 2 * (8 * one + 3 * 128 * 64 + 128 * 9 - 3 * 128 * 320)
+
+
+def shared_of(experts: dict[str, Any]) -> dict[str, Any]:
+    """Of a model with experts, what one without has as well."""
+    return {key: experts[key] for key in ("add_bias_linear", "swiglu")}
 
 
 def test_nemotron_h_has_its_number_of_parameters_and_megatrons_operations() -> None:

@@ -1,5 +1,6 @@
 """Hybrid models: what is stated of them against the live model, their proxies, and how a GPT's recipe meets them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +9,10 @@ from support.processes import run_ranks
 from support.shapes import MAMBA, gpt, hybrid, recipe_for
 from support.stock import Layout
 
-from mup_megatron.architectures.hybrid import HybridFile
+from mup_megatron.architectures.hybrid import HYBRID, HybridFile
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import Search, choose_proxy
-from mup_megatron.architectures.registry import model_file, shapes_of
+from mup_megatron.architectures.registry import load_model_file, model_file, shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.versions import core_version
 from mup_megatron.recipe import PerParameter
@@ -35,9 +36,6 @@ MODELS: dict[str, HybridFile] = {
         gpt(kv_channels=6, num_attention_heads=4, group_query_attention=True, num_query_groups=2)
     ),
     "Mamba": hybrid(gpt(), "*-M-", **MAMBA),
-    "Mamba and experts": hybrid(
-        gpt(add_bias_linear=False), "M*EE", **MAMBA, num_experts=4, moe_shared_expert_intermediate_size=16
-    ),
     "Mamba, own heads, RMSNorm, untied": hybrid(
         gpt(normalization="RMSNorm", untie_embeddings_and_output_weights=True), "MM*M", **MAMBA, mamba_num_heads=6
     ),
@@ -142,6 +140,26 @@ def test_a_proxy_has_whole_periods_and_no_fewer_branches_than_four_layers_of_a_g
     assert (proxy.letters, proxy.num_layers) == (letters, len(letters))
 
 
+@pytest.mark.parametrize(("width", "heads", "groups"), [(256, 8, 8), (512, 16, 8), (128, 4, 4)])
+def test_a_proxy_of_nemotron_h_keeps_what_belongs_to_a_head(width: int, heads: int, groups: int) -> None:
+    target = load_model_file(Path(__file__).parents[2] / "configs" / "models" / "nemotron_h_8b.yaml")
+    search = Search(trials=20, trial_tokens=1e9, target_tokens=1e13)
+    found = choose_proxy(target, search, width=width)
+    proxy = model_file(found.model.model_dump(mode="json"), source="proxy")
+    assert isinstance(proxy, HybridFile)
+    assert (proxy.mamba_num_heads, proxy.mamba_num_groups, proxy.letters[:6]) == (heads, groups, "M-M-M-")
+    assert (proxy.mamba_head_dim, proxy.mamba_state_dim) == (64, 128)
+    assert any("mamba_num_groups 4, in the target 8" in note for note in found.notes) is (groups == 4)
+    assert recipe_for(proxy).plan(target)["decoder.layers.0.mixer.out_proj.weight"].width_ratio == 4096 / width
+
+
+def test_a_state_that_grows_is_remarked() -> None:
+    base, target = (hybrid(gpt(), "*-M-", **MAMBA | {"mamba_state_dim": size}) for size in (8, 16))
+    [said] = HYBRID.remarks(base, target)
+    assert said.startswith("Base and target differ in mamba_state_dim 8 → 16.")
+    assert not HYBRID.remarks(base, base)
+
+
 # ---- model files -----------------------------------------------------------------------------------------------------
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100, "seq_length": 16}
@@ -152,7 +170,6 @@ SIZES = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100, "seq_le
     [
         ({"hybrid_layer_pattern": "M*", "mamba_head_dim": 48}, "mamba_head_dim 48 does not divide 2·hidden_size 128"),
         ({"hybrid_layer_pattern": "M*"}, "mamba_num_groups 8 does not divide the 2 heads of a Mamba layer"),
-        ({"mamba_head_dim": 32}, "hybrid_layer_pattern"),
         ({"hybrid_layer_pattern": "*E"}, "num_experts belongs to layers E of hybrid_layer_pattern"),
         ({"hybrid_layer_pattern": "*-", "num_experts": 4}, "num_experts belongs to layers E of hybrid_layer_pattern"),
         ({"hybrid_layer_pattern": "*G"}, "'G' is a layer of gated delta net"),

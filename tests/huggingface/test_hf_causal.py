@@ -18,8 +18,10 @@ from support.hf_families import recipe_at
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mup_megatron.errors import InputError
-from mup_megatron.huggingface import apply_plan, param_groups, plan_for
+from mup_megatron.huggingface import apply_plan, param_groups, plan_for, verification
+from mup_megatron.huggingface.plan import _factory
 from mup_megatron.live import hooks
+from mup_megatron.modules.shapes import MetaModule
 from mup_megatron.theory import Acts, Plan, PlanEntry, Property, Role
 
 BASE, WIDTH = 32, 128
@@ -295,3 +297,66 @@ def test_heads_that_grow_where_the_model_scales_queries_itself() -> None:
     found = plan("gemma2", target={"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1})
     assert found.softmax_scale == pytest.approx(16**-0.5 * 16 / 64)
     assert math.isclose(found.own_softmax_scale, 16**-0.5)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+def refused(config: Any, *words: str) -> None:
+    """Base and target are of 32 and 64."""
+    with pytest.raises(InputError) as raised:
+        planned(config(32), config(64))
+    message = str(raised.value)
+    assert len(message) <= 300, message
+    assert all(word in message for word in words), message
+
+
+def test_hyper_connections_are_refused_by_name() -> None:
+    def deepseek(width: int) -> PretrainedConfig:
+        return transformers.DeepseekV4Config(
+            vocab_size=64, hidden_size=width, moe_intermediate_size=width, num_hidden_layers=1, n_routed_experts=4,
+            num_attention_heads=width // 16, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_lora_rank=8,
+            o_groups=1, num_experts_per_tok=2, layer_types=["sliding_attention"], mlp_layer_types=["moe"],
+            architectures=["DeepseekV4ForCausalLM"],
+        )  # fmt: skip
+
+    refused(deepseek, "attn_hc.fn", "which side is fan_in cannot be known")
+
+
+def test_experts_side_by_side_in_one_matrix_are_refused_by_name() -> None:
+    def dbrx(width: int) -> PretrainedConfig:
+        return transformers.DbrxConfig(
+            vocab_size=64, d_model=width, n_heads=width // 16, n_layers=1, max_seq_len=32,
+            attn_config={"kv_n_heads": 1, "rope_theta": 1e4},
+            ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+            architectures=["DbrxForCausalLM"],
+        )  # fmt: skip
+
+    refused(dbrx, "dbrx")
+
+
+def test_numbers_of_experts_that_differ_where_nobody_says_how_many_see_a_token() -> None:
+    def switch(width: int) -> PretrainedConfig:
+        return transformers.SwitchTransformersConfig(
+            vocab_size=64, d_model=width, d_ff=width, num_heads=width // 16, num_layers=2, num_sparse_encoder_layers=1,
+            num_experts=width // 16, architectures=["SwitchTransformersForConditionalGeneration"],
+        )  # fmt: skip
+
+    refused(switch, "num_experts is 2 in the recipe's base but 4")
+
+
+# ---- layers that are alike -----------------------------------------------------------------------------------------
+
+
+def test_layers_that_are_alike_are_looked_at_once_and_others_are_not_passed_over() -> None:
+    config = causal("gemma2", BASE, num_hidden_layers=5, layer_types=["full_attention"] * 5)
+
+    def scales(**changed: float) -> list[float | None]:
+        built = MetaModule.of(_factory(transformers.Gemma2ForCausalLM, config), keeps=True)
+        for layer, scale in changed.items():
+            built.module.get_submodule(f"model.layers.{layer.removeprefix('at_')}.self_attn").scaling = scale
+        return [found.scale for found in verification.forward_of(built).softmaxes]
+
+    # The first one's input is the embedding's, which has a factor that no other's has.
+    assert scales() == pytest.approx([0.25, 0.25])
+    assert scales(at_3=7.0) == pytest.approx([0.25, 0.25, 7.0])

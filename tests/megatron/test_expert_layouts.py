@@ -16,6 +16,7 @@ from support.shapes import gpt
 from support.stock import Layout, Run
 
 from mup_megatron.errors import InputError
+from mup_megatron.megatron.versions import core_version
 from mup_megatron.recipe import Recipe
 
 STEPS = 10
@@ -128,6 +129,11 @@ def _change_one_expert_of_the_last_rank(run: Run) -> None:
 
 def _results(names: Sequence[str]) -> list[Result]:
     return [_result(name) for name in names]
+
+
+if core_version() < (0, 17, 0):
+    # There experts that are split otherwise, and on no rank differ, are not added up: Megatron's own.
+    del LAYOUTS["TP2, of whole experts, distributed optimizer"]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,9 @@ from mup_megatron.architectures.command_line import CommandLine
 from mup_megatron.architectures.flag import Flag, whole_number
 from mup_megatron.architectures.gpt import Gpt
 from mup_megatron.architectures.hybrid import HYBRID, HybridFile
+from mup_megatron.architectures.keys.custom import CustomTensor
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import model_file
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import versions
 from mup_megatron.megatron.arguments import fork
@@ -180,6 +182,16 @@ def test_shares_of_all_sizes_are_megatrons_where_a_release_knows_them() -> None:
             assert HYBRID.command_line.read(values, None).content["hybrid_layer_pattern"] == expected
 
 
+def test_a_spec_of_ones_own_needs_the_tensors_of_its_layers() -> None:
+    flags = "--spec mine.layers spec --transformer-impl local"
+    with pytest.raises(InputError, match=r"--spec: a custom layer can have any parameters\. List them as"):
+        read(flags).model()
+    tensor = CustomTensor(name="decoder.scale", fan_out="hidden_size", start=1.0)
+    model = read(flags).model([tensor])
+    assert (model.custom_tensors, model.transformer_impl) == ((tensor,), "local")
+    assert model_file(model.model_dump(mode="json", exclude_defaults=True), source="file") == model
+
+
 # ---- an architecture that is defined elsewhere -----------------------------------------------------------------------
 
 
@@ -224,7 +236,7 @@ def test_an_architectures_own_flags_need_no_edit_here() -> None:
     [
         ("--squared-relu", "--squared-relu: a model file has no key for it"),
         ("--softmax-type off-by-one", "--softmax-type: a model file has no key for it"),
-        ("--use-torch-fsdp2", "--use-torch-fsdp2: a run with a recipe is stopped: it keeps its own copies"),
+        ("--init-model-with-meta-device", "--init-model-with-meta-device: a run with a recipe is stopped: the weights"),
         ("--fp8-param-gather", "--fp8-param-gather: a run with a recipe is stopped: weights that are stored"),
         ("--use-mup", "--use-mup: a run with a recipe is stopped. `mup-megatron from-native`"),
     ],

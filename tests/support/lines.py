@@ -74,12 +74,11 @@ ACCEPTED = {
     "padded by hand": Accepted("--padded-vocab-size 1024", {"vocab_size": 1024}),
     "FSDP": Accepted("--use-torch-fsdp2 --no-gradient-accumulation-fusion --ckpt-format torch_dist", {}),
     "experts": Accepted(
-        "--num-experts 8 --expert-model-parallel-size 4 --moe-ffn-hidden-size 64 --moe-grouped-gemm "
-        "--moe-router-topk 4 --moe-router-load-balancing-type seq_aux_loss "
-        "--moe-aux-loss-coeff 1e-3 "
-        "--moe-z-loss-coeff 0 --swiglu --moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate --disable-bias-linear "
-        "--moe-router-dtype fp32 --moe-layer-freq ([0]*1+[1]*3) "
-        "--moe-token-dispatcher-type alltoall --moe-permute-fusion",
+        "--num-experts 8 --expert-model-parallel-size 4 --moe-ffn-hidden-size 64 --moe-grouped-gemm --swiglu "
+        "--moe-router-topk 4 --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-3 "
+        "--moe-z-loss-coeff 0 --moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate "
+        "--disable-bias-linear --moe-router-dtype fp32 --moe-layer-freq ([0]*1+[1]*3) --moe-permute-fusion "
+        "--moe-token-dispatcher-type alltoall",
         {
             "num_experts": 8,
             "moe_ffn_hidden_size": 64,

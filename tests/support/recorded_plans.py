@@ -105,6 +105,16 @@ WITHOUT = {
     "cnn": ("embedding_multiplier", "attention_multiplier"),
 }
 """Values that have nothing to act on."""
+YOUNGER = {
+    "tiny_hybrid",
+    "nemotron_h_8b",
+    "qwen3_235b_a22b",
+    "deepseek_v3_671b",
+    "bert_base",
+    "bert_large",
+    "bert_proxy",
+}
+"""Shipped models that the record does not know."""
 MODULE_WIDTHS = (2, 6)
 FAMILY_WIDTHS = (32, 128)
 
@@ -198,8 +208,7 @@ def plans() -> dict[str, Callable[[], Any]]:
     examples = ROOT / "examples"
     named: dict[str, Callable[[], Any]] = {f"gpt: {name}": lambda name=name: _gpt(name) for name in GPT}
     for path in sorted((ROOT / "configs" / "models").glob("*.yaml")):
-        # Younger than the recording.
-        if path.name in {"tiny_hybrid.yaml", "nemotron_h_8b.yaml", "deepseek_v3_671b.yaml"}:
+        if path.stem in YOUNGER:
             continue
         named[f"configs/models/{path.name}"] = lambda path=path: _shipped(path)
     for folder, name in (("deepspeed_gpt2", "gpt2"), ("trainer_llama", "llama")):

@@ -1,4 +1,4 @@
-"""A hybrid model with Mamba layers and experts: one run on every layout, the plan's values everywhere, and nothing at the base."""
+"""A hybrid model with Mamba layers and experts: one run on every layout, and nothing at the base."""
 
 from typing import Any
 

@@ -57,8 +57,8 @@ def require_known_layers(target: ModelFile) -> None:
     """Raises InputError for layers that a check has no small models of."""
     if target.mtp_num_layers:
         raise InputError(
-            "mtp_num_layers: `check` does not know multi-token prediction yet. Check the recipe on the target without "
-            "it (mtp_num_layers and mtp_loss_scaling_factor)."
+            "mtp_num_layers: `check` does not know multi-token prediction yet. Check the recipe on the target "
+            "without mtp_num_layers and mtp_loss_scaling_factor."
         )
 
 
@@ -210,14 +210,9 @@ def condensed(
             comes first; None leaves all.
 
     Raises:
-        InputError: the target has experts, or Mamba layers.
+        InputError: the target has Mamba layers.
     """
     _require_drawn(target)
-    if target.num_experts is not None:
-        raise InputError(
-            f"num_experts {target.num_experts}: `check` does not know models with experts yet. Check the recipe on the "
-            "target without them (num_experts and the keys that begin with moe_)."
-        )
     recipe, architecture = in_terms_of(target, recipe), architecture_of(target)
     target, base = _turning_whole_pairs(target, recipe.megatron_base)
     growth = _Growth.of(target, base)
@@ -241,7 +236,12 @@ def condensed(
 
 
 def _require_drawn(target: ModelFile) -> None:
-    """Raises InputError for what starts as its library draws it, which the correct runs of a check do not know yet."""
+    """Raises InputError for what the correct runs of a check do not know."""
+    if target.custom_tensors:
+        raise InputError(
+            "custom_tensors: a check has no layers of your own to compare with. Check a model without them; training "
+            "compares the live model with the plan in any case."
+        )
     kept = next((each.name for each in shapes_of(target, target)[1].tensors if isinstance(each.start, Kept)), None)
     if kept is not None:
         raise InputError(

@@ -9,6 +9,7 @@ from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.keys import READ_WITH, experts
+from mup_megatron.architectures.keys.custom import CustomTensor
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, architectures, model_file
 from mup_megatron.errors import InputError
@@ -109,7 +110,12 @@ def _needed(train_iters: int | None, what: str) -> int:
 
 
 def model_from_values(
-    values: Mapping[str, Any], *, vocab_size: int | None = None, source: str, release: Release | None = None
+    values: Mapping[str, Any],
+    *,
+    vocab_size: int | None = None,
+    source: str,
+    release: Release | None = None,
+    custom: Sequence[CustomTensor] = (),
 ) -> ModelFile:
     """The model file that parsed Megatron arguments describe: `vars(args)`, before or after `validate_args`.
 
@@ -122,11 +128,12 @@ def model_from_values(
         vocab_size: the tokenizer's, where the arguments do not say it.
         source: names the arguments in messages.
         release: the Megatron-Core that is meant, where it is known.
+        custom: the tensors of its own layers, which the arguments cannot say; with them any --spec is right.
 
     Raises:
         InputError: the model is impossible, or is one that a model file cannot describe; names the flag.
     """
-    require_supported(values, source=source)
+    require_supported(values, source=source, custom=bool(custom))
     content = experts.told({key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()})
     content |= {
         key: FIELDS[key].default for switch, keys in READ_WITH.items() if not content[switch] for key in (switch, *keys)
@@ -135,8 +142,10 @@ def model_from_values(
     _read_other_ways(content, values, source)
     own = _own(values, source, release)
     content |= own.content
-    if SPEC.changed(values):
-        content["transformer_impl"] = architecture_named(values).command_line.specs[SPEC.found(values)]
+    specs = architecture_named(values).command_line.specs
+    if SPEC.changed(values) and (SPEC.found(values) in specs or not custom):
+        content["transformer_impl"] = specs[SPEC.found(values)]
+    content["custom_tensors"] = tuple(custom)
     content = {key: value for key, value in content.items() if value is not None or key not in own.content}
     _require_all(content, source)
     if content["max_position_embeddings"] == content["seq_length"]:
@@ -171,12 +180,18 @@ def _own(values: Mapping[str, Any], source: str, release: Release | None) -> Rea
         raise InputError(f"{source}: {error}") from None
 
 
-def require_supported(values: Mapping[str, Any], *, source: str) -> None:
-    """Raises InputError for parsed arguments that change the model in a way that a model file cannot say."""
+def require_supported(values: Mapping[str, Any], *, source: str, custom: bool = False) -> None:
+    """Raises InputError for parsed arguments that change the model in a way that a model file cannot say.
+
+    Args:
+        values: the arguments.
+        source: names them in messages.
+        custom: whether the tensors of the model's own layers are listed, so that any --spec is right.
+    """
     specs = architecture_named(values).command_line.specs
     found: dict[str, list[str]] = {}
     for flag in refused():
-        if flag.changed(values) and not (flag is SPEC and flag.found(values) in specs):
+        if flag.changed(values) and not (flag is SPEC and (custom or flag.found(values) in specs)):
             found.setdefault(flag.refusal, []).append(flag.name)
     if found:
         raise InputError("\n".join(f"{source}: {', '.join(names)}: {why}" for why, names in found.items()))

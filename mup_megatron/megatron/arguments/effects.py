@@ -87,7 +87,8 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         --expert-model-parallel-size --expert-tensor-parallel-size --expert-tensor-parallel-num-weight-shards
         --model-parallel-size --use-tp-pp-dp-mapping --use-distributed-optimizer --num-distributed-optimizer-instances
         --data-parallel-sharding-strategy --outer-dp-sharding-strategy --no-data-sharding --create-all-gather-group
-        --enable-full-sharding-in-hsdp --torch-fsdp2-no-reshard-after-forward --use-mp-args-from-checkpoint-args
+        --enable-full-sharding-in-hsdp --use-megatron-fsdp --use-torch-fsdp2 --torch-fsdp2-no-reshard-after-forward
+        --use-mp-args-from-checkpoint-args
         --fake-process-group --lazy-mpu-init --local-rank
         """,
     ),

@@ -13,6 +13,7 @@ from typing import Any
 
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.gpt import GPT
+from mup_megatron.architectures.keys.custom import CustomTensor
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architectures
 from mup_megatron.errors import InputError
@@ -60,15 +61,18 @@ class Line:
     flags: tuple[str, ...]
     """The words that are the program's own."""
 
-    def model(self) -> ModelFile:
+    def model(self, custom: Sequence[CustomTensor] = ()) -> ModelFile:
         """The model file that it describes.
+
+        Args:
+            custom: the tensors of the model's own layers, for a line with a --spec of one's own.
 
         Raises:
             InputError: the model is impossible, is one that a model file cannot describe, or is not all there.
         """
         try:
             return model_from_values(
-                self.values, vocab_size=self.vocab_size, source=self.source, release=known_release()
+                self.values, vocab_size=self.vocab_size, source=self.source, release=known_release(), custom=custom
             )
         except InputError as error:
             raise naming_unread(error, self.flags) from None

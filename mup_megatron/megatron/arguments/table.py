@@ -73,7 +73,8 @@ SPEC = Flag(
     "spec",
     None,
     str,
-    refusal="a custom layer can have any parameters, and a model file cannot list them. Drop the flag.",
+    refusal="a custom layer can have any parameters. List them as `custom_tensors` in the recipe's base; `model "
+    "--from-args` takes them with --custom-tensors. Or drop the flag.",
     many=True,
 )
 """Refused, but for the specs that an architecture has."""
@@ -251,11 +252,6 @@ NATIVE_MUP = (
 """Megatron-Core's own μP, 0.17 and later."""
 
 STOPPED = (
-    *_refused(
-        "it keeps its own copies of the parameters, which the plan does not reach",
-        Flag("--use-megatron-fsdp", "use_megatron_fsdp", False),
-        Flag("--use-torch-fsdp2", "use_torch_fsdp2", False),
-    ),
     *_refused(
         "the weights would be drawn after the plan has scaled them",
         Flag("--init-model-with-meta-device", "init_model_with_meta_device", False),

@@ -83,6 +83,8 @@ def pretend_device() -> None:
     _replace_streams()
     _replace_placement()
     _replace(torch, "compile", _compile)
+    mesh = torch.distributed.device_mesh.DeviceMesh
+    _replace(mesh, "from_group", staticmethod(_mesh_on_cpu(mesh.from_group)))
     _replace(torch.distributed, "all_to_all_single", _with_listed_sizes(torch.distributed.all_to_all_single))
     _replace(torch.distributed, "all_gather", _of_any_sizes(torch.distributed.all_gather))
     _replace(torch.distributed, "reduce_scatter", _into_any_sizes(torch.distributed.reduce_scatter))
@@ -216,6 +218,16 @@ def _type(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, dtype, *args, **kwargs)
 
     return type_
+
+
+def _mesh_on_cpu(from_group: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch's FSDP2 wants weights on the device of its mesh."""
+
+    @functools.wraps(from_group)
+    def mesh(group: Any, device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return from_group(group, CPU.type if is_pretended(device_type) else device_type, *args, **kwargs)
+
+    return mesh
 
 
 def _compile(model: Any = None, **kwargs: Any) -> Any:

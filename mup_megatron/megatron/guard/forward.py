@@ -14,7 +14,7 @@ from mup_megatron.live import hooks
 from mup_megatron.live.compare import CLOSE, close, hook_problems, scale_problem
 from mup_megatron.live.problems import Problem, number
 from mup_megatron.megatron.model import part_scales
-from mup_megatron.megatron.names import named_modules, unwrapped
+from mup_megatron.megatron.names import local_values, named_modules, unwrapped
 from mup_megatron.theory import Acts, Plan, Site
 
 # ---- attention -----------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def _measured(core: torch.nn.Module, attention: Any, expected: float) -> float |
         exponent = round(math.log2(logit / expected))
         try:
             first, second = _two_tokens(
-                core, attention, weight, 2.0 ** (exponent // 2), 2.0 ** (exponent - exponent // 2)
+                core, attention, local_values(weight), 2.0 ** (exponent // 2), 2.0 ** (exponent - exponent // 2)
             )
         except _CANNOT:
             return None

@@ -69,7 +69,7 @@ class Seen:
 
     @property
     def is_torchs(self) -> bool:
-        """Whether its layer is one of torch's own."""
+        """True where its layer is one of torch's own."""
         return type(self.module).__module__.startswith("torch.nn")
 
 

@@ -18,6 +18,7 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import Search, choose_proxy
 from mup_megatron.architectures.registry import model_file, shapes_of
 from mup_megatron.errors import InputError
+from mup_megatron.megatron.arguments.convert import flags, model_from_flags
 from mup_megatron.theory import Plan, Role
 
 LATENT: dict[str, Any] = {
@@ -309,3 +310,21 @@ def test_what_is_no_such_model_is_refused(content: dict[str, Any], said: str) ->
         model_file({**sizes, **content}, source="file")
     assert said in str(raised.value)
     assert all(len(line) <= 300 for line in str(raised.value).splitlines())
+
+
+def test_what_a_line_says_is_read_and_written() -> None:
+    line = (
+        "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --vocab-size 100 --seq-length 16 --kv-channels 16 "
+        "--multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 "
+        "--v-head-dim 8 --rotary-scaling-factor 40 --mscale-all-dim 1.0 --qk-layernorm --mtp-num-layers 1 "
+        "--position-embedding-type rope"
+    )
+    model = model_from_flags(line.split(), source="line")
+    assert model.head_size == 12
+    assert (model.q_lora_rank, model.v_head_dim, model.mtp_num_layers, model.kv_channels) == (24, 8, 1, None)
+    assert model.stock_softmax_scale == pytest.approx((0.1 * math.log(40) + 1) ** 2 / math.sqrt(12))
+    assert model_from_flags(flags(model), source="line") == model
+    # What Megatron reads with them alone is nothing without them.
+    plain = line.replace("--multi-latent-attention", "").replace("--mtp-num-layers 1", "--mtp-loss-scaling-factor 0.3")
+    without = model_from_flags(plain.split(), source="line")
+    assert (without.q_lora_rank, without.rotary_scaling_factor, without.mtp_loss_scaling_factor) == (None, 1.0, 0.1)

@@ -130,7 +130,10 @@ REFUSED = {
     "groups by rank": Refused("--num-experts 8 --moe-router-topk-limited-devices 2", "--moe-router-topk-limited"),
     "too many experts a token": Refused("--num-experts 2 --moe-router-topk 4", "--moe-router-topk 4 is more than"),
     "a pattern that is none": Refused("--num-experts 8 --moe-layer-freq [0]*x", "--moe-layer-freq"),
-    "latent attention": Refused("--multi-latent-attention --kv-lora-rank 16", "--multi-latent-attention"),
+    "latent attention with fused projections": Refused(
+        "--multi-latent-attention --mla-down-proj-fusion", "--mla-down-proj-fusion"
+    ),
+    "YaRN of ordinary attention": Refused("--rope-type yarn", "--rope-type"),
     "multi-token prediction": Refused("--mtp-num-layers 1", "--mtp-num-layers"),
     "learnable sinks": Refused("--softmax-type learnable", "--softmax-type learnable"),
     "another gated MLP": Refused("--quick-geglu --glu-linear-offset 1.0", "--quick-geglu"),

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from rich.console import Console
-from rich.table import Table
 
 from mup_megatron.theory import Plan, PlanEntry
 
@@ -47,13 +46,17 @@ def print_plan(plan: Plan, *, brief: bool) -> None:
         ),
         highlight=False,
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in COLUMNS:
-        numeric = column not in {"name", "role", "rule"}
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
-    for entry in _brief(plan.entries) if brief else plan.entries:
-        table.add_row(*(_cell(entry, column) for column in COLUMNS))
-    console.print(table)
+    entries = _brief(plan.entries) if brief else plan.entries
+    rows = [COLUMNS, *(tuple(_cell(entry, column) for column in COLUMNS) for entry in entries)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    header, *lines = ("  ".join(map(_aligned, COLUMNS, row, widths)).rstrip() for row in rows)
+    console.print(header, style="bold", highlight=False, markup=False)
+    # A model with experts has tens of thousands of rows, for which rich's own table takes half a minute.
+    console.file.write("\n".join(lines) + "\n")
+
+
+def _aligned(column: str, cell: str, width: int) -> str:
+    return cell.ljust(width) if column in {"name", "role", "rule"} else cell.rjust(width)
 
 
 def _brief(entries: tuple[PlanEntry, ...]) -> Iterator[PlanEntry]:

@@ -158,13 +158,13 @@ class ModuleParameter(Strict):
     """For each dimension, whether it grows with width."""
     init_std: NotNegative | None = None
     init_value: float | None = None
-    """The constant at which it starts; one of the two."""
+    """The constant at which it starts. With neither of the two it keeps its library's own start."""
 
     @model_validator(mode="after")
     def _whole(self) -> "ModuleParameter":
         if len(self.shape) != len(self.grows):
             raise ValueError(f"shape has {len(self.shape)} dimensions and grows {len(self.grows)}. Give one for each.")
-        if (self.init_std is None) == (self.init_value is None):
+        if self.init_std is not None and self.init_value is not None:
             raise ValueError("give either init_std or init_value.")
         return self
 
@@ -213,7 +213,7 @@ class Recipe(Strict):
 
     @property
     def optimizer_values(self) -> dict[str, float]:
-        """What these read that not every optimizer does, by key."""
+        """The hyperparameters that these read and that not every optimizer does, by key."""
         rules = [theory.optimizers()[name] for name in self.optimizers]
         return {key: getattr(self.hyperparameters, key) for each in rules for key in each.hyperparameters}
 

@@ -3,11 +3,11 @@
 Transformers is imported only for a configuration of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mup_megatron.architectures.registry import model_file
+from mup_megatron.architectures.registry import model_file, remarks_on
 from mup_megatron.errors import InputError
 from mup_megatron.json_io import read_json
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, Recipe
@@ -48,6 +48,14 @@ def plan_for_file(path: Path, recipe: Recipe) -> Plan:
             f"mup_megatron.modules.plan_for_module."
         )
     return recipe.plan(model_file(content, source=str(path)))
+
+
+def remarks_for_file(path: Path, recipe: Recipe) -> Sequence[str]:
+    """Returns what to know of a plan that `plan_for_file` gives, in sentences."""
+    content = read_target(path)
+    if is_hugging_face(content):
+        return ()
+    return remarks_on(recipe.megatron_base, model_file(content, source=str(path)))
 
 
 def read_target(path: Path) -> object:

@@ -200,7 +200,7 @@ def _tag(annotation: Any) -> str | None:
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys that are allowed at a place inside a file."""
+    """The keys that are allowed at a place inside a file, those first that have to be there."""
     here: Any = model
     for part in location:
         if isinstance(part, int) or _is_tag(part) or not (isinstance(here, type) and issubclass(here, BaseModel)):
@@ -209,4 +209,6 @@ def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list
         inner = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
         tagged = [a.__origin__ for a in getattr(annotation, "__args__", ()) if _tag(a) in location]
         here = (tagged or inner or [annotation])[0]
-    return list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
+    if not (isinstance(here, type) and issubclass(here, BaseModel)):
+        return []
+    return sorted(here.model_fields, key=lambda key: not here.model_fields[key].is_required())

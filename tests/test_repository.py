@@ -123,10 +123,11 @@ def test_imports_within_check_follow_the_table_of_its_rooms(room: str) -> None:
 @pytest.mark.parametrize(
     ("words", "places"),
     [
-        (r"import .*\b(?:Kind|Role)\b", {"entries.py"}),
+        (r"import .*\b(?:Property|Role)\b", {"entries.py"}),
+        (r"linear_(?:qkv|proj|fc)|_layernorm\b|(?:core|self)_attention|output_layer|word_emb|decoder\.layers", set()),
         (r"\b(?:AdamReplay|SGDReplay)\b|parametrization\.optimizer|\boptim\.(?:SGD|Adam)", {"measure/optimizers.py"}),
     ],
-    ids=["kinds and roles", "optimizers"],
+    ids=["roles and properties", "names of modules", "optimizers"],
 )
 def test_what_check_knows_of_single_ones_is_in_one_place(words: str, places: set[str]) -> None:
     files = {path.relative_to(CHECK).as_posix(): path.read_text(encoding="utf-8") for path in CHECK.rglob("*.py")}

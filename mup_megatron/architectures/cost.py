@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, shapes_of
 
-__all__ = ["Flops", "parameter_count", "training_flops"]
+__all__ = ["Flops", "active_parameter_count", "parameter_count", "training_flops"]
 
 
 def parameter_count(model: ModelFile) -> int:
     """Returns the number of all parameters, embeddings and padding included."""
     shape, _ = shapes_of(model, model)
     return sum(math.prod(tensor.shape) for tensor in shape.tensors)
+
+
+def active_parameter_count(model: ModelFile) -> int:
+    """Returns the number of parameters that a token passes: of experts, of those that are chosen."""
+    shape, _ = shapes_of(model, model)
+    return round(sum(math.prod(tensor.shape) * tensor.share for tensor in shape.tensors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +31,7 @@ class Flops:
     """
 
     items: Mapping[str, float]
-    """By what they are spent on: "attention_projections", "attention_scores", "mlp", "readout"."""
+    """By what they are spent on: "attention_projections", "attention_scores", "mlp", "router", "experts", "readout"."""
 
     @property
     def total(self) -> float:

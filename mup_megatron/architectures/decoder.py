@@ -4,17 +4,26 @@ What differs between models (which stacks there are, which families a layer has,
 it) is in one file for each: `gpt.py`, `hybrid.py`, `bert.py`, `t5.py`.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mup_megatron.architectures.command_line import CommandLine
-from mup_megatron.architectures.families import Family, Growth, Size, norm
+from mup_megatron.architectures.custom import custom_tensors
+from mup_megatron.architectures.families import MTP, Block, Family, Growth, Size, norm
+from mup_megatron.architectures.families.family import Remarking
 from mup_megatron.architectures.measured import Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS
+from mup_megatron.architectures.names import (
+    MTP_INNER,
+    POSITION_EMBEDDINGS,
+    READOUT_WEIGHT,
+    WORD_EMBEDDINGS,
+    mtp_layer,
+)
 from mup_megatron.errors import InputError
 from mup_megatron.theory import READOUT, Acts, ModelShape, Place, Property, Side, Stack, Tensor
 
@@ -31,6 +40,11 @@ _SHARED = {
     "untie_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
 }
 """What base and target must share: key → what it decides. μP compares sizes, not architectures."""
+
+_QUERY_NORM = re.compile(r"\.(?:q_layernorm\.|linear_q_up_proj\.layer_norm_)")
+_MTP_NORM = re.compile(r"mtp\.layers\.\d+\.final_layernorm\.")
+_LAYOUT = ("transformer_impl", "moe_grouped_gemm")
+"""What decides how parameters are called, and nothing else: a base may have another."""
 
 
 Layers = Sequence[Sequence[Family]]
@@ -77,6 +91,10 @@ class Architecture(ABC):
         """Returns the model with its first layers alone."""
         return self.with_layers(model, range(layers))
 
+    def narrowed(self, target: ModelFile, hidden: int) -> tuple[Mapping[str, Any], Sequence[str]]:
+        """Returns the keys of a proxy of this hidden size that only its own layers have, and what to say of them."""
+        return {}, ()
+
     def stages(self, model: ModelFile) -> Sequence[int] | None:
         """Returns how many layers each pipeline stage has; None where the model file leaves them to an even split."""
         return None
@@ -102,8 +120,18 @@ class Architecture(ABC):
         Raises:
             InputError: the two differ in architecture; names the key.
         """
+        if base.custom_tensors != target.custom_tensors:
+            raise InputError(
+                "custom_tensors of the recipe's base and of the target differ, in what they say or in order. Both have "
+                "to list the same."
+            )
         _require_alike(base, target, _SHARED)
         own, as_tuned = as_other(of_base, self, base), as_other(self, of_base, target)
+        if of_base is not self and target.custom_tensors:
+            raise InputError(
+                "custom_tensors: their names are of one architecture, and the recipe's base is of another. Tune a base "
+                "of the target's."
+            )
         if own is None or as_tuned is None:
             raise InputError(
                 f"the recipe's base is {of_base.description} and the target {self.description}, which are not one "
@@ -118,7 +146,9 @@ class Architecture(ABC):
                 f"{' and '.join(sorted(kinds))}. Tune a base with the target's kinds of layers."
             )
         growth = Growth(own, target)
-        as_tuned = as_tuned.model_copy(update={"transformer_impl": base.transformer_impl})
+        if of_base is self and all(getattr(base, key) == getattr(target, key) for key in _LAYOUT):
+            return self._shape(base, growth), self._shape(target, growth)
+        as_tuned = _named_as(as_tuned, base)
         # One model has its tensors in one order, whatever architecture it is taken for.
         tuned_names = [tensor.name for tensor in of_base._tensors(as_tuned, growth)]
         shape = self._shape(target, growth)
@@ -126,17 +156,33 @@ class Architecture(ABC):
             replace(tensor, name_at_base=tuned if tuned != tensor.name else None)
             for tensor, tuned in zip(shape.tensors, tuned_names, strict=True)
         )
-        at_base = self._shape(own.model_copy(update={"transformer_impl": target.transformer_impl}), growth)
+        at_base = self._shape(_named_as(own, target), growth)
         of_own = zip(at_base.tensors, of_base._tensors(base, growth), strict=True)
         base_tensors = tuple(replace(tensor, name_at_base=tuned.name) for tensor, tuned in of_own)
         return replace(at_base, tensors=base_tensors), replace(shape, tensors=tensors)
 
-    def _branches(self, model: ModelFile) -> Iterator[tuple[str, Family]]:
-        """Each layer's name and one of its families, in order."""
+    def remarks(self, base: ModelFile, target: ModelFile) -> Sequence[str]:
+        """Returns what is known of transfer from this base to a target of this architecture, in sentences."""
+        families = {family.name: family for _, family in self._branches(target)}
+        return [each for own in families.values() if isinstance(own, Remarking) for each in own.remarks(base, target)]
+
+    def _branches(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
+        """Each layer's name and one of its families, in order; then those of multi-token prediction."""
+        yield from self._stack(model)
+        yield from self._further(model)
+
+    def _stack(self, model: ModelFile) -> Iterator[tuple[str, Family]]:
         for stack, layers in self.stacks(model).items():
             for index, families in enumerate(layers):
                 for family in families:
                     yield f"{stack}.layers.{index}", family
+
+    def _further(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
+        """The layers of multi-token prediction, each of the families of the stack's last one."""
+        for index in range(model.mtp_num_layers or 0):
+            yield mtp_layer(index), MTP
+            for family in self.stacks(model)[STACK][-1]:
+                yield f"{mtp_layer(index)}.{MTP_INNER}", family
 
     def _shape(self, model: ModelFile, growth: Growth) -> ModelShape:
         tensors = tuple(self._tensors(model, growth))
@@ -148,8 +194,9 @@ class Architecture(ABC):
             head_size=model.head_size,
             stacks={stack: Stack(len(layers), self.branches) for stack, layers in self.stacks(model).items()},
             readout=WORD_EMBEDDINGS if model.tied else self.readout,
-            readout_norm=tuple(name for name in names if name.startswith(self._readout_norm(model))),
-            query_norms=tuple(name for name in names if ".q_layernorm." in name),
+            stock_softmax_scale=model.stock_softmax_scale,
+            readout_norm=tuple(n for n in names if n.startswith(self._readout_norm(model)) or _MTP_NORM.match(n)),
+            query_norms=tuple(name for name in names if _QUERY_NORM.search(name)),
             places=tuple(self.places(model)),
         )
 
@@ -164,7 +211,12 @@ class Architecture(ABC):
                 for family in families:
                     for tensor in family.tensors(model, f"{stack}.layers.{index}", growth):
                         yield replace(tensor, stack=stack)
+            yield from custom_tensors(model, layers, growth)
             yield from norm(model, f"{stack}.{self.final_norm}.", Side(model.hidden_size, grows=True))
+        for layer, block in self._further(model):
+            for tensor in block.tensors(model, layer, growth):
+                # Megatron draws what writes into the stream there as in the stack itself, by the stack's depth.
+                yield replace(tensor, stack=STACK)
         yield from self._heads(model)
 
     def _tables(self, model: ModelFile) -> Iterator[Tensor]:
@@ -184,7 +236,7 @@ class Architecture(ABC):
 
     def sizes(self, model: ModelFile) -> Sequence[Size]:
         """Returns the sizes of a model's families that it has, each once."""
-        found = {size.key: size for _, family in self._branches(model) for size in family.sizes}
+        found = {size.key: size for _, family in self._stack(model) for size in family.sizes}
         return [size for size in found.values() if size.of(model) is not None]
 
     def places(self, model: ModelFile) -> Iterator[Place]:
@@ -204,20 +256,11 @@ class Architecture(ABC):
             tables.append(module)
         final = ""
         for stack, layers in self.stacks(model).items():
-            stream = [*tables]
-            for index, families in enumerate(layers):
-                layer = f"{stack}.layers.{index}"
-                for family in families:
-                    own = [each.after(stream) for each in family.measured(model, layer)]
-                    yield from own
-                    stream += [each.module for each in own if each.kind is Kind.BRANCH]
-                yield Measured(layer, Kind.STREAM, "Residual stream", tuple(stream), leads=True)
-                stream = [layer]
+            yield from _stack_measured(model, stack, layers, tables)
             final = f"{stack}.{self.final_norm}"
-            yield inside(final, "Residual stream", *stream)
-        yield Measured(
-            self.readout.rpartition(".")[0], Kind.READOUT, "Readout (the model's logits)", (final,), leads=True
-        )
+            yield inside(final, "Residual stream", f"{stack}.layers.{len(layers) - 1}")
+        logits = self.readout.rpartition(".")[0]
+        yield Measured(logits, Kind.READOUT, "Readout (the model's logits)", (final,), leads=True)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
@@ -239,10 +282,27 @@ class Decoder(Architecture):
         return {STACK: self.layers(model)}
 
 
+def _stack_measured(model: ModelFile, stack: str, layers: Layers, stream: Sequence[str]) -> Iterator[Measured]:
+    """What a check looks at in a stack of layers, to which these modules give the residual stream."""
+    for index, families in enumerate(layers):
+        layer = f"{stack}.layers.{index}"
+        for family in families:
+            own = [each.after(stream) for each in family.measured(model, layer)]
+            yield from own
+            stream = [*stream, *(each.module for each in own if each.kind is Kind.BRANCH)]
+        yield Measured(layer, Kind.STREAM, "Residual stream", tuple(stream), leads=True)
+        stream = [layer]
+
+
 def as_other(one: Architecture, other: Architecture, model: ModelFile) -> ModelFile | None:
     """Returns a model of one architecture as one of another, by whichever of the two knows; None if they differ."""
     given = one.given_to(other, model)
     return other.taken_from(one, model) if given is None else given
+
+
+def _named_as(model: ModelFile, other: ModelFile) -> ModelFile:
+    """A model whose parameters are called as another's."""
+    return model.model_copy(update={key: getattr(other, key) for key in _LAYOUT})
 
 
 def _require_alike(base: ModelFile, target: ModelFile, keys: Mapping[str, str]) -> None:

@@ -61,15 +61,23 @@ class Flag:
 
     def words(self, value: Any) -> tuple[str, ...]:
         """Returns what says a value on a command line; that of a flag without a word is not the default."""
-        # Megatron's own parser reads the shortest decimal that is this very float.
-        return (self.name,) if self.parse is None else (self.name, value if isinstance(value, str) else repr(value))
+        if self.parse is None:
+            return (self.name,)
+        if isinstance(value, tuple):
+            return (self.name, *map(_word, value)) if self.many else (self.name, _word(list(value)))
+        return (self.name, _word(value))
 
     def found(self, values: Mapping[str, Any]) -> Any:
         """Returns what parsed arguments have; Megatron's default where they lack it."""
         found = values.get(self.key, self.default)
-        return " ".join(found) if self.many and isinstance(found, list) else found
+        return " ".join(map(str, found)) if self.many and isinstance(found, list) else found
 
     def changed(self, values: Mapping[str, Any]) -> bool:
         """Returns whether parsed arguments have something else than Megatron's default; off in either way is off."""
         found = self.found(values)
         return bool(found != self.default and (found or self.default) and found not in self.fine)
+
+
+def _word(value: Any) -> str:
+    # Megatron's own parser reads the shortest decimal that is this very float.
+    return value if isinstance(value, str) else repr(value)

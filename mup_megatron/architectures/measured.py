@@ -1,4 +1,4 @@
-"""What a check looks at in a model: modules, each with what it is, what it is computed from, and where it is shown."""
+"""The modules of a model that a check looks at: what each is, what it is computed from, and where it is shown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,11 +7,11 @@ from enum import StrEnum
 __all__ = ["STREAM", "Kind", "Measured", "inside"]
 
 STREAM = "the residual stream"
-"""Among what a family's module reads: whatever the stream is at its place, which the whole model knows."""
+"""Stands among what a family's module reads for whatever the stream is at its place, which the whole model knows."""
 
 
 class Kind(StrEnum):
-    """What a module is to the model."""
+    """The part that a module has in a model."""
 
     TABLE = "embedding"
     STREAM = "residual stream"

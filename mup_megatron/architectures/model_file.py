@@ -9,23 +9,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mup_megatron.architectures.keys import READ_WITH
+from mup_megatron.architectures.keys.custom import CustomKeys
+from mup_megatron.architectures.keys.experts import ExpertKeys
+from mup_megatron.architectures.keys.latent import LatentKeys
+from mup_megatron.architectures.keys.mtp import MtpKeys
 from mup_megatron.errors import InputError
 from mup_megatron.validation import Strict
 
 Count = Annotated[int, Field(gt=0, le=10**9)]
-_NOT_SUPPORTED = ("moe_", "expert_", "multi_latent_", "q_lora_", "kv_lora_", "qk_head_dim", "v_head_dim", "mtp_")
+_NOT_SUPPORTED = ("moe_latent_", "moe_use_upcycling", "moe_single_grouped_")
 """How the keys of Megatron's begin that ask for layers which `families/` does not know."""
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
-class ModelFile(Strict):
-    """The shape of a language model of one stack.
-
-    Field names, meanings and defaults are Megatron-LM's arguments of the same name.
-
-    Two defaults differ: dropout is 0, and `max_position_embeddings` follows `seq_length`.
-    """
+class _Keys(Strict):
+    """The keys of every model."""
 
     num_layers: Annotated[int, Field(gt=0, le=10**4)]
     hidden_size: Count
@@ -59,18 +59,24 @@ class ModelFile(Strict):
     attention_dropout: Probability = 0.0
     hidden_dropout: Probability = 0.0
     transformer_impl: Literal["local", "transformer_engine"] = "transformer_engine"
-    num_experts: Count | None = None
-    moe_ffn_hidden_size: Count | None = None
+
+
+class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
+    """The shape of a language model of one stack.
+
+    Field names, meanings and defaults are Megatron-LM's arguments of the same name.
+
+    Two defaults differ: dropout is 0, and `max_position_embeddings` follows `seq_length`.
+    """
+
+    # Of several bases the last one's keys come first, in messages and in files.
 
     @model_validator(mode="before")
     @classmethod
     def _known_kind(cls, content: Any) -> Any:
         for key in content if isinstance(content, Mapping) else ():
             if isinstance(key, str) and key not in cls.model_fields and key.startswith(_NOT_SUPPORTED):
-                raise ValueError(
-                    f"{key}: models with experts, latent attention or multi-token prediction are not supported yet. "
-                    "Choose a model without."
-                )
+                raise ValueError(f"{key}: models with latent experts are not supported yet. Choose a model without.")
         return content
 
     @model_validator(mode="after")
@@ -80,7 +86,8 @@ class ModelFile(Strict):
                 f"hidden_size {self.hidden_size} is too small for the default ffn_hidden_size of a gated MLP, which is "
                 "a multiple of 64. Give ffn_hidden_size."
             )
-        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+        latent = self.multi_latent_attention
+        if self.kv_channels is None and not latent and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}. "
                 "Change one of them, or give kv_channels."
@@ -95,11 +102,32 @@ class ModelFile(Strict):
                 f"max_position_embeddings {self.max_position_embeddings} is smaller than seq_length {self.seq_length}. "
                 "Raise it, or shorten the sequence."
             )
-        if self.position_embedding_type == "rope" and self.head_size % 2:
+        if self.position_embedding_type == "rope" and not latent and self.head_size % 2:
             raise ValueError(f"kv_channels {self.head_size} is odd, which rotary embeddings cannot use. Make it even.")
-        if self.num_experts is not None or self.moe_ffn_hidden_size is not None:
-            key = "num_experts" if self.num_experts is not None else "moe_ffn_hidden_size"
-            raise ValueError(f"{key}: mixture-of-experts models are not supported yet. Remove the key.")
+        for switch, keys in READ_WITH.items():
+            unread = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+            if unread and not getattr(self, switch):
+                raise ValueError(
+                    f"{min(unread)}: without {switch} Megatron does not read it. Add that key, or remove this."
+                )
+        if latent and self.qk_pos_emb_head_dim % 2:
+            raise ValueError(
+                f"qk_pos_emb_head_dim {self.qk_pos_emb_head_dim} is odd, which rotary embeddings cannot use. Make it "
+                "even."
+            )
+        if latent and self.group_query_attention:
+            raise ValueError("group_query_attention: latent attention has no groups of queries. Remove the key.")
+        if not latent and self.rope_type == "yarn":
+            raise ValueError(
+                "rope_type yarn: only with multi_latent_attention; ordinary attention would need a factor that a model "
+                "file does not know. Choose rope."
+            )
+        if self.mtp_num_layers and self.position_embedding_type == "learned_absolute":
+            raise ValueError(
+                "mtp_num_layers: Megatron has multi-token prediction with position_embedding_type rope or none alone. "
+                "Choose one of them."
+            )
+        self.require_possible_experts(self.num_layers, biases=self.add_bias_linear)
         return self
 
     @property
@@ -110,9 +138,20 @@ class ModelFile(Strict):
         return int((4 * self.hidden_size * 2 / 3) / 64) * 64 if self.swiglu else 4 * self.hidden_size
 
     @property
+    def expert_ffn_size(self) -> int:
+        """Hidden size of one expert; with swiglu, of each of its two halves."""
+        return self.ffn_size if self.moe_ffn_hidden_size is None else self.moe_ffn_hidden_size
+
+    @property
     def head_size(self) -> int:
-        """Channels of one attention head."""
+        """Channels of the queries and keys of one attention head."""
+        if self.multi_latent_attention:
+            return self.latent_head_size
         return self.kv_channels if self.kv_channels is not None else self.hidden_size // self.num_attention_heads
+
+    def heads_of(self, size: int) -> dict[str, int]:
+        """Returns the keys of a model with heads of this size."""
+        return self.latent_heads(size) if self.multi_latent_attention else {"kv_channels": size}
 
     @property
     def query_groups(self) -> int:

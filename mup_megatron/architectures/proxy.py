@@ -10,6 +10,7 @@ from mup_megatron.errors import InputError
 MIN_DEPTH = 4
 """Below these sizes TP5 (Table 1 and §6.1) found transfer to get worse."""
 MIN_WIDTH = 256
+_RANKS = ("q_lora_rank", "kv_lora_rank")
 _BRANCHES = 2
 """Residual branches of a layer there: other layers count by theirs."""
 
@@ -37,7 +38,7 @@ class Proxy:
 
 
 def choose_proxy(target: ModelFile, search: Search, *, width: int = MIN_WIDTH, budget: float = 0.1) -> Proxy:
-    """A model of about `width` with the target's head size, ffn ratio, heads per group and architecture.
+    """A model of about `width` with the target's head sizes, ranks, ffn ratios, heads per group, experts and layers.
 
     The depth is the target's, or as much of it as keeps the search within `budget` times the target's cost, but at
     least 4 layers of a GPT or as many residual branches; a pattern of layers keeps whole periods.
@@ -63,20 +64,30 @@ def choose_proxy(target: ModelFile, search: Search, *, width: int = MIN_WIDTH, b
             f"{heads // groups} heads share a key/value group, in the target {heads_per_group}: updates of keys and "
             f"values grow a little with width. Width {round(heads_per_group * width_per_head)} would keep the ratio."
         )
-    ffn = max(1, round(target.ffn_size * hidden / target.hidden_size))
-    if ffn * target.hidden_size != target.ffn_size * hidden:
-        ratio = target.ffn_size / target.hidden_size
-        notes.append(f"ffn_hidden_size {ffn} is rounded; the target's ratio to hidden_size is {ratio:.4g}.")
+    sizes = {"ffn_hidden_size": target.ffn_size}
+    if target.num_experts is not None:
+        sizes["moe_ffn_hidden_size"] = target.expert_ffn_size
+    if target.moe_shared_expert_intermediate_size is not None:
+        sizes["moe_shared_expert_intermediate_size"] = target.moe_shared_expert_intermediate_size
+    narrow = {key: max(1, round(size * hidden / target.hidden_size)) for key, size in sizes.items()}
+    notes += [
+        f"{key} {narrow[key]} is rounded; the target's ratio to hidden_size is {size / target.hidden_size:.4g}."
+        for key, size in sizes.items()
+        if narrow[key] * target.hidden_size != size * hidden
+    ]
+    stack = architecture_of(target)
+    own, of_own = stack.narrowed(target, hidden)
+    notes += of_own
     model = target.model_copy(
         update={
+            **own,
             "hidden_size": hidden,
             "num_attention_heads": heads,
-            "kv_channels": target.head_size,
-            "ffn_hidden_size": ffn,
+            "kv_channels": target.kv_channels if target.multi_latent_attention else target.head_size,
+            **narrow,
             "num_query_groups": groups if target.group_query_attention else 1,
         }
     )
-    stack = architecture_of(target)
     least = -(-_BRANCHES * MIN_DEPTH // stack.branches)
     model = stack.with_depth(model, target.num_layers)
     for depth in range(target.num_layers - 1, least - 1, -1):
@@ -94,6 +105,12 @@ def choose_proxy(target: ModelFile, search: Search, *, width: int = MIN_WIDTH, b
         notes.append(f"the search costs more than {budget:.0%} of the target even at {depth} layers: use fewer trials.")
     if hidden < MIN_WIDTH:
         notes.append(f"width {hidden} is below the {MIN_WIDTH} at which transfer was good (TP5): for trying out only.")
+    ranks = {key: getattr(target, key) for key in _RANKS if target.multi_latent_attention and getattr(target, key)}
+    if large := [f"{key} {rank}" for key, rank in ranks.items() if rank > hidden]:
+        notes.append(
+            f"{' and '.join(large)}: kept, as in models of one kind at several widths, and above the proxy's "
+            f"hidden_size {hidden}: no bottleneck there. A wider proxy would be more like the target."
+        )
     if target.head_size < 32:
         notes.append(f"head size {target.head_size} is below 32: TP5 App. D.4 advises larger heads for the proxy.")
     return Proxy(model, tuple(notes))

@@ -3,7 +3,7 @@
 An architecture is one file and one line here: see `gpt.py` and `decoder.py` for what it has to say.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from mup_megatron.architectures.bert import BERT
 from mup_megatron.architectures.decoder import Architecture, Decoder
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.hybrid import HYBRID
+from mup_megatron.architectures.keys.custom import CustomList, CustomTensor
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.t5 import T5
 from mup_megatron.errors import InputError
@@ -109,6 +110,19 @@ def load_model_file(path: Path) -> ModelFile:
     return model_file(read_yaml(path), source=str(path))
 
 
+def load_custom_tensors(path: Path) -> tuple[CustomTensor, ...]:
+    """Reads the key `custom_tensors` of a file that may have others, as a model file has.
+
+    Raises:
+        InputError: there is no such key, or what it says is wrong.
+    """
+    content = read_yaml(path)
+    key = "custom_tensors"
+    if not isinstance(content, Mapping) or key not in content:
+        raise InputError(f"{path}: no {key}. Write it as in a model file.")
+    return validated(CustomList, {key: content[key]}, source=str(path)).custom_tensors
+
+
 def _sorted_out(content: object) -> tuple[Architecture, object]:
     """The architecture that plain values are of, and what its model file says of them.
 
@@ -139,6 +153,11 @@ def _as_model_file(content: object, handler: Callable[[object], ModelFile]) -> M
 
 AnyModelFile = Annotated[SerializeAsAny[ModelFile], WrapValidator(_as_model_file)]
 """A model file of whatever architecture, as a field of another content."""
+
+
+def remarks_on(base: ModelFile, target: ModelFile) -> Sequence[str]:
+    """Returns what is known of transfer between a base and a target that differ in more than width, in sentences."""
+    return architecture_of(target).remarks(base, target)
 
 
 def shapes_of(base: ModelFile, target: ModelFile) -> tuple[ModelShape, ModelShape]:

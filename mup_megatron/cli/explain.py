@@ -9,6 +9,7 @@ import click
 
 from mup_megatron.cli.options import load_plan, recipe_option, target_argument
 from mup_megatron.plan_table import COLUMNS, print_plan
+from mup_megatron.targets import remarks_for_file
 from mup_megatron.theory import Plan
 
 
@@ -22,7 +23,9 @@ def command(target: Path, recipe_path: Path, form: str, brief: bool) -> None:
 
     TARGET is a model file, or a Hugging Face configuration: its config.json or the folder of that.
     """
-    _, plan = load_plan(target, recipe_path)
+    recipe, plan = load_plan(target, recipe_path)
+    for sentence in remarks_for_file(target, recipe):
+        click.echo(sentence, err=True)
     match form:
         case "json":
             click.echo(json.dumps(plan.to_json(), indent=2))

@@ -51,6 +51,8 @@ def _option(name: str, help_text: str, kind: Any = int, **more: Any) -> Callable
 @_option("tensor_model_parallel_size", "Ranks that share each layer.")
 @_option("pipeline_model_parallel_size", "Ranks that share the depth.")
 @_option("num_layers_per_virtual_pipeline_stage", "Interleave the pipeline in stages of so many layers.")
+@_option("expert_model_parallel_size", "Ranks that hold different experts.")
+@_option("expert_tensor_parallel_size", "Ranks that share an expert. [default: those that share a layer]")
 @_option("sequence_parallel", "Split what tensor parallelism leaves whole along the sequence.")
 @_option("use_distributed_optimizer", "Split the optimizer's state over the data-parallel ranks.")
 @_option("bf16", "Compute in bfloat16, with weights kept in fp32 by the optimizer.")

@@ -146,6 +146,11 @@ def _problems(config: Any) -> list[str]:
         problems.append(
             "context_parallel_size: DeepSpeed's engine would not add up gradients over these ranks. Set it to 1."
         )
+    if config.num_moe_experts is not None:
+        problems.append(
+            "num_moe_experts: DeepSpeed's engine would add up gradients of experts over the wrong ranks. Train models "
+            "with experts in Megatron's own training."
+        )
     if config.gradient_accumulation_fusion:
         problems.append(
             "gradient_accumulation_fusion: it writes gradients where DeepSpeed's engine does not look for them. "

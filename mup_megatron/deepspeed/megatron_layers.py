@@ -36,8 +36,13 @@ def pipeline_layers(config: Any, model: ModelFile) -> list[LayerSpec]:
         model: what the plan was made for.
 
     Raises:
-        InputError: the model is no GPT, whose layers these are.
+        InputError: the model is no GPT, whose layers these are, or has experts.
     """
+    if model.num_experts is not None:
+        raise InputError(
+            "num_experts: DeepSpeed's pipeline would add up gradients of experts over the wrong ranks. Train models "
+            "with experts in Megatron's own training."
+        )
     if architecture_of(model) is not GPT:
         raise InputError(
             f"DeepSpeed's pipeline is made of a GPT's layers, and the model is {architecture_of(model).description}. "

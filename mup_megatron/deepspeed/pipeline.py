@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from mup_megatron.deepspeed.names import named_parameters
-from mup_megatron.modules.shapes import TABLES
+from mup_megatron.modules.parameters import TABLES
 from mup_megatron.theory import Plan
 
 

@@ -9,7 +9,7 @@ import difflib
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -19,23 +19,35 @@ from mup_megatron.errors import InputError
 from mup_megatron.recipe import HuggingFaceBase
 from mup_megatron.validation import brief, quoted
 
-_COUNTS = re.compile("vocab|position|length|^max_|^num_|_num_|groups$")
+_COUNTS = re.compile("vocab|position|length|kernel|^max_|^num_|_num_|groups$")
 """What a key has in its name that is a size and no width, where it is not listed below. With more groups of a
 convolution each reads less of its input, which is another architecture.
 """
 
 HEADS = frozenset(
     "num_attention_heads n_head num_heads num_key_value_heads num_kv_heads encoder_attention_heads "
-    "decoder_attention_heads".split()
+    "decoder_attention_heads attention_heads n_heads linear_num_key_heads linear_num_value_heads mamba_num_heads "
+    "mamba_n_heads n_mamba_heads num_global_key_value_heads".split()
 )
-HEAD_SIZES = frozenset({"head_dim", "d_kv"})
+"""Numbers of heads."""
+HEAD_SIZES = frozenset(
+    "head_dim d_kv linear_key_head_dim linear_value_head_dim mamba_head_dim mamba_headdim mamba_d_head".split()
+)
+_ATTENTION_HEAD_SIZES = ("head_dim", "d_kv")
 WIDTHS = frozenset(
     "hidden_size n_embd d_model embedding_size hidden_sizes word_embed_proj_dim intermediate_size n_inner ffn_dim d_ff "
-    "encoder_ffn_dim decoder_ffn_dim pooler_output_size".split()
+    "encoder_ffn_dim decoder_ffn_dim pooler_output_size out_hidden_size moe_intermediate_size "
+    "shared_expert_intermediate_size moe_shared_expert_intermediate_size shared_intermediate_size "
+    "intermediate_size_mlp".split()
 )
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")
+"""How many experts there are, and how many of them see a token: the learning rate transfers over both."""
 DEPTHS = frozenset(
     "num_hidden_layers n_layer num_layers num_decoder_layers encoder_layers decoder_layers depths layer_types "
-    "max_window_layers stage_names out_features out_indices".split()
+    "max_window_layers stage_names out_features out_indices depth layers_block_type cross_attention_layers "
+    "deepstack_visual_indexes intermediate_layers_indices num_global_layers attn_layer_indices hybrid_layer_ids "
+    "num_encoder_layers".split()
 )
 FIXED = frozenset(
     "vocab_size type_vocab_size n_positions max_position_embeddings num_labels image_size patch_size num_channels "
@@ -129,7 +141,8 @@ def config_from(
         ) from None
     known = {*defaults.to_dict(), *defaults.attribute_map, "tie_word_embeddings", "is_decoder", "num_labels"}
     for key in own if strict else ():
-        if key not in known and not _MAY_DIFFER.fullmatch(key):
+        # Some code reads a size that its configuration does not declare, as Qwen3-MoE its head_dim.
+        if key not in known and key not in _SIZES and not _MAY_DIFFER.fullmatch(key):
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"Did you mean '{near[0]}'?" if near else f"See {type(defaults).__name__} for its keys."
             raise InputError(f"{source}.{brief(key, 60)}: unknown key of model type {model_type}. {hint}")
@@ -159,7 +172,7 @@ def _require_possible(own: Mapping[str, Any], source: str) -> None:
             _require_possible(value, where)
         if value is not None and key in _SIZES:
             sizes = value if isinstance(value, list | tuple) else [value]
-            least = 0 if key in FIXED else 1
+            least = 0 if key in FIXED or "shared" in key else 1
             if not sizes or not all(_is_size(size) and least <= size <= _LARGEST[key] for size in sizes):
                 raise InputError(
                     f"{where}: should be a whole number from {least} to {_LARGEST[key]}, found {quoted(value)}. "
@@ -169,52 +182,73 @@ def _require_possible(own: Mapping[str, Any], source: str) -> None:
             raise InputError(f"{where}: must be a finite number, found {value}. Write an ordinary number.")
 
 
-def require_comparable(base: PretrainedConfig, target: PretrainedConfig) -> None:
-    """Raises InputError where two configurations differ in something else than widths and depths; names the key."""
+def value(config: PretrainedConfig, key: str) -> Any:
+    """A configuration's value; None where it has none, or one for each layer."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # transformers refuses to give one value where layers have several
+        return None
+
+
+def inner(config: PretrainedConfig) -> dict[str, PretrainedConfig]:
+    """The configurations within a configuration, such as those of a text and a vision model, by key."""
+    return {key: value for key, value in vars(config).items() if isinstance(value, PretrainedConfig)}
+
+
+def require_comparable(base: PretrainedConfig, target: PretrainedConfig, within: str = "") -> None:
+    """Raises InputError where two configurations differ in something else than widths and depths; names the key.
+
+    Args:
+        base: of the recipe.
+        target: of the model that is trained.
+        within: the keys under which the two stand in others, each with a dot.
+    """
     if base.model_type != target.model_type:
         raise InputError(
-            f"model_type is {base.model_type} in the recipe's base but {target.model_type} in the target. "
+            f"{within}model_type is {base.model_type} in the recipe's base but {target.model_type} in the target. "
             "Hyperparameters transfer between widths of one architecture: tune a base that has the target's."
         )
+    parts, others = inner(base), inner(target)
     for key in sorted(differing(base, target)):
-        one: Any = getattr(base, key, None)
-        other: Any = getattr(target, key, None)
-        staged = key in WIDTHS | {"depths"} and isinstance(one, list | tuple) and isinstance(other, list | tuple)
-        if staged and len(one) != len(other):
-            raise InputError(
-                f"{key} has {len(one)} stages in the recipe's base but {len(other)} in the target. Give the base as "
-                "many."
-            )
-        if key in WIDTHS | HEADS | HEAD_SIZES | DEPTHS or _MAY_DIFFER.fullmatch(key):
-            continue
-        values = (base.to_dict().get(key), target.to_dict().get(key))
-        _require_one_model(key, *values, target)
-        if key not in FIXED and _is_size(values[0]) and _is_size(values[1]) and not _COUNTS.search(key):
-            continue  # a width of a family that is not listed here: `widened` compares it
-        raise InputError(
-            f"{key} is {_shown(values[0])} in the recipe's base but {_shown(values[1])} in the target. Hyperparameters "
-            "transfer between widths of one architecture: give the base the target's."
-        )
+        if key in parts and key in others:
+            require_comparable(parts[key], others[key], f"{within}{key}.")
+        else:
+            _require_comparable(key, base, target, within)
     if base.num_labels != target.num_labels:
         raise InputError(
-            f"num_labels is {base.num_labels} in the recipe's base but {target.num_labels} in the target. Give the "
-            "base the target's."
+            f"{within}num_labels is {base.num_labels} in the recipe's base but {target.num_labels} in the target. Give "
+            "the base the target's."
         )
 
 
-def _require_one_model(key: str, base: Any, target: Any, config: PretrainedConfig) -> None:
-    """Raises InputError where a key holds a configuration of its own: its widths are compared nowhere."""
-    if not (isinstance(base, Mapping) and isinstance(target, Mapping)):
+def _require_comparable(key: str, base: PretrainedConfig, target: PretrainedConfig, within: str) -> None:
+    one, other = value(base, key), value(target, key)
+    staged = key in WIDTHS | {"depths"} and isinstance(one, list | tuple) and isinstance(other, list | tuple)
+    if staged and len(one) != len(other):
+        raise InputError(
+            f"{within}{key} has {len(one)} stages in the recipe's base but {len(other)} in the target. Give the base "
+            "as many."
+        )
+    if key in {*WIDTHS, *HEADS, *HEAD_SIZES, *DEPTHS} or _MAY_DIFFER.fullmatch(key):
         return
-    inner = next((own for own in sorted(target) if base.get(own) != target[own]), "…")
-    hint = (
-        f"make base and target of {key} alone, which is a configuration of its own ({target['model_type']})"
-        if "model_type" in target and "text" in key
-        else "give the base the target's"
-    )
+    if key in {*EXPERTS, *CHOSEN} and _share_of_tokens(base) is not None and _share_of_tokens(target) is not None:
+        return
+    one, other = base.to_dict().get(key), target.to_dict().get(key)
+    if key == _PER_LAYER and isinstance(one, Mapping) and isinstance(other, Mapping):
+        changed = {own for at in other for own in other[at] if one.get(at, other[at]).get(own) != other[at][own]}
+        if changed <= {*WIDTHS, *HEADS, *HEAD_SIZES}:
+            return
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        first = next((own for own in sorted(other) if one.get(own) != other[own]), "…")
+        raise InputError(
+            f"{within}{key}.{first} differs between the recipe's base and the target, and widths in such a table are "
+            "not transferred. Give the base the target's."
+        )
+    if key not in FIXED and _is_size(one) and _is_size(other) and not _COUNTS.search(key):
+        return  # a width of a family that is not listed here: `widened` compares it
     raise InputError(
-        f"{key}.{inner} differs between the recipe's base and the target. {config.model_type} has configurations "
-        f"within its configuration, and there widths are not transferred: {hint}."
+        f"{within}{key} is {_shown(one)} in the recipe's base but {_shown(other)} in the target. Hyperparameters "
+        "transfer between widths of one architecture: give the base the target's."
     )
 
 
@@ -225,7 +259,30 @@ def _is_size(value: Any) -> bool:
 def differing(base: PretrainedConfig, target: PretrainedConfig) -> set[str]:
     """The keys in which two configurations differ; not those that their type does not have, as old files may."""
     one, other = base.to_dict(), target.to_dict()
-    return {key for key in one if one[key] != other.get(key)}
+    known = _known(base)
+    return {key for key in one if key in known and one[key] != other.get(key)}
+
+
+def differing_states(base: PretrainedConfig, target: PretrainedConfig) -> list[str]:
+    """The keys of the size of a state space's state, of those in which two configurations differ."""
+    within = [key for name, part in inner(base).items() for key in differing_states(part, inner(target)[name])]
+    return sorted(differing(base, target) & _STATE_SIZES) + within
+
+
+_STATE_SIZES = frozenset({"state_size", "ssm_state_size", "mamba_d_state"})
+
+
+def _known(config: PretrainedConfig) -> Collection[str]:
+    """The keys that a configuration's type has, where they can be told: its code passes over others."""
+    kind = type(config)
+    try:
+        return {*kind().to_dict(), *kind.attribute_map, _PER_LAYER}
+    except Exception:  # some types have no defaults
+        return config.to_dict()
+
+
+_PER_LAYER = "per_layer_config"
+"""The key under which layers have values of their own."""
 
 
 def at_depth_of(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedConfig:
@@ -234,9 +291,17 @@ def at_depth_of(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedC
     A library's own scaling of initial weights with depth is then the target's. So are the ids of tokens, one of which
     may be a row of zeros in the embedding, and the positions, whose stretching may be a part of attention's scale.
     """
-    own = target.to_dict()
-    kept = {key for key in own if key in DEPTHS or key.endswith("_token_id") or key == "rope_parameters"}
-    return _changed(base, {key: own[key] for key in kept})
+    return _changed(base, _depth_of(base, target))
+
+
+def _depth_of(base: PretrainedConfig, target: PretrainedConfig) -> dict[str, Any]:
+    own, others = target.to_dict(), inner(target)
+    kept = {
+        key: own[key]
+        for key in differing(base, target)
+        if key in own and (key in DEPTHS or key.endswith("_token_id") or key == "rope_parameters")
+    }
+    return kept | {key: _depth_of(part, others[key]) for key, part in inner(base).items() if key in others}
 
 
 def widened(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedConfig:
@@ -244,24 +309,58 @@ def widened(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedConfi
 
     The size of heads grows where it differs between base and target; else their number does.
     """
-    own = base.to_dict()
-    head_grows = head_size(base) != head_size(target)
-    grow = set(WIDTHS) | (set(HEAD_SIZES) if head_grows else set(HEADS))
+    return _changed(base, _wider(base, target))
+
+
+def _wider(base: PretrainedConfig, target: PretrainedConfig) -> dict[str, Any]:
+    own, changed, others = base.to_dict(), differing(base, target), inner(target)
+    sized = {key for key in HEAD_SIZES & changed if _is_size(own.get(key))}
+    if head_size(base) != head_size(target):
+        sized |= set(_ATTENTION_HEAD_SIZES)
+    # Where the heads of a kind of layer grow in size, they do not in number.
+    grow = set(WIDTHS) | sized | {key for key in HEADS if _kind(key) not in set(map(_kind, sized))}
     unlisted = {
         key
-        for key in differing(base, target) - WIDTHS - HEADS - HEAD_SIZES - DEPTHS - FIXED
+        for key in changed - WIDTHS - HEADS - HEAD_SIZES - DEPTHS - FIXED - {*EXPERTS, *CHOSEN}
         if _is_size(own.get(key)) and not _MAY_DIFFER.fullmatch(key) and not _COUNTS.search(key)
     }
-    return _changed(base, {key: _doubled(own[key]) for key in grow | unlisted if own.get(key) is not None})
+    found = {key: _doubled(own[key]) for key in grow | unlisted if own.get(key) is not None}
+    if isinstance(layers := own.get(_PER_LAYER), Mapping):
+        found[_PER_LAYER] = {
+            at: {key: _doubled(size) if key in grow else size for key, size in each.items()}
+            for at, each in layers.items()
+        }
+    return found | {key: _wider(part, others[key]) for key, part in inner(base).items() if key in others}
+
+
+def _kind(key: str) -> str:
+    """Which of the layers of a hybrid model have heads of a key's size or number."""
+    return next((kind for kind in ("mamba", "linear") if kind in key), "attention")
 
 
 def head_size(config: PretrainedConfig) -> int | None:
     """The size of attention's heads; None where a configuration has none."""
-    for key in HEAD_SIZES:
-        if isinstance(size := getattr(config, key, None), int):
+    for key in _ATTENTION_HEAD_SIZES:
+        if isinstance(size := value(config, key), int):
             return size
-    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    hidden, heads = value(config, "hidden_size"), value(config, "num_attention_heads")
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
+
+
+def share_of_tokens(config: PretrainedConfig) -> float:
+    """The part of the tokens that one expert sees, k/E; 1 without experts, and where it is not known."""
+    shares = (_share_of_tokens(own) for own in (config, *inner(config).values()))
+    return next((share for share in shares if share is not None), 1.0)
+
+
+def _share_of_tokens(config: PretrainedConfig) -> float | None:
+    count, chosen = (_first_size(config, keys) for keys in (EXPERTS, CHOSEN))
+    return chosen / count if count and chosen else None
+
+
+def _first_size(config: PretrainedConfig, keys: tuple[str, ...]) -> int | None:
+    found: list[int] = [size for key in keys if _is_size(size := value(config, key))]
+    return found[0] if found else None
 
 
 def reference_std(config: PretrainedConfig) -> float:
@@ -269,9 +368,10 @@ def reference_std(config: PretrainedConfig) -> float:
 
     A library's draws that do not follow from it (T5, ResNet) are in proportion to it all the same.
     """
-    for key in _STDS:
-        if isinstance(std := getattr(config, key, None), float) and std > 0:
-            return std
+    for own in (config, *inner(config).values()):
+        for key in _STDS:
+            if isinstance(std := value(own, key), float) and std > 0:
+                return float(std)
     return 0.02
 
 
@@ -279,12 +379,16 @@ def base_content(config: PretrainedConfig) -> dict[str, Any]:
     """A configuration as the `base` of a recipe: everything that is not a default, without what has no meaning
     there.
     """
-    known = AutoConfig.for_model(config.model_type).to_dict()
+    known, parts = AutoConfig.for_model(config.model_type).to_dict(), inner(config)
     kept = {
         key: value
         for key, value in config.to_diff_dict().items()
-        if key in known and (not _MAY_DIFFER.fullmatch(key) or key in FIXED or key in _STDS)
+        if (key in known or key in _SIZES) and (not _MAY_DIFFER.fullmatch(key) or key in FIXED or key in _STDS)
     }
+    # A default may follow from other keys, and from those of the default configuration it then is another one.
+    again = AutoConfig.for_model(**kept | {"model_type": config.model_type}).to_dict()
+    own = config.to_dict()
+    kept |= {key: own[key] for key in own if (key in _SIZES or key in parts) and again.get(key) != own[key]}
     classes = {"architectures": list(config.architectures)} if config.architectures else {}
     labels = (
         {"num_labels": config.num_labels} if "num_labels" not in kept and config.num_labels != _DEFAULT_LABELS else {}
@@ -297,8 +401,17 @@ def _doubled(value: Any) -> Any:
 
 
 def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
+    """A copy with other values; those of a configuration within it stand under its key."""
     changed = copy.deepcopy(config)
     with refused(f"the {config.model_type} configuration at another size"):
-        for key, value in changes.items():
-            setattr(changed, key, value)
+        _set(changed, changes)
     return changed
+
+
+def _set(config: PretrainedConfig, changes: Mapping[str, Any]) -> None:
+    for key, new in changes.items():
+        within = vars(config).get(key)
+        if isinstance(within, PretrainedConfig):
+            _set(within, new)
+        else:
+            setattr(config, key, new)

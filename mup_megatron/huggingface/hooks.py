@@ -1,6 +1,7 @@
 """The plug-in's places in transformers: when a model is saved, and when the Trainer has made its optimizer."""
 
 import logging
+from collections import OrderedDict
 from types import ModuleType
 from typing import Any
 from weakref import WeakSet
@@ -26,12 +27,14 @@ def install() -> None:
     if _installed:
         return
     _wrap(_save_pretrained, "save_pretrained", PreTrainedModel)
+    _wrap(_from_pretrained, "from_pretrained", PreTrainedModel)
     wrapt.register_post_import_hook(_wrap_trainer, "transformers.trainer")
     _installed = True
 
 
 def _wrap(wrapper: Any, name: str, owner: Any) -> None:
-    setattr(owner, name, wrapt.FunctionWrapper(getattr(owner, name), wrapper))
+    # As it stands in the class: a class method is to be called on whichever class somebody has.
+    setattr(owner, name, wrapt.FunctionWrapper(vars(owner)[name], wrapper))
 
 
 def _wrap_trainer(module: ModuleType) -> None:
@@ -56,12 +59,36 @@ def _save_pretrained(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any
     if applied.changes_function and instance not in _told:
         _told.add(instance)  # the Trainer saves at every checkpoint
         _log.warning(
-            "This model has multipliers or a scale of attention that are not in the saved weights: loaded without "
-            'mup_megatron it is another function. Call apply_plan(model, plan, initialize="keep") after loading it; '
-            '"%s" in its config.json says which recipe.',
+            "This model computes with %s, which the saved weights do not hold: loaded without mup_megatron it is "
+            'another function. Call apply_plan(model, plan, initialize="keep") after loading it; "%s" in its '
+            "config.json says which recipe.",
+            applied.told(),
             KEY,
         )
     return result
+
+
+def _from_pretrained(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    result = wrapped(*args, **kwargs)
+    model = result[0] if isinstance(result, tuple) else result
+    if (mark := marked(model)) is not None and mark.changes_function:
+        model.register_forward_pre_hook(_warn_once_without_plan)
+    return result
+
+
+def _warn_once_without_plan(model: Any, args: Any) -> None:
+    """Forward pre-hook: a loaded model is used, and whoever has not applied its plan by now has forgotten it."""
+    model._forward_pre_hooks = OrderedDict(
+        (key, hook) for key, hook in model._forward_pre_hooks.items() if hook is not _warn_once_without_plan
+    )
+    mark = marked(model)
+    if mark is not None and applied_to(model) is None:
+        _log.warning(
+            "This model was trained with the recipe %s, with multipliers or a scale of attention that its weights do "
+            "not hold, and no plan was applied to it since it was loaded: it is another function. Call "
+            'apply_plan(model, plan, initialize="keep").',
+            mark.fingerprint[:12],
+        )
 
 
 def _create_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -15,11 +15,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mup_megatron.errors import InputError
 from mup_megatron.huggingface import configs, verification
 from mup_megatron.modules.apply import require_scalable, set_attention_scale
-from mup_megatron.modules.attention import attention_of
+from mup_megatron.modules.attention import attentions_of
+from mup_megatron.modules.forward import Forward
 from mup_megatron.modules.names import unwrapped
 from mup_megatron.modules.shapes import Facts, MetaModule, base_parameters, model_shapes
 from mup_megatron.recipe import HuggingFaceBase, Recipe
-from mup_megatron.theory import Plan
+from mup_megatron.theory import ModelShape, Plan, Property
 from mup_megatron.validation import brief
 
 TESTED = frozenset("gpt2 gpt_neox llama mistral qwen2 qwen3 bert vit resnet opt t5".split())
@@ -61,38 +62,47 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
             "at it with `mup-megatron explain`, and make a coordinate check before a large run.",
             config.model_type,
         )
+    for key in configs.differing_states(at_base, config):
+        _log.warning(
+            "%s differs between the recipe's base and the target: the learning rate was measured to transfer, and the "
+            "size of what a state gives does not stay until the norm behind it. Keep it where you can.",
+            key,
+        )
     model_class = _class_of(target, at_base)
     small = configs.at_depth_of(at_base, config)
-    built = MetaModule.of(_factory(model_class, config))
-    base_built = MetaModule.of(_factory(model_class, small))
-    _require_no_embedding_scale(base_built.module, built.module)
+    built = MetaModule.of(_factory(model_class, config), keeps=True)
+    base_built = MetaModule.of(_factory(model_class, small), keeps=True)
     _require_known_scale(at_base, config, built.module)
     scale = recipe.hyperparameters.init_method_std / configs.reference_std(at_base)
+    fixed = verification.fixed_parts(base_built, built)
+    base_pass, stock_pass = (verification.forward_of(each, fixed=fixed) for each in (base_built, built))
+    verification.require_no_hidden_factor(base_pass, stock_pass, built.module)
     facts = Facts(
         num_layers=_num_layers(config),
         readout=_readout(built.module),
-        base_attention=attention_of(base_built.module),
+        base_attentions=attentions_of(base_built.module),
+        summed=stock_pass.summed,
+        counts_may_differ=True,
     )
     wider = MetaModule.of(_factory(model_class, configs.widened(small, config)))
     parameters = base_parameters(base_built, wider, init_scale=scale)
     base_shape, shape = model_shapes(built, parameters, facts)
-    base_pass, stock_pass = verification.forward_of(base_built), verification.forward_of(built)
-    verification.require_no_hidden_factor(base_pass, stock_pass, built.module)
     plan = recipe.plan_for_shapes(
-        replace(base_shape, stock_readout_scale=base_pass.readout_scale or 1.0),
-        replace(shape, stock_readout_scale=stock_pass.readout_scale or 1.0),
+        _as_seen(base_shape, base_pass, share=configs.share_of_tokens(at_base)),
+        _as_seen(shape, stock_pass, share=configs.share_of_tokens(config)),
     )
     final_pass = stock_pass
     if plan.changes_softmax_scale:
         require_scalable(built.module, plan)
         set_attention_scale(built.module, plan)
-        final_pass = verification.forward_of(built)
+        final_pass = verification.forward_of(built, fixed=fixed)
     verification.require_right_softmax(
         base_pass,
         final_pass,
         built.module,
         alpha=recipe.hyperparameters.attention_multiplier,
         standard=recipe.parametrization.rule == "standard",
+        changes=lambda name: plan.attention(name).changes,
     )
     return plan
 
@@ -109,7 +119,7 @@ def _class_of(target: PreTrainedModel | PretrainedConfig, base: PretrainedConfig
             "Add for example architectures: [GPT2LMHeadModel]."
         )
     with configs.refused(f"architectures: {brief(names[0], 60)} cannot be imported from transformers"):
-        found = getattr(transformers, names[0], None)
+        found = getattr(transformers, _spelled(names[0]), None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel):
         raise InputError(
             f"architectures: {brief(names[0], 60)} is no model class of the installed transformers. Write one that is; "
@@ -120,6 +130,17 @@ def _class_of(target: PreTrainedModel | PretrainedConfig, base: PretrainedConfig
             f"architectures: {names[0]} is no model of model_type {target.model_type}. Correct one of them."
         )
     return found
+
+
+def _spelled(name: str) -> str:
+    """A class's name as the installed transformers spells it: code that came with a checkpoint before may differ."""
+    if hasattr(transformers, name):
+        return name
+    return next((known for known in dir(transformers) if _letters(known) == _letters(name)), name)
+
+
+def _letters(name: str) -> str:
+    return name.replace("_", "").lower()
 
 
 def _factory(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Callable[[], torch.nn.Module]:
@@ -171,7 +192,7 @@ def _num_layers(config: PretrainedConfig) -> int:
 def _require_known_scale(base: PretrainedConfig, target: PretrainedConfig, model: torch.nn.Module) -> None:
     """Raises InputError if heads grow in size, and attention hides its scale."""
     one, other = configs.head_size(base), configs.head_size(target)
-    attention = attention_of(model)
+    attention = next(iter(attentions_of(model).values()), None)
     if one != other and (one is None or other is None):
         raise InputError(
             f"the size of heads is known from the {'target' if one is None else 'recipe'}'s configuration alone, and "
@@ -184,22 +205,20 @@ def _require_known_scale(base: PretrainedConfig, target: PretrainedConfig, model
         )
 
 
-def _require_no_embedding_scale(base: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Raises InputError if a model multiplies its embeddings by something that grows with width, as Gemma does."""
-    at_base = dict(base.named_modules())
-    key = "scale_embedding"
-    can = hasattr(getattr(target, "config", None), key)
-    hint = f"Set {key} to false in base and target." if can else "Its family has no key for it: choose another model."
-    for name, module in target.named_modules():
-        scale = getattr(module, "embed_scale", None)
-        if scale is not None and not _same(scale, getattr(at_base.get(name), "embed_scale", None)):
-            raise InputError(
-                f"{name}: {type(module).__name__} multiplies embeddings by a factor that grows with width "
-                f"(embed_scale), which μP has no place for. {hint}"
-            )
+def _as_seen(shape: ModelShape, seen: Forward, *, share: float) -> ModelShape:
+    """A model's shape with what its code multiplies the readout's input and the rows of its tables by.
 
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        return False  # on the meta device it has no value
-    return bool(one == other)
+    Args:
+        shape: without.
+        seen: a forward pass.
+        share: the part of the tokens that an expert sees.
+    """
+    tensors = (
+        replace(
+            tensor,
+            stock_multiplier=seen.looked_up.get(tensor.name) or 1.0,
+            share=share if Property.EXPERT in tensor.properties else 1.0,
+        )
+        for tensor in shape.tensors
+    )
+    return replace(shape, tensors=tuple(tensors), stock_readout_scale=seen.readout_scale or 1.0)

@@ -4,59 +4,160 @@ Base and target are run on the meta device with a small input, and each operatio
 to models whose attention is seen to compute what the plan says.
 """
 
-import inspect
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from mup_megatron.errors import InputError
 from mup_megatron.huggingface import configs
+from mup_megatron.huggingface.inputs import attempts
 from mup_megatron.modules.attention import attention_modules
-from mup_megatron.modules.forward import Factor, Forward, watched_forward
+from mup_megatron.modules.forward import Factor, Forward, joined, watched_forward
 from mup_megatron.modules.shapes import MetaModule
-from mup_megatron.theory import rules
+from mup_megatron.theory import family_of, rules
 from mup_megatron.validation import shortened
 
-_LENGTH = 8
 _CLOSE = 1e-4
 """Relative difference of two scales that are one: some code rounds them to half precision."""
 
 
-def forward_of(built: MetaModule) -> Forward:
-    """Returns what a forward pass of a model does.
+def forward_of(built: MetaModule, *, fixed: Collection[str] = ()) -> Forward:
+    """Returns what forward passes of a model do: one of the whole, and one of each part that this did not reach.
+
+    Args:
+        built: the model.
+        fixed: names of models within it that have one size in base and target: where they do not run, nothing in them
+            can follow width.
 
     Raises:
-        InputError: its forward pass cannot be run with the inputs that are known, or not on the meta device.
+        InputError: the forward pass of a part cannot be run with the inputs that are known, or not on the meta device.
     """
     model: Any = built.module
     model.eval()
-    if str(getattr(model.config, "_attn_implementation", None)) not in ("eager", "sdpa", "None"):
-        model.set_attn_implementation("eager")  # a kernel's own code cannot be watched; it is told the same scale
-    readout = model.get_output_embeddings()
-    weight = None if readout is None else readout.weight
+    for part in (model, *_models_in(model)):
+        if str(getattr(part.config, "_attn_implementation", None)) not in ("eager", "sdpa", "None"):
+            part.set_attn_implementation("eager")  # a kernel's own code cannot be watched; it is told the same scale
+        if getattr(part, "_can_set_experts_implementation", lambda: False)():
+            part.set_experts_implementation("batched_mm")  # without values there is no loop over those that were chosen
     # Some classifiers look for the end of the text, of which there is none here. What they stand on has the attention.
-    parts = [model] if readout is not None or model.base_model is model else [model, model.base_model]
+    ends = model.get_output_embeddings() is not None or model.base_model is model
+    passes: list[Forward] = []
+    try:
+        passes.append(_watched(built, model if ends else (model, model.base_model)))
+    except InputError:
+        # A model of several may want more than text, or sound and images that fit the text.
+        if len(_outermost(model)) < 2:
+            raise
+    for name in _FEATURES:
+        if hasattr(model, name) and _unreached(model, passes):
+            with contextlib.suppress(InputError):  # the models within it are tried by themselves
+                passes.append(_watched(built, getattr(model, name)))
+    name_of = {id(module): name for name, module in model.named_modules()}
+    for part in _unreached(model, passes):
+        if part in _unreached(model, passes):
+            try:
+                passes += _of_parts(built, part)
+            except InputError:
+                if not any(_is_within(name_of[id(part)], name) for name in fixed):
+                    raise
+    return joined(passes)
+
+
+def fixed_parts(base: MetaModule, target: MetaModule) -> frozenset[str]:
+    """Returns the names of the models within a model that have one size in base and target."""
+    one, other = base.shapes, target.shapes
+    return frozenset(
+        name
+        for name, part in target.module.named_modules()
+        if name
+        and isinstance(part, PreTrainedModel)
+        and all(one.get(key) == other[key] for key in other if _is_within(key, name))
+    )
+
+
+def _is_within(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(f"{outer}.")
+
+
+_FEATURES = ("get_image_features", "get_audio_features")
+"""The methods by which a model of several gets what it takes from images and sound, with the projectors after them."""
+
+
+def _models_in(model: torch.nn.Module) -> list[Any]:
+    """The models within a model, outer ones first."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
+
+
+def _outermost(model: torch.nn.Module) -> list[Any]:
+    """The models within a model that are in no other of them."""
+    found = _models_in(model)
+    within = {id(own) for part in found for own in _models_in(part)}
+    return [part for part in found if id(part) not in within]
+
+
+def _unreached(model: torch.nn.Module, passes: Iterable[Forward]) -> list[Any]:
+    """The models within a model of which no pass has called anything, outer ones first."""
+    called = frozenset().union(*(each.called for each in passes))
+    reached = {id(module) for name, module in model.named_modules(remove_duplicate=False) if name in called}
+    return [part for part in _models_in(model) if _holds(part) and reached.isdisjoint(map(id, part.modules()))]
+
+
+def _holds(model: torch.nn.Module) -> bool:
+    return next(model.parameters(), None) is not None
+
+
+def _of_parts(built: MetaModule, part: Any) -> list[Forward]:
+    """Passes of a model within a model, or of all those within it where its own does not run."""
+    try:
+        return [_watched(built, part)]
+    except InputError:
+        within = [own for own in _models_in(part) if _holds(own)]
+        if not within:
+            raise
+        return [each for own in within for each in _of_parts(built, own)]
+
+
+def _watched(built: MetaModule, calls: Any) -> Forward:
+    """The first pass that runs of one of some calls, models or methods, each with several inputs.
+
+    Raises:
+        InputError: none does.
+    """
+    model: Any = built.module
+    readout = model.get_output_embeddings()
     failure: Exception | None = None
-    for part in parts:
-        for inputs in _attempts(part):
+    calls = calls if isinstance(calls, tuple) else (calls,)
+    for call in calls:
+        part = call if isinstance(call, torch.nn.Module) else call.__self__
+        for inputs in attempts(getattr(call, "forward", call), part.config):
             try:
                 with configs.quiet():
-                    return watched_forward(model, partial(part, **inputs), built.watch, weight)
+                    return watched_forward(
+                        model, partial(call, **inputs), built.watch, None if readout is None else readout.weight
+                    )
             except Exception as error:  # a library's code may raise anything, and some of it cannot run without values
                 failure = failure or error
     assert failure is not None
     what = shortened(f"{type(failure).__name__}: {configs.in_a_line(failure)}", 80)
     raise InputError(
-        f"model type {model.config.model_type}: its attention could not be looked at, because {type(model).__name__}'s "
+        f"model type {model.config.model_type}: its attention could not be looked at, because {type(part).__name__}'s "
         f"forward pass does not run on small inputs without values ({what}). It is not supported."
     ) from failure
 
 
 def require_right_softmax(
-    base: Forward, after: Forward, model: torch.nn.Module, *, alpha: float, standard: bool
+    base: Forward,
+    after: Forward,
+    model: torch.nn.Module,
+    *,
+    alpha: float,
+    standard: bool,
+    changes: Callable[[str], bool],
 ) -> None:
     """Raises InputError where attention would not compute with the scale that follows from the base's.
 
@@ -66,6 +167,7 @@ def require_right_softmax(
         model: the target.
         alpha: the recipe's attention_multiplier.
         standard: every scale stays the library's.
+        changes: whether an attention of this name has to be told another scale than its own.
     """
     if len(base.softmaxes) != len(after.softmaxes):
         raise InputError(
@@ -78,6 +180,13 @@ def require_right_softmax(
             raise InputError(
                 f"{name}: no softmax was seen in {type(module).__name__}, so what it computes is not known. A model "
                 "with such an attention is not supported."
+            )
+    families = {family_of(name) for name in after.called}
+    for name, module, _ in attention_modules(model):
+        if family_of(name) not in families and changes(name):
+            raise InputError(
+                f"{name}: no pass over small inputs reaches {type(module).__name__}, so that it uses the scale that it "
+                "is told is not known. Use attention_multiplier 1, and a base whose heads have the target's size."
             )
     for own, found in zip(base.softmaxes, after.softmaxes, strict=True):
         if own.scale is None or found.scale is None:
@@ -100,7 +209,16 @@ def require_right_softmax(
 
 
 def require_no_hidden_factor(base: Forward, target: Forward, model: torch.nn.Module) -> None:
-    """Raises InputError where the code multiplies by a number that is another one at another width."""
+    """Raises InputError where the code multiplies by a number that is another one at another width.
+
+    What a table's rows are multiplied by may be another one: the plan takes it back. But it has to be known.
+    """
+    for name, factor in (*base.looked_up.items(), *target.looked_up.items()):
+        if not factor:
+            raise InputError(
+                f"{name}: {type(model).__name__} multiplies its rows by something that is no one number that could be "
+                "seen, so its multiplier is unknown. Switch it off in both configurations, or choose another model."
+            )
     for own, found in zip(base.factors, target.factors, strict=False):
         if (own.where, own.operation) != (found.where, found.operation):
             break
@@ -120,59 +238,3 @@ def require_no_hidden_factor(base: Forward, target: Forward, model: torch.nn.Mod
 def _told(factor: Factor) -> str:
     sign = {"mul": "×", "div": "÷", "add": "+", "sub": "−", "pow": "^"}.get(factor.operation, factor.operation)
     return f"{sign} {factor.number:g}" if factor.number is not None else "an unknown number"
-
-
-# ---- inputs --------------------------------------------------------------------------------------------------------
-
-
-def _attempts(model: Any) -> Iterator[dict[str, Any]]:
-    """Arguments of a small pass on the meta device, likeliest first: configurations do not say what sizes they want."""
-    known = inspect.signature(model.forward).parameters
-    makers = {name: make for name, make in _MAKERS.items() if name in known}
-    if not getattr(model.config, "is_encoder_decoder", False):
-        makers.pop("decoder_input_ids", None)
-    made = {name: make(model.config) for name, make in makers.items()}
-    rest = {"use_cache": False} if "use_cache" in known else {}
-    for attempt in range(max(map(len, made.values()), default=1)):
-        yield {name: shapes[min(attempt, len(shapes) - 1)] for name, shapes in made.items() if shapes} | rest
-
-
-def _meta(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, device="meta")
-
-
-def _ids(config: Any) -> list[torch.Tensor]:
-    return [torch.zeros(1, _LENGTH, dtype=torch.long, device="meta")]
-
-
-def _boxes(config: Any) -> list[torch.Tensor]:
-    return [torch.zeros(1, _LENGTH, 4, dtype=torch.long, device="meta")]
-
-
-def _pixels(config: Any) -> list[torch.Tensor]:
-    own = getattr(config, "vision_config", None) or config
-    size, channels = getattr(own, "image_size", None), getattr(own, "num_channels", None) or 3
-    sizes = [size if isinstance(size, list | tuple) else (size, size)] if size else []
-    return [_meta(1, channels, *both) for both in (*sizes, (224, 224), (64, 64))]
-
-
-def _waves(config: Any) -> list[torch.Tensor]:
-    bins, length = getattr(config, "num_mel_bins", None), getattr(config, "max_length", None)
-    return [*([_meta(1, length, bins)] if bins and length else []), _meta(1, 16000), _meta(1, 1, 16000)]
-
-
-def _spectra(config: Any) -> list[torch.Tensor]:
-    own = getattr(config, "audio_config", None) or config
-    keys = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim")
-    bins = next((size for key in keys if isinstance(size := getattr(own, key, None), int)), 80)
-    return [_meta(1, bins, 2 * getattr(own, "max_source_positions", 100)), _meta(1, 100, bins)]
-
-
-_MAKERS: Mapping[str, Callable[[Any], list[torch.Tensor]]] = {
-    "input_ids": _ids,
-    "decoder_input_ids": _ids,
-    "bbox": _boxes,
-    "pixel_values": _pixels,
-    "input_values": _waves,
-    "input_features": _spectra,
-}

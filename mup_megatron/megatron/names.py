@@ -1,7 +1,7 @@
 """From a live model's parameters to the plan's names, and agreement of all ranks on what is wrong.
 
-A rank of a pipeline numbers its layers from 0 and a tensor-parallel rank holds shards; the plan knows one model with
-global names and shapes. Nothing here changes a model.
+A rank of a pipeline numbers its layers from 0, an expert-parallel rank its experts, and a tensor-parallel rank holds
+shards; the plan knows one model with global names and shapes. Nothing here changes a model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from mup_megatron.architectures.names import global_name
+from mup_megatron.architectures.names import global_name, is_of_experts
 from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.live.compare import Remedies, parameter_problems
+from mup_megatron.megatron import versions
 from mup_megatron.theory import Plan
 
 
@@ -34,9 +35,9 @@ def named_parameters(
     """
     for chunk in model_chunks:
         model: Any = unwrapped(chunk)
-        layers = layers_of(model)
+        layers, experts = layers_of(model), experts_of(model)
         for name, parameter in model.named_parameters():
-            yield global_name(name, layers, tied=tied), parameter
+            yield global_name(versions.parameter_name(name), layers, tied=tied, experts=experts), parameter
 
 
 def layers_of(model: torch.nn.Module) -> dict[str, list[int]]:
@@ -48,17 +49,23 @@ def layers_of(model: torch.nn.Module) -> dict[str, list[int]]:
     }
 
 
+def experts_of(model: torch.nn.Module) -> Sequence[int] | None:
+    """Returns the global index, from 0, of each expert that each layer of a model holds; None without experts."""
+    held = (getattr(module, "local_expert_indices", None) for module in model.modules())
+    return next((indices for indices in held if isinstance(indices, list)), None)
+
+
 def named_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yields (global name, module) of everything in a model that is not wrapped."""
-    layers = layers_of(model)
+    layers, experts = layers_of(model), experts_of(model)
     for name, module in model.named_modules():
-        yield global_module_name(name, layers), module
+        yield global_module_name(name, layers, experts), module
 
 
-def global_module_name(name: str, layers: Mapping[str, Sequence[int]]) -> str:
+def global_module_name(name: str, layers: Mapping[str, Sequence[int]], experts: Sequence[int] | None = None) -> str:
     """Returns the global name of a module, given those of `layers_of`; a tied readout is a readout here."""
     # Names of parameters are what is translated.
-    return global_name(f"{name}.weight", layers, tied=False).removesuffix(".weight")
+    return global_name(f"{name}.weight", layers, tied=False, experts=experts).removesuffix(".weight")
 
 
 _REMEDIES = Remedies(
@@ -73,14 +80,41 @@ def require_match(model_chunks: Sequence[torch.nn.Module], plan: Plan) -> None:
 
     Collective: every rank has to call it.
     """
-    held = {name: _global_shape(parameter) for name, parameter in named_parameters(model_chunks, tied=plan.tied)}
+    held = {name: global_shape(name, parameter) for name, parameter in named_parameters(model_chunks, tied=plan.tied)}
     everywhere = set().union(*gathered(set(held)))
     size = parallel_state.get_tensor_model_parallel_world_size()
     raise_together(parameter_problems(held, plan, _REMEDIES, everywhere=everywhere, tensor_parallel=size))
 
 
-def _global_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+def local_values(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Returns what this rank holds of a parameter: FSDP keeps a part of it, as a tensor of another kind."""
+    values: Any = parameter.detach()
+    local: torch.Tensor = values.to_local() if hasattr(values, "to_local") else values
+    return local
+
+
+def global_shape(name: str, parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """Returns the shape in a model that is not split, of a parameter by its global name."""
     shape = list(parameter.shape)
+    if is_of_experts(name):
+        return _global_shape_of_experts(name, shape)
     if getattr(parameter, "tensor_model_parallel", False):
         shape[getattr(parameter, "partition_dim", 0)] *= parallel_state.get_tensor_model_parallel_world_size()
     return tuple(shape)
+
+
+def _global_shape_of_experts(name: str, shape: list[int]) -> tuple[int, ...]:
+    """Experts have a tensor parallelism of their own; where all of them are one tensor, it is also divided by them."""
+    size = parallel_state.get_expert_tensor_parallel_world_size()
+    own = name.rpartition(".mlp.experts.")[2]
+    if own in _LEGACY:
+        shape[_LEGACY[own]] *= size * parallel_state.get_expert_model_parallel_world_size()
+    elif "linear_fc1." in own:
+        shape[0] *= size
+    elif len(shape) > 1:
+        shape[1] *= size
+    return tuple(shape)
+
+
+_LEGACY = {"weight1": 1, "weight2": 0}
+"""Tensors of all experts of a layer → the dimension that is divided."""

@@ -174,7 +174,9 @@ def parameters_with_groups(
         groups_of: dict[int, list[dict[str, Any]]] = {}
         for group in part.param_groups:
             for stored in group["params"]:
-                groups_of.setdefault(id(stored), []).append(group)
+                # Megatron-FSDP puts its own in the model's place, and the model's back for a pass.
+                for own in {id(stored), id(getattr(stored, "orig_param", stored))}:
+                    groups_of.setdefault(own, []).append(group)
         for _, parameter, groups in found:
             stored = _stored(part, parameter)
             groups += groups_of.get(id(stored), []) if stored is not None else []

@@ -89,6 +89,25 @@ def native_mup(config: Any) -> bool:
     return bool(getattr(config, "use_mup", False))
 
 
+def fsdp_problem(values: Any) -> str | None:
+    """Returns why a run cannot have its weights in FSDP's pieces, from Megatron's arguments; None where it can.
+
+    Older releases wrap the model before a plan can be applied, and Megatron-FSDP computes with copies that it misses.
+    """
+    release = known_release()
+    flag = next((name for name in ("use_torch_fsdp2", "use_megatron_fsdp") if getattr(values, name, False)), None)
+    if flag is None or release is None or release >= _FSDP_FROM:
+        return None
+    here, first = (".".join(map(str, numbers)) for numbers in (release, _FSDP_FROM))
+    name = flag.replace("_", "-")
+    return (
+        f"--{name}: the plan does not reach these weights in Megatron-Core {here}. Take {first} or later, or drop it."
+    )
+
+
+_FSDP_FROM = (0, 19)
+
+
 def distinct_lr_mults(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Overrides in which every group that has to be told apart has an `lr_mult` of its own.
 
@@ -139,6 +158,18 @@ def _zero_momenta(optimizer: Any, config: Any = None) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+_RENAMED = {".mixer.conv1d_weight": ".mixer.conv1d.weight", ".mixer.conv1d_bias": ".mixer.conv1d.bias"}
+"""End of a parameter's name in 0.19 → in releases before, and in checkpoints of all."""
+
+
+def parameter_name(name: str) -> str:
+    """Returns a parameter's name as every release has it in checkpoints."""
+    for now, ever in _RENAMED.items():
+        if name.endswith(now):
+            return name.removesuffix(now) + ever
+    return name
 
 
 @dataclass(frozen=True, slots=True)

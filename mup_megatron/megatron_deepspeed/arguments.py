@@ -70,6 +70,12 @@ def model_from_fork_args(args: argparse.Namespace) -> ModelFile:
     Raises:
         InputError: the model is impossible, or is one that a model file cannot describe; names the flag.
     """
+    # One number for each of several kinds of layer; 1 is an ordinary MLP.
+    if max(args.num_experts) > 1:
+        raise InputError(
+            f"{_SOURCE}: --num-experts: models with experts are not supported yet in the fork Megatron-DeepSpeed. "
+            "Choose a model without."
+        )
     values = _as_megatron_lm(args)
     require_gpt(architecture_named(values), _SOURCE)
     return model_from_values(values, source=_SOURCE)
@@ -93,8 +99,7 @@ def _as_megatron_lm(args: argparse.Namespace) -> Mapping[str, Any]:
         "layernorm_zero_centered_gamma": args.apply_layernorm_1p,
         "position_embedding_type": "rope" if args.use_rotary_position_embeddings else learned,
         "rotary_base": args.rope_theta,
-        # One number for each of several kinds of layer; 1 is an ordinary MLP.
-        "num_experts": max(args.num_experts) if max(args.num_experts) > 1 else None,
+        "num_experts": None,
     }
     same = {key: value for key, value in vars(args).items() if key != "add_position_embedding"}
     return {**same, **changed, "transformer_impl": "local"}

@@ -17,14 +17,19 @@ from mup_megatron.live.hooks import Hooks
 from mup_megatron.live.problems import Problem
 from mup_megatron.modules.attention import attention_modules
 from mup_megatron.modules.names import named_modules, named_parameters, unwrapped
-from mup_megatron.modules.shapes import TABLES
+from mup_megatron.modules.parameters import TABLES
 from mup_megatron.modules.weights import full_shape
 from mup_megatron.theory import Acts, Plan
+from mup_megatron.validation import brief
 
 _MARK = "_mup_applied"
 """Attribute of a model, not of its tensors: `Applied`. It goes with copies and pickles, to which the plan is applied
 just as well.
 """
+
+
+_TOLD = 3
+"""How many multipliers are told; all of them are in the mark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,14 @@ class Applied:
     def changes_function(self) -> bool:
         """True where the model computes something else with these weights than it would without the plug-in."""
         return self.softmax_scale is not None or bool(self.multipliers)
+
+    def told(self) -> str:
+        """Returns what the model computes with besides its weights, in words."""
+        factors = [f"{brief(name, 60)} × {factor:g}" for name, factor in self.multipliers.items()]
+        more = f" and {len(factors) - _TOLD} more" if len(factors) > _TOLD else ""
+        multipliers = f"multipliers ({', '.join(factors[:_TOLD])}{more})" if factors else ""
+        scale = "" if self.softmax_scale is None else f"an attention scale of {self.softmax_scale:g}"
+        return " and ".join(filter(None, (multipliers, scale)))
 
     def within(self, name: str) -> "Applied":
         """Returns those in a submodule, by the names there."""

@@ -19,16 +19,17 @@ from mup_megatron.modules.applied import (
 from mup_megatron.modules.attention import attention_modules, scale_attribute
 from mup_megatron.modules.marker import marked
 from mup_megatron.modules.names import named_modules, named_parameters, unwrapped
-from mup_megatron.modules.shapes import TABLES, linear_sides
+from mup_megatron.modules.parameters import TABLES, linear_sides
 from mup_megatron.modules.weights import Initialize
-from mup_megatron.theory import READOUT, SOFTMAX, Acts, Place, Plan, PlanEntry, Site
+from mup_megatron.theory import READOUT, Acts, Place, Plan, PlanEntry, Site
 
 
 def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = Initialize.RESCALE) -> None:
     """Makes a freshly built module what the plan says. Under ZeRO-3 and FSDP2 every rank has to call it.
 
-    Call it once, on the module that the plan was made for, before the optimizer is built and before FSDP; or after
-    `fully_shard` and `to_empty` of a module from the meta device, with `initialize="redraw"`.
+    Call it once, on the module that the plan was made for, before the optimizer is built. `fully_shard` may come before
+    or after it, FullyShardedDataParallel after it; a module from the meta device is sharded, emptied (`to_empty`) and
+    then drawn with `initialize="redraw"`.
 
     Args:
         model: wrapped or not. Its parameters may be partitioned by `deepspeed.zero.Init`.
@@ -43,7 +44,8 @@ def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = I
         raise InputError(f"initialize is {initialize!r}. Say one of {', '.join(Initialize)}.")
     how = Initialize(initialize)
     _require_order(model, how)
-    model = unwrapped(model)
+    weights.reshard(model)
+    whole, model = model, unwrapped(model)
     require_match(model, plan)
     _require_mark(model, plan, how)
     if any(is_marked(module) or hooks.found(module) for module in model.modules()):
@@ -54,6 +56,8 @@ def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = I
     require_scalable(model, plan)
     _require_multipliable(model, plan)
     weights.initialize(model, plan, how)
+    if how is Initialize.REDRAW:
+        weights.agree(whole)
     set_attention_scale(model, plan)
     hooks.attach(dict(named_modules(model)), [site for site, _, _, _ in _uses(model, plan)])
     note_applied(model, plan)
@@ -102,11 +106,6 @@ def _require_order(model: torch.nn.Module, how: Initialize) -> None:
                 f"{name} is on the meta device, where there is nothing to draw. Call to_empty(device=…) first, after "
                 'fully_shard if that is used, and then apply_plan(model, plan, initialize="redraw").'
             )
-        if weights.is_sharded(parameter) and how is Initialize.RESCALE:
-            raise InputError(
-                f"{name}: fully_shard was called before apply_plan. Call apply_plan first and fully_shard then; or for "
-                'a model from the meta device: fully_shard, to_empty, apply_plan(model, plan, initialize="redraw").'
-            )
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------
@@ -124,7 +123,7 @@ def require_scalable(model: torch.nn.Module, plan: Plan) -> None:
             "float `scaling` and an integer `head_dim`."
         )
     for name, module, attention in found:
-        if attention.scale is None:
+        if attention.scale is None and plan.attention(name).changes:
             raise InputError(
                 f"{name}: {type(module).__name__} has no scale to set and would go on with 1/√head_dim. Use "
                 "attention_multiplier 1 and a base of the target's head size, or an attention with a `scaling`."
@@ -134,9 +133,9 @@ def require_scalable(model: torch.nn.Module, plan: Plan) -> None:
 def set_attention_scale(model: torch.nn.Module, plan: Plan) -> None:
     """Tells the attentions of a model the plan's scale."""
     for name, module, attention in attention_modules(model):
-        site = plan.site(Place(name, Acts.SCALE, SOFTMAX))
+        site = plan.attention(name)
         if not site.changes:
-            return
+            continue
         key = scale_attribute(module)
         assert key is not None
         # A layer may have a scale of its own, as with GPT-2's scale_attn_by_inverse_layer_idx.

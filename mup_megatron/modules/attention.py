@@ -5,6 +5,7 @@ has a float `scaling` too: so it is in most Hugging Face models, for all of thei
 `MultiheadAttention`.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +29,20 @@ class AttentionSettings:
     """What it multiplies logits by. None: 1/√head_size, and it cannot be told another one."""
 
 
+def is_attention(module: torch.nn.Module) -> bool:
+    """Returns whether a module is an attention, by what its class is called."""
+    return "Attention" in type(module).__name__
+
+
+def is_mixer(module: torch.nn.Module) -> bool:
+    """Returns whether a module mixes positions, as an attention or as a state space, by what its class is called."""
+    return re.search("Attention|Mixer|Mamba", type(module).__name__) is not None
+
+
 def attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, AttentionSettings]]:
     """(name, module, what it says) of each attention in a model."""
     for name, module in named_modules(model):
-        if "Attention" not in type(module).__name__:
+        if not is_attention(module):
             continue
         head_size = next((size for key in _HEAD_SIZES if isinstance(size := getattr(module, key, None), int)), None)
         if head_size is not None:
@@ -44,27 +55,24 @@ def scale_attribute(module: Any) -> str | None:
     return next((key for key in _SCALES if isinstance(getattr(module, key, None), float)), None)
 
 
+def attentions_of(model: torch.nn.Module) -> dict[str, AttentionSettings]:
+    """Returns what each attention of a model says, by its name."""
+    return {name: attention for name, _, attention in attention_modules(model)}
+
+
 def attention_of(model: torch.nn.Module) -> AttentionSettings | None:
     """Returns what the attentions of a model say, the first one's scale where layers differ; None where it has none.
 
     Raises:
         InputError: their head sizes differ.
     """
-    found = {name: attention for name, _, attention in attention_modules(model)}
+    found = attentions_of(model)
     first = {attention.head_size: name for name, attention in reversed(found.items())}
     if len(first) > 1:
         one, other = sorted(first)[:2]
         raise InputError(
             f"heads of different sizes ({other} in {brief(first[other], 60)}, {one} in {brief(first[one], 60)}) are "
-            f"not supported: one model has one attention scale here. {_remedy(model)}"
+            "not supported: one module has one attention scale here. Give all attentions heads of one size, or choose "
+            "another model."
         )
     return next(iter(found.values()), None)
-
-
-def _remedy(model: torch.nn.Module) -> str:
-    """What can be done about a model that has several kinds of attention."""
-    config = getattr(model, "config", None)
-    within = next((key for key in ("text_config", "vision_config", "audio_config") if hasattr(config, key)), None)
-    if within is not None:
-        return f"Make base and target of {within} alone, with the architectures of that model."
-    return "Give all attentions heads of one size, or choose another model."

@@ -5,15 +5,19 @@ attribute, buffer or formula it comes from. Nothing is allocated.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mup_megatron.modules.draws import Watch
+from mup_megatron.modules.names import named_parameters
+from mup_megatron.modules.repeats import once
+from mup_megatron.theory import family_of
 
 FUSED_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 """Torch's own, whatever somebody puts in its place later: who does so here imports it first."""
@@ -51,6 +55,24 @@ class Forward:
     """What the input of the readout is multiplied by; None without a readout, or where that is not known."""
     called: frozenset[str]
     """Names of the modules that took part."""
+    summed: Mapping[str, int]
+    """Name of a parameter, without the number of its layer → the dimension over which a product with it sums."""
+    looked_up: Mapping[str, float | None]
+    """Name of a table → what its rows are multiplied by before anything else is done with them; None where that is no
+    number that is known."""
+
+
+def joined(passes: Sequence[Forward]) -> Forward:
+    """Returns the record of several passes of one model, one after the other."""
+    scales = (each.readout_scale for each in passes if each.readout_scale is not None)
+    return Forward(
+        softmaxes=tuple(found for each in passes for found in each.softmaxes),
+        factors=tuple(found for each in passes for found in each.factors),
+        readout_scale=next(scales, None),
+        called=frozenset().union(*(each.called for each in passes)),
+        summed={name: side for each in passes for name, side in each.summed.items()},
+        looked_up={name: factor for each in passes for name, factor in each.looked_up.items()},
+    )
 
 
 def watched_forward(
@@ -67,7 +89,7 @@ def watched_forward(
     tracker = _Tracker(model, watch, readout)
     hooks = [hook for name, module in model.named_modules() for hook in tracker.hooks(name, module)]
     try:
-        with watch, tracker, _Calls(watch), torch.no_grad():
+        with once(model, tracker.factor_of), watch, tracker, _Calls(watch), torch.no_grad():
             run()
     finally:
         for hook in hooks:
@@ -87,6 +109,10 @@ class _Track:
     """By which it was multiplied since a weight or a product made it."""
     parts: frozenset[int] = frozenset()
     """The places, in the order of the pass, of the numbers in `factor`."""
+    parameter: int | None = None
+    """The storage of the parameter that it is a view of, or a choice among the matrices of."""
+    lookup: int | None = None
+    """The place, in the order of the pass, of the look-up that gave it and nothing else."""
     contracted: int | None = None
     """Of a product of two activations: the size of the side that it sums over."""
 
@@ -97,6 +123,8 @@ class _Track:
 
 _PASSIVE = _Track()
 _MADE = _Track(active=True)
+_NO_LONGER: Mapping[str, Any] = {"weight": False, "parameter": None, "lookup": None}
+"""What a sum or a product of two tensors is not, whatever they were."""
 
 _SAME = frozenset(
     "view _unsafe_view reshape _reshape_alias transpose t permute expand unsqueeze squeeze slice select clone "
@@ -126,8 +154,11 @@ class _Tracker(TorchDispatchMode):
         self._explained: set[int] = set()
         self._readout_storage = None if readout is None else readout.untyped_storage()._cdata
         self._readout_scale: float | None = None
-        for parameter in model.parameters():
-            self._set(parameter, _Track(active=True, weight=True))
+        self._parameters = {p.untyped_storage()._cdata: (name, p) for name, p in named_parameters(model)}
+        self._summed: dict[str, int] = {}
+        self._lookups: list[tuple[str, float | None]] = []
+        for storage, (_, parameter) in self._parameters.items():
+            self._set(parameter, _Track(active=True, weight=True, parameter=storage))
 
     def hooks(self, name: str, module: torch.nn.Module) -> Iterator[Any]:
         def entered(*_: object) -> None:
@@ -142,9 +173,21 @@ class _Tracker(TorchDispatchMode):
 
     def found(self) -> Forward:
         factors = (factor for index, factor in enumerate(self._factors) if index not in self._explained)
-        return Forward(tuple(self._softmaxes), tuple(factors), self._readout_scale, frozenset(self._called))
+        return Forward(
+            softmaxes=tuple(self._softmaxes),
+            factors=tuple(factors),
+            readout_scale=self._readout_scale,
+            called=frozenset(self._called),
+            summed=self._summed,
+            looked_up=self._factors_of_tables(),
+        )
 
     # ---- what is known of tensors
+
+    def factor_of(self, tensor: torch.Tensor) -> Hashable:
+        """What is known of a tensor, but for the places where it became so."""
+        track = self._of(tensor)
+        return track.active, track.weight, track.factor, track.contracted
 
     def _of(self, tensor: Any) -> _Track:
         return self._tracks.get(id(tensor), _PASSIVE)
@@ -181,6 +224,7 @@ class _Tracker(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name == "_local_scalar_dense" and args[0].dtype is torch.bool and args[0].device.type == "meta":
             return True  # code asks whether all of a mask is ones, or a batch is one sequence
+        args, kwargs = _in_one_place(name, args, kwargs)
         result = func(*args, **kwargs)
         plain = name if name.startswith("_") else name.removesuffix("_")
         in_place = name.endswith("_") and not name.startswith("__")
@@ -206,6 +250,9 @@ class _Tracker(TorchDispatchMode):
             return self._product(name, args, kwargs)
         if name in _SOFTMAXES:
             return self._softmax(self._of(args[0]))
+        if name == "embedding" and (table := self._of(args[0]).parameter) is not None:
+            self._lookups.append((self._parameters[table][0], 1.0))
+            return replace(_MADE, lookup=len(self._lookups) - 1)
         if name in _NUMBERED:
             return self._numbered(name, args, kwargs)
         if name in ("where", "cat", "stack", "maximum", "minimum"):
@@ -218,6 +265,8 @@ class _Tracker(TorchDispatchMode):
     def _product(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Track:
         one, other = args[-2:] if name in ("mm", "bmm") else args[1:3]
         a, b = self._of(one), self._of(other)
+        for factor, side in ((one, -1), (other, -2)):
+            self._note_sum(factor, factor.stride(side))
         for weight, read in ((one, b), (other, a)):
             if self._of(weight).weight and weight.untyped_storage()._cdata == self._readout_storage:
                 self._readout_scale = read.factor
@@ -228,6 +277,28 @@ class _Tracker(TorchDispatchMode):
         alpha = kwargs.get("alpha", 1)
         product = a.times(b.factor).times(float(alpha))
         return replace(product, parts=a.parts | b.parts, contracted=int(one.shape[-1]))
+
+    def _note_sum(self, factor: torch.Tensor, stride: int) -> None:
+        """Remembers which dimension of a parameter a product sums over: that which has the stride of the one summed."""
+        storage = self._of(factor).parameter
+        if storage is not None:
+            name, parameter = self._parameters[storage]
+            if stride in parameter.stride():
+                self._summed[family_of(name)] = parameter.stride().index(stride)
+
+    def _noted(self, rows: _Track) -> _Track:
+        """Remembers what rows of a table have been multiplied by so far."""
+        if rows.lookup is not None:
+            self._lookups[rows.lookup] = (self._lookups[rows.lookup][0], rows.factor)
+            self._explained |= rows.parts
+        return rows
+
+    def _factors_of_tables(self) -> dict[str, float | None]:
+        """Of a table that is looked up in several ways no number is known."""
+        found: dict[str, float | None] = {}
+        for name, factor in self._lookups:
+            found[name] = factor if found.get(name, factor) == factor else None
+        return found
 
     def _softmax(self, logits: _Track) -> _Track:
         if logits.contracted is not None:
@@ -245,9 +316,9 @@ class _Tracker(TorchDispatchMode):
                 self._factors.append(Factor(self._where, name, number))
                 part = len(self._factors) - 1
                 if name == "mul":
-                    return own.times(number, part)
+                    return self._noted(own.times(number, part))
                 if name == "div" and value is args[1]:
-                    return own.times(1.0 / number if number else None, part)
+                    return self._noted(own.times(1.0 / number if number else None, part))
                 return own if name in ("add", "sub") else _MADE
         if name in ("add", "sub", "rsub"):
             logits = [track for track in tracks if track.contracted is not None]
@@ -258,7 +329,8 @@ class _Tracker(TorchDispatchMode):
             return _merged([track for track in tracks if track.active])
         if name == "mul":
             if all(track.active for track in tracks):
-                return replace(tracks[0].times(tracks[1].factor), parts=tracks[0].parts | tracks[1].parts, weight=False)
+                product = tracks[0].times(tracks[1].factor)
+                return replace(product, parts=tracks[0].parts | tracks[1].parts, **_NO_LONGER)
             return tracks[0] if tracks[0].active else tracks[1]
         return tracks[0] if name == "div" and tracks[0].active and not tracks[1].active else _MADE
 
@@ -267,11 +339,26 @@ class _Tracker(TorchDispatchMode):
         return self._stack[-1] if self._stack else ""
 
 
+def _in_one_place(name: str, args: Any, kwargs: Any) -> Any:
+    """Arguments with what has values taken to the meta device, where others are: there they meet without."""
+    if name in _READ_VALUES:
+        return args, kwargs
+    found = {each.device.type for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor) and each.dim()}
+    if found != {"cpu", "meta"}:
+        return args, kwargs
+    # A number may be on the CPU anywhere, and is needed.
+    return tree_map_only(torch.Tensor, lambda each: each.to("meta") if each.dim() else each, (args, kwargs))
+
+
+_READ_VALUES = frozenset("index index_put index_put_ _unsafe_index copy_ _to_copy".split())
+"""What may choose by a mask, whose values say how many there are; and what takes a tensor from one place to another."""
+
+
 def _merged(tracks: list[_Track]) -> _Track:
     """What a sum or a concatenation is: as its parts, where they agree."""
     first = tracks[0]
     if all(track.factor == first.factor and track.contracted == first.contracted for track in tracks):
-        return replace(first, weight=False, parts=frozenset().union(*(track.parts for track in tracks)))
+        return replace(first, parts=frozenset().union(*(track.parts for track in tracks)), **_NO_LONGER)
     return _MADE
 
 

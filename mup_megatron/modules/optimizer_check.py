@@ -16,7 +16,7 @@ from mup_megatron.modules.applied import require_kept
 from mup_megatron.modules.groups import FLAT, PADDING, Group, GroupValues, flattened, members, values
 from mup_megatron.modules.names import named_parameters
 from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
-from mup_megatron.modules.weights import full_shape
+from mup_megatron.modules.weights import full_shape, is_sharded, reshard
 from mup_megatron.theory import Plan
 
 _log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ def check_optimizer(optimizer: Any, plan: Plan, model: torch.nn.Module | None = 
             or there twice, or a model of which something was replaced after the plan was applied; names them.
     """
     if model is not None:
+        reshard(model)
         require_kept(model)
         _require_shapes(model, plan)
     parts = optimizer if isinstance(optimizer, list | tuple) else (optimizer,)
@@ -275,6 +276,8 @@ def _require_all(groups: list[Group], plan: Plan, model: torch.nn.Module | None)
             if parameter.requires_grad and id(parameter) not in held and not name.rpartition(".")[2].startswith(PADDING)
         ]
         hint = "Freeze it with requires_grad_(False), or hand it over."
+        if missing and is_sharded(dict(named_parameters(model))[missing[0]]):
+            hint = "Hand it over; after a forward pass under FSDP2, call model.reshard() before the optimizer is made."
     else:
         count = {group["name"]: len(group["params"]) for group in groups}
         missing = [names[0] for group, names in members(plan).items() if count.get(group, 0) < len(names)]

@@ -7,24 +7,34 @@ device.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
 from mup_megatron.errors import InputError
-from mup_megatron.modules.attention import AttentionSettings, attention_of
+from mup_megatron.modules.attention import AttentionSettings, attention_of, attentions_of, is_mixer
 from mup_megatron.modules.draws import Draw, Watch, build_on_meta
+from mup_megatron.modules.experts import Memberships
 from mup_megatron.modules.names import named_modules, named_parameters
+from mup_megatron.modules.parameters import (
+    STATES,
+    Seen,
+    classified,
+    declared_sum,
+    embeddings_of,
+    linear_sides,
+    start_of,
+)
 from mup_megatron.recipe import ModuleParameter
 from mup_megatron.theory import (
-    Constant,
-    LibraryDraw,
+    SOFTMAX,
+    Acts,
+    Heads,
     ModelShape,
+    Place,
     Property,
-    Side,
     Stack,
-    Start,
     Tensor,
     family_of,
 )
@@ -39,11 +49,13 @@ class MetaModule:
     module: torch.nn.Module
     watch: Watch
     """What was written into its tensors."""
+    keeps: bool = False
+    """Its vectors and fixed tables keep a start that is not understood: it is a library's, and no weight's."""
 
     @classmethod
-    def of(cls, factory: Callable[[], torch.nn.Module]) -> "MetaModule":
+    def of(cls, factory: Callable[[], torch.nn.Module], *, keeps: bool = False) -> "MetaModule":
         """Returns what a factory builds, allocating nothing."""
-        return cls(*build_on_meta(factory))
+        return cls(*build_on_meta(factory), keeps)
 
     @cached_property
     def draws(self) -> Mapping[str, Draw]:
@@ -85,12 +97,23 @@ def base_parameters(base: MetaModule, *wider: MetaModule, init_scale: float = 1.
 
 def _require_understood(built: MetaModule) -> None:
     """Raises InputError for draws that are not understood: at base and target alike the std has to be known."""
-    unknown = [name for name, draw in built.draws.items() if not draw.understood]
+    parameters, tables = dict(named_parameters(built.module)), embeddings_of(built.module)
+    unknown = [
+        name
+        for name, draw in built.draws.items()
+        if not draw.understood
+        and not (built.keeps and (id(parameters[name]) in tables or _may_be_kept(name, parameters[name])))
+    ]
     if unknown:
         raise InputError(
             f"{_listed(unknown)}: how it is drawn is not understood, so its std is unknown. Draw it in your own "
             "model with one of torch.nn.init's functions around 0; in place of a library's, choose another model."
         )
+
+
+def _may_be_kept(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether a start that is not understood can be kept: nothing sums over a growing side of the parameter."""
+    return not parameter.requires_grad or parameter.dim() <= 1 or name.endswith(STATES)
 
 
 def _require_alike(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> None:
@@ -128,6 +151,13 @@ class Facts:
     """The weight of the model's own readout; None to find it: the last weight outside of layers with a fixed output."""
     base_attention: AttentionSettings | None = None
     """Of the base. None: of the target's head size."""
+    base_attentions: Mapping[str, AttentionSettings] | None = None
+    """Of the base, by name, in place of the one: they may be of several kinds."""
+    summed: Mapping[str, int] = field(default_factory=dict)
+    """Name of a parameter, without the number of its layer → the dimension over which a product with it was seen to
+    sum."""
+    counts_may_differ: bool = False
+    """Base and target may have other numbers of experts."""
 
 
 def model_shapes(
@@ -152,14 +182,21 @@ def model_shapes(
             f"{_listed(missing)}: the recipe's base has no such parameter, so its width ratio is unknown. Give the "
             "base the target's architecture."
         )
-    _require_base_is_not_more(target, at_base, base)
+    members = Memberships(target.module)
+    _require_base_is_not_more(target, at_base, base, members if facts.counts_may_differ else None)
     named = _tied_readout(target.module) if facts.readout is None else _own_name(target.module, facts.readout)
-    pairs = _parameters(target, at_base, named)
-    attention = attention_of(target.module)
+    pairs = _parameters(target, at_base, named, members, facts.summed)
+    if facts.base_attentions is None:
+        attention, of_base = attention_of(target.module), facts.base_attention
+        places: _Places = ((), ())
+    else:
+        of_targets = attentions_of(target.module)
+        attention, of_base = (next(iter(found.values()), None) for found in (of_targets, facts.base_attentions))
+        places = _attention_places(facts.base_attentions, of_targets)
+    of_base = of_base or attention
     readout = named or next((p.name for p, _ in reversed(pairs) if Property.READOUT in p.properties), None)
-    of_base = facts.base_attention or attention
 
-    def shape(tensors: tuple[Tensor, ...], own: AttentionSettings | None) -> ModelShape:
+    def shape(tensors: tuple[Tensor, ...], own: AttentionSettings | None, places: tuple[Place, ...]) -> ModelShape:
         width = next(
             (t.fan_out if Property.EMBEDDING in t.properties else t.fan_in for t in tensors if t.name == readout), None
         )
@@ -169,13 +206,31 @@ def model_shapes(
             head_size=1 if own is None else own.head_size,
             stacks={"layers": Stack(facts.num_layers)},
             readout=readout,
+            places=places,
             stock_softmax_scale=None if own is None else own.scale,
         )
 
     return (
-        shape(tuple(of_base for of_base, _ in pairs), of_base),
-        shape(tuple(of_target for _, of_target in pairs), attention),
+        shape(tuple(of_base for of_base, _ in pairs), of_base, places[0]),
+        shape(tuple(of_target for _, of_target in pairs), attention, places[1]),
     )
+
+
+_Places = tuple[tuple[Place, ...], tuple[Place, ...]]
+
+
+def _attention_places(base: Mapping[str, AttentionSettings], target: Mapping[str, AttentionSettings]) -> _Places:
+    """Each attention of base and target as a place with heads of its own; none where all of a model are alike."""
+    if all(len({settings.head_size for settings in found.values()}) <= 1 for found in (base, target)):
+        return (), ()
+    one, other = (
+        tuple(
+            Place(name, Acts.SCALE, SOFTMAX, heads=Heads(settings.head_size, settings.scale))
+            for name, settings in found.items()
+        )
+        for found in (base, target)
+    )
+    return one, other
 
 
 def _own_name(model: torch.nn.Module, name: str) -> str:
@@ -193,7 +248,7 @@ def _own_name(model: torch.nn.Module, name: str) -> str:
 def _tied_readout(model: torch.nn.Module) -> str | None:
     """The table that a linear layer uses as its weight, if there is one."""
     linear = {id(m.weight) for m in model.modules() if linear_sides(m, "weight") is not None}
-    return next((n for n, p in named_parameters(model) if id(p) in linear and id(p) in _embeddings(model)), None)
+    return next((n for n, p in named_parameters(model) if id(p) in linear and id(p) in embeddings_of(model)), None)
 
 
 def _counterpart(
@@ -207,7 +262,10 @@ def _counterpart(
 
 
 def _require_base_is_not_more(
-    target: MetaModule, at_base: Mapping[str, ModuleParameter], base: Mapping[str, ModuleParameter]
+    target: MetaModule,
+    at_base: Mapping[str, ModuleParameter],
+    base: Mapping[str, ModuleParameter],
+    members: Memberships | None,
 ) -> None:
     families = {family_of(name) for name in target.shapes}
     surplus = [name for name in base if family_of(name) not in families]
@@ -220,8 +278,9 @@ def _require_base_is_not_more(
         own = at_base[name]
         if len(own.shape) != len(shape):
             raise InputError(f"{name}: it has {len(own.shape)} dimensions in the recipe's base and {len(shape)} here.")
-        for size, base_size, grows in zip(shape, own.shape, own.grows, strict=True):
-            if size != base_size and not grows:
+        counted = members and members.counted(name, shape, own.grows)
+        for side, (size, base_size, grows) in enumerate(zip(shape, own.shape, own.grows, strict=True)):
+            if size != base_size and not grows and side != counted:
                 raise InputError(
                     f"{name}: a side that does not grow with width has size {base_size} in the recipe's base and "
                     f"{size} in the target (a vocabulary, a number of positions or classes). Give the base the "
@@ -237,15 +296,15 @@ def _require_base_is_not_more(
         )
 
 
-TABLES = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-_ADDED = ("embed", "token", "pos", "query", "latent", "prompt")
-
-
 # ---- one parameter -------------------------------------------------------------------------------------------------
 
 
 def _parameters(
-    target: MetaModule, at_base: Mapping[str, ModuleParameter], readout: str | None
+    target: MetaModule,
+    at_base: Mapping[str, ModuleParameter],
+    readout: str | None,
+    members: Memberships,
+    summed: Mapping[str, int],
 ) -> list[tuple[Tensor, Tensor]]:
     """(at the base, at the target) of each parameter, under the target's name."""
     modules = dict(named_modules(target.module))
@@ -253,25 +312,33 @@ def _parameters(
         id(parameter): (module, prefix, attribute)
         for prefix, module in modules.items()
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-    } | _embeddings(target.module)
+    } | embeddings_of(target.module)
     found, unclear = [], []
     for name, live in named_parameters(target.module):
         module, prefix, attribute = module_of[id(live)]
         base, draw = at_base[name], target.draws[name]
         layer = any(isinstance(modules.get(part), torch.nn.ModuleList) for part in _ancestors(prefix))
-        seen = _Seen(name, module, attribute, base.grows, layer and name != readout, draw)
-        parameters = _classified(seen, base.shape), _classified(seen, tuple(live.shape))
-        if parameters[0] is None or parameters[1] is None:
-            unclear.append(f"{name} {tuple(live.shape)}")
-            continue
-        drawn = replace(parameters[1], start=_start(draw.value, draw.std))
-        found.append((replace(parameters[0], start=_start(base.init_value, base.init_std)), drawn))
-    experts = [name for name in unclear if ".experts." in name]
-    if experts:
-        raise InputError(
-            f"{_listed(experts)}: experts in one tensor, or their router, for which there is no rule here. Choose a "
-            "model of the family without a mixture of experts."
+        shape, experts = tuple(live.shape), members.of(prefix)
+        counted = members.counted(name, shape, base.grows)
+        seen = Seen(
+            name=name,
+            module=module,
+            attribute=attribute,
+            grows=base.grows,
+            in_layer=layer and name != readout,
+            in_mixer=layer and any(is_mixer(modules[part]) for part in (*_ancestors(prefix), prefix)),
+            draw=draw,
+            experts=experts,
+            counted=counted,
+            routes=experts.around is not None and sum(base.grows) == 1 and (counted is not None or 1 in shape),
+            summed=summed.get(family_of(name), declared_sum(module)),
         )
+        parameters = classified(seen, base.shape), classified(seen, shape)
+        if parameters[0] is None or parameters[1] is None:
+            unclear.append(f"{name} {shape}")
+            continue
+        drawn = replace(parameters[1], start=start_of(draw.value, draw.std))
+        found.append((replace(parameters[0], start=start_of(base.init_value, base.init_std)), drawn))
     if unclear:
         raise InputError(
             f"{_listed(unclear)}: which side is fan_in cannot be known from the layer. Supported are linear layers, "
@@ -280,95 +347,6 @@ def _parameters(
     return found
 
 
-def _embeddings(model: torch.nn.Module) -> dict[int, tuple[torch.nn.Module, str, str]]:
-    """Tables, by the identity of their weight: one that is the readout as well counts as an embedding."""
-    return {id(m.weight): (m, name, "weight") for name, m in named_modules(model) if isinstance(m, TABLES)}
-
-
 def _ancestors(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:n]) for n in range(1, len(parts))]
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """A parameter in its place, but for its size."""
-
-    name: str
-    module: torch.nn.Module
-    """The layer that it belongs to."""
-    attribute: str
-    grows: tuple[bool, ...]
-    in_layer: bool
-    """It belongs to one of several layers, and so is no model's readout or input."""
-    draw: Draw
-
-    @property
-    def is_added(self) -> bool:
-        """A parameter of a module's own that is looked up or added, by its name: what else it could be, as a readout
-        that is no layer, its shape does not say.
-        """
-        return not self.is_torchs and any(word in self.name.lower() for word in _ADDED)
-
-    @property
-    def is_torchs(self) -> bool:
-        """Whether its layer is one of torch's own."""
-        return type(self.module).__module__.startswith("torch.nn")
-
-
-def _start(value: float | None, std: float | None) -> Start:
-    if std is not None:
-        return LibraryDraw(std)
-    assert value is not None
-    return Constant(value)
-
-
-def _classified(seen: _Seen, shape: tuple[int, ...]) -> Tensor | None:
-    """What a parameter is; None where it is not known. Its draw is filled in later."""
-    sides = [Side(size, grows) for size, grows in zip(shape, seen.grows, strict=True)]
-    one = Side(1)
-
-    def tensor(fan_in: Side, fan_out: Side, *properties: Property) -> Tensor:
-        return Tensor(
-            name=seen.name,
-            shape=shape,
-            fan_in=fan_in,
-            fan_out=fan_out,
-            properties=frozenset(properties),
-            start=Constant(0.0),
-        )
-
-    if len(shape) <= 1:
-        # A bias of a layer, or of a norm; a vector of a module's own could be a readout of one output.
-        of_layer = "Norm" in type(seen.module).__name__ or linear_sides(seen.module, "weight") is not None
-        known = of_layer or seen.is_torchs or seen.is_added
-        if seen.draw.std is not None and not known and any(seen.grows):
-            return None
-        is_gain = seen.attribute == "weight" or ("Norm" in type(seen.module).__name__ and seen.attribute != "bias")
-        return tensor(one, sides[0] if sides else one, Property.VECTOR, *((Property.GAIN,) if is_gain else ()))
-    if isinstance(seen.module, TABLES):
-        # A table inside attention is no embedding of what comes in.
-        inside = seen.in_layer or "relative" in seen.name
-        return tensor(sides[0], sides[1], *(() if inside else (Property.EMBEDDING,)))
-    order = linear_sides(seen.module, seen.attribute)
-    if order is not None:
-        fan_out, fan_in = (sides[d] for d in order)
-        reads_out = fan_in.grows and not fan_out.grows and not seen.in_layer
-        # A convolution sums over its kernel as well.
-        summed = Side(fan_in.size * math.prod(shape[2:]), fan_in.grows)
-        return tensor(summed, fan_out, *((Property.READOUT,) if reads_out else ()))
-    if not any(seen.grows[:-1]) and (seen.is_added or not seen.grows[-1]):
-        return tensor(Side(math.prod(shape[:-1])), sides[-1])
-    return None
-
-
-def linear_sides(module: torch.nn.Module, attribute: str) -> tuple[int, int] | None:
-    """Returns which dimensions of a weight are fan_out and fan_in; None where it is not known."""
-    if isinstance(module, torch.nn.MultiheadAttention) and attribute.endswith("proj_weight"):
-        return 0, 1
-    if attribute != "weight":
-        return None
-    if isinstance(module, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
-        return 0, 1
-    # Hugging Face's linear layer of GPT-2, whose weight is transposed; known by name: transformers may be absent.
-    return (1, 0) if type(module).__name__ == "Conv1D" and {"nx", "nf"} <= vars(module).keys() else None

@@ -3,7 +3,9 @@
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
+from typing import Any
 
 from mup_megatron.theory import rules
 from mup_megatron.theory.errors import PlanError
@@ -79,6 +81,10 @@ class ModelShape:
     """What it multiplies the readout's input by, if nothing is said (T5: 1/√hidden_size)."""
 
 
+_but_for_names = attrgetter(*(each.name for each in fields(Tensor) if each.name not in {"name", "name_at_base"}))
+"""What tensors that are alike have in common."""
+
+
 def build_plan(
     base: ModelShape,
     target: ModelShape,
@@ -102,11 +108,18 @@ def build_plan(
     standard = rules_used.rule is Rule.STANDARD
     depths = {name: Sizes(base.stacks.get(name, stack).depth, stack.depth) for name, stack in target.stacks.items()}
     entries = []
+    like: dict[Any, PlanEntry] = {}
+    """Entries of tensors that differ in name alone, of which experts are many."""
     for tensor in target.tensors:
         counterpart = at_base.of(tensor.name)
-        s = scaling(counterpart, tensor, depths.get(tensor.stack, Sizes(1, 1)))
-        entry = _entry(tensor, counterpart, s.without_width() if standard else s, tuned, rules_used)
-        entries.append(_overridden(entry, tensor, overrides))
+        kind = (_but_for_names(tensor), _but_for_names(counterpart))
+        if kind not in like:
+            s = scaling(counterpart, tensor, depths.get(tensor.stack, Sizes(1, 1)))
+            like[kind] = _entry(tensor, counterpart, s.without_width() if standard else s, tuned, rules_used)
+            if not standard:
+                stock = tensor.stock_multiplier / counterpart.stock_multiplier
+                like[kind] = replace(like[kind], stock_multiplier=stock)
+        entries.append(_overridden(replace(like[kind], name=tensor.name), tensor, overrides))
     _require_all_used(overrides, target.tensors)
     _require_same_meaning(overrides, base.tensors, target.tensors)
     _require_multiplied(tuned, target)
@@ -145,14 +158,16 @@ def build_plan(
 
 def _scaled(base: tuple[Place, ...], target: tuple[Place, ...], *, alpha: float, standard: bool) -> tuple[Place, ...]:
     """The target's places, each with the scale of its attention where that has heads of its own."""
-    at_base = {family_of(place.module): place.heads for place in base if place.carries == SOFTMAX}
+    # Layers of one model may differ, so the same name goes before the same place in another layer.
+    named = {place.module: place.heads for place in base if place.carries == SOFTMAX}
+    at_base = {family_of(name): heads for name, heads in named.items()} | named
     found = []
     for place in target:
         own = place.heads
         if own is None:
             found.append(place)
             continue
-        tuned = own if standard else at_base.get(family_of(place.module))
+        tuned = own if standard else at_base.get(place.module, at_base.get(family_of(place.module)))
         if tuned is None:
             raise PlanError(
                 f"{place.module}: the base has no such attention, so the ratio of its heads is unknown. Give the base "
@@ -180,6 +195,12 @@ def _entry(tensor: Tensor, base: Tensor, s: Scaling, tuned: Tuned, used: Rules) 
     if Property.ROUTER in properties and used.router is not role:
         role, properties = used.router, properties - {Property.FOLDED}
     optimizer = used.optimizer.for_tensor(tensor)
+    bottleneck = tensor.declared_role is Role.HIDDEN and not tensor.fan_out.grows and Property.EXPERT not in properties
+    if bottleneck and s.r_in != 1.0 and not optimizer.bottlenecks:
+        raise PlanError(
+            f"{tensor.name}: a bottleneck, whose output keeps its size {tensor.fan_out.size} while the model grows; "
+            f"the rules of {optimizer.title} are not known for it. Use Adam, or let it grow with the width."
+        )
     vector = Property.VECTOR in properties
     entry = PlanEntry(
         name=tensor.name,
@@ -203,14 +224,22 @@ def _entry(tensor: Tensor, base: Tensor, s: Scaling, tuned: Tuned, used: Rules) 
         weight_decay=0.0
         if vector
         else optimizer.decayed(role, s, lam=tuned.weight_decay, exponent=used.weight_decay_exponent),
-        rule=f"{used.rule}.{optimizer.name}.{role}" + (".residual" if Property.RESIDUAL in properties else ""),
+        rule=f"{used.rule}.{optimizer.name}.{role}" + _more(properties, s),
         padded_to=tensor.padded_to,
         library_std=tensor.start.std if isinstance(tensor.start, LibraryDraw) else None,
     )
-    if Property.FOLDED not in properties:
-        return entry
+    return _folded(entry) if Property.FOLDED in properties else entry
+
+
+def _folded(entry: PlanEntry) -> PlanEntry:
     # The rule itself is folded: there is nothing that could be taken out again.
     return replace(moved(entry, entry.multiplier), folded=1.0, fold_offset=0.0)
+
+
+def _more(properties: frozenset[Property], s: Scaling) -> str:
+    """What of a rule the role does not say."""
+    own = "".join(f".{each}" for each in (Property.RESIDUAL, Property.EXPERT) if each in properties)
+    return own if s.share.ratio == 1.0 else f"{own} (its share of the tokens × {s.share.ratio:.4g})"
 
 
 def _init_std(tensor: Tensor, base: Tensor, role: Role, s: Scaling, *, sigma: float) -> float | None:
@@ -244,7 +273,7 @@ def _overridden(entry: PlanEntry, tensor: Tensor, overrides: tuple[Override, ...
             f"per_parameter[{index}] '{own.match}': {entry.name} keeps its library's own start, which has no init std. "
             "Take init_mult out, or narrow the pattern."
         )
-    return replace(
+    tuned = replace(
         entry,
         init_std=None if entry.init_std is None else entry.init_std * own.init_mult,
         multiplier=entry.multiplier * own.multiplier,
@@ -252,6 +281,7 @@ def _overridden(entry: PlanEntry, tensor: Tensor, overrides: tuple[Override, ...
         min_lr=entry.min_lr * own.lr_mult,
         rule=f"{entry.rule} × per_parameter[{index}]",
     )
+    return _folded(tuned) if Property.FOLDED in entry.properties else tuned
 
 
 def _matches(override: Override, tensor: Tensor) -> bool:

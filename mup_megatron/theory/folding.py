@@ -27,7 +27,7 @@ def fold(plan: Plan, names: Collection[str] | None = None) -> Plan:
     chosen = {entry.name for entry in plan.entries} | {READOUT} if names is None else set(names)
     if plan.readout is not None and not plan.tied and chosen & {READOUT, plan.readout}:
         chosen |= {READOUT, plan.readout}
-    factors = {name: plan[name].multiplier for name in chosen - {READOUT}}
+    factors = {name: plan[name].multiplier / plan[name].stock_multiplier for name in chosen - {READOUT}}
     output = plan.output_multiplier
     if plan.tied and plan.readout is not None:
         output /= factors.get(plan.readout, 1.0)

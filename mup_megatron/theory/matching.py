@@ -7,14 +7,15 @@ from typing import Generic, TypeVar
 from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.tensors import Tensor
 
-_LAYER_INDEX = re.compile(r"\.\d+(?=\.|$)")
+_INDEX = re.compile(r"\.\d+(?=\.|$)|(?<=\.linear_fc\d\.weight)\d+$|(?<=\.linear_fc\d\.bias)\d+$")
+"""Of a layer or an expert: a part of a name by itself, or the end of one where a linear layer has many matrices."""
 
 T = TypeVar("T")
 
 
 def family_of(name: str) -> str:
-    """Returns a name without its layer index: what is the same at every depth."""
-    return _LAYER_INDEX.sub(".*", name)
+    """Returns a name without the index of its layer and expert: what is the same for all of them."""
+    return _INDEX.sub(lambda index: ".*" if index[0].startswith(".") else "*", name)
 
 
 def by_family(names: Iterable[str]) -> dict[str, list[str]]:
@@ -31,6 +32,8 @@ class Counterparts(Generic[T]):
     def __init__(self, at_base: Mapping[str, T], *, alike: Callable[[T, T], bool]) -> None:
         self._at_base, self._alike = at_base, alike
         self._families = by_family(at_base)
+        self._firsts: dict[str, T] = {}
+        """Of families whose members are known to be alike."""
 
     def of(self, name: str) -> T:
         """Returns the base's value for a name of the target.
@@ -40,7 +43,10 @@ class Counterparts(Generic[T]):
         """
         if name in self._at_base:
             return self._at_base[name]
-        alike = self._families.get(family_of(name))
+        family = family_of(name)
+        if family in self._firsts:
+            return self._firsts[family]
+        alike = self._families.get(family)
         if not alike:
             raise PlanError(
                 f"{name}: the base has no such parameter, so its width ratio is unknown. "
@@ -53,6 +59,7 @@ class Counterparts(Generic[T]):
                     f"{other}: the base has layers of different sizes (compare {alike[0]}), so no width ratio "
                     "is defined. Give the base layers of one size, or the target's depth."
                 )
+        self._firsts[family] = first
         return first
 
 

@@ -64,6 +64,8 @@ class Optimizer:
     """But for the r_in of hidden weights, which has an exponent of its own: see `decayed`."""
     step: int
     """How its step grows with the gradient's size: 0 for those that divide by it, 1 for those that are made of it."""
+    bottlenecks: bool = True
+    """Whether its rules hold for a bottleneck that all tokens pass, a hidden tensor whose output keeps its size."""
     others: "tuple[Optimizer, ...]" = ()
     """Those that it leaves some tensors to."""
     routes: "Callable[[Tensor], Optimizer] | None" = None
@@ -152,6 +154,8 @@ SGD = Optimizer(
         Role.SCALAR: ONE,
     },
     step=1,
+    # Measured on latents of a fixed rank: their updates fall as r_in^-0.6 under this rule for hidden tensors.
+    bottlenecks=False,
 )
 """With or without momentum; coupled weight decay, as torch does."""
 

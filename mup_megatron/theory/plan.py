@@ -55,6 +55,8 @@ class PlanEntry:
     folded: float = 1.0
     """The multiplier that `folding.fold` moved into the weight: stored weight = folded · weight + fold_offset."""
     fold_offset: float = 0.0
+    stock_multiplier: float = 1.0
+    """What the model itself multiplies it by, relative to the base: a part of `multiplier` that needs no doing."""
 
     @property
     def is_vector(self) -> bool:
@@ -187,9 +189,9 @@ class Plan:
         if self.readout is not None and not self.tied and READOUT in placed:
             placed.add(self.readout)
         own = (
-            Site(entry.module, Acts.INPUT, entry.multiplier, 1.0, f"the multiplier of {entry.name}")
+            Site(entry.module, Acts.INPUT, entry.multiplier, entry.stock_multiplier, f"the multiplier of {entry.name}")
             for entry in self.entries
-            if entry.multiplier != 1.0 and entry.name not in placed
+            if entry.multiplier != entry.stock_multiplier and entry.name not in placed
         )
         return (*(self.site(place) for place in self.places), *own)
 
@@ -204,7 +206,13 @@ class Plan:
         if place.carries == READOUT:
             reason = "the readout's multiplier, α_out over its width ratio"
             return Site(place.module, place.acts, self.output_multiplier, self.stock_readout_ratio, reason)
-        return Site(place.module, place.acts, self[place.carries].multiplier, 1.0, f"the multiplier of {place.carries}")
+        own = self[place.carries]
+        return Site(place.module, place.acts, own.multiplier, own.stock_multiplier, f"the multiplier of {own.name}")
+
+    def attention(self, module: str) -> Site:
+        """Returns the scale of an attention: its own where it has heads of its own, else the model's."""
+        places = (place for place in self.places if (place.module, place.carries) == (module, SOFTMAX))
+        return self.site(next(places, Place(module, Acts.SCALE, SOFTMAX)))
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values; `from_json` gives the same plan back, bit by bit."""

@@ -50,6 +50,8 @@ class Side:
 
     size: int
     grows: bool = False
+    leading: int | None = None
+    """Of a fused side, the rows that say how much it grows, where others keep their number; None for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,8 @@ class Tensor:
     """The first dimension is a vocabulary, padded to a multiple of this times the tensor parallelism; here without."""
     share: float = 1.0
     """The part of the tokens that it sees: k/E of one of E experts where each token chooses k."""
+    stock_multiplier: float = 1.0
+    """What its model multiplies it by, if nothing is said; of a table, its rows."""
 
     def __post_init__(self) -> None:
         if math.prod(self.shape) % max(1, self.fan_in.size * self.fan_out.size):

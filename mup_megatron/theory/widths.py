@@ -75,4 +75,4 @@ def scaling(base: Tensor, target: Tensor, depth: Sizes) -> Scaling:
 
 def _sizes(base: Side, target: Side) -> Sizes:
     assert base.grows == target.grows
-    return Sizes(base.size, target.size, target.grows)
+    return Sizes(base.leading or base.size, target.leading or target.size, target.grows)

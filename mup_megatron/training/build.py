@@ -13,13 +13,14 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_APEX
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.names import is_of_experts
+from mup_megatron.collectives import raise_together
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import cpu, versions
-from mup_megatron.megatron.builders import build_chunk, config_fields
+from mup_megatron.megatron.builders import build_chunk, transformer_config
 from mup_megatron.megatron.guard import require_as_planned
 from mup_megatron.megatron.model import apply_plan, configure
 from mup_megatron.megatron.optimizer import config_overrides
@@ -56,6 +57,16 @@ def available_model(model: ModelFile, options: TrainingOptions) -> ModelFile:
                 "transformer_impl: transformer_engine, and Transformer Engine is not installed. Install it "
                 "(pip install 'transformer-engine[pytorch]'), or write `transformer_impl: local` into the model file."
             )
+    if model.transformer_impl == "local" and model.multi_latent_attention and not cpu.is_enabled():
+        raise InputError(
+            "multi_latent_attention: Megatron's local attention takes no head sizes of its own, so it cannot be "
+            "latent. Use transformer_impl transformer_engine."
+        )
+    if model.transformer_impl == "local" and model.num_experts is not None and model.add_bias_linear:
+        raise InputError(
+            "add_bias_linear: Megatron's local experts stop in training if they have biases. Train on a GPU with "
+            "Transformer Engine, or set add_bias_linear to false in model file and recipe."
+        )
     if model.transformer_impl == "local" and not HAVE_APEX:
         if model.apply_layernorm_1p:
             raise InputError(
@@ -86,6 +97,7 @@ def build(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions
     config = _transformer_config(model, recipe, options)
     configure(config, plan)
     models = [build_chunk(model, config, stage) for stage in _stages(model, options)]
+    raise_together([problem for each in models for problem in _gradients_not_added_up(each, config)])
     apply_plan(models, plan, initialize=initialize)
     chunks = _wrapped(models, config, options)
     optimizer_config = _optimizer_config(recipe, options)
@@ -100,6 +112,23 @@ def build(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions
     scheduler = _scheduler(optimizer, recipe, options)
     require_as_planned(chunks, plan, optimizer, scheduler, weights=initialize)
     return Built(config, chunks, optimizer, scheduler, objective_of(model))
+
+
+def _gradients_not_added_up(model: torch.nn.Module, config: Any) -> list[str]:
+    """Why experts would not train right, if so: their tensor parallelism is their own, and they are not told apart.
+
+    Up to which release Megatron-Core does so without expert parallelism, its parameters say: 0.16 does, 0.19 does not.
+    """
+    if config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
+        return []
+    experts = [each for name, each in model.named_parameters() if is_of_experts(name)]
+    if not any(getattr(each, "allreduce", True) for each in experts):
+        return []
+    return [
+        f"--expert-tensor-parallel-size {config.expert_tensor_parallel_size}: this Megatron-Core does not add up the "
+        "gradients of experts over the ranks that hold them alike. Add --expert-model-parallel-size 2 or more, or drop "
+        "the flag."
+    ]
 
 
 def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> Any:
@@ -131,6 +160,8 @@ def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptio
         "pipeline_model_parallel_size": options.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": virtual_stages,
         "sequence_parallel": options.sequence_parallel,
+        "expert_model_parallel_size": options.expert_model_parallel_size,
+        "expert_tensor_parallel_size": options.expert_tensor_parallel_size or options.tensor_model_parallel_size,
         # Interleaved, sends and receives between two ranks that are each other's neighbours on both sides would be
         # ambiguous in one batch. Megatron-LM's arguments couple these likewise.
         "overlap_p2p_comm": virtual_stages is not None,
@@ -140,7 +171,7 @@ def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptio
         "use_cpu_initialization": options.use_cpu_initialization,
         "finalize_model_grads_func": finalize_model_grads,
     }
-    return TransformerConfig(**{**fields, **config_fields(model), **cpu.transformer_config_overrides()})
+    return transformer_config(model, {**fields, **cpu.transformer_config_overrides()})
 
 
 def _stages(model: ModelFile, options: TrainingOptions) -> Sequence[int | None]:

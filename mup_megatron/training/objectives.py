@@ -1,7 +1,7 @@
 """The tasks that models are trained for on a batch of text: the next token, masked tokens, a text that was damaged.
 
 An architecture names its objective. All of them take the batches of `data/dataset.py` and are functions of a sample
-alone, so that a run's losses do not depend on its layout. Importing it imports torch.
+alone, so that a run's losses do not depend on its layout. Importing it imports Megatron.
 """
 
 import zlib
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of
+from mup_megatron.megatron.names import unwrapped
 
 Batch = Mapping[str, torch.Tensor]
 LossFunction = Callable[[Any], torch.Tensor]
@@ -45,7 +46,10 @@ def objective_of(model: ModelFile) -> Objective:
 
 
 def _next_token(chunk: Any, batch: Batch) -> tuple[torch.Tensor, LossFunction]:
-    output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    # Multi-token prediction has a loss of its own within the model.
+    config: Any = unwrapped(chunk).config
+    more = {"loss_mask": batch["loss_mask"]} if config.mtp_num_layers else {}
+    output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **more)
     return output, lambda losses: _mean(losses, batch["loss_mask"])
 
 

@@ -31,6 +31,10 @@ class TrainingOptions:
     pipeline_model_parallel_size: int = 1
     num_layers_per_virtual_pipeline_stage: int | None = None
     sequence_parallel: bool = False
+    expert_model_parallel_size: int = 1
+    """Ranks that hold different experts; they share the rest of the model, or its data."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share an expert, by default those that share tensors."""
     use_distributed_optimizer: bool = False
     bf16: bool = False
     use_cpu_initialization: bool = False
@@ -98,7 +102,11 @@ def require_possible(model: ModelFile, recipe: Recipe, options: TrainingOptions,
     problems = [*_bad_numbers(options), *_bad_folders(options)]
     if not problems:
         model.require_tensor_parallel(options.tensor_model_parallel_size)
-        problems = [*_bad_layout(model, recipe, options), *_bad_batch(model, options, world_size)]
+        problems = [
+            *_bad_layout(model, recipe, options),
+            *_bad_experts(model, options, world_size),
+            *_bad_batch(model, options, world_size),
+        ]
     if problems:
         raise InputError("\n".join(problems))
 
@@ -115,6 +123,8 @@ _POSITIVE = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "num_layers_per_virtual_pipeline_stage",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
     "eval_interval",
     "log_interval",
     "save_interval",
@@ -193,6 +203,11 @@ def _bad_layout(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> I
             f"--pipeline-model-parallel-size {stages}: Megatron-Core does not split "
             f"{architecture_of(model).description} over pipeline stages. Drop it."
         )
+    if stages > 1 and model.tied and model.mtp_num_layers:
+        yield (
+            f"--pipeline-model-parallel-size {stages}: Megatron cannot save tied embeddings with mtp_num_layers on "
+            "several stages. Use untie_embeddings_and_output_weights, or one stage."
+        )
     if options.sequence_parallel:
         if options.tensor_model_parallel_size == 1:
             yield (
@@ -205,6 +220,44 @@ def _bad_layout(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> I
             )
     if options.use_distributed_optimizer:
         yield from filter(None, map(distributed_problem, recipe.optimizers))
+
+
+def _bad_experts(model: ModelFile, options: TrainingOptions, world_size: int) -> Iterator[str]:
+    experts, tensor = options.expert_model_parallel_size, options.tensor_model_parallel_size
+    own = options.expert_tensor_parallel_size
+    if model.num_experts is None:
+        if experts > 1 or own is not None:
+            name = "expert_model_parallel_size" if experts > 1 else "expert_tensor_parallel_size"
+            yield f"{_flag(name)} {getattr(options, name)}: the model has no experts. Drop it."
+        return
+    if tensor > 1 and not options.sequence_parallel:
+        yield (
+            f"--tensor-model-parallel-size {tensor}: Megatron trains experts with it under sequence parallelism alone. "
+            "Add --sequence-parallel."
+        )
+    if model.num_experts % experts:
+        yield (
+            f"--expert-model-parallel-size {experts} does not divide num_experts {model.num_experts}. Choose a divisor "
+            "of it."
+        )
+    if model.expert_ffn_size % (own or tensor):
+        yield (
+            f"--expert-tensor-parallel-size {own or tensor} does not divide the size {model.expert_ffn_size} of an "
+            "expert. Choose a divisor of it."
+        )
+    shared = model.moe_shared_expert_intermediate_size
+    if shared is not None and shared % tensor:
+        yield (
+            f"--tensor-model-parallel-size {tensor} does not divide moe_shared_expert_intermediate_size {shared}. "
+            "Choose a divisor of it."
+        )
+    together = experts * (own or tensor) * options.pipeline_model_parallel_size
+    if world_size % together:
+        yield (
+            f"--expert-model-parallel-size {experts} × expert tensor parallelism {own or tensor} × "
+            f"--pipeline-model-parallel-size {options.pipeline_model_parallel_size} needs a multiple of {together} "
+            f"processes, and there {'is one' if world_size == 1 else f'are {world_size}'}. Start that many."
+        )
 
 
 def _bad_batch(model: ModelFile, options: TrainingOptions, world_size: int) -> Iterator[str]:

@@ -93,7 +93,15 @@ def _under_torchrun() -> bool:
 
 
 @contextmanager
-def joined(*, tensor: int, pipeline: int, virtual_stages: int | None, seed: int) -> Iterator[None]:
+def joined(
+    *,
+    tensor: int,
+    pipeline: int,
+    virtual_stages: int | None,
+    seed: int,
+    experts: int = 1,
+    tensor_of_experts: int | None = None,
+) -> Iterator[None]:
     """Megatron's process groups and random numbers for the time of a run, on every rank.
 
     A process group that exists already is used and left as it is. Otherwise torchrun's processes find each other, and a
@@ -106,7 +114,14 @@ def joined(*, tensor: int, pipeline: int, virtual_stages: int | None, seed: int)
         logging.getLogger(name).setLevel(logging.ERROR)
     with met():
         try:
-            parallel_state.initialize_model_parallel(tensor, pipeline, virtual_stages, create_gloo_process_groups=False)
+            parallel_state.initialize_model_parallel(
+                tensor,
+                pipeline,
+                virtual_stages,
+                expert_model_parallel_size=experts,
+                expert_tensor_parallel_size=tensor_of_experts,
+                create_gloo_process_groups=False,
+            )
             seed_all(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
             yield
         finally:

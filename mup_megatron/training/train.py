@@ -83,6 +83,8 @@ def run_training(
         pipeline=options.pipeline_model_parallel_size,
         virtual_stages=options.virtual_stages(model),
         seed=options.seed,
+        experts=options.expert_model_parallel_size,
+        tensor_of_experts=options.expert_tensor_parallel_size,
     ):
         return _run(model, recipe, data, options, report, show=show)
 

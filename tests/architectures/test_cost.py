@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from support.commands import TARGET
 
-from mup_megatron.architectures.cost import parameter_count, training_flops
+from mup_megatron.architectures.cost import active_parameter_count, parameter_count, training_flops
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import load_model_file, model_file
 
@@ -93,3 +93,39 @@ def test_tying_changes_parameters_and_no_flops() -> None:
     tied, untied = small(), small(untie_embeddings_and_output_weights=True)
     assert training_flops(tied) == training_flops(untied)
     assert parameter_count(tied) < parameter_count(untied)
+
+
+def test_experts_count_whole_as_parameters_and_chosen_ones_as_flops() -> None:
+    experts = {
+        "num_experts": 8,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 96,
+        "add_bias_linear": False,
+        "swiglu": True,
+    }
+    shared = {"moe_shared_expert_intermediate_size": 64, "moe_shared_expert_gate": True}
+    model = small(**experts, **shared, num_layers=3, moe_layer_freq=[0, 1, 1])
+    flops = training_flops(model)
+    one = 3 * 128 * 96
+    assert flops.items["experts"] == 6 * 2 * (2 * one + 3 * 128 * 64)
+    assert flops.items["router"] == 6 * 2 * 128 * (8 + 1)
+    assert flops.items["mlp"] == 6 * 3 * 128 * 320
+    assert parameter_count(model) - active_parameter_count(model) == 2 * 6 * one
+    dense = small(**shared_of(experts), num_layers=3)
+    assert parameter_count(model) == parameter_count(dense) + 2 * (8 * one + 3 * 128 * 64 + 128 * 9 - 3 * 128 * 320)
+
+
+def shared_of(experts: dict[str, Any]) -> dict[str, Any]:
+    """Of a model with experts, what one without has as well."""
+    return {key: experts[key] for key in ("add_bias_linear", "swiglu")}
+
+
+def test_nemotron_h_has_its_number_of_parameters_and_megatrons_operations() -> None:
+    model = load_model_file(MODELS / "nemotron_h_8b.yaml")
+    assert parameter_count(model) == pytest.approx(8.1e9, rel=0.001)
+    hidden, inner, states, heads = 4096, 128 * 64, 8 * 128, 128
+    # Forward, of a layer and a token, as Megatron reports them: projections, and 7 for a channel's state.
+    expected = 2 * hidden * (2 * inner + 2 * states + heads) + 7 * inner * 128 + 2 * inner * hidden
+    items = training_flops(model).items
+    assert items["mamba_projections"] + items["mamba_scan"] == pytest.approx(24 * 3 * expected)
+    assert items["mamba_convolution"] == 24 * 6 * 4 * (inner + 2 * states)

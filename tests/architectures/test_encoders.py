@@ -59,7 +59,8 @@ def saved(models: dict[str, ModelFile], layout: Layout) -> dict[str, tuple[Shape
             parts = list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
             shapes |= {part.key: tuple(part.global_shape) for part in parts if isinstance(part, ShardedTensor)}
         read = {
-            name: names._global_shape(parameter) for name, parameter in names.named_parameters([chunk], tied=model.tied)
+            name: names.global_shape(name, parameter)
+            for name, parameter in names.named_parameters([chunk], tied=model.tied)
         }
         found[case] = (shapes, read)
     return found
@@ -181,13 +182,14 @@ def test_base_and_target_share_what_is_no_size(architecture: str, changes: dict[
     ("content", "said"),
     [
         ({"architecture": "bert", "position_embedding_type": "rope"}, "Megatron's BERT has learned positions"),
-        ({"architecture": "bert", "qk_layernorm": True}, "no norms of queries and keys"),
+        ({"architecture": "bert", "qk_layernorm": True}, "qk_layernorm: Megatron's BERT and T5 have no such layers"),
         ({"architecture": "bert", "decoder_num_layers": 2}, "architecture: bert has no decoder_num_layers"),
         ({"architecture": "t5", "encoder_num_layers": 3}, "num_layers 2 beside encoder_num_layers 3"),
         ({"architecture": "t5", "group_query_attention": True, "num_query_groups": 2}, "no grouped queries"),
         ({"architecture": "t5", "decoder_seq_length": 99}, "smaller than decoder_seq_length 99"),
         ({"architecture": "t5", "rotary_base": 99}, "rotary_base: Megatron's T5 does not take it"),
         ({"position_embedding_type": "relative"}, "position_embedding_type"),
+        ({"architecture": "bert", "num_experts": 4, "moe_router_topk": 2}, "num_experts: Megatron's BERT and T5"),
     ],
 )
 def test_what_megatron_would_not_build_is_refused(content: dict[str, Any], said: str) -> None:

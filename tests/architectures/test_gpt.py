@@ -10,7 +10,7 @@ from support.shapes import gpt
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import global_name, stage_layers
-from mup_megatron.architectures.registry import shapes_of
+from mup_megatron.architectures.registry import architecture_of, model_file, shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.theory import Constant, Property, Side, Tensor
 
@@ -235,3 +235,62 @@ def test_a_chunk_renames_to_the_whole_model() -> None:
     stages = [{"decoder": stage_layers(4, stages=2, stage=s)} for s in (0, 1)]
     renamed = [global_name(n, held, tied=True) for held in stages for n in local]
     assert renamed == whole
+
+
+@pytest.mark.parametrize(
+    ("local", "name"),
+    [
+        ("decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight", "local_experts.5.linear_fc1.weight"),
+        ("decoder.layers.0.mlp.experts.linear_fc2.weight3", "linear_fc2.weight7"),
+        ("decoder.layers.0.mlp.experts.linear_fc1.bias0", "linear_fc1.bias4"),
+        ("decoder.layers.0.mlp.experts.weight1", "weight1"),
+    ],
+)
+def test_the_experts_of_a_rank_have_global_numbers(local: str, name: str) -> None:
+    layers = {"decoder": [2, 3]}
+    expected = f"decoder.layers.2.mlp.experts.{name}"
+    assert global_name(local, layers, tied=False, experts=[4, 5, 6, 7]) == expected
+    assert global_name("decoder.layers.1.mlp.linear_fc1.weight", layers, tied=False, experts=[4, 5]) == (
+        "decoder.layers.3.mlp.linear_fc1.weight"
+    )
+
+
+MIXED = {"num_experts": 8, "add_bias_linear": False}
+
+
+@pytest.mark.parametrize(
+    ("frequency", "kept", "expected"),
+    [
+        (1, [0, 2], 1),
+        (2, [1, 2, 3], (0, 1, 0)),
+        ([0, 0, 1, 1, 1, 1], [0, 5], (0, 1)),
+    ],
+)
+def test_layers_of_both_kinds_are_kept_as_they_are(frequency: Any, kept: list[int], expected: Any) -> None:
+    model = model_file({**gpt(1).model_dump(), **MIXED, "num_layers": 6, "moe_layer_freq": frequency}, source="x")
+    fewer = architecture_of(model).with_layers(model, kept)
+    assert (fewer.num_layers, fewer.moe_layer_freq) == (len(kept), expected)
+
+
+@pytest.mark.parametrize(
+    ("frequency", "layers", "expected"),
+    [
+        ("[0]*3+[1]*58", 4, (0, 1, 1, 1)),
+        ("[0]*3+[1]*58", 30, (0,) * 2 + (1,) * 28),
+        ("[1]*58+[0]*3", 4, (1, 1, 1, 0)),
+        ("[1]*60+[0]", 2, (1, 0)),
+    ],
+)
+def test_fewer_layers_are_of_every_kind(frequency: str, layers: int, expected: tuple[int, ...]) -> None:
+    model = model_file({**gpt(1).model_dump(), **MIXED, "num_layers": 61, "moe_layer_freq": frequency}, source="x")
+    assert architecture_of(model).with_depth(model, layers).moe_layer_freq == expected
+
+
+def test_legacy_experts_are_two_transposed_tensors_of_all() -> None:
+    more = {"moe_grouped_gemm": True, "moe_use_legacy_grouped_gemm": True, "moe_ffn_hidden_size": 24, "swiglu": True}
+    tensors = _tensors(gpt(1, **MIXED, **more))
+    for name, shape, sides in (("weight1", (32, 8 * 48), (32, 48)), ("weight2", (8 * 24, 32), (24, 32))):
+        tensor = tensors[f"decoder.layers.1.mlp.experts.{name}"]
+        assert (tensor.shape, (tensor.fan_in.size, tensor.fan_out.size)) == (shape, sides)
+        assert {Property.EXPERT, Property.FOLDED} <= tensor.properties
+        assert tensor.share == 2 / 8

@@ -1,17 +1,18 @@
 """Hybrid models: what is stated of them against the live model, their proxies, and how a GPT's recipe meets them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support import planned, stock
 from support.processes import run_ranks
-from support.shapes import gpt, hybrid, recipe_for
+from support.shapes import MAMBA, gpt, hybrid, recipe_for
 from support.stock import Layout
 
-from mup_megatron.architectures.hybrid import HybridFile
+from mup_megatron.architectures.hybrid import HYBRID, HybridFile
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import Search, choose_proxy
-from mup_megatron.architectures.registry import model_file, shapes_of
+from mup_megatron.architectures.registry import load_model_file, model_file, shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.versions import core_version
 from mup_megatron.recipe import PerParameter
@@ -34,6 +35,10 @@ MODELS: dict[str, HybridFile] = {
     "grouped queries, own head size": hybrid(
         gpt(kv_channels=6, num_attention_heads=4, group_query_attention=True, num_query_groups=2)
     ),
+    "Mamba": hybrid(gpt(), "*-M-", **MAMBA),
+    "Mamba, own heads, RMSNorm, untied": hybrid(
+        gpt(normalization="RMSNorm", untie_embeddings_and_output_weights=True), "MM*M", **MAMBA, mamba_num_heads=6
+    ),
 }
 LAYOUTS: dict[str, tuple[Layout, bool]] = {
     "TP1": (Layout(), False),
@@ -53,20 +58,21 @@ def live_shapes(models: list[HybridFile], layout: Layout) -> list[Shapes]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    from mup_megatron.megatron.builders import build_chunk
+    from mup_megatron.megatron.builders import build_chunk, config_fields
 
     found = []
     for model in models:
         stock.init_parallel(layout)
-        config = stock.transformer_config(planned.sizes_of(model, layout.tp), layout, is_hybrid_model=True)
+        config = stock.transformer_config(planned.sizes_of(model, layout.tp), layout, **config_fields(model))
         shapes: Shapes = {}
         for entry in nested_values(build_chunk(model, config, None).sharded_state_dict()):
-            # The two halves of a gated layer are saved apart.
+            # The two halves of a gated layer are saved apart, and the rows of a Mamba layer under names of their own.
             parts = list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
-            parts = [part for part in parts if isinstance(part, ShardedTensor)]
-            if parts:
-                assert len({part.key for part in parts}) == 1
-                shapes[parts[0].key] = tuple(parts[0].global_shape)
+            own = {part.key: tuple(part.global_shape) for part in parts if isinstance(part, ShardedTensor)}
+            if len(own) > 1:
+                [rest] = {shape[1:] for shape in own.values()}
+                own = {entry.key: (sum(shape[0] for shape in own.values()), *rest)}
+            shapes |= own
         found.append(shapes)
     return found
 
@@ -134,6 +140,26 @@ def test_a_proxy_has_whole_periods_and_no_fewer_branches_than_four_layers_of_a_g
     assert (proxy.letters, proxy.num_layers) == (letters, len(letters))
 
 
+@pytest.mark.parametrize(("width", "heads", "groups"), [(256, 8, 8), (512, 16, 8), (128, 4, 4)])
+def test_a_proxy_of_nemotron_h_keeps_what_belongs_to_a_head(width: int, heads: int, groups: int) -> None:
+    target = load_model_file(Path(__file__).parents[2] / "configs" / "models" / "nemotron_h_8b.yaml")
+    search = Search(trials=20, trial_tokens=1e9, target_tokens=1e13)
+    found = choose_proxy(target, search, width=width)
+    proxy = model_file(found.model.model_dump(mode="json"), source="proxy")
+    assert isinstance(proxy, HybridFile)
+    assert (proxy.mamba_num_heads, proxy.mamba_num_groups, proxy.letters[:6]) == (heads, groups, "M-M-M-")
+    assert (proxy.mamba_head_dim, proxy.mamba_state_dim) == (64, 128)
+    assert any("mamba_num_groups 4, in the target 8" in note for note in found.notes) is (groups == 4)
+    assert recipe_for(proxy).plan(target)["decoder.layers.0.mixer.out_proj.weight"].width_ratio == 4096 / width
+
+
+def test_a_state_that_grows_is_remarked() -> None:
+    base, target = (hybrid(gpt(), "*-M-", **MAMBA | {"mamba_state_dim": size}) for size in (8, 16))
+    [said] = HYBRID.remarks(base, target)
+    assert said.startswith("Base and target differ in mamba_state_dim 8 → 16.")
+    assert not HYBRID.remarks(base, base)
+
+
 # ---- model files -----------------------------------------------------------------------------------------------------
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100, "seq_length": 16}
@@ -142,8 +168,10 @@ SIZES = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100, "seq_le
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"hybrid_layer_pattern": "M*"}, "hybrid_layer_pattern: 'M' is a layer of Mamba, which is not supported yet"),
-        ({"hybrid_layer_pattern": "*E"}, "'E' is a layer of experts"),
+        ({"hybrid_layer_pattern": "M*", "mamba_head_dim": 48}, "mamba_head_dim 48 does not divide 2·hidden_size 128"),
+        ({"hybrid_layer_pattern": "M*"}, "mamba_num_groups 8 does not divide the 2 heads of a Mamba layer"),
+        ({"hybrid_layer_pattern": "*E"}, "num_experts belongs to layers E of hybrid_layer_pattern"),
+        ({"hybrid_layer_pattern": "*-", "num_experts": 4}, "num_experts belongs to layers E of hybrid_layer_pattern"),
         ({"hybrid_layer_pattern": "*G"}, "'G' is a layer of gated delta net"),
         ({"hybrid_layer_pattern": "*D"}, "'D' is a layer of sparse attention"),
         ({"hybrid_layer_pattern": "+-"}, "'+' is a layer of latent attention"),

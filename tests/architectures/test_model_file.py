@@ -86,7 +86,56 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"position_embedding_type": "rope", "kv_channels": 15},
         r"kv_channels 15 is odd, which rotary embeddings cannot use\. Make it even\.",
     ),
-    "experts": ({"num_experts": 8}, r"num_experts: mixture-of-experts models are not supported yet\. Remove the key\."),
+    "a size of experts alone": (
+        {"moe_ffn_hidden_size": 8},
+        r"moe_ffn_hidden_size: a size of experts, and num_experts is missing\. Add or remove\.",
+    ),
+    "more than all experts": (
+        {"num_experts": 2, "moe_router_topk": 4},
+        r"moe_router_topk 4 is more than num_experts 2\.",
+    ),
+    "another number of layers": (
+        {"num_experts": 8, "moe_layer_freq": [0, 1, 1]},
+        r"moe_layer_freq has 3 layers, and num_layers is 2\. Give one for each layer\.",
+    ),
+    "no layer with experts": ({"num_experts": 8, "moe_layer_freq": "[0]*2"}, r"moe_layer_freq: no layer has experts\."),
+    "a pattern of other things": (
+        {"num_experts": 8, "moe_layer_freq": "[0]*x"},
+        r"moe_layer_freq: '\[0\]\*x' is neither",
+    ),
+    "shared experts with biases": (
+        {"num_experts": 8, "moe_shared_expert_intermediate_size": 8},
+        r"moe_shared_expert_intermediate_size: shared experts have no biases\. Set add_bias_linear to false\.",
+    ),
+    "a gate of nothing": (
+        {"num_experts": 8, "moe_shared_expert_gate": True},
+        r"moe_shared_expert_gate: there is no shared",
+    ),
+    "a softmax of one": (
+        {"num_experts": 8, "moe_router_topk": 1},
+        r"moe_router_topk 1: the softmax over the one that is",
+    ),
+    "a bias on a softmax": (
+        {"num_experts": 8, "moe_router_enable_expert_bias": True},
+        r"moe_router_enable_expert_bias: it needs another moe_router_score_function than softmax, as sigmoid\.",
+    ),
+    "groups without their number": (
+        {"num_experts": 8, "moe_router_group_topk": 2},
+        r"moe_router_group_topk: moe_router_num_groups is missing\. Give it\.",
+    ),
+    "groups that don't divide the experts": (
+        {"num_experts": 8, "moe_router_num_groups": 3, "moe_router_group_topk": 2},
+        r"moe_router_num_groups 3 with moe_router_group_topk 2: it has to divide num_experts 8",
+    ),
+    "two ways to balance and one coefficient": (
+        {"num_experts": 8, "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"], "moe_aux_loss_coeff": 0.1},
+        r"moe_aux_loss_coeff: give one for each of moe_router_load_balancing_type\.",
+    ),
+    "sinkhorn with a loss": (
+        {"num_experts": 8, "moe_router_load_balancing_type": "sinkhorn", "moe_aux_loss_coeff": 0.1},
+        r"moe_router_load_balancing_type sinkhorn has no auxiliary loss\. Set moe_aux_loss_coeff to 0\.",
+    ),
+    "latent experts": ({"num_experts": 8, "moe_latent_size": 8}, r"moe_latent_size: models with latent experts"),
 }
 
 

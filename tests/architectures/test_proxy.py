@@ -148,3 +148,21 @@ def test_every_gpt3_has_a_proxy(path: Path) -> None:
     proxy = choose_proxy(model, CHEAP)
     assert valid(proxy).head_size == model.head_size
     assert proxy.model.hidden_size == pytest.approx(256, rel=0.13)  # whole heads: the largest of them are 128 wide
+
+
+EXPERTS = {
+    **GROUPED, "num_experts": 128, "moe_router_topk": 8, "moe_ffn_hidden_size": 2048, "moe_layer_freq": "[0]*3+[1]*77",
+    "moe_shared_expert_intermediate_size": 4096,
+}  # fmt: skip
+
+
+def test_experts_keep_their_number_and_their_size_for_each_channel() -> None:
+    model = target(EXPERTS)
+    proxy = choose_proxy(model, Search(trials=10**4, trial_tokens=1e9, target_tokens=1e12), width=1024)
+    chosen = valid(proxy)
+    assert (chosen.num_experts, chosen.moe_router_topk) == (128, 8)
+    assert (chosen.expert_ffn_size, chosen.moe_shared_expert_intermediate_size) == (256, 512)
+    assert chosen.num_layers < 80
+    assert set(chosen.moe_layer_freq) == {0, 1}, "both kinds of layer"
+    rounded = choose_proxy(target(EXPERTS, moe_ffn_hidden_size=1001), CHEAP, width=1024)
+    assert "moe_ffn_hidden_size 125 is rounded; the target's ratio to hidden_size is 0.1222." in rounded.notes

@@ -48,7 +48,11 @@ TARGETS = {
         "r.yaml for target.yaml: swiglu is False in the recipe's base but True in the target. ",
     ),
     "NaN": ({"init_method_std": float("nan")}, "target.yaml: init_method_std: must be a finite number, found nan."),
-    "experts": ({"num_experts": 8}, "target.yaml: num_experts: mixture-of-experts models are not supported yet."),
+    "experts": (
+        {"num_experts": 8},
+        "the recipe's base has layers of attention and mlp, and the target of attention and",
+    ),
+    "more than all experts": ({"num_experts": 8, "moe_router_topk": 9}, "target.yaml: moe_router_topk 9 is more than"),
 }
 
 
@@ -198,5 +202,5 @@ def test_a_full_disk_costs_no_recipe(here: Path) -> None:
 
 
 def test_a_kind_of_model_that_is_not_supported_yet_is_called_so(run: Command, here: Path) -> None:
-    write(here / "target.yaml", {**TARGET, "moe_router_topk": 2})
-    assert "target.yaml: moe_router_topk: models with experts" in refused(run, here, *EXPLAIN)
+    write(here / "target.yaml", {**TARGET, "moe_latent_size": 2})
+    assert "target.yaml: moe_latent_size: models with latent experts" in refused(run, here, *EXPLAIN)

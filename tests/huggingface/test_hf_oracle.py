@@ -18,7 +18,7 @@ from support.hf_models import built, trained, with_class
 from transformers import PretrainedConfig
 
 from mup_megatron.huggingface import apply_plan, param_groups, plan_for
-from mup_megatron.modules import shapes
+from mup_megatron.modules import parameters
 from mup_megatron.theory import ADAM, SGD, Optimizer, Plan, Role, rules
 from mup_megatron.theory.optimizers import ONE, Power
 
@@ -141,8 +141,8 @@ def test_weight_decay_that_is_not_compensated_is_noticed(monkeypatch: pytest.Mon
 
 
 def test_conv1d_taken_for_linear_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = shapes.linear_sides
-    monkeypatch.setattr(shapes, "linear_sides", lambda *args: original(*args) and (0, 1))
+    original = parameters.linear_sides
+    monkeypatch.setattr(parameters, "linear_sides", lambda *args: original(*args) and (0, 1))
     assert disagreements("gpt2", 4, "adam") == set(), "with all widths alike nobody can tell"
     assert disagreements("gpt2, uneven", 4, "adam") == {"hidden.init_std", "hidden.lr", "hidden.weight_decay"}
 
@@ -152,7 +152,7 @@ def test_a_kernel_that_is_not_counted_is_noticed_where_fan_in_is_shown(monkeypat
     name = "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"
     assert (plan[name].fan_in, plan[name].fan_out, plan[name].width_ratio) == (128 * 9, 128, 4.0)
     assert plan["resnet.embedder.embedder.convolution.weight"].fan_in == 3 * 7 * 7
-    monkeypatch.setattr(shapes, "math", SimpleNamespace(prod=lambda *_: 1))  # of this module alone
+    monkeypatch.setattr(parameters, "math", SimpleNamespace(prod=lambda *_: 1))  # of this module alone
     assert _plan("resnet", 4)[name].fan_in == 128
 
 

@@ -57,6 +57,7 @@ def test_saving_warns_where_the_function_is_another_one(tmp_path: Path, caplog: 
             model.save_pretrained(tmp_path)
             model.save_pretrained(tmp_path)  # as at every checkpoint of a run
         assert caplog.text.count("another function") == warned
+        assert caplog.text.count("multipliers (lm_head.weight × 1.5), which the saved weights do not hold") == warned
     plain = built("llama", config("llama", 64))
     plain.save_pretrained(tmp_path)
     assert KEY not in json.loads((tmp_path / "config.json").read_text())
@@ -76,6 +77,21 @@ def test_a_loaded_model_takes_its_plan_back_and_no_other(saved: tuple[LlamaForCa
     torch.testing.assert_close(logits(loaded), logits(model))
     with pytest.raises(InputError, match="applied to this model already"):
         apply_plan(loaded, plan, initialize="keep")  # type: ignore[arg-type]
+
+
+def test_a_loaded_model_that_is_used_without_its_plan_says_so_once(
+    saved: tuple[LlamaForCausalLM, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, folder = saved
+    for planned in (False, True):
+        loaded = LlamaForCausalLM.from_pretrained(folder)
+        if planned:
+            apply_plan(loaded, plan_for(loaded, recipe(attention_multiplier=2.0)), initialize="keep")  # type: ignore[arg-type]
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="mup_megatron"):
+            logits(loaded)
+            logits(loaded)
+        assert caplog.text.count("no plan was applied to it since it was loaded") == (not planned)
 
 
 def test_a_damaged_mark_is_an_error(saved: tuple[LlamaForCausalLM, Path]) -> None:

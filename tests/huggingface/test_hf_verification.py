@@ -108,13 +108,25 @@ def test_a_scale_that_is_not_the_one_in_use_is_refused(monkeypatch: pytest.Monke
     assert plan_for(with_class("llama", config("llama", 128)), recipe_at(config("llama", 64))).entries
 
 
-def test_a_factor_that_follows_width_is_refused() -> None:
+def test_a_factor_that_follows_width_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an embedding it is taken back, as CTRL's √width; anywhere else there is no place that could do so."""
+
     def ctrl(width: int) -> PretrainedConfig:
         return transformers.CTRLConfig(
             vocab_size=64, n_layer=1, n_embd=width, dff=2 * width, n_head=width // 16, n_positions=32,
             architectures=["CTRLLMHeadModel"],
         )  # fmt: skip
 
+    found = plan_for(ctrl(64), recipe_at(ctrl(32)))["transformer.w.weight"]
+    assert (found.multiplier, found.stock_multiplier) == (1.0, pytest.approx(2**0.5))
+
+    layer = transformers.models.ctrl.modeling_ctrl.EncoderLayer
+    forward = layer.forward
+
+    def scaled(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, x * x.shape[-1] ** 0.5, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", scaled)
     with pytest.raises(InputError, match=r"× 5\.65685 in the recipe's base and × 8 in the target") as raised:
         plan_for(ctrl(64), recipe_at(ctrl(32)))
     assert len(str(raised.value)) <= 300

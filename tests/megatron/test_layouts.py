@@ -30,9 +30,42 @@ _GATED: dict[str, Any] = {
     "untie_embeddings_and_output_weights": True,
 }
 _WIDE: dict[str, Any] = {"num_attention_heads": 8, "kv_channels": 16, "num_query_groups": 4}
+# The head of queries and keys grows, so does one of the ranks; multi-token prediction on the last stage.
+_LATENT: dict[str, Any] = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 16,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 8,
+    "qk_layernorm": True,
+    "rotary_scaling_factor": 40.0,
+    "mscale_all_dim": 1.0,
+    "mtp_num_layers": 2,
+    "mtp_loss_scaling_factor": 0.3,
+    "num_layers": 4,
+    "vocab_size": 64,
+    "position_embedding_type": "none",
+    "normalization": "RMSNorm",
+    "untie_embeddings_and_output_weights": True,
+}
+# All layers but the first have experts, and so has the one of multi-token prediction.
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "moe_layer_freq": [0, 1, 1, 1],
+    "moe_shared_expert_intermediate_size": 32,
+    "moe_router_topk": 2,
+    "add_bias_linear": False,
+}
 SHAPES = {
     "tied": (gpt(**_BOTH, num_query_groups=2), gpt(4, **_BOTH, **_WIDE)),
     "untied": (gpt(**_BOTH, **_GATED, num_query_groups=2), gpt(4, **_BOTH, **_GATED, **_WIDE)),
+    "latent": (
+        gpt(**_LATENT, kv_lora_rank=12, qk_head_dim=8),
+        gpt(4, **_LATENT, kv_lora_rank=48, qk_head_dim=12),
+    ),
+    "latent, experts": (
+        gpt(**_LATENT, **_EXPERTS, kv_lora_rank=12, qk_head_dim=8, moe_ffn_hidden_size=32),
+        gpt(4, **_LATENT, **_EXPERTS, kv_lora_rank=12, qk_head_dim=8, moe_ffn_hidden_size=64),
+    ),
 }
 
 LAYOUTS = {
@@ -42,16 +75,20 @@ LAYOUTS = {
     "DP2": Layout(dp=2),
     "TP2 + sequence parallel + distributed optimizer": Layout(tp=2, sequence_parallel=True, distributed_optimizer=True),
     "DP2 + distributed optimizer": Layout(dp=2, distributed_optimizer=True),
+    "EP2 + distributed optimizer": Layout(dp=2, ep=2, distributed_optimizer=True),
     "PP2 in two virtual stages": Layout(pp=2, vpp=2),
     "TP2 × PP2": Layout(tp=2, pp=2),
 }
 
 
+_SPLIT = ("TP1", "PP2 in two virtual stages", "TP2 × PP2", "TP2 + sequence parallel + distributed optimizer")
+_EACH = ("TP1", "TP2", "PP2", "DP2 + distributed optimizer", *_SPLIT[1:])
+_EXPERT = ("TP1", "PP2", "DP2 + distributed optimizer", "EP2 + distributed optimizer", _SPLIT[-1])
 PAIRS = [
-    (shape, layout)
-    for shape in SHAPES
-    for layout in LAYOUTS
-    if shape == "tied" or layout in ("TP1", "PP2 in two virtual stages", "TP2 × PP2") or "sequence" in layout
+    *(("tied", layout) for layout in LAYOUTS if not layout.startswith("EP2")),
+    *(("untied", layout) for layout in LAYOUTS if layout in _SPLIT),
+    *(("latent", layout) for layout in LAYOUTS if layout in _EACH),
+    *(("latent, experts", layout) for layout in LAYOUTS if layout in _EXPERT),
 ]
 """The first shape on every layout; the second where most of it is split."""
 

@@ -1,5 +1,6 @@
 """Launch lines as they are in the world: each is a model file, or a refusal that names the flag or the program."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from mup_megatron.architectures import registry
 from mup_megatron.architectures.command_line import CommandLine
 from mup_megatron.architectures.flag import Flag, whole_number
 from mup_megatron.architectures.gpt import Gpt
-from mup_megatron.architectures.hybrid import HybridFile
+from mup_megatron.architectures.hybrid import HYBRID, HybridFile
+from mup_megatron.architectures.keys.custom import CustomTensor
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import model_file
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import versions
 from mup_megatron.megatron.arguments import fork
@@ -95,6 +98,8 @@ def test_flags_alone_are_read_as_a_gpts() -> None:
 LOCAL = "--spec mup_megatron.megatron.builders.hybrid local_stack_spec"
 STOCK = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec"
 OLD_STOCK = "--spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec"
+SMALL = {"mamba_head_dim": 16, "mamba_num_groups": 2, "mamba_state_dim": 8}
+SMALL_MAMBA = "--mamba-head-dim 16 --mamba-num-groups 2 --mamba-state-dim 8 --disable-mamba-mem-eff-path"
 PLAIN = HybridFile(
     hybrid_layer_pattern="*-*-",
     hidden_size=64,
@@ -116,6 +121,16 @@ PLAIN = HybridFile(
         ("pretrain_mamba.py", f"{OLD_STOCK} --is-hybrid-model --hybrid-override-pattern *-*-", {}),
         ("pretrain_hybrid.py", "--hybrid-layer-pattern *-|*-", {"hybrid_layer_pattern": "*-|*-"}),
         ("pretrain_hybrid.py", "--hybrid-layer-pattern -**-", {"hybrid_layer_pattern": "-**-"}),
+        (
+            "pretrain_hybrid.py",
+            f"--hybrid-layer-pattern M-M* {SMALL_MAMBA} --model-provider hybrid",
+            {"hybrid_layer_pattern": "M-M*", **SMALL},
+        ),
+        (
+            "pretrain_mamba.py",
+            f"{OLD_STOCK} --hybrid-attention-ratio 0.25 {SMALL_MAMBA} --mamba-num-heads 4",
+            {"hybrid_layer_pattern": "MM*M", **SMALL, "mamba_num_heads": 4},
+        ),
     ],
 )
 def test_lines_of_a_hybrid_model_are_model_files(script: str, flags: str, keys: dict[str, Any]) -> None:
@@ -150,12 +165,12 @@ def test_the_number_of_layers_beside_a_pattern_is_what_the_release_makes_of_it(m
 
 @pytest.mark.parametrize("release", [(0, 16), (0, 17), (0, 18), (0, 19)])
 @pytest.mark.parametrize("impl", ["local", "transformer_engine"])
-@pytest.mark.parametrize("pattern", ["*-*-", "*-|*-", "-*"])
+@pytest.mark.parametrize("pattern", ["*-*-", "*-|*-", "-*", "M-M*"])
 def test_what_args_writes_for_a_release_is_read_back(
     monkeypatch: pytest.MonkeyPatch, release: tuple[int, int], impl: str, pattern: str
 ) -> None:
     monkeypatch.setattr(versions, "core_version", lambda: (*release, 0))
-    content = {**dict(PLAIN), "transformer_impl": impl, "hybrid_layer_pattern": pattern}
+    content = {**dict(PLAIN), "transformer_impl": impl, "hybrid_layer_pattern": pattern, **SMALL}
     model = HybridFile(**content | {"num_layers": len(pattern.replace("|", ""))})
     words = write_flags(model, release=release)
     older = release < (0, 17)
@@ -164,6 +179,51 @@ def test_what_args_writes_for_a_release_is_read_back(
     line = read_line(["pretrain_mamba.py", *words])
     assert line.model() == model.model_copy(update={"hybrid_layer_pattern": expected})
     assert line.remarks == ()
+
+
+SHARES = [
+    (4, 0.25, 0.0, "MM*M"),
+    (4, 0.5, 0.5, "-**-"),
+    (9, 0.0, 0.0, "MMMMMMMMM"),
+    (10, 0.3, 0.2, "MM*M-*M*M-"),
+    (56, 0.08, 0.5, "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"),
+]
+
+
+@pytest.mark.parametrize(("layers", "attention", "mlps", "pattern"), SHARES)
+def test_shares_of_layers_are_the_pattern_that_megatron_makes_of_them(
+    layers: int, attention: float, mlps: float, pattern: str
+) -> None:
+    """As 0.16 does."""
+    flags = f"--num-layers {layers} --hybrid-attention-ratio {attention} --hybrid-mlp-ratio {mlps} {SMALL_MAMBA}"
+    line = read(f"{flags} --is-hybrid-model", script="mine/train.py")
+    if not (attention or mlps):
+        with pytest.raises(InputError, match="--is-hybrid-model: no layer is said"):
+            line.model()
+        return
+    assert getattr(line.model(), "hybrid_layer_pattern", None) == pattern
+    assert any("Megatron 0.16 makes" in remark for remark in line.remarks)
+
+
+def test_shares_of_all_sizes_are_megatrons_where_a_release_knows_them() -> None:
+    allocation = pytest.importorskip("megatron.core.ssm.mamba_hybrid_layer_allocation")
+    if not hasattr(allocation, "allocate_layers"):
+        pytest.skip("megatron-core 0.17 and later have patterns alone")
+    for layers, tenths, others in itertools.product((1, 7, 24, 57), range(11), range(11)):
+        if 0 < tenths + others <= 10:
+            expected = "".join(allocation.allocate_layers(layers, tenths / 10, others / 10))
+            values = {"num_layers": layers, "hybrid_attention_ratio": tenths / 10, "hybrid_mlp_ratio": others / 10}
+            assert HYBRID.command_line.read(values, None).content["hybrid_layer_pattern"] == expected
+
+
+def test_a_spec_of_ones_own_needs_the_tensors_of_its_layers() -> None:
+    flags = "--spec mine.layers spec --transformer-impl local"
+    with pytest.raises(InputError, match=r"--spec: a custom layer can have any parameters\. List them as"):
+        read(flags).model()
+    tensor = CustomTensor(name="decoder.scale", fan_out="hidden_size", start=1.0)
+    model = read(flags).model([tensor])
+    assert (model.custom_tensors, model.transformer_impl) == ((tensor,), "local")
+    assert model_file(model.model_dump(mode="json", exclude_defaults=True), source="file") == model
 
 
 # ---- an architecture that is defined elsewhere -----------------------------------------------------------------------
@@ -210,7 +270,7 @@ def test_an_architectures_own_flags_need_no_edit_here() -> None:
     [
         ("--squared-relu", "--squared-relu: a model file has no key for it"),
         ("--softmax-type off-by-one", "--softmax-type: a model file has no key for it"),
-        ("--use-torch-fsdp2", "--use-torch-fsdp2: a run with a recipe is stopped: it keeps its own copies"),
+        ("--init-model-with-meta-device", "--init-model-with-meta-device: a run with a recipe is stopped: the weights"),
         ("--fp8-param-gather", "--fp8-param-gather: a run with a recipe is stopped: weights that are stored"),
         ("--use-mup", "--use-mup: a run with a recipe is stopped. `mup-megatron from-native`"),
     ],
@@ -252,6 +312,7 @@ def test_what_the_fork_calls_otherwise_is_read(flags: str, plain: str) -> None:
     ("flag", "said"),
     [
         ("--mlp-type residual", "--mlp-type: models with experts"),
+        ("--num-experts 4", "--num-experts: models with experts"),
         ("--kd", "--kd: distillation"),
         ("--random-ltd", "--random-ltd: it changes"),
         ("--embed-layernorm", "--embed-layernorm: no flag of pretrain_gpt.py"),
@@ -476,7 +537,7 @@ def test_a_missing_vocabulary_is_asked_for_in_both_ways() -> None:
 
 def test_a_model_that_is_refused_is_not_asked_for_its_vocabulary() -> None:
     with pytest.raises(InputError) as raised:
-        read("--num-experts 8", tokenizer="").model()
+        read("--moe-latent-size 8", tokenizer="").model()
     assert "--vocab-size" not in str(raised.value)
 
 

@@ -17,7 +17,29 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gated": {"swiglu": True, "add_bias_linear": False},
     "grouped queries": {"group_query_attention": True, "num_query_groups": 2, "add_qkv_bias": True},
     "untied": {"untie_embeddings_and_output_weights": True},
+    "experts": {
+        "num_experts": 4,
+        "moe_ffn_hidden_size": 24,
+        "moe_shared_expert_intermediate_size": 40,
+        "moe_shared_expert_gate": True,
+        "moe_aux_loss_coeff": 0.01,
+        "moe_layer_freq": [0, 1],
+        "add_bias_linear": False,
+    },
     "q/k norm, RMSNorm, rotary": {"qk_layernorm": True, "normalization": "RMSNorm", "position_embedding_type": "rope"},
+    "latent attention, multi-token prediction": {
+        "multi_latent_attention": True,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 12,
+        "qk_head_dim": 6,
+        "qk_pos_emb_head_dim": 4,
+        "v_head_dim": 8,
+        "qk_layernorm": True,
+        "rotary_scaling_factor": 40.0,
+        "mscale_all_dim": 1.0,
+        "mtp_num_layers": 1,
+        "position_embedding_type": "none",
+    },
 }
 
 

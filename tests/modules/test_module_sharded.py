@@ -1,6 +1,7 @@
-"""Models whose weights are sharded: FSDP2 after and before a plan, and from the meta device."""
+"""Models on several ranks: DDP, and FSDP2 after and before a plan, also from the meta device."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from support.ds_ranks import run_ranks
 from support.hf_families import config, recipe_at
 from support.hf_models import batch, built
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 
 from mup_megatron.errors import InputError
@@ -22,14 +25,14 @@ from mup_megatron.theory import Plan
 OWN = {"pad_token_id": 3}
 
 
-def llama_plan() -> Plan:
-    recipe = recipe_at(config("llama", 32, **OWN), hyperparameters={"output_multiplier": 2.0})
+def llama_plan(**hyperparameters: float) -> Plan:
+    recipe = recipe_at(config("llama", 32, **OWN), hyperparameters={"output_multiplier": 2.0} | hyperparameters)
     return plan_for(built("llama", config("llama", 64, **OWN)), recipe)
 
 
-def sharded(model: nn.Module) -> nn.Module:
-    for layer in model.model.layers:  # type: ignore[union-attr]
-        fully_shard(layer)  # type: ignore[arg-type]
+def sharded(model: Any) -> Any:
+    for layer in model.model.layers:
+        fully_shard(layer)
     return fully_shard(model)
 
 
@@ -47,9 +50,10 @@ def refusal(make: Callable[[], object]) -> str:
 
 def fsdp_runs(rank: int) -> dict[str, Any]:
     """All of it in one group of processes: starting one costs more than what is tried."""
-    plan, inputs, found = llama_plan(), {"input_ids": batch("llama")["input_ids"]}, {}
+    plan, inputs = llama_plan(), {"input_ids": batch("llama")["input_ids"]}
+    found: dict[str, Any] = {}
 
-    model = on_meta()
+    model: Any = on_meta()
     found["on meta"] = refusal(lambda: apply_plan(model, plan))
     sharded(model)
     model.to_empty(device="cpu")
@@ -63,6 +67,7 @@ def fsdp_runs(rank: int) -> dict[str, Any]:
     apply_plan(model, plan, initialize=Initialize.REDRAW)
     state = {name: p.full_tensor().detach() for name, p in model.named_parameters() if isinstance(p, DTensor)}
     found["state"], found["redrawn"] = state, model(**inputs).logits.detach()
+    model.reshard()
     optimizer = torch.optim.AdamW(param_groups(model.named_parameters(), plan))
     check_optimizer(optimizer, plan, model)
     model(**inputs).logits.sum().backward()
@@ -73,8 +78,12 @@ def fsdp_runs(rank: int) -> dict[str, Any]:
     before = model(**inputs).logits
     found["after"] = (sharded(model)(**inputs).logits - before).abs().max().item()
 
-    model = built("llama", config("llama", 64, **OWN))
-    found["before"] = refusal(lambda: apply_plan(sharded(model), plan))
+    model = sharded(on_meta()).to_empty(device="cpu")
+    found["forgotten redraw"] = refusal(lambda: apply_plan(model, plan))
+    at_base = plan_for(model, recipe_at(config("llama", 64, **OWN)))
+    found["forgotten at the base"] = refusal(lambda: apply_plan(model, at_base))
+    own_start = replace(plan, entries=tuple(replace(e, init_std=None, init_value=None) for e in plan.entries))
+    found["own start"] = refusal(lambda: apply_plan(model, own_start, initialize=Initialize.REDRAW))
 
     model = FullyShardedDataParallel(
         built("llama", config("llama", 64, **OWN)), use_orig_params=True, device_id=torch.device("cpu")
@@ -90,8 +99,97 @@ def fsdp_runs(rank: int) -> dict[str, Any]:
     return found
 
 
+def double(*, tied: bool = False) -> Any:
+    return built("llama", config("llama", 64, **OWN, tie_word_embeddings=tied), dtype=torch.float64)
+
+
+def emptied() -> Any:
+    with torch.device("meta"):
+        return double()
+
+
+def losses_of(model: Any, plan: Plan, rank: int = 0, ranks: int = 1) -> list[float]:
+    """Of all ranks together, each with its share of the same batches."""
+    optimizer = torch.optim.AdamW(param_groups(model.named_parameters(), plan))
+    check_optimizer(optimizer, plan, model)
+    losses = []
+    for step in range(5):
+        tokens = batch("llama", seed=step)["input_ids"].chunk(ranks)[rank]
+        optimizer.zero_grad()
+        logits = model(input_ids=tokens).logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        loss = loss.detach()
+        if ranks > 1:
+            torch.distributed.all_reduce(loss)
+        losses.append(loss.item() / ranks)
+    return losses
+
+
+def wrapped_runs(rank: int) -> dict[str, Any]:
+    """Losses of one model, plain and under what ranks and memory are saved with."""
+    plan = llama_plan(lr=0.01)
+    keywords: dict[str, Any] = {"rank": rank, "ranks": 2}
+    losses = {}
+
+    def run(name: str, model: Any, wrap: Callable[[Any], Any], *, first: bool, **own: Any) -> None:
+        model = wrap(model) if first else model
+        apply_plan(model, plan, **own)
+        losses[name] = losses_of(model if first else wrap(model), plan, **keywords)
+
+    model = double()
+    apply_plan(model, plan)
+    losses["plain"] = losses_of(model, plan)
+    for first, when in ((True, "first"), (False, "last")):
+        run(f"DDP {when}", double(), DistributedDataParallel, first=first)
+        run(f"FSDP2 {when}", double(), sharded, first=first)
+        run(f"all {when}", double(), wrapped_in_all, first=first)
+
+    # Drawn anew, where the first rank's seed counts.
+    model = emptied().to_empty(device="cpu")
+    torch.manual_seed(11)
+    apply_plan(model, plan, initialize=Initialize.REDRAW)
+    losses["plain redraw"] = losses_of(model, plan)
+    for name, model in {
+        "DDP": DistributedDataParallel(emptied().to_empty(device="cpu")),
+        "FSDP2": sharded(emptied()).to_empty(device="cpu"),
+    }.items():
+        torch.manual_seed(11 + 7 * rank)
+        apply_plan(model, plan, initialize=Initialize.REDRAW)
+        losses[f"{name} redraw"] = losses_of(model, plan, **keywords)
+
+    found: dict[str, Any] = {"losses": losses}
+    tied = plan_for(double(tied=True), recipe_at(config("llama", 32, **OWN, tie_word_embeddings=True)))
+    model = double(tied=True)
+    apply_plan(model, tied)
+    losses["tied plain"] = losses_of(model, tied)
+    model = sharded(double(tied=True))
+    apply_plan(model, tied)
+    losses["tied FSDP2"] = losses_of(model, tied, **keywords)
+
+    # A forward pass leaves whole copies of weights behind, which are no part of what is trained.
+    model = sharded(double())
+    with torch.no_grad():
+        model(input_ids=batch("llama")["input_ids"])
+    copies = param_groups(model.named_parameters(), plan)
+    found["copies"] = refusal(lambda: check_optimizer(torch.optim.AdamW(copies), plan, model))
+    with torch.no_grad():
+        model(input_ids=batch("llama")["input_ids"])
+    apply_plan(model, plan)
+    losses["FSDP2 after a pass"] = losses_of(model, plan, **keywords)
+    return found
+
+
+def wrapped_in_all(model: Any) -> Any:
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(checkpoint_wrapper(layer), backend="eager")
+    return sharded(model)
+
+
 def _ranked() -> dict[str, Any]:
-    return fsdp_runs(torch.distributed.get_rank())
+    rank = torch.distributed.get_rank()
+    return fsdp_runs(rank) | wrapped_runs(rank)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +198,20 @@ def found() -> dict[str, Any]:
     assert all(torch.equal(one["state"][name], other["state"][name]) for name in one["state"])
     result: dict[str, Any] = one
     return result
+
+
+def test_losses_are_those_of_one_process_without_wrappers(found: dict[str, Any]) -> None:
+    losses = found["losses"]
+    for name, own in losses.items():
+        plain = "tied plain" if "tied" in name else "plain redraw" if "redraw" in name else "plain"
+        assert own == pytest.approx(losses[plain], abs=1e-6), name
+    stock = double()
+    other = losses_of(stock, plan_for(stock, recipe_at(config("llama", 64, **OWN), hyperparameters={"lr": 0.01})))
+    assert max(abs(one - two) for one, two in zip(other, losses["plain"], strict=True)) > 1e-2
+
+
+def test_an_optimizer_of_copies_is_refused(found: dict[str, Any]) -> None:
+    assert "call model.reshard() before the optimizer is made" in found["copies"]
 
 
 def test_a_model_from_the_meta_device_is_all_drawn_and_set(found: dict[str, Any]) -> None:
@@ -125,7 +237,9 @@ def test_sharding_after_the_plan_changes_nothing(found: dict[str, Any]) -> None:
 
 
 def test_what_was_sharded_or_emptied_too_early_is_told_the_order(found: dict[str, Any]) -> None:
-    assert "Call apply_plan first and fully_shard then" in found["before"]
+    assert "to_empty" in found["forgotten redraw"]
+    assert "to_empty" in found["forgotten at the base"]
+    assert "cannot be drawn into pieces" in found["own start"]
     assert "Call apply_plan first and wrap the model then" in found["wrapped before"]
     assert "to_empty" in found["on meta"]
 
@@ -158,6 +272,19 @@ class Resetting(Shifted):
         self.shift.copy_(torch.arange(float(len(self.shift))))  # type: ignore[operator,arg-type]
 
 
+class OwnStart(Resetting):
+    """One of its weights is drawn in a way that no plan says."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():
+            self.decay.copy_(torch.arange(4.0))
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__(width)
+        self.decay = nn.Parameter(torch.zeros(4))
+
+
 def _emptied(kind: type[Shifted], **own: Any) -> tuple[Shifted, Plan]:
     recipe = Recipe.model_validate(
         {"base": module_base(lambda: kind(16), lambda: kind(24)), "hyperparameters": {"lr": 0.01}}
@@ -187,3 +314,19 @@ def test_buffers_are_set_by_their_modules() -> None:
     assert torch.equal(model.shift, torch.arange(32.0))  # type: ignore[arg-type]
     assert model.norm.running_var.unique().tolist() == [1.0]  # type: ignore[union-attr]
     assert model.norm.num_batches_tracked == 0
+
+
+def test_a_weight_that_keeps_its_librarys_start_gets_it() -> None:
+    model, plan = _emptied(OwnStart)
+    kept = {name: replace(plan[name], init_std=None, init_value=None) for name in ("decay", "head.bias")}
+    plan = replace(plan, entries=tuple(kept.get(entry.name, entry) for entry in plan.entries))
+    apply_plan(model, plan, initialize=Initialize.REDRAW)
+    assert torch.equal(model.decay, torch.arange(4.0))  # type: ignore[arg-type]
+    # By the layer's own reset, which draws the weight as well; the plan draws it again.
+    assert 0 < model.head.bias.abs().max() < 32**-0.5
+    assert model.head.weight.std().item() == pytest.approx(plan["head.weight"].init_std, rel=0.3)
+    model, _ = _emptied(Shifted)
+    model.register_buffer("shift", None)
+    model.decay = nn.Parameter(torch.zeros(4))
+    message = refusal(lambda: apply_plan(model, plan, initialize=Initialize.REDRAW))
+    assert message.startswith("decay: ")

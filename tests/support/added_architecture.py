@@ -2,7 +2,7 @@
 
 Everything that it is to the package stands here: what its model files say, its tensors with what the core can say of
 them (a router that is an output and folded, experts in one 3-D tensor, a bottleneck of a fixed size), how Megatron-Core
-builds it, and the same layer in plain torch. `build` and `CONFIG` are what a builder's module has.
+builds it, and the same layer in plain torch. `build` and `config` are what a builder's module has.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,7 +111,9 @@ class BankArchitecture(Decoder):
 
 # ---- live ----------------------------------------------------------------------------------------------------------
 
-CONFIG: Mapping[str, Any] = {}
+
+def config(model: ModelFile) -> Mapping[str, Any]:
+    return {}
 
 
 def build(model: ModelFile, config: Any, stage: int | None) -> nn.Module:

@@ -48,7 +48,8 @@ def megatron_gpt(plan: Plan, target: ModelFile, weights: Weights, *, dtype: torc
 
 def load(model: torch.nn.Module, weights: Weights) -> None:
     """Copies weights by name; there must be one for each parameter."""
-    named = dict(model.named_parameters())
+    # As a checkpoint calls a layer of multi-token prediction, and as the plain model does.
+    named = {name.replace("mtp_model_layer", "transformer_layer"): p for name, p in model.named_parameters()}
     assert set(named) == set(weights), set(named) ^ set(weights)
     with torch.no_grad():
         for name, parameter in named.items():
@@ -58,8 +59,16 @@ def load(model: torch.nn.Module, weights: Weights) -> None:
 def logits(model: Any, tokens: Tensor) -> Tensor:
     """[batch, sequence, padded vocabulary], of a GPTModel, wrapped or not."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    result: Tensor = model(tokens, positions, None)
-    return result
+    own = getattr(model, "module", model)
+    if not own.config.mtp_num_layers:
+        result: Tensor = model(tokens, positions, None)
+        return result
+    # 0.16 has multi-token prediction with labels alone; the model's own logits are the last ones.
+    seen: list[Tensor] = []
+    hook = own.output_layer.register_forward_hook(lambda _m, _a, output: seen.append(output[0]))
+    model(tokens, positions, None, labels=tokens)
+    hook.remove()
+    return seen[-1].transpose(0, 1)
 
 
 def backward(run: Run, target: ModelFile, step: int) -> Tensor:

@@ -73,6 +73,44 @@ ACCEPTED = {
     "padded otherwise": Accepted("--make-vocab-size-divisible-by 64", {"make_vocab_size_divisible_by": 64}),
     "padded by hand": Accepted("--padded-vocab-size 1024", {"vocab_size": 1024}),
     "FSDP": Accepted("--use-torch-fsdp2 --no-gradient-accumulation-fusion --ckpt-format torch_dist", {}),
+    "experts": Accepted(
+        "--num-experts 8 --expert-model-parallel-size 4 --moe-ffn-hidden-size 64 --moe-grouped-gemm --swiglu "
+        "--moe-router-topk 4 --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-3 "
+        "--moe-z-loss-coeff 0 --moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate "
+        "--disable-bias-linear --moe-router-dtype fp32 --moe-layer-freq ([0]*1+[1]*3) --moe-permute-fusion "
+        "--moe-token-dispatcher-type alltoall",
+        {
+            "num_experts": 8,
+            "moe_ffn_hidden_size": 64,
+            "moe_grouped_gemm": True,
+            "moe_router_topk": 4,
+            "moe_router_load_balancing_type": "seq_aux_loss",
+            "moe_aux_loss_coeff": 1e-3,
+            "moe_shared_expert_intermediate_size": 32,
+            "moe_shared_expert_gate": True,
+            "moe_layer_freq": (0, 1, 1, 1),
+            "swiglu": True,
+            "add_bias_linear": False,
+        },
+    ),
+    "experts of an MLP's size, in groups": Accepted(
+        "--num-experts 8 --moe-ffn-hidden-size 256 --ffn-hidden-size 256 --moe-router-score-function sigmoid "
+        "--moe-router-enable-expert-bias --moe-router-num-groups 4 --moe-router-group-topk 2 --moe-layer-freq 2 "
+        "--moe-router-topk-scaling-factor 2.5 --moe-router-load-balancing-type aux_loss global_aux_loss "
+        "--moe-aux-loss-coeff 1e-2 1e-3",
+        {
+            "num_experts": 8,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_num_groups": 4,
+            "moe_router_group_topk": 2,
+            "moe_router_topk_scaling_factor": 2.5,
+            "moe_layer_freq": 2,
+            "moe_router_load_balancing_type": ("aux_loss", "global_aux_loss"),
+            "moe_aux_loss_coeff": (1e-2, 1e-3),
+        },
+    ),
+    "an MLP with a router's flags": Accepted("--moe-router-topk 4 --moe-grouped-gemm --num-experts 0", {}),
     "off by one": Accepted("--softmax-type off-by-one --window-size 16,0", {}),
 }
 
@@ -86,7 +124,12 @@ class Refused(NamedTuple):
 
 
 REFUSED = {
-    "experts": Refused("--num-experts 8 --moe-router-topk 2 --disable-bias-linear", "--num-experts"),
+    "latent experts": Refused("--num-experts 8 --moe-latent-size 64 --disable-bias-linear", "--moe-latent-size"),
+    "experts from an MLP": Refused("--num-experts 8 --moe-use-upcycling", "--moe-use-upcycling"),
+    "experts as one parameter": Refused("--num-experts 8 --moe-single-grouped-weight", "--moe-single-grouped-weight"),
+    "groups by rank": Refused("--num-experts 8 --moe-router-topk-limited-devices 2", "--moe-router-topk-limited"),
+    "too many experts a token": Refused("--num-experts 2 --moe-router-topk 4", "--moe-router-topk 4 is more than"),
+    "a pattern that is none": Refused("--num-experts 8 --moe-layer-freq [0]*x", "--moe-layer-freq"),
     "latent attention": Refused("--multi-latent-attention --kv-lora-rank 16", "--multi-latent-attention"),
     "multi-token prediction": Refused("--mtp-num-layers 1", "--mtp-num-layers"),
     "learnable sinks": Refused("--softmax-type learnable", "--softmax-type learnable"),
@@ -115,17 +158,30 @@ REFUSED = {
     "a BERT of other layers": Refused("--spec some.module spec", "--spec: a custom layer", "pretrain_bert.py"),
     "a T5 of two depths": Refused("--decoder-num-layers 9", "--decoder-num-layers 9 beside", "pretrain_t5.py"),
     "the fork's BERT": Refused("--deepspeed", "--deepspeed: the line builds a BERT", "pretrain_bert.py"),
-    "Mamba": Refused(
-        "--hybrid-layer-pattern M*M-", "--hybrid-layer-pattern: 'M' is a layer of Mamba", "pretrain_hybrid.py"
+    "a hybrid model's builder of a GPT": Refused(
+        "--hybrid-layer-pattern *-*- --model-provider gpt", "--model-provider gpt", "pretrain_hybrid.py"
     ),
-    "Mamba, as 0.16 says it": Refused(
-        "--is-hybrid-model --hybrid-override-pattern M*M-",
-        "--hybrid-override-pattern: 'M' is a layer of Mamba",
+    "gated delta net": Refused(
+        "--hybrid-layer-pattern G*M-", "--hybrid-layer-pattern: 'G' is a layer of gated delta net", "pretrain_hybrid.py"
+    ),
+    "gated delta net, as 0.16 says it": Refused(
+        "--is-hybrid-model --hybrid-override-pattern G*M-",
+        "--hybrid-override-pattern: 'G' is a layer of gated delta net",
         "pretrain_mamba.py",
     ),
-    "Mamba by default": Refused(
+    "Mamba layers in groups that they cannot make": Refused(
+        "--hybrid-layer-pattern M*-- --mamba-num-heads 12",
+        "--mamba-num-groups 8 does not divide the 12 heads of a Mamba layer",
+        "pretrain_hybrid.py",
+    ),
+    "shares beside another pattern": Refused(
         "--hybrid-attention-ratio 0.5 --hybrid-override-pattern *-*-",
-        "--hybrid-attention-ratio: a share of the layers, the others being Mamba layers",
+        "--hybrid-attention-ratio beside --hybrid-override-pattern, whose layers are others",
+        "pretrain_mamba.py",
+    ),
+    "shares of more than all": Refused(
+        "--hybrid-attention-ratio 0.5 --hybrid-mlp-ratio 0.75",
+        "--hybrid-attention-ratio 0.5 and --hybrid-mlp-ratio 0.75 are no parts of a whole",
         "pretrain_mamba.py",
     ),
     "a hybrid model without a pattern": Refused("", "--hybrid-layer-pattern is missing", "pretrain_hybrid.py"),

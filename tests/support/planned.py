@@ -102,10 +102,11 @@ def built(
     sizes = sizes_of(model, layout.tp)
     stock.init_parallel(layout)
     config = stock.transformer_config(sizes, layout, **config_fields(model), **(config_changes or {}))
-    if type(model) is ModelFile:
+    ordinary = not (model.multi_latent_attention or model.mtp_num_layers or model.num_experts)
+    if layer_spec is not None or (type(model) is ModelFile and ordinary):
         chunks = stock.build_chunks(sizes, layout, config, layer_spec() if layer_spec is not None else None)
     else:
-        chunks = [build_chunk(model, config, None)]
+        chunks = [build_chunk(model, config, stage if layout.vpp else None) for stage in range(layout.vpp or 1)]
     if same_weights:
         stock.draw_weights(chunks, sizes.init_method_std)
         with torch.no_grad():
@@ -186,7 +187,7 @@ def pieces(chunks: Sequence[Any]) -> list[Piece]:
 
     found: list[Piece] = []
     for chunk in chunks:
-        for entry in nested_values(chunk.sharded_state_dict()):
+        for entry in nested_values(stock.saved(chunk)):
             parts = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
             for part in parts:
                 if isinstance(part, ShardedTensor):
@@ -209,5 +210,5 @@ def assembled(of_ranks: Sequence[Sequence[Piece]]) -> dict[str, torch.Tensor]:
 
 
 def family(plan: Plan, key: str) -> list[Any]:
-    """The plan's entries of one whole tensor: one, or one for each layer."""
-    return [entry for entry in plan.entries if re.sub(r"\.layers\.\d+\.", ".layers.", entry.name) == key]
+    """The plan's entries of one whole tensor: one, or one for each layer of the stack."""
+    return [entry for entry in plan.entries if re.sub(r"^decoder\.layers\.\d+\.", "decoder.layers.", entry.name) == key]

@@ -39,10 +39,14 @@ def gpt(width: float = 1, **changes: Any) -> ModelFile:
     return ModelFile(**{**plain, **changes})
 
 
-def hybrid(model: ModelFile, pattern: str | None = None) -> HybridFile:
+def hybrid(model: ModelFile, pattern: str | None = None, **changes: Any) -> HybridFile:
     """The hybrid model with the sizes of a GPT; its own layers by default, each as attention and an MLP."""
     own = {key: value for key, value in dict(model).items() if key != "num_layers"}
-    return HybridFile(**own, hybrid_layer_pattern=pattern or "*-" * model.num_layers)
+    return HybridFile(**{**own, "hybrid_layer_pattern": pattern or "*-" * model.num_layers, **changes})
+
+
+MAMBA = {"mamba_head_dim": 8, "mamba_state_dim": 16, "mamba_num_groups": 2}
+"""The keys of small Mamba layers: two groups for two tensor-parallel ranks."""
 
 
 def encoder(architecture: str, width: float = 1, **changes: Any) -> ModelFile:

@@ -5,6 +5,7 @@ initial weights that are the same numbers on every layout. All but the dataclass
 """
 
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,10 @@ class Layout:
     pp: int = 1
     vpp: int | None = None
     dp: int = 1
+    ep: int = 1
+    """Experts are divided among so many of the ranks that share tensors and data."""
+    etp: int | None = None
+    """The tensor parallelism of experts, by default that of the rest."""
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
 
@@ -94,7 +99,10 @@ def init_parallel(layout: Layout, seed: int = 1234) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp, layout.vpp, create_gloo_process_groups=False)
+    experts = {"expert_model_parallel_size": layout.ep, "expert_tensor_parallel_size": layout.etp}
+    parallel_state.initialize_model_parallel(
+        layout.tp, layout.pp, layout.vpp, **experts, create_gloo_process_groups=False
+    )
     assert parallel_state.get_data_parallel_world_size() == layout.dp
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -103,7 +111,7 @@ def init_parallel(layout: Layout, seed: int = 1234) -> None:
 def transformer_config(sizes: Sizes, layout: Layout, **changes: Any) -> Any:
     """Megatron's TransformerConfig for these sizes: fp32, no dropout, CPU-safe. `changes` override any field."""
     from megatron.core.distributed import finalize_model_grads
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     fields = {
         "num_layers": sizes.num_layers,
@@ -125,6 +133,8 @@ def transformer_config(sizes: Sizes, layout: Layout, **changes: Any) -> Any:
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
         "sequence_parallel": layout.sequence_parallel,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp or layout.tp,
         "pipeline_dtype": torch.float32,
         # Of two ranks each is the other's predecessor and successor: interleaved, one batch of sends and receives
         # between them is ambiguous, and activations arrive as gradients. Megatron-LM's arguments couple these likewise.
@@ -132,7 +142,8 @@ def transformer_config(sizes: Sizes, layout: Layout, **changes: Any) -> Any:
         "batch_p2p_comm": layout.vpp is None,
         "finalize_model_grads_func": finalize_model_grads,
     }
-    return TransformerConfig(**{**fields, **cpu.transformer_config_overrides(), **changes})
+    kind = MLATransformerConfig if changes.get("multi_latent_attention") else TransformerConfig
+    return kind(**{**fields, **cpu.transformer_config_overrides(), **changes})
 
 
 def build_chunks(sizes: Sizes, layout: Layout, config: Any, layer_spec: Any = None) -> list[Any]:
@@ -162,24 +173,42 @@ def build_chunks(sizes: Sizes, layout: Layout, config: Any, layer_spec: Any = No
     return chunks
 
 
+_DRAWN = re.compile(r"\.mixer\.(conv1d|A_log|dt_bias)\b")
+_RANGES = {"conv1d": (-0.5, 0.5), "A_log": (0.0, 2.7), "dt_bias": (-6.0, -2.0)}
+"""What Megatron draws of a Mamba layer by itself, whatever the std → about what range it draws from."""
+
+
+def saved(chunk: Any) -> Any:
+    """What a chunk would save. 0.16 takes it for granted that it is told the ranks which share its data."""
+    from megatron.core import parallel_state
+
+    return chunk.sharded_state_dict(
+        metadata={"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    )
+
+
 @torch.no_grad()
 def draw_weights(chunks: Sequence[Any], std: float, seed: int = 7) -> None:
     """Overwrite every matrix with numbers that depend on its global name and shape alone, not on the layout.
 
     Each global tensor (all layers of one kind together) is drawn whole and this rank copies its part. Gains and biases
-    keep the 1 and 0 they were built with. Call it before DDP and the optimizer take their copies.
+    keep the 1 and 0 they were built with, but for those of Mamba layers that Megatron draws. Call it before DDP and the
+    optimizer take their copies.
     """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     for chunk in chunks:
-        for entry in nested_values(chunk.sharded_state_dict()):
+        for entry in nested_values(saved(chunk)):
             parts = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
             for part in parts:
-                if not isinstance(part, ShardedTensor) or part.data.dim() < 2:
+                if not isinstance(part, ShardedTensor) or (part.data.dim() < 2 and not _DRAWN.search(part.key)):
                     continue
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {part.key}".encode()))
                 whole = std * torch.randn(part.global_shape, generator=generator)
+                if own := _DRAWN.search(part.key):
+                    low, high = _RANGES[own[1]]
+                    whole = low + (high - low) * torch.rand(part.global_shape, generator=generator)
                 begin = part.global_offset
                 size = (1,) * part.prepend_axis_num + tuple(part.local_shape)
                 mine = whole[tuple(slice(b, b + n) for b, n in zip(begin, size, strict=True))]

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-QUERIES = "queries"
-"""The part of a fused weight that makes them; the others are keys and values."""
+QKV = ("queries", "keys", "values")
+"""The parts of the weight that makes all of them."""
 
 
 class Attention:
@@ -31,7 +31,7 @@ class Attention:
         # Transformer Engine fuses each norm into the linear layer that follows it.
         fused = model.transformer_impl == "transformer_engine"
         yield from norm(model, f"{name}.linear_qkv.layer_norm_" if fused else f"{layer}.input_layernorm.", hidden)
-        parts = (Part(QUERIES, queries), Part("keys", keys), Part("values", keys))
+        parts = tuple(map(Part, QKV, (queries, keys, keys)))
         # One fused matrix, so one fan_out: all of its rows.
         qkv = Side(queries + 2 * keys, grows=True)
         yield from linear(f"{name}.linear_qkv", hidden, qkv, bias=model.bias_on_qkv, parts=parts)

@@ -5,13 +5,13 @@ And what families are made of: linear layers, norms, vectors.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mup_megatron.architectures.measured import Measured
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import Constant, Part, Place, Property, Side, Tensor
+from mup_megatron.theory import Constant, Part, Place, Property, Role, Side, Tensor
 
-__all__ = ["Family", "Growth", "Size", "linear", "norm", "vector"]
+__all__ = ["Block", "Family", "Growth", "Remarking", "Size", "linear", "norm", "vector"]
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,23 +47,28 @@ class Size:
         return size
 
 
-class Family(Protocol):
-    """A kind of layer, with one branch that adds to the residual stream."""
+class Block(Protocol):
+    """Some of a model's tensors that stand together under one name."""
 
     name: str
-    sizes: tuple[Size, ...]
-    """Its own, for small models of its kind."""
     shared: tuple[str, ...]
     """Keys of a model file that base and target must share, beside those of every model."""
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
-        """Yields the tensors of the layer of this name, its norm first."""
+        """Yields the tensors of the layer of this name."""
 
     def places(self, layer: str) -> Iterator[Place]:
         """Yields where factors act in the layer of this name, beside those of single weights."""
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
+
+
+class Family(Block, Protocol):
+    """A kind of layer: a norm and a branch that adds to the residual stream."""
+
+    sizes: tuple[Size, ...]
+    """Its own, for small models of its kind."""
 
     def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
         """Yields the modules of the layer of this name that a check looks at, in the order of a forward pass."""
@@ -72,10 +77,25 @@ class Family(Protocol):
         """Returns the names of its norm and of its branch in a layer, and the branch in plain torch: see `plain/`."""
 
 
+@runtime_checkable
+class Remarking(Protocol):
+    """A family that has something to say of a base and a target that differ."""
+
+    def remarks(self, base: ModelFile, target: ModelFile) -> Iterator[str]:
+        """Yields what is known of transfer between the two, in sentences."""
+
+
 def linear(
-    name: str, fan_in: Side, fan_out: Side, *, bias: bool, residual: bool = False, parts: tuple[Part, ...] = ()
+    name: str,
+    fan_in: Side,
+    fan_out: Side,
+    *,
+    bias: bool,
+    residual: bool = False,
+    parts: tuple[Part, ...] = (),
+    role: Role | None = None,
 ) -> Iterator[Tensor]:
-    """Yields weight [fan_out, fan_in] and bias of a linear layer."""
+    """Yields weight [fan_out, fan_in] and bias of a linear layer; `role` is said where the sides do not say it."""
     properties = frozenset({Property.RESIDUAL} if residual else ())
     yield Tensor(
         name=f"{name}.weight",
@@ -83,6 +103,7 @@ def linear(
         fan_in=fan_in,
         fan_out=fan_out,
         properties=properties,
+        declared_role=role,
         parts=parts,
     )
     if bias:

@@ -10,6 +10,7 @@ from torch.nn import functional
 from mup_megatron.architectures.families import Family
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.plain.common import norm
+from mup_megatron.architectures.plain.mtp import PlainMtp, PlainMtpLayer, shifted
 from mup_megatron.architectures.registry import decoder_of
 
 
@@ -22,7 +23,7 @@ class PlainDecoder(nn.Module):
         model: the shape. Norms are separate modules whatever its `transformer_impl`.
         embedding_multiplier: on token + position embedding.
         output_multiplier: on the readout's input.
-        softmax_scale: on q·k; 1/√(head size) by default.
+        softmax_scale: on q·k; what the model uses by itself by default.
         make_readout: builds another readout, from the token embedding's weight; for comparisons with other packages.
         dtype: of all parameters.
     """
@@ -41,8 +42,15 @@ class PlainDecoder(nn.Module):
         self.embedding_multiplier = embedding_multiplier
         self.output_multiplier = output_multiplier
         self.embedding = Embedding(model)
-        scale = 1.0 / math.sqrt(model.head_size) if softmax_scale is None else softmax_scale
+        stock = 1.0 / math.sqrt(model.head_size) if model.stock_softmax_scale is None else model.stock_softmax_scale
+        scale = stock if softmax_scale is None else softmax_scale
         self.decoder = PlainStack(model, scale)
+        self.mtp_weight = model.mtp_loss_scaling_factor
+        if model.mtp_num_layers is not None:
+            families = decoder_of(model).layers(model)[-1]
+            self.mtp = PlainMtp(
+                [PlainMtpLayer(model, Layer(model, families, scale)) for _ in range(model.mtp_num_layers)]
+            )
         table = self.embedding.word_embeddings.get_parameter("weight")
         self.output_layer: nn.Module
         if make_readout is not None:
@@ -57,6 +65,18 @@ class PlainDecoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.output_layer(self.decoder(self.embedding_multiplier * self.embedding(tokens)))
+
+    def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of the next token, and what multi-token prediction adds to it in training."""
+        stream = self.decoder(self.embedding_multiplier * self.embedding(tokens))
+        loss = cross_entropy(self.output_layer(stream), labels)
+        layers = self.mtp.layers if hasattr(self, "mtp") else ()
+        for further, layer in enumerate(layers, start=1):
+            stream = layer(stream, self.embedding_multiplier * self.embedding(shifted(tokens, further)))
+            # The last labels have nothing behind them that could be predicted.
+            known = cross_entropy(self.output_layer(stream)[:, :-further], labels[:, further:])
+            loss = loss + self.mtp_weight / len(layers) * known
+        return loss
 
 
 class Embedding(nn.Module):
@@ -125,11 +145,11 @@ class TiedReadout(nn.Module):
 
 
 def draw_weights(model: nn.Module, std: Mapping[str, float], seed: int) -> None:
-    """Fills every matrix with std·N(0, 1), the same numbers for the same names, shapes, stds and seed."""
+    """Fills every matrix with a std with std·N(0, 1), the same numbers for the same names, shapes, stds and seed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and name in std:
                 draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(std[name] * draw)
 

@@ -20,6 +20,7 @@ from mup_megatron.check.family.sizes import DEPTH, HEAD_SIZE, SEQUENCE, SMALLEST
 from mup_megatron.check.measure.optimizers import clamped
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
+from mup_megatron.theory import Kept
 
 WIDEST_BASE = 4096
 """Beyond which no base is looked for."""
@@ -36,6 +37,7 @@ def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel
     Raises:
         InputError: no models of its shape can be shared so.
     """
+    require_known_layers(target)
     growth = _Growth.of(target, recipe.megatron_base)
     unit = growth.unit
     smallest = -(-SMALLEST // unit) * unit
@@ -51,12 +53,22 @@ def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel
     raise InputError(_NOWHERE)
 
 
+def require_known_layers(target: ModelFile) -> None:
+    """Raises InputError for layers that a check has no small models of."""
+    if target.mtp_num_layers:
+        raise InputError(
+            "mtp_num_layers: `check` does not know multi-token prediction yet. Check the recipe on the target "
+            "without mtp_num_layers and mtp_loss_scaling_factor."
+        )
+
+
 def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
     """The target's architecture at another hidden size.
 
     Raises:
         InputError: it cannot be built at that width; says what would fit.
     """
+    require_known_layers(target)
     growth = _Growth.of(target, recipe.megatron_base)
     if not growth.is_whole(width):
         raise InputError(
@@ -66,7 +78,7 @@ def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
     changes = {
         "hidden_size": width,
         "num_attention_heads": int(growth.heads(width)),
-        "kv_channels": int(growth.head_size(width)),
+        **target.heads_of(int(growth.head_size(width))),
         **growth.own_sizes(width),
         "num_query_groups": int(growth.groups(width)) if target.group_query_attention else 1,
         "vocab_size": VOCABULARY,
@@ -196,7 +208,11 @@ def condensed(
         stages: pipeline stages, virtual ones counted, that share the layers.
         depth: how many layers are left, if there are more, of which every kind that the recipe's patterns tell apart
             comes first; None leaves all.
+
+    Raises:
+        InputError: the target has Mamba layers.
     """
+    _require_drawn(target)
     architecture, recipe = decoder_of(target), in_terms_of(target, recipe)
     target, base = _turning_whole_pairs(target, recipe.megatron_base)
     growth = _Growth.of(target, base)
@@ -217,6 +233,21 @@ def condensed(
     small_base = architecture.with_layers(small_base, own_layers)
     small = small if kept is None else architecture.with_layers(small, kept)
     return small, recipe.model_copy(update={"base": small_base, "per_parameter": overrides})
+
+
+def _require_drawn(target: ModelFile) -> None:
+    """Raises InputError for what the correct runs of a check do not know."""
+    if target.custom_tensors:
+        raise InputError(
+            "custom_tensors: a check has no layers of your own to compare with. Check a model without them; training "
+            "compares the live model with the plan in any case."
+        )
+    kept = next((each.name for each in shapes_of(target, target)[1].tensors if isinstance(each.start, Kept)), None)
+    if kept is not None:
+        raise InputError(
+            f"{kept}: a check does not know layers of this kind yet (Mamba). Check a model without them; training "
+            "compares the live model with the plan in any case."
+        )
 
 
 def _turning_whole_pairs(*models: ModelFile) -> list[ModelFile]:
@@ -297,7 +328,7 @@ class _Cut:
             update={
                 "hidden_size": width,
                 "num_attention_heads": heads,
-                "kv_channels": size,
+                **model.heads_of(size),
                 "num_query_groups": groups if model.group_query_attention else 1,
                 **{size.key: self._own_size(size, model, width) for size in architecture_of(model).sizes(model)},
             }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mup_megatron.architectures.families.attention import QUERIES
+from mup_megatron.architectures.families.attention import QKV
 from mup_megatron.architectures.measured import Kind, Measured
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, shapes_of
@@ -41,11 +41,11 @@ class Context:
     @cached_property
     def fused(self) -> frozenset[str]:
         """The weights that make queries, keys and values in one."""
-        return frozenset(t.name for t in self._shapes[1].tensors if any(part.name == QUERIES for part in t.parts))
+        return frozenset(t.name for t in self._shapes[1].tensors if tuple(part.name for part in t.parts) == QKV)
 
     @cached_property
     def measured(self) -> tuple[Measured, ...]:
-        """What the architecture has measured."""
+        """The modules that the architecture has measured."""
         return tuple(architecture_of(self.target).measured(self.target))
 
     @property

@@ -41,7 +41,10 @@ class Reference:
         assert recipe.schedule.lr_decay_style == "linear"
         self._model_file, self._recipe, self._plan = model, recipe, plan
         self._seed, self._steps, self._batch_size = seed, steps, batch_size
-        self._gpt = planned_gpt(plan, model, dtype=torch.float32)
+        with torch.random.fork_rng(devices=()):
+            # What keeps its own start is drawn as the model is built.
+            torch.manual_seed(seed)
+            self._gpt = planned_gpt(plan, model, dtype=torch.float32)
         draw_weights(self._gpt, {e.name: e.init_std for e in plan.entries if e.init_std is not None}, seed)
         optimizer = optimizer_for(self._gpt, recipe, plan)
         assert optimizer is not None

@@ -77,6 +77,8 @@ class Known:
     """Modules that copy one layer into all of theirs → how their class is called."""
     growth: Callable[[str], float] = lambda _: 0.0
     """Name of logits → exponent of width with which their heads grow."""
+    heads_grow: bool = False
+    """Whether heads are larger in wider models, where that is not read from logits."""
     own_tails: Mapping[str, float] = field(default_factory=dict)
     """Of draws, as the model's library makes them; normal where nothing is said."""
     differing: Sequence[tuple[str, Mapping[int, float]]] = ()
@@ -284,7 +286,8 @@ def _evaluation(subject: Measurements) -> list[Finding]:
 
 def _positions(subject: Measurements, reference: Measurements, known: Known) -> list[Finding]:
     found = []
-    grow = any(known.growth(key.name) for key in _keys(subject, Quantity.ACTIVATION) if LOGITS in key.name)
+    logits = [key.name for key in _keys(subject, Quantity.ACTIVATION) if LOGITS in key.name]
+    grow = known.heads_grow or any(map(known.growth, logits))
     expected = reference.keys()
     slopes = own_slopes(subject, Quantity.POSITION, 0, logarithms=False)
     rooms = {key: TURNS if key.name.startswith(TURNING) else POSITIONS for key in slopes}

@@ -58,8 +58,13 @@ class Expectation:
     """For bounds, asked after the subject has run; without, what a plan says."""
 
     @property
+    def heads_grow(self) -> bool:
+        """True where heads are larger in wider models, as model files say."""
+        return len({model.head_size for model in (self.models or {}).values()}) > 1
+
+    @property
     def measured(self) -> tuple[Measured, ...]:
-        """What the architecture has measured; nothing of a torch module."""
+        """The modules that the architecture has measured; none of a torch module."""
         model = None if self.models is None else next(iter(self.models.values()))
         return () if model is None else tuple(architecture_of(model).measured(model))
 
@@ -105,7 +110,7 @@ def judge(
             section, cause = later(only_rounding(reference), without_gradient(reference.runs))
             sections.append(section)
             of_later = () if cause is None or findings(comparison) else (cause,)
-    known = Known(plans=facts.plans) if facts.known is None else facts.known()
+    known = Known(plans=facts.plans, heads_grow=facts.heads_grow) if facts.known is None else facts.known()
     bounds = _bounds(subject, reference, known)
     if trouble is None or (bounds.findings and trouble.outcome is CheckOutcome.NO_VERDICT):
         sections.append(bounds)

@@ -8,6 +8,8 @@ from mup_megatron.architectures.command_line import Reading, Release
 from mup_megatron.architectures.decoder import Architecture
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.gpt import GPT
+from mup_megatron.architectures.keys import READ_WITH, experts
+from mup_megatron.architectures.keys.custom import CustomTensor
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import KEY, architecture_of, architectures, model_file
 from mup_megatron.errors import InputError
@@ -116,6 +118,7 @@ def model_from_values(
     source: str,
     release: Release | None = None,
     script: str | None = None,
+    custom: Sequence[CustomTensor] = (),
 ) -> ModelFile:
     """The model file that parsed Megatron arguments describe: `vars(args)`, before or after `validate_args`.
 
@@ -129,19 +132,25 @@ def model_from_values(
         source: names the arguments in messages.
         release: the Megatron-Core that is meant, where it is known.
         script: the program, which decides what is built where it is one of Megatron-LM's.
+        custom: the tensors of its own layers, which the arguments cannot say; with them any --spec is right.
 
     Raises:
         InputError: the model is impossible, or is one that a model file cannot describe; names the flag.
     """
     architecture = architecture_named(values, script)
-    require_supported(values, source=source, script=script)
-    content = {key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()}
+    require_supported(values, source=source, custom=bool(custom), script=script)
+    content = experts.told({key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()})
+    content |= {
+        key: FIELDS[key].default for switch, keys in READ_WITH.items() if not content[switch] for key in (switch, *keys)
+    }
     content["vocab_size"], content["make_vocab_size_divisible_by"] = _vocabulary(values, vocab_size)
     _read_other_ways(content, values, source)
     own = _own(architecture, values, source, release)
     content |= own.content
-    if SPEC.changed(values):
-        content["transformer_impl"] = architecture.command_line.specs[SPEC.found(values)]
+    specs = architecture.command_line.specs
+    if SPEC.changed(values) and (SPEC.found(values) in specs or not custom):
+        content["transformer_impl"] = specs[SPEC.found(values)]
+    content["custom_tensors"] = tuple(custom)
     if KEY in architecture.file.model_fields:
         content[KEY] = architecture.name
     content = {key: value for key, value in content.items() if value is not None or key not in own.content}
@@ -153,7 +162,8 @@ def model_from_values(
     model = _named_by_flag(content, {**{key: flag.name for key, flag in FIELDS.items()}, **own.names}, source)
     plain = model.model_copy(update={"ffn_hidden_size": None})
     follows: dict[str, Any] = {"ffn_hidden_size": None} if plain.ffn_size == model.ffn_size else {}
-    if model.kv_channels is not None and model.kv_channels * model.num_attention_heads == model.hidden_size:
+    of_hidden = (model.kv_channels or 0) * model.num_attention_heads == model.hidden_size
+    if model.multi_latent_attention or of_hidden:
         follows["kv_channels"] = None
     if not model.group_query_attention:
         follows["num_query_groups"] = 1
@@ -183,12 +193,21 @@ def _own(architecture: Architecture, values: Mapping[str, Any], source: str, rel
         raise InputError(f"{source}: {error}") from None
 
 
-def require_supported(values: Mapping[str, Any], *, source: str, script: str | None = None) -> None:
-    """Raises InputError for parsed arguments that change the model in a way that a model file cannot say."""
+def require_supported(
+    values: Mapping[str, Any], *, source: str, custom: bool = False, script: str | None = None
+) -> None:
+    """Raises InputError for parsed arguments that change the model in a way that a model file cannot say.
+
+    Args:
+        values: the arguments.
+        source: names them in messages.
+        custom: whether the tensors of the model's own layers are listed, so that any --spec is right.
+        script: the program, which decides what is built where it is one of Megatron-LM's.
+    """
     specs = architecture_named(values, script).command_line.specs
     found: dict[str, list[str]] = {}
     for flag in refused():
-        if flag.changed(values) and not (flag is SPEC and flag.found(values) in specs):
+        if flag.changed(values) and not (flag is SPEC and (custom or flag.found(values) in specs)):
             found.setdefault(flag.refusal, []).append(flag.name)
     if found:
         raise InputError("\n".join(f"{source}: {', '.join(names)}: {why}" for why, names in found.items()))

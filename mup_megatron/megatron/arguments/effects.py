@@ -87,7 +87,8 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         --expert-model-parallel-size --expert-tensor-parallel-size --expert-tensor-parallel-num-weight-shards
         --model-parallel-size --use-tp-pp-dp-mapping --use-distributed-optimizer --num-distributed-optimizer-instances
         --data-parallel-sharding-strategy --outer-dp-sharding-strategy --no-data-sharding --create-all-gather-group
-        --enable-full-sharding-in-hsdp --torch-fsdp2-no-reshard-after-forward --use-mp-args-from-checkpoint-args
+        --enable-full-sharding-in-hsdp --use-megatron-fsdp --use-torch-fsdp2 --torch-fsdp2-no-reshard-after-forward
+        --use-mp-args-from-checkpoint-args
         --fake-process-group --lazy-mpu-init --local-rank
         """,
     ),
@@ -253,7 +254,7 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         "how text is generated with the trained model",
         """
         --inference-* --no-inference-* --max-tokens-to-oom --enable-chunked-prefill --disable-chunked-prefill
-        --flash-decode --decode-only-cuda-graphs --use-legacy-static-engine --num-speculative-tokens
+        --flash-decode --cache-mla-latents --decode-only-cuda-graphs --use-legacy-static-engine --num-speculative-tokens
         --use-same-sampling-seed-across-dp-ranks
         """,
     ),
@@ -268,39 +269,32 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        _LAYER_KINDS + " (`--num-experts`)",
+        "how tokens come to experts, and how what those compute is arranged: the same function",
         """
-        --moe-apply-probs-on-input --moe-aux-loss-coeff --moe-deepep-num-sms
-        --moe-enable-deepep --moe-enable-routing-replay --moe-expert-capacity-factor
-        --moe-expert-rank-capacity-factor --moe-extended-tp --moe-flex-dispatcher-backend
-        --moe-flex-dispatcher-num-sms --moe-grouped-gemm --moe-hybridep-* --moe-input-jitter-eps --moe-layer-freq
+        --moe-deepep-num-sms --moe-enable-deepep --moe-enable-routing-replay --moe-expert-rank-capacity-factor
+        --moe-extended-tp --moe-flex-dispatcher-backend --moe-flex-dispatcher-num-sms --moe-hybridep-*
         --moe-mlp-glu-interleave-size --moe-ncclep-static-shape --moe-ncclep-zero-copy
         --moe-pad-expert-input-to-capacity --moe-pad-experts-for-cuda-graph-inference --moe-paged-stash
         --moe-paged-stash-* --moe-per-layer-logging --moe-permute-fusion --moe-permute-fusion-into-hybridep
-        --moe-router-* --moe-routing-trace-* --moe-shared-expert-gate --moe-shared-expert-glu-interleave-size
-        --moe-shared-expert-overlap --moe-single-grouped-bias --moe-single-grouped-weight --moe-token-dispatcher-type
-        --moe-token-drop-policy --moe-upcycling-granularity --moe-use-legacy-grouped-gemm --moe-z-loss-coeff
+        --moe-router-dtype --moe-router-fusion --moe-router-padding-for-* --moe-routing-trace-*
+        --moe-shared-expert-glu-interleave-size --moe-shared-expert-overlap --moe-token-dispatcher-type
         """,
     ),
     (
-        _LAYER_KINDS + " (`--multi-latent-attention`)",
-        """
-        --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim --cache-mla-latents
-        --mla-down-proj-fusion
-        """,
+        "read only with a way of balancing experts that a model file refuses (`quantile_balancing`)",
+        "--moe-router-quantile-balancing-ema",
     ),
     (
-        "read only with positions that a model file refuses (`--position-embedding-type yarn`, `mrope`), or with "
-        "latent attention",
+        "read only with `--moe-use-upcycling`, which is refused",
+        "--moe-upcycling-granularity",
+    ),
+    (
+        "read only with positions that a model file refuses (`--position-embedding-type yarn`, `mrope`)",
         """
-        --rotary-scaling-factor --mscale --mscale-all-dim --yarn-beta-fast --yarn-beta-slow
+        --yarn-beta-fast --yarn-beta-slow
         --yarn-correction-range-round-to-int --no-yarn-correction-range-round-to-int
         --yarn-original-max-position-embeddings --mrope-section
         """,
-    ),
-    (
-        _LAYER_KINDS + " (`--mtp-num-layers`)",
-        "--mtp-loss-scaling-factor --mtp-use-repeated-layer --mtp-detach-heads",
     ),
     (
         _LAYER_KINDS + " (`--experimental-attention-variant`, `--linear-attention-freq`)",
@@ -310,10 +304,10 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "read only with a kind of layer that is refused by its letter (`M` in `--hybrid-layer-pattern`)",
+        "how a Mamba layer's state is stored and computed",
         """
-        --mamba-head-dim --mamba-num-groups --mamba-num-heads --mamba-state-dim --mamba-training-ssm-states-dtype
-        --mamba-inference-conv-states-dtype --mamba-inference-ssm-states-dtype --disable-mamba-mem-eff-path
+        --mamba-training-ssm-states-dtype --mamba-inference-conv-states-dtype --mamba-inference-ssm-states-dtype
+        --disable-mamba-mem-eff-path
         """,
     ),
     (
@@ -398,7 +392,10 @@ def _rows() -> Iterator[Row]:
     for name in MORE_TOKENS:
         yield Row(name, Effect.MODEL, "adds to the vocabulary; `model --from-args` then asks for its size")
     for name in ("--model-provider", "--model-type"):
-        yield Row(name, Effect.REFUSED, "another model than a GPT is built, unless it says `gpt`.")
+        said = (
+            "another model is built than the flags describe, unless it is `gpt` or, with a pattern, `hybrid`, `mamba`."
+        )
+        yield Row(name, Effect.REFUSED, said)
     for flag in HYPERPARAMETERS.values():
         if flag.name not in {field.name for field in FIELDS.values()}:
             more = (

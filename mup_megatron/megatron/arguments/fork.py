@@ -73,6 +73,9 @@ REFUSED: dict[str, str] = {
 }
 """Flag → why no model file says what it does, and what to do."""
 
+OTHERWISE = {"--num-experts": _EXPERTS}
+"""Flags of Megatron-LM's that the fork has for layers of its own → why they are refused there."""
+
 _RENAMED = {
     "--layernorm-epsilon": "--norm-epsilon",
     "--rotary-position-embeddings-theta": "--rotary-base",

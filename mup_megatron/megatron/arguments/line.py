@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mup_megatron.architectures.flag import Flag
+from mup_megatron.architectures.gpt import GPT
+from mup_megatron.architectures.keys.custom import CustomTensor
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import architectures
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments import fork, programs
 from mup_megatron.megatron.arguments.convert import (
@@ -63,8 +66,11 @@ class Line:
     script: str | None = None
     """The program, if it names one."""
 
-    def model(self) -> ModelFile:
+    def model(self, custom: Sequence[CustomTensor] = ()) -> ModelFile:
         """The model file that it describes.
+
+        Args:
+            custom: the tensors of the model's own layers, for a line with a --spec of one's own.
 
         Raises:
             InputError: the model is impossible, is one that a model file cannot describe, or is not all there.
@@ -76,6 +82,7 @@ class Line:
                 source=self.source,
                 release=known_release(),
                 script=self.script,
+                custom=custom,
             )
         except InputError as error:
             raise naming_unread(error, self.flags) from None
@@ -191,8 +198,8 @@ def _unknown(script: str | None, flags: Sequence[str], source: str) -> Iterator[
         row = row_of(name)
         if row is not None and row.effect is Effect.REFUSED and name not in _read_flags():
             _refuse_of_others(name, row.reason, flags, source)
-        if forks and name in fork.REFUSED:
-            raise InputError(f"{source}: {name}: {fork.REFUSED[name]}")
+        if forks and (why := fork.REFUSED.get(name, fork.OTHERWISE.get(name))) is not None:
+            raise InputError(f"{source}: {name}: {why}")
     if not unknown:
         return
     if known:
@@ -233,7 +240,11 @@ def _refuse_of_others(name: str, reason: str, flags: Sequence[str], source: str)
     if name in _SAYS_WHICH:
         follows = [after for word, after in zip(flags, [*flags[1:], ""], strict=True) if word == name]
         follows += [word.partition("=")[2] for word in flags if word.startswith(f"{name}=")]
-        if follows and follows[-1].lower() == "gpt":
+        names = {word.partition("=")[0] for word in flags}
+        asked = (
+            each for each in architectures().values() if names & {flag.name for flag in each.command_line.own_flags}
+        )
+        if follows and follows[-1].lower() in next(asked, GPT).command_line.providers:
             return
         name = f"{name} {brief(''.join(follows[-1:]), 60)}"
     raise InputError(f"{source}: {name}: {reason}")

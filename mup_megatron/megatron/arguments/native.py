@@ -181,6 +181,11 @@ def recipe_from_native(
             f"{source}: --use-mup: the line builds {architecture.description}, whose logits Megatron's own μP leaves "
             "as they are, so no recipe does the same. Write one by hand with `mup-megatron recipe`."
         )
+    if model.multi_latent_attention:
+        raise InputError(
+            f"{source}: --multi-latent-attention beside --use-mup: Megatron's own μP leaves the scale of this "
+            "attention alone, and a recipe cannot say that. Tune a base with a recipe."
+        )
     native = Native(model, values)
     base, notes = _base(native, source)
     content: dict[str, Any] = {
@@ -188,8 +193,12 @@ def recipe_from_native(
         "hyperparameters": _hyperparameters(native, base),
         "schedule": _schedule(values, source),
         "per_parameter": _per_parameter(native),
-        # Native μP leaves weight decay alone.
-        "parametrization": {"optimizer": values["optimizer"], "weight_decay_exponent": 0.0},
+        # Native μP leaves weight decay alone, and takes a router for hidden.
+        "parametrization": {
+            "optimizer": values["optimizer"],
+            "weight_decay_exponent": 0.0,
+            **({"router": "hidden"} if model.num_experts is not None else {}),
+        },
         "provenance": {"from": "Megatron-Core's own μP", **_said(values)},
     }
     carried = _recipe(content, source)
@@ -242,17 +251,21 @@ def _base(native: Native, source: str) -> tuple[ModelFile, list[str]]:
         (divisor for divisor in range(1, heads + 1) if heads % divisor == 0),
         key=lambda divisor: abs(divisor - model.query_groups * heads / model.num_attention_heads),
     )
-    ffn = max(1, round(model.ffn_size / m))
+    ffns = {"ffn_hidden_size": model.ffn_size}
+    if model.num_experts is not None:
+        own = {key: getattr(model, key) for key in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")}
+        ffns |= {key: size for key, size in own.items() if size is not None}
+    narrow = {key: max(1, round(size / m)) for key, size in ffns.items()}
     for what, exact, rounded in (
         ("num_attention_heads", attended / head, heads),
         ("num_query_groups", model.query_groups * heads / model.num_attention_heads, groups),
-        ("ffn_hidden_size", model.ffn_size / m, ffn),
+        *((key, size / m, narrow[key]) for key, size in ffns.items()),
     ):
         if exact != rounded:
             notes.append(f"the base's {what} would be {exact:g} and is rounded to {rounded}, so its ratio is not m.")
     sizes = {
         "hidden_size": native.base_hidden_size,
-        "ffn_hidden_size": ffn,
+        **narrow,
         "num_attention_heads": heads,
         "kv_channels": head,
         "num_query_groups": groups if model.group_query_attention else 1,

@@ -172,7 +172,7 @@ def require_flags(script: str, flags: Sequence[str], *, source: str) -> None:
     names = [word.partition("=")[0] for word in flags]
     program = PurePosixPath(script.replace("\\", "/")).name
     for other in architectures().values():
-        own = next((flag.name for flag in other.command_line.flags if flag.name in names), None)
+        own = next((flag.name for flag in other.command_line.own_flags if flag.name in names), None)
         if other is not architecture and own is not None:
             raise InputError(
                 f"{source}: {own}: a flag of {other.description}, and {program} builds {architecture.description}. Use "

@@ -11,6 +11,7 @@ from itertools import takewhile
 from typing import Any
 
 from mup_megatron.architectures.flag import Flag, number, whole_number
+from mup_megatron.architectures.keys import experts, latent, mtp
 from mup_megatron.architectures.registry import architectures
 from mup_megatron.errors import InputError
 from mup_megatron.validation import brief
@@ -46,6 +47,9 @@ FIELDS: dict[str, Flag] = {
     "attention_dropout": Flag("--attention-dropout", "attention_dropout", 0.1, number),
     "hidden_dropout": Flag("--hidden-dropout", "hidden_dropout", 0.1, number),
     "transformer_impl": Flag("--transformer-impl", "transformer_impl", "transformer_engine", str),
+    **experts.FLAGS,
+    **latent.FLAGS,
+    **mtp.FLAGS,
 }
 """Key of a model file → the flag that says the same."""
 
@@ -69,7 +73,8 @@ SPEC = Flag(
     "spec",
     None,
     str,
-    refusal="a custom layer can have any parameters, and a model file cannot list them. Drop the flag.",
+    refusal="a custom layer can have any parameters. List them as `custom_tensors` in the recipe's base; `model "
+    "--from-args` takes them with --custom-tensors. Or drop the flag.",
     many=True,
 )
 """Refused, but for the specs that an architecture has."""
@@ -85,21 +90,35 @@ CHECKPOINT_ARGS = Flag(
 
 _REFUSED = (
     *_refused(
-        "models with experts are not supported yet. Choose a model without.",
-        Flag("--num-experts", "num_experts", None, whole_number),
-        Flag("--moe-ffn-hidden-size", "moe_ffn_hidden_size", None, whole_number),
-        Flag("--moe-shared-expert-intermediate-size", "moe_shared_expert_intermediate_size", None, whole_number),
+        "experts that work on a projection of the residual stream are not supported yet. Drop the flag.",
         Flag("--moe-latent-size", "moe_latent_size", None, whole_number),
+    ),
+    *_refused(
+        "experts that are copies of a trained MLP do not start as a recipe says. Drop the flag.",
         Flag("--moe-use-upcycling", "moe_use_upcycling", False),
     ),
     *_refused(
-        "latent attention is not supported yet. Choose a model without.",
-        Flag("--multi-latent-attention", "multi_latent_attention", False),
+        "it makes one parameter of the experts' matrices, under another name. Drop the flag.",
+        Flag("--moe-single-grouped-weight", "moe_single_grouped_weight", False),
+        Flag("--moe-single-grouped-bias", "moe_single_grouped_bias", False),
     ),
     *_refused(
-        "multi-token prediction is not supported yet. Choose a model without.",
-        Flag("--mtp-num-layers", "mtp_num_layers", None, whole_number),
+        "it makes the groups of experts depend on the expert parallelism. Use --moe-router-num-groups and "
+        "--moe-router-group-topk.",
+        Flag("--moe-router-topk-limited-devices", "moe_router_topk_limited_devices", None, whole_number),
+    ),
+    *_refused(
+        "the projections of queries, keys and values to their latents become one matrix, which a model file does not "
+        "know. Drop the flag.",
+        Flag("--mla-down-proj-fusion", "mla_down_proj_fusion", False),
+    ),
+    *_refused(
+        "multi-token prediction in a hybrid model is not supported yet. Choose a model without.",
         Flag("--mtp-hybrid-override-pattern", "mtp_hybrid_override_pattern", None, str),
+    ),
+    *_refused(
+        "one layer that predicts several tokens is not supported yet. Drop the flag.",
+        Flag("--mtp-use-repeated-layer", "mtp_use_repeated_layer", False),
     ),
     SPEC,
     *_refused(
@@ -140,10 +159,6 @@ _REFUSED = (
         Flag("--yaml-cfg", "yaml_cfg", None, str),
     ),
     *_refused(
-        "YaRN scales attention by a factor that a model file does not know. Choose rotary embeddings without it.",
-        Flag("--rope-type", "rope_type", None, str, fine=("rope",)),
-    ),
-    *_refused(
         "frozen weights are not trained, so they have no learning rate. Drop the flag.",
         Flag("--freeze-all-layers", "freeze_all_layers", False),
     ),
@@ -174,6 +189,13 @@ NOT_SAID = (
     Flag("--rope-scaling-factor", "rope_scaling_factor", 8.0, number),
     Flag("--apply-residual-connection-post-layernorm", "apply_residual_connection_post_layernorm", False),
     Flag("--logits-load-dir", "logits_load_dir", None, str),
+    Flag("--mtp-detach-heads", "mtp_detach_heads", False),
+    Flag("--moe-apply-probs-on-input", "moe_apply_probs_on_input", False),
+    Flag("--moe-input-jitter-eps", "moe_input_jitter_eps", None, number),
+    Flag("--moe-expert-capacity-factor", "moe_expert_capacity_factor", None, number),
+    Flag("--moe-token-drop-policy", "moe_token_drop_policy", "probs", str),
+    Flag("--moe-router-force-load-balancing", "moe_router_force_load_balancing", False),
+    Flag("--moe-router-force-biased", "moe_router_force_biased", None, number),
 )
 """What a model file cannot say either, but which leaves parameters and their scale as they are."""
 
@@ -228,11 +250,6 @@ STOPPED = (
     *_refused(
         "a recipe is for pre-training, and reinforcement learning is another task",
         Flag("--perform-rl-step", "perform_rl_step", False),
-    ),
-    *_refused(
-        "it keeps its own copies of the parameters, which the plan does not reach",
-        Flag("--use-megatron-fsdp", "use_megatron_fsdp", False),
-        Flag("--use-torch-fsdp2", "use_torch_fsdp2", False),
     ),
     *_refused(
         "the weights would be drawn after the plan has scaled them",

@@ -1,8 +1,8 @@
 """Makes a live model of Megatron-Core of each architecture: one module each, named by its `builder`.
 
-A builder has `build(model, config, stage)`, which gives this rank's chunk, and `CONFIG`, the fields of a
-TransformerConfig that the architecture needs. Importing one imports Megatron: the CPU
-runtime has to come before.
+A builder has `build(model, config, stage)`, which gives this rank's chunk, and `config(model)`, the fields of a
+TransformerConfig that the architecture needs; `layers.py` has those of single kinds of layers. Importing one imports
+Megatron: the CPU runtime has to come before.
 """
 
 import importlib
@@ -13,6 +13,8 @@ import torch
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of
+from mup_megatron.megatron.builders.experts import expert_fields
+from mup_megatron.megatron.builders.layers import layer_fields
 
 
 def build_chunk(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:
@@ -29,9 +31,16 @@ def build_chunk(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Mo
 
 
 def config_fields(model: ModelFile) -> Mapping[str, Any]:
-    """Returns the fields of the TransformerConfig that only models of its architecture have."""
-    fields: Mapping[str, Any] = _builder(model).CONFIG
-    return fields
+    """Returns the fields of the TransformerConfig that only models of its architecture, or with its layers, have."""
+    return {**_builder(model).config(model), **layer_fields(model), **expert_fields(model)}
+
+
+def transformer_config(model: ModelFile, fields: Mapping[str, Any]) -> Any:
+    """Returns the configuration of a model's class, with these fields and its own."""
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+
+    kind = MLATransformerConfig if model.multi_latent_attention else TransformerConfig
+    return kind(**{**fields, **config_fields(model)})
 
 
 def _builder(model: ModelFile) -> Any:

@@ -11,8 +11,10 @@ from mup_megatron.architectures.bert import BertFile
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.megatron.builders.common import arguments
 
-CONFIG: Mapping[str, Any] = {}
-"""Fields of the TransformerConfig beside those of every Transformer."""
+
+def config(model: ModelFile) -> Mapping[str, Any]:
+    """Returns the fields of the TransformerConfig beside those of every Transformer: none."""
+    return {}
 
 
 def build(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:

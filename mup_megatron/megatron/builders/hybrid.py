@@ -4,22 +4,24 @@
 is no Transformer Engine. It is the stock stack with the local layers of a GPT.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from mup_megatron.architectures.hybrid import HybridFile
+from mup_megatron.architectures.keys.mamba import MambaKeys
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.builders.common import arguments
 from mup_megatron.megatron.versions import hybrid_classes
-
-CONFIG = {"is_hybrid_model": True}
-"""Fields of the TransformerConfig: its stock initialisation counts one branch a layer."""
 
 _classes = hybrid_classes()
 
@@ -29,13 +31,28 @@ class LocalStack(_classes.stack):  # type: ignore[misc, name-defined]
 
     def __init__(self, config: Any, **given: Any) -> None:
         own = get_gpt_layer_local_spec(normalization=config.normalization).submodules
+        sparse = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts or 1,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            normalization=config.normalization,
+        ).submodules
         attention = TransformerLayerSubmodules(
             input_layernorm=own.input_layernorm, self_attention=own.self_attention, self_attn_bda=own.self_attn_bda
         )
         mlp = TransformerLayerSubmodules(pre_mlp_layernorm=own.pre_mlp_layernorm, mlp=own.mlp, mlp_bda=own.mlp_bda)
+        mixer = ModuleSpec(
+            module=MambaMixer,
+            submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+        )
+        mamba = MambaLayerSubmodules(norm=own.input_layernorm, mixer=mixer, mamba_bda=own.self_attn_bda)
+        experts = TransformerLayerSubmodules(
+            pre_mlp_layernorm=sparse.pre_mlp_layernorm, mlp=sparse.mlp, mlp_bda=sparse.mlp_bda
+        )
         layers = _classes.submodules(
+            mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
             attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
             mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
+            moe_layer=ModuleSpec(module=TransformerLayer, submodules=experts),
         )
         super().__init__(config, layers, post_layer_norm=False, **given)
         self.post_layer_norm = True
@@ -46,6 +63,11 @@ class LocalStack(_classes.stack):  # type: ignore[misc, name-defined]
 
 
 local_stack_spec = ModuleSpec(module=LocalStack)
+
+
+def config(model: ModelFile) -> Mapping[str, Any]:
+    """Returns the fields of the TransformerConfig: the stock initialisation counts one branch a layer."""
+    return {"is_hybrid_model": True, **{key: getattr(model, key) for key in MambaKeys.model_fields}}
 
 
 def build(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:

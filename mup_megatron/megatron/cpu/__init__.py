@@ -20,7 +20,7 @@ import torch
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import versions
-from mup_megatron.megatron.cpu import core, device, pretraining
+from mup_megatron.megatron.cpu import core, device, mamba, pretraining
 from mup_megatron.megatron.cpu.optimizer import GroupStepAdam
 
 __all__ = ["GroupStepAdam", "enable", "is_enabled", "transformer_config_overrides"]
@@ -55,10 +55,15 @@ def enable() -> bool:
     # Megatron says so of each fused kernel, and here there can be none.
     warnings.filterwarnings("ignore", message=".* not installed. (Falling back|Using) ", module="megatron")
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
+    mamba.provide_kernels()
     core.install_adam()
     core.allow_norm_under_sequence_parallel()
     core.allow_resume_of_distributed_fp32()
     core.name_absent_router_kernel()
+    core.give_local_attention_head_sizes()
+    core.know_absent_transformer_engine()
+    core.compute_yarn_on_the_cpu()
+    core.sum_gradients_of_shared_keys()
     pretraining.register()
     atexit.register(_leave_process_group)
     _enabled = True

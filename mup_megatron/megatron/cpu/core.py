@@ -1,4 +1,4 @@
-"""The parts that Megatron-Core needs on the CPU beyond a pretended device: an Adam and a norm. No fork of them."""
+"""The parts that Megatron-Core needs on the CPU beyond a pretended device: an Adam, a norm, latent attention."""
 
 import copy
 import importlib
@@ -72,6 +72,71 @@ def name_absent_router_kernel() -> None:
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def give_local_attention_head_sizes() -> None:
+    """Let Megatron's local attention be built with head sizes of its own, as Transformer Engine's is.
+
+    Latent attention says those of keys and values, which the local one does not take: it has all heads as large as
+    `kv_channels`. It computes with whatever it is given, but for the size of what comes out.
+    """
+    local: Any = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
+    original = local.__init__
+
+    def build(self: Any, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **more: Any) -> None:
+        original(self, *args, **more)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    local.__init__ = build
+
+
+def compute_yarn_on_the_cpu() -> None:
+    """Let the frequencies of YaRN be computed on the CPU, where latent attention leaves them to the device.
+
+    It asks torch for the device of a number, which newer releases of torch answer with an error where there is none.
+    """
+    yarn: Any = importlib.import_module("megatron.core.models.common.embeddings").YarnRotaryEmbedding
+    original = yarn.__init__
+
+    def build(self: Any, *args: Any, **more: Any) -> None:
+        original(self, *args, **{**more, "use_cpu_initialization": True})
+
+    yarn.__init__ = build
+
+
+def sum_gradients_of_shared_keys() -> None:
+    """Let latent attention of local layers train alike on every number of tensor-parallel ranks.
+
+    One key with positions is shared by all heads. A rank has the gradient from its own heads alone, and nothing adds
+    them up behind Megatron's local projection, whose output is gathered; Transformer Engine's is not divided. Here it
+    is given on as that one is: whole, or this rank's part of the sequence.
+    """
+    latent: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention").MLASelfAttention
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    original = latent.__init__
+
+    def build(self: Any, config: Any, *args: Any, **more: Any) -> None:
+        original(self, config, *args, **more)
+        if config.tensor_model_parallel_size > 1:
+            self.linear_kv_down_proj.register_forward_hook(whole)
+
+    def whole(module: Any, args: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+        gathered = mappings.gather_from_tensor_model_parallel_region(output[0])
+        if module.config.sequence_parallel:
+            return mappings.scatter_to_sequence_parallel_region(gathered), output[1]
+        rank = module.config.kv_lora_rank
+        # The product's gradient is contiguous, as 0.16 wants it: what it adds up else is lost.
+        key = mappings.copy_to_tensor_model_parallel_region(gathered[..., rank:]) * 1.0
+        return torch.cat([gathered[..., :rank], key], dim=-1), output[1]
+
+    latent.__init__ = build
+
+
+def know_absent_transformer_engine() -> None:
+    """Tell 0.16's latent attention that Transformer Engine is absent: it takes the names of its classes for it."""
+    latent: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    latent.HAVE_TE = importlib.import_module("megatron.core.extensions.transformer_engine").HAVE_TE
 
 
 def _set(module: Any, name: str, value: object) -> None:

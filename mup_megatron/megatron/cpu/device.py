@@ -83,7 +83,11 @@ def pretend_device() -> None:
     _replace_streams()
     _replace_placement()
     _replace(torch, "compile", _compile)
+    mesh = torch.distributed.device_mesh.DeviceMesh
+    _replace(mesh, "from_group", staticmethod(_mesh_on_cpu(mesh.from_group)))
     _replace(torch.distributed, "all_to_all_single", _with_listed_sizes(torch.distributed.all_to_all_single))
+    _replace(torch.distributed, "all_gather", _of_any_sizes(torch.distributed.all_gather))
+    _replace(torch.distributed, "reduce_scatter", _into_any_sizes(torch.distributed.reduce_scatter))
     _replace_isend()
 
 
@@ -216,6 +220,16 @@ def _type(original: Callable[..., Any]) -> Callable[..., Any]:
     return type_
 
 
+def _mesh_on_cpu(from_group: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch's FSDP2 wants weights on the device of its mesh."""
+
+    @functools.wraps(from_group)
+    def mesh(group: Any, device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return from_group(group, CPU.type if is_pretended(device_type) else device_type, *args, **kwargs)
+
+    return mesh
+
+
 def _compile(model: Any = None, **kwargs: Any) -> Any:
     """`torch.compile` that leaves the function as it is: compiling for the CPU costs minutes and changes rounding."""
     return model if model is not None else lambda function: function
@@ -244,6 +258,38 @@ def _with_listed_sizes(all_to_all_single: Callable[..., Any]) -> Callable[..., A
         return all_to_all_single(output, input, *sizes, group=group, async_op=async_op)
 
     return with_listed_sizes
+
+
+def _of_any_sizes(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    """An all-gather of tensors that differ in length, as tokens of experts do: gloo takes one length alone."""
+
+    @functools.wraps(all_gather)
+    def of_any_sizes(tensor_list: Any, tensor: Any, group: Any = None, async_op: bool = False) -> Any:
+        if len({len(each) for each in tensor_list if each.dim()}) < 2:
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        longest = max(map(len, tensor_list))
+        padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        found = [torch.empty_like(padded) for _ in tensor_list]
+        all_gather(found, padded, group=group)
+        for own, each in zip(tensor_list, found, strict=True):
+            own.copy_(each[: len(own)])
+
+    return of_any_sizes
+
+
+def _into_any_sizes(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
+    """The reverse: sums of pieces that differ in length, each for the rank whose it is."""
+
+    @functools.wraps(reduce_scatter)
+    def into_any_sizes(output: Any, input_list: Any, *args: Any, group: Any = None, **more: Any) -> Any:
+        if len({len(each) for each in input_list}) < 2:
+            return reduce_scatter(output, input_list, *args, group=group, **more)
+        whole = torch.cat(list(input_list))
+        torch.distributed.all_reduce(whole, group=group)
+        output.copy_(whole.split([len(each) for each in input_list])[torch.distributed.get_rank(group)])
+
+    return into_any_sizes
 
 
 def _replace_isend() -> None:

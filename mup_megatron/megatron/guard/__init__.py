@@ -16,7 +16,7 @@ from mup_megatron.live import weights as initial
 from mup_megatron.live.problems import Problem, message
 from mup_megatron.megatron.guard.forward import attention_problems, multiplier_problems
 from mup_megatron.megatron.guard.optimizer import optimizer_problems, schedule_problems
-from mup_megatron.megatron.names import named_parameters, require_match
+from mup_megatron.megatron.names import global_shape, local_values, named_parameters, require_match
 from mup_megatron.theory import Plan, PlanEntry
 
 __all__ = [
@@ -71,8 +71,10 @@ def weight_problems(chunks: Sequence[torch.nn.Module], plan: Plan) -> list[Probl
 def _without_padding(parameter: torch.nn.Parameter, entry: PlanEntry) -> torch.Tensor:
     """A rank's values without the rows that only pad the vocabulary."""
     values = parameter.detach()
-    if entry.padded_to is None:
-        return values
+    if entry.padded_to is None or global_shape(entry.name, parameter)[0] == entry.shape[0]:
+        return local_values(parameter)
+    if hasattr(values, "full_tensor"):
+        values = values.full_tensor()  # which of its parts has the rows that pad it is FSDP's affair
     sharded = getattr(parameter, "tensor_model_parallel", False)
     first = parallel_state.get_tensor_model_parallel_rank() * len(values) if sharded else 0
     return values[: max(0, entry.shape[0] - first)]

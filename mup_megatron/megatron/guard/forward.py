@@ -14,7 +14,7 @@ from mup_megatron.live import hooks
 from mup_megatron.live.compare import CLOSE, close, hook_problems, scale_problem
 from mup_megatron.live.problems import Problem, number
 from mup_megatron.megatron.model import part_scales
-from mup_megatron.megatron.names import named_modules, unwrapped
+from mup_megatron.megatron.names import local_values, named_modules, unwrapped
 from mup_megatron.theory import Acts, Plan, Site
 
 # ---- attention -----------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def _measured(core: torch.nn.Module, attention: Any, expected: float) -> float |
         exponent = round(math.log2(logit / expected))
         try:
             first, second = _two_tokens(
-                core, attention, weight, 2.0 ** (exponent // 2), 2.0 ** (exponent - exponent // 2)
+                core, attention, local_values(weight), 2.0 ** (exponent // 2), 2.0 ** (exponent - exponent // 2)
             )
         except _CANNOT:
             return None
@@ -118,16 +118,18 @@ def _two_tokens(
     where a further, learned term is in the softmax's denominator.
     """
     heads, groups = attention.num_attention_heads_per_partition, attention.num_query_groups_per_partition
-    size = attention.hidden_size_per_attention_head
+    # Those of values are other ones in latent attention.
+    size, of_values = attention.key_hidden_size, attention.val_hidden_size
     q = like.new_zeros(2, 1, heads, size, requires_grad=False)
-    k, v = (like.new_zeros(2, 1, groups, size, requires_grad=False) for _ in range(2))
+    k = like.new_zeros(2, 1, groups, size, requires_grad=False)
+    v = like.new_zeros(2, 1, groups, of_values, requires_grad=False)
     q[..., 0] = query
     k[0, ..., 0] = key
     v[0, ..., 0] = 1.0
     v[1, ..., 1] = 1.0
     with torch.no_grad(), _untouched(core):
         output: Any = core(q, k, v, None, attn_mask_type=attention.attn_mask_type)
-    mixed = (output[0] if isinstance(output, tuple) else output).reshape(2, heads, size)[1]
+    mixed = (output[0] if isinstance(output, tuple) else output).reshape(2, heads, of_values)[1]
     return mixed[:, 0], mixed[:, 1]
 
 

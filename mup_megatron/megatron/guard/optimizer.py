@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mup_megatron.architectures.names import is_of_experts
 from mup_megatron.collectives import gathered
 from mup_megatron.live.compare import close, group_problems, value_problems
 from mup_megatron.live.problems import Problem, number
@@ -25,7 +26,7 @@ def optimizer_problems(
 ) -> list[Problem]:
     """Returns where what the optimizer does with this rank's parameters is not the plan.
 
-    Collective over the data-parallel group, because the distributed optimizer gives each rank another share of the
+    Collective over the data-parallel groups, because the distributed optimizer gives each rank another share of the
     parameters.
 
     Args:
@@ -36,7 +37,7 @@ def optimizer_problems(
             at: until a scheduler's first step every group has torch's defaults.
     """
     held = parameters_with_groups(optimizer, chunks, tied=plan.tied)
-    found = _trained_problems(held, optimizer)
+    found = _trained_problems(held, optimizer, plan)
     owned = [_Held(plan[name], LiveGroupValues.of(groups[0]), groups[0]) for name, _, groups in held if groups]
     found += _kind_problems(owned, plan)
     found += _limit_problems(owned, plan, optimizer, scheduler)
@@ -60,14 +61,17 @@ class _Held:
 
 
 def _trained_problems(
-    held: list[tuple[str, torch.nn.Parameter, list[dict[str, Any]]]], optimizer: Any
+    held: list[tuple[str, torch.nn.Parameter, list[dict[str, Any]]]], optimizer: Any, plan: Plan
 ) -> list[Problem]:
     found = []
     mine = {name for name, _, groups in held if groups}
     anywhere = mine
     if any(is_sharded(part) for part in parts_of(optimizer)):
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        anywhere = set().union(*gathered(mine, group))
+        groups = [parallel_state.get_data_parallel_group(with_context_parallel=True)]
+        if any(is_of_experts(entry.name) for entry in plan.entries):  # which other ranks have alike
+            groups.append(parallel_state.get_expert_data_parallel_group())
+        together = [set().union(*gathered(mine, group)) for group in groups]
+        anywhere = {name for index, names in enumerate(together) for name in names if is_of_experts(name) == index}
     for name, parameter, groups in held:
         if not parameter.requires_grad:
             cause = "It is frozen (requires_grad is False). Unfreeze it: the recipe was tuned training everything."

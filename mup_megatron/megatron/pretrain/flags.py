@@ -14,6 +14,7 @@ from typing import Any
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.table import STOPPED
 from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS, distributed_problem
+from mup_megatron.megatron.versions import fsdp_problem
 from mup_megatron.recipe import Recipe, load_recipe
 
 _OWN: dict[str, dict[str, Any]] = {
@@ -219,6 +220,8 @@ def _flag(dest: str) -> str:
 def _refuse(values: argparse.Namespace) -> None:
     """Raises InputError for what reaches past the places where a plan is applied."""
     found = [f"{flag.name}: {flag.refusal}. Drop it." for flag in STOPPED if flag.changed(vars(values))]
+    if (sharded := fsdp_problem(values)) is not None:
+        found.append(sharded)
     if getattr(values, "step_batch_size_schedule", None) is not None and getattr(values, "train_samples", None) is None:
         found.append(
             "--step-batch-size-schedule: with --train-iters Megatron would measure the run, and with it the learning "

@@ -76,9 +76,14 @@ class Run:
         described = {**vars(values), "use_checkpoint_args": False}
         release = core_version()[:2]
         # Only the padding depends on the vocabulary, so nothing else can go wrong later.
-        script = sys.argv[0]
+        script, custom = sys.argv[0], recipe.megatron_base.custom_tensors
         model = model_from_values(
-            described, vocab_size=values.vocab_size or 1, source=_SOURCE, release=release, script=script
+            described,
+            vocab_size=values.vocab_size or 1,
+            source=_SOURCE,
+            release=release,
+            custom=custom,
+            script=script,
         )
         run = cls(recipe, options, model, flags.owned(recipe, values))
         run._plan_for(model)

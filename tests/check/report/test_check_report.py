@@ -12,6 +12,7 @@ import pytest
 from support.shapes import gpt, recipe_for
 
 from mup_megatron.architectures.gpt import GPT
+from mup_megatron.architectures.measured import Kind, Measured
 from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.measure.measurements import COORDINATES, Key, MeasuredRun, Measurements, Quantity
 from mup_megatron.check.report.picture import png
@@ -247,6 +248,28 @@ def test_the_panel_at_fault_has_the_thick_frame_and_what_follows_the_thin_one(mo
     told = panels["Learning rate that acted"][1]
     assert told.startswith("decoder.layers.0.mlp.linear_fc1.weight\nslope +1.0")
     assert ", expected " in told
+
+
+def test_panels_are_those_of_what_the_architecture_has_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    panels = list(drawn(verdict(), monkeypatch))
+    assert [title.partition(",")[0] for title in panels[4:10]] == [
+        "Embedding",
+        "Residual stream",
+        "Attention logits",
+        "Attention output",
+        "MLP output",
+        "Readout (the model's logits)",
+    ]
+
+
+def test_a_model_with_more_families_gets_more_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = verdict()
+    titles = ("Router logits", "Expert output", "Mamba output")
+    more = tuple(Measured(f"decoder.layers.0.{title}", Kind.BRANCH, title, (), leads=True) for title in titles)
+    panels = drawn(replace(made, measured=made.measured + more), monkeypatch)
+    assert [title for title in panels if title in titles] == [*titles]
+    assert {"Training loss by width", "Gradients and weights: found / expected"} < set(panels)
+    assert len(panels) == 4 + 9 + 2 + 2, "one of them empty, and the words beside"
 
 
 def test_a_model_of_other_names_is_drawn_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ Nothing is trained but for a step: what is looked at is there before.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -339,6 +340,20 @@ def test_positions_are_held_against_a_reference_of_its_own_code() -> None:
     known = Known(plans={32: plan_of(Net)})
     assert out_of_bounds(measured(0.6), measured(0.61), known) == []
     assert names(out_of_bounds(measured(0.6), measured(0.7), known)) == [(Quantity.POSITION, key.name)]
+
+
+def test_positions_follow_width_where_heads_grow_as_in_the_reference() -> None:
+    key = Key(Quantity.POSITION, "all queries, 16 apart", 0)
+
+    def measured(apart: float) -> Measurements:
+        runs = [MeasuredRun(w, s, {key: 0.1 * w**0.3 + apart + 0.001 * s}, ()) for w in WIDTHS for s in range(3)]
+        return Measurements(tuple(runs))
+
+    known = Known(plans={32: plan_of(Net)})
+    assert names(out_of_bounds(measured(0.0), measured(0.0), known)) == [(Quantity.POSITION, key.name)]
+    grown = replace(known, heads_grow=True)
+    assert out_of_bounds(measured(0.0), measured(0.0), grown) == []
+    assert names(out_of_bounds(measured(0.1), measured(0.0), grown)) == [(Quantity.POSITION, key.name)]
 
 
 def plan_of(factory: Factory) -> Plan:

@@ -10,6 +10,7 @@ from support.lm_arguments import parser_of_megatron
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
+from mup_megatron.megatron import versions
 from mup_megatron.megatron.arguments.convert import flags as flags_of
 from mup_megatron.megatron.pretrain import flags
 from mup_megatron.recipe import load_recipe, recipe, save_recipe
@@ -168,10 +169,22 @@ def test_each_is_a_conflict_unless_the_recipe_may_win(recipe_file: Path, words: 
     assert getattr(taken_over([*line, "--mup-override"]), dest) == value
 
 
-@pytest.mark.parametrize("word", ["--use-megatron-fsdp", "--use-torch-fsdp2", "--init-model-with-meta-device"])
+@pytest.mark.parametrize("word", ["--init-model-with-meta-device", "--fp8-param-gather", "--fp4-param-gather"])
 def test_what_the_plan_cannot_reach_is_refused_even_so(recipe_file: Path, word: str) -> None:
     with pytest.raises(InputError, match=word):
         taken_over(["--mup-recipe", str(recipe_file), "--mup-override", word])
+
+
+@pytest.mark.parametrize("word", ["--use-megatron-fsdp", "--use-torch-fsdp2"])
+def test_weights_in_pieces_need_a_release_that_lets_a_plan_come_first(
+    recipe_file: Path, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--mup-recipe", str(recipe_file), word]
+    monkeypatch.setattr(versions, "known_release", lambda: (0, 18))
+    with pytest.raises(InputError, match=rf"{word}: the plan does not reach these weights in Megatron-Core 0\.18\. "):
+        taken_over(words)
+    monkeypatch.setattr(versions, "known_release", lambda: (0, 19))
+    taken_over(words)
 
 
 def test_a_changing_batch_needs_a_run_that_is_counted_in_samples(recipe_file: Path) -> None:

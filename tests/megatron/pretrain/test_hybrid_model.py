@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lm_recipes import WIDTH, line, recipe_file
+from support import shapes
+from support.lm_recipes import WIDTH, a_recipe, line, recipe_file
 from support.lm_runs import SCRIPT, Finished, hybrid, run_script
+
+from mup_megatron.recipe import save_recipe
 
 pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megatron.training in its wheel")
 
@@ -66,6 +69,22 @@ def test_it_goes_on_in_other_layouts(tmp_path: Path) -> None:
     assert trained("one", load="pipeline").losses == pytest.approx({i: whole[i] for i in (5, 6)}, abs=ROUNDING)
 
 
+def test_mamba_layers_train_and_go_on_in_another_layout(tmp_path: Path) -> None:
+    """From TP2 to one process, in which rows of z, x, B, C and dt lie otherwise; with a recipe of a narrower model."""
+    path = tmp_path / "mamba.recipe.yaml"
+    tuned = a_recipe()
+    base = shapes.hybrid(tuned.megatron_base, "*-M-", **shapes.MAMBA)
+    save_recipe(tuned.model_copy(update={"base": base}), path)
+    own = hybrid("*-M-") | shapes.MAMBA | {"ckpt_format": "torch_dist", "dist_ckpt_optim_fully_reshardable": True}
+    own |= {"train_iters": 4, "save": tmp_path / "checkpoints", "save_interval": 2, "mup_recipe": path}
+    words = line(**own, tensor_model_parallel_size=2, sequence_parallel=True)
+    first = run(tmp_path / "first", words, 2).require_success()
+    assert first.losses[4] < first.losses[1]
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    second = run(tmp_path / "second", line(**own, load=tmp_path / "checkpoints")).require_success()
+    assert second.losses == pytest.approx({i: first.losses[i] for i in (3, 4)}, abs=ROUNDING)
+
+
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
@@ -90,11 +109,11 @@ def test_a_mistake_is_stopped(tmp_path: Path, mistake: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"hybrid_layer_pattern": "M*-"}, "--hybrid-layer-pattern: 'M' is a layer of Mamba"),
+        ({"hybrid_layer_pattern": "G*-"}, "--hybrid-layer-pattern: 'G' is a layer of gated delta net"),
         ({"hybrid_layer_pattern": "*-*"}, "the recipe's base is a GPT and the target a hybrid model"),
         ({"spec": "megatron.core.models.gpt.gpt_layer_specs get_gpt_layer_local_spec"}, "--spec: a custom layer"),
     ],
-    ids=["Mamba", "no GPT", "another spec"],
+    ids=["gated delta net", "no GPT", "another spec"],
 )
 def test_what_is_not_supported_is_refused(tmp_path: Path, changes: dict[str, str], said: str) -> None:
     finished = run(tmp_path / "ranks", [*line(**hybrid() | changes), "--mup-recipe", str(recipe_file(tmp_path))])

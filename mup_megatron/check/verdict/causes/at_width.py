@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from mup_megatron.architectures.families.attention import QKV
 from mup_megatron.architectures.measured import Kind, Measured
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, depth_of, shapes_of
@@ -49,7 +50,9 @@ class AtWidth:
 
     @cached_property
     def measured(self) -> Mapping[str, Measured]:
-        """What the architecture has measured, by name and in the order of a forward pass; nothing of a torch module."""
+        """The modules that the architecture has measured, by name and in the order of a forward pass; none of a torch
+        module.
+        """
         model = self.model
         return {} if model is None else {each.module: each for each in architecture_of(model).measured(model)}
 
@@ -67,13 +70,16 @@ class AtWidth:
         return {entry.module: entry.name for entry in self.plan.entries if entry.is_embedding}
 
     @cached_property
-    def parts(self) -> Mapping[str, Mapping[str, float]]:
-        """The fused weights of a model file's model, each with its parts' shares of its rows."""
-        if self.model is None:
-            return {}
-        tensors = shapes_of(self.recipe.megatron_base, self.model)[1].tensors
-        fused = {tensor.name: {part.name: part.rows for part in tensor.parts} for tensor in tensors if tensor.parts}
-        return {name: {part: rows / sum(of.values()) for part, rows in of.items()} for name, of in fused.items()}
+    def fused(self) -> Mapping[str, float]:
+        """The weights that make queries, keys and values in one → the queries' share of its rows; none where there is
+        no model file.
+        """
+        tensors = () if self.model is None else shapes_of(self.recipe.megatron_base, self.model)[1].tensors
+        return {
+            tensor.name: tensor.parts[0].rows / sum(part.rows for part in tensor.parts)
+            for tensor in tensors
+            if tuple(part.name for part in tensor.parts) == QKV
+        }
 
     @property
     def alpha(self) -> float:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 
-from mup_megatron.architectures.families.attention import QUERIES
 from mup_megatron.architectures.measured import Kind
 from mup_megatron.check.entries import (
     is_embedding,
@@ -95,7 +94,7 @@ def initial_weights(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
             ("the embedding", is_embedding),
         )
     ]
-    if any(QUERIES in parts for parts in some.parts.values()):
+    if some.fused:
         found += _inside_qkv(at)
     return found
 
@@ -109,7 +108,7 @@ def _inside_qkv(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
 
     def share(key: Key, here: AtWidth) -> float | None:
         """The queries' share of the rows, if it is such a weight."""
-        return here.parts.get(key.name, {}).get(QUERIES) if key.quantity is Quantity.INITIAL else None
+        return here.fused.get(key.name) if key.quantity is Quantity.INITIAL else None
 
     def zeroed(key: Key, width: int) -> float:
         here = at[width]
@@ -130,8 +129,7 @@ def _inside_qkv(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
 
         return predict
 
-    fused = next(name for name, parts in next(iter(at.values())).parts.items() if QUERIES in parts)
-    layer = fused.removesuffix(".weight").rpartition(".")[2]
+    layer = next(iter(next(iter(at.values())).fused)).removesuffix(".weight").rpartition(".")[2]
     found = [
         Hypothesis(
             "queries-zeroed",

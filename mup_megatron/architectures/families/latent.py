@@ -1,0 +1,113 @@
+"""Latent attention (MLA), with or without compressed queries."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from mup_megatron.architectures.families.family import Growth, Size, linear, norm
+from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.theory import SOFTMAX, Acts, Part, Place, Role, Side, Tensor
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class LatentAttention:
+    """Attention whose queries, keys and values are projected down to latents and up again.
+
+    A latent is a bottleneck inside the model: what leads to it and away from it is hidden at every rank, also at one
+    that keeps its size.
+    """
+
+    name = "latent attention"
+    sizes: tuple[Size, ...] = (
+        Size(key="q_lora_rank", attribute="q_lora_rank", small=32),
+        Size(key="kv_lora_rank", attribute="kv_lora_rank", small=32),
+    )
+    shared: tuple[str, ...] = ("rotary_scaling_factor", "mscale_all_dim")
+    """They are a factor of its softmax scale."""
+
+    def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
+        """Yields norm, the projections of queries, those of keys and values with their norms, and linear_proj."""
+        name = f"{layer}.self_attention"
+        hidden = Side(model.hidden_size, grows=True)
+        yield from norm(model, f"{layer}.input_layernorm.", hidden)
+        heads = model.num_attention_heads
+        content, turned = heads * model.qk_head_dim, heads * model.qk_pos_emb_head_dim
+        parts = (Part("queries", content), Part("turned queries", turned))
+        queries = Side(content + turned, grows=True)
+        if model.q_lora_rank is None:
+            yield from linear(f"{name}.linear_q_proj", hidden, queries, bias=False, parts=parts)
+        else:
+            rank = growth.side(model, "q_lora_rank")
+            yield from linear(f"{name}.linear_q_down_proj", hidden, rank, bias=False, role=Role.HIDDEN)
+            yield from _latent_norm(model, name, "q", rank)
+            yield from linear(f"{name}.linear_q_up_proj", rank, queries, bias=False, parts=parts, role=Role.HIDDEN)
+        rank, key = (growth.side(model, which) for which in ("kv_lora_rank", "qk_pos_emb_head_dim"))
+        # The turned part of the keys is one for all heads, and goes past the latent.
+        down = Side(rank.size + key.size, grows=rank.grows or key.grows)
+        parts = (Part("latent", rank.size), Part("turned keys", key.size))
+        yield from linear(f"{name}.linear_kv_down_proj", hidden, down, bias=False, parts=parts, role=Role.HIDDEN)
+        yield from _latent_norm(model, name, "kv", rank)
+        values = heads * model.v_head_dim
+        parts = (Part("keys", content), Part("values", values))
+        up = Side(content + values, grows=True)
+        yield from linear(f"{name}.linear_kv_up_proj", rank, up, bias=False, parts=parts, role=Role.HIDDEN)
+        attended = Side(values, grows=True)
+        yield from linear(f"{name}.linear_proj", attended, hidden, bias=model.add_bias_linear, residual=True)
+
+    def places(self, layer: str) -> Iterator[Place]:
+        """Yields where the scale of attention logits is set."""
+        yield Place(f"{layer}.self_attention.core_attention", Acts.SCALE, SOFTMAX)
+
+    def flops(self, model: ModelFile) -> Mapping[str, float]:
+        """Returns those of the projections and of the scores."""
+        heads, hidden = model.num_attention_heads, model.hidden_size
+        queries, values = heads * model.head_size, heads * model.v_head_dim
+        rank = model.q_lora_rank
+        of_queries = hidden * queries if rank is None else rank * (hidden + queries)
+        of_keys = hidden * (model.kv_lora_rank + model.qk_pos_emb_head_dim)
+        of_keys += model.kv_lora_rank * (heads * model.qk_head_dim + values)
+        return {
+            "attention_projections": 6.0 * (of_queries + of_keys + values * hidden),
+            "attention_scores": 6.0 * model.seq_length * (queries + values),
+        }
+
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields norm, projections, the norms of latents, attention logits and output."""
+        name, logits = f"{layer}.self_attention", "Attention logits"
+        start = f"{layer}.input_layernorm"
+        yield inside(start, logits, STREAM)
+        ends = []
+        for latent in ("q", "kv"):
+            if latent == "q" and model.q_lora_rank is None:
+                chain = [f"{name}.linear_q_proj"]
+            else:
+                norms = [f"{name}.{latent}_layernorm"] if model.qk_layernorm else []
+                chain = [f"{name}.linear_{latent}_down_proj", *norms, f"{name}.linear_{latent}_up_proj"]
+            for module, read in zip(chain, (start, *chain), strict=False):
+                yield inside(module, logits, read)
+            ends.append(chain[-1])
+        softmax = f"{name}.core_attention.scale_mask_softmax"
+        # The turned part of the keys goes past their latent.
+        yield Measured(softmax, Kind.LOGITS, logits, (*ends, f"{name}.linear_kv_down_proj"), leads=True)
+        yield Measured(f"{name}.linear_proj", Kind.BRANCH, "Attention output", (ends[1], softmax), leads=True)
+
+    def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
+        """Returns causal latent attention."""
+        from mup_megatron.architectures.plain.latent import PlainLatentAttention
+
+        return "input_layernorm", "self_attention", PlainLatentAttention(model, softmax_scale)
+
+
+def _latent_norm(model: ModelFile, attention: str, latent: str, rank: Side) -> Iterator[Tensor]:
+    """The norm of a latent; Transformer Engine fuses it into the projection that follows."""
+    if not model.qk_layernorm:
+        return
+    fused = model.transformer_impl == "transformer_engine"
+    prefix = f"linear_{latent}_up_proj.layer_norm_" if fused else f"{latent}_layernorm."
+    yield from norm(model, f"{attention}.{prefix}", rank)
+
+
+LATENT_ATTENTION = LatentAttention()
+"""The family of latent attention."""

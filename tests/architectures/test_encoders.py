@@ -17,6 +17,8 @@ from mup_megatron.architectures.cost import parameter_count, training_flops
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import Search, choose_proxy
 from mup_megatron.architectures.registry import architecture_of, load_model_file, model_file, shapes_of
+from mup_megatron.check.family.gpt import condensed
+from mup_megatron.check.subjects.launch_line import LaunchLine
 from mup_megatron.errors import InputError
 from mup_megatron.theory import Acts, Plan, Role, Tensor
 
@@ -300,3 +302,13 @@ def test_base_and_large_have_one_proxy() -> None:
         assert plan["binary_head.weight"].multiplier == pytest.approx(0.5 * 256 / width)
         # Heads of 64 in place of 32.
         assert plan.softmax_scale == pytest.approx(1.5 * math.sqrt(32) / 64)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "t5"])
+def test_a_check_refuses_it_by_name(architecture: str) -> None:
+    own = {"bert": "a BERT", "t5": "a T5"}[architecture]
+    with pytest.raises(InputError, match=f"architecture {architecture}: {own} cannot be checked yet"):
+        condensed(encoder(architecture, 4), recipe_for(encoder(architecture)), tensor_parallel=1, stages=1)
+    words = f"python -m mup_megatron.launch pretrain_{architecture}.py --num-layers 2 --hidden-size 64 --seq-length 16"
+    line = LaunchLine.of([*words.split(), "--num-attention-heads", "4", "--max-position-embeddings", "16"])
+    assert architecture_of(line.model()).name == architecture

@@ -33,10 +33,10 @@ class CommandLine:
     """What other programs of theirs call it in --model-provider."""
     keys: Mapping[str, tuple[Flag, ...]] = field(default_factory=dict)
     """Keys of its model files that others do not have → the flags that say the same, today's before older ones."""
-    optional: tuple[str, ...] = ()
-    """Those of the keys that a line of its programs need not say."""
     details: Mapping[str, Flag] = field(default_factory=dict)
     """Further keys of theirs → their flags, which do not tell the architecture: every model of Megatron's has them."""
+    optional: tuple[str, ...] = ()
+    """Those of the keys that a line of its programs need not say."""
     markers: tuple[Flag, ...] = ()
     """Flags that go with those and say nothing of their own."""
     refused: tuple[Flag, ...] = ()

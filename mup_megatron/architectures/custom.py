@@ -1,6 +1,6 @@
 """The tensors that a model file lists itself (`custom_tensors`), as the rules see them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mup_megatron.architectures.families import Family, Growth
 from mup_megatron.architectures.keys.custom import EVERY_LAYER, CustomSide, CustomTensor, is_width, size_in
@@ -10,30 +10,33 @@ from mup_megatron.errors import InputError
 from mup_megatron.theory import Constant, Kept, Normal, Property, Role, Side, Start, Tensor
 
 
-def custom_tensors(model: ModelFile, layers: Sequence[Sequence[Family]], growth: Growth) -> Iterator[Tensor]:
+def custom_tensors(
+    model: ModelFile, stacks: Mapping[str, Sequence[Sequence[Family]]], growth: Growth
+) -> Iterator[Tensor]:
     """Yields them, those of every layer once for each.
 
     Args:
         model: a model file.
-        layers: the families of each of its layers.
+        stacks: the families of each layer, of each of its stacks by name.
         growth: of the base and the target that it is compared with.
 
     Raises:
         InputError: sides and shape do not fit each other, or no layer is meant.
     """
     for own in model.custom_tensors:
-        names = list(_names(own, layers))
+        names = list(_names(own, stacks))
         if not names:
             raise InputError(f"custom_tensors: {own.name}: no layer has {own.within}. Correct `within`.")
         for name in names:
             yield _tensor(own, name, model, growth)
 
 
-def _names(own: CustomTensor, layers: Sequence[Sequence[Family]]) -> Iterator[str]:
+def _names(own: CustomTensor, stacks: Mapping[str, Sequence[Sequence[Family]]]) -> Iterator[str]:
     if EVERY_LAYER not in own.name:
         yield own.name
         return
-    for index, families in enumerate(layers):
+    stack, _, _ = own.name.partition(EVERY_LAYER)
+    for index, families in enumerate(stacks.get(stack, ())):
         if own.within is None or own.within in {family.name for family in families}:
             yield own.name.replace(EVERY_LAYER, f".layers.{index}.")
 

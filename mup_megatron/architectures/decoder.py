@@ -167,22 +167,19 @@ class Architecture(ABC):
         return [each for own in families.values() if isinstance(own, Remarking) for each in own.remarks(base, target)]
 
     def _branches(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
-        """Each layer's name and one of its families, in order; then those of multi-token prediction."""
-        yield from self._stack(model)
+        """Each layer's name and one of its families, in order; then those behind the stacks."""
+        yield from self._in_stacks(model)
         yield from self._further(model)
 
-    def _stack(self, model: ModelFile) -> Iterator[tuple[str, Family]]:
+    def _in_stacks(self, model: ModelFile) -> Iterator[tuple[str, Family]]:
         for stack, layers in self.stacks(model).items():
             for index, families in enumerate(layers):
                 for family in families:
                     yield f"{stack}.layers.{index}", family
 
     def _further(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
-        """The layers of multi-token prediction, each of the families of the stack's last one."""
-        for index in range(model.mtp_num_layers or 0):
-            yield mtp_layer(index), MTP
-            for family in self.stacks(model)[STACK][-1]:
-                yield f"{mtp_layer(index)}.{MTP_INNER}", family
+        """What stands behind the stacks and is made of layers too."""
+        yield from ()
 
     def _shape(self, model: ModelFile, growth: Growth) -> ModelShape:
         tensors = tuple(self._tensors(model, growth))
@@ -211,8 +208,8 @@ class Architecture(ABC):
                 for family in families:
                     for tensor in family.tensors(model, f"{stack}.layers.{index}", growth):
                         yield replace(tensor, stack=stack)
-            yield from custom_tensors(model, layers, growth)
             yield from norm(model, f"{stack}.{self.final_norm}.", Side(model.hidden_size, grows=True))
+        yield from custom_tensors(model, self.stacks(model), growth)
         for layer, block in self._further(model):
             for tensor in block.tensors(model, layer, growth):
                 # Megatron draws what writes into the stream there as in the stack itself, by the stack's depth.
@@ -236,7 +233,7 @@ class Architecture(ABC):
 
     def sizes(self, model: ModelFile) -> Sequence[Size]:
         """Returns the sizes of a model's families that it has, each once."""
-        found = {size.key: size for _, family in self._stack(model) for size in family.sizes}
+        found = {size.key: size for _, family in self._in_stacks(model) for size in family.sizes}
         return [size for size in found.values() if size.of(model) is not None]
 
     def places(self, model: ModelFile) -> Iterator[Place]:
@@ -249,18 +246,18 @@ class Architecture(ABC):
 
     def measured(self, model: ModelFile) -> Iterator[Measured]:
         """Yields the modules that a check looks at, in the order of a forward pass; norms as modules of their own."""
-        tables: list[str] = []
+        stream: list[str] = []
         for table in self._tables(model):
             module = table.name.rpartition(".")[0]
             yield Measured(module, Kind.TABLE, "Embedding", (), leads=table.name == WORD_EMBEDDINGS)
-            tables.append(module)
+            stream.append(module)
         final = ""
         for stack, layers in self.stacks(model).items():
-            yield from _stack_measured(model, stack, layers, tables)
+            yield from _stack_measured(model, stack, layers, stream)
             final = f"{stack}.{self.final_norm}"
             yield inside(final, "Residual stream", f"{stack}.layers.{len(layers) - 1}")
-        logits = self.readout.rpartition(".")[0]
-        yield Measured(logits, Kind.READOUT, "Readout (the model's logits)", (final,), leads=True)
+        module = self.readout.rpartition(".")[0]
+        yield Measured(module, Kind.READOUT, "Readout (the model's logits)", (final,), leads=True)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
@@ -268,6 +265,20 @@ class Architecture(ABC):
         for _, family in self._branches(model):
             found.update(family.flops(model))
         return {**found, "readout": 6.0 * model.hidden_size * model.padded_vocab_size()}
+
+
+def _stack_measured(
+    model: ModelFile, stack: str, layers: Sequence[Sequence[Family]], stream: Sequence[str]
+) -> Iterator[Measured]:
+    """What a check looks at in a stack of layers, to which these modules give the residual stream."""
+    for index, families in enumerate(layers):
+        layer = f"{stack}.layers.{index}"
+        for family in families:
+            own = [each.after(stream) for each in family.measured(model, layer)]
+            yield from own
+            stream = [*stream, *(each.module for each in own if each.kind is Kind.BRANCH)]
+        yield Measured(layer, Kind.STREAM, "Residual stream", tuple(stream), leads=True)
+        stream = [layer]
 
 
 class Decoder(Architecture):
@@ -281,17 +292,12 @@ class Decoder(Architecture):
         """Returns the one stack."""
         return {STACK: self.layers(model)}
 
-
-def _stack_measured(model: ModelFile, stack: str, layers: Layers, stream: Sequence[str]) -> Iterator[Measured]:
-    """What a check looks at in a stack of layers, to which these modules give the residual stream."""
-    for index, families in enumerate(layers):
-        layer = f"{stack}.layers.{index}"
-        for family in families:
-            own = [each.after(stream) for each in family.measured(model, layer)]
-            yield from own
-            stream = [*stream, *(each.module for each in own if each.kind is Kind.BRANCH)]
-        yield Measured(layer, Kind.STREAM, "Residual stream", tuple(stream), leads=True)
-        stream = [layer]
+    def _further(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
+        """The layers of multi-token prediction, each of the families of the stack's last one."""
+        for index in range(model.mtp_num_layers or 0):
+            yield mtp_layer(index), MTP
+            for family in self.layers(model)[-1]:
+                yield f"{mtp_layer(index)}.{MTP_INNER}", family
 
 
 def as_other(one: Architecture, other: Architecture, model: ModelFile) -> ModelFile | None:

@@ -4,7 +4,7 @@ from pydantic import model_validator
 
 from mup_megatron.architectures.model_file import ModelFile
 
-_ABSENT = ("num_experts", "multi_latent_attention", "mtp_num_layers", "qk_layernorm", "custom_tensors")
+_ABSENT = ("num_experts", "multi_latent_attention", "mtp_num_layers", "qk_layernorm")
 
 
 class EncoderFile(ModelFile):

@@ -1,6 +1,6 @@
 """Predicates on a plan's entries, for mistakes and for what is said of them."""
 
-from mup_megatron.theory import Plan, PlanEntry, Role
+from mup_megatron.theory import Plan, PlanEntry, Property, Role
 
 
 def token_table(plan: Plan) -> str | None:
@@ -33,6 +33,11 @@ def is_scalar_role(entry: PlanEntry) -> bool:
     return entry.role is Role.SCALAR
 
 
+def is_convolution(entry: PlanEntry) -> bool:
+    """Returns whether it has a kernel for each channel: its input side is as large at every width."""
+    return len(entry.shape) > 2 and entry.role is Role.INPUT
+
+
 def is_embedding(entry: PlanEntry) -> bool:
     """Returns whether it is a lookup table."""
     return entry.is_embedding
@@ -46,6 +51,16 @@ def is_readout(entry: PlanEntry) -> bool:
 def is_residual(entry: PlanEntry) -> bool:
     """Returns whether it writes into the residual stream."""
     return entry.is_residual
+
+
+def is_of_experts(entry: PlanEntry) -> bool:
+    """Returns whether it is one of several that share the tokens."""
+    return Property.EXPERT in entry.properties
+
+
+def is_router(entry: PlanEntry) -> bool:
+    """Returns whether it chooses experts."""
+    return Property.ROUTER in entry.properties
 
 
 def is_vector(entry: PlanEntry) -> bool:

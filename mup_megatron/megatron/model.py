@@ -184,8 +184,8 @@ def _config_of(model: torch.nn.Module, entry: PlanEntry) -> Any:
     return getattr(getattr(model, entry.stack, None), "config", model.config)
 
 
-def _stock_std(entry: PlanEntry, config: Any) -> float | None:
-    """The std with which Megatron drew a weight."""
+def stock_std(entry: PlanEntry, config: Any) -> float | None:
+    """Returns the std with which Megatron draws a weight; None for another draw than its normal one."""
     # A readout is drawn as other weights are, except by native μP, which is refused.
     if entry.is_embedding:
         return _std(config.embedding_init_method)
@@ -205,7 +205,7 @@ def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, config: Any) ->
             assert entry.init_value is not None
             parameter.fill_(entry.init_value)
         return
-    drawn = _stock_std(entry, config)
+    drawn = stock_std(entry, config)
     assert drawn is not None
     if entry.init_std != drawn:
         parameter.mul_(entry.init_std / drawn)

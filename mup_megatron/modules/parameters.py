@@ -69,7 +69,7 @@ class Seen:
 
     @property
     def is_torchs(self) -> bool:
-        """Whether its layer is one of torch's own."""
+        """True where its layer is one of torch's own."""
         return type(self.module).__module__.startswith("torch.nn")
 
 
@@ -133,7 +133,7 @@ def classified(seen: Seen, shape: tuple[int, ...]) -> Tensor | None:
         fan_out, fan_in = (sides[d] for d in order)
         narrows = fan_in.grows and not fan_out.grows
         reads_out = narrows and not seen.in_layer and not seen.is_between
-        inside = seen.in_mixer or seen.experts.of is not None or seen.is_between
+        inside = seen.in_mixer or seen.experts.of is not None or (seen.is_between and narrows)
         # One weight for each channel and step, as a state space's convolution has, multiplies and does not sum.
         role = Role.HIDDEN if inside and fan_in.size > 1 else None
         # A convolution sums over its kernel as well.

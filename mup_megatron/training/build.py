@@ -17,7 +17,6 @@ from megatron.core.transformer.module import Float16Module
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import is_of_experts
-from mup_megatron.collectives import raise_together
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import cpu, versions
 from mup_megatron.megatron.builders import build_chunk, transformer_config
@@ -26,6 +25,7 @@ from mup_megatron.megatron.model import apply_plan, configure
 from mup_megatron.megatron.optimizer import config_overrides
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
+from mup_megatron.training.experts import draw_by_name
 from mup_megatron.training.objectives import NEXT_TOKEN, Objective, objective_of
 from mup_megatron.training.options import TrainingOptions
 
@@ -97,7 +97,9 @@ def build(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions
     config = _transformer_config(model, recipe, options)
     configure(config, plan)
     models = [build_chunk(model, config, stage) for stage in _stages(model, options)]
-    raise_together([problem for each in models for problem in _gradients_not_added_up(each, config)])
+    _set_experts_apart(models)
+    if initialize and config.use_cpu_initialization and model.num_experts is not None:
+        draw_by_name(models, plan, config, seed=options.seed)
     apply_plan(models, plan, initialize=initialize)
     chunks = _wrapped(models, config, options)
     optimizer_config = _optimizer_config(recipe, options)
@@ -114,21 +116,16 @@ def build(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions
     return Built(config, chunks, optimizer, scheduler, objective_of(model))
 
 
-def _gradients_not_added_up(model: torch.nn.Module, config: Any) -> list[str]:
-    """Why experts would not train right, if so: their tensor parallelism is their own, and they are not told apart.
+def _set_experts_apart(models: Sequence[torch.nn.Module]) -> None:
+    """Marks experts for buffers and an optimizer of their own, as Megatron does where ranks hold different ones.
 
-    Up to which release Megatron-Core does so without expert parallelism, its parameters say: 0.16 does, 0.19 does not.
+    So on every layout: a checkpoint is then for any number of expert-parallel ranks, and gradients of experts are added
+    up over those that hold them alike, which Megatron-Core 0.16 else does not do where they alone are not split.
     """
-    if config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
-        return []
-    experts = [each for name, each in model.named_parameters() if is_of_experts(name)]
-    if not any(getattr(each, "allreduce", True) for each in experts):
-        return []
-    return [
-        f"--expert-tensor-parallel-size {config.expert_tensor_parallel_size}: this Megatron-Core does not add up the "
-        "gradients of experts over the ranks that hold them alike. Add --expert-model-parallel-size 2 or more, or drop "
-        "the flag."
-    ]
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if is_of_experts(name):
+                parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> Any:

@@ -32,6 +32,7 @@ from mup_megatron.collectives import gathered, raise_together, raising_together
 from mup_megatron.errors import InputError
 from mup_megatron.files import read_text, require_ordinary, write_atomically
 from mup_megatron.megatron import stored, versions
+from mup_megatron.megatron.optimizer import is_sharded, parts_of
 from mup_megatron.readback import read_json
 from mup_megatron.training.build import Built
 from mup_megatron.training.ranks import is_first, on_first_rank
@@ -45,8 +46,10 @@ _FORMAT = "metadata.json"
 _COMMON = "common.pt"
 """Where releases of Megatron-Core before 0.18 keep what is no tensor; every release reads it where it lies."""
 
-_SHARDING = {"distrib_optim_sharding_type": "dp_reshardable"}
+_DISTRIBUTED = {"distrib_optim_sharding_type": "dp_reshardable"}
 """How Megatron cuts the distributed optimizer's state: along the data-parallel ranks, whose number may change."""
+_WHOLE = {"chained_optim_avoid_prefix": True}
+"""Another optimizer's state is found by the names of parameters, whichever of Megatron's single optimizers has them."""
 
 
 @dataclass(frozen=True)
@@ -301,10 +304,11 @@ def _remedy(folder: Path) -> str:
 
 
 def _state(built: Built, *, is_loading: bool) -> dict[str, Any]:
-    models = {f"model{i}": chunk.module.sharded_state_dict(metadata=_SHARDING) for i, chunk in enumerate(built.chunks)}
+    metadata = _DISTRIBUTED if any(map(is_sharded, parts_of(built.optimizer))) else _WHOLE
+    models = {f"model{i}": chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(built.chunks)}
     return {
         **models,
-        "optimizer": built.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_SHARDING),
+        "optimizer": built.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata),
         "opt_param_scheduler": built.scheduler.state_dict(),
         "rng_state": _random_state(),
     }

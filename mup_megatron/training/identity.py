@@ -26,7 +26,9 @@ _LAYOUT = (
     "num_layers_per_virtual_pipeline_stage",
     "use_distributed_optimizer",
 )
-"""A checkpoint is for one layout. Data parallelism and micro-batches may change, and with them only rounding does."""
+"""A checkpoint is for one layout. Data parallelism and micro-batches may change, and with them only rounding does; so
+may the number of ranks that hold different experts, unless the optimizer's state is cut along the ranks."""
+_LAYOUT_OF_EXPERTS = ("expert_model_parallel_size", "expert_tensor_parallel_size")
 
 
 def identity_of(model: ModelFile, recipe: Recipe, data: Path, options: TrainingOptions) -> Identity:
@@ -36,6 +38,7 @@ def identity_of(model: ModelFile, recipe: Recipe, data: Path, options: TrainingO
         InputError: there are no sound data at the prefix.
     """
     meta = check_prefix(data)
+    own = _LAYOUT_OF_EXPERTS if model.num_experts is not None and options.use_distributed_optimizer else ()
     return {
         "version": VERSION,
         "fingerprint": recipe.fingerprint,
@@ -52,7 +55,7 @@ def identity_of(model: ModelFile, recipe: Recipe, data: Path, options: TrainingO
             "seed": options.seed,
             "bf16": options.bf16,
         },
-        "layout": {key: getattr(options, key) for key in _LAYOUT},
+        "layout": {key: getattr(options, key) for key in (*_LAYOUT, *own)},
     }
 
 

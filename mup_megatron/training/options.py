@@ -38,7 +38,8 @@ class TrainingOptions:
     use_distributed_optimizer: bool = False
     bf16: bool = False
     use_cpu_initialization: bool = False
-    """Draw weights on the CPU, whole, so that they do not depend on the tensor parallelism. Always so without a GPU."""
+    """Draw weights on the CPU, whole, so that they do not depend on tensor and expert parallelism. Always so without a
+    GPU."""
     eval_iters: int = 10
     """Batches of a validation loss; 0 for none. It is measured at the end of the run in any case."""
     eval_interval: int | None = None
@@ -198,15 +199,15 @@ def _bad_layout(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> I
             f"--num-layers-per-virtual-pipeline-stage {per_stage} does not divide the {model.num_layers // stages} "
             "layers of a pipeline stage. Choose a divisor of it."
         )
-    if stages > 1 and not architecture_of(model).pipelines:
-        yield (
-            f"--pipeline-model-parallel-size {stages}: Megatron-Core does not split "
-            f"{architecture_of(model).description} over pipeline stages. Drop it."
-        )
     if stages > 1 and model.tied and model.mtp_num_layers:
         yield (
             f"--pipeline-model-parallel-size {stages}: Megatron cannot save tied embeddings with mtp_num_layers on "
             "several stages. Use untie_embeddings_and_output_weights, or one stage."
+        )
+    if stages > 1 and not architecture_of(model).pipelines:
+        yield (
+            f"--pipeline-model-parallel-size {stages}: Megatron-Core does not split "
+            f"{architecture_of(model).description} over pipeline stages. Drop it."
         )
     if options.sequence_parallel:
         if options.tensor_model_parallel_size == 1:

@@ -6,12 +6,13 @@ Against live Megatron-Core models: `test_gpt_against_megatron.py`.
 from typing import Any
 
 import pytest
-from support.shapes import gpt
+from support.shapes import gpt, recipe_for
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import global_name, stage_layers
-from mup_megatron.architectures.registry import architecture_of, model_file, shapes_of
+from mup_megatron.architectures.registry import architecture_of, model_file, remarks_on, shapes_of
 from mup_megatron.errors import InputError
+from mup_megatron.recipe import PerParameter
 from mup_megatron.theory import Constant, Property, Side, Tensor
 
 WORDS = "embedding.word_embeddings.weight"
@@ -294,3 +295,57 @@ def test_legacy_experts_are_two_transposed_tensors_of_all() -> None:
         assert (tensor.shape, (tensor.fan_in.size, tensor.fan_out.size)) == (shape, sides)
         assert {Property.EXPERT, Property.FOLDED} <= tensor.properties
         assert tensor.share == 2 / 8
+
+
+FIXED = {**MIXED, "moe_ffn_hidden_size": 16, "moe_shared_expert_gate": True, "moe_router_topk": 2}
+
+
+def test_what_experts_and_what_chooses_them_get() -> None:
+    """Four times as wide, experts of one size, 8 → 32 of them: outputs are folded, fc2 of an expert is not scaled."""
+    base = gpt(1, **FIXED, moe_shared_expert_intermediate_size=24)
+    target = gpt(4, **{**FIXED, "num_experts": 32}, moe_shared_expert_intermediate_size=96)
+    plan, h = recipe_for(base).plan(target), recipe_for(base).hyperparameters
+    mlp, sigma = "decoder.layers.1.mlp", h.init_method_std
+    expected = {
+        # init std, learning rate, eps and weight decay relative to the base's
+        "router.weight": (1 / 4, 1 / 4, 1, 4),
+        "shared_experts.gate_weight": (1 / 4, 1 / 4, 1, 4),
+        "experts.local_experts.31.linear_fc1.weight": (1 / 2, 1 / 4, 1 / 4, 4),
+        "experts.local_experts.31.linear_fc2.weight": (1 / 2, 1, 1 / 16, 1),
+        "shared_experts.linear_fc1.weight": (1 / 2, 1 / 4, 1 / 4, 4),
+        "shared_experts.linear_fc2.weight": (1 / 4, 1 / 4, 1 / 4, 4),
+    }
+    for name, (std, rate, eps, decay) in expected.items():
+        entry = plan[f"{mlp}.{name}"]
+        assert entry.init_std == pytest.approx(sigma * std), name  # with 1/√(2L) = 1/2 of what writes into the stream
+        assert (entry.lr, entry.eps) == pytest.approx((h.lr * rate, h.adam_eps * eps)), name
+        assert entry.weight_decay == pytest.approx(h.weight_decay * decay), name
+        assert entry.multiplier == 1.0, name
+    assert ".expert (its share of the tokens × 0.25)" in plan[f"{mlp}.experts.local_experts.31.linear_fc1.weight"].rule
+    first, second = remarks_on(base, target)
+    assert "num_experts 8 → 32, an expert's ffn over hidden_size 0.5 → 0.125" in first
+    assert second.startswith("An expert of the target sees 0.25 times the share of tokens")
+    assert not remarks_on(base, base)
+
+
+def test_a_router_may_be_hidden() -> None:
+    base, target = gpt(1, **MIXED), gpt(4, **MIXED)
+    own = recipe_for(base)
+    hidden = own.model_copy(update={"parametrization": own.parametrization.model_copy(update={"router": "hidden"})})
+    plans = (own.plan(target), hidden.plan(target))
+    router = [plan["decoder.layers.0.mlp.router.weight"] for plan in plans]
+    assert [str(entry.role) for entry in router] == ["output", "hidden"]
+    assert router[1].init_std == pytest.approx(2 * (router[0].init_std or 0))
+
+
+def test_a_factor_of_what_has_no_input_of_its_own_is_folded() -> None:
+    te = {**FIXED, "moe_shared_expert_intermediate_size": 24, "moe_grouped_gemm": True}
+    model = gpt(1, **te, transformer_impl="transformer_engine")
+    for match in ("*.experts.linear_fc1.weight3", "*.gate_weight"):
+        own = recipe_for(model).model_copy(update={"per_parameter": (PerParameter(match=match, multiplier=2.0),)})
+        plain, tuned = recipe_for(model).plan(model), own.plan(model)
+        for before, after in zip(plain.entries, tuned.entries, strict=True):
+            factor = 1.0 if before.rule == after.rule else 2.0
+            assert after.multiplier == before.multiplier, before.name
+            assert (after.init_std, after.lr) == (before.init_std and factor * before.init_std, factor * before.lr)
+        assert tuned.sites == plain.sites

@@ -235,6 +235,11 @@ def test_latents_of_growing_rank(name: str) -> None:
         assert (entry.role, entry.eps) == (Role.INPUT, EPS / RATIO)
 
 
+def test_sgd_is_refused_where_a_rank_stays() -> None:
+    with pytest.raises(InputError, match=r"^model\.layers\.0\.self_attn\.\S+: a bottleneck"):
+        plan("deepseek_v3", parametrization={"optimizer": "sgd"})
+
+
 def test_an_indexer_is_inside_attention_and_gets_no_gradient() -> None:
     """Its scores choose positions, which no factor changes, and no loss of the model's reaches it."""
     found = plan("deepseek_v32")

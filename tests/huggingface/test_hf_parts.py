@@ -105,7 +105,7 @@ def test_what_is_hidden_is_what_microsoft_mup_takes_for_it(name: str) -> None:
     mup.set_base_shapes(model, small, delta=wider, rescale_params=False, do_assert=False)
     for key, parameter in model.named_parameters():
         entry, shape = found[key], parameter.infshape
-        if key.endswith(BOTTLENECKS.get(name, ())) or key.endswith("A_log"):
+        if key.endswith((*BOTTLENECKS.get(name, ()), "A_log")):
             continue
         hidden = shape.ninf() == 2
         assert (entry.role is Role.HIDDEN) == hidden, key

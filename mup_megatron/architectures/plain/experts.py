@@ -73,8 +73,8 @@ class Router(nn.Module):
         if self.training:
             for kind, coefficient in self._balancing():
                 weights = _with_loss(weights, coefficient * self._imbalance(logits, x.shape[:2], kind))
-            if self.model.moe_router_enable_expert_bias:
-                self.get_buffer("seen").add_((weights != 0).sum(0))
+        if self.model.moe_router_enable_expert_bias and torch.is_grad_enabled():
+            self.get_buffer("seen").add_((weights != 0).sum(0))
         return weights
 
     def rebalance(self) -> None:

@@ -20,7 +20,6 @@ from mup_megatron.check.family.sizes import DEPTH, HEAD_SIZE, SEQUENCE, SMALLEST
 from mup_megatron.check.measure.optimizers import clamped
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Kept
 
 WIDEST_BASE = 4096
 """Beyond which no base is looked for."""
@@ -57,8 +56,8 @@ def require_known_layers(target: ModelFile) -> None:
     """Raises InputError for layers that a check has no small models of."""
     if target.mtp_num_layers:
         raise InputError(
-            "mtp_num_layers: `check` does not know multi-token prediction yet. Check the recipe on the target "
-            "without mtp_num_layers and mtp_loss_scaling_factor."
+            "mtp_num_layers: `check` does not know multi-token prediction yet. Check the recipe on the target without "
+            "it (mtp_num_layers and mtp_loss_scaling_factor)."
         )
 
 
@@ -210,9 +209,9 @@ def condensed(
             comes first; None leaves all.
 
     Raises:
-        InputError: the target has Mamba layers.
+        InputError: the target has layers of the user's own.
     """
-    _require_drawn(target)
+    _require_known(target)
     architecture, recipe = decoder_of(target), in_terms_of(target, recipe)
     target, base = _turning_whole_pairs(target, recipe.megatron_base)
     growth = _Growth.of(target, base)
@@ -235,17 +234,11 @@ def condensed(
     return small, recipe.model_copy(update={"base": small_base, "per_parameter": overrides})
 
 
-def _require_drawn(target: ModelFile) -> None:
+def _require_known(target: ModelFile) -> None:
     """Raises InputError for what the correct runs of a check do not know."""
     if target.custom_tensors:
         raise InputError(
             "custom_tensors: a check has no layers of your own to compare with. Check a model without them; training "
-            "compares the live model with the plan in any case."
-        )
-    kept = next((each.name for each in shapes_of(target, target)[1].tensors if isinstance(each.start, Kept)), None)
-    if kept is not None:
-        raise InputError(
-            f"{kept}: a check does not know layers of this kind yet (Mamba). Check a model without them; training "
             "compares the live model with the plan in any case."
         )
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mup_megatron.check.measure import measurements
 from mup_megatron.check.measure.matrices import likeness_of_rows, spectral_norm, turning
 from mup_megatron.check.measure.measurements import TURNING, Key, MeasuredRun, Quantity
-from mup_megatron.check.measure.replay import Sums, rms_of, sample
+from mup_megatron.check.measure.replay import FEWEST, Sums, rms_of, sample
 from mup_megatron.check.measure.trainee import At, Trainee
 
 _MEANS = (Quantity.CONSTANT, Quantity.SUMMED, Quantity.PLACE)
@@ -133,7 +133,7 @@ class Recorder:
                     self._shares[Key(Quantity.DEAD, name, step)] = (dead.sum().item(), len(rows))
                 if (replay := self._replays.get(name)) is not None:
                     replay.observe(self._some(name, gradient), before)
-                    if record or step == 1:
+                    if (record or step == 1) and sampled.numel() >= FEWEST:
                         self._equations[name, step] = replay.sums(before, sampled - before)
             if not sampled.isfinite().all():
                 broken.append(name)

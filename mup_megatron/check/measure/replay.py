@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["AdamReplay", "Fitted", "Replay", "SGDReplay", "Sums"]
+__all__ = ["FEWEST", "AdamReplay", "Fitted", "Replay", "SGDReplay", "Sums"]
 
 Sums = NDArray[np.float64]
 """Sums over elements of the products of each two of a step's terms."""
@@ -35,6 +35,9 @@ _TOLD_APART = 1e-9
 """Of squares: columns that differ by less than 3e-5 cannot be told apart in single precision."""
 SAMPLE = 8192
 """Elements of a tensor, drawn once, that are looked at: each is an equation, and there are four unknowns."""
+
+FEWEST = 8
+"""Elements of a tensor, fewer of which are not looked at: so few equations have a solution whatever moved."""
 
 
 def sample(tensor: Tensor) -> Tensor | slice:

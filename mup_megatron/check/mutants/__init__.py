@@ -5,6 +5,7 @@
     conditions.py     when a mistake can be made, and changes anything
     forward.py        in the forward pass
     rules.py          of several rules at once: a wrong plan
+    experts.py        about experts and their router
     rates.py          in learning rates and their schedule
     optimizer.py      in eps, betas, clipping and weight decay
     initial.py        in initial weights
@@ -14,6 +15,7 @@ Most change a live run after it was built: its weights, its hooks, its optimizer
 neither torch nor Megatron: the CPU runtime has to come before both.
 """
 
+from mup_megatron.check.mutants.experts import EXPERTS
 from mup_megatron.check.mutants.forward import FORWARD
 from mup_megatron.check.mutants.initial import INITIAL
 from mup_megatron.check.mutants.mutant import Context, Mutant
@@ -23,5 +25,7 @@ from mup_megatron.check.mutants.rules import RULES
 
 __all__ = ["MUTANTS", "Context", "Mutant"]
 
-MUTANTS: dict[str, Mutant] = {mutant.name: mutant for mutant in (*FORWARD, *RULES, *RATES, *OPTIMIZER, *INITIAL)}
+MUTANTS: dict[str, Mutant] = {
+    mutant.name: mutant for mutant in (*FORWARD, *RULES, *EXPERTS, *RATES, *OPTIMIZER, *INITIAL)
+}
 """By name."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from mup_megatron.architectures.registry import depth_of
 from mup_megatron.check.entries import (
+    is_convolution,
     is_hidden,
 )
 from mup_megatron.check.measure.optimizers import rules_of
@@ -64,6 +65,11 @@ def has_several_ratios(context: Context) -> bool:
 
 def _hidden_ratios(context: Context) -> list[Scaling]:
     return [context.ratios[e.name] for e in context.recipe.plan(context.target).entries if is_hidden(e)]
+
+
+def has_convolutions(context: Context) -> bool:
+    """Returns whether channels are convolved, as in layers of a state space."""
+    return any(is_convolution(entry) for entry in context.recipe.plan(context.target).entries)
 
 
 def has_fused_queries(context: Context) -> bool:

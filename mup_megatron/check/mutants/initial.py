@@ -48,11 +48,10 @@ def _tied_table(factor: Factor) -> ModelChange:
 
 
 def _one_tensor(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
-    inside = context.branches.values()
-    change = _weights(
-        lambda e: is_in_last_layer(plan, e) and e.module in inside and not is_vector(e), lambda _e, _r, _c: 1.1
-    )
-    change(chunks, plan, context)
+    last = [entry for entry in plan.entries if is_in_last_layer(plan, entry) and not is_vector(entry)]
+    # Experts are many modules, of which one is enough.
+    of_branch = [entry for entry in last if entry.module in context.branches.values()] or last[-1:]
+    _weights(lambda entry: entry in of_branch, lambda _e, _r, _c: 1.1)(chunks, plan, context)
 
 
 def _drawn_biases(chunks: Sequence[Any], plan: Plan, context: Context) -> None:

@@ -7,12 +7,19 @@ from typing import Any
 from mup_megatron.check.entries import (
     is_any,
     is_bias,
+    is_convolution,
     is_embedding,
     is_gain,
     is_hidden,
     is_readout,
 )
-from mup_megatron.check.mutants.conditions import has_biases, has_fused_queries, is_untied, sides_differ
+from mup_megatron.check.mutants.conditions import (
+    has_biases,
+    has_convolutions,
+    has_fused_queries,
+    is_untied,
+    sides_differ,
+)
 from mup_megatron.check.mutants.live import changed_groups, is_in_last_layer, single_groups
 from mup_megatron.check.mutants.mutant import Context, Factor, Mutant, OptimizerChange, Select
 from mup_megatron.theory import Plan, PlanEntry
@@ -111,6 +118,13 @@ RATES = (
         cause=("bias-learning-rate",),
         optimizer=_rates(is_bias, lambda _e, _r, c: 1 / c.r),
         when=has_biases,
+    ),
+    Mutant(
+        name="convolution-as-matrix",
+        what="The learning rate of convolutions, which sum over their kernel alone, is divided by r.",
+        cause=("tensor-learning-rate",),
+        optimizer=_rates(is_convolution, lambda _e, _r, c: 1 / c.r),
+        when=has_convolutions,
     ),
     Mutant(
         name="hidden-learning-rate-root",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.plain.decoder import PlainDecoder, cross_entropy, draw_weights
+from mup_megatron.architectures.plain.experts import Router
 from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.check.entries import is_readout
 from mup_megatron.check.measure import batches
@@ -105,6 +106,9 @@ class Reference:
             entry = self._plan[group["name"]]
             group["lr"] = self._rate(step, entry.lr, entry.min_lr)
         self._optimizer.step()
+        for module in self._gpt.modules():
+            if isinstance(module, Router):
+                module.rebalance()
         return float(loss.detach())
 
     def gathered_matrix(self, _name: str, shard: Tensor) -> Tensor | None:

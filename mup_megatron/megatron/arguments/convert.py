@@ -117,8 +117,8 @@ def model_from_values(
     vocab_size: int | None = None,
     source: str,
     release: Release | None = None,
-    script: str | None = None,
     custom: Sequence[CustomTensor] = (),
+    script: str | None = None,
 ) -> ModelFile:
     """The model file that parsed Megatron arguments describe: `vars(args)`, before or after `validate_args`.
 
@@ -131,8 +131,8 @@ def model_from_values(
         vocab_size: the tokenizer's, where the arguments do not say it.
         source: names the arguments in messages.
         release: the Megatron-Core that is meant, where it is known.
-        script: the program, which decides what is built where it is one of Megatron-LM's.
         custom: the tensors of its own layers, which the arguments cannot say; with them any --spec is right.
+        script: the program, which decides what is built where it is one of Megatron-LM's.
 
     Raises:
         InputError: the model is impossible, or is one that a model file cannot describe; names the flag.

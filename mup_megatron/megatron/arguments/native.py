@@ -175,16 +175,16 @@ def recipe_from_native(
     # The recipe says it with per_parameter, the model file need not.
     plain = {**values, "embedding_init_method_std": None}
     model = model_from_values(plain, vocab_size=vocab_size, source=source, script=script)
+    if model.multi_latent_attention:
+        raise InputError(
+            f"{source}: --multi-latent-attention beside --use-mup: Megatron's own μP leaves the scale of this "
+            "attention alone, and a recipe cannot say that. Tune a base with a recipe."
+        )
     architecture = architecture_of(model)
     if not isinstance(architecture, Decoder):
         raise InputError(
             f"{source}: --use-mup: the line builds {architecture.description}, whose logits Megatron's own μP leaves "
             "as they are, so no recipe does the same. Write one by hand with `mup-megatron recipe`."
-        )
-    if model.multi_latent_attention:
-        raise InputError(
-            f"{source}: --multi-latent-attention beside --use-mup: Megatron's own μP leaves the scale of this "
-            "attention alone, and a recipe cannot say that. Tune a base with a recipe."
         )
     native = Native(model, values)
     base, notes = _base(native, source)

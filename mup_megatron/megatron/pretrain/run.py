@@ -76,14 +76,13 @@ class Run:
         described = {**vars(values), "use_checkpoint_args": False}
         release = core_version()[:2]
         # Only the padding depends on the vocabulary, so nothing else can go wrong later.
-        script, custom = sys.argv[0], recipe.megatron_base.custom_tensors
         model = model_from_values(
             described,
             vocab_size=values.vocab_size or 1,
             source=_SOURCE,
             release=release,
-            custom=custom,
-            script=script,
+            custom=recipe.megatron_base.custom_tensors,
+            script=sys.argv[0],
         )
         run = cls(recipe, options, model, flags.owned(recipe, values))
         run._plan_for(model)
@@ -92,7 +91,7 @@ class Run:
             say(remark)
         for name in not_in_model_file(described):
             say(f"{name}: a model file has no key for it. Take care that the recipe's base was tuned with it as well.")
-        for sentence in remarks_of(described, release, script=script):
+        for sentence in remarks_of(described, release, script=sys.argv[0]):
             say(sentence)
         return run
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from support.shapes import MAMBA, gpt, hybrid, recipe_for
+from support.shapes import gpt, recipe_for
 
 from mup_megatron.architectures.keys.custom import CustomTensor
 from mup_megatron.architectures.model_file import ModelFile
@@ -175,12 +175,6 @@ def test_a_check_of_any_target_is_cheap(name: str, tensor_parallel: int) -> None
     assert standard.calls < 2e7, f"{standard.calls:.3g}"
     # Of all layers one model may be wider, see `run._Deep`.
     assert at_width(small, here, 2 * widths[-1]).hidden_size == 2 * widths[-1]
-
-
-def test_a_target_with_mamba_layers_is_refused_by_name() -> None:
-    model = hybrid(gpt(), "*-M-", **MAMBA)
-    with pytest.raises(InputError, match=r"decoder.layers.2.mixer.conv1d.weight: a check does not know layers of this"):
-        condensed(model, recipe_for(model))
 
 
 def test_a_target_with_layers_of_its_own_is_refused_by_name() -> None:

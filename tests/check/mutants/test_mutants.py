@@ -5,10 +5,11 @@ Every mutant is built as the check builds it, on real Megatron models, and train
 
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import pytest
 from support.processes import run_ranks
-from support.shapes import gpt, recipe_for
+from support.shapes import MAMBA, gpt, hybrid, recipe_for
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import stressed
@@ -20,6 +21,7 @@ PROTOCOL = RunProtocol(steps=4, recorded=(4,), batch_size=4, spectral=False)
 ROUNDING = 1e-5
 UNTIED = {"untie_embeddings_and_output_weights": True}
 ROPE = {"position_embedding_type": "rope"}
+EXPERTS: dict[str, Any] = {**UNTIED, "moe_ffn_hidden_size": 32, "moe_layer_freq": [0, 1], "add_bias_linear": False}
 RULES = (PerParameter(match="*.linear_fc2.weight", lr_mult=2.0),)
 
 
@@ -32,9 +34,13 @@ def _case(base: ModelFile, target: ModelFile, rules: tuple[PerParameter, ...] = 
 CASES: dict[str, tuple[Recipe, ModelFile]] = {
     "plain": _case(gpt(1, **UNTIED), gpt(4, **UNTIED)),
     "tied, fixed ffn": _case(gpt(1), gpt(4, ffn_hidden_size=64)),
+    "experts of a fixed size, and more of them": _case(
+        gpt(1, **EXPERTS, num_experts=4), gpt(4, **EXPERTS, num_experts=8, ffn_hidden_size=256)
+    ),
     "wider heads, deeper, rotary, overrides": _case(
         gpt(1, **UNTIED, **ROPE), gpt(4, num_attention_heads=4, kv_channels=32, num_layers=3, **UNTIED, **ROPE), RULES
     ),
+    "Mamba": _case(hybrid(gpt(1, **UNTIED), "MM*-", **MAMBA), hybrid(gpt(4, **UNTIED), "MM*-", **MAMBA)),
 }
 
 
@@ -113,6 +119,7 @@ def test_a_mistake_changes_the_run_where_it_says_so(case: str) -> None:
         ("plain", "residual-init-depth"),
         ("tied, fixed ffn", "readout-learning-rate"),
         ("plain", "rotary-base-by-width"),
+        ("plain", "convolution-as-matrix"),
     ],
 )
 def test_a_mistake_that_has_no_place_changes_nothing(case: str, mutant: str) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.bounds import of_bounds
+from mup_megatron.check.verdict.causes.experts import experts
 from mup_megatron.check.verdict.causes.forward import forward_pass
 from mup_megatron.check.verdict.causes.hypothesis import Hypothesis
 from mup_megatron.check.verdict.causes.initial import initial_weights
@@ -67,6 +68,7 @@ def _hypotheses(at: Mapping[int, AtWidth], observed: Sequence[Observation]) -> l
     """From those that say most to those that fit anything."""
     return [
         *plan_mistakes(at),
+        *experts(at),
         *forward_pass(at),
         *rates(at),
         *schedule(at),

@@ -1,5 +1,6 @@
 """The right plan at one width, in the terms in which mistakes are told."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from mup_megatron.architectures.families.attention import QKV
 from mup_megatron.architectures.measured import Kind, Measured
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, depth_of, shapes_of
-from mup_megatron.check.entries import is_embedding, is_hidden, is_input_role, is_output_role
+from mup_megatron.check.entries import is_embedding, is_hidden, is_input_role, is_of_experts, is_output_role
 from mup_megatron.recipe import PerParameter, Recipe
 from mup_megatron.theory import Plan, PlanEntry
 
@@ -35,7 +36,7 @@ class AtWidth:
         if not (is_input_role(entry) or is_hidden(entry)):
             return 1.0
         if entry.eps is not None:
-            return self.plan.adam_eps / entry.eps
+            return self.plan.adam_eps / entry.eps * math.exp(self.log_share(entry))
         return entry.lr * entry.width_ratio / (self.plan.lr * self.own_rate(entry))
 
     def own(self, entry: PlanEntry) -> PerParameter | None:
@@ -80,6 +81,21 @@ class AtWidth:
             for tensor in tensors
             if tuple(part.name for part in tensor.parts) == QKV
         }
+
+    @property
+    def log_of_experts(self) -> float:
+        """The logarithm of the number of experts relative to the base's."""
+        base, model = self.recipe.base, self.model
+        if model is None or model.num_experts is None or not isinstance(base, ModelFile) or base.num_experts is None:
+            return 0.0
+        return math.log(model.num_experts / base.num_experts)
+
+    def log_share(self, entry: PlanEntry) -> float:
+        """The logarithm of an expert's share of the tokens relative to the base's."""
+        base, model = self.recipe.base, self.model
+        if model is None or not isinstance(base, ModelFile) or not is_of_experts(entry):
+            return 0.0
+        return math.log(model.moe_router_topk / base.moe_router_topk) - self.log_of_experts
 
     @property
     def alpha(self) -> float:

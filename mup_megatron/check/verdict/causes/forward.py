@@ -46,8 +46,8 @@ def at_tables(factor: Callable[[AtWidth], float], *, tokens: bool = True) -> OfA
 
 
 def root_of_head(here: AtWidth) -> float:
-    """Returns the step from what attention should have to 1/√d."""
-    return math.log(here.alpha / math.sqrt(here.plan.head_size) / here.plan.softmax_scale)
+    """Returns the step from what attention should have to 1/√d, times a factor that it has of its own, as YaRN's."""
+    return math.log(here.alpha * here.plan.own_softmax_scale / here.plan.softmax_scale)
 
 
 def forward_pass(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
@@ -65,7 +65,7 @@ def forward_pass(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
         h(
             "attention-no-base",
             "attention logits are scaled by 1/d alone. Set softmax_scale to α·√d_base/d, as at the base.",
-            at_logits(lambda w: math.log(w.alpha / w.plan.head_size / w.plan.softmax_scale)),
+            at_logits(lambda w: root_of_head(w) - math.log(w.plan.head_size) / 2),
         ),
         h(
             "attention-multiplier-dropped",

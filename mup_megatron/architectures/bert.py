@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
 from mup_megatron.architectures.decoder import Architecture, Layers, embedding, readout
+from mup_megatron.architectures.encoder_file import EncoderFile
 from mup_megatron.architectures.families import ATTENTION, MLP, linear, norm, vector
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.model_file import ModelFile
@@ -18,7 +19,7 @@ _SENTENCES = 2
 """Types of tokens, and outputs of the binary head: which of two sentences, and whether they are in order."""
 
 
-class BertFile(ModelFile):
+class BertFile(EncoderFile):
     """The shape of a BERT; Megatron-Core's is pre-LN, as a GPT is."""
 
     architecture: Literal["bert"]
@@ -32,8 +33,6 @@ class BertFile(ModelFile):
                 f"position_embedding_type {self.position_embedding_type}: Megatron's BERT has learned positions, "
                 "whatever is asked for. Remove the key."
             )
-        if self.qk_layernorm:
-            raise ValueError("qk_layernorm: a BERT's attention has no norms of queries and keys. Remove the key.")
         return self
 
 

@@ -125,8 +125,7 @@ class Architecture(ABC):
                 "custom_tensors of the recipe's base and of the target differ, in what they say or in order. Both have "
                 "to list the same."
             )
-        own_keys = {key: key for _, family in self._branches(target) for key in family.shared}
-        _require_alike(base, target, _SHARED | own_keys)
+        _require_alike(base, target, _SHARED)
         own, as_tuned = as_other(of_base, self, base), as_other(self, of_base, target)
         if of_base is not self and target.custom_tensors:
             raise InputError(

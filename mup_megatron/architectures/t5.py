@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
 from mup_megatron.architectures.decoder import Architecture, Layers
+from mup_megatron.architectures.encoder_file import EncoderFile
 from mup_megatron.architectures.families import ATTENTION, CROSS_ATTENTION, MLP, vector
 from mup_megatron.architectures.flag import Flag, whole_number
 from mup_megatron.architectures.model_file import Count, ModelFile
@@ -22,7 +23,7 @@ _TOGETHER = {"num_layers": "encoder_num_layers", "seq_length": "encoder_seq_leng
 _Positions = Literal["learned_absolute", "rope", "none", "relative"]
 
 
-class T5File(ModelFile):
+class T5File(EncoderFile):
     """The shape of a T5: `num_layers` and `seq_length` are the encoder's; the decoder's are as many by default."""
 
     architecture: Literal["t5"]
@@ -62,8 +63,6 @@ class T5File(ModelFile):
             raise ValueError(
                 "group_query_attention: Megatron's cross-attention has no grouped queries. Remove the key."
             )
-        if self.qk_layernorm:
-            raise ValueError("qk_layernorm: a T5's attention has no norms of queries and keys. Remove the key.")
         if self.rotary_base != ModelFile.model_fields["rotary_base"].default:
             raise ValueError("rotary_base: Megatron's T5 does not take it. Remove the key.")
         if self.positions < self.decoder_seq_length:

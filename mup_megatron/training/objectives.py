@@ -1,7 +1,7 @@
 """The tasks that models are trained for on a batch of text: the next token, masked tokens, a text that was damaged.
 
 An architecture names its objective. All of them take the batches of `data/dataset.py` and are functions of a sample
-alone, so that a run's losses do not depend on its layout. Importing it imports torch.
+alone, so that a run's losses do not depend on its layout. Importing it imports Megatron.
 """
 
 import zlib

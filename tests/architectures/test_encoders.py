@@ -17,6 +17,8 @@ from mup_megatron.architectures.cost import parameter_count, training_flops
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import Search, choose_proxy
 from mup_megatron.architectures.registry import architecture_of, load_model_file, model_file, shapes_of
+from mup_megatron.check.family.gpt import condensed
+from mup_megatron.check.subjects.launch_line import LaunchLine
 from mup_megatron.errors import InputError
 from mup_megatron.theory import Acts, Plan, Role, Tensor
 
@@ -182,13 +184,14 @@ def test_base_and_target_share_what_is_no_size(architecture: str, changes: dict[
     ("content", "said"),
     [
         ({"architecture": "bert", "position_embedding_type": "rope"}, "Megatron's BERT has learned positions"),
-        ({"architecture": "bert", "qk_layernorm": True}, "no norms of queries and keys"),
+        ({"architecture": "bert", "qk_layernorm": True}, "qk_layernorm: Megatron's BERT and T5 have no such layers"),
         ({"architecture": "bert", "decoder_num_layers": 2}, "architecture: bert has no decoder_num_layers"),
         ({"architecture": "t5", "encoder_num_layers": 3}, "num_layers 2 beside encoder_num_layers 3"),
         ({"architecture": "t5", "group_query_attention": True, "num_query_groups": 2}, "no grouped queries"),
         ({"architecture": "t5", "decoder_seq_length": 99}, "smaller than decoder_seq_length 99"),
         ({"architecture": "t5", "rotary_base": 99}, "rotary_base: Megatron's T5 does not take it"),
         ({"position_embedding_type": "relative"}, "position_embedding_type"),
+        ({"architecture": "bert", "num_experts": 4, "moe_router_topk": 2}, "num_experts: Megatron's BERT and T5"),
     ],
 )
 def test_what_megatron_would_not_build_is_refused(content: dict[str, Any], said: str) -> None:
@@ -299,3 +302,13 @@ def test_base_and_large_have_one_proxy() -> None:
         assert plan["binary_head.weight"].multiplier == pytest.approx(0.5 * 256 / width)
         # Heads of 64 in place of 32.
         assert plan.softmax_scale == pytest.approx(1.5 * math.sqrt(32) / 64)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "t5"])
+def test_a_check_refuses_it_by_name(architecture: str) -> None:
+    own = {"bert": "a BERT", "t5": "a T5"}[architecture]
+    with pytest.raises(InputError, match=f"architecture {architecture}: {own} cannot be checked yet"):
+        condensed(encoder(architecture, 4), recipe_for(encoder(architecture)), tensor_parallel=1, stages=1)
+    words = f"python -m mup_megatron.launch pretrain_{architecture}.py --num-layers 2 --hidden-size 64 --seq-length 16"
+    line = LaunchLine.of([*words.split(), "--num-attention-heads", "4", "--max-position-embeddings", "16"])
+    assert architecture_of(line.model()).name == architecture

@@ -113,6 +113,7 @@ YOUNGER = {
     "bert_base",
     "bert_large",
     "bert_proxy",
+    "t5_base",
 }
 """Shipped models that the record does not know."""
 MODULE_WIDTHS = (2, 6)

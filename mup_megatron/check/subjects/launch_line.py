@@ -150,7 +150,7 @@ class LaunchLine:
             InputError: it is no model that is supported, or its flags leave it open.
         """
         values = values_from_flags([*self._kept(), *_DATA], source=_SOURCE)
-        return model_from_values(values, vocab_size=_VOCABULARY, source=_SOURCE)
+        return model_from_values(values, vocab_size=_VOCABULARY, source=_SOURCE, script=self.start[-1])
 
     def measuring(
         self, model: ModelFile, recipe: Path, request: Path, *, seed: int, batch: "LineBatch", steps: int

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from mup_megatron.architectures.command_line import CommandLine
 from mup_megatron.architectures.custom import custom_tensors
 from mup_megatron.architectures.families import MTP, Block, Family, Growth, Size, norm
-from mup_megatron.architectures.families.family import Remarking
+from mup_megatron.architectures.families.family import Remarking, alike
 from mup_megatron.architectures.measured import Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import (
@@ -43,7 +43,7 @@ _SHARED = {
 
 _QUERY_NORM = re.compile(r"\.(?:q_layernorm\.|linear_q_up_proj\.layer_norm_)")
 _MTP_NORM = re.compile(r"mtp\.layers\.\d+\.final_layernorm\.")
-_LAYOUT = ("transformer_impl", "moe_grouped_gemm")
+_LAYOUT = ("transformer_impl", "moe_grouped_gemm", "moe_use_legacy_grouped_gemm")
 """What decides how parameters are called, and nothing else: a base may have another."""
 
 
@@ -137,8 +137,8 @@ class Architecture(ABC):
                 f"the recipe's base is {of_base.description} and the target {self.description}, which are not one "
                 "model. Tune a base of the target's architecture."
             )
-        of_families = {key for _, family in self._branches(target) for key in family.shared}
-        _require_alike(own, target, {key: key for key in (*self.shared, *sorted(of_families))})
+        of_families = {key: decides for _, family in self._branches(target) for key, decides in family.shared.items()}
+        _require_alike(own, target, {**alike(*self.shared), **of_families})
         kinds_at_base, kinds = ({f.name for _, f in self._branches(m)} for m in (own, target))
         if kinds_at_base != kinds:
             raise InputError(
@@ -316,6 +316,7 @@ def _require_alike(base: ModelFile, target: ModelFile, keys: Mapping[str, str]) 
     for key, decides in keys.items():
         at_base, at_target = getattr(base, decides), getattr(target, decides)
         if at_base != at_target:
+            at_base, at_target = getattr(base, key), getattr(target, key)
             raise InputError(
                 f"{key} is {at_base} in the recipe's base but {at_target} in the target. "
                 "Hyperparameters transfer between widths of one architecture: tune a base that has the target's."

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
 from mup_megatron.architectures.decoder import Architecture, Layers
@@ -23,13 +23,16 @@ _TOGETHER = {"num_layers": "encoder_num_layers", "seq_length": "encoder_seq_leng
 _Positions = Literal["learned_absolute", "rope", "none", "relative"]
 
 
+_Layers = Annotated[int, Field(gt=0, le=10**4)]
+
+
 class T5File(EncoderFile):
     """The shape of a T5: `num_layers` and `seq_length` are the encoder's; the decoder's are as many by default."""
 
     architecture: Literal["t5"]
     position_embedding_type: _Positions = "learned_absolute"  # type: ignore[assignment]
-    encoder_num_layers: Count
-    decoder_num_layers: Count
+    encoder_num_layers: _Layers
+    decoder_num_layers: _Layers
     decoder_seq_length: Count
     relative_attention_num_buckets: Count = 32
     """Read only with `position_embedding_type: relative`."""

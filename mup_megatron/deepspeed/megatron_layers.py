@@ -36,13 +36,21 @@ def pipeline_layers(config: Any, model: ModelFile) -> list[LayerSpec]:
         model: what the plan was made for.
 
     Raises:
-        InputError: the model is no GPT, whose layers these are, or has experts.
+        InputError: the model is no GPT, whose layers these are, or has layers that this pipeline has not.
     """
     if model.num_experts is not None:
         raise InputError(
             "num_experts: DeepSpeed's pipeline would add up gradients of experts over the wrong ranks. Train models "
             "with experts in Megatron's own training."
         )
+    for key, there in (
+        ("multi_latent_attention", model.multi_latent_attention),
+        ("mtp_num_layers", model.mtp_num_layers is not None),
+    ):
+        if there:
+            raise InputError(
+                f"{key}: DeepSpeed's pipeline has no such layers. Train the model in Megatron's own training."
+            )
     if architecture_of(model) is not GPT:
         raise InputError(
             f"DeepSpeed's pipeline is made of a GPT's layers, and the model is {architecture_of(model).description}. "

@@ -16,7 +16,7 @@ from mup_megatron.live import hooks
 from mup_megatron.live.applied import note_applied, plan_applied_to
 from mup_megatron.megatron.names import named_modules, named_parameters, require_match, unwrapped
 from mup_megatron.megatron.versions import native_mup
-from mup_megatron.theory import Acts, Plan, PlanEntry
+from mup_megatron.theory import Acts, Plan, PlanEntry, Property
 
 __all__ = ["applied_plan", "apply_plan", "configure", "softmax_scales"]
 
@@ -201,7 +201,7 @@ def _std(init_method: Callable[..., Any]) -> float | None:
 
 def _initialize(parameter: torch.nn.Parameter, entry: PlanEntry, config: Any) -> None:
     if entry.init_std is None:
-        if entry.folded != 1.0:
+        if entry.folded != 1.0 or (entry.init_value is not None and Property.FOLDED in entry.properties):
             assert entry.init_value is not None
             parameter.fill_(entry.init_value)
         return

@@ -195,11 +195,16 @@ def _entry(tensor: Tensor, base: Tensor, s: Scaling, tuned: Tuned, used: Rules) 
     if Property.ROUTER in properties and used.router is not role:
         role, properties = used.router, properties - {Property.FOLDED}
     optimizer = used.optimizer.for_tensor(tensor)
-    bottleneck = tensor.declared_role is Role.HIDDEN and not tensor.fan_out.grows and Property.EXPERT not in properties
+    bottleneck = role is Role.HIDDEN and not tensor.fan_out.grows and Property.EXPERT not in properties
     if bottleneck and s.r_in != 1.0 and not optimizer.bottlenecks:
         raise PlanError(
             f"{tensor.name}: a bottleneck, whose output keeps its size {tensor.fan_out.size} while the model grows; "
             f"the rules of {optimizer.title} are not known for it. Use Adam, or let it grow with the width."
+        )
+    if s.share.ratio != 1.0 and optimizer.step:
+        raise PlanError(
+            f"{tensor.name}: an expert of the target sees {s.share.ratio:.4g} times the share of tokens, and how the "
+            f"rates of {optimizer.title} follow that is not known. Use Adam, or a base with the target's share."
         )
     vector = Property.VECTOR in properties
     entry = PlanEntry(
@@ -268,11 +273,15 @@ def _overridden(entry: PlanEntry, tensor: Tensor, overrides: tuple[Override, ...
             f"per_parameter[{index}] '{own.match}': {entry.name} is a bias or gain, which has no multiplier and no "
             "init std. Narrow the pattern, or put one before it that matches the vectors with lr_mult alone."
         )
-    if entry.init_std is None and entry.init_value is None and own.init_mult != 1.0:
-        raise PlanError(
-            f"per_parameter[{index}] '{own.match}': {entry.name} keeps its library's own start, which has no init std. "
-            "Take init_mult out, or narrow the pattern."
-        )
+    if entry.init_std is None and not entry.is_vector:
+        start = "keeps its library's own start" if entry.init_value is None else "starts at a constant"
+        # A multiplier acts at a module, or is folded into the weight's start.
+        for key in ("init_mult", "multiplier"):
+            if getattr(own, key) != 1.0 and (key == "init_mult" or entry.init_value is None):
+                raise PlanError(
+                    f"per_parameter[{index}] '{own.match}': {entry.name} {start}, so it has no {key}. Take {key} out, "
+                    "or narrow the pattern."
+                )
     tuned = replace(
         entry,
         init_std=None if entry.init_std is None else entry.init_std * own.init_mult,

@@ -6,6 +6,7 @@ builds it, and the same layer in plain torch. `build` and `config` are what a bu
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,7 +30,7 @@ class Bank:
     """A residual branch: experts of rank 8, mixed by a router's softmax."""
 
     name = "bank"
-    shared: tuple[str, ...] = ()
+    shared: Mapping[str, str] = MappingProxyType({})
     sizes: tuple[Size, ...] = ()
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:

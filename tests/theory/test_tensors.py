@@ -23,6 +23,7 @@ from mup_megatron.theory import (
     ModelShape,
     Normal,
     Optimizer,
+    Override,
     Part,
     Place,
     Plan,
@@ -170,7 +171,6 @@ def test_an_experts_eps_follows_the_part_of_the_tokens_that_it_sees() -> None:
     assert found.eps == EPS / 4
     assert (found.lr, found.weight_decay) == (ETA / 4, 4 * LAMBDA)
     assert entry(base, target, rule=Rule.STANDARD).eps == EPS
-    assert entry(base, target, SGD).eps is None
 
 
 def test_a_router_is_hidden_where_a_recipe_wants_it() -> None:
@@ -309,3 +309,30 @@ def test_a_name_that_two_tensors_have_is_refused() -> None:
     shape = ModelShape(tensors=(one, one), hidden_size=8, head_size=8, readout=None)
     with pytest.raises(PlanError, match="two tensors of the architecture have this name"):
         build_plan(shape, shape, TUNED, rules_used=Rules())
+
+
+# ---- what has no rule ----------------------------------------------------------------------------------------------
+
+
+def test_sgd_is_refused_where_an_expert_sees_another_share_of_the_tokens() -> None:
+    base, target = (tensor(side(n), side(n), Property.EXPERT, share=2 / experts) for n, experts in ((8, 8), (32, 32)))
+    with pytest.raises(PlanError, match=r"sees 0\.25 times the share of tokens.* Use Adam"):
+        entry(base, target, SGD)
+    assert entry(base, dataclasses.replace(target, share=2 / 8), SGD).lr == ETA
+
+
+def test_sgd_is_refused_for_a_router_that_is_taken_for_hidden() -> None:
+    base, target = (router(width, Property.FOLDED, Property.ROUTER) for width in (8, 32))
+    with pytest.raises(PlanError, match="a bottleneck"):
+        entry(base, target, SGD, router=Role.HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("start", "own"),
+    [(Kept(), {"multiplier": 2.0}), (Kept(), {"init_mult": 2.0}), (Constant(1.0), {"init_mult": 2.0})],
+)
+def test_a_start_that_is_not_drawn_has_no_factor(start: Start, own: dict[str, float]) -> None:
+    shape = ModelShape(tensors=(tensor(Side(4), side(8), start=start),), hidden_size=8, head_size=8, readout=None)
+    [key] = own
+    with pytest.raises(PlanError, match=rf"layers\.0\.weight .* so it has no {key}\. Take {key} out"):
+        build_plan(shape, shape, TUNED, rules_used=Rules(), overrides=[Override(match="*", **own)])

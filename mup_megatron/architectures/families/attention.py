@@ -1,6 +1,7 @@
 """Self-attention with grouped queries."""
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from mup_megatron.architectures.families.family import Growth, Size, linear, norm
@@ -20,7 +21,7 @@ class Attention:
     """Self-attention with grouped queries; its queries, keys and values are one fused matrix."""
 
     name = "attention"
-    shared: tuple[str, ...] = ()
+    shared: Mapping[str, str] = MappingProxyType({})
     sizes: tuple[Size, ...] = ()
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:

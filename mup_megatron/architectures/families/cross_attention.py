@@ -1,6 +1,7 @@
 """Attention of a decoder's tokens to what an encoder gives."""
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from mup_megatron.architectures.families.family import Growth, Size, linear, norm
@@ -16,7 +17,7 @@ class CrossAttention:
     """Queries of one stack, keys and values of another, as many heads of each."""
 
     name = "cross_attention"
-    shared: tuple[str, ...] = ()
+    shared: Mapping[str, str] = MappingProxyType({})
     sizes: tuple[Size, ...] = ()
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:

@@ -7,9 +7,10 @@ folded, because nothing can be hooked inside of a router.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from mup_megatron.architectures.families.family import Growth, Size, linear, norm
+from mup_megatron.architectures.families.family import Growth, Size, alike, linear, norm
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Kept, Part, Place, Property, Side, Tensor
@@ -22,21 +23,24 @@ class Experts:
     """A router, experts of which each token passes `moe_router_topk`, and a shared expert with or without a gate."""
 
     name = "experts"
-    shared: tuple[str, ...] = (
-        "has_shared_expert",
-        "moe_shared_expert_gate",
-        "moe_router_score_function",
-        "moe_router_pre_softmax",
-        "moe_router_enable_expert_bias",
-        "moe_router_bias_update_rate",
-        "moe_router_topk_scaling_factor",
-        "has_group_limited_routing",
-        "moe_router_load_balancing_type",
-        "moe_aux_loss_coeff",
-        "moe_z_loss_coeff",
-        "has_legacy_experts",
+    shared: Mapping[str, str] = MappingProxyType(
+        {
+            "moe_shared_expert_intermediate_size": "has_shared_expert",
+            "moe_router_group_topk": "has_group_limited_routing",
+            "moe_use_legacy_grouped_gemm": "has_legacy_experts",
+            **alike(
+                "moe_shared_expert_gate",
+                "moe_router_score_function",
+                "moe_router_pre_softmax",
+                "moe_router_enable_expert_bias",
+                "moe_router_bias_update_rate",
+                "moe_router_topk_scaling_factor",
+                "moe_router_load_balancing_type",
+                "moe_aux_loss_coeff",
+                "moe_z_loss_coeff",
+            ),
+        }
     )
-
     sizes: tuple[Size, ...] = (
         Size(key="moe_ffn_hidden_size", attribute="expert_ffn_size", small=64),
         Size(key="moe_shared_expert_intermediate_size", attribute="moe_shared_expert_intermediate_size", small=64),

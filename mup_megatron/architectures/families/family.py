@@ -5,13 +5,14 @@ And what families are made of: linear layers, norms, vectors.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mup_megatron.architectures.measured import Measured
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Constant, Part, Place, Property, Role, Side, Tensor
 
-__all__ = ["Block", "Family", "Growth", "Remarking", "Size", "linear", "norm", "vector"]
+__all__ = ["Block", "Family", "Growth", "Remarking", "Size", "alike", "linear", "norm", "vector"]
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,8 +52,8 @@ class Block(Protocol):
     """Some of a model's tensors that stand together under one name."""
 
     name: str
-    shared: tuple[str, ...]
-    """Keys of a model file that base and target must share, beside those of every model."""
+    shared: Mapping[str, str]
+    """Keys of a model file, beside those of every model → what they decide, which base and target must share."""
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         """Yields the tensors of the layer of this name."""
@@ -83,6 +84,11 @@ class Remarking(Protocol):
 
     def remarks(self, base: ModelFile, target: ModelFile) -> Iterator[str]:
         """Yields what is known of transfer between the two, in sentences."""
+
+
+def alike(*keys: str) -> Mapping[str, str]:
+    """Returns keys whose values base and target must share, as `Block.shared` has them."""
+    return MappingProxyType({key: key for key in keys})
 
 
 def linear(

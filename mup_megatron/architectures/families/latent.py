@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from mup_megatron.architectures.families.family import Growth, Size, linear, norm
+from mup_megatron.architectures.families.family import Growth, Size, alike, linear, norm
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import SOFTMAX, Acts, Part, Place, Role, Side, Tensor
@@ -24,7 +24,7 @@ class LatentAttention:
         Size(key="q_lora_rank", attribute="q_lora_rank", small=32),
         Size(key="kv_lora_rank", attribute="kv_lora_rank", small=32),
     )
-    shared: tuple[str, ...] = ("rotary_scaling_factor", "mscale_all_dim")
+    shared: Mapping[str, str] = alike("rotary_scaling_factor", "mscale_all_dim")
     """They are a factor of its softmax scale."""
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:

@@ -1,6 +1,7 @@
 """Mamba-2: a state space whose input, output and step depend on the token."""
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from mup_megatron.architectures.families.family import Growth, Size, linear, norm, vector
@@ -22,7 +23,7 @@ class Mamba:
     """One matrix to gate, input, states and step sizes, a short convolution, the scan, a gated norm, a matrix back."""
 
     name = "mamba"
-    shared: tuple[str, ...] = ()
+    shared: Mapping[str, str] = MappingProxyType({})
     sizes: tuple[Size, ...] = (
         Size(key="mamba_num_heads", attribute="mamba_heads", small=8),
         Size(key="mamba_head_dim", attribute="mamba_head_dim", small=16, follows_width=False),

@@ -1,6 +1,7 @@
 """MLPs, gated or not."""
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from mup_megatron.architectures.families.family import Growth, Size, linear, norm
@@ -16,7 +17,7 @@ class Mlp:
     """Two linear layers with an activation between; with swiglu, gate and up projection are one fused matrix."""
 
     name = "mlp"
-    shared: tuple[str, ...] = ()
+    shared: Mapping[str, str] = MappingProxyType({})
     sizes: tuple[Size, ...] = (Size(key="ffn_hidden_size", attribute="ffn_size", small=256),)
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:

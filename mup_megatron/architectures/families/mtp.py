@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from mup_megatron.architectures.families.family import Growth, linear, norm
+from mup_megatron.architectures.families.family import Growth, alike, linear, norm
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Place, Side, Tensor
 
@@ -14,7 +14,7 @@ class MultiTokenPrediction:
     """
 
     name = "multi-token prediction"
-    shared: tuple[str, ...] = ("mtp_num_layers", "mtp_loss_scaling_factor")
+    shared: Mapping[str, str] = alike("mtp_num_layers", "mtp_loss_scaling_factor")
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         """Yields the norms of embedding and stream, the projection of both together, and the norm for the readout."""

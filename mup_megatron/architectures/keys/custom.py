@@ -47,8 +47,9 @@ class CustomTensor(Strict):
 
     name: _Text
     """Global, as in `decoder.gate`; `layers.*` for every layer: `decoder.layers.*.self_attention.gate.weight`."""
-    within: Literal["attention", "mlp", "experts", "mamba"] | None = None
-    """The layers meant by `layers.*`: those with such a part. Default: all."""
+    within: _Text | None = None
+    """The layers meant by `layers.*`: those with such a part, as attention, latent attention, cross attention, mlp,
+    experts or mamba. Default: all."""
     fan_out: _Side
     fan_in: _Side | None = None
     """None for a vector, which adds to something or multiplies it."""

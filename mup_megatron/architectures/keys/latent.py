@@ -38,7 +38,8 @@ class LatentKeys(Strict):
 
     def latent_heads(self, size: int) -> dict[str, int]:
         """Returns the keys of heads whose queries and keys have so many channels, in about the same parts."""
-        turned = max(2, 2 * round(size * self.qk_pos_emb_head_dim / self.latent_head_size / 2))
+        part = 2 * round(size * self.qk_pos_emb_head_dim / self.latent_head_size / 2)
+        turned = max(2, min(part, 2 * ((size - 1) // 2)))
         values = max(1, round(size * self.v_head_dim / self.latent_head_size))
         return {"qk_head_dim": size - turned, "qk_pos_emb_head_dim": turned, "v_head_dim": values}
 

@@ -52,6 +52,8 @@ class Seen:
     """It chooses among experts, or is the gate of one that is shared: an output that nobody reads out."""
     summed: int | None
     """The dimension over which a product with it sums, where that was seen."""
+    taken_up: bool
+    """Another linear layer of the same one of several layers takes its narrow output up and widens it again."""
 
     @property
     def is_added(self) -> bool:
@@ -133,7 +135,7 @@ def classified(seen: Seen, shape: tuple[int, ...]) -> Tensor | None:
         fan_out, fan_in = (sides[d] for d in order)
         narrows = fan_in.grows and not fan_out.grows
         reads_out = narrows and not seen.in_layer and not seen.is_between
-        inside = seen.in_mixer or seen.experts.of is not None or (seen.is_between and narrows)
+        inside = seen.in_mixer or seen.experts.of is not None or (narrows and (seen.is_between or seen.taken_up))
         # One weight for each channel and step, as a state space's convolution has, multiplies and does not sum.
         role = Role.HIDDEN if inside and fan_in.size > 1 else None
         # A convolution sums over its kernel as well.

@@ -313,6 +313,7 @@ def _parameters(
         for prefix, module in modules.items()
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
     } | embeddings_of(target.module)
+    widened = _widened(target, at_base, modules)
     found, unclear = [], []
     for name, live in named_parameters(target.module):
         module, prefix, attribute = module_of[id(live)]
@@ -332,6 +333,7 @@ def _parameters(
             counted=counted,
             routes=experts.around is not None and sum(base.grows) == 1 and (counted is not None or 1 in shape),
             summed=summed.get(family_of(name), declared_sum(module)),
+            taken_up=any((_layer_of(prefix, modules), size) in widened for size in _taken_up(module, attribute, shape)),
         )
         parameters = classified(seen, base.shape), classified(seen, shape)
         if parameters[0] is None or parameters[1] is None:
@@ -345,6 +347,33 @@ def _parameters(
             "convolutions, embeddings, norms, biases, and own parameters with embed, token or pos in the name."
         )
     return found
+
+
+def _widened(
+    target: MetaModule, at_base: Mapping[str, ModuleParameter], modules: Mapping[str, torch.nn.Module]
+) -> set[tuple[str, int]]:
+    """(layer, size) of what linear layers take up that has a fixed size, and give on in one that grows."""
+    found = set()
+    for name, shape in target.shapes.items():
+        prefix, _, attribute = name.rpartition(".")
+        order = linear_sides(modules[prefix], attribute) if prefix in modules else None
+        if order is not None and (layer := _layer_of(prefix, modules)):
+            fan_out, fan_in = order
+            if at_base[name].grows[fan_out] and not at_base[name].grows[fan_in]:
+                found.add((layer, shape[fan_in]))
+    return found
+
+
+def _taken_up(module: torch.nn.Module, attribute: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes in which another layer may take up what a linear layer gives: gated, it is half of it."""
+    order = linear_sides(module, attribute)
+    return () if order is None else (shape[order[0]], shape[order[0]] // 2)
+
+
+def _layer_of(name: str, modules: Mapping[str, torch.nn.Module]) -> str:
+    """The outermost of several layers that a module is in; empty where it is in none."""
+    parts = [*_ancestors(name), name]
+    return next((own for own in parts if isinstance(modules.get(own.rpartition(".")[0]), torch.nn.ModuleList)), "")
 
 
 def _ancestors(name: str) -> list[str]:

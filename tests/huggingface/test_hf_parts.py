@@ -140,6 +140,17 @@ def test_steps_of_a_fixed_rank_are_a_bottleneck_and_no_readout() -> None:
     assert ending(growing, "dt_proj.weight").width_ratio == RATIO
 
 
+def test_a_feed_forward_part_of_a_fixed_size_is_a_bottleneck_whatever_its_key_is_called() -> None:
+    sizes = {"n_layer": 2, "vocab_size": 64, "n_positions": 32, "architectures": ["CTRLLMHeadModel"]}
+    base, target = (
+        transformers.CTRLConfig(n_embd=width, n_head=width // 16, dff=48, **sizes) for width in (BASE, WIDTH)
+    )
+    found = planned(base, target)
+    assert got(ending(found, "h.1.ffn.0.weight")) == NARROW
+    assert ending(found, "h.1.ffn.0.weight").init_std == pytest.approx(0.02 / math.sqrt(RATIO))
+    assert got(ending(found, "h.1.ffn.2.weight"))[1:] == INPUT[1:]
+
+
 def test_a_state_that_grows_is_accepted_with_a_remark(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         plan("mamba2")

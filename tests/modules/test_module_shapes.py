@@ -241,6 +241,32 @@ def test_what_every_parameter_is() -> None:
     }
 
 
+class Narrow(nn.Module):
+    """Layers with a gated part of a fixed size inside, and readouts of their own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inside = nn.ModuleList(
+            [nn.ModuleDict({"gated": nn.Linear(width, 10), "back": nn.Linear(5, width), "exit": nn.Linear(width, 4)})]
+        )
+        self.heads = nn.ModuleList([nn.Sequential(nn.Linear(width, width), nn.Linear(width, 5))])
+        self.readout = nn.Linear(width, 5)
+
+
+def test_what_is_widened_again_in_its_layer_is_a_bottleneck_and_no_output() -> None:
+    plan = plan_for_module(lambda: Narrow(32), recipe_of(lambda: Narrow(8), lambda: Narrow(16)))
+    roles = {entry.name: entry.role for entry in plan.entries if entry.name.endswith("weight")}
+    assert roles == {
+        "inside.0.gated.weight": Role.HIDDEN,
+        "inside.0.back.weight": Role.INPUT,
+        "inside.0.exit.weight": Role.OUTPUT,
+        "heads.0.0.weight": Role.HIDDEN,
+        "heads.0.1.weight": Role.OUTPUT,
+        "readout.weight": Role.OUTPUT,
+    }
+    assert plan["inside.0.gated.weight"].multiplier == 1.0
+
+
 def test_numbers_of_parts() -> None:
     parts = _parts()
     assert (parts["blocks.0.weight"].multiplier, parts["head.weight"].multiplier) == (0.25, 0.75)

@@ -153,9 +153,7 @@ def _problems(config: Any) -> list[str]:
         )
     for key in ("multi_latent_attention", "mtp_num_layers"):
         if getattr(config, key, None):
-            problems.append(
-                f"{key}: such layers were not tried under DeepSpeed. Use Megatron's own training."
-            )
+            problems.append(f"{key}: such layers were not tried under DeepSpeed. Use Megatron's own training.")
     if config.gradient_accumulation_fusion:
         problems.append(
             "gradient_accumulation_fusion: it writes gradients where DeepSpeed's engine does not look for them. "

@@ -16,6 +16,7 @@ from mup_megatron.recipe import load_recipe
 from mup_megatron.search import StudySpec, TrialOutcome, default_storage, run_sweep
 from mup_megatron.training.data.reading import read_meta
 from mup_megatron.tuning import DEFAULT_SPACE
+from mup_megatron.validation import plain
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ("sweep", "base.yaml", "--data", "text", "--study", "small", "--train-iters", "3", "--global-batch-size", "2",
@@ -194,7 +195,7 @@ def test_the_best_of_one_study_are_run_longer_by_another(run: Command, here: Pat
 
 def test_another_shape_than_that_of_the_first_study_is_refused(run: Command, here: Path, data: Path) -> None:
     spec = StudySpec("small", default_storage("small"), 1, "random", DEFAULT_SPACE, {
-        "proxy": load_model_file(here / "target.yaml").model_dump(mode="json"), "fixed": {}
+        "proxy": plain(load_model_file(here / "target.yaml")), "fixed": {}
     })  # fmt: skip
     run_sweep(spec, lambda parameters, report: TrialOutcome(parameters["lr"]), 1)
     code, out, err = run("sweep", "base.yaml", "--data", "text", "--study", "longer", "--best", "1", "--of", "small")

@@ -65,8 +65,8 @@ def require_stopped(finished: Finished, *patterns: str) -> None:
             r"--init-method-xavier-uniform True \(recipe",
         ),
         (["--lr", "0.5"], ["--lr", "0.001"], r"--lr 0\.5 \(recipe: 0\.001\)"),
-        (["--num-experts", "2"], [], "--num-experts"),
-        (["--multi-latent-attention"], [], "--multi-latent-attention"),
+        (["--num-experts", "2"], [], "base has layers of attention and mlp, and the target of attention and experts"),
+        (["--multi-latent-attention"], [], "base has layers of attention and mlp, and the target of latent attention"),
     ],
     ids=["decoupled-lr", "lr-warmup-init", "use-mup", "xavier", "lr", "experts", "latent-attention"],
 )

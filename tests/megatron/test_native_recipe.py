@@ -286,7 +286,7 @@ def test_without_a_base_native_is_off_and_the_note_says_so() -> None:
         (MODEL, "--use-mup is missing"),
         (f"{MODEL} {MUP} --optimizer muon", "--optimizer muon: a recipe knows adam and sgd"),
         (f"{MODEL.replace('--lr 1e-3', '')} {MUP}", "--lr is missing"),
-        (f"{MODEL} {MUP} --num-experts 8", "--num-experts: models with experts"),
+        (f"{MODEL} {MUP} --num-experts 8 --moe-use-upcycling", "--moe-use-upcycling: experts that are copies"),
         (f"{MODEL} {MUP} --multi-latent-attention", "--multi-latent-attention beside --use-mup"),
         (f"{MODEL} {MUP} --mup-base-head-dim -1", "--mup-base-head-dim -1: must be positive"),
         (f"{MODEL} {MUP} --mup-embedding-mult -3", "--mup-embedding-mult -3: must be positive"),

@@ -47,7 +47,7 @@ DEPTHS = frozenset(
     "num_hidden_layers n_layer num_layers num_decoder_layers encoder_layers decoder_layers depths layer_types "
     "max_window_layers stage_names out_features out_indices depth layers_block_type cross_attention_layers "
     "deepstack_visual_indexes intermediate_layers_indices num_global_layers attn_layer_indices hybrid_layer_ids "
-    "num_encoder_layers".split()
+    "num_encoder_layers mlp_only_layers moe_layers no_rope_layers".split()
 )
 FIXED = frozenset(
     "vocab_size type_vocab_size n_positions max_position_embeddings num_labels image_size patch_size num_channels "
@@ -229,7 +229,7 @@ def _require_comparable(key: str, base: PretrainedConfig, target: PretrainedConf
             f"{within}{key} has {len(one)} stages in the recipe's base but {len(other)} in the target. Give the base "
             "as many."
         )
-    if key in {*WIDTHS, *HEADS, *HEAD_SIZES, *DEPTHS} or _MAY_DIFFER.fullmatch(key):
+    if key in {*WIDTHS, *HEADS, *HEAD_SIZES} or _follows_depth(key, base, target) or _MAY_DIFFER.fullmatch(key):
         return
     if key in {*EXPERTS, *CHOSEN} and _share_of_tokens(base) is not None and _share_of_tokens(target) is not None:
         return
@@ -299,9 +299,21 @@ def _depth_of(base: PretrainedConfig, target: PretrainedConfig) -> dict[str, Any
     kept = {
         key: own[key]
         for key in differing(base, target)
-        if key in own and (key in DEPTHS or key.endswith("_token_id") or key == "rope_parameters")
+        if key in own and (_follows_depth(key, base, target) or key.endswith("_token_id") or key == "rope_parameters")
     }
     return kept | {key: _depth_of(part, others[key]) for key, part in inner(base).items() if key in others}
+
+
+def _follows_depth(key: str, base: PretrainedConfig, target: PretrainedConfig) -> bool:
+    """Whether a key says how many layers there are, or names the kind of each in lists as long as the depths."""
+    if key in DEPTHS:
+        return True
+    depths = [value(config, "num_hidden_layers") for config in (base, target)]
+    lists = [config.to_dict().get(key) for config in (base, target)]
+    return depths[0] != depths[1] and all(
+        isinstance(kinds, list | tuple) and len(kinds) == depth and all(isinstance(kind, str) for kind in kinds)
+        for kinds, depth in zip(lists, depths, strict=True)
+    )
 
 
 def widened(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedConfig:

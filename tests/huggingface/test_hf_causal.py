@@ -235,6 +235,23 @@ def test_latents_of_growing_rank(name: str) -> None:
         assert (entry.role, entry.eps) == (Role.INPUT, EPS / RATIO)
 
 
+@pytest.mark.parametrize(
+    ("name", "shallow", "deep"),
+    [
+        ("deepseek_v32", {}, {}),
+        ("llama4_text", {}, {}),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, {"mlp_only_layers": [0, 3]}),
+    ],
+)
+def test_a_base_of_fewer_layers_says_less_of_what_its_layers_are(
+    name: str, shallow: dict[str, Any], deep: dict[str, Any]
+) -> None:
+    found = plan(name, base=shallow, target={"num_hidden_layers": 4, **deep})
+    alike = plan(name, base=shallow, target=shallow)
+    own = {re.sub(r".*layers\.\d+\.", "", entry.name): got(entry) for entry in of(alike, r"layers\.")}
+    assert {re.sub(r".*layers\.\d+\.", "", e.name): got(e) for e in of(found, r"layers\.[23]\.")}.items() <= own.items()
+
+
 def test_sgd_is_refused_where_a_rank_stays() -> None:
     with pytest.raises(InputError, match=r"^model\.layers\.0\.self_attn\.\S+: a bottleneck"):
         plan("deepseek_v3", parametrization={"optimizer": "sgd"})

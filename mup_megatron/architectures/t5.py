@@ -65,6 +65,12 @@ class T5File(EncoderFile):
             )
         if self.rotary_base != ModelFile.model_fields["rotary_base"].default:
             raise ValueError("rotary_base: Megatron's T5 does not take it. Remove the key.")
+        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if self.position_embedding_type == "relative" and not 4 <= buckets < 2 * distance:
+            raise ValueError(
+                f"relative_attention_num_buckets {buckets}: at least 4, of which half are for single distances below "
+                f"relative_attention_max_distance {distance}. Change one of them."
+            )
         if self.positions < self.decoder_seq_length:
             raise ValueError(
                 f"max_position_embeddings {self.positions} is smaller than decoder_seq_length "

@@ -92,7 +92,7 @@ class HybridFile(mamba.MambaKeys, ModelFile):
 
     @property
     def expert_layers(self) -> int:
-        """How many layers have experts."""
+        """Number of layers with experts."""
         return self.letters.count("E")
 
     @property

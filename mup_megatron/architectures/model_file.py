@@ -18,6 +18,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.validation import Strict
 
 Count = Annotated[int, Field(gt=0, le=10**9)]
+Depth = Annotated[int, Field(gt=0, le=10**4)]
 _NOT_SUPPORTED = ("moe_latent_", "moe_use_upcycling", "moe_single_grouped_")
 """How the keys of Megatron's begin that ask for layers which `families/` does not know."""
 
@@ -30,7 +31,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 class _Keys(Strict):
     """The keys of every model."""
 
-    num_layers: Annotated[int, Field(gt=0, le=10**4)]
+    num_layers: Depth
     hidden_size: Count
     num_attention_heads: Count
     vocab_size: Count
@@ -140,7 +141,7 @@ class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
 
     @property
     def expert_layers(self) -> int:
-        """How many layers have experts, or may have them."""
+        """Number of layers with experts; of those of multi-token prediction, all that may have them."""
         return sum(map(self.has_experts, range(self.num_layers))) + (self.mtp_num_layers or 0)
 
     @property

@@ -12,7 +12,7 @@ from mup_megatron.architectures.decoder import Architecture, Layers
 from mup_megatron.architectures.encoder_file import EncoderFile
 from mup_megatron.architectures.families import ATTENTION, CROSS_ATTENTION, MLP, vector
 from mup_megatron.architectures.flag import Flag, whole_number
-from mup_megatron.architectures.model_file import Count, ModelFile
+from mup_megatron.architectures.model_file import Count, Depth, ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.theory import Side, Tensor
 
@@ -28,8 +28,8 @@ class T5File(EncoderFile):
 
     architecture: Literal["t5"]
     position_embedding_type: _Positions = "learned_absolute"  # type: ignore[assignment]
-    encoder_num_layers: Count
-    decoder_num_layers: Count
+    encoder_num_layers: Depth
+    decoder_num_layers: Depth
     decoder_seq_length: Count
     relative_attention_num_buckets: Count = 32
     """Read only with `position_embedding_type: relative`."""

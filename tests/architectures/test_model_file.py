@@ -186,6 +186,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"custom_tensors": [{"name": "decoder.a", "fan_out": "9" * 190, "start": 1.0}]},
         r"custom_tensors: '9+…': no tensor has so large a side\.",
     ),
+    "a decoder without end": (
+        {"architecture": "t5", "decoder_num_layers": 10**9},
+        r"decoder_num_layers: should be less than or equal to 10000",
+    ),
     "too few buckets": (
         {"architecture": "t5", "position_embedding_type": "relative", "relative_attention_num_buckets": 2},
         r"relative_attention_num_buckets 2: at least 4",

@@ -26,7 +26,10 @@ def custom_tensors(
     for own in model.custom_tensors:
         names = list(_names(own, stacks))
         if not names:
-            raise InputError(f"custom_tensors: {own.name}: no layer has {own.within}. Correct `within`.")
+            meant = "the model has no such stack of layers" if own.within is None else f"no layer has {own.within}"
+            raise InputError(
+                f"custom_tensors: {own.name}: {meant}. Correct {'name' if own.within is None else 'within'}."
+            )
         for name in names:
             yield _tensor(own, name, model, growth)
 

@@ -64,7 +64,9 @@ class Flag:
         if self.parse is None:
             return (self.name,)
         if isinstance(value, tuple):
-            return (self.name, *map(_word, value)) if self.many else (self.name, _word(list(value)))
+            words = tuple(map(_word, value))
+            # A list is one word also where a shell splits words at spaces.
+            return (self.name, *words) if self.many else (self.name, f"[{','.join(words)}]")
         return (self.name, _word(value))
 
     def found(self, values: Mapping[str, Any]) -> Any:

@@ -91,6 +91,11 @@ class HybridFile(mamba.MambaKeys, ModelFile):
         return self.mamba_sizes(self.hidden_size).heads
 
     @property
+    def expert_layers(self) -> int:
+        """Number of layers with experts."""
+        return self.letters.count("E")
+
+    @property
     def letters(self) -> str:
         """The letter of each layer."""
         return _letters(self.hybrid_layer_pattern)

@@ -18,8 +18,12 @@ from mup_megatron.errors import InputError
 from mup_megatron.validation import Strict
 
 Count = Annotated[int, Field(gt=0, le=10**9)]
+Depth = Annotated[int, Field(gt=0, le=10**4)]
 _NOT_SUPPORTED = ("moe_latent_", "moe_use_upcycling", "moe_single_grouped_")
 """How the keys of Megatron's begin that ask for layers which `families/` does not know."""
+
+_MOST_EXPERTS = 10**5
+"""Of all layers together: each has rows of its own in a plan."""
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
@@ -27,7 +31,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 class _Keys(Strict):
     """The keys of every model."""
 
-    num_layers: Annotated[int, Field(gt=0, le=10**4)]
+    num_layers: Depth
     hidden_size: Count
     num_attention_heads: Count
     vocab_size: Count
@@ -128,7 +132,17 @@ class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
                 "Choose one of them."
             )
         self.require_possible_experts(self.num_layers, biases=self.add_bias_linear)
+        if (self.num_experts or 0) * self.expert_layers > _MOST_EXPERTS:
+            raise ValueError(
+                f"num_experts {self.num_experts} in {self.expert_layers} layers: more than {_MOST_EXPERTS} experts in "
+                "all are not supported. Lower it."
+            )
         return self
+
+    @property
+    def expert_layers(self) -> int:
+        """Number of layers with experts; of those of multi-token prediction, all that may have them."""
+        return sum(map(self.has_experts, range(self.num_layers))) + (self.mtp_num_layers or 0)
 
     @property
     def ffn_size(self) -> int:

@@ -3,16 +3,16 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
 from mup_megatron.architectures.decoder import Architecture, Layers
 from mup_megatron.architectures.encoder_file import EncoderFile
 from mup_megatron.architectures.families import ATTENTION, CROSS_ATTENTION, MLP, vector
 from mup_megatron.architectures.flag import Flag, whole_number
-from mup_megatron.architectures.model_file import Count, ModelFile
+from mup_megatron.architectures.model_file import Count, Depth, ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.theory import Side, Tensor
 
@@ -23,16 +23,13 @@ _TOGETHER = {"num_layers": "encoder_num_layers", "seq_length": "encoder_seq_leng
 _Positions = Literal["learned_absolute", "rope", "none", "relative"]
 
 
-_Layers = Annotated[int, Field(gt=0, le=10**4)]
-
-
 class T5File(EncoderFile):
     """The shape of a T5: `num_layers` and `seq_length` are the encoder's; the decoder's are as many by default."""
 
     architecture: Literal["t5"]
     position_embedding_type: _Positions = "learned_absolute"  # type: ignore[assignment]
-    encoder_num_layers: _Layers
-    decoder_num_layers: _Layers
+    encoder_num_layers: Depth
+    decoder_num_layers: Depth
     decoder_seq_length: Count
     relative_attention_num_buckets: Count = 32
     """Read only with `position_embedding_type: relative`."""
@@ -68,6 +65,12 @@ class T5File(EncoderFile):
             )
         if self.rotary_base != ModelFile.model_fields["rotary_base"].default:
             raise ValueError("rotary_base: Megatron's T5 does not take it. Remove the key.")
+        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if self.position_embedding_type == "relative" and not 4 <= buckets < 2 * distance:
+            raise ValueError(
+                f"relative_attention_num_buckets {buckets}: at least 4, of which half are for single distances below "
+                f"relative_attention_max_distance {distance}. Change one of them."
+            )
         if self.positions < self.decoder_seq_length:
             raise ValueError(
                 f"max_position_embeddings {self.positions} is smaller than decoder_seq_length "

@@ -34,6 +34,6 @@ def command(target: Path, recipe_path: Path | None, train_iters: int | None, one
         if word.startswith("--"):
             lines.append(word)
         else:
-            # In `$(…)` quotes would be a part of the word, and a word with a star alone could become a file's name.
-            lines[-1] += f"={word}" if "*" in word else f" {word}"
+            # In `$(…)` quotes would be a part of the word, and a pattern alone could become a file's name.
+            lines[-1] += f"={word}" if set(word) & set("*[") else f" {word}"
     click.echo((" " if one_line else "\n").join(lines))

@@ -207,7 +207,7 @@ def test_the_softmax_scale_is_of_both_parts_of_a_head_on_top_of_yarns_own_factor
         wider = _plan(base, {**base, "qk_head_dim": 12, "qk_pos_emb_head_dim": 8}, attention_multiplier=1.5)
         assert wider.softmax_scale == pytest.approx(1.5 * factor * math.sqrt(10) / 20)
     with pytest.raises(InputError, match=r"rotary_scaling_factor is 1\.0 in the recipe's base but 40\.0 in the target"):
-        _plan(LATENT, {**LATENT, **YARN})
+        _plan({**LATENT, **YARN, "rotary_scaling_factor": 1.0}, {**LATENT, **YARN})
 
 
 def test_sgd_has_no_rule_for_a_latent_of_fixed_rank() -> None:

@@ -135,6 +135,69 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"num_experts": 8, "moe_router_load_balancing_type": "sinkhorn", "moe_aux_loss_coeff": 0.1},
         r"moe_router_load_balancing_type sinkhorn has no auxiliary loss\. Set moe_aux_loss_coeff to 0\.",
     ),
+    "more experts than its groups have": (
+        {"num_experts": 8, "moe_router_topk": 4, "moe_router_num_groups": 4, "moe_router_group_topk": 1},
+        r"moe_router_topk 4 is more than the experts of moe_router_group_topk 1 of 4 groups\.",
+    ),
+    "legacy experts with biases": (
+        {"num_experts": 8, "moe_grouped_gemm": True, "moe_use_legacy_grouped_gemm": True},
+        r"moe_use_legacy_grouped_gemm: such experts have no biases\. Set add_bias_linear to false\.",
+    ),
+    "experts without end": ({"num_experts": 10**9}, r"num_experts 1000000000 in 2 layers: more than 100000 experts"),
+    "experts' keys without experts": (
+        {"moe_router_topk": 4},
+        r"moe_router_topk: without num_experts Megatron does not read it\. Add that key, or remove this\.",
+    ),
+    "a layer that is neither": (
+        {"num_experts": 8, "moe_layer_freq": [1, 2]},
+        r"moe_layer_freq\.1: should be less than",
+    ),
+    "truth for a layer": ({"num_experts": 8, "moe_layer_freq": [0, True]}, r"moe_layer_freq\.1: should be a valid int"),
+    "no layers": ({"num_experts": 8, "moe_layer_freq": 0}, r"moe_layer_freq: should be greater than 0, found 0"),
+    "no way to balance": (
+        {"num_experts": 8, "moe_router_load_balancing_type": [], "moe_aux_loss_coeff": 0.0},
+        r"moe_router_load_balancing_type: .* at least 1 item",
+    ),
+    "an unknown way to balance": (
+        {"num_experts": 8, "moe_router_load_balancing_type": "x"},
+        r"moe_router_load_balancing_type: should be 'aux_loss'",
+    ),
+    "a text for a coefficient": (
+        {"num_experts": 8, "moe_aux_loss_coeff": "0.1"},
+        r"moe_aux_loss_coeff: should be a valid number, found '0\.1'",
+    ),
+    "truth for a coefficient": (
+        {"num_experts": 8, "moe_z_loss_coeff": False},
+        r"moe_z_loss_coeff: should be a valid number, found False",
+    ),
+    "a softmax scale of 0": (
+        {"multi_latent_attention": True, "rotary_scaling_factor": 2.0, "mscale_all_dim": -10 / math.log(2)},
+        r"mscale_all_dim: should be greater than or equal to 0",
+    ),
+    "truth for a size": (
+        {"custom_tensors": [{"name": "decoder.a", "fan_out": True, "start": 1.0}]},
+        r"custom_tensors\.0\.fan_out: should be a valid integer, found True",
+    ),
+    "an endless start": (
+        {"custom_tensors": [{"name": "decoder.a", "fan_out": 1, "start": math.inf}]},
+        r"custom_tensors\.0\.start: must be a finite number",
+    ),
+    "a size beyond every tensor": (
+        {"custom_tensors": [{"name": "decoder.a", "fan_out": "9" * 190, "start": 1.0}]},
+        r"custom_tensors: '9+…': no tensor has so large a side\.",
+    ),
+    "a decoder without end": (
+        {"architecture": "t5", "decoder_num_layers": 10**9},
+        r"decoder_num_layers: should be less than or equal to 10000",
+    ),
+    "too few buckets": (
+        {"architecture": "t5", "position_embedding_type": "relative", "relative_attention_num_buckets": 2},
+        r"relative_attention_num_buckets 2: at least 4",
+    ),
+    "buckets beyond the distance": (
+        {"architecture": "t5", "position_embedding_type": "relative", "relative_attention_max_distance": 16},
+        r"relative_attention_num_buckets 32: .* below relative_attention_max_distance 16\.",
+    ),
     "latent experts": ({"num_experts": 8, "moe_latent_size": 8}, r"moe_latent_size: models with latent experts"),
 }
 
@@ -145,6 +208,7 @@ def test_a_mistake_is_named_with_file_key_and_remedy(case: str) -> None:
     with pytest.raises(InputError, match=rf"^small\.yaml: {message}") as caught:
         _small(**changes)
     assert "pydantic" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
     assert str(caught.value).endswith((".", "?"))
 
 

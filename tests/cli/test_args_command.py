@@ -54,3 +54,11 @@ def test_what_is_printed_is_read_back(run: Command, here: Path) -> None:
     words = run("args", "target.yaml").out.split()
     assert run("model", "--from-args", "-o", "again.yaml", "--", *words).code == 0
     assert load_model_file(here / "again.yaml") == load_model_file(here / "target.yaml")
+
+
+def test_a_list_is_one_word_where_a_shell_splits_the_output(run: Command, here: Path) -> None:
+    write(here / "target.yaml", {**BASE, "num_layers": 3, "num_experts": 4, "moe_layer_freq": [0, 1, 1]})
+    words = run("args", "target.yaml", "--one-line").out.split()
+    assert "--moe-layer-freq=[0,1,1]" in words, "with `=`, for alone the list is a pattern of one-letter file names"
+    assert run("model", "--from-args", "-o", "again.yaml", "--", *words).code == 0
+    assert load_model_file(here / "again.yaml") == load_model_file(here / "target.yaml")

@@ -77,7 +77,10 @@ def test_what_a_model_file_cannot_say_is_a_warning(run: Command, here: Path) -> 
         (["--from-args"], "give Megatron's flags, or a launch script"),
         (["--", *FLAGS], "give Megatron's flags, or a launch script"),
         (["--from-args", "--", *FLAGS[2:]], "flags: missing: --num-layers. Give it."),
-        (["--from-args", "--", *FLAGS, "--quick-geglu"], "flags: --quick-geglu: this MLP is gated"),
+        (
+            ["--from-args", "--", *FLAGS, "--num-experts", "1"],
+            "flags: --moe-router-topk 2 is more than --num-experts 1.",
+        ),
         (["--from-args", *FLAGS, "--forse"], "No such option '--forse'. Did you mean '--force'?"),
         (["--from-args", "--outptu=m.yaml", *FLAGS], "No such option '--outptu'. Did you mean '--output'?"),
         (["--from-arg", *FLAGS], "No such option '--from-arg'. Did you mean '--from-args'?"),

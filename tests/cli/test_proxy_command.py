@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.commands import Command, contents
+from support.commands import Command, contents, write
 
 from mup_megatron.architectures.registry import load_model_file
 
@@ -85,3 +85,12 @@ def test_bad_values_write_nothing(run: Command, here: Path, words: list[str], sa
     assert (code, out) == (2, "")
     assert said in err
     assert contents(here) == before
+
+
+def test_a_proxy_at_which_an_own_tensor_has_no_size_is_refused(run: Command, here: Path) -> None:
+    own = [{"name": "decoder.gate", "fan_out": "mamba_num_heads", "start": 1.0}]
+    sizes = {"hidden_size": 128, "num_attention_heads": 16, "vocab_size": 300, "seq_length": 16}
+    write(here / "wide.yaml", {"hybrid_layer_pattern": "*-", **sizes, "custom_tensors": own})
+    code, out, err = run("proxy", "wide.yaml", "--hidden-size", "16")
+    assert (code, out) == (2, "")
+    assert "custom_tensors: 'mamba_num_heads' is no size" in err

@@ -120,6 +120,7 @@ def test_what_is_not_as_listed_is_refused() -> None:
         ({"name": "decoder gate", "fan_out": 1, "start": 0}, "decoder gate: no name of a parameter"),
         ({"name": "decoder.a", "fan_out": 1, "start": 0, "within": "mlp"}, "within mlp is for names with layers.*"),
         ({"name": "decoder.layers.*.a", "fan_out": 1, "start": 0, "within": "mamba"}, "no layer has mamba"),
+        ({"name": "encoder.layers.*.a", "fan_out": 1, "start": 0}, "no such stack of layers. Correct name."),
         ({"name": "decoder.a", "fan_out": "hidden_size"}, "a vector is not drawn. Give start"),
         ({"name": "decoder.a", "fan_out": "hidden", "start": 0}, "'hidden' is no size: 'hidden' is no key"),
         ({"name": "decoder.a", "fan_out": "__class__", "start": 0}, "'__class__' is no size"),

@@ -6,10 +6,12 @@ none of them stays as it was.
 
 from collections.abc import Collection, Mapping
 
+from mup_megatron.architectures.keys.experts import READ_WITH_EXPERTS
 from mup_megatron.architectures.keys.latent import READ_WITH_LATENT
 from mup_megatron.architectures.keys.mtp import READ_WITH_MTP
 
 READ_WITH: Mapping[str, Collection[str]] = {
+    "num_experts": READ_WITH_EXPERTS,
     "multi_latent_attention": READ_WITH_LATENT,
     "mtp_num_layers": READ_WITH_MTP,
 }

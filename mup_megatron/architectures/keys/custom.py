@@ -1,12 +1,13 @@
 """Tensors of a user's own layers (`--spec`), listed in a model file: names, sides, role and start. Runs no code."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from mup_megatron.validation import Strict, added
+from mup_megatron.errors import InputError
+from mup_megatron.validation import Strict, added, brief
 
 EVERY_LAYER = ".layers.*."
 """Within a name: the same in each layer of the stack before it."""
@@ -25,6 +26,7 @@ _WIDTHS = frozenset(
     "moe_shared_expert_intermediate_size mamba_num_heads".split()
 )
 """Keys that are widths at whatever base."""
+_LARGEST = 10**12
 _Text = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -35,7 +37,18 @@ class CustomSide(Strict):
     grows: bool
 
 
-_Side = int | _Text | CustomSide
+def _form(value: Any) -> str:
+    if isinstance(value, str):
+        return "(text)"
+    return "(side)" if isinstance(value, Mapping | CustomSide) else "(number)"
+
+
+_BY_FORM = Discriminator(_form)
+_Size = Annotated[Annotated[int, Tag("(number)")] | Annotated[_Text, Tag("(text)")], _BY_FORM]
+_Side = Annotated[
+    Annotated[int, Tag("(number)")] | Annotated[_Text, Tag("(text)")] | Annotated[CustomSide, Tag("(side)")], _BY_FORM
+]
+_Value = Annotated[Annotated[float, Tag("(number)")] | Annotated[Literal["normal", "kept"], Tag("(text)")], _BY_FORM]
 
 
 class CustomTensor(Strict):
@@ -53,13 +66,13 @@ class CustomTensor(Strict):
     fan_out: _Side
     fan_in: _Side | None = None
     """None for a vector, which adds to something or multiplies it."""
-    shape: Annotated[tuple[int | _Text, ...], Field(strict=False, min_length=1, max_length=8)] | None = None
+    shape: Annotated[tuple[_Size, ...], Field(strict=False, min_length=1, max_length=8)] | None = None
     """Default: [fan_out, fan_in], of a vector [fan_out]."""
     role: Literal["input", "hidden", "output", "scalar"] | None = None
     """Where the sides do not say it."""
     residual: bool = False
     """Whether it writes into the residual stream, and is drawn as Megatron draws what does."""
-    start: Literal["normal", "kept"] | float = "normal"
+    start: _Value = "normal"
     """`normal`: drawn with the configuration's init method; `kept`: as the layer itself draws it; or a constant."""
 
     @model_validator(mode="after")
@@ -105,17 +118,20 @@ def size_in(model: Any, size: int | str) -> int:
     """Returns what a size means in a model file.
 
     Raises:
-        ValueError: a word of it is neither a number nor a key whose value is one.
+        InputError: a word of it is neither a number nor a key whose value is one, or the whole is too large.
     """
     found = 1
     for word in _words(size):
         value = int(word) if word.isdecimal() else getattr(model, _ATTRIBUTES.get(word, word), None)
         known = word.isdecimal() or word in type(model).model_fields
         if not known or not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(
-                f"custom_tensors: '{size}' is no size: '{word}' is no key with a whole number. Correct it."
+            raise InputError(
+                f"custom_tensors: '{brief(size, 80)}' is no size: '{brief(word, 80)}' is no key with a whole number. "
+                "Correct it."
             )
         found *= value
+    if found > _LARGEST:
+        raise InputError(f"custom_tensors: '{brief(size, 80)}': no tensor has so large a side. Correct it.")
     return found
 
 

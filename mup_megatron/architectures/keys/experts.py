@@ -4,7 +4,7 @@ import ast
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from mup_megatron.architectures.flag import Flag, number, whole_number
 from mup_megatron.errors import InputError
@@ -20,7 +20,7 @@ _LONGEST = 10**4
 
 def _none(value: Any) -> Any:
     """A coefficient that is 0 is as good as none."""
-    return value or None
+    return None if type(value) in (int, float) and value == 0 else value
 
 
 def _alone(value: Any) -> Any:
@@ -38,8 +38,15 @@ def _pattern(value: Any) -> Any:
         raise ValueError(f"{error}. Correct this value.") from None
 
 
-_Coefficients = Annotated[tuple[_Coefficient, ...], Field(strict=False)]
-_Layers = Annotated[tuple[Literal[0, 1], ...], Field(strict=False, min_length=1, max_length=_LONGEST)]
+def _one_or_many(value: Any) -> str:
+    return "(many)" if isinstance(value, list | tuple) else "(one)"
+
+
+_BY_FORM = Discriminator(_one_or_many)
+_Coefficients = Annotated[tuple[_Coefficient, ...], Field(strict=False, min_length=1)]
+_Balancings = Annotated[tuple[_Balancing, ...], Field(strict=False, min_length=1)]
+_OfLayer = Annotated[int, Field(ge=0, le=1)]
+_Layers = Annotated[tuple[_OfLayer, ...], Field(strict=False, min_length=1, max_length=_LONGEST)]
 
 
 class ExpertKeys(Strict):
@@ -48,7 +55,9 @@ class ExpertKeys(Strict):
     num_experts: _Experts | None = None
     moe_ffn_hidden_size: _Count | None = None
     """Of one expert. Default: that of an MLP."""
-    moe_layer_freq: Annotated[_Count | _Layers, BeforeValidator(_pattern)] = added("0.2", 1)
+    moe_layer_freq: Annotated[
+        Annotated[_Count, Tag("(one)")] | Annotated[_Layers, Tag("(many)")], _BY_FORM, BeforeValidator(_pattern)
+    ] = added("0.2", 1)
     """Every so many layers one with experts, from the first on; or 1 (experts) or 0 (an MLP) for each layer."""
     moe_router_topk: _Count = added("0.2", 2)
     moe_shared_expert_intermediate_size: _Count | None = added("0.2", None)
@@ -63,9 +72,13 @@ class ExpertKeys(Strict):
     moe_router_num_groups: _Count | None = added("0.2", None)
     moe_router_group_topk: _Count | None = added("0.2", None)
     moe_router_load_balancing_type: Annotated[
-        _Balancing | Annotated[tuple[_Balancing, ...], Field(strict=False)], BeforeValidator(_alone)
+        Annotated[_Balancing, Tag("(one)")] | Annotated[_Balancings, Tag("(many)")], _BY_FORM, BeforeValidator(_alone)
     ] = added("0.2", "aux_loss")
-    moe_aux_loss_coeff: Annotated[_Coefficient | _Coefficients, BeforeValidator(_alone)] = added("0.2", 0.0)
+    moe_aux_loss_coeff: Annotated[
+        Annotated[_Coefficient, Tag("(one)")] | Annotated[_Coefficients, Tag("(many)")],
+        _BY_FORM,
+        BeforeValidator(_alone),
+    ] = added("0.2", 0.0)
     moe_z_loss_coeff: Annotated[_Coefficient | None, BeforeValidator(_none)] = added("0.2", None)
     moe_grouped_gemm: bool = added("0.2", False)
     """All experts' matrices in one module, where it is Transformer Engine's."""
@@ -153,6 +166,15 @@ class ExpertKeys(Strict):
                 groups is not None and of_groups is not None and (experts % groups != 0 or of_groups > groups),
                 f"moe_router_num_groups {groups} with moe_router_group_topk {of_groups}: it has to divide num_experts "
                 f"{experts}, and a token cannot choose from more groups than there are.",
+            ),
+            (
+                groups is not None and of_groups is not None and k > of_groups * (experts // groups),
+                f"moe_router_topk {k} is more than the experts of moe_router_group_topk {of_groups} of "
+                f"{groups} groups. Lower it, or choose from more groups.",
+            ),
+            (
+                self.has_legacy_experts and biases,
+                "moe_use_legacy_grouped_gemm: such experts have no biases. Set add_bias_linear to false.",
             ),
             (
                 isinstance(kinds, tuple) != isinstance(coefficients, tuple)
@@ -248,3 +270,5 @@ FLAGS: Mapping[str, Flag] = {
     "moe_use_legacy_grouped_gemm": Flag("--moe-use-legacy-grouped-gemm", "moe_use_legacy_grouped_gemm", False),
 }
 """Key → the flag that says the same."""
+READ_WITH_EXPERTS = frozenset(FLAGS) - {"num_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"}
+"""But for sizes, of which `require_possible_experts` says more."""

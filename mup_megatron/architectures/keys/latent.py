@@ -29,7 +29,8 @@ class LatentKeys(Strict):
     """None: YaRN with latent attention, else ordinary rotary embeddings."""
     rotary_scaling_factor: _Factor = added("0.2", 1.0)
     mscale: float = added("0.2", 1.0)
-    mscale_all_dim: float = added("0.2", 0.0)
+    mscale_all_dim: Annotated[float, Field(ge=0, le=1000)] = added("0.2", 0.0)
+    """Below 0 the softmax scale could be 0, and logits with it."""
 
     @property
     def latent_head_size(self) -> int:

@@ -11,7 +11,6 @@ from mup_megatron.errors import InputError
 from mup_megatron.validation import Strict, added, brief
 
 _Count = Annotated[int, Field(gt=0, le=10**9)]
-_Experts = Annotated[int, Field(gt=0, le=10**5)]
 _Coefficient = Annotated[float, Field(ge=0)]
 _Balancing = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"]
 _LONGEST = 10**4
@@ -52,7 +51,7 @@ _Layers = Annotated[tuple[_OfLayer, ...], Field(strict=False, min_length=1, max_
 class ExpertKeys(Strict):
     """The experts of a model; without `num_experts` it has none, and the other keys say nothing."""
 
-    num_experts: _Experts | None = None
+    num_experts: _Count | None = None
     moe_ffn_hidden_size: _Count | None = None
     """Of one expert. Default: that of an MLP."""
     moe_layer_freq: Annotated[

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from support.commands import Answer, Command, contents
 
+from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.registry import load_model_file, model_file
+from mup_megatron.architectures.registry import architecture_of, load_model_file, model_file
 from mup_megatron.recipe import HuggingFaceBase, load_recipe
 from mup_megatron.yaml_io import dump_yaml, parse_yaml, read_yaml
 
@@ -41,6 +42,7 @@ def _kind(path: Path) -> str:
         ("deepspeed", "zero_optimization"),
         ("model", "num_layers"),
         ("model", "hybrid_layer_pattern"),
+        ("model", "architecture"),
         ("space", "lr"),
     ):
         if key in content:
@@ -107,18 +109,21 @@ def _proxy(run: Command, target: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("path", _all("model"))
 def test_a_model_file_goes_through_every_command(run: Command, at_root: Path, path: Path) -> None:
     model = load_model_file(path)
-    assert _model_of_flags(run, *done(run("args", path, "--one-line")).split()) == _said(model)
+    program = architecture_of(model).command_line.programs[0]
+    assert _model_of_flags(run, program, *done(run("args", path, "--one-line")).split()) == _said(model)
     proxy = _proxy(run, path, at_root)
     tuned, ds = at_root / "own.recipe.yaml", at_root / "ds.json"
     done(run("recipe", "--base", proxy, "--lr", "0.01", "--lr-warmup-fraction", "0.1", "-o", tuned))
     assert done(run("explain", path, "--recipe", tuned, "--brief"))
     flags = done(run("args", path, "--recipe", tuned, "--train-iters", "100", "--one-line")).split()
-    assert _model_of_flags(run, *flags) == _said(model)
+    assert _model_of_flags(run, program, *flags) == _said(model)
     done(run("ds-config", path, "--recipe", tuned, "--train-iters", "100", "-o", ds))
     assert "goes with the recipe" in done(run("ds-config", path, "--recipe", tuned, "--check", ds))
     native = ("--use-mup", "--mup-base-hidden-size", load_model_file(proxy).hidden_size, "--optimizer", "adam",
               "--lr-decay-style", "linear", "--train-iters", "100")  # fmt: skip
-    if model.hidden_size > load_model_file(proxy).hidden_size:
+    if not isinstance(architecture_of(model), Decoder) or model.multi_latent_attention:
+        assert run("from-native", "--", program, *flags, *native).code == 2
+    elif model.hidden_size > load_model_file(proxy).hidden_size:
         done(run("from-native", "-o", at_root / "native.recipe.yaml", "--", *flags, *native))
         assert done(run("explain", path, "--recipe", at_root / "native.recipe.yaml", "--brief"))
 
@@ -136,8 +141,14 @@ def _targets(recipe: Path) -> Iterator[Path]:
                 yield path
         if isinstance(base, ModelFile) and kind == "model" and path.parent.name == "models":
             model = load_model_file(ROOT / path)
-            if model.hidden_size >= base.hidden_size and model.seq_length == base.seq_length:
+            alike = _families(model) == _families(base) and model.seq_length == base.seq_length
+            if alike and model.hidden_size >= base.hidden_size:
                 yield path
+
+
+def _families(model: ModelFile) -> set[str]:
+    stacks = architecture_of(model).stacks(model)
+    return {family.name for layers in stacks.values() for families in layers for family in families} | {*stacks}
 
 
 @pytest.mark.parametrize("path", _all("recipe"))

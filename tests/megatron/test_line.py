@@ -205,10 +205,13 @@ def test_shares_of_layers_are_the_pattern_that_megatron_makes_of_them(
     assert any("Megatron 0.16 makes" in remark for remark in line.remarks)
 
 
+@pytest.mark.skipif(
+    versions.core_version() >= (0, 17, 0),
+    reason="megatron-core {}.{} has patterns alone".format(*versions.core_version()),
+)
 def test_shares_of_all_sizes_are_megatrons_where_a_release_knows_them() -> None:
-    allocation = pytest.importorskip("megatron.core.ssm.mamba_hybrid_layer_allocation")
-    if not hasattr(allocation, "allocate_layers"):
-        pytest.skip("megatron-core 0.17 and later have patterns alone")
+    from megatron.core.ssm import mamba_hybrid_layer_allocation as allocation
+
     for layers, tenths, others in itertools.product((1, 7, 24, 57), range(11), range(11)):
         if 0 < tenths + others <= 10:
             expected = "".join(allocation.allocate_layers(layers, tenths / 10, others / 10))

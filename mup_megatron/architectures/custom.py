@@ -39,9 +39,7 @@ def _names(own: CustomTensor, stacks: Mapping[str, Sequence[Sequence[Family]]]) 
         yield own.name
         return
     stack, _, _ = own.name.partition(EVERY_LAYER)
-    if stack not in stacks:
-        raise InputError(f"custom_tensors: {own.name}: no stack is called {stack}. Write {' or '.join(stacks)}.")
-    for index, families in enumerate(stacks[stack]):
+    for index, families in enumerate(stacks.get(stack, ())):
         if own.within is None or own.within in {family.name for family in families}:
             yield own.name.replace(EVERY_LAYER, f".layers.{index}.")
 

@@ -120,10 +120,10 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
         ".metadata",
         "mkdir",
     ),
-    "code as random numbers": (_object("rng_state", lambda _: [RunsCode()]), DATA, "mkdir"),
+    "code as random numbers": (_object("rng_state", lambda _: [RunsCode()]), ".distcp", "mkdir"),
     "code as a tensor": (
         _object("optimizer", lambda held: [held, OrderedDict(a=RunsCode())]),
-        DATA,
+        ".distcp",  # whichever of the two that data is spread over
         "mkdir",
     ),
     "code in a file that Megatron looks for": (_objects_pickle, "common.pt", ""),

@@ -1,5 +1,6 @@
 """The tensors that a model file lists itself (`custom_tensors`), as the rules see them."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from mup_megatron.architectures.families import Family, Growth
@@ -49,10 +50,7 @@ def _tensor(own: CustomTensor, name: str, model: ModelFile, growth: Growth) -> T
     fan_in = Side(1) if own.fan_in is None else _side(own.fan_in, model, growth)
     default = (fan_out.size,) if own.fan_in is None else (fan_out.size, fan_in.size)
     shape = default if own.shape is None else tuple(size_in(model, each) for each in own.shape)
-    count = 1
-    for size in shape:
-        count *= size
-    if count % (fan_in.size * fan_out.size):
+    if math.prod(shape) % (fan_in.size * fan_out.size):
         raise InputError(
             f"custom_tensors: {own.name}: a shape of {shape} is no whole number of matrices from {fan_in.size} to "
             f"{fan_out.size}. Correct shape, fan_in or fan_out."

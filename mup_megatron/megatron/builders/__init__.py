@@ -13,7 +13,6 @@ import torch
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of
-from mup_megatron.megatron.builders.experts import expert_fields
 from mup_megatron.megatron.builders.layers import layer_fields
 
 
@@ -32,7 +31,7 @@ def build_chunk(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Mo
 
 def config_fields(model: ModelFile) -> Mapping[str, Any]:
     """Returns the fields of the TransformerConfig that only models of its architecture, or with its layers, have."""
-    return {**_builder(model).config(model), **layer_fields(model), **expert_fields(model)}
+    return {**_builder(model).config(model), **layer_fields(model)}
 
 
 def transformer_config(model: ModelFile, fields: Mapping[str, Any]) -> Any:

@@ -170,15 +170,13 @@ def test_every_layout_starts_from_the_same_weights(results: dict[str, list[Resul
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_parameter_has_its_global_name(results: dict[str, list[Result]], layout: str) -> None:
-    """A part of a matrix that is called so adds up, with the others', to the whole one of one process."""
+    """Where matrices are not cut, what is called so is the whole one of one process."""
     whole = results["one process"][0].own
-    sums: dict[str, dict[tuple[str, tuple[int, ...]], float]] = {}
     assert {name for rank in results[layout] for name in rank.own} == set(whole)
     if LAYOUTS[layout].tp > 1:
         return
     for rank in results[layout]:
         for name, (shape, total) in rank.own.items():
-            sums.setdefault(name, {})[name, shape] = total
             assert (shape, total) == whole[name], name
 
 

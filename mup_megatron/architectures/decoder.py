@@ -148,7 +148,8 @@ class Architecture(ABC):
             )
         growth = Growth(own, target)
         if of_base is self and all(getattr(base, key) == getattr(target, key) for key in _LAYOUT):
-            return self._shape(base, growth), self._shape(target, growth)
+            shape = self._shape(target, growth)
+            return shape if base is target else self._shape(base, growth), shape
         as_tuned = _named_as(as_tuned, base)
         # One model has its tensors in one order, whatever architecture it is taken for.
         tuned_names = [tensor.name for tensor in of_base._tensors(as_tuned, growth)]

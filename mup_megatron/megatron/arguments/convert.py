@@ -143,7 +143,7 @@ def model_from_values(
     content["vocab_size"], content["make_vocab_size_divisible_by"] = _vocabulary(values, vocab_size)
     _read_other_ways(content, values, source)
     own = _own(architecture, values, source, release)
-    content = as_read(architecture.file.unread, content | own.content, architecture.file.defaults())
+    content = as_read(architecture.file.unread, {**content, **own.content}, architecture.file.defaults())
     specs = architecture.command_line.specs
     if SPEC.changed(values) and (SPEC.found(values) in specs or not custom):
         content["transformer_impl"] = specs[SPEC.found(values)]

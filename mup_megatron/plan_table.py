@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from rich.console import Console
@@ -26,6 +26,8 @@ COLUMNS = (
 )
 _LAYER = re.compile(r"^([^0-9]*?\.)(\d+)(\..+)$")
 """The first number of a name that has one is its layer."""
+_EXPERT = re.compile(r"^(.*?\.experts\.(?:.*?(?=\.\d+\.)\.|.*?(?=\d+$)|))(\d+)(.*)$")
+"""The number of an expert is a word of the name behind `experts`, or the end of its last one."""
 
 
 def print_plan(plan: Plan, *, brief: bool) -> None:
@@ -33,7 +35,8 @@ def print_plan(plan: Plan, *, brief: bool) -> None:
 
     Args:
         plan: what to show.
-        brief: show layers that follow each other and are alike in everything as one, named `layers.FIRST-LAST`.
+        brief: show layers, and experts of a layer, that follow each other and are alike in everything as one, named
+            `layers.FIRST-LAST`.
     """
     # Never narrowed: to fit the terminal, a table would lose digits and columns.
     console = Console(width=1000)
@@ -46,7 +49,7 @@ def print_plan(plan: Plan, *, brief: bool) -> None:
         ),
         highlight=False,
     )
-    entries = _brief(plan.entries) if brief else plan.entries
+    entries = _merged(_merged(plan.entries, _EXPERT), _LAYER) if brief else plan.entries
     rows = [COLUMNS, *(tuple(_cell(entry, column) for column in COLUMNS) for entry in entries)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     header, *lines = ("  ".join(map(_aligned, COLUMNS, row, widths)).rstrip() for row in rows)
@@ -59,20 +62,20 @@ def _aligned(column: str, cell: str, width: int) -> str:
     return cell.ljust(width) if column in {"name", "role", "rule"} else cell.rjust(width)
 
 
-def _brief(entries: tuple[PlanEntry, ...]) -> Iterator[PlanEntry]:
-    """The entries with layers that follow each other and are alike in everything as one, named `layers.FIRST-LAST`."""
-    layers: list[tuple[str | None, list[PlanEntry]]] = []
-    for index, group in itertools.groupby(entries, lambda entry: _layer(entry.name)):
-        layers.append((index, [replace(entry, name=_LAYER.sub(r"\1{}\3", entry.name)) for entry in group]))
-    for content, alike in itertools.groupby(layers, lambda layer: layer[1]):
+def _merged(entries: Iterable[PlanEntry], numbered: re.Pattern[str]) -> Iterator[PlanEntry]:
+    """The entries with those as one, named `FIRST-LAST`, that follow each other and differ in their number alone."""
+
+    def number(entry: PlanEntry) -> str | None:
+        match = numbered.match(entry.name)
+        return match[2] if match else None
+
+    blocks: list[tuple[str | None, list[PlanEntry]]] = []
+    for index, group in itertools.groupby(entries, number):
+        blocks.append((index, [replace(entry, name=numbered.sub(r"\1{}\3", entry.name)) for entry in group]))
+    for content, alike in itertools.groupby(blocks, lambda block: block[1]):
         indices = [index for index, _ in alike]
         label = f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0])
         yield from (replace(entry, name=entry.name.replace("{}", label)) for entry in content)
-
-
-def _layer(name: str) -> str | None:
-    match = _LAYER.match(name)
-    return match[2] if match else None
 
 
 def _cell(entry: PlanEntry, column: str) -> str:

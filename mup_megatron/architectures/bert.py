@@ -8,9 +8,10 @@ from pydantic import model_validator
 
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
 from mup_megatron.architectures.decoder import Architecture, Layers, embedding, readout
-from mup_megatron.architectures.encoder_file import EncoderFile
 from mup_megatron.architectures.families import ATTENTION, MLP, linear, norm, vector
 from mup_megatron.architectures.flag import Flag
+from mup_megatron.architectures.keys import PLAIN_LAYERS
+from mup_megatron.architectures.keys.unread import Unread
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Side, Tensor
 
@@ -19,9 +20,10 @@ _SENTENCES = 2
 """Types of tokens, and outputs of the binary head: which of two sentences, and whether they are in order."""
 
 
-class BertFile(EncoderFile):
+class BertFile(ModelFile):
     """The shape of a BERT; Megatron-Core's is pre-LN, as a GPT is."""
 
+    unread: ClassVar[tuple[Unread, ...]] = (*ModelFile.unread, PLAIN_LAYERS)
     architecture: Literal["bert"]
     bert_binary_head: bool = True
     """Whether there are a pooler and a head for pairs of sentences, and embeddings of which sentence a token is in."""

@@ -7,14 +7,15 @@ it) is in one file for each: `gpt.py`, `hybrid.py`, `bert.py`, `t5.py`.
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from mup_megatron.architectures.command_line import CommandLine
 from mup_megatron.architectures.custom import custom_tensors
 from mup_megatron.architectures.families import MTP, Block, Family, Growth, Size, norm
-from mup_megatron.architectures.families.family import Remarking, alike
+from mup_megatron.architectures.families.family import alike
+from mup_megatron.architectures.layout import Layout
 from mup_megatron.architectures.measured import Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import (
@@ -137,9 +138,9 @@ class Architecture(ABC):
                 f"the recipe's base is {of_base.description} and the target {self.description}, which are not one "
                 "model. Tune a base of the target's architecture."
             )
-        of_families = {key: decides for _, family in self._branches(target) for key, decides in family.shared.items()}
+        of_families = {key: decides for family in self.families(target) for key, decides in family.shared.items()}
         _require_alike(own, target, {**alike(*self.shared), **of_families})
-        kinds_at_base, kinds = ({f.name for _, f in self._branches(m)} for m in (own, target))
+        kinds_at_base, kinds = ({each.name for each in self.families(m)} for m in (own, target))
         if kinds_at_base != kinds:
             raise InputError(
                 f"the recipe's base has layers of {' and '.join(sorted(kinds_at_base))}, and the target of "
@@ -147,7 +148,8 @@ class Architecture(ABC):
             )
         growth = Growth(own, target)
         if of_base is self and all(getattr(base, key) == getattr(target, key) for key in _LAYOUT):
-            return self._shape(base, growth), self._shape(target, growth)
+            shape = self._shape(target, growth)
+            return shape if base is target else self._shape(base, growth), shape
         as_tuned = _named_as(as_tuned, base)
         # One model has its tensors in one order, whatever architecture it is taken for.
         tuned_names = [tensor.name for tensor in of_base._tensors(as_tuned, growth)]
@@ -163,8 +165,29 @@ class Architecture(ABC):
 
     def remarks(self, base: ModelFile, target: ModelFile) -> Sequence[str]:
         """Returns what is known of transfer from this base to a target of this architecture, in sentences."""
-        families = {family.name: family for _, family in self._branches(target)}
-        return [each for own in families.values() if isinstance(own, Remarking) for each in own.remarks(base, target)]
+        own = [each for each in self.families(target) if isinstance(each, Family)]
+        return [remark for family in own for remark in family.remarks(base, target)]
+
+    def config(self, model: ModelFile) -> Mapping[str, Any]:
+        """Returns the fields of a TransformerConfig that only models of its kind, or with its layers, have."""
+        return {field: value for each in self.families(model) for field, value in each.config(model).items()}
+
+    def problems(self, model: ModelFile, layout: Layout) -> Iterator[str]:
+        """Yields why Megatron cannot train the layers of a model on these ranks, by flag, and what to do."""
+        for family in self.families(model):
+            yield from family.problems(model, layout)
+
+    def local_problem(self, model: ModelFile, *, on_cpu: bool) -> str | None:
+        """Returns why Megatron's local layers cannot be those of a model, and what to do; None where they can."""
+        return next(filter(None, (each.local_problem(model, on_cpu=on_cpu) for each in self.families(model))), None)
+
+    def expert_parallel(self, model: ModelFile) -> bool:
+        """Returns whether ranks of expert parallelism hold different parts of a model."""
+        return any(family.expert_parallel for family in self.families(model))
+
+    def families(self, model: ModelFile) -> Collection[Block]:
+        """Returns the kinds of layers that a model has, each once."""
+        return {family.name: family for _, family in self._branches(model)}.values()
 
     def _branches(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
         """Each layer's name and one of its families, in order; then those behind the stacks."""

@@ -14,6 +14,7 @@ from mup_megatron.architectures.families import ATTENTION, EXPERTS, MAMBA, MLP, 
 from mup_megatron.architectures.flag import Flag, number
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.keys import mamba
+from mup_megatron.architectures.keys.unread import Unread, absent
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.validation import brief
@@ -29,12 +30,24 @@ _OTHERS = {
 _KNOWN = ", ".join(f"'{letter}' ({family.name})" for letter, family in FAMILIES.items())
 _BOUNDARY = "|"
 _LONGEST = 10**4
+_KEY = "hybrid_layer_pattern"
 _AS_GPT = re.compile(r"(?:\*[-E])+")
+
+
+def _has_mamba(pattern: str) -> bool:
+    return "M" in pattern
 
 
 class HybridFile(mamba.MambaKeys, ModelFile):
     """A hybrid model's shape: a model file with a pattern, which says how many layers there are."""
 
+    unread: ClassVar[tuple[Unread, ...]] = (
+        *ModelFile.unread,
+        Unread((*mamba.FLAGS,), "hybrid_layer_pattern has no layer M, which reads it. Remove it.", _KEY, _has_mamba),
+        absent("a hybrid model's attention has no norms of queries and keys.", "qk_layernorm"),
+        absent("a pattern says itself which layers have experts.", "moe_layer_freq"),
+        absent("not supported yet in a hybrid model, but in a GPT.", "multi_latent_attention", "mtp_num_layers"),
+    )
     hybrid_layer_pattern: str = Field(min_length=1, max_length=_LONGEST)
     """One letter a layer: `M` Mamba-2, `*` attention, `-` MLP, `E` experts; `|` where a pipeline stage ends."""
 
@@ -62,11 +75,6 @@ class HybridFile(mamba.MambaKeys, ModelFile):
 
     @model_validator(mode="after")
     def _agree(self) -> "HybridFile":
-        if self.qk_layernorm:
-            raise ValueError("qk_layernorm: a hybrid model's attention has no norms of queries and keys. Remove it.")
-        for key in ("multi_latent_attention", "mtp_num_layers"):
-            if getattr(self, key):
-                raise ValueError(f"{key}: not supported yet in a hybrid model. Remove the key, or choose a GPT.")
         if self.num_layers != len(self.letters):
             raise ValueError(
                 f"num_layers {self.num_layers}, and hybrid_layer_pattern has {len(self.letters)}. Remove num_layers."
@@ -75,8 +83,6 @@ class HybridFile(mamba.MambaKeys, ModelFile):
             self.require_possible_mamba(self.hidden_size)
         if (self.num_experts is None) is ("E" in self.letters):
             raise ValueError("num_experts belongs to layers E of hybrid_layer_pattern. Give both, or none of them.")
-        if self.moe_layer_freq != 1:
-            raise ValueError("moe_layer_freq: a pattern says itself which layers have experts. Remove the key.")
         return self
 
     def require_tensor_parallel(self, size: int) -> None:
@@ -112,7 +118,6 @@ def _letters(pattern: str) -> str:
 
 # ---- on Megatron-LM's command line ---------------------------------------------------------------------------------
 
-_KEY = "hybrid_layer_pattern"
 _PATTERN = Flag("--hybrid-layer-pattern", _KEY, None, str)
 _OLDER_PATTERN = Flag("--hybrid-override-pattern", "hybrid_override_pattern", None, str)
 """The one of 0.16; later releases take it for the other."""
@@ -252,6 +257,10 @@ class Hybrid(Decoder):
             "fewer rows."
         )
         return {"mamba_num_heads": heads, "mamba_num_groups": groups}, () if groups == sizes.groups else (fewer,)
+
+    def config(self, model: ModelFile) -> Mapping[str, Any]:
+        """Returns the fields of its layers, and that the stock initialisation counts one branch a layer."""
+        return {**super().config(model), "is_hybrid_model": True}
 
     def stages(self, model: ModelFile) -> Sequence[int] | None:
         """Returns the layers between the pattern's boundaries; None where it has none."""

@@ -5,15 +5,16 @@ architecture one is.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mup_megatron.architectures.keys import READ_WITH
+from mup_megatron.architectures.keys import UNREAD
 from mup_megatron.architectures.keys.custom import CustomKeys
 from mup_megatron.architectures.keys.experts import ExpertKeys
 from mup_megatron.architectures.keys.latent import LatentKeys
 from mup_megatron.architectures.keys.mtp import MtpKeys
+from mup_megatron.architectures.keys.unread import Unread, unread
 from mup_megatron.errors import InputError
 from mup_megatron.validation import Strict
 
@@ -75,6 +76,14 @@ class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
 
     # Of several bases the last one's keys come first, in messages and in files.
 
+    unread: ClassVar[tuple[Unread, ...]] = UNREAD
+    """Keys that are read only beside others, and those of layers that no model of this kind has."""
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Returns the value of each key that a file does not say."""
+        return {key: field.default for key, field in cls.model_fields.items()}
+
     @model_validator(mode="before")
     @classmethod
     def _known_kind(cls, content: Any) -> Any:
@@ -85,6 +94,8 @@ class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
 
     @model_validator(mode="after")
     def _possible(self) -> "ModelFile":
+        if problem := next(unread(self.unread, dict(self), self.defaults()), None):
+            raise ValueError(problem)
         if self.ffn_size == 0:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is too small for the default ffn_hidden_size of a gated MLP, which is "
@@ -108,19 +119,11 @@ class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
             )
         if self.position_embedding_type == "rope" and not latent and self.head_size % 2:
             raise ValueError(f"kv_channels {self.head_size} is odd, which rotary embeddings cannot use. Make it even.")
-        for switch, keys in READ_WITH.items():
-            unread = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
-            if unread and not getattr(self, switch):
-                raise ValueError(
-                    f"{min(unread)}: without {switch} Megatron does not read it. Add that key, or remove this."
-                )
         if latent and self.qk_pos_emb_head_dim % 2:
             raise ValueError(
                 f"qk_pos_emb_head_dim {self.qk_pos_emb_head_dim} is odd, which rotary embeddings cannot use. Make it "
                 "even."
             )
-        if latent and self.group_query_attention:
-            raise ValueError("group_query_attention: latent attention has no groups of queries. Remove the key.")
         if not latent and self.rope_type == "yarn":
             raise ValueError(
                 "rope_type yarn: only with multi_latent_attention; ordinary attention would need a factor that a model "

@@ -33,11 +33,6 @@ def mtp_layer(index: int) -> str:
     return f"mtp.layers.{index}"
 
 
-def is_of_experts(name: str) -> bool:
-    """Returns whether a parameter belongs to experts that share the tokens, which are divided among ranks."""
-    return ".mlp.experts." in name
-
-
 def global_name(
     local_name: str, layers: Mapping[str, Sequence[int]], *, tied: bool, experts: Sequence[int] | None = None
 ) -> str:

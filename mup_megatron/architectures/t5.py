@@ -9,9 +9,10 @@ from pydantic import model_validator
 
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
 from mup_megatron.architectures.decoder import Architecture, Layers
-from mup_megatron.architectures.encoder_file import EncoderFile
 from mup_megatron.architectures.families import ATTENTION, CROSS_ATTENTION, MLP, vector
 from mup_megatron.architectures.flag import Flag, whole_number
+from mup_megatron.architectures.keys import PLAIN_LAYERS
+from mup_megatron.architectures.keys.unread import Unread, absent
 from mup_megatron.architectures.model_file import Count, Depth, ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.theory import Side, Tensor
@@ -21,18 +22,26 @@ _TOGETHER = {"num_layers": "encoder_num_layers", "seq_length": "encoder_seq_leng
 """Key of every model file → what Megatron also calls it where there are two stacks."""
 
 _Positions = Literal["learned_absolute", "rope", "none", "relative"]
+_NOT_RELATIVE = "without position_embedding_type relative Megatron does not read it. Remove the key."
+_OF_BUCKETS = ("relative_attention_num_buckets", "relative_attention_max_distance")
 
 
-class T5File(EncoderFile):
+class T5File(ModelFile):
     """The shape of a T5: `num_layers` and `seq_length` are the encoder's; the decoder's are as many by default."""
 
+    unread: ClassVar[tuple[Unread, ...]] = (
+        *ModelFile.unread,
+        PLAIN_LAYERS,
+        absent("Megatron's cross-attention has no grouped queries.", "group_query_attention"),
+        absent("Megatron's T5 does not take it.", "rotary_base"),
+        Unread(_OF_BUCKETS, _NOT_RELATIVE, "position_embedding_type", "relative".__eq__),
+    )
     architecture: Literal["t5"]
     position_embedding_type: _Positions = "learned_absolute"  # type: ignore[assignment]
     encoder_num_layers: Depth
     decoder_num_layers: Depth
     decoder_seq_length: Count
     relative_attention_num_buckets: Count = 32
-    """Read only with `position_embedding_type: relative`."""
     relative_attention_max_distance: Count = 128
 
     @model_validator(mode="before")
@@ -59,12 +68,6 @@ class T5File(EncoderFile):
 
     @model_validator(mode="after")
     def _as_built(self) -> "T5File":
-        if self.group_query_attention:
-            raise ValueError(
-                "group_query_attention: Megatron's cross-attention has no grouped queries. Remove the key."
-            )
-        if self.rotary_base != ModelFile.model_fields["rotary_base"].default:
-            raise ValueError("rotary_base: Megatron's T5 does not take it. Remove the key.")
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if self.position_embedding_type == "relative" and not 4 <= buckets < 2 * distance:
             raise ValueError(
@@ -132,7 +135,7 @@ class T5Architecture(Architecture):
     readout: ClassVar[str] = "lm_head.output_layer.weight"
     branches: ClassVar[int] = 2
     """Also in the decoder, whose layers have three."""
-    shared: ClassVar[tuple[str, ...]] = ("relative_attention_num_buckets", "relative_attention_max_distance")
+    shared: ClassVar[tuple[str, ...]] = _OF_BUCKETS
     objective: ClassVar[str] = "denoising"
     pipelines: ClassVar[bool] = False
 

@@ -55,7 +55,7 @@ def is_residual(entry: PlanEntry) -> bool:
 
 def is_of_experts(entry: PlanEntry) -> bool:
     """Returns whether it is one of several that share the tokens."""
-    return Property.EXPERT in entry.properties
+    return entry.is_expert
 
 
 def is_router(entry: PlanEntry) -> bool:

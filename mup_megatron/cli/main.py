@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 the answer is no, 2 bad input. Commands are thin modules beside this one, imported when called.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -88,11 +89,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        # What commands read and write themselves has a message of its own; what is left is the answer.
-        code = _complain(f"the answer cannot be written ({error.strerror}). Free some space.", BAD_INPUT, debug=debug)
+        # What commands read and write themselves has a message of its own; what is left has at least a name.
+        code = _complain(_refused_by_system(error), BAD_INPUT, debug=debug)
     except (click.Abort, KeyboardInterrupt):
         code = _complain("interrupted", 130, debug=debug)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refused_by_system(error: OSError) -> str:
+    """What could not be opened, read or written: a file that the error names, or else the answer."""
+    why = error.strerror or type(error).__name__
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = "the answer" if error.filename is None else str(error.filename)
+        return f"{what} cannot be written ({why}). Free some space."
+    if error.filename is not None:
+        return f"{error.filename} cannot be opened or written ({why}). Correct its path, or who may use it."
+    return f"the system refuses what the command needs ({why}). Where it was is shown with --debug."
 
 
 def _complain(message: str, code: int, *, debug: bool) -> int:

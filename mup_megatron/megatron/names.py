@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from mup_megatron.architectures.names import global_name, is_of_experts
+from mup_megatron.architectures.names import global_name
 from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.live.compare import Remedies, parameter_problems
 from mup_megatron.megatron import versions
@@ -80,7 +80,11 @@ def require_match(model_chunks: Sequence[torch.nn.Module], plan: Plan) -> None:
 
     Collective: every rank has to call it.
     """
-    held = {name: global_shape(name, parameter) for name, parameter in named_parameters(model_chunks, tied=plan.tied)}
+    experts = {entry.name for entry in plan.entries if entry.is_expert}
+    held = {
+        name: global_shape(name, parameter, expert=name in experts)
+        for name, parameter in named_parameters(model_chunks, tied=plan.tied)
+    }
     everywhere = set().union(*gathered(set(held)))
     size = parallel_state.get_tensor_model_parallel_world_size()
     raise_together(parameter_problems(held, plan, _REMEDIES, everywhere=everywhere, tensor_parallel=size))
@@ -93,10 +97,10 @@ def local_values(parameter: torch.nn.Parameter) -> torch.Tensor:
     return local
 
 
-def global_shape(name: str, parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """Returns the shape in a model that is not split, of a parameter by its global name."""
+def global_shape(name: str, parameter: torch.nn.Parameter, *, expert: bool = False) -> tuple[int, ...]:
+    """Returns the shape in a model that is not split, of a parameter by its global name and what its entry says."""
     shape = list(parameter.shape)
-    if is_of_experts(name):
+    if expert:
         return _global_shape_of_experts(name, shape)
     if getattr(parameter, "tensor_model_parallel", False):
         shape[getattr(parameter, "partition_dim", 0)] *= parallel_state.get_tensor_model_parallel_world_size()

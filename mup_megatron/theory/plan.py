@@ -84,6 +84,11 @@ class PlanEntry:
         return Property.RESIDUAL in self.properties
 
     @property
+    def is_expert(self) -> bool:
+        """True where it belongs to one of several that share the tokens, or to all of them."""
+        return Property.EXPERT in self.properties
+
+    @property
     def rules(self) -> Optimizer:
         """The rules of the optimizer that steps it."""
         return optimizers()[self.optimizer]
@@ -175,7 +180,7 @@ class Plan:
         """The scale that attention uses if nothing is said."""
         return stock_scale(self.head_size, self.stock_softmax_scale)
 
-    @property
+    @cached_property
     def changes_softmax_scale(self) -> bool:
         """True where an attention needs to be told another scale than the one it uses by itself."""
         return self.softmax_scale != self.own_softmax_scale or any(

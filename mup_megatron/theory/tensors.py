@@ -24,7 +24,7 @@ class Role(StrEnum):
 
 
 class Property(StrEnum):
-    """A property of a tensor besides its role. They combine: a shared expert's output is `EXPERT` and `RESIDUAL`."""
+    """A property of a tensor besides its role. They combine: an expert's output is `EXPERT` and `RESIDUAL`."""
 
     EMBEDDING = "embedding"
     """A table whose rows are looked up; carries the embedding multiplier α_in."""

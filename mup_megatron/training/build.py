@@ -16,12 +16,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.names import is_of_experts
+from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import cpu, versions
 from mup_megatron.megatron.builders import build_chunk, transformer_config
 from mup_megatron.megatron.guard import require_as_planned
 from mup_megatron.megatron.model import apply_plan, configure
+from mup_megatron.megatron.names import named_parameters
 from mup_megatron.megatron.optimizer import config_overrides
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
@@ -57,16 +58,9 @@ def available_model(model: ModelFile, options: TrainingOptions) -> ModelFile:
                 "transformer_impl: transformer_engine, and Transformer Engine is not installed. Install it "
                 "(pip install 'transformer-engine[pytorch]'), or write `transformer_impl: local` into the model file."
             )
-    if model.transformer_impl == "local" and model.multi_latent_attention and not cpu.is_enabled():
-        raise InputError(
-            "multi_latent_attention: Megatron's local attention takes no head sizes of its own, so it cannot be "
-            "latent. Use transformer_impl transformer_engine."
-        )
-    if model.transformer_impl == "local" and model.num_experts is not None and model.add_bias_linear:
-        raise InputError(
-            "add_bias_linear: Megatron's local experts stop in training if they have biases. Train on a GPU with "
-            "Transformer Engine, or set add_bias_linear to false in model file and recipe."
-        )
+    problem = architecture_of(model).local_problem(model, on_cpu=cpu.is_enabled())
+    if model.transformer_impl == "local" and problem is not None:
+        raise InputError(problem)
     if model.transformer_impl == "local" and not HAVE_APEX:
         if model.apply_layernorm_1p:
             raise InputError(
@@ -97,8 +91,8 @@ def build(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions
     config = _transformer_config(model, recipe, options)
     configure(config, plan)
     models = [build_chunk(model, config, stage) for stage in _stages(model, options)]
-    _set_experts_apart(models)
-    if initialize and config.use_cpu_initialization and model.num_experts is not None:
+    _set_experts_apart(models, plan)
+    if initialize and config.use_cpu_initialization and any(entry.is_expert for entry in plan.entries):
         draw_by_name(models, plan, config, seed=options.seed)
     apply_plan(models, plan, initialize=initialize)
     chunks = _wrapped(models, config, options)
@@ -116,16 +110,15 @@ def build(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions
     return Built(config, chunks, optimizer, scheduler, objective_of(model))
 
 
-def _set_experts_apart(models: Sequence[torch.nn.Module]) -> None:
+def _set_experts_apart(models: Sequence[torch.nn.Module], plan: Plan) -> None:
     """Marks experts for buffers and an optimizer of their own, as Megatron does where ranks hold different ones.
 
     So on every layout: a checkpoint is then for any number of expert-parallel ranks, and gradients of experts are added
     up over those that hold them alike, which Megatron-Core 0.16 else does not do where they alone are not split.
     """
-    for model in models:
-        for name, parameter in model.named_parameters():
-            if is_of_experts(name):
-                parameter.allreduce = False  # type: ignore[attr-defined]
+    for name, parameter in named_parameters(models, tied=plan.tied):
+        if name in plan.by_name and plan[name].is_expert:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> Any:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from mup_megatron.architectures.names import is_of_experts
 from mup_megatron.megatron.model import stock_std
 from mup_megatron.megatron.names import named_parameters
-from mup_megatron.theory import Plan
+from mup_megatron.theory import Plan, PlanEntry
 
 
 def draw_by_name(models: Sequence[torch.nn.Module], plan: Plan, config: Any, *, seed: int) -> None:
@@ -31,7 +30,7 @@ def draw_by_name(models: Sequence[torch.nn.Module], plan: Plan, config: Any, *, 
         std = stock_std(plan[name], config) if plan[name].init_std is not None else None
         if std is None:
             continue
-        ranks, rank = _ranks(name, parameter)
+        ranks, rank = _ranks(plan[name], parameter)
         split = int(getattr(parameter, "partition_dim", 0))
         shape = [size * ranks if dimension == split else size for dimension, size in enumerate(parameter.shape)]
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
@@ -40,11 +39,11 @@ def draw_by_name(models: Sequence[torch.nn.Module], plan: Plan, config: Any, *, 
             parameter.copy_(whole.chunk(ranks, dim=split)[rank])
 
 
-def _ranks(name: str, parameter: torch.nn.Parameter) -> tuple[int, int]:
+def _ranks(entry: PlanEntry, parameter: torch.nn.Parameter) -> tuple[int, int]:
     """By how many ranks a weight is shared, and which of them this is."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return 1, 0
-    if is_of_experts(name):
+    if entry.is_expert:
         return (
             parallel_state.get_expert_tensor_parallel_world_size(),
             parallel_state.get_expert_tensor_parallel_rank(),

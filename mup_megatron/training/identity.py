@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.errors import InputError
 from mup_megatron.readback import parse_json
 from mup_megatron.recipe import Recipe
@@ -38,7 +39,11 @@ def identity_of(model: ModelFile, recipe: Recipe, data: Path, options: TrainingO
         InputError: there are no sound data at the prefix.
     """
     meta = check_prefix(data)
-    own = _LAYOUT_OF_EXPERTS if model.num_experts is not None and options.use_distributed_optimizer else ()
+    own = (
+        _LAYOUT_OF_EXPERTS
+        if architecture_of(model).expert_parallel(model) and options.use_distributed_optimizer
+        else ()
+    )
     return {
         "version": VERSION,
         "fingerprint": recipe.fingerprint,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mup_megatron.architectures.layout import Layout
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.errors import InputError
@@ -64,6 +65,17 @@ class TrainingOptions:
         """True if `save` and `load` are one folder, however the two are spelled."""
         return self.save is not None and self.load is not None and self.save.resolve() == self.load.resolve()
 
+    def layout(self, world_size: int) -> Layout:
+        """Returns how a run on so many ranks divides its model."""
+        return Layout(
+            world_size=world_size,
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            expert_model_parallel_size=self.expert_model_parallel_size,
+            expert_tensor_parallel_size=self.expert_tensor_parallel_size or self.tensor_model_parallel_size,
+            sequence_parallel=self.sequence_parallel,
+        )
+
     def virtual_stages(self, model: ModelFile) -> int | None:
         """Returns the number of stages that each pipeline rank holds; None without a virtual pipeline."""
         stages = architecture_of(model).stages(model)
@@ -105,7 +117,7 @@ def require_possible(model: ModelFile, recipe: Recipe, options: TrainingOptions,
         model.require_tensor_parallel(options.tensor_model_parallel_size)
         problems = [
             *_bad_layout(model, recipe, options),
-            *_bad_experts(model, options, world_size),
+            *_bad_layers(model, options, world_size),
             *_bad_batch(model, options, world_size),
         ]
     if problems:
@@ -199,11 +211,6 @@ def _bad_layout(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> I
             f"--num-layers-per-virtual-pipeline-stage {per_stage} does not divide the {model.num_layers // stages} "
             "layers of a pipeline stage. Choose a divisor of it."
         )
-    if stages > 1 and model.tied and model.mtp_num_layers:
-        yield (
-            f"--pipeline-model-parallel-size {stages}: Megatron cannot save tied embeddings with mtp_num_layers on "
-            "several stages. Use untie_embeddings_and_output_weights, or one stage."
-        )
     if stages > 1 and not architecture_of(model).pipelines:
         yield (
             f"--pipeline-model-parallel-size {stages}: Megatron-Core does not split "
@@ -223,42 +230,14 @@ def _bad_layout(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> I
         yield from filter(None, map(distributed_problem, recipe.optimizers))
 
 
-def _bad_experts(model: ModelFile, options: TrainingOptions, world_size: int) -> Iterator[str]:
-    experts, tensor = options.expert_model_parallel_size, options.tensor_model_parallel_size
-    own = options.expert_tensor_parallel_size
-    if model.num_experts is None:
-        if experts > 1 or own is not None:
-            name = "expert_model_parallel_size" if experts > 1 else "expert_tensor_parallel_size"
-            yield f"{_flag(name)} {getattr(options, name)}: the model has no experts. Drop it."
-        return
-    if tensor > 1 and not options.sequence_parallel:
-        yield (
-            f"--tensor-model-parallel-size {tensor}: Megatron trains experts with it under sequence parallelism alone. "
-            "Add --sequence-parallel."
-        )
-    if model.num_experts % experts:
-        yield (
-            f"--expert-model-parallel-size {experts} does not divide num_experts {model.num_experts}. Choose a divisor "
-            "of it."
-        )
-    if model.expert_ffn_size % (own or tensor):
-        yield (
-            f"--expert-tensor-parallel-size {own or tensor} does not divide the size {model.expert_ffn_size} of an "
-            "expert. Choose a divisor of it."
-        )
-    shared = model.moe_shared_expert_intermediate_size
-    if shared is not None and shared % tensor:
-        yield (
-            f"--tensor-model-parallel-size {tensor} does not divide moe_shared_expert_intermediate_size {shared}. "
-            "Choose a divisor of it."
-        )
-    together = experts * (own or tensor) * options.pipeline_model_parallel_size
-    if world_size % together:
-        yield (
-            f"--expert-model-parallel-size {experts} × expert tensor parallelism {own or tensor} × "
-            f"--pipeline-model-parallel-size {options.pipeline_model_parallel_size} needs a multiple of {together} "
-            f"processes, and there {'is one' if world_size == 1 else f'are {world_size}'}. Start that many."
-        )
+def _bad_layers(model: ModelFile, options: TrainingOptions, world_size: int) -> Iterator[str]:
+    """What the kinds of layers that the model has say of the ranks."""
+    architecture = architecture_of(model)
+    for name, default in (("expert_model_parallel_size", 1), ("expert_tensor_parallel_size", None)):
+        value = getattr(options, name)
+        if value != default and not architecture.expert_parallel(model):
+            yield f"{_flag(name)} {value}: the model has no experts. Drop it."
+    yield from architecture.problems(model, options.layout(world_size))
 
 
 def _bad_batch(model: ModelFile, options: TrainingOptions, world_size: int) -> Iterator[str]:

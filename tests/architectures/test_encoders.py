@@ -189,6 +189,10 @@ def test_base_and_target_share_what_is_no_size(architecture: str, changes: dict[
         ({"architecture": "t5", "encoder_num_layers": 3}, "num_layers 2 beside encoder_num_layers 3"),
         ({"architecture": "t5", "group_query_attention": True, "num_query_groups": 2}, "no grouped queries"),
         ({"architecture": "t5", "decoder_seq_length": 99}, "smaller than decoder_seq_length 99"),
+        (
+            {"architecture": "t5", "relative_attention_num_buckets": 8},
+            "relative_attention_num_buckets: without position_embedding_type relative Megatron does not read it",
+        ),
         ({"architecture": "t5", "rotary_base": 99}, "rotary_base: Megatron's T5 does not take it"),
         ({"position_embedding_type": "relative"}, "position_embedding_type"),
         ({"architecture": "bert", "num_experts": 4, "moe_router_topk": 2}, "num_experts: Megatron's BERT and T5"),

@@ -12,7 +12,7 @@ from support.stock import Layout
 from mup_megatron.architectures.hybrid import HYBRID, HybridFile
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import Search, choose_proxy
-from mup_megatron.architectures.registry import load_model_file, model_file, shapes_of
+from mup_megatron.architectures.registry import architecture_of, load_model_file, model_file, shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.versions import core_version
 from mup_megatron.recipe import PerParameter
@@ -58,12 +58,13 @@ def live_shapes(models: list[HybridFile], layout: Layout) -> list[Shapes]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    from mup_megatron.megatron.builders import build_chunk, config_fields
+    from mup_megatron.megatron.builders import build_chunk
 
     found = []
     for model in models:
         stock.init_parallel(layout)
-        config = stock.transformer_config(planned.sizes_of(model, layout.tp), layout, **config_fields(model))
+        fields = architecture_of(model).config(model)
+        config = stock.transformer_config(planned.sizes_of(model, layout.tp), layout, **fields)
         shapes: Shapes = {}
         for entry in nested_values(build_chunk(model, config, None).sharded_state_dict()):
             # The two halves of a gated layer are saved apart, and the rows of a Mamba layer under names of their own.
@@ -170,6 +171,10 @@ SIZES = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100, "seq_le
     [
         ({"hybrid_layer_pattern": "M*", "mamba_head_dim": 48}, "mamba_head_dim 48 does not divide 2·hidden_size 128"),
         ({"hybrid_layer_pattern": "M*"}, "mamba_num_groups 8 does not divide the 2 heads of a Mamba layer"),
+        (
+            {"hybrid_layer_pattern": "*-", "mamba_state_dim": 16},
+            "mamba_state_dim: hybrid_layer_pattern has no layer M, which reads it",
+        ),
         ({"hybrid_layer_pattern": "*E"}, "num_experts belongs to layers E of hybrid_layer_pattern"),
         ({"hybrid_layer_pattern": "*-", "num_experts": 4}, "num_experts belongs to layers E of hybrid_layer_pattern"),
         ({"hybrid_layer_pattern": "*G"}, "'G' is a layer of gated delta net"),

@@ -287,6 +287,14 @@ SIZES = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_si
             {"multi_latent_attention": True, "group_query_attention": True},
             "group_query_attention: latent attention has",
         ),
+        (
+            {"multi_latent_attention": True, "kv_channels": 32},
+            "kv_channels: with multi_latent_attention Megatron does not read it",
+        ),
+        (
+            {"multi_latent_attention": True, "num_query_groups": 2},
+            "num_query_groups: with multi_latent_attention Megatron does not read it",
+        ),
         ({"rope_type": "yarn"}, "rope_type yarn: only with multi_latent_attention"),
         (
             {"mtp_num_layers": 1},

@@ -88,7 +88,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a size of experts alone": (
         {"moe_ffn_hidden_size": 8},
-        r"moe_ffn_hidden_size: a size of experts, and num_experts is missing\. Add or remove\.",
+        r"moe_ffn_hidden_size: without num_experts Megatron does not read it\. Add that key, or remove this\.",
     ),
     "more than all experts": (
         {"num_experts": 2, "moe_router_topk": 4},
@@ -109,7 +109,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a gate of nothing": (
         {"num_experts": 8, "moe_shared_expert_gate": True},
-        r"moe_shared_expert_gate: there is no shared",
+        r"moe_shared_expert_gate: without moe_shared_expert_intermediate_size Megatron does not read it",
     ),
     "a softmax of one": (
         {"num_experts": 8, "moe_router_topk": 1},
@@ -142,6 +142,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "legacy experts with biases": (
         {"num_experts": 8, "moe_grouped_gemm": True, "moe_use_legacy_grouped_gemm": True},
         r"moe_use_legacy_grouped_gemm: such experts have no biases\. Set add_bias_linear to false\.",
+    ),
+    "an update of no bias": (
+        {"num_experts": 8, "moe_router_bias_update_rate": 0.01},
+        r"moe_router_bias_update_rate: without moe_router_enable_expert_bias Megatron does not read it",
+    ),
+    "a grouping of nothing": (
+        {"num_experts": 8, "moe_use_legacy_grouped_gemm": True},
+        r"moe_use_legacy_grouped_gemm: without moe_grouped_gemm Megatron does not read it",
     ),
     "experts without end": ({"num_experts": 10**9}, r"num_experts 1000000000 in 2 layers: more than 100000 experts"),
     "experts' keys without experts": (

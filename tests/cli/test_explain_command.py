@@ -210,6 +210,28 @@ def test_brief_shows_layers_that_are_alike_as_one(run: Command, hand: Path) -> N
     assert " 0.000625 " in rows["decoder.layers.3-4.mlp.linear_fc2.weight"]
 
 
+@pytest.mark.parametrize(
+    ("grouped", "experts"),
+    [
+        (False, [f"local_experts.{which}.linear_fc{n}.weight" for which in ("0-4", "5", "6-11") for n in (1, 2)]),
+        (True, [f"linear_fc{n}.weight{which}" for which in ("0-4", "5", "6-11") for n in (1, 2)]),
+    ],
+)
+def test_brief_shows_experts_that_are_alike_as_one(run: Command, hand: Path, grouped: bool, experts: list[str]) -> None:
+    own = {"num_experts": 12, "moe_grouped_gemm": grouped, "add_bias_linear": False}
+    write(hand / "target.yaml", {**HAND_TARGET, **own, "num_layers": 3})
+    pattern = "*.experts.*fc2.weight5" if grouped else "*.local_experts.5.*fc2*"
+    content = {
+        "base": HAND_BASE | own,
+        "hyperparameters": HAND_VALUES,
+        "per_parameter": [{"match": pattern, "lr_mult": 2.0}],
+    }
+    write(hand / "adam.recipe.yaml", content)
+    shown = run("explain", "target.yaml", "--recipe", "adam.recipe.yaml", "--brief").out.splitlines()
+    names = [line.split()[0] for line in shown if ".mlp.experts." in line.split()[0]]
+    assert names == [f"decoder.layers.0-2.mlp.experts.{name}" for name in experts]
+
+
 def test_a_tied_readout_has_no_row_and_yet_its_multiplier(run: Command, here: Path) -> None:
     answer = json.loads(run("explain", "target.yaml", "--recipe", "r.yaml", "--format", "json").out)
     assert "output_layer.weight" not in {row["name"] for row in answer["parameters"]}

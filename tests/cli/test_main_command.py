@@ -127,6 +127,17 @@ def test_a_fault_of_ours_is_not_hidden(here: Path, monkeypatch: pytest.MonkeyPat
         main(["explain", "target.yaml", "--recipe", "r.yaml"])
 
 
+def test_what_the_system_refuses_is_named(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(options, "load_recipe", lambda path: Path("gone", "study.db").read_text())
+    with pytest.raises(SystemExit) as left:
+        main(["explain", "target.yaml", "--recipe", "r.yaml"])
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "gone/study.db cannot be opened or written (No such file or directory). Correct its path" in said
+
+
 def test_an_answer_that_cannot_be_written_is_no_success(here: Path) -> None:
     command = [sys.executable, "-m", "mup_megatron", "recipe", "--defaults"]
     with open("/dev/full", "w") as full:

@@ -170,7 +170,8 @@ def test_what_args_writes_for_a_release_is_read_back(
     monkeypatch: pytest.MonkeyPatch, release: tuple[int, int], impl: str, pattern: str
 ) -> None:
     monkeypatch.setattr(versions, "core_version", lambda: (*release, 0))
-    content = {**dict(PLAIN), "transformer_impl": impl, "hybrid_layer_pattern": pattern, **SMALL}
+    content = {**dict(PLAIN), "transformer_impl": impl, "hybrid_layer_pattern": pattern}
+    content |= SMALL if "M" in pattern else {}
     model = HybridFile(**content | {"num_layers": len(pattern.replace("|", ""))})
     words = write_flags(model, release=release)
     older = release < (0, 17)

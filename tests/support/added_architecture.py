@@ -2,21 +2,20 @@
 
 Everything that it is to the package stands here: what its model files say, its tensors with what the core can say of
 them (a router that is an output and folded, experts in one 3-D tensor, a bottleneck of a fixed size), how Megatron-Core
-builds it, and the same layer in plain torch. `build` and `config` are what a builder's module has.
+builds it, and the same layer in plain torch. `build` is what a builder's module has.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from mup_megatron.architectures.decoder import Decoder
-from mup_megatron.architectures.families import ATTENTION, Family, Growth, Size, norm
+from mup_megatron.architectures.families import ATTENTION, Family, Growth, norm
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import Place, Property, Role, Side, Tensor
+from mup_megatron.theory import Property, Role, Side, Tensor
 
 EXPERTS = 4
 RANK = 8
@@ -26,12 +25,10 @@ class BankFile(ModelFile):
     architecture: Literal["bank"] = "bank"
 
 
-class Bank:
+class Bank(Family):
     """A residual branch: experts of rank 8, mixed by a router's softmax."""
 
     name = "bank"
-    shared: Mapping[str, str] = MappingProxyType({})
-    sizes: tuple[Size, ...] = ()
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         hidden = Side(model.hidden_size, grows=True)
@@ -59,9 +56,6 @@ class Bank:
             properties=frozenset({Property.EXPERT, Property.RESIDUAL}),
             declared_role=Role.HIDDEN,
         )
-
-    def places(self, layer: str) -> Iterator[Place]:
-        yield from ()
 
     def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
         norm = f"{layer}.pre_mlp_layernorm"
@@ -111,10 +105,6 @@ class BankArchitecture(Decoder):
 
 
 # ---- live ----------------------------------------------------------------------------------------------------------
-
-
-def config(model: ModelFile) -> Mapping[str, Any]:
-    return {}
 
 
 def build(model: ModelFile, config: Any, stage: int | None) -> nn.Module:

@@ -111,6 +111,11 @@ ACCEPTED = {
         },
     ),
     "an MLP with a router's flags": Accepted("--moe-router-topk 4 --moe-grouped-gemm --num-experts 0", {}),
+    "a rate of no bias": Accepted("--num-experts 8 --moe-router-bias-update-rate 0.01", {"num_experts": 8}),
+    "latent attention with the sizes of another": Accepted(
+        "--multi-latent-attention --kv-channels 32 --num-query-groups 2 --position-embedding-type rope",
+        {"multi_latent_attention": True, "position_embedding_type": "rope"},
+    ),
     "off by one": Accepted("--softmax-type off-by-one --window-size 16,0", {}),
 }
 

@@ -13,6 +13,7 @@ from support import stock
 from support.stock import Layout, Run, Sizes, Training
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.recipe import Hyperparameters, Parametrization, PerParameter, Recipe
 from mup_megatron.theory import Plan
 
@@ -97,11 +98,11 @@ def built(
 
     `same_weights` puts in numbers that do not depend on the layout, with the std of Megatron's draw.
     """
-    from mup_megatron.megatron.builders import build_chunk, config_fields
+    from mup_megatron.megatron.builders import build_chunk
 
     sizes = sizes_of(model, layout.tp)
     stock.init_parallel(layout)
-    config = stock.transformer_config(sizes, layout, **config_fields(model), **(config_changes or {}))
+    config = stock.transformer_config(sizes, layout, **architecture_of(model).config(model), **(config_changes or {}))
     ordinary = not (model.multi_latent_attention or model.mtp_num_layers or model.num_experts)
     if layer_spec is not None or (type(model) is ModelFile and ordinary):
         chunks = stock.build_chunks(sizes, layout, config, layer_spec() if layer_spec is not None else None)

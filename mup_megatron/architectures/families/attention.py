@@ -1,10 +1,9 @@
 """Self-attention with grouped queries."""
 
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from mup_megatron.architectures.families.family import Growth, Size, linear, norm
+from mup_megatron.architectures.families.family import Family, Growth, linear, norm
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import SOFTMAX, Acts, Part, Place, Side, Tensor
@@ -17,12 +16,10 @@ QKV = ("queries", "keys", "values")
 """The parts of the weight that makes all of them."""
 
 
-class Attention:
+class Attention(Family):
     """Self-attention with grouped queries; its queries, keys and values are one fused matrix."""
 
-    name = "attention"
-    shared: Mapping[str, str] = MappingProxyType({})
-    sizes: tuple[Size, ...] = ()
+    name: ClassVar[str] = "attention"
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         """Yields norm, linear_qkv, the norms of queries and keys, and linear_proj."""

@@ -1,10 +1,9 @@
 """Attention of a decoder's tokens to what an encoder gives."""
 
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from mup_megatron.architectures.families.family import Growth, Size, linear, norm
+from mup_megatron.architectures.families.family import Family, Growth, linear, norm
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import SOFTMAX, Acts, Part, Place, Side, Tensor
@@ -13,12 +12,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class CrossAttention:
+class CrossAttention(Family):
     """Queries of one stack, keys and values of another, as many heads of each."""
 
-    name = "cross_attention"
-    shared: Mapping[str, str] = MappingProxyType({})
-    sizes: tuple[Size, ...] = ()
+    name: ClassVar[str] = "cross_attention"
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         """Yields norm, linear_q, linear_kv and linear_proj."""

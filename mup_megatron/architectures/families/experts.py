@@ -8,22 +8,28 @@ folded, because nothing can be hooked inside of a router.
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from mup_megatron.architectures.families.family import Growth, Size, alike, linear, norm
+from mup_megatron.architectures.families.family import Family, Growth, Size, alike, linear, norm
+from mup_megatron.architectures.keys import experts
+from mup_megatron.architectures.layout import Layout
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import Kept, Part, Place, Property, Side, Tensor
+from mup_megatron.theory import Kept, Part, Property, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
 
+_OF_MODULES = ("moe_grouped_gemm", "moe_use_legacy_grouped_gemm")
+"""Keys that say of how many modules experts are: see `Experts.config`."""
 
-class Experts:
+
+class Experts(Family):
     """A router, experts of which each token passes `moe_router_topk`, and a shared expert with or without a gate."""
 
-    name = "experts"
-    shared: Mapping[str, str] = MappingProxyType(
+    name: ClassVar[str] = "experts"
+    expert_parallel: ClassVar[bool] = True
+    shared: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
             "moe_shared_expert_intermediate_size": "has_shared_expert",
             "moe_router_group_topk": "has_group_limited_routing",
@@ -41,7 +47,7 @@ class Experts:
             ),
         }
     )
-    sizes: tuple[Size, ...] = (
+    sizes: ClassVar[tuple[Size, ...]] = (
         Size(key="moe_ffn_hidden_size", attribute="expert_ffn_size", small=64),
         Size(key="moe_shared_expert_intermediate_size", attribute="moe_shared_expert_intermediate_size", small=64),
         Size(key="num_experts", attribute="num_experts", small=8, follows_width=False),
@@ -64,17 +70,13 @@ class Experts:
                 properties=frozenset({Property.VECTOR}),
                 start=Kept(),
             )
-        experts = _legacy if model.has_legacy_experts else _single
-        yield from experts(model, f"{mlp}.experts", hidden, Side(model.expert_ffn_size, grows=True))
+        matrices = _legacy if model.has_legacy_experts else _single
+        yield from matrices(model, f"{mlp}.experts", hidden, Side(model.expert_ffn_size, grows=True))
         if model.moe_shared_expert_intermediate_size is not None:
             ffn = Side(model.moe_shared_expert_intermediate_size, grows=True)
             yield from _mlp(model, f"{mlp}.shared_experts", hidden, ffn)
             if model.moe_shared_expert_gate:
                 yield _output(f"{mlp}.shared_experts.gate_weight", hidden, 1)
-
-    def places(self, layer: str) -> Iterator[Place]:
-        """Yields nothing: the factors of router and gate are folded."""
-        yield from ()
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the router and of the experts that a token passes."""
@@ -85,6 +87,62 @@ class Experts:
             "router": 6.0 * model.hidden_size * (model.num_experts + model.moe_shared_expert_gate),
             "experts": 6.0 * model.hidden_size * matrices * passed,
         }
+
+    def config(self, model: ModelFile) -> Mapping[str, Any]:
+        """Returns the fields that say how many experts there are, how they are called and how they are chosen."""
+        values = {key: getattr(model, key) for key in experts.FLAGS if key not in ("num_experts", *_OF_MODULES)}
+        legacy = {"moe_use_legacy_grouped_gemm": True} if model.has_legacy_experts else {}
+        # Of local layers Megatron-Core 0.16 knows no other grouping, and later releases none.
+        fused = model.transformer_impl == "transformer_engine"
+        return {
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in values.items()},
+            **legacy,
+            "num_moe_experts": model.num_experts,
+            "moe_ffn_hidden_size": model.expert_ffn_size,
+            "moe_grouped_gemm": model.moe_grouped_gemm and (fused or model.has_legacy_experts),
+            # The one that every layout has.
+            "moe_token_dispatcher_type": "alltoall",
+        }
+
+    def problems(self, model: ModelFile, layout: Layout) -> Iterator[str]:
+        """Yields which numbers of ranks divide neither the experts nor one of them, or do not fit each other."""
+        assert model.num_experts is not None
+        tensor, own = layout.tensor_model_parallel_size, layout.expert_tensor_parallel_size
+        if tensor > 1 and not layout.sequence_parallel:
+            yield (
+                f"--tensor-model-parallel-size {tensor}: Megatron trains experts with it under sequence parallelism "
+                "alone. Add --sequence-parallel."
+            )
+        ranks, shared = layout.expert_model_parallel_size, model.moe_shared_expert_intermediate_size or 0
+        for size, flag, divisor, divided in (
+            (model.num_experts, "expert-model-parallel-size", ranks, f"num_experts {model.num_experts}"),
+            (
+                model.expert_ffn_size,
+                "expert-tensor-parallel-size",
+                own,
+                f"the size {model.expert_ffn_size} of an expert",
+            ),
+            (shared, "tensor-model-parallel-size", tensor, f"moe_shared_expert_intermediate_size {shared}"),
+        ):
+            if size % divisor:
+                yield f"--{flag} {divisor} does not divide {divided}. Choose a divisor of it."
+        together = ranks * own * layout.pipeline_model_parallel_size
+        if layout.world_size % together:
+            yield (
+                f"--expert-model-parallel-size {ranks} × expert tensor parallelism {own} × "
+                f"--pipeline-model-parallel-size {layout.pipeline_model_parallel_size} needs a multiple of {together} "
+                f"processes, and there {'is one' if layout.world_size == 1 else f'are {layout.world_size}'}. Start "
+                "that many."
+            )
+
+    def local_problem(self, model: ModelFile, *, on_cpu: bool) -> str | None:
+        """Returns that local experts have no biases."""
+        if not model.add_bias_linear:
+            return None
+        return (
+            "add_bias_linear: Megatron's local experts stop in training if they have biases. Train on a GPU with "
+            "Transformer Engine, or set add_bias_linear to false in model file and recipe."
+        )
 
     def remarks(self, base: ModelFile, target: ModelFile) -> Iterator[str]:
         """Yields what is known of a base with experts of another number or size."""

@@ -3,16 +3,18 @@
 And what families are made of: linear layers, norms, vectors.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from mup_megatron.architectures.layout import Layout
 from mup_megatron.architectures.measured import Measured
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Constant, Part, Place, Property, Role, Side, Tensor
 
-__all__ = ["Block", "Family", "Growth", "Remarking", "Size", "alike", "linear", "norm", "vector"]
+__all__ = ["Block", "Family", "Growth", "Size", "alike", "linear", "norm", "vector"]
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,42 +50,57 @@ class Size:
         return size
 
 
-class Block(Protocol):
-    """Some of a model's tensors that stand together under one name."""
+class Block(ABC):
+    """Some of a model's tensors that stand together under one name, and what Megatron-Core makes of them."""
 
-    name: str
-    shared: Mapping[str, str]
+    name: ClassVar[str]
+    shared: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Keys of a model file, beside those of every model → what they decide, which base and target must share."""
+    expert_parallel: ClassVar[bool] = False
+    """Whether ranks of expert parallelism hold different parts of it."""
 
+    @abstractmethod
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         """Yields the tensors of the layer of this name."""
 
     def places(self, layer: str) -> Iterator[Place]:
         """Yields where factors act in the layer of this name, beside those of single weights."""
+        yield from ()
 
+    @abstractmethod
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
 
+    def config(self, model: ModelFile) -> Mapping[str, Any]:
+        """Returns the fields of a TransformerConfig that its keys become, beside those of every Transformer."""
+        return {}
 
-class Family(Block, Protocol):
+    def problems(self, model: ModelFile, layout: Layout) -> Iterator[str]:
+        """Yields why Megatron cannot train it on these ranks, by flag, and what to do."""
+        yield from ()
+
+    def local_problem(self, model: ModelFile, *, on_cpu: bool) -> str | None:
+        """Returns why Megatron's local layers cannot be it, and what to do; None where they can."""
+        return None
+
+
+class Family(Block):
     """A kind of layer: a norm and a branch that adds to the residual stream."""
 
-    sizes: tuple[Size, ...]
+    sizes: ClassVar[tuple[Size, ...]] = ()
     """Its own, for small models of its kind."""
 
+    @abstractmethod
     def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
         """Yields the modules of the layer of this name that a check looks at, in the order of a forward pass."""
 
+    @abstractmethod
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
         """Returns the names of its norm and of its branch in a layer, and the branch in plain torch: see `plain/`."""
 
-
-@runtime_checkable
-class Remarking(Protocol):
-    """A family that has something to say of a base and a target that differ."""
-
     def remarks(self, base: ModelFile, target: ModelFile) -> Iterator[str]:
-        """Yields what is known of transfer between the two, in sentences."""
+        """Yields what is known of transfer between a base and a target that differ, in sentences."""
+        yield from ()
 
 
 def alike(*keys: str) -> Mapping[str, str]:

@@ -1,9 +1,10 @@
 """Latent attention (MLA), with or without compressed queries."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from mup_megatron.architectures.families.family import Growth, Size, alike, linear, norm
+from mup_megatron.architectures.families.family import Family, Growth, Size, alike, linear, norm
+from mup_megatron.architectures.keys import latent
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import SOFTMAX, Acts, Part, Place, Role, Side, Tensor
@@ -12,19 +13,19 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class LatentAttention:
+class LatentAttention(Family):
     """Attention whose queries, keys and values are projected down to latents and up again.
 
     A latent is a bottleneck inside the model: what leads to it and away from it is hidden at every rank, also at one
     that keeps its size.
     """
 
-    name = "latent attention"
-    sizes: tuple[Size, ...] = (
+    name: ClassVar[str] = "latent attention"
+    sizes: ClassVar[tuple[Size, ...]] = (
         Size(key="q_lora_rank", attribute="q_lora_rank", small=32),
         Size(key="kv_lora_rank", attribute="kv_lora_rank", small=32),
     )
-    shared: Mapping[str, str] = alike("rotary_scaling_factor", "mscale_all_dim")
+    shared: ClassVar[Mapping[str, str]] = alike("rotary_scaling_factor", "mscale_all_dim")
     """They are a factor of its softmax scale."""
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
@@ -73,18 +74,32 @@ class LatentAttention:
             "attention_scores": 6.0 * model.seq_length * (queries + values),
         }
 
+    def config(self, model: ModelFile) -> Mapping[str, Any]:
+        """Returns its keys, which Megatron has under the same names, and what its own rotary embeddings read."""
+        fields = {key: getattr(model, key) for key in (*latent.FLAGS, "rotary_base", "rotary_percent")}
+        return {**fields, "rope_type": model.rope_type or "yarn"}
+
+    def local_problem(self, model: ModelFile, *, on_cpu: bool) -> str | None:
+        """Returns that only the CPU runtime's local attention takes the sizes of its heads."""
+        if on_cpu:
+            return None
+        return (
+            "multi_latent_attention: Megatron's local attention takes no head sizes of its own, so it cannot be "
+            "latent. Use transformer_impl transformer_engine."
+        )
+
     def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
         """Yields norm, projections, the norms of latents, attention logits and output."""
         name, logits = f"{layer}.self_attention", "Attention logits"
         start = f"{layer}.input_layernorm"
         yield inside(start, logits, STREAM)
         ends = []
-        for latent in ("q", "kv"):
-            if latent == "q" and model.q_lora_rank is None:
+        for kind in ("q", "kv"):
+            if kind == "q" and model.q_lora_rank is None:
                 chain = [f"{name}.linear_q_proj"]
             else:
-                norms = [f"{name}.{latent}_layernorm"] if model.qk_layernorm else []
-                chain = [f"{name}.linear_{latent}_down_proj", *norms, f"{name}.linear_{latent}_up_proj"]
+                norms = [f"{name}.{kind}_layernorm"] if model.qk_layernorm else []
+                chain = [f"{name}.linear_{kind}_down_proj", *norms, f"{name}.linear_{kind}_up_proj"]
             for module, read in zip(chain, (start, *chain), strict=False):
                 yield inside(module, logits, read)
             ends.append(chain[-1])

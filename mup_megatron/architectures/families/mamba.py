@@ -1,14 +1,13 @@
 """Mamba-2: a state space whose input, output and step depend on the token."""
 
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from mup_megatron.architectures.families.family import Growth, Size, linear, norm, vector
+from mup_megatron.architectures.families.family import Family, Growth, Size, linear, norm, vector
 from mup_megatron.architectures.keys.mamba import MambaKeys, MambaSizes
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import Kept, Part, Place, Property, Side, Tensor
+from mup_megatron.theory import Kept, Part, Property, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,12 +18,11 @@ _SCAN = 7
 """Operations of a channel's state for one token, forward: the update is four of them and the output three."""
 
 
-class Mamba:
+class Mamba(Family):
     """One matrix to gate, input, states and step sizes, a short convolution, the scan, a gated norm, a matrix back."""
 
-    name = "mamba"
-    shared: Mapping[str, str] = MappingProxyType({})
-    sizes: tuple[Size, ...] = (
+    name: ClassVar[str] = "mamba"
+    sizes: ClassVar[tuple[Size, ...]] = (
         Size(key="mamba_num_heads", attribute="mamba_heads", small=8),
         Size(key="mamba_head_dim", attribute="mamba_head_dim", small=16, follows_width=False),
         Size(key="mamba_num_groups", attribute="mamba_num_groups", small=1, follows_width=False),
@@ -62,10 +60,6 @@ class Mamba:
         yield vector(f"{name}.norm.weight", inner, start=1.0, gain=True)
         yield from linear(f"{name}.out_proj", inner, hidden, bias=False, residual=True)
 
-    def places(self, layer: str) -> Iterator[Place]:
-        """Yields nothing: no factor acts in a Mamba layer but those of single weights."""
-        yield from ()
-
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the projections, of the convolution, and of the scan as Megatron counts them."""
         sizes = sizes_of(model)
@@ -74,6 +68,10 @@ class Mamba:
             "mamba_convolution": 6.0 * KERNEL * sizes.convolved,
             "mamba_scan": 3.0 * _SCAN * sizes.inner * sizes.state_dim,
         }
+
+    def config(self, model: ModelFile) -> Mapping[str, Any]:
+        """Returns its keys, which Megatron has under the same names."""
+        return {key: getattr(model, key) for key in MambaKeys.model_fields}
 
     def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
         """Yields the norm, in_proj, the gated norm behind the scan, and out_proj."""

@@ -1,24 +1,22 @@
 """MLPs, gated or not."""
 
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from mup_megatron.architectures.families.family import Growth, Size, linear, norm
+from mup_megatron.architectures.families.family import Family, Growth, Size, linear, norm
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import Part, Place, Side, Tensor
+from mup_megatron.theory import Part, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class Mlp:
+class Mlp(Family):
     """Two linear layers with an activation between; with swiglu, gate and up projection are one fused matrix."""
 
-    name = "mlp"
-    shared: Mapping[str, str] = MappingProxyType({})
-    sizes: tuple[Size, ...] = (Size(key="ffn_hidden_size", attribute="ffn_size", small=256),)
+    name: ClassVar[str] = "mlp"
+    sizes: ClassVar[tuple[Size, ...]] = (Size(key="ffn_hidden_size", attribute="ffn_size", small=256),)
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         """Yields norm, linear_fc1 and linear_fc2."""
@@ -30,10 +28,6 @@ class Mlp:
         rows = Side(2 * ffn.size if model.swiglu else ffn.size, grows=True)
         yield from linear(f"{name}.linear_fc1", hidden, rows, bias=model.add_bias_linear, parts=parts)
         yield from linear(f"{name}.linear_fc2", ffn, hidden, bias=model.add_bias_linear, residual=True)
-
-    def places(self, layer: str) -> Iterator[Place]:
-        """Yields nothing: no factor acts in an MLP but those of single weights."""
-        yield from ()
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of both layers."""

@@ -1,20 +1,23 @@
 """The block around a layer of multi-token prediction; the layer itself is of the model's own families."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
-from mup_megatron.architectures.families.family import Growth, alike, linear, norm
+from mup_megatron.architectures.families.family import Block, Growth, alike, linear, norm
+from mup_megatron.architectures.keys import mtp
+from mup_megatron.architectures.layout import Layout
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import Place, Side, Tensor
+from mup_megatron.theory import Side, Tensor
 
 
-class MultiTokenPrediction:
+class MultiTokenPrediction(Block):
     """Joins the stream with the next token's embedding before the layer, and norms it for the model's readout behind.
 
     Embedding and readout are the model's own; their multipliers act here too, since their modules are called.
     """
 
-    name = "multi-token prediction"
-    shared: Mapping[str, str] = alike("mtp_num_layers", "mtp_loss_scaling_factor")
+    name: ClassVar[str] = "multi-token prediction"
+    shared: ClassVar[Mapping[str, str]] = alike("mtp_num_layers", "mtp_loss_scaling_factor")
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         """Yields the norms of embedding and stream, the projection of both together, and the norm for the readout."""
@@ -24,14 +27,23 @@ class MultiTokenPrediction:
         yield from linear(f"{layer}.eh_proj", Side(2 * hidden.size, grows=True), hidden, bias=False)
         yield from norm(model, f"{layer}.final_layernorm.", hidden)
 
-    def places(self, layer: str) -> Iterator[Place]:
-        """Yields nothing: no factor acts here but those of single weights."""
-        yield from ()
-
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the projection and of another readout."""
         hidden = model.hidden_size
         return {"multi_token_prediction": 6.0 * hidden * (2 * hidden + model.padded_vocab_size())}
+
+    def config(self, model: ModelFile) -> Mapping[str, Any]:
+        """Returns the number of such layers and the factor of their loss."""
+        return {key: getattr(model, key) for key in mtp.FLAGS}
+
+    def problems(self, model: ModelFile, layout: Layout) -> Iterator[str]:
+        """Yields that tied embeddings cannot be on several stages."""
+        if layout.pipeline_model_parallel_size > 1 and model.tied:
+            yield (
+                f"--pipeline-model-parallel-size {layout.pipeline_model_parallel_size}: Megatron cannot save tied "
+                "embeddings with mtp_num_layers on several stages. Use untie_embeddings_and_output_weights, or one "
+                "stage."
+            )
 
 
 MTP = MultiTokenPrediction()

@@ -1,18 +1,15 @@
 """Keys of a model file that some models alone have, one file for each kind of layer, with the flags that say the same.
 
-A file has a mixin, which `ModelFile` inherits, and FLAGS. Every key was `added`, so that the fingerprint of what has
-none of them stays as it was.
+A file has a mixin, which `ModelFile` inherits, FLAGS, and UNREAD: which keys are read only beside which. Every key was
+`added`, so that the fingerprint of what has none of them stays as it was.
 """
 
-from collections.abc import Collection, Mapping
+from mup_megatron.architectures.keys import experts, latent, mtp
+from mup_megatron.architectures.keys.unread import Unread, absent
 
-from mup_megatron.architectures.keys.experts import READ_WITH_EXPERTS
-from mup_megatron.architectures.keys.latent import READ_WITH_LATENT
-from mup_megatron.architectures.keys.mtp import READ_WITH_MTP
-
-READ_WITH: Mapping[str, Collection[str]] = {
-    "num_experts": READ_WITH_EXPERTS,
-    "multi_latent_attention": READ_WITH_LATENT,
-    "mtp_num_layers": READ_WITH_MTP,
-}
-"""Key that asks for a kind of layer → the keys that Megatron reads with it alone."""
+UNREAD: tuple[Unread, ...] = (*experts.UNREAD, *latent.UNREAD, *mtp.UNREAD)
+"""Of the keys of all of them."""
+PLAIN_LAYERS = absent(
+    "Megatron's BERT and T5 have no such layers.",
+    *("num_experts", "multi_latent_attention", "mtp_num_layers", "qk_layernorm"),
+)

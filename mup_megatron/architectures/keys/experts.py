@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from mup_megatron.architectures.flag import Flag, number, whole_number
+from mup_megatron.architectures.keys.unread import only_with
 from mup_megatron.errors import InputError
 from mup_megatron.validation import Strict, added, brief
 
@@ -122,14 +123,7 @@ class ExpertKeys(Strict):
         """(whether it is so, what is wrong with that)."""
         experts, k, freq = self.num_experts, self.moe_router_topk, self.moe_layer_freq
         if experts is None:
-            sizes = ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
-            return [
-                (
-                    getattr(self, key) is not None,
-                    f"{key}: a size of experts, and num_experts is missing. Add or remove.",
-                )
-                for key in sizes
-            ]
+            return []
         groups, of_groups = self.moe_router_num_groups, self.moe_router_group_topk
         kinds, coefficients = self.moe_router_load_balancing_type, self.moe_aux_loss_coeff
         chosen_alone = k == 1 and self.moe_router_score_function == "softmax" and not self.moe_router_pre_softmax
@@ -144,10 +138,6 @@ class ExpertKeys(Strict):
             (
                 self.has_shared_expert and biases,
                 "moe_shared_expert_intermediate_size: shared experts have no biases. Set add_bias_linear to false.",
-            ),
-            (
-                self.moe_shared_expert_gate and not self.has_shared_expert,
-                "moe_shared_expert_gate: there is no shared expert. Give moe_shared_expert_intermediate_size.",
             ),
             (
                 chosen_alone and kinds != "sinkhorn",
@@ -199,17 +189,6 @@ def layer_frequency(text: str) -> int | list[int]:
     if found is None:
         raise InputError(f"'{brief(text, 60)}' is neither a number nor a list of 0 and 1, as ([0]*3+[1]*58)")
     return found
-
-
-def told(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what parsed arguments say of a model, without what of its experts says nothing, or what it follows from.
-
-    Megatron takes no experts for none at all, and fills in the size of an MLP's for that of an expert.
-    """
-    if not content["num_experts"]:
-        return {**content, **{key: flag.default for key, flag in FLAGS.items()}}
-    as_mlp = content["moe_ffn_hidden_size"] == content["ffn_hidden_size"]
-    return {**content, "moe_ffn_hidden_size": None if as_mlp else content["moe_ffn_hidden_size"]}
 
 
 def _evaluated(node: ast.expr) -> int | list[int] | None:
@@ -269,5 +248,9 @@ FLAGS: Mapping[str, Flag] = {
     "moe_use_legacy_grouped_gemm": Flag("--moe-use-legacy-grouped-gemm", "moe_use_legacy_grouped_gemm", False),
 }
 """Key → the flag that says the same."""
-READ_WITH_EXPERTS = frozenset(FLAGS) - {"num_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"}
-"""But for sizes, of which `require_possible_experts` says more."""
+UNREAD = (
+    only_with("num_experts", *(key for key in FLAGS if key != "num_experts")),
+    only_with("moe_router_enable_expert_bias", "moe_router_bias_update_rate"),
+    only_with("moe_shared_expert_intermediate_size", "moe_shared_expert_gate", on_lines=False),
+    only_with("moe_grouped_gemm", "moe_use_legacy_grouped_gemm"),
+)

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping
+from operator import not_
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from mup_megatron.architectures.flag import Flag, number, whole_number
+from mup_megatron.architectures.keys.unread import Unread, only_with, without
 from mup_megatron.validation import Strict, added
 
 _Count = Annotated[int, Field(gt=0, le=10**9)]
@@ -67,4 +69,9 @@ FLAGS: Mapping[str, Flag] = {
     "mscale": Flag("--mscale", "mscale", 1.0, number),
     "mscale_all_dim": Flag("--mscale-all-dim", "mscale_all_dim", 0.0, number),
 }
-READ_WITH_LATENT = frozenset(FLAGS) - {"multi_latent_attention", "rope_type"}
+_NO_GROUPS = "latent attention has no groups of queries. Remove the key."
+UNREAD = (
+    only_with("multi_latent_attention", *(key for key in FLAGS if key not in ("multi_latent_attention", "rope_type"))),
+    without("multi_latent_attention", "kv_channels", "num_query_groups"),
+    Unread(("group_query_attention",), _NO_GROUPS, "multi_latent_attention", not_, on_lines=False),
+)

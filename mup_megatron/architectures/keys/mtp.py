@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mup_megatron.architectures.flag import Flag, number, whole_number
+from mup_megatron.architectures.keys.unread import only_with
 from mup_megatron.validation import Strict, added
 
 
@@ -20,4 +21,4 @@ FLAGS: Mapping[str, Flag] = {
     "mtp_num_layers": Flag("--mtp-num-layers", "mtp_num_layers", None, whole_number),
     "mtp_loss_scaling_factor": Flag("--mtp-loss-scaling-factor", "mtp_loss_scaling_factor", 0.1, number),
 }
-READ_WITH_MTP = frozenset(FLAGS) - {"mtp_num_layers"}
+UNREAD = (only_with("mtp_num_layers", "mtp_loss_scaling_factor"),)

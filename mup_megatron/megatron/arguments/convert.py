@@ -8,8 +8,8 @@ from mup_megatron.architectures.command_line import Reading, Release
 from mup_megatron.architectures.decoder import Architecture
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.gpt import GPT
-from mup_megatron.architectures.keys import READ_WITH, experts
 from mup_megatron.architectures.keys.custom import CustomTensor
+from mup_megatron.architectures.keys.unread import as_read
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import KEY, architecture_of, architectures, model_file
 from mup_megatron.errors import InputError
@@ -139,14 +139,11 @@ def model_from_values(
     """
     architecture = architecture_named(values, script)
     require_supported(values, source=source, custom=bool(custom), script=script)
-    content = experts.told({key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()})
-    content |= {
-        key: FIELDS[key].default for switch, keys in READ_WITH.items() if not content[switch] for key in (switch, *keys)
-    }
+    content = {key: values.get(flag.key, flag.default) for key, flag in FIELDS.items()}
     content["vocab_size"], content["make_vocab_size_divisible_by"] = _vocabulary(values, vocab_size)
     _read_other_ways(content, values, source)
     own = _own(architecture, values, source, release)
-    content |= own.content
+    content = as_read(architecture.file.unread, {**content, **own.content}, architecture.file.defaults())
     specs = architecture.command_line.specs
     if SPEC.changed(values) and (SPEC.found(values) in specs or not custom):
         content["transformer_impl"] = specs[SPEC.found(values)]
@@ -162,11 +159,12 @@ def model_from_values(
     model = _named_by_flag(content, {**{key: flag.name for key, flag in FIELDS.items()}, **own.names}, source)
     plain = model.model_copy(update={"ffn_hidden_size": None})
     follows: dict[str, Any] = {"ffn_hidden_size": None} if plain.ffn_size == model.ffn_size else {}
-    of_hidden = (model.kv_channels or 0) * model.num_attention_heads == model.hidden_size
-    if model.multi_latent_attention or of_hidden:
+    if (model.kv_channels or 0) * model.num_attention_heads == model.hidden_size:
         follows["kv_channels"] = None
     if not model.group_query_attention:
         follows["num_query_groups"] = 1
+    if model.moe_ffn_hidden_size == model.ffn_hidden_size:
+        follows["moe_ffn_hidden_size"] = None
     return model.model_copy(update=follows)
 
 

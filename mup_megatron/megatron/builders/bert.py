@@ -1,6 +1,5 @@
 """Builds Megatron-Core's `BertModel`."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,11 +9,6 @@ from megatron.core.models.bert.bert_model import BertModel
 from mup_megatron.architectures.bert import BertFile
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.megatron.builders.common import arguments
-
-
-def config(model: ModelFile) -> Mapping[str, Any]:
-    """Returns the fields of the TransformerConfig beside those of every Transformer: none."""
-    return {}
 
 
 def build(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:

@@ -1,6 +1,5 @@
 """Builds Megatron-Core's `GPTModel`."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,11 +13,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.megatron.builders.common import arguments
-
-
-def config(model: ModelFile) -> Mapping[str, Any]:
-    """Returns the fields of the TransformerConfig beside those of every Transformer: none."""
-    return {}
 
 
 def build(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:

@@ -4,7 +4,6 @@
 is no Transformer Engine. It is the stock stack with the local layers of a GPT.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from mup_megatron.architectures.hybrid import HybridFile
-from mup_megatron.architectures.keys.mamba import MambaKeys
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.builders.common import arguments
@@ -63,11 +61,6 @@ class LocalStack(_classes.stack):  # type: ignore[misc, name-defined]
 
 
 local_stack_spec = ModuleSpec(module=LocalStack)
-
-
-def config(model: ModelFile) -> Mapping[str, Any]:
-    """Returns the fields of the TransformerConfig: the stock initialisation counts one branch a layer."""
-    return {"is_hybrid_model": True, **{key: getattr(model, key) for key in MambaKeys.model_fields}}
 
 
 def build(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:

@@ -1,7 +1,6 @@
 """Builds Megatron-Core's `T5Model`, which has no pipeline stages."""
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,11 +11,6 @@ from megatron.core.utils import scaled_init_method_normal
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.t5 import T5File
 from mup_megatron.megatron.builders.common import arguments
-
-
-def config(model: ModelFile) -> Mapping[str, Any]:
-    """Returns the fields of the TransformerConfig beside those of every Transformer: none."""
-    return {}
 
 
 def build(model: ModelFile, config: Any, stage: int | None) -> torch.nn.Module:

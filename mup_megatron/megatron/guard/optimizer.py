@@ -13,7 +13,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from mup_megatron.architectures.names import is_of_experts
 from mup_megatron.collectives import gathered
 from mup_megatron.live.compare import close, group_problems, value_problems
 from mup_megatron.live.problems import Problem, number
@@ -68,10 +67,10 @@ def _trained_problems(
     anywhere = mine
     if any(is_sharded(part) for part in parts_of(optimizer)):
         groups = [parallel_state.get_data_parallel_group(with_context_parallel=True)]
-        if any(is_of_experts(entry.name) for entry in plan.entries):  # which other ranks have alike
+        if any(entry.is_expert for entry in plan.entries):  # which other ranks have alike
             groups.append(parallel_state.get_expert_data_parallel_group())
         together = [set().union(*gathered(mine, group)) for group in groups]
-        anywhere = {name for index, names in enumerate(together) for name in names if is_of_experts(name) == index}
+        anywhere = {name for index, names in enumerate(together) for name in names if plan[name].is_expert == index}
     for name, parameter, groups in held:
         if not parameter.requires_grad:
             cause = "It is frozen (requires_grad is False). Unfreeze it: the recipe was tuned training everything."

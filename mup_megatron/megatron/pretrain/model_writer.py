@@ -218,7 +218,7 @@ def _of_yaml(values: Mapping[str, Any]) -> dict[str, Any]:
         "group_query_attention": groups not in (None, values.get("num_attention_heads")),
         "num_query_groups": groups or 1,
         "num_experts": values.get("num_moe_experts"),
-        "moe_ffn_hidden_size": values.get("moe_ffn_hidden_size") if values.get("num_moe_experts") else None,
+        "moe_ffn_hidden_size": values.get("moe_ffn_hidden_size"),
     }
 
 

@@ -136,14 +136,14 @@ def _row(entry: Any) -> list[Any]:
 
 def _plain(plan: Any) -> dict[str, Any]:
     """A plan as the record has it: the model's own factors, and a row for each name; layers that are alike are one."""
-    from mup_megatron.plan_table import _brief
+    from mup_megatron.plan_table import _LAYER, _merged
 
     return {
         "fingerprint": plan.fingerprint,
         "softmax_scale": plan.softmax_scale,
         "embedding_multiplier": plan.embedding_multiplier,
         "output_multiplier": plan.output_multiplier,
-        "parameters": {entry.name: _row(entry) for entry in _brief(plan.entries)},
+        "parameters": {entry.name: _row(entry) for entry in _merged(plan.entries, _LAYER)},
     }
 
 

@@ -189,6 +189,7 @@ def _run(jobs: Sequence[Job], output: Path, workers: int) -> dict[tuple[str, str
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_worker,
             initargs=(output / "runs.log",),
+            max_tasks_per_child=1,  # Megatron's wrappers hold on to a run's memory and threads
         ) as pool,
     ):
         task = progress.add_task("basins", total=len(jobs))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from check_rates import REPORT
+from rates.architectures import REPORT
 
 from mup_megatron.check.measure import levels
 from mup_megatron.check.measure.measurements import Key, Quantity

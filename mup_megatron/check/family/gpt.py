@@ -363,4 +363,5 @@ def _cut(size: Size, base: ModelFile, target: ModelFile, tensor_parallel: int) -
     few, many = sorted(value for model in (base, target) if (value := size.of(model)) is not None)
     shared = max(tensor_parallel, size.small // tensor_parallel * tensor_parallel)
     less = min(few, shared)
-    return {many: less if many == few else min(many, 2 * less), few: less}
+    times = max(2, min(round(many / few), size.spread))
+    return {many: less if many == few else min(many, times * less), few: less}

@@ -109,7 +109,7 @@ FAMILIES: dict[str, Architecture] = {
     ),
     "more experts, smaller ones": architecture(
         {**_EXPERTS, "num_experts": 4, "moe_router_pre_softmax": True},
-        {**_GROWING, "num_experts": 16, "moe_router_topk": 4, "moe_ffn_hidden_size": 128},
+        {**_GROWING, "num_experts": 16, "moe_router_topk": 4, "moe_ffn_hidden_size": 192},
     ),
     "latents of fixed ranks": architecture({**_LATENT, **_YARN}, _GROWING),
     "latents that grow": architecture(

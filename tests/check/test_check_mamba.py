@@ -25,7 +25,7 @@ def test_a_right_model_passes() -> None:
 @pytest.mark.parametrize(
     ("mistake", "culprit", "cause"),
     [
-        ("convolution-as-matrix", "decoder.layers.0.mixer.conv1d.weight", "tensor-learning-rate"),
+        ("convolution-as-matrix", "decoder.layers.0.mixer.conv1d.weight", "convolution-learning-rate"),
         ("residual-init-as-gpt", "decoder.layers.0.mixer.out_proj.weight", "residual-init"),
     ],
 )

@@ -8,9 +8,10 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import pytest
-from support.shapes import gpt, hybrid, recipe_for
+from support.shapes import MAMBA, gpt, hybrid, recipe_for
 
 from mup_megatron.architectures.hybrid import HybridFile
 from mup_megatron.architectures.model_file import ModelFile
@@ -18,6 +19,7 @@ from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure.levels import EARLY
 from mup_megatron.check.measure.measurements import Key, MeasuredRun, Measurements, Quantity
 from mup_megatron.check.verdict.causes import TOLD, causes
+from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import Comparison, compare
 from mup_megatron.recipe import PerParameter, Recipe
@@ -79,7 +81,11 @@ HYBRID = Case(
     recipe=PLAIN.recipe.model_copy(update={"base": hybrid(gpt(2, **UNTIED), "*-*-")}),
     models={width: hybrid(gpt(width / 32, **UNTIED), "*-*-") for width in WIDTHS},
 )
-CASES = (PLAIN, FIXED_FFN, WIDER_HEADS, MUCH_WIDER_HEADS, DEEP, TIED, OVERRIDDEN, KEY_NORM, LATENT, HYBRID)
+ONE_MAMBA = Case(
+    recipe=PLAIN.recipe.model_copy(update={"base": hybrid(gpt(2, **UNTIED), "M*-", **MAMBA)}),
+    models={width: hybrid(gpt(width / 32, **UNTIED), "M*-", **MAMBA) for width in WIDTHS},
+)
+CASES = (PLAIN, FIXED_FFN, WIDER_HEADS, MUCH_WIDER_HEADS, DEEP, TIED, OVERRIDDEN, KEY_NORM, LATENT, HYBRID, ONE_MAMBA)
 
 Value = Callable[[Key, int, float], float]
 """(key, width, right value) → what is measured instead."""
@@ -425,6 +431,18 @@ WRONG_PLANS: dict[str, tuple[Case, Wrong, str, str]] = {
         "residual-init",
         "decoder.layers.0.self_attention.linear_proj.weight",
     ),
+    "a convolution as a matrix": (
+        ONE_MAMBA,
+        lambda e, p: _lr(e, 1 / _r(p)) if e.name.endswith("conv1d.weight") else {},
+        "convolution-learning-rate",
+        "decoder.layers.0.mixer.conv1d.weight",
+    ),
+    "one tensor's rate, of which no other layer has any": (
+        ONE_MAMBA,
+        lambda e, _: _lr(e, 1 / 3) if "in_proj.weight" in e.name else {},
+        "tensor-learning-rate",
+        "decoder.layers.0.mixer.in_proj.weight",
+    ),
     "no embedding multiplier": (
         PLAIN,
         _with(Property.EMBEDDING, lambda _e, _p: {"multiplier": 1.0}),
@@ -522,6 +540,17 @@ def test_activations_behind_a_wrong_weight_are_not_causes() -> None:
 
     assert found[0].culprit == FC1
     assert not [cause for cause in found if cause.name == "module-output"]
+
+
+def test_what_experts_add_follows_from_their_weights() -> None:
+    own: dict[str, Any] = {**UNTIED, "num_experts": 4, "moe_layer_freq": [0, 1], "add_bias_linear": False}
+    recipe = recipe_for(gpt(2, **own))
+    found = AtWidth(recipe.plan(gpt(4, **own)), recipe, gpt(4, **own)).weights_of
+
+    mlp = "decoder.layers.1.mlp"
+    assert found[f"{mlp}.router"] == [f"{mlp}.router.weight"]
+    assert found[mlp] == [f"{mlp}.experts.local_experts.{e}.linear_fc{i}.weight" for e in range(4) for i in (1, 2)]
+    assert found["decoder.layers.0.mlp.linear_fc1"] == [FC1]
 
 
 def test_queries_of_0_are_known_behind_a_norm() -> None:

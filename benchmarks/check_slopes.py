@@ -9,6 +9,7 @@ gradients of its weights, beside the same in plain torch (the reference of the c
 With `--families` the models have experts, latent attention or Mamba layers, and a table has a row for each kind of
 tensor: how far training has moved what is computed with it, and its first gradient. What a tensor inside of a module
 moves is that module's output. Each cell is of Megatron-Core, of the reference, and in standard parametrization.
+Gradients are as the optimizer sees them: clipping takes the slope of their norm away from all; it is told below.
 """
 
 import argparse
@@ -93,7 +94,8 @@ def kinds_table(verdict: Verdict) -> Sequence[str]:
         keys.append(Key(Quantity.GRADIENT, tensor, first))
         cells = [" / ".join(map(str, _slopes(verdict, key))) for key in keys]
         lines.append(f"| {' | '.join([f'`{kind}`', *cells])} |")
-    return lines
+    norm = " / ".join(map(str, _slopes(verdict, Key(Quantity.NORM, "all parameters", first))))
+    return [*lines, f"| norm of all gradients, before clipping | | | {norm} |"]
 
 
 def _kinds(verdict: Verdict) -> Iterator[tuple[str, str, str]]:

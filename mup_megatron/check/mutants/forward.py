@@ -90,6 +90,10 @@ def _in_evaluation(of: Of, factor: Callable[[Plan, Context], float]) -> ModelCha
     return change
 
 
+_FREQUENCIES = frozenset({"inv_freq", "inv_freq_extra", "inv_freq_inter"})
+"""Where rotary embeddings have them; those with YaRN have two, which they mix."""
+
+
 def _rotary_base(chunks: Sequence[Any], _plan: Plan, context: Context) -> None:
     for chunk in chunks:
         for rotary in chunk.modules():
@@ -100,10 +104,6 @@ def _rotary_base(chunks: Sequence[Any], _plan: Plan, context: Context) -> None:
                 setattr(rotary, name, frequencies * (frequencies / frequencies[0]) ** power)
                 # What it computed before would be used again.
                 getattr(rotary.forward, "cache_clear", lambda: None)()
-
-
-_FREQUENCIES = frozenset({"inv_freq", "inv_freq_extra", "inv_freq_inter"})
-"""Where rotary embeddings have them; those with YaRN have two, which they mix."""
 
 
 FORWARD = (

@@ -98,6 +98,7 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
         final_pass = verification.forward_of(built, fixed=fixed)
     verification.require_right_softmax(
         base_pass,
+        stock_pass,
         final_pass,
         built.module,
         alpha=recipe.hyperparameters.attention_multiplier,

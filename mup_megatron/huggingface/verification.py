@@ -152,6 +152,7 @@ def _watched(built: MetaModule, calls: Any) -> Forward:
 
 def require_right_softmax(
     base: Forward,
+    stock: Forward,
     after: Forward,
     model: torch.nn.Module,
     *,
@@ -163,10 +164,11 @@ def require_right_softmax(
 
     Args:
         base: the recipe's base, as the library makes it.
+        stock: the target, as the library makes it.
         after: the target, told what the plan says.
         model: the target.
         alpha: the recipe's attention_multiplier.
-        standard: every scale stays the library's.
+        standard: every scale stays the library's, but for `alpha`.
         changes: whether an attention of this name has to be told another scale than its own.
     """
     if len(base.softmaxes) != len(after.softmaxes):
@@ -188,14 +190,14 @@ def require_right_softmax(
                 f"{name}: no pass over small inputs reaches {type(module).__name__}, so that it uses the scale that it "
                 "is told is not known. Use attention_multiplier 1, and a base whose heads have the target's size."
             )
-    for own, found in zip(base.softmaxes, after.softmaxes, strict=True):
+    for own, found in zip(stock.softmaxes if standard else base.softmaxes, after.softmaxes, strict=True):
         if own.scale is None or found.scale is None:
             raise InputError(
                 f"{found.where}: what its attention multiplies logits by is no number that could be seen. A model with "
                 "such an attention is not supported."
             )
         wanted = rules.softmax_scale(
-            base_head_size=found.head_size if standard else own.head_size,
+            base_head_size=own.head_size,
             head_size=found.head_size,
             alpha=alpha,
             stock=own.scale,

@@ -87,6 +87,15 @@ def test_what_is_seen_on_the_meta_device_follows_the_attribute(family: str) -> N
     assert after == pytest.approx([3.0 * scale for scale in before if scale is not None])
 
 
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+@pytest.mark.parametrize("family", ATTENTION)
+def test_standard_parametrization_keeps_the_librarys_scale_where_heads_grow(family: str, alpha: float) -> None:
+    base, target = (with_class(family, with_heads_growing(family, width)) for width in (64, 128))
+    standard = {"hyperparameters": {"attention_multiplier": alpha}, "parametrization": {"rule": "standard"}}
+    stock = plan_for(target, recipe_at(target))
+    assert plan_for(target, recipe_at(base, **standard)).softmax_scale == pytest.approx(alpha * stock.softmax_scale)
+
+
 def test_a_scale_that_is_not_the_one_in_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a model that has a `scaling` and computes with something else."""
     attention = transformers.models.llama.modeling_llama.LlamaAttention

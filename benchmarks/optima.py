@@ -1,0 +1,300 @@
+"""Where the best learning rate is, and whether it stays there: one table for each question.
+
+    python benchmarks/optima.py [--tables experts latent choices] [--seeds 2] [--steps 100] [-o results/optima]
+
+Tables:
+
+    experts    a GPT with experts that grow with width or stay, over widths 128 to 512, with μP and in standard
+               parametrization
+    latent     the same of latent attention, whose ranks grow or stay
+    choices    at one width: other numbers of experts, of those that see a token, and sizes of one
+
+Each column of a table is a basin: real training of Megatron-Core on the embedded text (quickstart's), at whole octaves
+around the base's learning rate and beyond, until the best is not at an end. Its place is the vertex of a parabola, as
+in `check --level full`. Finished runs are lines of `runs.jsonl`, and not repeated; pictures are beside it.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.transfer import EXTENSIONS, at_rate, learning_rates
+from mup_megatron.check.verdict.basins import TransferResult, judge_transfer
+from mup_megatron.recipe import Hyperparameters, Parametrization, Recipe, Schedule
+from mup_megatron.training.options import TrainingOptions
+
+LEARNING_RATE = 2.0**-7
+RATES = 5
+BATCH = 8
+GPT: dict[str, Any] = {
+    "num_layers": 2,
+    "vocab_size": 1024,
+    "seq_length": 64,
+    "untie_embeddings_and_output_weights": True,
+    "add_bias_linear": False,
+    "transformer_impl": "local",
+}
+HEAD_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """Basins that are compared: targets of one base."""
+
+    name: str
+    base: ModelFile
+    targets: Mapping[str, ModelFile]
+    """By what a column says of it; the first is what the others are compared with."""
+    rule: str = "mup"
+
+    @property
+    def recipe(self) -> Recipe:
+        """Returns the recipe of the base, at the middle of its learning rates."""
+        return Recipe(
+            base=self.base,
+            hyperparameters=Hyperparameters(lr=LEARNING_RATE, min_lr=LEARNING_RATE / 10, weight_decay=0.01),
+            schedule=Schedule(lr_decay_style="linear", lr_warmup_fraction=0.1),
+            parametrization=Parametrization.model_validate({"rule": self.rule}),
+        )
+
+
+def experts(width: int, *, number: int = 8, chosen: int = 2, size: int | None = None) -> ModelFile:
+    """Returns a GPT with experts in every layer; one is as wide as the stream, unless its size is said."""
+    own: dict[str, Any] = {"num_experts": number, "moe_router_topk": chosen, "moe_ffn_hidden_size": size or width}
+    balanced: dict[str, Any] = {"moe_aux_loss_coeff": 0.01}
+    return ModelFile(**GPT, hidden_size=width, num_attention_heads=width // HEAD_SIZE, **own, **balanced)
+
+
+def latent(width: int, *, rank: int) -> ModelFile:
+    """Returns a GPT with latent attention."""
+    return ModelFile(
+        **GPT,
+        hidden_size=width,
+        num_attention_heads=width // HEAD_SIZE,
+        multi_latent_attention=True,
+        q_lora_rank=rank,
+        kv_lora_rank=rank,
+        qk_head_dim=24,
+        qk_pos_emb_head_dim=8,
+        v_head_dim=HEAD_SIZE,
+        qk_layernorm=True,
+        normalization="RMSNorm",
+        position_embedding_type="none",
+    )
+
+
+WIDTHS = (128, 256, 512)
+RULES = {"mup": "μP", "standard": "standard"}
+
+
+def _over_widths(name: str, model: Callable[[int], ModelFile], rules: Sequence[str] = tuple(RULES)) -> list[Row]:
+    targets = {f"{width}": model(width) for width in WIDTHS}
+    return [Row(f"{name}, {RULES[rule]}", model(WIDTHS[0]), targets, rule) for rule in rules]
+
+
+TABLES: dict[str, Callable[[], Sequence[Row]]] = {
+    "experts": lambda: [
+        *_over_widths("experts grow", experts),
+        *_over_widths("experts of 128", lambda width: experts(width, size=128), ["mup"]),
+    ],
+    "latent": lambda: [
+        *_over_widths("ranks grow", lambda width: latent(width, rank=width // 2)),
+        *_over_widths("ranks of 64", lambda width: latent(width, rank=64), ["mup"]),
+    ],
+    "choices": lambda: [
+        Row(
+            "width 128",
+            experts(128),
+            {
+                "E8 k2 f128": experts(128),
+                "E32 k2": experts(128, number=32),
+                "E16 k8": experts(128, number=16, chosen=8),
+                "E32 k8": experts(128, number=32, chosen=8),
+                "E8 k2 f32": experts(128, size=32),
+                "E32 k8 f32": experts(128, number=32, chosen=8, size=32),
+            },
+        )
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long and how often each model is trained."""
+
+    steps: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A basin."""
+
+    table: str
+    row: Row = field(repr=False)
+    column: str
+    length: Length
+
+
+def main() -> None:
+    """Runs what is missing, prints the tables and draws them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("-o", "--output", type=Path, default=Path("results/optima"))
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    length = Length(arguments.steps, arguments.seeds)
+    rows = {table: TABLES[table]() for table in arguments.tables}
+    jobs = [Job(table, row, column, length) for table in rows for row in rows[table] for column in row.targets]
+    found = _run(jobs, arguments.output, arguments.jobs)
+    for table, of_table in rows.items():
+        results = {row.name: _judged(row, found) for row in of_table}
+        print("\n".join(["", f"{table}:", "", *markdown(of_table, results)]))
+        (arguments.output / f"{table}.png").write_bytes(picture(of_table, results))
+
+
+def _judged(row: Row, found: Mapping[tuple[str, str], Mapping[float, Sequence[float]]]) -> TransferResult:
+    return judge_transfer({index: found[row.name, column] for index, column in enumerate(row.targets)})
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+def _run(jobs: Sequence[Job], output: Path, workers: int) -> dict[tuple[str, str], Mapping[float, Sequence[float]]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from mup_megatron.training.data.embedded import embedded_data
+
+    data = embedded_data()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    found: dict[tuple[str, str], Mapping[float, Sequence[float]]] = {}
+    with (
+        Progress(*columns) as progress,
+        ProcessPoolExecutor(
+            workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(output / "runs.log",),
+        ) as pool,
+    ):
+        task = progress.add_task("basins", total=len(jobs))
+        # The long ones first, so that no process waits for one at the end.
+        ordered = sorted(jobs, key=lambda job: -job.row.targets[job.column].hidden_size)
+        pending = {pool.submit(basin, job, data, output): job for job in ordered}
+        for future in as_completed(pending):
+            job = pending[future]
+            found[job.row.name, job.column] = future.result()
+            progress.advance(task)
+    return found
+
+
+def _start_worker(log: Path) -> None:
+    """Imports once for many runs; what Megatron has to say goes to a file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from mup_megatron.training import ranks
+
+    ranks.preload()
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def basin(job: Job, data: Path, output: Path) -> dict[float, list[float]]:
+    """Returns learning rate → final losses, at as many rates as it takes for the best to have one on either side."""
+    losses: dict[float, list[float]] = {}
+    todo = learning_rates(LEARNING_RATE, RATES)
+    while todo and len(losses) < RATES + EXTENSIONS:
+        for lr in todo:
+            losses[lr] = [_final_loss(job, lr, seed, data, output) for seed in range(1, job.length.seeds + 1)]
+        best = min(losses, key=lambda lr: fmean(losses[lr]))
+        todo = [lr for lr in (best / 2, best * 2) if lr not in losses]
+    return losses
+
+
+def _final_loss(job: Job, lr: float, seed: int, data: Path, output: Path) -> float:
+    """Returns the mean training loss of a run's last tenth; infinite if it diverges."""
+    from mup_megatron.training.train import run_training
+
+    target, recipe = job.row.targets[job.column], at_rate(job.row.recipe, lr)
+    key = [recipe.fingerprint, target.model_dump(mode="json"), job.length.steps, seed]
+    log = output / "runs.jsonl"
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
+        if (run := json.loads(line))["key"] == key:
+            return math.inf if run["loss"] is None else float(run["loss"])
+    options = TrainingOptions(train_iters=job.length.steps, global_batch_size=BATCH, eval_iters=0, seed=seed)
+    result = run_training(target, recipe, data, options)
+    loss = result.train_loss if result.status == "complete" else math.inf
+    row = {"table": job.table, "row": job.row.name, "column": job.column, "lr": lr, "seed": seed}
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**row, "loss": loss if math.isfinite(loss) else None, "key": key}) + "\n")
+    return loss
+
+
+# ---- telling -------------------------------------------------------------------------------------------------------
+
+
+def markdown(rows: Sequence[Row], results: Mapping[str, TransferResult]) -> list[str]:
+    """Returns a table: log2 of the best learning rate of each basin, with its loss, and how far the last one moved."""
+    columns = list(rows[0].targets)
+    lines = [
+        f"| | {' | '.join(columns)} | moved by, octaves |",
+        f"|---|{'---|' * (len(columns) + 1)}",
+    ]
+    for row in rows:
+        result = results[row.name]
+        first = result.optima[0].log2_lr
+        cells = [
+            f"{optimum.log2_lr:.2f} ({optimum.low:.2f} … {optimum.high:.2f}), {least:.3f}"
+            for optimum, least in zip(result.optima.values(), map(_least, result.losses.values()), strict=True)
+        ]
+        moves = [optimum.log2_lr - first for index, optimum in result.optima.items() if index]
+        far = max(moves, key=abs)
+        lines.append(f"| {row.name} | {' | '.join(cells)} | {far:+.2f} |")
+    return lines
+
+
+def _least(losses: Mapping[float, Sequence[float]]) -> float:
+    return min(fmean(values) for values in losses.values())
+
+
+def picture(rows: Sequence[Row], results: Mapping[str, TransferResult]) -> bytes:
+    """Returns a PNG: loss over learning rate, a panel for each row and a line for each basin."""
+    import io
+
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(4.2 * len(rows), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
+    for panel, row in zip(panels, rows, strict=True):
+        result = results[row.name]
+        for index, column in enumerate(row.targets):
+            finite = {lr: fmean(v) for lr, v in sorted(result.losses[index].items()) if math.isfinite(fmean(v))}
+            [line] = panel.plot([math.log2(lr) for lr in finite], [*finite.values()], marker="o", label=column)
+            panel.axvline(result.optima[index].log2_lr, color=line.get_color(), linestyle=":")
+        panel.set_title(row.name)
+        panel.set_xlabel("log2 of the learning rate")
+        panel.legend()
+    panels[0].set_ylabel("loss at the end")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from mup_megatron.theory import PlanEntry
 
 
 def latents(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
-    """What leads away from a narrow place, and what leads to it."""
+    """Returns mistakes about what leads away from a narrow place, and about what leads to it."""
 
     def narrowing(entry: PlanEntry, here: AtWidth) -> float:
         return -0.5 * math.log(entry.width_ratio) if here.r_out(entry) == 1.0 else 0.0

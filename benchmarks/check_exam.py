@@ -35,6 +35,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import check_rates
+from rates.tables import commonest, share
 
 PARTS, LEVELS = ("mistakes", "right"), ("quick", "standard")
 CHANGED = 0.02
@@ -361,10 +362,10 @@ def _mistakes(rows: Sequence[Row]) -> list[str]:
             mistake.where,
             mistake.breaks,
             "" if change is None else f"{change.change:.2g}" if change.outcome.endswith("changed") else change.outcome,
-            check_rates.share(sum(row.caught for row in quick), len(quick)),
-            check_rates.share(sum(standard), len(standard)),
-            check_rates.commonest([row.cause or row.sections or row.outcome for row in caught]),
-            check_rates.share(sum(known), len(known)),
+            share(sum(row.caught for row in quick), len(quick)),
+            share(sum(standard), len(standard)),
+            commonest([row.cause or row.sections or row.outcome for row in caught]),
+            share(sum(known), len(known)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -1,6 +1,7 @@
 """How often a check finds a deliberate mistake, how often it names the right cause, and how often it cries wolf.
 
-    python benchmarks/check_rates.py [--round 1] [--output results/check-rates-1] [--jobs 2] [--parts quick-correct ...]
+    python benchmarks/check_rates.py [--round 1] [--families] [--output results/check-rates-1] [--jobs 2]
+                                     [--parts quick-correct ...] [--mutants NAME ...] [--correct 100] [--seeds 5]
 
 Parts:
 
@@ -9,6 +10,9 @@ Parts:
     quick-mutants      each mistake of `mup_megatron.check.mutants` on 5 seeds, one architecture each, in turn
     standard-mutants   those that quick did not always find, on 3 seeds
     standard-correct   20 correct models
+
+With `--families` the models have experts, latent attention or Mamba layers instead: no `tune`, 60 correct models at
+quick, and the mistakes that such layers invite.
 
 All but `tune` are on other architectures and on seeds from 1000 on, others in each round: whoever has looked at the
 checks of one round to mend something takes the next for the figures. A mistake counts where it changes anything: where
@@ -23,96 +27,57 @@ import math
 import multiprocessing
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from rates.architectures import FAMILIES, REPORT, TUNING, Architecture
+from rates.tables import PARTS, caught, counted, of_part, tables
+
 import mup_megatron
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family import gpt as family
-from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure import levels
 from mup_megatron.check.measure.measurements import RunProtocol
 from mup_megatron.check.mutants import MUTANTS, Context, Mutant
-from mup_megatron.recipe import Recipe, recipe
+from mup_megatron.check.mutants.experts import EXPERTS
+from mup_megatron.check.mutants.latent import LATENT
+from mup_megatron.recipe import Recipe
 
-PARTS = ("tune", "quick-correct", "quick-mutants", "standard-mutants", "standard-correct")
-TUNE_SEEDS, CORRECT_QUICK, CORRECT_STANDARD, MUTANT_QUICK, MUTANT_STANDARD = 10, 100, 20, 5, 3
+TUNE_SEEDS, MUTANT_QUICK, MUTANT_STANDARD, CORRECT_STANDARD = 10, 5, 3, 20
 FIRST_SEED = 1000
 COUNTED = RunProtocol(steps=20, recorded=(20,), spectral=False)
-CHANGED = 1e-5
-"""What some weight differs by after 20 steps, relative to the largest of its tensor: more than rounding."""
-
-_GPT = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512, "seq_length": 64}
-_UNTIED = {"untie_embeddings_and_output_weights": True}
-_LLAMA = {
-    **_GPT,
-    **_UNTIED,
-    "swiglu": True,
-    "normalization": "RMSNorm",
-    "position_embedding_type": "rope",
-    "add_bias_linear": False,
-    "group_query_attention": True,
-    "num_query_groups": 2,
-    "ffn_hidden_size": 192,
-}
-_VALUES = {
-    "lr": 0.004,
-    "min_lr": 0.0004,
-    "init_method_std": 0.05,
-    "embedding_multiplier": 2.0,
-    "output_multiplier": 3.0,
-    "attention_multiplier": 1.5,
-    "weight_decay": 0.1,
-}
-_WIDE = {"hidden_size": 512, "num_attention_heads": 32}
+TRAPS = (
+    *(mutant.name for mutant in (*EXPERTS, *LATENT)),
+    "convolution-as-matrix",
+    "residual-init-as-gpt",
+    "attention-sqrt-d",
+    "attention-scale-stock",
+    "attention-own-factor-dropped",
+    "one-width-ratio",
+)
+"""Mistakes that experts, latent attention and state spaces invite."""
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A target and the recipe that it would be trained with."""
+class Series:
+    """Which checks are counted together."""
 
-    target: ModelFile
-    recipe: Recipe
-
-    def context(self) -> Context:
-        """At the widest model of a check."""
-        width = family.widths_for(self.target, self.recipe, levels.WIDTHS)[-1]
-        model = family.at_width(self.target, self.recipe, width)
-        under_stress = stressed(self.recipe, steps=levels.EARLY.steps)
-        return Context(base=self.recipe.megatron_base, target=model, recipe=under_stress, width=width)
+    architectures: Mapping[str, Architecture]
+    mutants: Sequence[str]
+    correct: int
+    """Right models at quick."""
+    tuning: Mapping[str, Architecture] = field(default_factory=dict)
+    seeds: int = MUTANT_QUICK
+    """Of each mistake at quick."""
 
 
-def architecture(base: dict[str, Any], target: dict[str, Any], per_parameter: object = (), **values: float) -> Any:
-    """An architecture, by what its target has other than its base."""
-    content = {"base": base, "hyperparameters": {**_VALUES, **values}, "per_parameter": per_parameter}
-    return Architecture(ModelFile(**{**base, **target}), recipe(content, source="check_rates.py"))
-
-
-TUNING = {
-    "tune-gpt": architecture({**_GPT, **_UNTIED}, _WIDE),
-    "tune-llama": architecture({**_LLAMA, "num_query_groups": 4}, {**_WIDE, "num_query_groups": 32}, lr=0.008),
-}
-REPORT = {
-    "gpt": architecture({**_GPT, **_UNTIED, "hidden_size": 32, "num_attention_heads": 2}, _WIDE, output_multiplier=2.0),
-    "gpt, tied, fixed ffn": architecture({**_GPT, "ffn_hidden_size": 192}, _WIDE, embedding_multiplier=4.0),
-    "llama": architecture(_LLAMA, {**_WIDE, "ffn_hidden_size": 1536}, lr=0.006),
-    "gpt, wider heads": architecture(
-        {**_GPT, **_UNTIED, "hidden_size": 32, "num_attention_heads": 4}, {**_WIDE, "num_attention_heads": 16}
-    ),
-    "deep, q/k norm, overrides": architecture(
-        {**_GPT, **_UNTIED, "qk_layernorm": True},
-        {**_WIDE, "num_layers": 4},
-        [{"match": "*.linear_fc2.weight", "lr_mult": 2.0}, {"match": "embedding.*", "lr_mult": 0.5}],
-        attention_multiplier=2.0,
-    ),
-}
-ARCHITECTURES: dict[str, Architecture] = {**TUNING, **REPORT}
+DENSE = Series(architectures=REPORT, tuning=TUNING, mutants=[*MUTANTS], correct=100)
+OF_FAMILIES = Series(architectures=FAMILIES, mutants=TRAPS, correct=60)
 
 
 @dataclass(frozen=True)
@@ -133,51 +98,63 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a folder of its own for each round")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--mutants", nargs="+", choices=sorted(MUTANTS), default=list(MUTANTS), metavar="NAME")
+    parser.add_argument("--mutants", nargs="+", choices=sorted(MUTANTS), metavar="NAME")
+    parser.add_argument("--families", action="store_true", help="experts, latent attention and hybrid models")
+    parser.add_argument("--correct", type=int, help="how many correct models at quick")
+    parser.add_argument("--seeds", type=int, default=MUTANT_QUICK, help="of each mistake at quick")
     arguments = parser.parse_args()
-    output: Path = arguments.output or Path(f"results/check-rates-{arguments.round}")
+    usual = OF_FAMILIES if arguments.families else DENSE
+    series = replace(
+        usual,
+        mutants=arguments.mutants or usual.mutants,
+        correct=arguments.correct or usual.correct,
+        seeds=arguments.seeds,
+    )
+    name = f"check-rates{'-families' if arguments.families else ''}-{arguments.round}"
+    output: Path = arguments.output or Path("results") / name
     output.mkdir(parents=True, exist_ok=True)
     log = output / "checks.jsonl"
     for part in [part for part in PARTS if part in arguments.parts]:
         done = _done(log)
-        jobs = _jobs(part, arguments.round, arguments.mutants, list(done.values()))
+        jobs = _jobs(part, series, arguments.round, list(done.values()))
         _run([job for job in jobs if job not in done], log, arguments.jobs, part)
-    print(_tables(list(_done(log).values())))
+    print(tables(list(_done(log).values())))
 
 
 # ---- which checks --------------------------------------------------------------------------------------------------
 
 
-def _jobs(part: str, round_: int, mutants: Sequence[str], results: Sequence[dict[str, Any]]) -> list[Job]:
+def _jobs(part: str, series: Series, round_: int, results: Sequence[dict[str, Any]]) -> list[Job]:
     match part:
         case "tune":
-            return [Job(part, a, None, "quick", 10 * i) for a in TUNING for i in range(TUNE_SEEDS)]
+            return [Job(part, a, None, "quick", 10 * i) for a in series.tuning for i in range(TUNE_SEEDS)]
         case "quick-correct":
-            return _correct(part, round_, "quick", CORRECT_QUICK)
+            return _correct(part, series, round_, "quick", series.correct)
         case "standard-correct":
-            return _correct(part, round_, "standard", CORRECT_STANDARD)
+            return _correct(part, series, round_, "standard", CORRECT_STANDARD)
         case "quick-mutants":
-            return [job for name in mutants for job in _wrong(part, round_, name, "quick", MUTANT_QUICK)]
+            return [job for name in series.mutants for job in _wrong(part, series, round_, name, series.seeds)]
         case _:
-            quick = _of(results, "quick-mutants")
-            missed = [name for name in mutants if not all(map(_caught, _counted(quick, name)))]
-            return [job for name in missed for job in _wrong(part, round_, name, "standard", MUTANT_STANDARD)]
+            quick = of_part(results, "quick-mutants")
+            missed = [name for name in series.mutants if not all(map(caught, counted(quick, name)))]
+            return [job for name in missed for job in _wrong(part, series, round_, name, MUTANT_STANDARD)]
 
 
-def _correct(part: str, round_: int, level: str, count: int) -> list[Job]:
+def _correct(part: str, series: Series, round_: int, level: str, count: int) -> list[Job]:
     """So many that differ: two seeds may coincide."""
     jobs: dict[Job, None] = {}
+    names = list(series.architectures)
     index = 0
     while len(jobs) < count:
-        architecture = list(REPORT)[index % len(REPORT)]
+        architecture = names[index % len(names)]
         jobs[Job(part, architecture, None, level, seed_of(round_, part, architecture, index))] = None
         index += 1
     return list(jobs)
 
 
-def _wrong(part: str, round_: int, name: str, level: str, count: int) -> list[Job]:
-    possible = [a for a, architecture in REPORT.items() if MUTANTS[name].when(architecture.context())]
-    offset = list(MUTANTS).index(name)
+def _wrong(part: str, series: Series, round_: int, name: str, count: int) -> list[Job]:
+    possible = [a for a, architecture in series.architectures.items() if MUTANTS[name].when(architecture.context())]
+    offset, level = list(MUTANTS).index(name), part.partition("-")[0]
     chosen = [possible[(offset + i) % len(possible)] for i in range(count)] if possible else []
     return [Job(part, a, name, level, seed_of(round_, part, name, i)) for i, a in enumerate(chosen)]
 
@@ -254,7 +231,7 @@ def _check(job: Job, output: Path) -> dict[str, Any]:
     from mup_megatron.check.run_megatron import check_megatron
     from mup_megatron.check.verdict.comparison import findings
 
-    architecture = ARCHITECTURES[job.architecture]
+    architecture = {**TUNING, **REPORT, **FAMILIES}[job.architecture]
     mutant = None if job.mutant is None else MUTANTS[job.mutant]
     verdict = check_megatron(
         architecture.target,
@@ -341,93 +318,6 @@ def _weights_after(model: ModelFile, stressed: Recipe, width: int, mutant: Mutan
     for step in range(COUNTED.steps):
         trainee.step(step)
     return {name: parameter.detach().clone() for name, parameter in trainee.parameters()}
-
-
-# ---- telling what came out -----------------------------------------------------------------------------------------
-
-
-def _of(results: Iterable[dict[str, Any]], part: str) -> list[dict[str, Any]]:
-    return [result for result in results if result["job"]["part"] == part]
-
-
-def _counted(results: Iterable[dict[str, Any]], mutant: str) -> list[dict[str, Any]]:
-    return [r for r in results if r["job"]["mutant"] == mutant and r["change"] > CHANGED]
-
-
-def _caught(result: dict[str, Any]) -> bool:
-    return bool(result["outcome"] == "fail")
-
-
-def _named_rightly(result: dict[str, Any]) -> bool:
-    return bool(result["causes"]) and result["causes"][0][0] in MUTANTS[result["job"]["mutant"]].cause
-
-
-def _tables(results: Sequence[dict[str, Any]]) -> str:
-    parts = {part: _of(results, part) for part in PARTS}
-    return "\n".join([*_mutants(parts), "", *_totals(parts), "", *_false_alarms(parts), "", *_times(results)])
-
-
-def _mutants(parts: dict[str, list[dict[str, Any]]]) -> list[str]:
-    lines = [
-        "| mistake | what it is | caught by quick | by standard | first seen in | cause named most often | right |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in MUTANTS:
-        quick, standard = (_counted(parts[part], name) for part in ("quick-mutants", "standard-mutants"))
-        caught = [result for result in quick + standard if _caught(result)]
-        cells = [
-            f"`{name}`",
-            MUTANTS[name].what,
-            share(sum(map(_caught, quick)), len(quick)),
-            share(sum(map(_caught, standard)), len(standard)),
-            commonest(result["quantity"] for result in caught),
-            commonest(result["causes"][0][0] if result["causes"] else None for result in caught),
-            share(sum(map(_named_rightly, caught)), len(caught)),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def _totals(parts: dict[str, list[dict[str, Any]]]) -> list[str]:
-    lines = ["| level | mistakes | checks | caught | cause right, of those caught |", "|---|---|---|---|---|"]
-    for level in ("quick", "standard"):
-        of_level = [result for name in MUTANTS for result in _counted(parts[f"{level}-mutants"], name)]
-        caught = [result for result in of_level if _caught(result)]
-        kinds = len({result["job"]["mutant"] for result in of_level})
-        right = share(sum(map(_named_rightly, caught)), len(caught))
-        lines.append(f"| {level} | {kinds} | {len(of_level)} | {share(len(caught), len(of_level))} | {right} |")
-    without = sum(r["change"] <= CHANGED for part in ("quick-mutants", "standard-mutants") for r in parts[part])
-    return [*lines, "", f"{without} checks of a mistake that changed nothing are not counted."]
-
-
-def _false_alarms(parts: dict[str, list[dict[str, Any]]]) -> list[str]:
-    lines = ["| correct models | checks | fail | no verdict | what |", "|---|---|---|---|---|"]
-    for part in ("tune", "quick-correct", "standard-correct"):
-        failed = [result for result in parts[part] if _caught(result)]
-        none = sum(result["outcome"] == "no verdict" for result in parts[part])
-        what = "; ".join(f"{r['job']['architecture']}: {r['first'] or ', '.join(r['failed'])}" for r in failed)
-        lines.append(f"| {part} | {len(parts[part])} | {len(failed)} | {none} | {what} |")
-    return lines
-
-
-def _times(results: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["| level | checks | median | longest |", "|---|---|---|---|"]
-    for level in ("quick", "standard"):
-        seconds = [result["seconds"] for result in results if result["job"]["level"] == level]
-        if seconds:
-            lines.append(f"| {level} | {len(seconds)} | {median(seconds):.0f} s | {max(seconds):.0f} s |")
-    return lines
-
-
-def share(count: int, of: int) -> str:
-    """So many of so many; nothing of none."""
-    return f"{count}/{of}" if of else ""
-
-
-def commonest(values: Iterable[str | None]) -> str:
-    """The value that comes up most often."""
-    known = [value for value in values if value is not None]
-    return max(known, key=known.count) if known else ""
 
 
 if __name__ == "__main__":

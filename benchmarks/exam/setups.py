@@ -147,9 +147,10 @@ class Megatron:
     def trained(self, folder: Path) -> dict[str, Tensor]:
         """The widest model's weights after some steps."""
         import check_rates
+        from rates.architectures import Architecture
 
         assert self.widths is not None
-        architecture = check_rates.Architecture(self.target, self.recipe)
+        architecture = Architecture(self.target, self.recipe)
         weights: dict[str, Tensor] = check_rates.trained(self.mutant, architecture, folder, max(self.widths))
         return weights
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import check_rates
 import transformers
+from rates.architectures import architecture
 from torch import Tensor, nn
 
 from exam import models
@@ -149,7 +149,7 @@ def megatron(
     base: dict[str, Any] | None = None, target: dict[str, Any] | None = None, overrides: Any = (), **values: Any
 ) -> Megatron:
     """A GPT of Megatron-Core: what base and target have of their own."""
-    built = check_rates.architecture({**GPT, **UNTIED, **(base or {})}, {**WIDE, **(target or {})}, overrides, **values)
+    built = architecture({**GPT, **UNTIED, **(base or {})}, {**WIDE, **(target or {})}, overrides, **values)
     return Megatron(target=built.target, recipe=built.recipe)
 
 

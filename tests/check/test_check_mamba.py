@@ -1,4 +1,4 @@
-"""A check of a model with Mamba layers, from beginning to end: a right one passes, and a convolution is no matrix."""
+"""A check of a model with Mamba layers, from beginning to end: a right one passes, its own mistakes are found."""
 
 import pytest
 from support.shapes import MAMBA, gpt, hybrid, recipe_for
@@ -22,7 +22,14 @@ def test_a_right_model_passes() -> None:
 
 
 @pytest.mark.slow
-def test_a_convolution_taken_for_a_matrix_is_found() -> None:
-    found = verdict("convolution-as-matrix")
+@pytest.mark.parametrize(
+    ("mistake", "culprit", "cause"),
+    [
+        ("convolution-as-matrix", "decoder.layers.0.mixer.conv1d.weight", "convolution-learning-rate"),
+        ("residual-init-as-gpt", "decoder.layers.0.mixer.out_proj.weight", "residual-init"),
+    ],
+)
+def test_a_mistake_is_found_and_named(mistake: str, culprit: str, cause: str) -> None:
+    found = verdict(mistake)
     assert not found.passed
-    assert (found.culprit, found.causes[0].name) == ("decoder.layers.0.mixer.conv1d.weight", "tensor-learning-rate")
+    assert (found.culprit, found.causes[0].name) == (culprit, cause)

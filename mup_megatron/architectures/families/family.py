@@ -41,6 +41,9 @@ class Size:
     """Where a model has it with its default; None there for a model without."""
     small: int
     """As large as a small model of the kind needs it, where base and target share it."""
+    spread: int = 2
+    """How many times as large as the base's it is at most in such a model, where the two differ: more than 2 where the
+    ratio of two sizes, as of experts and those that are chosen, has to differ too."""
     follows_width: bool = True
     """Whether it keeps its ratio to the hidden size where base and target differ in it; a count does not."""
 

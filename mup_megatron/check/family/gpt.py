@@ -144,8 +144,9 @@ class _Growth:
             return Fraction(target.num_attention_heads)
         if not self.sizes_grow:
             return Fraction(target.num_attention_heads * width, target.hidden_size)
-        # Both grow: with each doubling of the width the one, and then the other.
-        octaves = math.floor(math.log2(width / self.base.hidden_size) / 2 + 1e-9)
+        # Both grow: their size with two doublings of the width, their number with the third. A wrong power of the size
+        # has to show at whichever four widths are looked at.
+        octaves = math.floor((math.log2(width / self.base.hidden_size) + 1) / 3 + 1e-9)
         return self.base.num_attention_heads * Fraction(2) ** octaves
 
     def head_size(self, width: int) -> Fraction:
@@ -362,4 +363,5 @@ def _cut(size: Size, base: ModelFile, target: ModelFile, tensor_parallel: int) -
     few, many = sorted(value for model in (base, target) if (value := size.of(model)) is not None)
     shared = max(tensor_parallel, size.small // tensor_parallel * tensor_parallel)
     less = min(few, shared)
-    return {many: less if many == few else min(many, 2 * less), few: less}
+    times = max(2, min(round(many / few), size.spread))
+    return {many: less if many == few else min(many, times * less), few: less}

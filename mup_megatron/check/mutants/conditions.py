@@ -9,7 +9,8 @@ from mup_megatron.check.entries import (
     is_hidden,
 )
 from mup_megatron.check.measure.optimizers import rules_of
-from mup_megatron.check.mutants.mutant import Context
+from mup_megatron.check.mutants.mutant import Context, Select
+from mup_megatron.theory import PlanEntry
 from mup_megatron.theory.widths import Scaling
 
 
@@ -34,8 +35,8 @@ def is_tied(context: Context) -> bool:
 
 
 def is_rotary(context: Context) -> bool:
-    """Returns whether positions turn queries and keys."""
-    return context.target.position_embedding_type == "rope"
+    """Returns whether positions turn queries and keys; those of latent attention they always do."""
+    return context.target.position_embedding_type == "rope" or context.target.multi_latent_attention
 
 
 def has_several_layers(context: Context) -> bool:
@@ -46,6 +47,21 @@ def has_several_layers(context: Context) -> bool:
 def heads_grow(context: Context) -> bool:
     """Returns whether heads are larger than the base's."""
     return context.base.head_size != context.target.head_size
+
+
+def changes_softmax_scale(context: Context) -> bool:
+    """Returns whether attention needs to be told another scale than it uses by itself."""
+    return context.recipe.plan(context.target).changes_softmax_scale
+
+
+def has_own_softmax_scale(context: Context) -> bool:
+    """Returns whether attention has a scale of its own other than 1/√(head size), as with YaRN's factor."""
+    return context.target.stock_softmax_scale is not None
+
+
+def has_one_branch(context: Context) -> bool:
+    """Returns whether a layer is one branch, as in a hybrid model, and not two."""
+    return any(stack.branches == 1 for stack in context.recipe.plan(context.target).stacks.values())
 
 
 def has_multiplier(key: str) -> Callable[[Context], bool]:
@@ -61,6 +77,15 @@ def sides_differ(context: Context) -> bool:
 def has_several_ratios(context: Context) -> bool:
     """Returns whether some hidden tensor's side grows otherwise than the hidden size."""
     return any(side != context.r for r in _hidden_ratios(context) for side in (r.r_in, r.r_out))
+
+
+def any_where(select: Select, when: Callable[[PlanEntry, Context], bool]) -> Callable[[Context], bool]:
+    """Makes a condition: whether something holds of a tensor of a kind."""
+
+    def found(context: Context) -> bool:
+        return any(select(e) and when(e, context) for e in context.recipe.plan(context.target).entries)
+
+    return found
 
 
 def _hidden_ratios(context: Context) -> list[Scaling]:

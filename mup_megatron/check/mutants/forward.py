@@ -5,7 +5,13 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from mup_megatron.check.entries import token_table
-from mup_megatron.check.mutants.conditions import has_multiplier, heads_grow, is_rotary
+from mup_megatron.check.mutants.conditions import (
+    changes_softmax_scale,
+    has_multiplier,
+    has_own_softmax_scale,
+    heads_grow,
+    is_rotary,
+)
 from mup_megatron.check.mutants.live import live_modules
 from mup_megatron.check.mutants.mutant import Context, ModelChange, Mutant
 from mup_megatron.theory import Acts, Plan
@@ -84,22 +90,20 @@ def _in_evaluation(of: Of, factor: Callable[[Plan, Context], float]) -> ModelCha
     return change
 
 
+_FREQUENCIES = frozenset({"inv_freq", "inv_freq_extra", "inv_freq_inter"})
+"""Where rotary embeddings have them; those with YaRN have two, which they mix."""
+
+
 def _rotary_base(chunks: Sequence[Any], _plan: Plan, context: Context) -> None:
-    from mup_megatron.megatron.names import unwrapped
-
     for chunk in chunks:
-        rotary: Any = getattr(unwrapped(chunk), "rotary_pos_emb", None)
-        if rotary is not None:
-            share = -math.log(rotary.inv_freq[1].item()) / math.log(context.target.rotary_base)
-            rotary.inv_freq = rotary.inv_freq * context.r ** -(share * _counted(len(rotary.inv_freq), rotary.inv_freq))
-            # What it computed before would be used again.
-            getattr(rotary.forward, "cache_clear", lambda: None)()
-
-
-def _counted(count: int, like: Any) -> Any:
-    import torch
-
-    return torch.arange(count, dtype=like.dtype, device=like.device)
+        for rotary in chunk.modules():
+            for name in _FREQUENCIES & rotary.__dict__.keys():
+                frequencies = getattr(rotary, name)
+                # Each is the base to the power of its share of the channels.
+                power = math.log(context.r) / math.log(context.target.rotary_base)
+                setattr(rotary, name, frequencies * (frequencies / frequencies[0]) ** power)
+                # What it computed before would be used again.
+                getattr(rotary.forward, "cache_clear", lambda: None)()
 
 
 FORWARD = (
@@ -122,6 +126,21 @@ FORWARD = (
         cause=("attention-multiplier-dropped",),
         model=_softmax_scale(lambda _p, c: 1 / c.recipe.hyperparameters.attention_multiplier),
         when=has_multiplier("attention_multiplier"),
+    ),
+    Mutant(
+        name="attention-scale-stock",
+        what="Attention scales its logits as it does by itself: nobody tells it the plan's scale.",
+        # Without a multiplier, and where heads keep their size, these are one and the same.
+        cause=("attention-scale-stock", "attention-sqrt-d", "attention-multiplier-dropped"),
+        model=_softmax_scale(lambda p, _: p.own_softmax_scale / p.softmax_scale),
+        when=changes_softmax_scale,
+    ),
+    Mutant(
+        name="attention-own-factor-dropped",
+        what="The scale of attention logits lacks the factor that attention has of its own, as with YaRN.",
+        cause=("attention-own-factor-dropped",),
+        model=_softmax_scale(lambda p, _: 1 / (p.own_softmax_scale * math.sqrt(p.head_size))),
+        when=has_own_softmax_scale,
     ),
     Mutant(
         name="readout-multiplied-twice",

@@ -19,6 +19,7 @@ from mup_megatron.check.mutants.conditions import (
     gains_start_at_1,
     has_fused_queries,
     has_linear_biases,
+    has_one_branch,
     has_several_layers,
     is_tied,
     is_untied,
@@ -126,6 +127,13 @@ INITIAL = (
         cause=("residual-init", "init-by-shard"),
         model=_weights(is_residual, lambda _e, _r, c: math.sqrt(depth_of(c.target) / depth_of(c.base))),
         when=depth_differs,
+    ),
+    Mutant(
+        name="residual-init-as-gpt",
+        what="What writes into the residual stream of a hybrid model has a GPT's 1/√(2L), L being all of its layers.",
+        cause=("residual-init",),
+        model=_weights(is_residual, lambda _e, _r, _c: 1 / math.sqrt(2)),
+        when=has_one_branch,
     ),
     Mutant(
         name="residual-init-missing",

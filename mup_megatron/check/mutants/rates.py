@@ -122,7 +122,7 @@ RATES = (
     Mutant(
         name="convolution-as-matrix",
         what="The learning rate of convolutions, which sum over their kernel alone, is divided by r.",
-        cause=("tensor-learning-rate",),
+        cause=("convolution-learning-rate",),
         optimizer=_rates(is_convolution, lambda _e, _r, c: 1 / c.r),
         when=has_convolutions,
     ),

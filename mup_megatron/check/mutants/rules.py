@@ -1,14 +1,41 @@
 """Mistakes of several rules at once: a wrong plan."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from mup_megatron.check.entries import (
     is_hidden,
 )
 from mup_megatron.check.mutants.conditions import has_own_rates, has_several_ratios
-from mup_megatron.check.mutants.mutant import Context, Mutant
+from mup_megatron.check.mutants.mutant import Context, Mutant, PlanChange, Select
 from mup_megatron.theory import Plan, PlanEntry
+
+Ratio = Callable[[PlanEntry, Context], float]
+
+
+def as_if_wider(select: Select, ratio: Ratio) -> PlanChange:
+    """Returns a plan in which the fan_in of some weights is so many times as large relative to the base's."""
+
+    def changed(entry: PlanEntry, context: Context) -> PlanEntry:
+        if not select(entry):
+            return entry
+        r = ratio(entry, context)
+        assert entry.init_std is not None
+        return replace(
+            entry,
+            init_std=entry.init_std / math.sqrt(r),
+            lr=entry.lr / r,
+            min_lr=entry.min_lr / r,
+            weight_decay=entry.weight_decay * r**context.recipe.parametrization.weight_decay_exponent,
+        )
+
+    return lambda plan, context: replace(plan, entries=tuple(changed(entry, context) for entry in plan.entries))
+
+
+def ratio_of_hidden_size(entry: PlanEntry, context: Context) -> float:
+    """Returns how much more the hidden size grows than a weight's own fan_in."""
+    return context.r / context.ratios[entry.name].r_in
 
 
 def _one_ratio(plan: Plan, context: Context) -> Plan:

@@ -85,6 +85,23 @@ def test_heads_that_grow_grow_over_the_widths_of_a_check() -> None:
     ]
 
 
+@pytest.mark.parametrize("widths", [[64, 128, 256, 512], [32, 64, 128, 256], [16, 32, 64, 128]])
+def test_heads_become_four_times_as_large_over_any_four_widths_where_their_number_grows_too(widths: list[int]) -> None:
+    found = [m.head_size for m in models_for(target(num_attention_heads=8), recipe(), widths).values()]
+    assert found[-1] == 4 * found[0]
+
+
+@pytest.mark.parametrize(("experts", "chosen"), [((8, 64), (2, 4)), ((4, 16), (2, 4)), ((128, 384), (8, 8))])
+def test_the_share_of_tokens_that_an_expert_sees_differs_where_it_does(
+    experts: tuple[int, int], chosen: tuple[int, int]
+) -> None:
+    own: dict[str, Any] = {"add_bias_linear": False, "moe_ffn_hidden_size": 128}
+    base = recipe(num_experts=experts[0], moe_router_topk=chosen[0], **own)
+    small, small_recipe = condensed(target(num_experts=experts[1], moe_router_topk=chosen[1], **own), base)
+    shares = [m.moe_router_topk / (m.num_experts or 1) for m in (small_recipe.megatron_base, small)]
+    assert shares[1] < shares[0]
+
+
 def test_number_and_size_of_heads_grow_in_turn_where_both_do() -> None:
     large = target(num_attention_heads=8)
     found = [(m.num_attention_heads, m.head_size) for m in models_for(large, recipe(), [64, 128, 256, 512]).values()]

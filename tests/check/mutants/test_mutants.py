@@ -22,6 +22,17 @@ ROUNDING = 1e-5
 UNTIED = {"untie_embeddings_and_output_weights": True}
 ROPE = {"position_embedding_type": "rope"}
 EXPERTS: dict[str, Any] = {**UNTIED, "moe_ffn_hidden_size": 32, "moe_layer_freq": [0, 1], "add_bias_linear": False}
+LATENT: dict[str, Any] = {
+    **UNTIED,
+    "multi_latent_attention": True,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "rotary_scaling_factor": 40.0,
+    "mscale_all_dim": 1.0,
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+}
 RULES = (PerParameter(match="*.linear_fc2.weight", lr_mult=2.0),)
 
 
@@ -39,6 +50,10 @@ CASES: dict[str, tuple[Recipe, ModelFile]] = {
     ),
     "wider heads, deeper, rotary, overrides": _case(
         gpt(1, **UNTIED, **ROPE), gpt(4, num_attention_heads=4, kv_channels=32, num_layers=3, **UNTIED, **ROPE), RULES
+    ),
+    "latents of a fixed rank, wider heads": _case(
+        gpt(1, **LATENT, qk_head_dim=4, qk_pos_emb_head_dim=4, v_head_dim=8),
+        gpt(4, **LATENT, num_attention_heads=8, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_dim=16),
     ),
     "Mamba": _case(hybrid(gpt(1, **UNTIED), "MM*-", **MAMBA), hybrid(gpt(4, **UNTIED), "MM*-", **MAMBA)),
 }
@@ -120,6 +135,9 @@ def test_a_mistake_changes_the_run_where_it_says_so(case: str) -> None:
         ("tied, fixed ffn", "readout-learning-rate"),
         ("plain", "rotary-base-by-width"),
         ("plain", "convolution-as-matrix"),
+        ("plain", "latent-by-width"),
+        ("plain", "bottleneck-as-output"),
+        ("plain", "attention-own-factor-dropped"),
     ],
 )
 def test_a_mistake_that_has_no_place_changes_nothing(case: str, mutant: str) -> None:

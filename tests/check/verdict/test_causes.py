@@ -8,15 +8,18 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import pytest
-from support.shapes import gpt, recipe_for
+from support.shapes import MAMBA, gpt, hybrid, recipe_for
 
+from mup_megatron.architectures.hybrid import HybridFile
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure.levels import EARLY
 from mup_megatron.check.measure.measurements import Key, MeasuredRun, Measurements, Quantity
 from mup_megatron.check.verdict.causes import TOLD, causes
+from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import Comparison, compare
 from mup_megatron.recipe import PerParameter, Recipe
@@ -56,12 +59,33 @@ FIXED_FFN = _case(ffn_hidden_size=128)
 WIDER_HEADS = Case(
     recipe=stressed(recipe_for(gpt(1, kv_channels=4, **UNTIED)), steps=EARLY.steps, eps=1e-3), models=PLAIN.models
 )
+MUCH_WIDER_HEADS = Case(
+    recipe=stressed(recipe_for(gpt(1, kv_channels=2, **UNTIED)), steps=EARLY.steps, eps=1e-3), models=PLAIN.models
+)
 DEEP = _case(base_layers=3)
 TIED = _case(untie_embeddings_and_output_weights=False)
 OVERRIDDEN = _case((PerParameter(match="*.linear_fc2.weight", lr_mult=2.0),))
 KEY_NORM = _case(qk_layernorm=True)
 KEYS_BIAS = "k_layernorm.bias"
-CASES = (PLAIN, FIXED_FFN, WIDER_HEADS, DEEP, TIED, OVERRIDDEN, KEY_NORM)
+LATENT = _case(
+    multi_latent_attention=True,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_head_dim=8,
+    qk_pos_emb_head_dim=4,
+    v_head_dim=8,
+    rotary_scaling_factor=40.0,
+    mscale_all_dim=1.0,
+)
+HYBRID = Case(
+    recipe=PLAIN.recipe.model_copy(update={"base": hybrid(gpt(2, **UNTIED), "*-*-")}),
+    models={width: hybrid(gpt(width / 32, **UNTIED), "*-*-") for width in WIDTHS},
+)
+ONE_MAMBA = Case(
+    recipe=PLAIN.recipe.model_copy(update={"base": hybrid(gpt(2, **UNTIED), "M*-", **MAMBA)}),
+    models={width: hybrid(gpt(width / 32, **UNTIED), "M*-", **MAMBA) for width in WIDTHS},
+)
+CASES = (PLAIN, FIXED_FFN, WIDER_HEADS, MUCH_WIDER_HEADS, DEEP, TIED, OVERRIDDEN, KEY_NORM, LATENT, HYBRID, ONE_MAMBA)
 
 Value = Callable[[Key, int, float], float]
 """(key, width, right value) → what is measured instead."""
@@ -121,6 +145,8 @@ def _activations(model: ModelFile, plan: Plan) -> dict[Key, float]:
     def out(name: str, x: float) -> float:
         return x * _initial(plan[f"{name}.weight"]) * math.sqrt(plan[f"{name}.weight"].fan_in)
 
+    if model.multi_latent_attention or isinstance(model, HybridFile):
+        return {Key(Quantity.ACTIVATION, LOGITS, 0): plan.softmax_scale}
     found = {f"embedding.{kind}_embeddings": _embedded(plan, kind) for kind in ("word", "position")}
     stream = math.hypot(*found.values())
     for layer in range(model.num_layers):
@@ -377,6 +403,46 @@ WRONG_PLANS: dict[str, tuple[Case, Wrong, str, str]] = {
         "gain-init",
         "decoder.layers.0.input_layernorm.weight",
     ),
+    "up from a latent as from a wide side": (
+        LATENT,
+        lambda e, p: (
+            {**_lr(e, 1 / _r(p)), **_std(e, 1 / math.sqrt(_r(p))), "weight_decay": e.weight_decay * _r(p)}
+            if e.name.endswith("_up_proj.weight")
+            else {}
+        ),
+        "latent-by-width",
+        "decoder.layers.0.self_attention.linear_q_up_proj.weight",
+    ),
+    "down to a latent as an output": (
+        LATENT,
+        lambda e, p: _std(e, 1 / math.sqrt(_r(p))) if e.name.endswith("_down_proj.weight") else {},
+        "bottleneck-init",
+        "decoder.layers.0.self_attention.linear_q_down_proj.weight",
+    ),
+    "an ffn of a fixed size as an output": (
+        FIXED_FFN,
+        lambda e, p: _std(e, 1 / math.sqrt(_r(p))) if e.name.endswith("linear_fc1.weight") else {},
+        "bottleneck-init",
+        FC1,
+    ),
+    "a GPT's 1/√(2L) in a hybrid model": (
+        HYBRID,
+        _with(Property.RESIDUAL, lambda e, _: _std(e, 1 / math.sqrt(2))),
+        "residual-init",
+        "decoder.layers.0.self_attention.linear_proj.weight",
+    ),
+    "a convolution as a matrix": (
+        ONE_MAMBA,
+        lambda e, p: _lr(e, 1 / _r(p)) if e.name.endswith("conv1d.weight") else {},
+        "convolution-learning-rate",
+        "decoder.layers.0.mixer.conv1d.weight",
+    ),
+    "one tensor's rate, of which no other layer has any": (
+        ONE_MAMBA,
+        lambda e, _: _lr(e, 1 / 3) if "in_proj.weight" in e.name else {},
+        "tensor-learning-rate",
+        "decoder.layers.0.mixer.in_proj.weight",
+    ),
     "no embedding multiplier": (
         PLAIN,
         _with(Property.EMBEDDING, lambda _e, _p: {"multiplier": 1.0}),
@@ -400,6 +466,13 @@ def test_a_wrong_plan_is_named(what: str) -> None:
     assert (found[0].name, found[0].culprit) == (name, culprit)
 
 
+def test_what_hybrid_models_count_as_layers_is_said() -> None:
+    assert (
+        "with the number of a hybrid model's layers for L"
+        in _of_wrong_plan("a GPT's 1/√(2L) in a hybrid model")[0].sentence
+    )
+
+
 def test_the_bases_values_everywhere_are_standard_parametrization() -> None:
     comparison = _compared(PLAIN, _standard_values, output_multiplier=lambda plan: plan.output_multiplier * _r(plan))
 
@@ -410,6 +483,11 @@ def test_the_bases_values_everywhere_are_standard_parametrization() -> None:
 
 SCALES: dict[str, tuple[Case, Callable[[Plan], float]]] = {
     "attention-sqrt-d": (WIDER_HEADS, lambda plan: 1.5 / math.sqrt(plan.head_size)),
+    "attention-scale-stock": (MUCH_WIDER_HEADS, lambda plan: 1 / math.sqrt(plan.head_size)),
+    "attention-own-factor-dropped": (
+        LATENT,
+        lambda plan: plan.softmax_scale / (plan.own_softmax_scale * math.sqrt(plan.head_size)),
+    ),
     "attention-no-base": (PLAIN, lambda plan: 1.5 / plan.head_size),
     "attention-multiplier-dropped": (PLAIN, lambda plan: plan.softmax_scale / 1.5),
     "attention-multiplier-twice": (PLAIN, lambda plan: plan.softmax_scale * 1.5),
@@ -462,6 +540,17 @@ def test_activations_behind_a_wrong_weight_are_not_causes() -> None:
 
     assert found[0].culprit == FC1
     assert not [cause for cause in found if cause.name == "module-output"]
+
+
+def test_what_experts_add_follows_from_their_weights() -> None:
+    own: dict[str, Any] = {**UNTIED, "num_experts": 4, "moe_layer_freq": [0, 1], "add_bias_linear": False}
+    recipe = recipe_for(gpt(2, **own))
+    found = AtWidth(recipe.plan(gpt(4, **own)), recipe, gpt(4, **own)).weights_of
+
+    mlp = "decoder.layers.1.mlp"
+    assert found[f"{mlp}.router"] == [f"{mlp}.router.weight"]
+    assert found[mlp] == [f"{mlp}.experts.local_experts.{e}.linear_fc{i}.weight" for e in range(4) for i in (1, 2)]
+    assert found["decoder.layers.0.mlp.linear_fc1"] == [FC1]
 
 
 def test_queries_of_0_are_known_behind_a_norm() -> None:

@@ -20,6 +20,7 @@ from mup_megatron.check.verdict.causes.experts import experts
 from mup_megatron.check.verdict.causes.forward import forward_pass
 from mup_megatron.check.verdict.causes.hypothesis import Hypothesis
 from mup_megatron.check.verdict.causes.initial import initial_weights
+from mup_megatron.check.verdict.causes.latent import latents
 from mup_megatron.check.verdict.causes.observed import Observation, observed_of
 from mup_megatron.check.verdict.causes.optimizer import eps, rates, schedule, weight_decay
 from mup_megatron.check.verdict.causes.plan import plan_mistakes
@@ -69,6 +70,7 @@ def _hypotheses(at: Mapping[int, AtWidth], observed: Sequence[Observation]) -> l
     return [
         *plan_mistakes(at),
         *experts(at),
+        *latents(at),
         *forward_pass(at),
         *rates(at),
         *schedule(at),

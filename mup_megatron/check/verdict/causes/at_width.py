@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,6 +56,17 @@ class AtWidth:
         """
         model = self.model
         return {} if model is None else {each.module: each for each in architecture_of(model).measured(model)}
+
+    @cached_property
+    def weights_of(self) -> Mapping[str, Sequence[str]]:
+        """A module → the weights that it computes with itself: those of which it is the innermost measured one, as a
+        layer of experts is of theirs; of a torch module its own.
+        """
+        found: dict[str, list[str]] = {}
+        for entry in self.plan.entries:
+            around = (module for module in self.measured if f"{entry.module}.".startswith(f"{module}."))
+            found.setdefault(max(around, key=len, default=entry.module), []).append(entry.name)
+        return found
 
     def of_kind(self, kind: Kind) -> tuple[str, ...]:
         """Returns the measured modules of a kind."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from mup_megatron.check.entries import is_of_experts, is_residual, is_router
 from mup_megatron.check.measure.measurements import Quantity
 from mup_megatron.check.verdict.causes.at_width import AtWidth
-from mup_megatron.check.verdict.causes.hypothesis import Hypothesis, LogFactor, of_weights
+from mup_megatron.check.verdict.causes.hypothesis import Hypothesis, as_if_wider, of_weights, ratio_of_hidden_size
 from mup_megatron.theory import PlanEntry
 
 
@@ -15,28 +15,23 @@ def experts(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     some = next(iter(at.values()))
     if not any(map(is_of_experts, some.plan.entries)):
         return []
-    exponent = some.recipe.parametrization.weight_decay_exponent
 
-    def as_if_wider(name: str, sentence: str, log_ratio: LogFactor) -> Hypothesis:
-        factors: Mapping[Quantity, LogFactor] = {
-            Quantity.INITIAL: lambda e, w: -0.5 * log_ratio(e, w),
-            Quantity.LEARNING_RATE: lambda e, w: -log_ratio(e, w),
-            Quantity.WEIGHT_DECAY: lambda e, w: exponent * log_ratio(e, w),
-        }
-        return of_weights(name, sentence, factors, at, lambda e: is_of_experts(e) and is_residual(e))
-
-    def width(entry: PlanEntry, here: AtWidth) -> float:
-        return math.log(here.r / entry.width_ratio)
+    def writes(entry: PlanEntry) -> bool:
+        return is_of_experts(entry) and is_residual(entry)
 
     return [
         as_if_wider(
             "experts-by-width",
             "fc2 of experts follows hidden_size. Give it the ratio of one expert's own ffn, 1 where that is fixed.",
-            width,
+            at,
+            writes,
+            ratio_of_hidden_size,
         ),
         as_if_wider(
             "experts-by-total",
             "fc2 of experts follows the ffn of all experts together. Give it the ratio of one expert's own ffn.",
+            at,
+            writes,
             lambda _, here: here.log_of_experts,
         ),
         of_weights(

@@ -78,6 +78,18 @@ def forward_pass(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
             at_logits(lambda w: math.log(w.alpha)),
         ),
         h(
+            "attention-scale-stock",
+            "attention logits are scaled as attention does by itself. Set the plan's softmax_scale on the built "
+            "module, which may not read the configuration's.",
+            at_logits(lambda w: root_of_head(w) - math.log(w.alpha)),
+        ),
+        h(
+            "attention-own-factor-dropped",
+            "the scale of attention logits lacks the factor that attention has of its own, YaRN's mscale². Multiply "
+            "softmax_scale by it.",
+            at_logits(lambda w: -math.log(w.plan.own_softmax_scale * math.sqrt(w.plan.head_size))),
+        ),
+        h(
             "readout-multiplied-twice",
             "the readout's multiplier is applied twice. Leave it to the plan's hook, or take that away.",
             at_readout(lambda w: math.log(w.plan.output_multiplier)),

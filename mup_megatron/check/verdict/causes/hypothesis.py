@@ -52,6 +52,24 @@ def of_weights(
     return Hypothesis(name, sentence, predict)
 
 
+def as_if_wider(
+    name: str, sentence: str, at: Mapping[int, AtWidth], select: Select, log_ratio: LogFactor
+) -> Hypothesis:
+    """Returns the mistake of a fan_in that is so many times as large relative to the base's."""
+    exponent = next(iter(at.values())).recipe.parametrization.weight_decay_exponent
+    factors: Mapping[Quantity, LogFactor] = {
+        Quantity.INITIAL: lambda e, w: -0.5 * log_ratio(e, w),
+        Quantity.LEARNING_RATE: lambda e, w: -log_ratio(e, w),
+        Quantity.WEIGHT_DECAY: lambda e, w: exponent * log_ratio(e, w),
+    }
+    return of_weights(name, sentence, factors, at, select)
+
+
+def ratio_of_hidden_size(entry: PlanEntry, here: AtWidth) -> float:
+    """Returns how much more the hidden size grows than a weight's own fan_in: the logarithm."""
+    return math.log(here.r / entry.width_ratio)
+
+
 def at_rest(key: Key, at: AtWidth) -> bool:
     """Returns whether it is a learning rate of 0: of the first step of a warm-up."""
     return key.quantity is Quantity.LEARNING_RATE and key.step == 1 and at.recipe.schedule.lr_warmup_fraction > 0

@@ -55,6 +55,16 @@ def initial_weights(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
                 lambda _, w: 0.5 * math.log(w.plan.depth / base),
             )
         )
+    if any(stack.branches == 1 for stack in some.plan.stacks.values()):
+        found.append(
+            h(
+                "residual-init",
+                f"{what} has a GPT's 1/√(2L), with the number of a hybrid model's layers for L. Each of these is one "
+                "branch: divide by √L.",
+                is_residual,
+                _constant(-0.5 * math.log(2)),
+            )
+        )
     found += [
         h(
             "init-by-shard",

@@ -1,6 +1,6 @@
 """Everything direct that is measured, in causal order, without what only follows from something else that is off."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mup_megatron.architectures.measured import Kind
@@ -99,8 +99,8 @@ def _computed_from(name: str, here: AtWidth) -> tuple[str, ...]:
     return here.measured[name].reads if name in here.measured else ()
 
 
-def _weights_of(name: str, here: AtWidth) -> list[str]:
-    own = [entry.name for entry in here.plan.entries if entry.module == name]
+def _weights_of(name: str, here: AtWidth) -> Sequence[str]:
+    own = here.weights_of.get(name, ())
     if name in here.of_kind(Kind.READOUT) and not own and here.plan.readout is not None:
         return [here.plan.readout]
     return own

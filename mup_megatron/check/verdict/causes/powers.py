@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from mup_megatron.check.entries import (
     is_bias,
+    is_convolution,
     is_embedding,
     is_gain,
     is_hidden,
@@ -27,6 +28,7 @@ def _classes(tokens: str | None) -> tuple[tuple[str, str, Select], ...]:
         ("readout", "the readout", is_readout),
         ("gain", "norm gains", is_gain),
         ("bias", "biases", is_bias),
+        ("convolution", "convolutions", is_convolution),
     )
 
 

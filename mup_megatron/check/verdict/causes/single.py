@@ -41,8 +41,10 @@ def _of_tensors(quantity: Quantity, off: Sequence[str], measured: set[str]) -> l
     what = "output" if activation else _LONG[quantity]
     found = []
     layers = {layer for name in off if (layer := layer_of(name)) is not None}
-    all_layers = {layer for name in measured if (layer := layer_of(name)) is not None}
-    if len(layers) == 1 and len(all_layers) > 1 and not activation:
+    # What no other layer has, as in a hybrid model, says nothing of the layer.
+    kinds = {family_of(name) for name in off}
+    with_such = {layer for name in measured if (layer := layer_of(name)) is not None and family_of(name) in kinds}
+    if len(layers) == 1 and len(with_such) > 1 and not activation:
         [layer] = layers
         inside = [name for name in off if layer_of(name) == layer]
         found.append(

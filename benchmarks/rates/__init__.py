@@ -1,0 +1,1 @@
+"""What `check_rates.py` checks, and its tables."""

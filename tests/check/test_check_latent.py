@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.processes import run_ranks
@@ -12,7 +11,6 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.mutants import MUTANTS, Context, Mutant
 from mup_megatron.check.run_megatron import check_megatron
-from mup_megatron.errors import InputError
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Plan
 from mup_megatron.training.options import TrainingOptions
@@ -122,14 +120,3 @@ def test_a_mistake_is_found(mistake: str, references: Path) -> None:
     assert found is not None
     assert culprit in found
     assert set(mutant.cause) & set(causes) or not mutant.cause
-
-
-def test_multi_token_prediction_is_refused_by_name(references: Path) -> None:
-    changes: dict[str, Any] = {"mtp_num_layers": 1}
-    with pytest.raises(InputError, match="mtp_num_layers: `check` does not know multi-token prediction yet"):
-        check_megatron(
-            WIDE.model_copy(update=changes),
-            RECIPE.model_copy(update={"base": BASE.model_copy(update=changes)}),
-            level=Level.QUICK,
-            layout=TrainingOptions(train_iters=1, global_batch_size=1),
-        )

@@ -64,6 +64,9 @@ class Block(Protocol):
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
 
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields the modules of the layer of this name that a check looks at, in the order of a forward pass."""
+
 
 class Family(Block, Protocol):
     """A kind of layer: a norm and a branch that adds to the residual stream."""
@@ -71,11 +74,11 @@ class Family(Block, Protocol):
     sizes: tuple[Size, ...]
     """Its own, for small models of its kind."""
 
-    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
-        """Yields the modules of the layer of this name that a check looks at, in the order of a forward pass."""
-
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
-        """Returns the names of its norm and of its branch in a layer, and the branch in plain torch: see `plain/`."""
+        """Returns the names of its norm and of its branch in a layer, and the branch in plain torch: see `plain/`.
+
+        One that looks at other tokens is `Attending`, whose stack says at which.
+        """
 
 
 @runtime_checkable

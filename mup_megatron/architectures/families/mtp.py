@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping
 
 from mup_megatron.architectures.families.family import Growth, alike, linear, norm
+from mup_megatron.architectures.measured import STREAM, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.names import WORD_EMBEDDINGS
 from mup_megatron.theory import Place, Side, Tensor
 
 
@@ -32,6 +34,13 @@ class MultiTokenPrediction:
         """Returns those of the projection and of another readout."""
         hidden = model.hidden_size
         return {"multi_token_prediction": 6.0 * hidden * (2 * hidden + model.padded_vocab_size())}
+
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields both norms and the projection, which is the stream of the layer inside."""
+        joined = [f"{layer}.enorm", f"{layer}.hnorm"]
+        yield inside(joined[0], "Residual stream", WORD_EMBEDDINGS.rpartition(".")[0])
+        yield inside(joined[1], "Residual stream", STREAM)
+        yield inside(f"{layer}.eh_proj", "Residual stream", *joined)
 
 
 MTP = MultiTokenPrediction()

@@ -257,7 +257,7 @@ class Architecture(ABC):
     def measured(self, model: ModelFile) -> Iterator[Measured]:
         """Yields the modules that a check looks at, in the order of a forward pass; norms as modules of their own."""
         stream: list[str] = []
-        for table in self._tables(model):
+        for table in (each for each in self._tables(model) if Property.EMBEDDING in each.properties):
             module = table.name.rpartition(".")[0]
             yield Measured(module, Kind.TABLE, "Embedding", (), leads=table.name == WORD_EMBEDDINGS)
             stream.append(module)

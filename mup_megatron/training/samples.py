@@ -1,4 +1,4 @@
-"""What models are trained on, made of a batch of text: the next token, masked tokens, a text that was damaged.
+"""The samples of each task, made of a batch of text: the next token, masked tokens, a text that was damaged.
 
 An architecture names its objective. All of them take the batches of `data/dataset.py` and are functions of a sample
 alone, so that a run's losses do not depend on its layout. Importing it imports torch, and no Megatron.

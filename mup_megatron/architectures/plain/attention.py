@@ -13,7 +13,7 @@ from mup_megatron.architectures.plain.common import linear, norm
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What the layers of a stack see beside the stream."""
+    """The tokens and numbers that the layers of a stack see beside the stream."""
 
     causal: bool = True
     """Whether a token sees none of its own stack that comes later."""

@@ -48,7 +48,7 @@ class PlainBert(PlainModel):
 
 
 class Head(nn.Module):
-    """What stands before the readout."""
+    """The layer before the readout."""
 
     def __init__(self, model: BertFile) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Head(nn.Module):
 
 
 class Pooler(nn.Module):
-    """What stands for a whole sequence: its first token."""
+    """The first token, which stands for a whole sequence."""
 
     def __init__(self, model: BertFile) -> None:
         super().__init__()

@@ -70,12 +70,16 @@ class PlainDecoder(PlainModel):
         return with_loss(cross_entropy(self.output_layer(stream), labels), further)
 
     def _further_loss(self, stream: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
-        found = stream.new_zeros(())
+        streams = []
         for by, layer in enumerate(self.mtp.layers, start=1):
             stream = layer(stream, self._embedded(shifted(tokens, by)))
-            # The last labels have nothing behind them that could be predicted.
-            found = found + cross_entropy(self.output_layer(stream)[:, :-by], labels[:, by:])
-        return self.mtp_weight / len(self.mtp.layers) * found
+            streams.append(stream)
+        # The last labels have nothing behind them that could be predicted.
+        losses = [
+            cross_entropy(self.output_layer(stream)[:, :-by], labels[:, by:])
+            for by, stream in enumerate(streams, start=1)
+        ]
+        return self.mtp_weight * torch.stack(losses).mean()
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         return self.embedding_multiplier * self.embedding(tokens)

@@ -1,4 +1,4 @@
-"""What plain models are made of: embeddings, stacks of layers of families, readouts."""
+"""The parts of plain models: embeddings, stacks of layers of families, readouts."""
 
 import math
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ class Readout(nn.Linear):
 
 
 class TiedReadout(nn.Module):
-    """Likewise with the weight of a table."""
+    """A readout with the weight of a table, and a multiplier on its input."""
 
     def __init__(self, table: nn.Parameter, multiplier: float, *, bias: bool = False) -> None:
         super().__init__()

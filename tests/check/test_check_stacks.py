@@ -15,6 +15,7 @@ from mup_megatron.check.family.gpt import at_width, condensed
 from mup_megatron.check.family.layers import kept_layers
 from mup_megatron.check.mutants import MUTANTS, Context, Mutant
 from mup_megatron.check.run_megatron import check_megatron
+from mup_megatron.check.subjects.launch_line import LaunchLine
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import PerParameter
 from mup_megatron.theory import Plan, PlanEntry
@@ -158,3 +159,9 @@ def test_layers_of_ones_own_are_refused_by_name() -> None:
     base, target = (ModelFile(**{**dict(gpt(width)), "custom_tensors": [own]}) for width in (2, 16))
     with pytest.raises(InputError, match="custom_tensors: a check has no layers of your own to compare with"):
         check_megatron(target, recipe_for(base))
+
+
+def test_further_layers_of_a_launch_line_place_none_on_stages() -> None:
+    line = ["python", "pretrain_gpt.py", "--num-layers", "8", "--mtp-num-layers", "1"]
+    assert LaunchLine.of(line).depth_is_free
+    assert not LaunchLine.of([*line, "--decoder-num-layers", "8"]).depth_is_free

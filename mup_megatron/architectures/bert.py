@@ -109,7 +109,7 @@ class Bert(Architecture):
         yield inside("lm_head.layer_norm", READOUT_PANEL, "lm_head.dense")
         yield from super()._heads_measured(model, "lm_head.layer_norm")
         if _file(model).bert_binary_head:
-            yield Measured("binary_head", Kind.READOUT, pair, ("pooler.dense",), leads=True)
+            yield Measured("binary_head", Kind.HIDDEN, pair, ("pooler.dense",), leads=True)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the layers, of the head before the readout and of the readout.

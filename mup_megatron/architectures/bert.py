@@ -7,16 +7,17 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
-from mup_megatron.architectures.decoder import Architecture, Layers, embedding, readout
+from mup_megatron.architectures.decoder import READOUT_PANEL, Architecture, Layers, embedding, readout
 from mup_megatron.architectures.families import ATTENTION, MLP, linear, norm, vector
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.keys import PLAIN_LAYERS
 from mup_megatron.architectures.keys.unread import Unread
+from mup_megatron.architectures.measured import Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import Side, Tensor
 
 STACK = "encoder"
-_SENTENCES = 2
+SENTENCES = 2
 """Types of tokens, and outputs of the binary head: which of two sentences, and whether they are in order."""
 
 
@@ -60,6 +61,7 @@ class Bert(Architecture):
     file: ClassVar[type[ModelFile]] = BertFile
     live_classes: ClassVar[tuple[str, ...]] = ("BertModel",)
     builder: ClassVar[str] = "mup_megatron.megatron.builders.bert"
+    plain: ClassVar[str] = "mup_megatron.architectures.plain.bert:PlainBert"
     command_line: ClassVar[CommandLine] = BertCommandLine(
         programs=("pretrain_bert.py",),
         keys={"bert_binary_head": (Flag("--bert-no-binary-head", "bert_binary_head", True),)},
@@ -85,7 +87,7 @@ class Bert(Architecture):
         yield from super()._tables(model)
         if _file(model).bert_binary_head:
             hidden = Side(model.hidden_size, grows=True)
-            yield embedding("embedding.tokentype_embeddings.weight", Side(_SENTENCES), hidden)
+            yield embedding("embedding.tokentype_embeddings.weight", Side(SENTENCES), hidden)
 
     def _heads(self, model: ModelFile) -> Iterator[Tensor]:
         hidden = Side(model.hidden_size, grows=True)
@@ -96,9 +98,20 @@ class Bert(Architecture):
         bias = vector("output_layer.bias", Side(model.padded_vocab_size()), start=0.0)
         yield replace(bias, padded_to=model.make_vocab_size_divisible_by)
         if _file(model).bert_binary_head:
-            yield readout("binary_head.weight", hidden, Side(_SENTENCES))
-            yield vector("binary_head.bias", Side(_SENTENCES), start=0.0)
+            yield readout("binary_head.weight", hidden, Side(SENTENCES))
+            yield vector("binary_head.bias", Side(SENTENCES), start=0.0)
             yield from linear("pooler.dense", hidden, hidden, bias=True)
+
+    def _heads_measured(self, model: ModelFile, final: str) -> Iterator[Measured]:
+        """The pooler, the head before the readout, the readout, and the binary head."""
+        pair = "Binary head"
+        if _file(model).bert_binary_head:
+            yield inside("pooler.dense", pair, final)
+        yield inside("lm_head.dense", READOUT_PANEL, final)
+        yield inside("lm_head.layer_norm", READOUT_PANEL, "lm_head.dense")
+        yield from super()._heads_measured(model, "lm_head.layer_norm")
+        if _file(model).bert_binary_head:
+            yield Measured("binary_head", Kind.HIDDEN, pair, ("pooler.dense",), leads=True)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the layers, of the head before the readout and of the readout.

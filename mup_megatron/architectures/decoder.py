@@ -16,7 +16,7 @@ from mup_megatron.architectures.custom import custom_tensors
 from mup_megatron.architectures.families import MTP, Block, Family, Growth, Size, norm
 from mup_megatron.architectures.families.family import alike
 from mup_megatron.architectures.layout import Layout
-from mup_megatron.architectures.measured import Kind, Measured, inside
+from mup_megatron.architectures.measured import BIAS, CONTEXT, STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import (
     MTP_INNER,
@@ -48,6 +48,9 @@ _LAYOUT = ("transformer_impl", "moe_grouped_gemm", "moe_use_legacy_grouped_gemm"
 """What decides how parameters are called, and nothing else: a base may have another."""
 
 
+READOUT_PANEL = "Readout (the model's logits)"
+"""The title under which what leads to the logits is shown."""
+
 Layers = Sequence[Sequence[Family]]
 """The families of each layer of a stack, in order."""
 
@@ -65,6 +68,8 @@ class Architecture(ABC):
     """Names of the classes of Megatron-Core's that are it."""
     builder: ClassVar[str]
     """The module whose `build` makes a live one; imported when it is used, because it imports Megatron."""
+    plain: ClassVar[str]
+    """The class in `plain/` that is it in plain torch, as `module:Class`; imported when it is used."""
     command_line: ClassVar[CommandLine] = CommandLine()
     """What Megatron-LM's command line says of it alone."""
     final_norm: ClassVar[str] = "final_layernorm"
@@ -91,6 +96,11 @@ class Architecture(ABC):
     def with_depth(self, model: ModelFile, layers: int) -> ModelFile:
         """Returns the model with its first layers alone."""
         return self.with_layers(model, range(layers))
+
+    def with_length(self, model: ModelFile, length: int) -> ModelFile:
+        """Returns the model for sequences of so many tokens."""
+        positions = None if model.max_position_embeddings is None else length
+        return model.model_copy(update={"seq_length": length, "max_position_embeddings": positions})
 
     def narrowed(self, target: ModelFile, hidden: int) -> tuple[Mapping[str, Any], Sequence[str]]:
         """Returns the keys of a proxy of this hidden size that only its own layers have, and what to say of them."""
@@ -270,17 +280,32 @@ class Architecture(ABC):
     def measured(self, model: ModelFile) -> Iterator[Measured]:
         """Yields the modules that a check looks at, in the order of a forward pass; norms as modules of their own."""
         stream: list[str] = []
-        for table in self._tables(model):
+        for table in (each for each in self._tables(model) if Property.EMBEDDING in each.properties):
             module = table.name.rpartition(".")[0]
             yield Measured(module, Kind.TABLE, "Embedding", (), leads=table.name == WORD_EMBEDDINGS)
             stream.append(module)
-        final = ""
+        final: tuple[str, ...] = ()
         for stack, layers in self.stacks(model).items():
-            yield from _stack_measured(model, stack, layers, stream)
-            final = f"{stack}.{self.final_norm}"
-            yield inside(final, "Residual stream", f"{stack}.layers.{len(layers) - 1}")
+            biases = [*self._biases(model, stack)]
+            yield from (inside(each, "Attention logits") for each in biases)
+            # What one stack gives is what the next one may attend to; each begins with what is looked up.
+            at = {STREAM: stream, CONTEXT: final, BIAS: biases}
+            for index, families in enumerate(layers):
+                layer = f"{stack}.layers.{index}"
+                yield from _layer_measured(model, layer, families, at)
+                at = {**at, STREAM: [layer]}
+            final = (f"{stack}.{self.final_norm}",)
+            yield inside(*final, "Residual stream", f"{stack}.layers.{len(layers) - 1}")
+        yield from self._heads_measured(model, final[0])
+
+    def _biases(self, model: ModelFile, stack: str) -> Iterator[str]:
+        """The modules whose output is added to the attention logits of a stack."""
+        yield from ()
+
+    def _heads_measured(self, model: ModelFile, final: str) -> Iterator[Measured]:
+        """What a check looks at behind the stacks, the last of which gives what is said."""
         module = self.readout.rpartition(".")[0]
-        yield Measured(module, Kind.READOUT, "Readout (the model's logits)", (final,), leads=True)
+        yield Measured(module, Kind.READOUT, READOUT_PANEL, (final,), leads=True)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
@@ -290,22 +315,21 @@ class Architecture(ABC):
         return {**found, "readout": 6.0 * model.hidden_size * model.padded_vocab_size()}
 
 
-def _stack_measured(
-    model: ModelFile, stack: str, layers: Sequence[Sequence[Family]], stream: Sequence[str]
+def _layer_measured(
+    model: ModelFile, layer: str, families: Sequence[Family], at: Mapping[str, Sequence[str]]
 ) -> Iterator[Measured]:
-    """What a check looks at in a stack of layers, to which these modules give the residual stream."""
-    for index, families in enumerate(layers):
-        layer = f"{stack}.layers.{index}"
-        for family in families:
-            own = [each.after(stream) for each in family.measured(model, layer)]
-            yield from own
-            stream = [*stream, *(each.module for each in own if each.kind is Kind.BRANCH)]
-        yield Measured(layer, Kind.STREAM, "Residual stream", tuple(stream), leads=True)
-        stream = [layer]
+    """What a check looks at in a layer, to which these modules give the residual stream and what else it reads."""
+    for family in families:
+        own = [each.among(at) for each in family.measured(model, layer)]
+        yield from own
+        at = {**at, STREAM: [*at[STREAM], *(each.module for each in own if each.kind is Kind.BRANCH)]}
+    yield Measured(layer, Kind.STREAM, "Residual stream", tuple(at[STREAM]), leads=True)
 
 
 class Decoder(Architecture):
     """An architecture of one stack whose readout gives each token's successor."""
+
+    plain: ClassVar[str] = "mup_megatron.architectures.plain.decoder:PlainDecoder"
 
     @abstractmethod
     def layers(self, model: ModelFile) -> Layers:
@@ -321,6 +345,19 @@ class Decoder(Architecture):
             yield mtp_layer(index), MTP
             for family in self.layers(model)[-1]:
                 yield f"{mtp_layer(index)}.{MTP_INNER}", family
+
+    def _heads_measured(self, model: ModelFile, final: str) -> Iterator[Measured]:
+        """The layers of multi-token prediction, of which the first reads what the stack gives; then the readout."""
+        stream = final
+        for index in range(model.mtp_num_layers or 0):
+            layer = mtp_layer(index)
+            own = [each.among({STREAM: [stream]}) for each in MTP.measured(model, layer)]
+            yield from own
+            inner, at = f"{layer}.{MTP_INNER}", {STREAM: [own[-1].module], BIAS: (), CONTEXT: ()}
+            yield from _layer_measured(model, inner, self.layers(model)[-1], at)
+            stream = f"{layer}.final_layernorm"
+            yield inside(stream, "Residual stream", inner)
+        yield from super()._heads_measured(model, final)
 
 
 def as_other(one: Architecture, other: Architecture, model: ModelFile) -> ModelFile | None:

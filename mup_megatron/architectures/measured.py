@@ -1,13 +1,17 @@
 """The modules of a model that a check looks at: what each is, what it is computed from, and where it is shown."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-__all__ = ["STREAM", "Kind", "Measured", "inside"]
+__all__ = ["BIAS", "CONTEXT", "STREAM", "Kind", "Measured", "inside"]
 
 STREAM = "the residual stream"
 """Stands among what a family's module reads for whatever the stream is at its place, which the whole model knows."""
+CONTEXT = "what another stack gives"
+"""Likewise."""
+BIAS = "what is added to attention logits"
+"""Likewise; in most models nothing."""
 
 
 class Kind(StrEnum):
@@ -37,9 +41,9 @@ class Measured:
     leads: bool = False
     """Whether it is what its title means, and shown unless another of the title is off."""
 
-    def after(self, stream: Sequence[str]) -> "Measured":
-        """Returns the same where the residual stream is what these modules have given."""
-        found = tuple(name for each in self.reads for name in (stream if each == STREAM else (each,)))
+    def among(self, modules: Mapping[str, Sequence[str]]) -> "Measured":
+        """Returns the same at its place in a model, where these modules are STREAM, CONTEXT and BIAS."""
+        found = tuple(name for each in self.reads for name in modules.get(each, (each,)))
         return replace(self, reads=found)
 
 

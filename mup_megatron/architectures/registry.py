@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import SerializeAsAny, WrapValidator
 
 from mup_megatron.architectures.bert import BERT
-from mup_megatron.architectures.decoder import Architecture, Decoder
+from mup_megatron.architectures.decoder import Architecture
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.hybrid import HYBRID
 from mup_megatron.architectures.keys.custom import CustomList, CustomTensor
@@ -56,21 +56,6 @@ def architecture_of(model: ModelFile) -> Architecture:
     """Returns the architecture of a model file."""
     found = next((each for each in _ARCHITECTURES.values() if each.file is type(model)), None)
     assert found is not None, f"{type(model).__name__}: of no architecture that is registered"
-    return found
-
-
-def decoder_of(model: ModelFile) -> Decoder:
-    """Returns the architecture of a model that is one decoder.
-
-    Raises:
-        InputError: it is none, so there is no plain form of it in `plain/` and nothing that a check could compare.
-    """
-    found = architecture_of(model)
-    if not isinstance(found, Decoder):
-        raise InputError(
-            f"architecture {found.name}: {found.description} cannot be checked yet, since there is no plain PyTorch "
-            "model to compare it with. Train it: the guard compares the live run with the plan."
-        )
     return found
 
 

@@ -127,6 +127,7 @@ class T5Architecture(Architecture):
     file: ClassVar[type[ModelFile]] = T5File
     live_classes: ClassVar[tuple[str, ...]] = ("T5Model",)
     builder: ClassVar[str] = "mup_megatron.megatron.builders.t5"
+    plain: ClassVar[str] = "mup_megatron.architectures.plain.t5:PlainT5"
     command_line: ClassVar[CommandLine] = T5CommandLine(
         programs=("pretrain_t5.py", "simple_t5_batch_inference.py"),
         keys={flag.key: (flag,) for flag in _FLAGS},
@@ -155,14 +156,24 @@ class T5Architecture(Architecture):
             update={"num_layers": count, "encoder_num_layers": count, "decoder_num_layers": decoder}
         )
 
+    def with_length(self, model: ModelFile, length: int) -> ModelFile:
+        """Returns the model for texts of so many tokens, of which the decoder has as large a part as before."""
+        own = _file(model)
+        decoder = min(length, max(1, round(length * own.decoder_seq_length / own.seq_length)))
+        return super().with_length(model, length).model_copy(update={"decoder_seq_length": decoder})
+
+    def _biases(self, model: ModelFile, stack: str) -> Iterator[str]:
+        if _file(model).position_embedding_type == "relative":
+            yield f"{stack}_relative_pos_emb.relative_attention_bias"
+
     def _tables(self, model: ModelFile) -> Iterator[Tensor]:
         yield from super()._tables(model)
-        if _file(model).position_embedding_type == "relative":
-            buckets, heads = _file(model).relative_attention_num_buckets, model.num_attention_heads
-            for stack in (ENCODER, DECODER):
+        buckets, heads = _file(model).relative_attention_num_buckets, model.num_attention_heads
+        for stack in (ENCODER, DECODER):
+            for bias in self._biases(model, stack):
                 # Added to the logits: looked up, and no embedding that the embedding multiplier would scale.
                 yield Tensor(
-                    name=f"{stack}_relative_pos_emb.relative_attention_bias.weight",
+                    name=f"{bias}.weight",
                     shape=(buckets, heads),
                     fan_in=Side(buckets),
                     fan_out=Side(heads, grows=True),

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.check.family.cost import rounded_duration
 from mup_megatron.check.family.gpt import condensed, models_for, widths_for
 from mup_megatron.check.family.sizes import DEPTH
@@ -22,12 +24,15 @@ from mup_megatron.check.subjects.launch_line import Execute, LaunchLine, LineBat
 from mup_megatron.check.subjects.run_request import RunRequest
 from mup_megatron.check.verdict.judge import Expectation, Sides, judge
 from mup_megatron.check.verdict.verdict import Verdict
+from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe, save_recipe
 from mup_megatron.theory import Rule
 
 WIDTHS = 3
 """Fewer than `levels.WIDTHS`: every run starts Megatron anew."""
 SEEDS = 2
+_OBJECTIVE = "next token"
+"""The one whose batches are as the loop's own."""
 
 
 def check_launch_line(
@@ -64,6 +69,7 @@ def check_launch_line(
     line = LaunchLine.of(words)
     # The reference has its norms outside, as local layers do, and so have the names of what is measured.
     whole = line.model().model_copy(update={"transformer_impl": "local"})
+    _require_own_data(whole)
     whole.require_tensor_parallel(line.tensor_parallel)
     target, recipe_here = condensed(
         whole,
@@ -97,6 +103,16 @@ def check_launch_line(
             remarks=_remarks(line, level),
         )
     return replace(verdict, seconds=time.monotonic() - begun)
+
+
+def _require_own_data(model: ModelFile) -> None:
+    """Raises InputError for a task whose batches the check cannot give to Megatron-LM's loop."""
+    own = architecture_of(model)
+    if own.objective != _OBJECTIVE:
+        raise InputError(
+            f"the launch line trains {own.description}, on batches that its script makes itself, and a check gives its "
+            "own. Check its model file instead: mup-megatron check FILE --recipe RECIPE."
+        )
 
 
 def _local(recipe: Recipe) -> Recipe:

@@ -14,8 +14,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mup_megatron.training.build import Built
 from mup_megatron.training.data.dataset import global_batch
-from mup_megatron.training.objectives import Batch, Objective
+from mup_megatron.training.objectives import Objective
 from mup_megatron.training.options import BatchSizes
+from mup_megatron.training.samples import Batch
 
 
 class IterationResult(NamedTuple):

@@ -17,7 +17,7 @@ from mup_megatron.architectures.cost import parameter_count, training_flops
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import Search, choose_proxy
 from mup_megatron.architectures.registry import architecture_of, load_model_file, model_file, shapes_of
-from mup_megatron.check.family.gpt import condensed
+from mup_megatron.check.run_launch_line import check_launch_line
 from mup_megatron.check.subjects.launch_line import LaunchLine
 from mup_megatron.errors import InputError
 from mup_megatron.theory import Acts, Plan, Role, Tensor
@@ -309,10 +309,10 @@ def test_base_and_large_have_one_proxy() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["bert", "t5"])
-def test_a_check_refuses_it_by_name(architecture: str) -> None:
-    own = {"bert": "a BERT", "t5": "a T5"}[architecture]
-    with pytest.raises(InputError, match=f"architecture {architecture}: {own} cannot be checked yet"):
-        condensed(encoder(architecture, 4), recipe_for(encoder(architecture)), tensor_parallel=1, stages=1)
+def test_a_check_refuses_its_launch_line_by_name(architecture: str) -> None:
     words = f"python -m mup_megatron.launch pretrain_{architecture}.py --num-layers 2 --hidden-size 64 --seq-length 16"
-    line = LaunchLine.of([*words.split(), "--num-attention-heads", "4", "--max-position-embeddings", "16"])
-    assert architecture_of(line.model()).name == architecture
+    line = [*words.split(), "--num-attention-heads", "4", "--max-position-embeddings", "16"]
+    assert architecture_of(LaunchLine.of(line).model()).name == architecture
+    own = {"bert": "a BERT", "t5": "a T5"}[architecture]
+    with pytest.raises(InputError, match=f"the launch line trains {own}, .* Check its model file"):
+        check_launch_line(line, recipe_for(encoder(architecture)))

@@ -11,7 +11,8 @@ from support.shapes import batch, gpt
 from support.stock import Layout
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.plain.decoder import PlainDecoder, cross_entropy
+from mup_megatron.architectures.plain.common import cross_entropy
+from mup_megatron.architectures.plain.decoder import PlainDecoder
 from mup_megatron.architectures.plain.experts import Router
 from mup_megatron.architectures.registry import shapes_of
 

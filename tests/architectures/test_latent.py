@@ -122,7 +122,7 @@ def logits_and_losses(models: dict[str, ModelFile]) -> dict[str, Any]:
         tokens, labels = batch(model, 0)
         with torch.no_grad():
             both = (logits(run.chunks[0], tokens), plain(tokens))
-        plain.loss(tokens, labels).backward()
+        plain.loss({"tokens": tokens, "labels": labels}).backward()
         found[case] = (both, _gradients(run, tokens, labels), {n: p.grad for n, p in plain.named_parameters()})
     return found
 

@@ -1,7 +1,6 @@
 """Verdicts on models with latent attention: right ones at fixed and at growing ranks, and its own mistakes."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.processes import run_ranks
@@ -10,7 +9,6 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.mutants import MUTANTS
 from mup_megatron.check.run_megatron import check_megatron
-from mup_megatron.errors import InputError
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.training.options import TrainingOptions
 
@@ -99,14 +97,3 @@ def test_a_mistake_is_found_and_named(mistake: str, references: Path) -> None:
     assert found is not None
     assert culprit in found
     assert causes[0] == cause
-
-
-def test_multi_token_prediction_is_refused_by_name(references: Path) -> None:
-    changes: dict[str, Any] = {"mtp_num_layers": 1}
-    with pytest.raises(InputError, match="mtp_num_layers: `check` does not know multi-token prediction yet"):
-        check_megatron(
-            WIDE.model_copy(update=changes),
-            RECIPE.model_copy(update={"base": BASE.model_copy(update=changes)}),
-            level=Level.QUICK,
-            layout=TrainingOptions(train_iters=1, global_batch_size=1),
-        )

@@ -6,8 +6,9 @@ import mup
 from torch import nn
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.plain.common import cross_entropy
 from mup_megatron.architectures.plain.decoder import PlainDecoder as _PlainDecoder
-from mup_megatron.architectures.plain.decoder import cross_entropy, draw_weights
+from mup_megatron.architectures.plain.model import draw_weights
 
 __all__ = ["PlainGPT", "cross_entropy", "draw_weights"]
 

@@ -5,14 +5,17 @@ from support.shapes import batch
 from torch import Tensor, nn
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.plain.decoder import PlainDecoder, cross_entropy
-from mup_megatron.check.reference.gpt import planned_gpt
+from mup_megatron.architectures.plain.common import cross_entropy
+from mup_megatron.architectures.plain.decoder import PlainDecoder
+from mup_megatron.check.reference.gpt import planned_model
 from mup_megatron.theory import Plan
 
 
 def plain_from_plan(plan: Plan, target: ModelFile, *, dtype: torch.dtype = torch.float64) -> PlainDecoder:
     """The plain GPT with each of the plan's multipliers at its weight, and constants as the plan starts them."""
-    return planned_gpt(plan, target, dtype=dtype)
+    found = planned_model(plan, target, dtype=dtype)
+    assert isinstance(found, PlainDecoder)
+    return found
 
 
 def optimizer_from_plan(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:

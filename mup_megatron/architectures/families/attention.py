@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from mup_megatron.architectures.families.family import Family, Growth, linear, norm
-from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
+from mup_megatron.architectures.measured import BIAS, STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import SOFTMAX, Acts, Part, Place, Side, Tensor
 
@@ -61,11 +61,11 @@ class Attention(Family):
         yield inside(f"{layer}.input_layernorm", logits, STREAM)
         yield inside(qkv, logits, f"{layer}.input_layernorm")
         yield from (inside(each, logits, qkv) for each in norms)
-        yield Measured(softmax, Kind.LOGITS, logits, (qkv, *norms), leads=True)
+        yield Measured(softmax, Kind.LOGITS, logits, (qkv, *norms, BIAS), leads=True)
         yield Measured(f"{name}.linear_proj", Kind.BRANCH, "Attention output", (qkv, softmax), leads=True)
 
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
-        """Returns causal attention."""
+        """Returns attention to whatever its stack lets it see."""
         from mup_megatron.architectures.plain.attention import SelfAttention
 
         return "input_layernorm", "self_attention", SelfAttention(model, softmax_scale)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from mup_megatron.architectures.families.family import Family, Growth, linear, norm
-from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
+from mup_megatron.architectures.measured import CONTEXT, STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.theory import SOFTMAX, Acts, Part, Place, Side, Tensor
 
@@ -44,18 +44,22 @@ class CrossAttention(Family):
         }
 
     def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
-        """Yields the norm, linear_q, the attention logits and linear_proj."""
+        """Yields the norm, linear_kv, linear_q, the attention logits and linear_proj."""
         name, logits = f"{layer}.cross_attention", "Cross-attention logits"
-        queries, softmax = f"{name}.linear_q", f"{name}.core_attention.scale_mask_softmax"
+        queries, both = f"{name}.linear_q", f"{name}.linear_kv"
+        softmax = f"{name}.core_attention.scale_mask_softmax"
         before = f"{layer}.pre_cross_attn_layernorm"
         yield inside(before, logits, STREAM)
+        yield inside(both, logits, CONTEXT)
         yield inside(queries, logits, before)
-        yield Measured(softmax, Kind.LOGITS, logits, (queries,), leads=True)
-        yield Measured(f"{name}.linear_proj", Kind.BRANCH, "Cross-attention output", (queries, softmax), leads=True)
+        yield Measured(softmax, Kind.LOGITS, logits, (both, queries), leads=True)
+        yield Measured(f"{name}.linear_proj", Kind.BRANCH, "Cross-attention output", (both, softmax), leads=True)
 
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
-        """Raises NotImplementedError: a plain decoder has no other stack to attend to."""
-        raise NotImplementedError(self.name)
+        """Returns attention to what another stack gives."""
+        from mup_megatron.architectures.plain.attention import CrossAttention as Plain
+
+        return "pre_cross_attn_layernorm", "cross_attention", Plain(model, softmax_scale)
 
 
 CROSS_ATTENTION = CrossAttention()

@@ -74,6 +74,10 @@ class Block(ABC):
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns training FLOPs for one token, by item: see `cost.Flops`."""
 
+    @abstractmethod
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields the modules of the layer of this name that a check looks at, in the order of a forward pass."""
+
     def config(self, model: ModelFile) -> Mapping[str, Any]:
         """Returns the fields of a TransformerConfig that its keys become, beside those of every Transformer."""
         return {}
@@ -94,12 +98,11 @@ class Family(Block):
     """Its own, for small models of its kind."""
 
     @abstractmethod
-    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
-        """Yields the modules of the layer of this name that a check looks at, in the order of a forward pass."""
-
-    @abstractmethod
     def plain(self, model: ModelFile, softmax_scale: float) -> "tuple[str, str, nn.Module]":
-        """Returns the names of its norm and of its branch in a layer, and the branch in plain torch: see `plain/`."""
+        """Returns the names of its norm and of its branch in a layer, and the branch in plain torch: see `plain/`.
+
+        One that looks at other tokens is `Attending`, whose stack says at which.
+        """
 
     def remarks(self, base: ModelFile, target: ModelFile) -> Iterator[str]:
         """Yields what is known of transfer between a base and a target that differ, in sentences."""

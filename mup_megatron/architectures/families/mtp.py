@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 from mup_megatron.architectures.families.family import Block, Growth, alike, linear, norm
 from mup_megatron.architectures.keys import mtp
 from mup_megatron.architectures.layout import Layout
+from mup_megatron.architectures.measured import STREAM, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.names import WORD_EMBEDDINGS
 from mup_megatron.theory import Side, Tensor
 
 
@@ -44,6 +46,13 @@ class MultiTokenPrediction(Block):
                 "embeddings with mtp_num_layers on several stages. Use untie_embeddings_and_output_weights, or one "
                 "stage."
             )
+
+    def measured(self, model: ModelFile, layer: str) -> Iterator[Measured]:
+        """Yields both norms and the projection, which is the stream of the layer inside."""
+        joined = [f"{layer}.enorm", f"{layer}.hnorm"]
+        yield inside(joined[0], "Residual stream", WORD_EMBEDDINGS.rpartition(".")[0])
+        yield inside(joined[1], "Residual stream", STREAM)
+        yield inside(f"{layer}.eh_proj", "Residual stream", *joined)
 
 
 MTP = MultiTokenPrediction()

@@ -1,6 +1,8 @@
-"""Self-attention in plain torch."""
+"""Attention in plain torch: to a stack's own tokens, and to those of another."""
 
 import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +11,30 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.plain.common import linear, norm
 
 
-class SelfAttention(nn.Module):
-    """Causal attention with grouped queries.
+@dataclass(frozen=True, slots=True)
+class View:
+    """The tokens and numbers that the layers of a stack see beside the stream."""
+
+    causal: bool = True
+    """Whether a token sees none of its own stack that comes later."""
+    bias: Tensor | None = None
+    """What is added to the logits between tokens of the stack, [head, query, key]."""
+    context: Tensor | None = None
+    """What another stack gives, [batch, position, channel]."""
+
+
+CAUSAL = View()
+
+
+class Attending(nn.Module, ABC):
+    """A branch that looks at other tokens: it is called with a view, as others are not."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, view: View) -> Tensor: ...
+
+
+class SelfAttention(Attending):
+    """Attention with grouped queries.
 
     The rows of `linear_qkv` are grouped by key/value head: the queries of a group, then its key, then its value.
     """
@@ -31,7 +55,7 @@ class SelfAttention(nn.Module):
         self.rotated = int(self.head_size * model.rotary_percent) if rotates else 0
         self.rotary_base = model.rotary_base
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, view: View) -> Tensor:
         batch, length, _ = x.shape
         qkv = self.linear_qkv(x).view(batch, length, self.groups, self.per_group + 2, self.head_size)
         q, k, v = qkv.split([self.per_group, 1, 1], dim=3)
@@ -43,7 +67,7 @@ class SelfAttention(nn.Module):
             t.expand(-1, -1, -1, self.per_group, -1).reshape(batch, length, -1, self.head_size).transpose(1, 2)
             for t in (q, k, v)
         )
-        return self.linear_proj(self.core_attention(q, k, v).transpose(1, 2).reshape(batch, length, -1))
+        return self.linear_proj(self.core_attention(q, k, v, view).transpose(1, 2).reshape(batch, length, -1))
 
     def _rotate(self, x: Tensor) -> Tensor:
         """Rotary embedding of [batch, position, group, head, channel]: channel i turns with channel i + rotated/2."""
@@ -57,19 +81,48 @@ class SelfAttention(nn.Module):
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
+class CrossAttention(Attending):
+    """Attention to all tokens of another stack, as many heads of keys and values as of queries.
+
+    The rows of `linear_kv` are grouped by head: its key, then its value.
+    """
+
+    def __init__(self, model: ModelFile, softmax_scale: float) -> None:
+        super().__init__()
+        self.heads, channels = model.num_attention_heads, model.num_attention_heads * model.head_size
+        self.linear_q = linear(model.hidden_size, channels, bias=model.add_bias_linear)
+        self.linear_kv = linear(model.hidden_size, 2 * channels, bias=model.add_bias_linear)
+        self.core_attention = CoreAttention(softmax_scale)
+        self.linear_proj = linear(channels, model.hidden_size, bias=model.add_bias_linear)
+
+    def forward(self, x: Tensor, view: View) -> Tensor:
+        assert view.context is not None
+        k, v = self._by_head(self.linear_kv(view.context)).chunk(2, dim=-1)
+        q = self._by_head(self.linear_q(x))
+        attended = self.core_attention(q, k, v, View(causal=False))
+        return self.linear_proj(attended.transpose(1, 2).flatten(2))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
 class CoreAttention(nn.Module):
     def __init__(self, softmax_scale: float) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
-        self.scale_mask_softmax = CausalSoftmax()
+        self.scale_mask_softmax = MaskedSoftmax()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.scale_mask_softmax(self.softmax_scale * (q @ k.transpose(-1, -2))) @ v
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, view: View = CAUSAL) -> Tensor:
+        logits = self.softmax_scale * (q @ k.transpose(-1, -2))
+        logits = logits if view.bias is None else logits + view.bias
+        return self.scale_mask_softmax(logits, causal=view.causal) @ v
 
 
-class CausalSoftmax(nn.Module):
+class MaskedSoftmax(nn.Module):
     """A module of its own, with Megatron's name, so that a hook on it sees the attention logits."""
 
-    def forward(self, logits: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, *, causal: bool) -> Tensor:
+        if not causal:
+            return logits.softmax(-1)
         later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
         return logits.masked_fill(later, -math.inf).softmax(-1)

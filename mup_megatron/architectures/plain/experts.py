@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.plain.common import with_loss
 from mup_megatron.architectures.plain.mlp import PlainMlp
 
 
@@ -68,11 +69,11 @@ class Router(nn.Module):
         logits = functional.linear(x, self.weight, self.bias).flatten(0, 1)
         if self.training and self.model.moe_z_loss_coeff:
             squares = logits.logsumexp(-1).square()
-            logits = _with_loss(logits, self.model.moe_z_loss_coeff * squares.mean())
+            logits = with_loss(logits, self.model.moe_z_loss_coeff * squares.mean())
         weights = self._by_sinkhorn(logits) if self._balances_by("sinkhorn") else self._weights(logits)
         if self.training:
             for kind, coefficient in self._balancing():
-                weights = _with_loss(weights, coefficient * self._imbalance(logits, x.shape[:2], kind))
+                weights = with_loss(weights, coefficient * self._imbalance(logits, x.shape[:2], kind))
         if self.model.moe_router_enable_expert_bias and torch.is_grad_enabled():
             self.get_buffer("seen").add_((weights != 0).sum(0))
         return weights
@@ -138,23 +139,6 @@ class Router(nn.Module):
         parts = (shape[0], shape[1]) if kind == "seq_aux_loss" else (1, shape[0] * shape[1])
         means = [each.unflatten(0, parts).mean(1) for each in (counted, scores)]
         return self.experts / self.k * (means[0] * means[1]).sum(-1).mean()
-
-
-class _WithLoss(torch.autograd.Function):
-    """Passes a tensor on, and makes a further loss a part of what is minimised."""
-
-    @staticmethod
-    def forward(context: Any, values: Tensor, loss: Tensor) -> Tensor:
-        return values.clone()
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, gradient.new_ones(())
-
-
-def _with_loss(values: Tensor, loss: Tensor) -> Tensor:
-    found: Tensor = _WithLoss.apply(values, loss)  # type: ignore[no-untyped-call]
-    return found
 
 
 def balanced(logits: Tensor, tolerance: float = 1e-4) -> Tensor:

@@ -1,4 +1,4 @@
-"""The models that a GPT target is checked on: of its architecture, at several small widths.
+"""The models that a Megatron-Core target is checked on: of its architecture, at several small widths.
 
 Every dimension that differs between the recipe's base and the target grows with the width here too; what the two share
 (a fixed ffn, a fixed number of key/value groups) stays fixed. The code path is the target's. What no rule depends on
@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from mup_megatron.architectures.families import Size
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.registry import architecture_of, decoder_of, shapes_of
+from mup_megatron.architectures.registry import architecture_of, shapes_of
 from mup_megatron.check.family.layers import base_layers, in_terms_of, kept_layers, overrides_of_layers
 from mup_megatron.check.family.sizes import DEPTH, HEAD_SIZE, SEQUENCE, SMALLEST, VOCABULARY, require_trainable
 from mup_megatron.check.measure.optimizers import clamped
@@ -36,7 +36,6 @@ def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel
     Raises:
         InputError: no models of its shape can be shared so.
     """
-    require_known_layers(target)
     growth = _Growth.of(target, recipe.megatron_base)
     unit = growth.unit
     smallest = -(-SMALLEST // unit) * unit
@@ -52,22 +51,12 @@ def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel
     raise InputError(_NOWHERE)
 
 
-def require_known_layers(target: ModelFile) -> None:
-    """Raises InputError for layers that a check has no small models of."""
-    if target.mtp_num_layers:
-        raise InputError(
-            "mtp_num_layers: `check` does not know multi-token prediction yet. Check the recipe on the target without "
-            "it (mtp_num_layers and mtp_loss_scaling_factor)."
-        )
-
-
 def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
     """The target's architecture at another hidden size.
 
     Raises:
         InputError: it cannot be built at that width; says what would fit.
     """
-    require_known_layers(target)
     growth = _Growth.of(target, recipe.megatron_base)
     if not growth.is_whole(width):
         raise InputError(
@@ -82,12 +71,10 @@ def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
         "num_query_groups": int(growth.groups(width)) if target.group_query_attention else 1,
         "vocab_size": VOCABULARY,
         "make_vocab_size_divisible_by": min(target.make_vocab_size_divisible_by, 32),
-        "seq_length": SEQUENCE,
-        "max_position_embeddings": SEQUENCE if target.max_position_embeddings is not None else None,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     }
-    return target.model_copy(update=changes)
+    return architecture_of(target).with_length(target.model_copy(update=changes), SEQUENCE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +200,7 @@ def condensed(
         InputError: the target has layers of the user's own.
     """
     _require_known(target)
-    architecture, recipe = decoder_of(target), in_terms_of(target, recipe)
+    architecture, recipe = architecture_of(target), in_terms_of(target, recipe)
     target, base = _turning_whole_pairs(target, recipe.megatron_base)
     growth = _Growth.of(target, base)
     cut = _Cut.of(target, base, growth, tensor_parallel)

@@ -4,12 +4,13 @@ Kinds are told apart by what a layer consists of, and by which of the recipe's p
 """
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
+from mup_megatron.architectures import names
 from mup_megatron.architectures.decoder import as_other
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.registry import architecture_of, decoder_of, shapes_of
-from mup_megatron.check.measure.names import in_layer, layer_of
+from mup_megatron.architectures.registry import architecture_of, shapes_of
+from mup_megatron.check.measure.names import in_layer
 from mup_megatron.recipe import PerParameter, Recipe
 from mup_megatron.theory import Tensor
 
@@ -22,9 +23,12 @@ def kept_layers(target: ModelFile, recipe: Recipe, stages: int, depth: int | Non
 
 def base_layers(base: ModelFile, count: int) -> list[int]:
     """Returns which of the base's layers stand for all of them, about so many: one of each family at least."""
-    families = decoder_of(base).layers(base)
-    kinds = {layer: tuple(family.name for family in own) for layer, own in enumerate(families)}
-    return _first_of_each(kinds, max(count, len(set(kinds.values()))))
+    kinds: dict[int, list[str]] = {layer: [] for layer in range(base.num_layers)}
+    for stack, layers in architecture_of(base).stacks(base).items():
+        for families, kind in zip(layers, kinds.values(), strict=False):
+            kind.extend(f"{stack} {family.name}" for family in families)
+    named = {layer: tuple(kind) for layer, kind in kinds.items()}
+    return _first_of_each(named, max(count, len(set(named.values()))))
 
 
 def _first_of_each(kinds: Mapping[int, object], count: int) -> list[int]:
@@ -58,24 +62,38 @@ def overrides_of_layers(target: ModelFile, recipe: Recipe, kept: Sequence[int]) 
     """
     if not recipe.per_parameter or len(set(_kinds(target, recipe).values())) == 1:
         return recipe.per_parameter
-    found = []
+    found, own = [], architecture_of(target)
+    left = {stack: len(layers) for stack, layers in own.stacks(own.with_layers(target, kept)).items()}
     for parameter in shapes_of(recipe.megatron_base, target)[1].tensors:
         name = parameter.name_at_base or parameter.name
-        index, layer = _index(recipe, parameter), layer_of(name)
-        if index is None or (layer is not None and layer not in kept):
+        index, place = _index(recipe, parameter), _place(name, left)
+        if index is None:
             continue
-        match = name if layer is None else in_layer(name, kept.index(layer))
+        match = name
+        if place is not None:
+            stack, layer = place
+            if layer not in kept[: left[stack]]:
+                continue
+            match = in_layer(name, kept.index(layer))
         found.append(recipe.per_parameter[index].model_copy(update={"match": match}))
     return tuple(found)
 
 
 def _kinds(target: ModelFile, recipe: Recipe) -> dict[int, object]:
     """Returns layer → for each of its parameters, by its name in the layer, which of the recipe's patterns meets it."""
-    found: dict[int, list[tuple[str, int | None]]] = {}
+    found: dict[int, list[tuple[str, int | None]]] = {layer: [] for layer in range(target.num_layers)}
+    stacks = architecture_of(target).stacks(target)
     for parameter in shapes_of(recipe.megatron_base, target)[1].tensors:
-        if (layer := layer_of(parameter.name)) is not None:
-            found.setdefault(layer, []).append((in_layer(parameter.name, "*"), _index(recipe, parameter)))
+        place = _place(parameter.name, stacks)
+        if place is not None and place[1] in found:
+            found[place[1]].append((in_layer(parameter.name, "*"), _index(recipe, parameter)))
     return {layer: tuple(indices) for layer, indices in found.items()}
+
+
+def _place(name: str, stacks: Container[str]) -> tuple[str, int] | None:
+    """Returns the stack and the layer of it that a parameter is in; None for what is in none, as further layers are."""
+    parts = names.layer_of(name)
+    return None if parts is None or parts[0] not in stacks else parts[:2]
 
 
 def _index(recipe: Recipe, parameter: Tensor) -> int | None:

@@ -13,7 +13,7 @@ from mup_megatron.files import write_atomically
 FOLDER = Path("results/check/references")
 _PACKAGE = Path(__file__).parents[2]
 _WHAT_COUNTS = (
-    *("recipe.py", "theory", "architectures"),
+    *("recipe.py", "theory", "architectures", "training/samples.py"),
     *("check/entries.py", "check/gpt_family.py", "check/measure", "check/reference"),
 )
 """Files and folders of the package whose code a reference follows from, beside its facts."""

@@ -27,7 +27,7 @@ _SOURCE = "the launch line"
 _VOCABULARY = 256
 _OF_LAYERS = re.compile(
     r"--(?:num-layers-per-virtual|num-virtual-stages|pipeline-model-parallel-layout|decoder-first-pipeline|"
-    r"decoder-last-pipeline|account-for-|.*-layer-freq|.*-layer-pattern|.*-num-layers$|no-rope-freq)"
+    r"decoder-last-pipeline|account-for-|.*-layer-freq|.*-layer-pattern|(?!mtp-).*-num-layers$|no-rope-freq)"
 )
 """Flags that speak of single layers, or of how many a stage has."""
 _DROPPED = re.compile(

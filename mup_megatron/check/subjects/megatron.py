@@ -48,7 +48,7 @@ class _Sequences:
     def __len__(self) -> int:
         return 2**62
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Mapping[str, Tensor]:
         step = index // self._size if self._only is None else self._only
         if step != self._step:
             m = self._model
@@ -57,12 +57,7 @@ class _Sequences:
         row = self._tokens[index % self._size]
         if self._repeated is not None:
             row = row[self._repeated].expand_as(row)
-        return {
-            "tokens": row[:-1],
-            "labels": row[1:],
-            "loss_mask": torch.ones(len(row) - 1),
-            "position_ids": torch.arange(len(row) - 1),
-        }
+        return batches.samples(row)
 
 
 class MegatronTrainee:

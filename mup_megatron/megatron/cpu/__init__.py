@@ -61,6 +61,7 @@ def enable() -> bool:
     core.allow_resume_of_distributed_fp32()
     core.name_absent_router_kernel()
     core.give_local_attention_head_sizes()
+    core.give_local_attention_a_bias()
     core.know_absent_transformer_engine()
     core.compute_yarn_on_the_cpu()
     core.sum_gradients_of_shared_keys()

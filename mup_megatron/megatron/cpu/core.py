@@ -1,4 +1,4 @@
-"""The parts that Megatron-Core needs on the CPU beyond a pretended device: an Adam, a norm, latent attention."""
+"""The parts that Megatron-Core needs on the CPU beyond a pretended device: Adam, norms, latent attention, biases."""
 
 import copy
 import importlib
@@ -89,6 +89,26 @@ def give_local_attention_head_sizes() -> None:
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
     local.__init__ = build
+
+
+def give_local_attention_a_bias() -> None:
+    """Let Megatron's local attention add a bias to its logits, as Transformer Engine's does: relative positions."""
+    local: Any = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
+    original = local.forward
+
+    def forward(self: Any, *args: Any, attention_bias: torch.Tensor | None = None, **more: Any) -> Any:
+        if attention_bias is None:
+            return original(self, *args, **more)
+        # First of all hooks, so that whoever looks at the logits sees it in them.
+        hook = self.scale_mask_softmax.register_forward_pre_hook(
+            lambda _module, inputs: (inputs[0] + attention_bias, *inputs[1:]), prepend=True
+        )
+        try:
+            return original(self, *args, **more)
+        finally:
+            hook.remove()
+
+    local.forward = forward
 
 
 def compute_yarn_on_the_cpu() -> None:

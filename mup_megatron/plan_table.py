@@ -28,12 +28,13 @@ _LAYER = re.compile(r"^([^0-9]*?\.)(\d+)(\..+)$")
 """The first number of a name that has one is its layer."""
 
 
-def print_plan(plan: Plan, *, brief: bool) -> None:
+def print_plan(plan: Plan, *, brief: bool, moved: str | None = None) -> None:
     """Prints a plan's table on standard output.
 
     Args:
         plan: what to show.
         brief: show layers that follow each other and are alike in everything as one, named `layers.FIRST-LAST`.
+        moved: how the base's values got to be those that the plan starts from, in a line.
     """
     # Never narrowed: to fit the terminal, a table would lose digits and columns.
     console = Console(width=1000)
@@ -46,6 +47,8 @@ def print_plan(plan: Plan, *, brief: bool) -> None:
         ),
         highlight=False,
     )
+    if moved is not None:
+        console.print(moved, highlight=False, markup=False)
     entries = _brief(plan.entries) if brief else plan.entries
     rows = [COLUMNS, *(tuple(_cell(entry, column) for column in COLUMNS) for entry in entries)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

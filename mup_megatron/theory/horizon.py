@@ -33,6 +33,8 @@ __all__ = ["HORIZON_RULES", "Factors", "HorizonRule", "Ratios"]
 
 _ALIKE = 0.01
 """Ratios of batches and tokens that are 1 within this are the same: a run has whole steps."""
+_NO_BETA = 1e-9
+"""Of what is 0 but for rounding."""
 _LEARNING_RATES = ("lr", "min_lr")
 _WEIGHT_DECAYS = ("weight_decay",)
 _EPSES = ("adam_eps",)
@@ -95,9 +97,9 @@ class Factors:
     def _beta(self, key: str, beta: float) -> float:
         # Not 1 - (1 - β), which need not be β.
         moved = beta if self.forgetting == 1.0 else 1.0 - (1.0 - beta) * self.forgetting
-        if moved <= 0.0 and self.forgetting != 1.0:
+        if moved < _NO_BETA and self.forgetting != 1.0:
             raise PlanError(
-                f"{key} {beta:g} would become {moved:.4g}, as 1 - β is multiplied by {self.forgetting:.4g}: the batch "
+                f"{key} {beta:g} would become {round(moved, 6):g}, as 1 - β is multiplied by {self.forgetting:.4g}: the batch "
                 "grows too much for this rule. Take a smaller batch, or rule: timescale."
             )
         return moved

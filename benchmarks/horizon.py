@@ -2,10 +2,10 @@
 
     python benchmarks/horizon.py [--seeds 1] [-o results/horizon]
 
-A GPT of width 64 is tuned on 200 steps of 8 sequences: the learning rate, the rest as given. Three runs that it is moved
-to, all of the same model: four times the batch and the steps; four times the batch at the same tokens; four times the
-steps at the same batch. At each, the final loss with every rule that is for it, and a sweep of the learning rate with
-the base's other values. Finished runs are lines of `runs.jsonl`, and not repeated.
+A GPT of width 64 is tuned on 200 steps of 8 sequences: the learning rate, the rest as given. It is moved to three runs
+of the same model: four times the batch and the steps; four times the batch at the same tokens; four times the steps at
+the same batch. At each, the final loss with every rule that is for it, and a sweep of the learning rate with the base's
+other values. Finished runs are lines of `runs.jsonl`, and not repeated.
 """
 
 import argparse

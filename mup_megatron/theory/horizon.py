@@ -99,8 +99,8 @@ class Factors:
         moved = beta if self.forgetting == 1.0 else 1.0 - (1.0 - beta) * self.forgetting
         if moved < _NO_BETA and self.forgetting != 1.0:
             raise PlanError(
-                f"{key} {beta:g} would become {round(moved, 6):g}, as 1 - β is multiplied by {self.forgetting:.4g}: the batch "
-                "grows too much for this rule. Take a smaller batch, or rule: timescale."
+                f"{key} {beta:g} would become {round(moved, 6):g}, as 1 - β is multiplied by {self.forgetting:.4g}: "
+                "the batch grows too much for this rule. Take a smaller batch, or rule: timescale."
             )
         return moved
 

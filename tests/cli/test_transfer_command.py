@@ -125,9 +125,8 @@ def test_what_is_left_out_is_as_in_the_tuning(run: Command, here: Path) -> None:
     horizon = load_recipe(here / "r.yaml").horizon
     assert horizon is not None
     assert (horizon.tokens, horizon.batch, horizon.exponent) == (10**6, 2, 0.3)
-    assert (
-        run("transfer", "--study", "s", "-o", "r.yaml", "--force", "--rule", "batch-sde", "--target-batch", 4).code == 0
-    )
+    words = ("--force", "--rule", "batch-sde", "--target-batch", "4")
+    assert run("transfer", "--study", "s", "-o", "r.yaml", *words).code == 0
 
 
 def test_half_of_what_a_rule_needs_is_bad_input(run: Command, here: Path) -> None:

@@ -15,7 +15,7 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure.measurements import RunProtocol
 from mup_megatron.check.mutants import MUTANTS, Context
-from mup_megatron.recipe import PerParameter, Recipe
+from mup_megatron.recipe import Horizon, PerParameter, Recipe, Training
 
 PROTOCOL = RunProtocol(steps=4, recorded=(4,), batch_size=4, spectral=False)
 ROUNDING = 1e-5
@@ -31,6 +31,13 @@ def _case(base: ModelFile, target: ModelFile, rules: tuple[PerParameter, ...] = 
     return stressed(recipe, steps=PROTOCOL.steps, eps=1e-4), target
 
 
+def _moved_to_another_run(base: ModelFile, target: ModelFile) -> tuple[Recipe, ModelFile]:
+    tuning = Training(train_iters=100, global_batch_size=8, seq_length=16)
+    horizon = Horizon(rule="steps", tokens=16 * 100 * 8 * 16, batch=32)
+    recipe = recipe_for(base).model_copy(update={"training": tuning, "horizon": horizon})
+    return stressed(recipe, steps=PROTOCOL.steps, eps=1e-4), target
+
+
 CASES: dict[str, tuple[Recipe, ModelFile]] = {
     "plain": _case(gpt(1, **UNTIED), gpt(4, **UNTIED)),
     "tied, fixed ffn": _case(gpt(1), gpt(4, ffn_hidden_size=64)),
@@ -40,6 +47,7 @@ CASES: dict[str, tuple[Recipe, ModelFile]] = {
     "wider heads, deeper, rotary, overrides": _case(
         gpt(1, **UNTIED, **ROPE), gpt(4, num_attention_heads=4, kv_channels=32, num_layers=3, **UNTIED, **ROPE), RULES
     ),
+    "another batch and length": _moved_to_another_run(gpt(1, **UNTIED), gpt(4, **UNTIED)),
     "Mamba": _case(hybrid(gpt(1, **UNTIED), "MM*-", **MAMBA), hybrid(gpt(4, **UNTIED), "MM*-", **MAMBA)),
 }
 
@@ -120,6 +128,8 @@ def test_a_mistake_changes_the_run_where_it_says_so(case: str) -> None:
         ("tied, fixed ffn", "readout-learning-rate"),
         ("plain", "rotary-base-by-width"),
         ("plain", "convolution-as-matrix"),
+        ("plain", "horizon-twice"),
+        ("plain", "horizon-decay-only"),
     ],
 )
 def test_a_mistake_that_has_no_place_changes_nothing(case: str, mutant: str) -> None:

@@ -297,9 +297,7 @@ def test_a_line_whose_values_were_moved_by_hand_or_not_at_all_is_told_what_was_m
 def test_the_lines_run_is_compared_with_the_horizon(tmp_path: Path) -> None:
     right = "--seq-length 64 --global-batch-size 32"
     assert required(tmp_path, right) == ""
-    assert (
-        required(tmp_path, "--seq-length 64 --global-batch-size 32", horizon={**MOVED["horizon"], "rule": "none"}) == ""
-    )
+    assert required(tmp_path, right, horizon={**MOVED["horizon"], "rule": "none"}) == ""
     assert "batches of 32 sequences, and this run's have 16" in required(tmp_path, right.replace("32", "16"))
     assert "sequences of 64, and this run's have 128" in required(tmp_path, right.replace("64", "128"))
     assert "2048000 tokens, and this run has 1024000" in required(tmp_path, f"{right} --train-iters 500")

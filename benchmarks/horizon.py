@@ -130,6 +130,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, default=Path("results/horizon"))
     arguments = parser.parse_args()
+    from mup_megatron.training import ranks
+
+    ranks.preload()
     import torch
 
     from mup_megatron.training.data.embedded import embedded_data

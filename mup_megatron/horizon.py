@@ -15,8 +15,8 @@ __all__ = ["Horizon", "Training"]
 
 _Count = Annotated[int, Field(gt=0)]
 
-_COPIED = 1e-3
-"""Relative: a value that somebody wrote down with three digits is the same."""
+_COPIED = 0.1
+"""Of the way from tuned to moved: so near to the latter is what somebody wrote down with fewer digits."""
 
 
 class Training(Strict):
@@ -147,7 +147,7 @@ class Horizon(Strict):
         """
         noted = {key: value for key, value in tuned.items() if isinstance(value, float) and key in values}
         for key, moved in factors.moved(noted).items():
-            if moved != noted[key] and abs(values[key] - moved) <= _COPIED * abs(moved):
+            if moved != noted[key] and abs(values[key] - moved) <= _COPIED * abs(moved - noted[key]):
                 raise theory.PlanError(
                     f"hyperparameters.{key} {values[key]:g} is what {self.rule} makes of the tuned {noted[key]:g}, "
                     f"and would be moved twice. Write {noted[key]:g}, or take horizon out."

@@ -16,7 +16,8 @@ from mup_megatron.recipe import Recipe, load_recipe, recipe, save_recipe
 PACKAGE = Path(__file__).parents[1] / "mup_megatron"
 TUNED = {"lr": 0.004, "min_lr": 0.0004, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.96}
 TUNING = {"train_iters": 200, "global_batch_size": 8, "seq_length": 64}
-LONGER = {"rule": "steps", "tokens": 16 * 200 * 8 * 64, "batch": 32}
+TOKENS = 16 * 200 * 8 * 64
+LONGER = {"rule": "steps", "tokens": TOKENS, "batch": 32}
 SAME = {"rule": "steps", "tokens": 200 * 8 * 64, "batch": 8}
 
 
@@ -185,8 +186,7 @@ def test_values_that_were_moved_already_are_noticed(key: str, value: float, said
 
 
 def test_another_run_is_told_with_both_numbers() -> None:
-    tokens = LONGER["tokens"]
-    given = a_recipe()
+    tokens, given = TOKENS, a_recipe()
     assert given.run_problems(batch=32, tokens=tokens, seq_length=64) == ()
     assert given.run_problems(tokens=tokens + 32 * 64 - 1, seq_length=64) == ()  # a last iteration that is not full
     [batch] = given.run_problems(batch=8, tokens=tokens, seq_length=64)

@@ -1,6 +1,7 @@
 """`transfer`: the best trial of a study as a recipe, for its own run or moved to another batch and number of tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,14 +11,12 @@ from mup_megatron.theory import HORIZON_RULES
 from mup_megatron.tuning import TargetRun, transferred
 
 
-class _Tokens(click.ParamType):
+class _Tokens(FiniteFloat):
     """A whole number, which may be written as 3e11."""
 
-    name = "tokens"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Returns the number that was given as text."""
-        number = float(FiniteFloat(min=1).convert(value, param, ctx))
+        number = float(super().convert(value, param, ctx))
         if not number.is_integer():
             self.fail(f"{value} is not a whole number.", param, ctx)
         return int(number)
@@ -29,7 +28,9 @@ class _Tokens(click.ParamType):
 @click.option("-o", "--output", type=FILE, metavar="R", help="Where to write; standard output by default.")
 @click.option("--rule", type=click.Choice(list(HORIZON_RULES)),
               help="Move the values to a target's run by this rule: see docs/horizon.md.")  # fmt: skip
-@click.option("--target-tokens", type=_Tokens(), metavar="N", help="Of the target's whole run. [default: the tuning's]")
+@click.option(
+    "--target-tokens", type=_Tokens(min=1), metavar="N", help="Of the target's whole run. [default: the tuning's]"
+)
 @click.option("--target-batch", type=click.IntRange(1), metavar="N",
               help="Sequences of an iteration of the target's. [default: the tuning's]")  # fmt: skip
 @click.option("--target-seq-length", type=click.IntRange(1), metavar="N", help="[default: the tuning's]")

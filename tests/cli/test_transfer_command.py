@@ -121,12 +121,12 @@ def test_a_rule_moves_the_best_trial_to_the_targets_run(run: Command, here: Path
 def test_what_is_left_out_is_as_in_the_tuning(run: Command, here: Path) -> None:
     made_study()
     words = ("--rule", "tokens", "--target-tokens", "1e6", "--exponent", "0.3")
-    assert run("transfer", "--study", "s", "-o", "r.yaml", *words).code == 0
-    horizon = load_recipe(here / "r.yaml").horizon
+    assert run("transfer", "--study", "s", "-o", "moved.yaml", *words).code == 0
+    horizon = load_recipe(here / "moved.yaml").horizon
     assert horizon is not None
     assert (horizon.tokens, horizon.batch, horizon.exponent) == (10**6, 2, 0.3)
     words = ("--force", "--rule", "batch-sde", "--target-batch", "4")
-    assert run("transfer", "--study", "s", "-o", "r.yaml", *words).code == 0
+    assert run("transfer", "--study", "s", "-o", "moved.yaml", *words).code == 0
 
 
 def test_half_of_what_a_rule_needs_is_bad_input(run: Command, here: Path) -> None:

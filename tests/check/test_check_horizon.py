@@ -13,6 +13,7 @@ from mup_megatron.recipe import Horizon, Training
 from mup_megatron.training.options import TrainingOptions
 
 UNTIED = {"untie_embeddings_and_output_weights": True}
+MISTAKES = ("horizon-twice", "horizon-decay-only")
 RECIPE = recipe_for(gpt(1, **UNTIED)).model_copy(
     update={
         "training": Training(train_iters=100, global_batch_size=8, seq_length=16),
@@ -42,7 +43,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("references")
 
 
-@pytest.mark.parametrize("mistake", [None, "horizon-twice", "horizon-decay-only"])
+@pytest.mark.parametrize("mistake", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in MISTAKES)])
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (11, 21, 31, 41))])
 def test_a_horizon_is_followed_and_mistakes_in_it_are_named(mistake: str | None, seed: int, references: Path) -> None:
     [(outcome, causes)] = run_ranks(_verdict, 1, mistake, references, seed)

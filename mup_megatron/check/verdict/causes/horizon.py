@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from mup_megatron.check.measure.measurements import Quantity
 from mup_megatron.check.verdict.causes.at_width import AtWidth
-from mup_megatron.check.verdict.causes.hypothesis import ANY, Hypothesis, of_weights
+from mup_megatron.check.verdict.causes.hypothesis import Hypothesis, of_weights
 from mup_megatron.theory import Factors
 
 
@@ -16,13 +16,10 @@ def horizon(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
         return []
 
     def moved(name: str, sentence: str, f: Factors) -> Hypothesis:
-        # With other betas a step is not wholly explained by any values.
-        unexplained = 0.0 if f.forgetting == 1.0 else ANY
         return of_weights(
             name,
             sentence,
             {
-                Quantity.UNEXPLAINED: lambda _e, _w: unexplained,
                 Quantity.LEARNING_RATE: lambda _e, _w: math.log(f.lr),
                 Quantity.EPS: lambda e, _: 0.0 if e.eps is None else math.log(f.eps),
                 Quantity.WEIGHT_DECAY: lambda e, _: math.log(f.weight_decay) if e.weight_decay > 0 else 0.0,
@@ -39,8 +36,8 @@ def horizon(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
         ),
         moved(
             "horizon-decay-only",
-            "the recipe's horizon has moved the weight decay alone, and the rule moves learning rate, eps or betas as "
-            "well. Take all of them from the recipe.",
-            Factors(lr=1 / factors.lr, eps=1 / factors.eps, forgetting=1 / factors.forgetting),
+            "the recipe's horizon has moved the weight decay alone, and the rule moves learning rate or eps as well. "
+            " Take all of them from the recipe.",
+            Factors(lr=1 / factors.lr, eps=1 / factors.eps),
         ),
     ]

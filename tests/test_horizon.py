@@ -211,7 +211,6 @@ AS_TUNED = {
     "check/module_family.py",  # basins are relative to what was tuned
     "check/run_megatron.py",
     "check/transfer.py",
-    "check/mutants/horizon.py",
     "megatron/pretrain/flags.py",  # tells what was moved
     "quickstart/experiment.py",  # of which the tuning itself is a part
     "quickstart/report.py",

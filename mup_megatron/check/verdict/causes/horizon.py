@@ -37,7 +37,7 @@ def horizon(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
         moved(
             "horizon-decay-only",
             "the recipe's horizon has moved the weight decay alone, and the rule moves learning rate or eps as well. "
-            " Take all of them from the recipe.",
+            "Take all of them from the recipe.",
             Factors(lr=1 / factors.lr, eps=1 / factors.eps),
         ),
     ]

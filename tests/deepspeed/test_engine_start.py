@@ -231,7 +231,7 @@ def test_betas_are_moved_and_the_tuned_ones_are_noticed(tmp_path: Path) -> None:
     tuning = {"train_iters": 100, "global_batch_size": BATCH, "seq_length": 32}
     given = moved_recipe(tuning, {"rule": "steps", "tokens": 400 * BATCH * 32, "batch": BATCH})
     assert given.moved.adam_beta1 != given.hyperparameters.adam_beta1
-    (said,) = run_ranks(_with_tuned_betas, 1, write(given, tmp_path))
+    ((said,),) = run_ranks(_with_tuned_betas, 1, write(given, tmp_path))
     assert "betas of the group" in said
     assert f"should be {(given.moved.adam_beta1, given.moved.adam_beta2)}" in said
 

@@ -40,7 +40,7 @@ config = TransformerConfig(
     num_layers=target.num_layers,
     hidden_size=target.hidden_size,
     num_attention_heads=target.num_attention_heads,
-    init_method_std=tuned.hyperparameters.init_method_std,
+    init_method_std=tuned.moved.init_method_std,
     attention_dropout=0.0,
     hidden_dropout=0.0,
     **cpu.transformer_config_overrides(),
@@ -57,10 +57,10 @@ apply_plan([model], plan)  # 2. initial weights and multipliers, before DDP
 chunks = [DistributedDataParallel(config, DistributedDataParallelConfig(), model)]
 optimizer_config = OptimizerConfig(
     optimizer="adam",
-    lr=tuned.hyperparameters.lr,
-    min_lr=tuned.hyperparameters.min_lr,
-    weight_decay=tuned.hyperparameters.weight_decay,
-    adam_eps=tuned.hyperparameters.adam_eps,
+    lr=tuned.moved.lr,
+    min_lr=tuned.moved.min_lr,
+    weight_decay=tuned.moved.weight_decay,
+    adam_eps=tuned.moved.adam_eps,
 )
 optimizer = get_megatron_optimizer(
     optimizer_config,

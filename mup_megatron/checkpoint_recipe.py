@@ -53,7 +53,8 @@ def write_sidecar(folder: Path, given: Recipe) -> str | None:
 
 def differences(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
     """(key, value before, value now) of whatever makes two recipes different runs."""
-    left, right = (dict(_flat(r.model_dump(mode="json", exclude={"training", "provenance"}))) for r in (before, now))
+    # As the fingerprint sees them: the tuning's run counts for values that are moved from it.
+    left, right = (dict(_flat(r.model_dump(mode="json", exclude=set(r.not_of_the_run)))) for r in (before, now))
     for key in {**left, **right}:
         if left.get(key) != right.get(key):
             yield key, left.get(key), right.get(key)

@@ -30,13 +30,14 @@ _EXPERT = re.compile(r"^(.*?\.experts\.(?:.*?(?=\.\d+\.)\.|.*?(?=\d+$)|))(\d+)(.
 """The number of an expert is a word of the name behind `experts`, or the end of its last one."""
 
 
-def print_plan(plan: Plan, *, brief: bool) -> None:
+def print_plan(plan: Plan, *, brief: bool, moved: str | None = None) -> None:
     """Prints a plan's table on standard output.
 
     Args:
         plan: what to show.
         brief: show layers, and experts of a layer, that follow each other and are alike in everything as one, named
             `layers.FIRST-LAST`.
+        moved: how the base's values got to be those that the plan starts from, in a line.
     """
     # Never narrowed: to fit the terminal, a table would lose digits and columns.
     console = Console(width=1000)
@@ -49,6 +50,8 @@ def print_plan(plan: Plan, *, brief: bool) -> None:
         ),
         highlight=False,
     )
+    if moved is not None:
+        console.print(moved, highlight=False, markup=False)
     entries = _merged(_merged(plan.entries, _EXPERT), _LAYER) if brief else plan.entries
     rows = [COLUMNS, *(tuple(_cell(entry, column) for column in COLUMNS) for entry in entries)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -5,7 +5,7 @@ Not the rules (`theory/`) and not the search for good values (`search/`).
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,10 +16,12 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import AnyModelFile, shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
+from mup_megatron.horizon import Horizon, Training
 from mup_megatron.validation import Strict, added, plain, quoted, validated
 from mup_megatron.yaml_io import dump_yaml, read_yaml
 
 __all__ = [
+    "Horizon",
     "HuggingFaceBase",
     "Hyperparameters",
     "ModuleBase",
@@ -130,14 +132,6 @@ class Parametrization(Strict):
     what native μP takes it for."""
 
 
-class Training(Strict):
-    """The run at which the base was tuned. Informative: it says nothing about the target."""
-
-    train_iters: Annotated[int, Field(gt=0)] | None = None
-    global_batch_size: Annotated[int, Field(gt=0)] | None = None
-    seq_length: Annotated[int, Field(gt=0)] | None = None
-
-
 class HuggingFaceBase(Strict):
     """A base as a Hugging Face configuration: `model_type` and that library's own keys, those left out at its
     defaults.
@@ -186,6 +180,14 @@ def _kind_of_base(content: object) -> str:
     return "(megatron)"
 
 
+def _changed(h: Hyperparameters, factors: theory.Factors, values: Mapping[str, float]) -> Hyperparameters:
+    """The hyperparameters with those of `values` that a rule of the horizon moves, moved."""
+    return h if factors == theory.Factors() else h.model_copy(update=factors.moved(values))
+
+
+_DECAYING = ("linear", "cosine")
+
+
 class Recipe(Strict):
     """The values that are transferred from a base to any target."""
 
@@ -201,9 +203,79 @@ class Recipe(Strict):
     schedule: Schedule = Schedule()
     per_parameter: Annotated[tuple[PerParameter, ...], Field(strict=False)] = ()
     parametrization: Parametrization = Parametrization()
+    horizon: Horizon | None = added("0.2", None)
+    """The target's run, if the values are to be moved to it; None: they are taken as they were tuned."""
     training: Training = Training()
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
     """Where the values come from: study, trial, data, tokens, versions."""
+
+    @model_validator(mode="after")
+    def _movable(self) -> "Recipe":
+        if self.horizon is not None:
+            try:
+                _ = self.moved
+                tuned = self.provenance.get("tuned")
+                if isinstance(tuned, Mapping):
+                    self.horizon.require_not_moved(self.hyperparameters.model_dump(), tuned, self.factors)
+            except theory.PlanError as error:
+                raise ValueError(f"horizon: {error}") from None
+        return self
+
+    @property
+    def factors(self) -> theory.Factors:
+        """By what `horizon` multiplies the base's values; 1 without."""
+        return self._factors()
+
+    def _factors(self, *, back: bool = False) -> theory.Factors:
+        if self.horizon is None:
+            return theory.Factors()
+        optimizers = [theory.optimizers()[name] for name in self.optimizers]
+        decays = self.schedule.lr_decay_style in _DECAYING and self.schedule.lr_decay_fraction <= 1.0
+        return self.horizon.factors(self.training, optimizers, decays=decays, back=back)
+
+    @property
+    def moved(self) -> Hyperparameters:
+        """The hyperparameters as the target's run has them: `hyperparameters`, moved to its `horizon`.
+
+        Whoever carries out a recipe reads these.
+        """
+        if self.horizon is None:
+            return self.hyperparameters
+        return _changed(self.hyperparameters, self.factors, self.hyperparameters.model_dump())
+
+    @property
+    def moves(self) -> dict[str, tuple[float, float]]:
+        """Those of the hyperparameters that the horizon moves: as tuned, and as moved."""
+        before, after = self.hyperparameters.model_dump(), self.moved.model_dump()
+        return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+    @property
+    def told_horizon(self) -> str | None:
+        """In one line, what the horizon moves; None without."""
+        return None if self.horizon is None else self.horizon.described(self.training, self.moves)
+
+    def with_moved(self, values: Mapping[str, float]) -> "Recipe":
+        """Returns the recipe whose target's run has these values: `moved` of it, but for rounding."""
+        own = _changed(self.hyperparameters.model_copy(update=dict(values)), self._factors(back=True), values)
+        return self.model_copy(update={"hyperparameters": own})
+
+    def settled(self) -> "Recipe":
+        """Returns the recipe of the same run that has the moved values for its own, and no horizon."""
+        return self.model_copy(update={"hyperparameters": self.moved, "horizon": None})
+
+    def run_problems(
+        self, *, batch: int | None = None, tokens: int | None = None, seq_length: int | None = None
+    ) -> Sequence[str]:
+        """Returns where a run is not the one that `horizon` is for, each in a sentence; nothing without a horizon.
+
+        Args:
+            batch: sequences of an iteration; None where that is not known, likewise the others.
+            tokens: of the whole run.
+            seq_length: tokens of a sequence.
+        """
+        if self.horizon is None:
+            return ()
+        return tuple(self.horizon.run_problems(self.training, batch=batch, tokens=tokens, seq_length=seq_length))
 
     @property
     def optimizers(self) -> tuple[str, ...]:
@@ -215,12 +287,17 @@ class Recipe(Strict):
     def optimizer_values(self) -> dict[str, float]:
         """The hyperparameters that these read and that not every optimizer does, by key."""
         rules = [theory.optimizers()[name] for name in self.optimizers]
-        return {key: getattr(self.hyperparameters, key) for each in rules for key in each.hyperparameters}
+        return {key: getattr(self.moved, key) for each in rules for key in each.hyperparameters}
+
+    @property
+    def not_of_the_run(self) -> tuple[str, ...]:
+        """The keys on which no run depends. That of the tuning does, where values are moved from it."""
+        return ("training", "provenance") if self.horizon is None else ("provenance",)
 
     @property
     def fingerprint(self) -> str:
         """sha256 over everything that changes the run of a target; the same in every release."""
-        content = plain(self, exclude=("training", "provenance"))
+        content = plain(self, exclude=self.not_of_the_run)
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def plan(self, target: ModelFile) -> theory.Plan:
@@ -258,7 +335,7 @@ class Recipe(Strict):
             raise InputError(str(error)) from None
 
     def _plan(self, base_shape: theory.ModelShape, target_shape: theory.ModelShape) -> theory.Plan:
-        h = self.hyperparameters
+        h = self.moved
         return theory.build_plan(
             base_shape,
             target_shape,

@@ -117,6 +117,11 @@ def fixed_content(given: Recipe | None) -> dict[str, Any]:
     """Returns what a search leaves alone: a recipe's content without its base; every default without a recipe."""
     if given is None:
         return {}
+    if given.horizon is not None:
+        raise InputError(
+            "--recipe: horizon moves its values to another run, and a search tunes at its own. Take horizon out; "
+            "`transfer` puts it into what is found."
+        )
     return plain(given, exclude=("base", "training", "provenance"))
 
 
@@ -215,11 +220,34 @@ def _sweep_context(study: StudyRecord, kind: type[_ModelContext], *, flag: str) 
     return study.spec.context
 
 
-def transferred(study: StudyRecord) -> Recipe:
+@dataclass(frozen=True, kw_only=True)
+class TargetRun:
+    """The run that a recipe is moved to; what is None is as in the tuning."""
+
+    rule: str
+    tokens: int | None = None
+    batch: int | None = None
+    seq_length: int | None = None
+    exponent: float | None = None
+
+    def content(self, training: Mapping[str, int]) -> dict[str, Any]:
+        """Returns it as a recipe's `horizon`."""
+        tokens = training["train_iters"] * training["global_batch_size"] * training["seq_length"]
+        own = {"rule": self.rule, "tokens": self.tokens or tokens, "batch": self.batch or training["global_batch_size"]}
+        chosen = {"seq_length": self.seq_length, "exponent": self.exponent}
+        return own | {key: value for key, value in chosen.items() if value is not None}
+
+
+def transferred(study: StudyRecord, to: TargetRun | None = None) -> Recipe:
     """Returns the best trial of a study as a recipe, with its provenance.
 
+    Args:
+        study: of `mup-megatron sweep`.
+        to: the run that its values are to be moved to, if to any. The recipe has them as tuned, with a note of it, and
+            the horizon that moves them.
+
     Raises:
-        InputError: no trial is complete, or the study is not one of `mup-megatron sweep`.
+        InputError: no trial is complete, the study is not one of `mup-megatron sweep`, or the rule does not go with it.
     """
     best = study.require_best()
     context = _sweep_context(study, _SweepContext, flag="--study")
@@ -229,14 +257,16 @@ def transferred(study: StudyRecord) -> Recipe:
     source = f"study {study.spec.name!r}"
     found = _recipe(context["proxy"], context["fixed"], best.parameters, source=source)
     states = [trial.state for trial in study.trials]
+    tuning = {
+        "train_iters": training["train_iters"],
+        "global_batch_size": training["global_batch_size"],
+        "seq_length": context["proxy"]["seq_length"],
+    }
+    there = {"training": tuning} | ({} if to is None else {"horizon": to.content(tuning)})
+    moved = recipe({**found.model_dump(mode="json"), **there}, source=source)
     return recipe(
         {
-            **found.model_dump(mode="json"),
-            "training": {
-                "train_iters": training["train_iters"],
-                "global_batch_size": training["global_batch_size"],
-                "seq_length": context["proxy"]["seq_length"],
-            },
+            **moved.model_dump(mode="json"),
             "provenance": {
                 "study": study.spec.name,
                 "trial": best.number,
@@ -257,6 +287,7 @@ def transferred(study: StudyRecord) -> Recipe:
                         }
                     }
                 ),
+                **({} if to is None else {"tuned": {key: before for key, (before, _) in moved.moves.items()}}),
                 "data": context["data"],
                 "tokens_per_trial": best.metrics.get("tokens"),
                 "versions": best.metrics.get("versions", {}),

@@ -127,7 +127,7 @@ def test_a_recipe_keeps_its_fingerprint(case: str) -> None:
 # ---- as a later release would have it ------------------------------------------------------------------------------
 
 
-class Horizon(Strict):
+class Stretch(Strict):
     tokens: float = 1.0
     batch: int | None = added("0.4", None)
 
@@ -148,7 +148,7 @@ class LaterRecipe(Recipe):
     base: LaterModel
     hyperparameters: LaterHyperparameters
     per_parameter: tuple[LaterOverride, ...] = Field(default=(), strict=False)
-    horizon: Horizon | None = added("0.3", None)
+    stretch: Stretch | None = added("0.3", None)
 
 
 CONTENT, FINGERPRINT = PINNED["nothing at its default"]
@@ -156,15 +156,15 @@ NEW: dict[str, dict[str, Any]] = {
     "in the base": {"base": LLAMA | {"window": 7}},
     "among hyperparameters": {"hyperparameters": TUNED | {"residual_multiplier": 2.0}},
     "in an override": {"per_parameter": [OVERRIDES[0] | {"eps_mult": 2.0}, OVERRIDES[1]]},
-    "a section": {"horizon": {}},
-    "in a section that is later itself": {"horizon": {"batch": 3}},
+    "a section": {"stretch": {}},
+    "in a section that is later itself": {"stretch": {"batch": 3}},
 }
 AT_DEFAULT: dict[str, dict[str, Any]] = {
     "not said": {},
     "in the base": {"base": LLAMA | {"window": None}},
     "among hyperparameters": {"hyperparameters": TUNED | {"residual_multiplier": 1.0}},
     "in an override": {"per_parameter": [OVERRIDES[0] | {"eps_mult": 1.0}, OVERRIDES[1]]},
-    "a section": {"horizon": None},
+    "a section": {"stretch": None},
 }
 
 
@@ -184,9 +184,9 @@ def test_a_later_key_at_another_value_counts_wherever_it_stands() -> None:
 
 
 def test_a_section_that_is_later_itself_has_its_first_defaults() -> None:
-    later = LaterRecipe.model_validate(CONTENT | {"horizon": {"batch": None}})
-    assert plain(later)["horizon"] == {"tokens": 1.0}
-    assert plain(LaterRecipe.model_validate(CONTENT | NEW["in a section that is later itself"]))["horizon"] == {
+    later = LaterRecipe.model_validate(CONTENT | {"stretch": {"batch": None}})
+    assert plain(later)["stretch"] == {"tokens": 1.0}
+    assert plain(LaterRecipe.model_validate(CONTENT | NEW["in a section that is later itself"]))["stretch"] == {
         "tokens": 1.0,
         "batch": 3,
     }

@@ -237,7 +237,7 @@ def _mutant(name: str, model: ModelFile, recipe: Recipe) -> "Mutant":
     from mup_megatron.check.measure.levels import EARLY
     from mup_megatron.check.mutants import MUTANTS, Context
 
-    stress = stressed(recipe, steps=EARLY.steps, eps=recipe.hyperparameters.adam_eps)
+    stress = stressed(recipe, steps=EARLY.steps, eps=recipe.moved.adam_eps)
     context = Context(base=recipe.megatron_base, target=model, recipe=stress, width=model.hidden_size)
     fitting = {mutant.name: mutant for mutant in MUTANTS.values() if mutant.when(context)}
     if name in fitting:

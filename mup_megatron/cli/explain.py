@@ -21,6 +21,9 @@ from mup_megatron.theory import Plan
 def command(target: Path, recipe_path: Path, form: str, brief: bool) -> None:
     """What every parameter of TARGET gets from a recipe: role, init std, multiplier, LR, eps, weight decay.
 
+    Where the recipe's horizon moves the base's values to another batch or another number of tokens, the table's second
+    line has what it makes of them; the rows follow from those.
+
     TARGET is a model file, or a Hugging Face configuration: its config.json or the folder of that.
     """
     recipe, plan = load_plan(target, recipe_path)
@@ -28,11 +31,13 @@ def command(target: Path, recipe_path: Path, form: str, brief: bool) -> None:
         click.echo(sentence, err=True)
     match form:
         case "json":
-            click.echo(json.dumps(plan.to_json(), indent=2))
+            horizon = recipe.horizon
+            moved = {} if horizon is None else {"horizon": horizon.to_json(recipe.training, recipe.moves)}
+            click.echo(json.dumps(plan.to_json() | moved, indent=2))
         case "csv":
             click.echo(_csv(plan), nl=False)
         case _:
-            print_plan(plan, brief=brief)
+            print_plan(plan, brief=brief, moved=recipe.told_horizon)
 
 
 def _csv(plan: Plan) -> str:

@@ -49,9 +49,10 @@ def configuration(recipe: Recipe, *, path: str, settings: EngineSettings) -> dic
     Raises:
         InputError: DeepSpeed has no scheduler for the recipe's schedule, or the settings contradict each other.
     """
+    entries.require_horizon(settings.global_batch_size, recipe)
     kind = DEEPSPEED_OPTIMIZERS.only(recipe.optimizers).type
     params = entries.optimizer_params(kind, {}, recipe)
-    clipping: float | str = recipe.hyperparameters.clip_grad
+    clipping: float | str = recipe.moved.clip_grad
     if settings.global_batch_size is None:
         # The Trainer compares numbers with its own arguments. What is left open the recipe fills in, not the Trainer.
         params, clipping = dict.fromkeys(params, AUTO), AUTO
@@ -98,7 +99,7 @@ def _zero(settings: EngineSettings) -> dict[str, Any]:
 
 def _scheduler(recipe: Recipe, train_iters: int) -> dict[str, Any] | None:
     """The recipe's schedule in DeepSpeed's terms; None where the learning rate is constant from the first step on."""
-    schedule, h = recipe.schedule, recipe.hyperparameters
+    schedule, h = recipe.schedule, recipe.moved
     warmup = max(round(schedule.lr_warmup_fraction * train_iters), _SHORTEST_WARMUP)
     ramp = {"warmup_num_steps": warmup, "warmup_type": "linear"}
     decay = {"total_num_steps": round(schedule.lr_decay_fraction * train_iters), **ramp}
@@ -129,6 +130,7 @@ def problems(content: object, recipe: Recipe, plan: Plan, *, source: str) -> lis
         lambda: entries.require_supported(config),
         lambda: entries.optimizer_params(config.made_optimizer.type, config.made_optimizer.params, recipe),
         lambda: entries.gradient_clipping(config.gradient_clipping, recipe),
+        lambda: entries.require_horizon(content.get("train_batch_size"), recipe),
         lambda: require_fitting_scheduler(config, plan),
     ]
     found = []

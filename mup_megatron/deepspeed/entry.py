@@ -217,7 +217,7 @@ def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe:
         )
     given = {key: value for key, value in (params or {}).items() if value != AUTO}
     coupled = own.may_be_coupled(name) and given.get("adam_w_mode", True) is False
-    if coupled and recipe.hyperparameters.weight_decay > 0:
+    if coupled and recipe.moved.weight_decay > 0:
         raise InputError(
             f'"optimizer": {own.coupled_type} with "adam_w_mode": false adds weight decay to the gradient, which the '
             f'recipe\'s decoupled weight_decay does not mean. Write "type": "{own.type}".'
@@ -234,7 +234,7 @@ def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe:
 
 
 def _wanted(recipe: Recipe) -> dict[str, Any]:
-    h, name = recipe.hyperparameters, recipe.parametrization.optimizer
+    h, name = recipe.moved, recipe.parametrization.optimizer
     eps = {} if optimizers()[name].eps is None else {"eps": h.adam_eps}
     # As JSON has them.
     settings = {key: list(v) if isinstance(v, tuple) else v for key, v in TORCH_OPTIMIZERS[name].settings(h).items()}
@@ -247,10 +247,21 @@ def gradient_clipping(given: Any, recipe: Recipe) -> float:
     Raises:
         InputError: the configuration says something else than the recipe.
     """
-    wanted = recipe.hyperparameters.clip_grad
+    wanted = recipe.moved.clip_grad
     if given is not None and given != AUTO and not _same(given, wanted):
         raise InputError(_other_value("gradient_clipping", given, wanted))
     return wanted
+
+
+def require_horizon(batch: Any, recipe: Recipe) -> None:
+    """Raises InputError for a batch that is not of the run that the recipe's values are moved to.
+
+    Args:
+        batch: of the configuration; anything but a number is not known yet.
+        recipe: of the entry.
+    """
+    for problem in recipe.run_problems(batch=batch if isinstance(batch, int) else None):
+        raise InputError(f'"train_batch_size": {problem}')
 
 
 def _same(given: Any, wanted: Any) -> bool:

@@ -176,6 +176,7 @@ def _settings(config: Any, arguments: Mapping[str, Any]) -> tuple[entries.Entry,
     typed = entries.configuration(content, source="the DeepSpeed configuration")
     entries.require_supported(typed)
     recipe = load_recipe(Path(entry.recipe))
+    entries.require_horizon(config.train_batch_size, recipe)
     name = typed.made_optimizer.type
     params = None if name is None else entries.optimizer_params(name, config.optimizer_params, recipe)
     return entry, recipe, params, entries.gradient_clipping(typed.gradient_clipping, recipe)
@@ -259,7 +260,7 @@ def after_init(engine: Any, run: EngineRun) -> None:
 def verify(engine: Any, run: EngineRun, *, at_peak: bool = False) -> None:
     """Compares the live engine with the plan. Collective."""
     if run.entry.guard:
-        raise_together(guard.problems(engine, run.plan, run.recipe.hyperparameters.clip_grad, at_peak=at_peak))
+        raise_together(guard.problems(engine, run.plan, run.recipe.moved.clip_grad, at_peak=at_peak))
 
 
 def before_step(engine: Any, run: EngineRun) -> None:
@@ -288,4 +289,4 @@ def _betas_or_momentum(engine: Any, run: EngineRun) -> dict[str, Any]:
     """Returns the recipe's betas or momentum; nothing where a schedule drives them."""
     if getattr(engine.lr_scheduler, "cycle_momentum", False):
         return {}
-    return TORCH_OPTIMIZERS.only(run.plan.optimizers).settings(run.recipe.hyperparameters)
+    return TORCH_OPTIMIZERS.only(run.plan.optimizers).settings(run.recipe.moved)

@@ -73,7 +73,7 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
     built = MetaModule.of(_factory(model_class, config), keeps=True)
     base_built = MetaModule.of(_factory(model_class, small), keeps=True)
     _require_known_scale(at_base, config, built.module)
-    scale = recipe.hyperparameters.init_method_std / configs.reference_std(at_base)
+    scale = recipe.moved.init_method_std / configs.reference_std(at_base)
     fixed = verification.fixed_parts(base_built, built)
     base_pass, stock_pass = (verification.forward_of(each, fixed=fixed) for each in (base_built, built))
     verification.require_no_hidden_factor(base_pass, stock_pass, built.module)
@@ -101,7 +101,7 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
         stock_pass,
         final_pass,
         built.module,
-        alpha=recipe.hyperparameters.attention_multiplier,
+        alpha=recipe.moved.attention_multiplier,
         standard=recipe.parametrization.rule == "standard",
         changes=lambda name: plan.attention(name).changes,
     )

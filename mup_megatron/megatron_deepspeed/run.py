@@ -108,6 +108,7 @@ def apply_to_model(chunks: Sequence[torch.nn.Module], args: argparse.Namespace) 
             "compression_training in DeepSpeed's configuration: it replaces the layers that the plan was applied to. "
             "Drop it."
         )
+    flags.require_horizon(run.recipe, args)
     _take_over_clipping(run, args)
     run.args = args
     run.model = arguments.model_from_fork_args(args)
@@ -121,7 +122,7 @@ def apply_to_model(chunks: Sequence[torch.nn.Module], args: argparse.Namespace) 
         f"{run.recipe.megatron_base.hidden_size} to {run.model.hidden_size}."
     )
     if run.options.print_plan and is_first():
-        print_plan(run.plan, brief=True)
+        print_plan(run.plan, brief=True, moved=run.recipe.told_horizon)
 
 
 def _plan(run: _ForkRun, recipe: Recipe) -> Plan:
@@ -135,7 +136,7 @@ def _plan(run: _ForkRun, recipe: Recipe) -> Plan:
 def _take_over_clipping(run: _ForkRun, args: argparse.Namespace) -> None:
     """DeepSpeed clips by its own configuration and never reads --clip-grad."""
     config = getattr(args, "deepspeed_config_dict", None)  # scripts that only generate text have none
-    wanted = run.recipe.hyperparameters.clip_grad
+    wanted = run.recipe.moved.clip_grad
     if not args.deepspeed or config is None or config.get("gradient_clipping", 0.0) == wanted:
         return
     if not run.options.override:

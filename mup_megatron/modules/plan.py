@@ -59,7 +59,7 @@ def plan_for_module(target: Callable[[], torch.nn.Module], recipe: Recipe, *, re
             "the recipe's base is not a torch module. Make one with mup_megatron.modules.module_base, or give a model "
             "of the recipe's kind."
         )
-    scale = recipe.hyperparameters.init_method_std / REFERENCE_STD
+    scale = recipe.moved.init_method_std / REFERENCE_STD
     parameters = {
         name: own if own.init_std is None else own.model_copy(update={"init_std": own.init_std * scale})
         for name, own in base.parameters.items()

@@ -2,6 +2,7 @@
 
 rules.py        the page: init, multipliers and attention, by role, each with its source
 optimizers.py   one object per optimizer: learning rate, eps, weight decay, folding
+horizon.py      the page on batch and tokens: how the base's values follow a run of another length
 tensors.py      a tensor's sides, role and properties        widths.py  its sizes at base and target, and depths
 sites.py        where forward factors act
 build.py        shapes and hyperparameters → plan.py, the plan; matching.py finds a tensor's counterpart at the base
@@ -11,6 +12,7 @@ folding.py      multipliers into weights, and back
 from mup_megatron.theory.build import ModelShape, Override, Rules, Tuned, build_plan
 from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.folding import fold, fold_attention, unfold
+from mup_megatron.theory.horizon import HORIZON_RULES, Factors, HorizonRule, Ratios
 from mup_megatron.theory.matching import family_of
 from mup_megatron.theory.optimizers import ADAM, SGD, Optimizer, optimizers
 from mup_megatron.theory.plan import Plan, PlanEntry
@@ -32,12 +34,15 @@ from mup_megatron.theory.widths import Scaling, Sizes, Stack
 
 __all__ = [
     "ADAM",
+    "HORIZON_RULES",
     "READOUT",
     "SGD",
     "SOFTMAX",
     "Acts",
     "Constant",
+    "Factors",
     "Heads",
+    "HorizonRule",
     "Kept",
     "LibraryDraw",
     "ModelShape",
@@ -50,6 +55,7 @@ __all__ = [
     "PlanEntry",
     "PlanError",
     "Property",
+    "Ratios",
     "Role",
     "Rule",
     "Rules",

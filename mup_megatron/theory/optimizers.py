@@ -27,10 +27,11 @@ class Power:
 
     def __call__(self, s: Scaling) -> float:
         """Returns the factor at these sizes."""
-        return _power(s.r_in, self.r_in) * _power(s.r_out, self.r_out)
+        return power(s.r_in, self.r_in) * power(s.r_out, self.r_out)
 
 
-def _power(ratio: float, exponent: float) -> float:
+def power(ratio: float, exponent: float) -> float:
+    """Returns ratio**exponent, correctly rounded for the exponents that rules have."""
     # Division and square root are correctly rounded, ** is not: a ratio of 4 has to give exactly 1/4 and 1/2.
     if exponent == -1:
         return 1.0 / ratio
@@ -66,6 +67,8 @@ class Optimizer:
     """How its step grows with the gradient's size: 0 for those that divide by it, 1 for those that are made of it."""
     bottlenecks: bool = True
     """Whether its rules hold for a bottleneck that all tokens pass, a hidden tensor whose output keeps its size."""
+    horizons: tuple[str, ...] = ()
+    """The rules of `horizon.py` that are known for it, by name; with none of them its values cannot be moved."""
     others: "tuple[Optimizer, ...]" = ()
     """Those that it leaves some tensors to."""
     routes: "Callable[[Tensor], Optimizer] | None" = None
@@ -133,6 +136,7 @@ ADAM = Optimizer(
     },
     weight_decay=EVERYWHERE,
     step=0,
+    horizons=("steps", "batch-sde", "timescale", "tokens"),
 )
 """Decoupled weight decay, multiplied by the learning rate as torch and Megatron do; eps outside the root."""
 

@@ -140,7 +140,7 @@ def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptio
         "add_bias_linear": model.add_bias_linear,
         "add_qkv_bias": model.add_qkv_bias,
         # The base's: the plan rescales what Megatron draws with it.
-        "init_method_std": recipe.hyperparameters.init_method_std,
+        "init_method_std": recipe.moved.init_method_std,
         "attention_dropout": model.attention_dropout,
         "hidden_dropout": model.hidden_dropout,
         "bf16": options.bf16,
@@ -184,7 +184,7 @@ def _wrapped(models: Sequence[torch.nn.Module], config: Any, options: TrainingOp
 
 
 def _optimizer_config(recipe: Recipe, options: TrainingOptions) -> Any:
-    h = recipe.hyperparameters
+    h = recipe.moved
     return OptimizerConfig(
         optimizer=recipe.parametrization.optimizer,
         lr=h.lr,
@@ -200,7 +200,7 @@ def _optimizer_config(recipe: Recipe, options: TrainingOptions) -> Any:
 
 def _scheduler(optimizer: Any, recipe: Recipe, options: TrainingOptions) -> Any:
     """The recipe's schedule, counted in iterations. Fractions are not rounded: one shape at any length."""
-    h, s = recipe.hyperparameters, recipe.schedule
+    h, s = recipe.moved, recipe.schedule
     decay = s.lr_decay_fraction * options.train_iters
     return OptimizerParamScheduler(
         optimizer,

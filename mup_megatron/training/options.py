@@ -119,6 +119,11 @@ def require_possible(model: ModelFile, recipe: Recipe, options: TrainingOptions,
             *_bad_layout(model, recipe, options),
             *_bad_layers(model, options, world_size),
             *_bad_batch(model, options, world_size),
+            *recipe.run_problems(
+                batch=options.global_batch_size,
+                tokens=options.train_iters * options.global_batch_size * model.seq_length,
+                seq_length=model.seq_length,
+            ),
         ]
     if problems:
         raise InputError("\n".join(problems))

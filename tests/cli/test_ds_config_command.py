@@ -168,3 +168,25 @@ def test_the_trainer_takes_what_is_left_open_to_it(run: Command, gpt2: Path) -> 
     trainer_config.trainer_config_finalize(arguments, None, 10)
     assert trainer_config.mismatches == []
     assert checked(run, gpt2 / "checked.json", content)[0] == 0
+
+
+def test_a_horizon_moves_what_is_written_and_its_batch_is_compared(run: Command, gpt2: Path) -> None:
+    base = {**GPT2, "n_embd": 32, "n_head": 2, "n_layer": 2}
+    moved = {
+        "training": {"train_iters": 100, "global_batch_size": 8, "seq_length": 32},
+        "horizon": {"rule": "steps", "tokens": 16 * 100 * 8 * 32, "batch": 32},
+    }
+    write(gpt2 / "gpt2.yaml", {"base": base, "hyperparameters": TUNED, **moved})
+    content = configuration(run, "--global-batch-size", "32")
+    params = content["optimizer"]["params"]
+    assert (params["lr"], params["eps"], params["weight_decay"]) == pytest.approx((0.002, 2e-8, 0.05))
+    assert params["betas"] == pytest.approx([0.975, 0.9875])
+    assert checked(run, gpt2 / "ds.json", content)[0] == 0
+    code, said = checked(run, gpt2 / "ds.json", {**content, "train_batch_size": 8})
+    assert code == 1
+    assert "batches of 32 sequences, and this run's have 8" in said[0]
+    code, said = checked(run, gpt2 / "ds.json", {**content, "optimizer": {"type": "AdamW", "params": {"lr": 0.001}}})
+    assert (code, "is 0.001 and the recipe says 0.002" in said[0]) == (1, True)
+    code, out, err = run("ds-config", "large.json", "--recipe", "gpt2.yaml", "--global-batch-size", "8")
+    assert (code, out) == (2, "")
+    assert "batches of 32 sequences, and this run's have 8" in err

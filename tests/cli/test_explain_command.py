@@ -308,3 +308,28 @@ def test_what_does_not_fit_is_named(
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_horizon_is_told_from_base_to_moved_to_each_parameter(run: Command, here: Path) -> None:
+    content: dict[str, Any] = {
+        "base": HAND_BASE,
+        "hyperparameters": {**HAND_VALUES, "adam_beta2": 0.96},
+        "training": {"train_iters": 100, "global_batch_size": 8, "seq_length": 16},
+        "horizon": {"rule": "steps", "tokens": 16 * 100 * 8 * 16, "batch": 32},
+    }
+    write(here / "r.yaml", content)
+    write(here / "t.yaml", HAND_TARGET)
+    code, out, _ = run("explain", "t.yaml", "--recipe", "r.yaml")
+    assert code == 0
+    assert out.splitlines()[1] == (
+        "horizon steps: batch × 4, tokens × 16, steps × 4   lr 0.01 → 0.005   weight_decay 0.1 → 0.05   "
+        "adam_beta1 0.9 → 0.975   adam_beta2 0.96 → 0.99   adam_eps 1e-08 → 2e-08"
+    )
+    found = json.loads(run("explain", "t.yaml", "--recipe", "r.yaml", "--format", "json").out)
+    assert found["horizon"]["ratios"] == {"batch": 4.0, "tokens": 16.0, "steps": 4.0}
+    assert found["horizon"]["base"]["lr"] == 0.01
+    assert found["horizon"]["moved"] == pytest.approx(
+        {"lr": 0.005, "weight_decay": 0.05, "adam_beta1": 0.975, "adam_beta2": 0.99, "adam_eps": 2e-8}
+    )
+    words = next(row for row in found["parameters"] if row["name"] == "embedding.word_embeddings.weight")
+    assert (words["lr"], words["eps"], words["weight_decay"]) == pytest.approx((0.005, 5e-9, 0.05))

@@ -11,7 +11,7 @@ from mup_megatron.recipe import load_recipe, recipe
 from mup_megatron.search import Objective, ReportFn, StudySpec, TrialOutcome, default_storage, run_sweep
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.tuning import DEFAULT_SPACE, ProxyTraining, fixed_content
-from mup_megatron.yaml_io import parse_yaml
+from mup_megatron.yaml_io import dump_yaml, parse_yaml
 
 FIXED = recipe({"base": BASE, "hyperparameters": {"lr": 1.0, "weight_decay": 0.3}}, source="fixed")
 
@@ -91,3 +91,53 @@ def test_a_study_without_an_answer_is_bad_input_and_writes_nothing(run: Command,
         assert said in err
         assert "Traceback" not in err
     assert contents(here) == before
+
+
+def test_a_rule_moves_the_best_trial_to_the_targets_run(run: Command, here: Path) -> None:
+    made_study()
+    assert run("transfer", "--study", "s", "-o", "tuned.yaml").code == 0
+    tokens = 3 * 2 * BASE["seq_length"]
+    words = ("--rule", "steps", "--target-tokens", str(16 * tokens), "--target-batch", "8")
+    assert run("transfer", "--study", "s", "-o", "moved.yaml", *words) == (0, "moved.yaml\n", "")
+    tuned, moved = load_recipe(here / "tuned.yaml"), load_recipe(here / "moved.yaml")
+    assert moved.horizon is not None
+    assert moved.horizon.model_dump(exclude_none=True) == {"rule": "steps", "tokens": 16 * tokens, "batch": 8}
+    assert moved.hyperparameters == tuned.hyperparameters
+    assert moved.moved.lr == tuned.hyperparameters.lr / 2
+    assert moved.provenance["tuned"] == {key: before for key, (before, _) in moved.moves.items()}
+    assert moved.fingerprint != tuned.fingerprint
+    # What was moved already is not moved again.
+    again = moved.model_copy(update={"hyperparameters": moved.moved}).to_yaml()
+    (here / "again.yaml").write_text(again)
+    (here / "target.yaml").write_text(dump_yaml({**BASE, "hidden_size": 128, "num_attention_heads": 4}))
+    code, out, err = run("explain", "target.yaml", "--recipe", "again.yaml")
+    assert (code, out) == (2, "")
+    assert "and would be moved twice" in err
+    code, out, err = run("sweep", "target.yaml", "--data", "d", "--study", "t", "--trials", 1, "--recipe", "moved.yaml")
+    assert (code, out) == (2, "")
+    assert "a search tunes at its own" in err
+
+
+def test_what_is_left_out_is_as_in_the_tuning(run: Command, here: Path) -> None:
+    made_study()
+    words = ("--rule", "tokens", "--target-tokens", "1e6", "--exponent", "0.3")
+    assert run("transfer", "--study", "s", "-o", "moved.yaml", *words).code == 0
+    horizon = load_recipe(here / "moved.yaml").horizon
+    assert horizon is not None
+    assert (horizon.tokens, horizon.batch, horizon.exponent) == (10**6, 2, 0.3)
+    words = ("--force", "--rule", "batch-sde", "--target-batch", "4")
+    assert run("transfer", "--study", "s", "-o", "moved.yaml", *words).code == 0
+
+
+def test_half_of_what_a_rule_needs_is_bad_input(run: Command, here: Path) -> None:
+    made_study()
+    for words, said in (
+        (("--target-batch", "8"), "--target-batch without --rule"),
+        (("--rule", "steps"), "--rule steps: to which run? Give --target-tokens"),
+        (("--rule", "steps", "--target-tokens", "1.5"), "1.5 is not a whole number"),
+        (("--rule", "batch-sde", "--target-tokens", "1e9"), "for the same number of tokens"),
+        (("--rule", "step", "--target-batch", "8"), "'step' is not one of"),
+    ):
+        code, out, err = run("transfer", "--study", "s", *words)
+        assert (code, out) == (2, "")
+        assert said in err

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import ds_pipeline
-from support.ds_models import build, config, ds_config, recipe_for, train_engine, write
+from support.ds_models import BATCH, build, config, ds_config, recipe_for, train_engine, write
 from support.ds_ranks import run_ranks
 
 from mup_megatron.deepspeed.entry import Entry, configuration, drop_auto, entry_of, gradient_clipping, optimizer_params
@@ -187,6 +187,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         r'"zero_optimization.offload_optimizer.ratio" is not supported',
     ),
     "tensor parallelism": ({"tensor_parallel": {"autotp_size": 2}}, r'"tensor_parallel.autotp_size" is not supported'),
+    "a batch that is not the horizon's": ({"mup": {"recipe": "MOVED"}}, "this run's have"),
     "another head": ({"mup": {"recipe": "LLAMA"}}, "llama"),
     "another vocabulary": ({"mup": {"recipe": "VOCABULARY"}}, "vocab_size"),
     "more parameters": ({"mup": {"recipe": "MORE"}}, "tie_word_embeddings|lm_head"),
@@ -196,6 +197,43 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a schedule of objects": ({"scheduler": {"type": "LambdaLR", "params": {}}}, "LambdaLR"),
 }
+
+
+def moved_recipe(tuning: dict[str, int], horizon: dict[str, Any]) -> Recipe:
+    content = recipe_for("gpt2").model_dump(mode="json")
+    return Recipe.model_validate({**content, "training": tuning, "horizon": horizon})
+
+
+def _with_tuned_betas(recipe_path: str) -> list[str]:
+    """The betas of an engine of a recipe with a horizon, and what is said once they are those that were tuned."""
+    import deepspeed
+
+    import mup_megatron.deepspeed  # noqa: F401
+    from mup_megatron.deepspeed.run import before_step, run_of
+
+    engine, *_ = deepspeed.initialize(model=build("gpt2", 2), config=ds_config(mup={"recipe": recipe_path}))
+    run = run_of(engine)
+    assert run is not None
+    before_step(engine, run)
+    live = tuple(engine.optimizer.param_groups[0]["betas"])
+    assert live == (run.recipe.moved.adam_beta1, run.recipe.moved.adam_beta2)
+    h = run.recipe.hyperparameters
+    for group in engine.optimizer.param_groups:
+        group["betas"] = (h.adam_beta1, h.adam_beta2)
+    try:
+        before_step(engine, run)
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
+def test_betas_are_moved_and_the_tuned_ones_are_noticed(tmp_path: Path) -> None:
+    tuning = {"train_iters": 100, "global_batch_size": BATCH, "seq_length": 32}
+    given = moved_recipe(tuning, {"rule": "steps", "tokens": 400 * BATCH * 32, "batch": BATCH})
+    assert given.moved.adam_beta1 != given.hyperparameters.adam_beta1
+    ((said,),) = run_ranks(_with_tuned_betas, 1, write(given, tmp_path))
+    assert "betas of the group" in said
+    assert f"should be {(given.moved.adam_beta1, given.moved.adam_beta2)}" in said
 
 
 def _messages(configs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
@@ -229,8 +267,11 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         return Recipe.model_validate(content)
 
     assert base["tie_word_embeddings"]
+    tuning = {"train_iters": 100, "global_batch_size": BATCH, "seq_length": 32}
+    longer = {"rule": "steps", "tokens": 400 * 2 * BATCH * 32, "batch": 2 * BATCH}
     paths = {
         "R": write(plain, folder),
+        "MOVED": write(moved_recipe(tuning, longer), folder, "moved.yaml"),
         "LLAMA": write(recipe_for("llama"), folder, "llama.yaml"),
         "VOCABULARY": write(with_base(vocab_size=64), folder, "vocabulary.yaml"),
         "MORE": write(with_base(tie_word_embeddings=False), folder, "more.yaml"),

@@ -61,6 +61,23 @@ def test_impossible_options(tmp_path: Path, world_size: int, changes: dict[str, 
     assert len(max(str(error.value).splitlines(), key=len)) < 300
 
 
+def test_a_run_that_is_not_the_recipes_horizon(tmp_path: Path) -> None:
+    own = options(tmp_path)
+    model = target()
+    tokens = own.train_iters * own.global_batch_size * model.seq_length
+    tuning = {"train_iters": 1, "global_batch_size": own.global_batch_size, "seq_length": model.seq_length}
+
+    def moved(**horizon: Any) -> Recipe:
+        run = {"rule": "steps", "tokens": tokens, "batch": own.global_batch_size, **horizon}
+        return Recipe.model_validate({**RECIPE.model_dump(), "training": tuning, "horizon": run})
+
+    require_possible(model, moved(), own, 1)
+    with pytest.raises(InputError, match=f"moved to {2 * tokens} tokens, and this run has {tokens}"):
+        require_possible(model, moved(tokens=2 * tokens), own, 1)
+    with pytest.raises(InputError, match=f"of {2 * own.global_batch_size} sequences, and this run's have"):
+        require_possible(model, moved(batch=2 * own.global_batch_size), own, 1)
+
+
 def test_the_distributed_optimizer_is_for_adam(tmp_path: Path) -> None:
     chosen = options(tmp_path, use_distributed_optimizer=True)
     require_possible(target(), RECIPE, chosen, 1)

@@ -59,7 +59,7 @@ def stressed(recipe: Recipe, *, steps: int, eps: float | None = None, rate: floa
         eps: as in `stressed_values`.
         rate: likewise.
     """
-    h = recipe.hyperparameters
+    h = recipe.moved
     changes: dict[str, float] = {name: clamped(getattr(h, name), MULTIPLIERS) for name in _MULTIPLIERS}
     changes["init_method_std"] = clamped(h.init_method_std, STDS)
     if h.clip_grad > 0:
@@ -68,9 +68,9 @@ def stressed(recipe: Recipe, *, steps: int, eps: float | None = None, rate: floa
     changes |= stressed_values(recipe, steps=steps, std=std, eps=eps, rate=rate)
     lr = changes["lr"]
     changes["min_lr"] = clamped(h.min_lr * lr / h.lr, (FLOOR * lr, MOST_FLOOR * lr))
-    return recipe.model_copy(
+    # What a run has is what shows: the recipe's own values are those that its horizon moves there.
+    return recipe.with_moved(changes).model_copy(
         update={
-            "hyperparameters": h.model_copy(update=changes),
             "per_parameter": tuple(_tempered(own) for own in recipe.per_parameter),
             "schedule": Schedule(lr_decay_style="linear", lr_warmup_fraction=WARM_UP),
         }

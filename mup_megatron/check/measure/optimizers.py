@@ -107,12 +107,12 @@ def torch_optimizer(groups: Iterable[dict[str, Any]], recipe: Recipe) -> "torch.
     """Builds the recipe's optimizer as torch has it, with these parameter groups."""
     from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 
-    return TORCH_OPTIMIZERS.only(recipe.optimizers).made(groups, recipe.hyperparameters)
+    return TORCH_OPTIMIZERS.only(recipe.optimizers).made(groups, recipe.moved)
 
 
 def replay_for(recipe: Recipe) -> "Replay":
     """Returns a new replay of one tensor's state in the recipe's optimizer."""
-    return _checked(recipe).replay(recipe.hyperparameters)
+    return _checked(recipe).replay(recipe.moved)
 
 
 def clip(model: "nn.Module", most: float) -> float:
@@ -134,7 +134,7 @@ def stressed_values(
         eps: at the base, if the optimizer has one.
         rate: of an optimizer whose step grows with gradients, the learning rate at which weights move by `MOVEMENT`.
     """
-    h = recipe.hyperparameters
+    h = recipe.moved
     if rules_of(recipe).step == 0:
         lr = clamped(h.lr, (MOVEMENT * std, MOST_MOVEMENT * std))
     else:
@@ -155,7 +155,7 @@ def from_gradients(gradients: Sequence[tuple[float, PlanEntry]], plan: Plan, rec
     """
     there = [(value, entry) for value, entry in gradients if value > 0]
     if rules_of(recipe).step > 0:
-        h = recipe.hyperparameters
+        h = recipe.moved
         moved = [value * entry.lr / plan.lr * entry.width_ratio for value, entry in there if is_hidden(entry)]
         return {"rate": MOVEMENT * _checked(recipe).damping(h) * h.init_method_std / median(moved) if moved else None}
     # Gradients follow the base as the rule for eps has it.

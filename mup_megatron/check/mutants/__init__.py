@@ -7,6 +7,7 @@
     rules.py          of several rules at once: a wrong plan
     experts.py        about experts and their router
     latent.py         about latents, and what keeps its size between two sides that grow
+    horizon.py        in how values are moved over batch and tokens
     rates.py          in learning rates and their schedule
     optimizer.py      in eps, betas, clipping and weight decay
     initial.py        in initial weights
@@ -18,6 +19,7 @@ neither torch nor Megatron: the CPU runtime has to come before both.
 
 from mup_megatron.check.mutants.experts import EXPERTS
 from mup_megatron.check.mutants.forward import FORWARD
+from mup_megatron.check.mutants.horizon import HORIZON
 from mup_megatron.check.mutants.initial import INITIAL
 from mup_megatron.check.mutants.latent import LATENT
 from mup_megatron.check.mutants.mutant import Context, Mutant
@@ -28,6 +30,6 @@ from mup_megatron.check.mutants.rules import RULES
 __all__ = ["MUTANTS", "Context", "Mutant"]
 
 MUTANTS: dict[str, Mutant] = {
-    mutant.name: mutant for mutant in (*FORWARD, *RULES, *EXPERTS, *LATENT, *RATES, *OPTIMIZER, *INITIAL)
+    mutant.name: mutant for mutant in (*FORWARD, *RULES, *EXPERTS, *LATENT, *HORIZON, *RATES, *OPTIMIZER, *INITIAL)
 }
 """By name."""

@@ -66,7 +66,7 @@ def has_one_branch(context: Context) -> bool:
 
 def has_multiplier(key: str) -> Callable[[Context], bool]:
     """Makes a condition: whether a multiplier of the recipe is other than 1."""
-    return lambda context: bool(getattr(context.recipe.hyperparameters, key) != 1.0)
+    return lambda context: bool(getattr(context.recipe.moved, key) != 1.0)
 
 
 def sides_differ(context: Context) -> bool:
@@ -119,7 +119,7 @@ def gains_start_at_1(context: Context) -> bool:
 
 def has_weight_decay(context: Context) -> bool:
     """Returns whether there is any weight decay."""
-    return context.recipe.hyperparameters.weight_decay > 0
+    return context.recipe.moved.weight_decay > 0
 
 
 def weight_decay_follows_rates(context: Context) -> bool:
@@ -129,7 +129,7 @@ def weight_decay_follows_rates(context: Context) -> bool:
 
 def has_clipping(context: Context) -> bool:
     """Returns whether gradients are clipped."""
-    return context.recipe.hyperparameters.clip_grad > 0
+    return context.recipe.moved.clip_grad > 0
 
 
 def depth_differs(context: Context) -> bool:

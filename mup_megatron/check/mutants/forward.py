@@ -124,7 +124,7 @@ FORWARD = (
         name="attention-multiplier-dropped",
         what="The recipe's attention_multiplier is not applied.",
         cause=("attention-multiplier-dropped",),
-        model=_softmax_scale(lambda _p, c: 1 / c.recipe.hyperparameters.attention_multiplier),
+        model=_softmax_scale(lambda _p, c: 1 / c.recipe.moved.attention_multiplier),
         when=has_multiplier("attention_multiplier"),
     ),
     Mutant(
@@ -158,7 +158,7 @@ FORWARD = (
         name="readout-without-alpha",
         what="The logits are multiplied by 1/r, and the recipe's output_multiplier is lost.",
         cause=("output-multiplier-dropped",),
-        model=_output(_readouts, lambda _, c: 1 / c.recipe.hyperparameters.output_multiplier),
+        model=_output(_readouts, lambda _, c: 1 / c.recipe.moved.output_multiplier),
         when=has_multiplier("output_multiplier"),
     ),
     Mutant(
@@ -171,14 +171,14 @@ FORWARD = (
         name="embedding-multiplier-dropped",
         what="The recipe's embedding_multiplier is not applied.",
         cause=("embedding-multiplier-dropped",),
-        model=_output(_tables, lambda _, c: 1 / c.recipe.hyperparameters.embedding_multiplier),
+        model=_output(_tables, lambda _, c: 1 / c.recipe.moved.embedding_multiplier),
         when=has_multiplier("embedding_multiplier"),
     ),
     Mutant(
         name="embedding-multiplier-on-tokens-only",
         what="The recipe's embedding_multiplier is applied to the token table and not to positions.",
         cause=("embedding-multiplier-on-tokens-only",),
-        model=_output(_tables_beside_tokens, lambda _, c: 1 / c.recipe.hyperparameters.embedding_multiplier),
+        model=_output(_tables_beside_tokens, lambda _, c: 1 / c.recipe.moved.embedding_multiplier),
         when=lambda c: (
             c.target.position_embedding_type == "learned_absolute" and has_multiplier("embedding_multiplier")(c)
         ),

@@ -58,7 +58,7 @@ def _one_tensor(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
 def _drawn_biases(chunks: Sequence[Any], plan: Plan, context: Context) -> None:
     for entry, parameter in live_parameters(chunks, plan):
         if is_linear_bias(entry):
-            parameter.data.normal_(std=context.recipe.hyperparameters.init_method_std)
+            parameter.data.normal_(std=context.recipe.moved.init_method_std)
 
 
 def _qkv_rows(heads: slice, factor: Callable[[Context], float]) -> ModelChange:

@@ -33,7 +33,7 @@ def _eps(select: Select, factor: Factor) -> OptimizerChange:
 
 
 def _other_beta2(group: dict[str, Any], _entry: PlanEntry, _r: Scaling, context: Context) -> None:
-    h = context.recipe.hyperparameters
+    h = context.recipe.moved
     group["betas"] = (h.adam_beta1, 0.99 if h.adam_beta2 < 0.97 else 0.9)
 
 
@@ -67,7 +67,7 @@ OPTIMIZER = (
         name="eps-unscaled",
         what="Adam's eps is the base's for all.",
         cause=("eps-not-scaled",),
-        optimizer=_eps(is_any, lambda e, _r, c: c.recipe.hyperparameters.adam_eps / (e.eps or 1.0)),
+        optimizer=_eps(is_any, lambda e, _r, c: c.recipe.moved.adam_eps / (e.eps or 1.0)),
         when=scales_eps,
     ),
     Mutant(
@@ -81,7 +81,7 @@ OPTIMIZER = (
         name="eps-scaled-twice",
         what="Adam's eps is divided by the ratio of fan_out twice.",
         cause=("eps-scaled-twice",),
-        optimizer=_eps(is_any, lambda e, _r, c: (e.eps or 1.0) / c.recipe.hyperparameters.adam_eps),
+        optimizer=_eps(is_any, lambda e, _r, c: (e.eps or 1.0) / c.recipe.moved.adam_eps),
         when=scales_eps,
     ),
     Mutant(

@@ -37,7 +37,7 @@ def _rates(select: Select, factor: Factor) -> OptimizerChange:
 
 
 def _floor(group: dict[str, Any], entry: PlanEntry, _: Scaling, context: Context) -> None:
-    group["max_lr"], group["min_lr"] = entry.lr, context.recipe.hyperparameters.min_lr
+    group["max_lr"], group["min_lr"] = entry.lr, context.recipe.moved.min_lr
 
 
 def _forgotten_layer(optimizer: Any, chunks: Sequence[Any], plan: Plan, context: Context) -> None:
@@ -60,7 +60,7 @@ def _lost_tensor(optimizer: Any, chunks: Sequence[Any], plan: Plan, _context: Co
 
 
 def _unscaled_start(scheduler: Any, _optimizer: Any, _plan: Plan, context: Context) -> None:
-    scheduler.init_lr = 0.1 * context.recipe.hyperparameters.lr
+    scheduler.init_lr = 0.1 * context.recipe.moved.lr
 
 
 def _collapsing(scheduler: Any, optimizer: Any, _plan: Plan, context: Context) -> None:
@@ -68,7 +68,7 @@ def _collapsing(scheduler: Any, optimizer: Any, _plan: Plan, context: Context) -
     from mup_megatron.megatron.optimizer import parts_of
 
     step, taken = scheduler.step, [0]
-    lr = context.recipe.hyperparameters.lr
+    lr = context.recipe.moved.lr
 
     def stepped(increment: int) -> None:
         step(increment=increment)
@@ -85,7 +85,7 @@ RATES = (
         name="learning-rate-collapsed",
         what="All groups have one learning rate, the base's.",
         cause=("learning-rate-collapsed", "hidden-learning-rate"),
-        optimizer=_rates(is_any, lambda e, _r, c: c.recipe.hyperparameters.lr / e.lr),
+        optimizer=_rates(is_any, lambda e, _r, c: c.recipe.moved.lr / e.lr),
     ),
     Mutant(
         name="learning-rate-all-divided",

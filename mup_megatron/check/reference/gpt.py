@@ -101,7 +101,7 @@ class Reference:
         loss = self._model.loss(self._batch(step))
         self._optimizer.zero_grad()
         loss.backward()
-        self._norm = clip(self._model, self._recipe.hyperparameters.clip_grad)
+        self._norm = clip(self._model, self._recipe.moved.clip_grad)
         for group in self._optimizer.param_groups:
             entry = self._plan[group["name"]]
             group["lr"] = self._rate(step, entry.lr, entry.min_lr)

@@ -57,7 +57,7 @@ class Engines:
     """Makes the engine of each run, with the recipe of the check in place of the user's."""
 
     def __init__(self, content: Mapping[str, Any], folder: Path, recipe: Recipe) -> None:
-        h = recipe.hyperparameters
+        h = recipe.moved
         self._content, self._folder, self._lr = content, folder, h.lr
         self._floor = max(h.min_lr / h.lr, FLOOR)
         """Of the schedule, relative to its peak, where it has one: that of the recipe under stress."""
@@ -69,7 +69,7 @@ class Engines:
         import mup_megatron.deepspeed  # noqa: F401  # takes its place in the engine
 
         path = self._folder / f"{task.recipe.fingerprint}.{os.environ.get('RANK', '0')}.recipe.yaml"
-        save_recipe(task.recipe, path)
+        save_recipe(task.recipe.settled(), path)  # of a check's batch, and not of the recipe's horizon
         try:
             engine, *_ = deepspeed.initialize(model=model, config=self._config(path, task))
         except InputError:
@@ -121,7 +121,7 @@ class Engines:
         optimizer = content["optimizer"]
         own = ("lr", "betas", "eps", "weight_decay", "momentum")
         optimizer["params"] = {k: v for k, v in dict(optimizer.get("params") or {}).items() if k not in own}
-        scheduler = self._scheduler(task.steps, task.recipe.hyperparameters.lr)
+        scheduler = self._scheduler(task.steps, task.recipe.moved.lr)
         return {
             **content,
             **({} if scheduler is None else {"scheduler": scheduler}),

@@ -141,7 +141,7 @@ class MegatronTrainee:
         """One iteration of the training loop, and of the schedule."""
         measured = train_iteration(self._built, self._data, step, self._sizes, problem=False)
         # Without clipping Megatron need not compute it.
-        self._norm = measured.grad_norm if self._recipe.hyperparameters.clip_grad > 0 else None
+        self._norm = measured.grad_norm if self._recipe.moved.clip_grad > 0 else None
         self._built.scheduler.step(increment=1)
         return measured.loss
 
@@ -163,7 +163,7 @@ class MegatronTrainee:
     def groups(self) -> dict[str, Grouped]:
         """Returns what the optimizer holds for each parameter whose state this rank owns."""
         optimizer, chunks = self._built.optimizer, self._built.chunks
-        h = self._recipe.hyperparameters
+        h = self._recipe.moved
         return {
             self._outside.get(name, name): Grouped(
                 lr=h.lr if values.max_lr is None else values.max_lr,

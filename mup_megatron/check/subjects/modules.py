@@ -149,7 +149,7 @@ class ModuleTrainee(_Watched):
         self._model.zero_grad()
         if loss.requires_grad:
             loss.backward()
-        self._norm = clip(self._model, self._recipe.hyperparameters.clip_grad)
+        self._norm = clip(self._model, self._recipe.moved.clip_grad)
         if self._optimizer is not None:
             self._optimizer.step()
         if self._scheduler is not None:
@@ -235,7 +235,7 @@ class EngineTrainee(_Watched):
             elif (gradient := safe_get_full_grad(parameter)) is not None:
                 found[name] = gradient.detach().float().clone().view_as(self._copies[name])
         norm = self._norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in found.values()))
-        clip = self._recipe.hyperparameters.clip_grad
+        clip = self._recipe.moved.clip_grad
         factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
         return {id(self._copies[name]): factor * gradient for name, gradient in found.items()}
 

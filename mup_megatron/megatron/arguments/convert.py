@@ -73,7 +73,7 @@ def flags(
 
 
 def _recipe_flags(recipe: Recipe, train_iters: int | None) -> list[str]:
-    values = recipe.hyperparameters.model_dump() | {"optimizer": recipe.parametrization.optimizer}
+    values = recipe.moved.model_dump() | {"optimizer": recipe.parametrization.optimizer}
     MEGATRON_OPTIMIZERS.only(recipe.optimizers)
     others = {key for each in optimizers().values() for key in each.hyperparameters}
     words: list[str] = []

@@ -213,6 +213,28 @@ def owned(recipe: Recipe, values: argparse.Namespace) -> frozenset[str]:
     return frozenset(setting.dest for setting in _settings(recipe, values))
 
 
+def require_horizon(recipe: Recipe, values: argparse.Namespace) -> None:
+    """Raises InputError where a line, as Megatron has validated it, is not the run that the recipe's values are for.
+
+    The run is counted as its schedule is: in samples where the line says samples, else in iterations.
+    """
+    if recipe.horizon is None:
+        return
+    found = []
+    if recipe.horizon.made_rule.moves:
+        found = [
+            f"{_flag(dest)}: horizon's {recipe.horizon.rule} is a rule for one batch throughout the run, and says "
+            "nothing of one that grows. Drop it, or write rule: none into the recipe's horizon."
+            for dest in ("rampup_batch_size", "step_batch_size_schedule", "decrease_batch_size_if_needed")
+            if getattr(values, dest, None)
+        ]
+    length = values.seq_length or getattr(values, "encoder_seq_length", None)
+    samples = values.train_samples or (values.train_iters or 0) * values.global_batch_size
+    found += recipe.run_problems(batch=values.global_batch_size, tokens=samples * length, seq_length=length)
+    if found:
+        raise InputError("\n".join(f"--mup-recipe: {problem}" for problem in found))
+
+
 def _flag(dest: str) -> str:
     return "--" + dest.replace("_", "-")
 
@@ -248,7 +270,7 @@ class _Setting:
 
 
 def _settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
-    h = recipe.hyperparameters
+    h = recipe.moved
     taken: dict[str, Any] = {
         "optimizer": recipe.parametrization.optimizer,
         "lr": h.lr,
@@ -258,8 +280,12 @@ def _settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
         "clip_grad": h.clip_grad,
         **recipe.optimizer_values,
     }
+    tuned = recipe.hyperparameters.model_dump()
     for dest, value in taken.items():
-        yield _Setting(dest, value, f"{value:g}" if isinstance(value, float) else str(value))
+        says = f"{value:g}" if isinstance(value, float) else str(value)
+        if recipe.horizon is not None and tuned.get(dest, value) != value:
+            says += f", to which horizon's {recipe.horizon.rule} has moved {tuned[dest]:g} already"
+        yield _Setting(dest, value, says)
     yield from _schedule(recipe, values)
     decoupled = any(MEGATRON_OPTIMIZERS[name].decoupled_weight_decay for name in recipe.optimizers)
     # Each of these would give some parameters another value than the plan does.

@@ -96,7 +96,12 @@ class Run:
         return run
 
     def sign(self, values: argparse.Namespace) -> None:
-        """Puts the recipe among the arguments, which Megatron writes into checkpoints and to wandb."""
+        """Puts the recipe among the arguments, which Megatron writes into checkpoints and to wandb.
+
+        Raises:
+            InputError: Megatron has understood them as another run than the one that the recipe's values are for.
+        """
+        flags.require_horizon(self.recipe, values)
         checkpoints.sign(values, self.recipe)
 
     def prepare(self, values: argparse.Namespace) -> Plan:
@@ -124,7 +129,7 @@ class Run:
             "parameters get a learning rate of their own."
         )
         if self.options.print_plan and is_first():
-            print_plan(plan, brief=True)
+            print_plan(plan, brief=True, moved=self.recipe.told_horizon)
         return plan
 
     def configure(self, config: Any) -> None:

@@ -28,7 +28,7 @@ def problems(recipe: Recipe, values: argparse.Namespace, optimizer: Any, schedul
 
 
 def _optimizer_problems(recipe: Recipe, optimizer: Any) -> list[str]:
-    h = recipe.hyperparameters
+    h = recipe.moved
     found: dict[str, tuple[Any, Any]] = {}
     for part in parts_of(optimizer):
         found["clip_grad"] = (part.config.clip_grad, h.clip_grad)

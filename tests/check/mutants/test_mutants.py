@@ -15,7 +15,7 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure.measurements import RunProtocol
 from mup_megatron.check.mutants import MUTANTS, Context
-from mup_megatron.recipe import PerParameter, Recipe
+from mup_megatron.recipe import Horizon, PerParameter, Recipe, Training
 
 PROTOCOL = RunProtocol(steps=4, recorded=(4,), batch_size=4, spectral=False)
 ROUNDING = 1e-5
@@ -42,6 +42,13 @@ def _case(base: ModelFile, target: ModelFile, rules: tuple[PerParameter, ...] = 
     return stressed(recipe, steps=PROTOCOL.steps, eps=1e-4), target
 
 
+def _moved_to_another_run(base: ModelFile, target: ModelFile) -> tuple[Recipe, ModelFile]:
+    tuning = Training(train_iters=100, global_batch_size=8, seq_length=16)
+    horizon = Horizon(rule="steps", tokens=16 * 100 * 8 * 16, batch=32)
+    recipe = recipe_for(base, clip_grad=0.01).model_copy(update={"training": tuning, "horizon": horizon})
+    return stressed(recipe, steps=PROTOCOL.steps, eps=1e-4), target
+
+
 CASES: dict[str, tuple[Recipe, ModelFile]] = {
     "plain": _case(gpt(1, **UNTIED), gpt(4, **UNTIED)),
     "tied, fixed ffn": _case(gpt(1), gpt(4, ffn_hidden_size=64)),
@@ -55,6 +62,7 @@ CASES: dict[str, tuple[Recipe, ModelFile]] = {
         gpt(1, **LATENT, qk_head_dim=4, qk_pos_emb_head_dim=4, v_head_dim=8),
         gpt(4, **LATENT, num_attention_heads=8, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_dim=16),
     ),
+    "another batch and length": _moved_to_another_run(gpt(1, **UNTIED), gpt(4, **UNTIED)),
     "Mamba": _case(hybrid(gpt(1, **UNTIED), "MM*-", **MAMBA), hybrid(gpt(4, **UNTIED), "MM*-", **MAMBA)),
 }
 
@@ -138,6 +146,8 @@ def test_a_mistake_changes_the_run_where_it_says_so(case: str) -> None:
         ("plain", "latent-by-width"),
         ("plain", "bottleneck-as-output"),
         ("plain", "attention-own-factor-dropped"),
+        ("plain", "horizon-twice"),
+        ("plain", "horizon-decay-only"),
     ],
 )
 def test_a_mistake_that_has_no_place_changes_nothing(case: str, mutant: str) -> None:

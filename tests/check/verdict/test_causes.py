@@ -22,7 +22,7 @@ from mup_megatron.check.verdict.causes import TOLD, causes
 from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import Comparison, compare
-from mup_megatron.recipe import PerParameter, Recipe
+from mup_megatron.recipe import Horizon, PerParameter, Recipe, Training
 from mup_megatron.theory import Plan, PlanEntry, Property, Role
 
 WIDTHS = (32, 64, 128, 256)
@@ -54,6 +54,14 @@ def _case(per_parameter: tuple[PerParameter, ...] = (), *, base_layers: int = 2,
     return Case(recipe=stressed(recipe, steps=EARLY.steps, eps=1e-3), models=models)
 
 
+def _moved() -> Case:
+    """Four times the batch and the steps of the tuning: rates and decay halved, eps doubled."""
+    tuning = Training(train_iters=100, global_batch_size=8, seq_length=16)
+    horizon = Horizon(rule="steps", tokens=16 * 100 * 8 * 16, batch=32)
+    given = recipe_for(gpt(2, **UNTIED)).model_copy(update={"training": tuning, "horizon": horizon})
+    return Case(recipe=stressed(given, steps=EARLY.steps, eps=1e-3), models=PLAIN.models)
+
+
 PLAIN = _case()
 FIXED_FFN = _case(ffn_hidden_size=128)
 WIDER_HEADS = Case(
@@ -65,6 +73,7 @@ MUCH_WIDER_HEADS = Case(
 DEEP = _case(base_layers=3)
 TIED = _case(untie_embeddings_and_output_weights=False)
 OVERRIDDEN = _case((PerParameter(match="*.linear_fc2.weight", lr_mult=2.0),))
+HORIZON = _moved()
 KEY_NORM = _case(qk_layernorm=True)
 KEYS_BIAS = "k_layernorm.bias"
 LATENT = _case(
@@ -85,7 +94,20 @@ ONE_MAMBA = Case(
     recipe=PLAIN.recipe.model_copy(update={"base": hybrid(gpt(2, **UNTIED), "M*-", **MAMBA)}),
     models={width: hybrid(gpt(width / 32, **UNTIED), "M*-", **MAMBA) for width in WIDTHS},
 )
-CASES = (PLAIN, FIXED_FFN, WIDER_HEADS, MUCH_WIDER_HEADS, DEEP, TIED, OVERRIDDEN, KEY_NORM, LATENT, HYBRID, ONE_MAMBA)
+CASES = (
+    PLAIN,
+    HORIZON,
+    FIXED_FFN,
+    WIDER_HEADS,
+    MUCH_WIDER_HEADS,
+    DEEP,
+    TIED,
+    OVERRIDDEN,
+    KEY_NORM,
+    LATENT,
+    HYBRID,
+    ONE_MAMBA,
+)
 
 Value = Callable[[Key, int, float], float]
 """(key, width, right value) → what is measured instead."""
@@ -255,6 +277,10 @@ def _eps(entry: PlanEntry, factor: float) -> dict[str, float]:
     return {"eps": entry.eps * factor}
 
 
+def _moved_again(entry: PlanEntry, lr: float, decay: float, eps: float) -> dict[str, float]:
+    return {**_lr(entry, lr), **_eps(entry, eps), "weight_decay": entry.weight_decay * decay}
+
+
 WRONG_PLANS: dict[str, tuple[Case, Wrong, str, str]] = {
     "one learning rate": (PLAIN, lambda e, p: _lr(e, p.lr / e.lr), "learning-rate-collapsed", QKV),
     "all rates divided": (
@@ -322,6 +348,13 @@ WRONG_PLANS: dict[str, tuple[Case, Wrong, str, str]] = {
         ),
         "learning-rate-by-fan-out",
         FC1,
+    ),
+    "the horizon twice": (HORIZON, lambda e, _: _moved_again(e, 0.5, 0.5, 2.0), "horizon-twice", f"{WORDS}.weight"),
+    "of the horizon the weight decay alone": (
+        HORIZON,
+        lambda e, _: _moved_again(e, 2.0, 1.0, 0.5),
+        "horizon-decay-only",
+        f"{WORDS}.weight",
     ),
     "the base's floor": (PLAIN, lambda _, p: {"min_lr": p.min_lr}, "learning-rate-floor", QKV),
     "no floor": (PLAIN, lambda _e, _p: {"min_lr": 0.0}, "learning-rate-floor", f"{WORDS}.weight"),

@@ -72,6 +72,21 @@ def test_another_recipe_is_refused_with_both_fingerprints_and_what_differs() -> 
     assert "--mup-accept-recipe-change" in message
 
 
+def test_a_recipe_with_another_horizon_is_refused() -> None:
+    content = a_recipe().model_dump(mode="json")
+    tuning = {"train_iters": 100, "global_batch_size": 8, "seq_length": 16}
+
+    def moved(rule: str) -> Recipe:
+        own = {"rule": rule, "tokens": 51200, "batch": 16}
+        return recipe({**content, "training": tuning, "horizon": own}, source="moved")
+
+    checkpoints.require_same(checkpoints.recipe_within(signed(moved("steps"))), moved("steps"), accept=False)
+    with pytest.raises(InputError, match="steps there, timescale here"):
+        checkpoints.require_same(checkpoints.recipe_within(signed(moved("steps"))), moved("timescale"), accept=False)
+    with pytest.raises(InputError, match="another recipe"):
+        checkpoints.require_same(checkpoints.recipe_within(signed(a_recipe())), moved("steps"), accept=False)
+
+
 def test_plain_megatrons_is_refused_too() -> None:
     with pytest.raises(InputError, match="trained without a recipe"):
         checkpoints.require_same(SavedRecipe(None, None), a_recipe(), accept=False)

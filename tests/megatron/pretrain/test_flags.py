@@ -256,3 +256,68 @@ def test_the_length_of_the_run_has_to_be_known(recipe_file: Path) -> None:
     assert options is not None
     with pytest.raises(InputError, match="--train-iters: missing"):
         flags.take_over(values, given, options)
+
+
+# ---- the horizon --------------------------------------------------------------------------------------------------
+
+# The tuning: 200 steps of 8 × 64 tokens; the run: four times the batch and the steps.
+MOVED: dict[str, Any] = {
+    "training": {"train_iters": 250, "global_batch_size": 8, "seq_length": 64},
+    "horizon": {"rule": "steps", "tokens": 1000 * 32 * 64, "batch": 32},
+}
+RUN = "--seq-length 64 --global-batch-size 32 --rampup-batch-size 8 8 1000"
+
+
+def required(folder: Path, words: str, **more: Any) -> str:
+    """What is said to a line that Megatron has validated."""
+    path = written(folder, {"lr": 0.004, "weight_decay": 0.1}, **{**MOVED, **more})
+    try:
+        flags.require_horizon(load_recipe(path), parsed(words.split()))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_the_line_gets_the_moved_values_and_may_say_them_itself(tmp_path: Path) -> None:
+    path = written(tmp_path, {"lr": 0.004, "weight_decay": 0.1}, **MOVED)
+    values = taken_over(["--mup-recipe", str(path), "--lr", "0.002"])
+    found = (values.lr, values.weight_decay, values.adam_eps, values.adam_beta1, values.adam_beta2)
+    assert found == pytest.approx((0.002, 0.05, 2e-8, 0.975, 0.99975))
+
+
+@pytest.mark.parametrize("lr", ["0.001", "0.004"])
+def test_a_line_whose_values_were_moved_by_hand_or_not_at_all_is_told_what_was_moved(tmp_path: Path, lr: str) -> None:
+    path = written(tmp_path, {"lr": 0.004, "weight_decay": 0.1}, **MOVED)
+    with pytest.raises(InputError) as error:
+        taken_over(["--mup-recipe", str(path), "--lr", lr, "--weight-decay", "0.05"])
+    assert f"--lr {lr} (recipe: 0.002, to which horizon's steps has moved 0.004 already)" in str(error.value)
+    assert "--weight-decay" not in str(error.value)
+
+
+def test_the_lines_run_is_compared_with_the_horizon(tmp_path: Path) -> None:
+    right = "--seq-length 64 --global-batch-size 32"
+    assert required(tmp_path, right) == ""
+    assert required(tmp_path, right, horizon={**MOVED["horizon"], "rule": "none"}) == ""
+    assert "batches of 32 sequences, and this run's have 16" in required(tmp_path, right.replace("32", "16"))
+    assert "sequences of 64, and this run's have 128" in required(tmp_path, right.replace("64", "128"))
+    assert "2048000 tokens, and this run has 1024000" in required(tmp_path, f"{right} --train-iters 500")
+
+
+def test_a_run_counted_in_samples_is_compared_by_them(tmp_path: Path) -> None:
+    def said(samples: int) -> str:
+        values = parsed(f"--seq-length 64 --global-batch-size 32 --train-samples {samples}".split())
+        values.train_iters = None
+        path = written(tmp_path, {"lr": 0.004}, **MOVED)
+        try:
+            flags.require_horizon(load_recipe(path), values)
+        except InputError as error:
+            return str(error)
+        return ""
+
+    assert said(32000) == ""
+    assert "this run has 1024000" in said(16000)
+
+
+def test_a_batch_that_grows_has_no_rule(tmp_path: Path) -> None:
+    assert "--rampup-batch-size: horizon's steps is a rule for one batch throughout the run" in required(tmp_path, RUN)
+    assert required(tmp_path, RUN, horizon={**MOVED["horizon"], "rule": "none"}) == ""

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.lm_recipes import line, recipe_file
+from support.lm_recipes import a_recipe, line, recipe_file
 from support.lm_runs import SCRIPT, Finished, run_script
 
 from mup_megatron import messages
 from mup_megatron.errors import InputError
+from mup_megatron.recipe import Recipe, save_recipe
 
 pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megatron.training in its wheel")
 
@@ -74,6 +75,17 @@ def test_a_flag_that_does_not_go_with_a_recipe(run: Run, words: list[str], twin:
     require_stopped(run([*line(), *words]), pattern)
     if twin:
         run([*line(), *twin]).require_success()
+
+
+def test_a_line_that_is_not_the_recipes_horizon(run: Run, tmp_path: Path) -> None:
+    """The run of `line`: 2 iterations of 8 × 32 tokens, four times as many as the tuning's."""
+    tuning = {"train_iters": 2, "global_batch_size": 2, "seq_length": 32}
+    horizon = {"rule": "steps", "tokens": 2 * 8 * 32, "batch": 8}
+    moved = Recipe.model_validate({**a_recipe().model_dump(), "training": tuning, "horizon": horizon})
+    save_recipe(moved, tmp_path / "moved.recipe.yaml")
+    own = ["--mup-recipe", str(tmp_path / "moved.recipe.yaml")]
+    run([*line(), *own], with_recipe=False).require_success()
+    require_stopped(run([*line(train_iters=4), *own], with_recipe=False), "moved to 512 tokens, and this run has 1024")
 
 
 def test_with_mup_override_the_recipe_wins(run: Run) -> None:

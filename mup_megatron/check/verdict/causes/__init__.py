@@ -18,6 +18,7 @@ from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.bounds import of_bounds
 from mup_megatron.check.verdict.causes.experts import experts
 from mup_megatron.check.verdict.causes.forward import forward_pass
+from mup_megatron.check.verdict.causes.horizon import horizon
 from mup_megatron.check.verdict.causes.hypothesis import Hypothesis
 from mup_megatron.check.verdict.causes.initial import initial_weights
 from mup_megatron.check.verdict.causes.latent import latents
@@ -71,6 +72,7 @@ def _hypotheses(at: Mapping[int, AtWidth], observed: Sequence[Observation]) -> l
         *plan_mistakes(at),
         *experts(at),
         *latents(at),
+        *horizon(at),
         *forward_pass(at),
         *rates(at),
         *schedule(at),

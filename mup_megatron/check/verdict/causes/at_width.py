@@ -111,7 +111,7 @@ class AtWidth:
     @property
     def alpha(self) -> float:
         """The recipe's attention multiplier."""
-        return self.recipe.hyperparameters.attention_multiplier
+        return self.recipe.moved.attention_multiplier
 
     @property
     def depth_at_base(self) -> int | None:

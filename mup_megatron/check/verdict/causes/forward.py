@@ -107,21 +107,21 @@ def forward_pass(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
         h(
             "output-multiplier-dropped",
             "the recipe's output_multiplier is lost: 1/r replaced it. Multiply the logits by both.",
-            at_readout(lambda w: -math.log(w.recipe.hyperparameters.output_multiplier)),
+            at_readout(lambda w: -math.log(w.recipe.moved.output_multiplier)),
         ),
         h(
             "embedding-multiplier-dropped",
             "the recipe's embedding_multiplier is not applied. Multiply token and position embeddings by it.",
-            at_tables(lambda w: -math.log(w.recipe.hyperparameters.embedding_multiplier)),
+            at_tables(lambda w: -math.log(w.recipe.moved.embedding_multiplier)),
         ),
         h(
             "embedding-multiplier-twice",
             "the recipe's embedding_multiplier is applied twice. Apply it once.",
-            at_tables(lambda w: math.log(w.recipe.hyperparameters.embedding_multiplier)),
+            at_tables(lambda w: math.log(w.recipe.moved.embedding_multiplier)),
         ),
         h(
             "embedding-multiplier-on-tokens-only",
             "the recipe's embedding_multiplier is not applied to positions. Multiply the sum of both tables by it.",
-            at_tables(lambda w: -math.log(w.recipe.hyperparameters.embedding_multiplier), tokens=False),
+            at_tables(lambda w: -math.log(w.recipe.moved.embedding_multiplier), tokens=False),
         ),
     ]

@@ -40,7 +40,7 @@ def indirect_cause(comparison: Comparison, at: Mapping[int, AtWidth]) -> Cause:
         return Cause("gradient", sentence, first.key.name, 1.0)
     gradients = [c for c in off if c.key.quantity is Quantity.GRADIENT]
     norms = [c for c in off if c.key.quantity is Quantity.NORM]
-    unclipped = next(iter(at.values())).recipe.hyperparameters.clip_grad == 0
+    unclipped = next(iter(at.values())).recipe.moved.clip_grad == 0
     scaled = norms or (_alike(comparison, gradients) if unclipped and gradients else [])
     if scaled and (not gradients or _alike(comparison, gradients)):
         sentence = (

@@ -114,7 +114,7 @@ def made(model: nn.Module, plan: Plan, **options: Any) -> optim.Optimizer:
 
 
 def test_it_is_not_known_before() -> None:
-    with pytest.raises(InputError, match="should be 'adam' or 'sgd', found 'nadam'"):
+    with pytest.raises(InputError, match="should be 'adam', 'sgd', 'muon' or 'lion', found 'nadam'"):
         own_recipe()
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
-from mup_megatron.architectures.decoder import Architecture, Layers, stepped_as_matrix
+from mup_megatron.architectures.decoder import Architecture, Layers
 from mup_megatron.architectures.encoder_file import EncoderFile
 from mup_megatron.architectures.families import ATTENTION, CROSS_ATTENTION, MLP, vector
 from mup_megatron.architectures.flag import Flag, whole_number
@@ -166,8 +166,7 @@ class T5Architecture(Architecture):
                 )
 
     def _heads(self, model: ModelFile) -> Iterator[Tensor]:
-        # Megatron looks for the readout where a GPT has it, and so takes it for a matrix like any other.
-        yield from map(stepped_as_matrix, super()._heads(model))
+        yield from super()._heads(model)
         if model.tied:  # Megatron's readout has a bias where it is tied
             bias = vector("lm_head.output_layer.bias", Side(model.padded_vocab_size()), start=0.0)
             yield replace(bias, padded_to=model.make_vocab_size_divisible_by)

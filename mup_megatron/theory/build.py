@@ -131,6 +131,7 @@ def build_plan(
         fingerprint=fingerprint,
         architecture=target.architecture,
         optimizer=rules_used.optimizer.name,
+        scale_mode=rules_used.optimizer.scale_mode,
         lr=tuned.lr,
         min_lr=tuned.min_lr,
         weight_decay=tuned.weight_decay,

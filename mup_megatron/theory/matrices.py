@@ -123,6 +123,7 @@ def _muon(mode: str) -> Optimizer:
         step=0,
         others=(ADAM,),
         routes=_routed("muon"),
+        scale_mode=mode,
         told=_muon_told,
     )
 

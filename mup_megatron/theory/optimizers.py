@@ -73,6 +73,8 @@ class Optimizer:
     """Those that it leaves some tensors to."""
     routes: "Callable[[Tensor], Optimizer] | None" = None
     """Which of these or itself steps a tensor; None where it leaves none."""
+    scale_mode: str | None = None
+    """How its updates follow a matrix's shape by themselves, where it is an optimizer of matrices that says so."""
     told: "Callable[[Mapping[str, Any]], Optimizer] | None" = None
     """Its rules given the values of hyperparameters by key; None where they depend on none."""
 

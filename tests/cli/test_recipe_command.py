@@ -109,7 +109,7 @@ def test_what_exists_is_replaced_only_if_asked_for(run: Command, here: Path) -> 
         (["--base", "base.yaml", "--lr", "nan"], "hyperparameters.lr: must be a finite number, found nan"),
         (["--base", "base.yaml", "--lr", "-1"], "hyperparameters.lr: should be greater than 0, found -1.0"),
         (["--base", "base.yaml", "--lr", "0.1", "--min-lr", "0.2"], "min_lr 0.2 is above lr 0.1. Lower it."),
-        (["--base", "base.yaml", "--lr", "0.1", "--optimizer", "lion"], "'lion' is not one of 'adam', 'sgd'"),
+        (["--base", "base.yaml", "--lr", "0.1", "--optimizer", "soap"], "'soap' is not one of 'adam', 'sgd'"),
         (["--base", "r.yaml", "--lr", "0.1"], "r.yaml: hyperparameters: unknown key."),
     ],
 )

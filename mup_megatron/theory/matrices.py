@@ -31,8 +31,6 @@ from mup_megatron.theory.optimizers import ADAM, ONE, Factor, Optimizer, optimiz
 from mup_megatron.theory.tensors import Property, Role, Tensor
 from mup_megatron.theory.widths import Matrix, Scaling, Sizes
 
-__all__ = ["LION", "MUON", "SCALE_MODES", "is_stepped_as_matrix"]
-
 Scale = Callable[[Fraction, Fraction], Fraction]
 """The square of what an update is multiplied by, from the rows and columns of its matrix as it is stored."""
 
@@ -43,6 +41,7 @@ SCALE_MODES: Mapping[str, Scale] = {
 }
 """Megatron's `--muon-scale-mode` → its scale. A constant that multiplies all, as 0.2, does not change a factor."""
 DEFAULT_SCALE_MODE = "spectral"
+"""Megatron's own."""
 UNIT = "unit_rms_norm"
 """The mode that is the spectral condition itself: it is right for any parts of a tensor."""
 

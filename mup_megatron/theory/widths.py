@@ -61,7 +61,7 @@ class Scaling:
     share: Sizes = Sizes(1, 1)
     """The part of the tokens that it sees."""
     matrices: tuple[Matrix, ...] = ()
-    """What an optimizer of matrices takes it for, if that is not one with its two sides: see `stored`."""
+    """The matrices that an optimizer of these takes it for, if that is not one with its two sides: see `stored`."""
 
     @property
     def r_in(self) -> float:
@@ -75,7 +75,7 @@ class Scaling:
 
     @property
     def stored(self) -> tuple[Matrix, ...]:
-        """What an optimizer of matrices takes it for: one matrix, or one for each of its parts."""
+        """The matrix that an optimizer of matrices takes it for, or one for each of its parts."""
         return self.matrices or (Matrix("", self.fan_out, rows=_in_full(self.fan_out), columns=_in_full(self.fan_in)),)
 
     def without_width(self) -> "Scaling":

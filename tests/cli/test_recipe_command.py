@@ -79,6 +79,11 @@ def test_every_tuned_key_is_an_option(run: Command, here: Path, key: str) -> Non
         "rule": "standard",
         "optimizer": "sgd",
         "router": "hidden",
+        "muon_nesterov": "True",
+        "muon_scale_mode": "shape_scaling",
+        "muon_num_ns_steps": "6",
+        "muon_coefficient_type": "simple",
+        "muon_tp_mode": "distributed",
     }
     value = words.get(key, "0.25")
     code, out, err = run("recipe", "--base", "base.yaml", "--lr", "0.5", f"--{key.replace('_', '-')}", value)

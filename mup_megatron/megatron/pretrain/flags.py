@@ -189,8 +189,8 @@ def take_over(values: argparse.Namespace, given: frozenset[str], options: Option
     problems = filter(None, map(distributed_problem, recipe.optimizers))
     if getattr(values, "use_distributed_optimizer", False) and (problem := next(problems, None)) is not None:
         raise InputError(problem)
-    ranks = [getattr(values, f"{kind}tensor{more}_parallel_size", None) or 1 for kind, more in _TENSOR_PARALLELISM]
-    if (split := known.split_problem(_said(recipe, values, given), max(ranks))) is not None:
+    ranks = max(getattr(values, key, None) or 1 for key in _TENSOR_PARALLELISM)
+    if (split := known.split_problem(_said(recipe, values, given), ranks)) is not None:
         raise InputError(split)
     conflicts = []
     for setting in _settings(recipe, values):
@@ -213,7 +213,7 @@ def take_over(values: argparse.Namespace, given: frozenset[str], options: Option
     return recipe
 
 
-_TENSOR_PARALLELISM = (("", "_model"), ("expert_", ""))
+_TENSOR_PARALLELISM = ("tensor_model_parallel_size", "expert_tensor_parallel_size")
 
 
 def _said(recipe: Recipe, values: argparse.Namespace, given: frozenset[str]) -> dict[str, Any]:

@@ -87,11 +87,20 @@ def test_an_update_changes_the_output_alike_at_every_width(kind: str, mode: str)
     assert slope(sizes) == pytest.approx(0.0, abs=1e-6)
 
 
+COEFFICIENTS = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+
 def iterated(gradient: torch.Tensor) -> torch.Tensor:
     """Muon's five iterations, which leave singular values of about 1."""
     x = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
     x = x / x.norm()
-    for a, b, c in ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037)):
+    for a, b, c in COEFFICIENTS:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x if gradient.shape[0] <= gradient.shape[1] else x.T
@@ -152,6 +161,13 @@ def test_at_the_base_it_is_exactly_one(kind: str, mode: str) -> None:
 def test_the_spectral_condition_itself_needs_no_factor(width: int) -> None:
     for kind in ("proportional", "fc1", "fc2", "fc2, ffn grows as h^1.5", "fc2, ffn fixed"):
         assert factor(SHAPES[kind](1), SHAPES[kind](width), "unit_rms_norm") == 1.0
+
+
+@pytest.mark.parametrize("mode", SCALE_MODES)
+def test_a_side_that_does_not_grow_may_have_another_size(mode: str) -> None:
+    """Twice the experts: what does not follow width is not made up for."""
+    four, eight = (factor(linear(n, 64, out=False), linear(8, 256, out=False), mode) for n in (4, 8))
+    assert four == eight
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])

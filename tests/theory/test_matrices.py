@@ -1,5 +1,6 @@
 """Muon's factors: an orthogonalised update in fp64 plain torch acts alike at every width, whatever the scale mode."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ from support.shapes import gpt, recipe_for
 
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import LION, MUON, Part, Property, Role, Side, Sizes, Tensor
+from mup_megatron.theory import LION, MUON, Part, Plan, Property, Role, Side, Sizes, Tensor
 from mup_megatron.theory.matrices import SCALE_MODES, is_stepped_as_matrix
 from mup_megatron.theory.widths import Scaling, scaling
 
@@ -265,6 +266,14 @@ def test_positions_follow_the_longer_side_of_their_table() -> None:
     assert unit[POSITIONS].lr / unit.lr == pytest.approx(math.sqrt(128 / 64) * math.sqrt(128 / 32))
     assert shape[POSITIONS].lr / shape.lr == pytest.approx(math.sqrt(128 / 64) * math.sqrt(64 / 32))
     assert unit[WORDS].optimizer == "adam"
+
+
+def test_a_plan_says_which_mode_its_rates_are_relative_to() -> None:
+    plan, adams = (recipe_for(gpt(), optimizer=name).plan(gpt(4)) for name in ("muon", "adam"))
+    assert plan.scale_mode == "spectral"
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert adams.scale_mode is None
+    assert "scale_mode" not in adams.to_json()
 
 
 def test_standard_parametrization_leaves_everything_alone() -> None:

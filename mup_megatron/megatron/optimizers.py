@@ -68,6 +68,10 @@ register(
 )
 
 
+_OF_OTHER_PACKAGE: Mapping[str, Any] = {"fp16": False}
+"""Megatron itself takes no other precision for optimizers that it has from elsewhere than bf16 and fp32."""
+
+
 def _muon_split_problem(values: Mapping[str, Any], ranks: int) -> str | None:
     if values["muon_tp_mode"] != "blockwise" or ranks == 1:
         return None
@@ -87,7 +91,7 @@ register(
         native_eps=None,
         leaves_to=("adam",),
         settings=lambda h: {"momentum": h.muon_momentum},
-        fixed={"muon_split_qkv": True, "muon_scalar_optimizer": "adam"},
+        fixed={**_OF_OTHER_PACKAGE, "muon_split_qkv": True, "muon_scalar_optimizer": "adam"},
         split_problem=_muon_split_problem,
         since=(0, 19),
     ),
@@ -101,6 +105,7 @@ register(
         native_eps=None,
         leaves_to=("adam",),
         settings=lambda h: {"betas": (h.adam_beta1, h.adam_beta2)},
+        fixed=_OF_OTHER_PACKAGE,
         since=(0, 19),
     ),
 )

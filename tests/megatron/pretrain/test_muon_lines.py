@@ -55,6 +55,7 @@ def test_what_args_writes_is_what_the_recipe_says(tmp_path: Path) -> None:
         ("--optimizer soap", r"--optimizer soap \(recipe: muon\)"),
         ("--optimizer muon --muon-momentum 0.95", r"--muon-momentum 0.95 \(recipe: 0.8\)"),
         ("--muon-scale-mode unit_rms_norm", r"--muon-scale-mode unit_rms_norm \(recipe: spectral\)"),
+        ("--fp16", r"--fp16 True \(recipe: False\)"),
         ("--muon-no-split-qkv", r"--muon-split-qkv False \(recipe: True\)"),
         ("--muon-scalar-optimizer lion", r"--muon-scalar-optimizer lion \(recipe: adam\)"),
         ("--use-distributed-optimizer", "--use-distributed-optimizer: a plan is tested with it for Adam"),

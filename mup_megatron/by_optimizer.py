@@ -51,5 +51,6 @@ class ByOptimizer(dict[str, Known]):
 
     @property
     def names(self) -> str:
-        """The optimizers within a sentence: "adam and sgd"."""
-        return " and ".join(self)
+        """The optimizers within a sentence: "adam, sgd and muon"."""
+        *first, last = self
+        return f"{', '.join(first)} and {last}" if first else last

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
@@ -58,6 +58,18 @@ class Hyperparameters(Strict):
     adam_beta2: Beta = 0.999
     adam_eps: Positive = 1e-8
     sgd_momentum: Beta = 0.9
+    muon_momentum: Beta = added("0.2", 0.9)
+    muon_nesterov: bool = added("0.2", False)
+    muon_scale_mode: Literal[*theory.SCALE_MODES] = added("0.2", theory.DEFAULT_SCALE_MODE)  # type: ignore[valid-type]
+    """How the update's size follows a matrix's shape by itself; the rules are relative to it."""
+    muon_extra_scale_factor: Positive = added("0.2", 1.0)
+    muon_num_ns_steps: Annotated[int, Field(gt=0)] = added("0.2", 5)
+    """Newton-Schulz iterations."""
+    muon_coefficient_type: Literal["simple", "quintic", "polar_express", "cans", "aol", "deepseekv4"] = added(
+        "0.2", "quintic"
+    )
+    muon_tp_mode: Literal["duplicated", "distributed", "blockwise"] = added("0.2", "duplicated")
+    """Unlike Megatron-LM's, which is blockwise: that is another optimizer at each tensor parallelism."""
     clip_grad: NotNegative = 1.0
     """Threshold of the global gradient norm; 0 turns clipping off."""
 
@@ -115,8 +127,8 @@ class PerParameter(Strict):
 
 def _known_optimizer(name: str) -> str:
     if name not in theory.optimizers():
-        known = " or ".join(f"'{each}'" for each in theory.optimizers())
-        raise ValueError(f"should be {known}, found {quoted(name)}. Correct this value.")
+        *first, last = (f"'{each}'" for each in theory.optimizers())
+        raise ValueError(f"should be {', '.join(first)} or {last}, found {quoted(name)}. Correct this value.")
     return name
 
 
@@ -284,7 +296,7 @@ class Recipe(Strict):
         return own.name, *(each.name for each in own.others)
 
     @property
-    def optimizer_values(self) -> dict[str, float]:
+    def optimizer_values(self) -> dict[str, Any]:
         """The hyperparameters that these read and that not every optimizer does, by key."""
         rules = [theory.optimizers()[name] for name in self.optimizers]
         return {key: getattr(self.moved, key) for each in rules for key in each.hyperparameters}
@@ -351,7 +363,7 @@ class Recipe(Strict):
             ),
             rules_used=theory.Rules(
                 rule=theory.Rule(self.parametrization.rule),
-                optimizer=theory.optimizers()[self.parametrization.optimizer],
+                optimizer=theory.optimizers()[self.parametrization.optimizer].given(h.model_dump()),
                 weight_decay_exponent=self.parametrization.weight_decay_exponent,
                 router=theory.Role(self.parametrization.router),
             ),

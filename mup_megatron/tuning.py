@@ -29,7 +29,9 @@ from mup_megatron.search.space import SearchRange
 from mup_megatron.training.options import TrainingOptions, require_possible
 from mup_megatron.validation import Strict, plain, validated
 
-SEARCHABLE = tuple(Hyperparameters.model_fields)
+SEARCHABLE = tuple(
+    key for key, field in Hyperparameters.model_fields.items() if field.is_required() or type(field.default) is float
+)
 """What a space may name."""
 
 DEFAULT_SPACE = Space(

@@ -114,7 +114,7 @@ def made(model: nn.Module, plan: Plan, **options: Any) -> optim.Optimizer:
 
 
 def test_it_is_not_known_before() -> None:
-    with pytest.raises(InputError, match="should be 'adam' or 'sgd', found 'nadam'"):
+    with pytest.raises(InputError, match="should be 'adam', 'sgd', 'muon' or 'lion', found 'nadam'"):
         own_recipe()
 
 
@@ -224,13 +224,13 @@ def test_where_it_was_not_registered_the_message_says_which_were() -> None:
     from mup_megatron.megatron.optimizers import distributed_problem
 
     own = megatron_recipe(gpt(), optimizer="nadam")
-    for asked, framework in (
-        (lambda: flags(gpt(), own), "Megatron"),
-        (lambda: distributed_problem("nadam"), "Megatron"),
-        (lambda: optimizer_params("AdamW", {}, own), "DeepSpeed"),
+    for asked, framework, known in (
+        (lambda: flags(gpt(), own), "Megatron", "adam, sgd, muon and lion"),
+        (lambda: distributed_problem("nadam"), "Megatron", "adam, sgd, muon and lion"),
+        (lambda: optimizer_params("AdamW", {}, own), "DeepSpeed", "adam and sgd"),
     ):
         with pytest.raises(
-            InputError, match=rf"optimizer: the recipe's is nadam, and for {framework} there is adam and sgd\. Take"
+            InputError, match=rf"optimizer: the recipe's is nadam, and for {framework} there is {known}\. Take"
         ):
             asked()
 

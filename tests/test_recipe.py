@@ -194,8 +194,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no such rule": ({"parametrization": {"rule": "ntk"}}, r"parametrization\.rule: should be 'mup' or 'standard'"),
     "no such optimizer": (
-        {"parametrization": {"optimizer": "lion"}},
-        r"parametrization\.optimizer: should be 'adam' or",
+        {"parametrization": {"optimizer": "adamw"}},
+        r"parametrization\.optimizer: should be 'adam', 'sgd', 'muon' or 'lion', found 'adamw'",
     ),
     "empty pattern": ({"per_parameter": [{"match": ""}]}, r"per_parameter\.0\.match: "),
     "negative multiplier": (

@@ -7,7 +7,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
-from mup_megatron.architectures.decoder import READOUT_PANEL, Architecture, Layers, embedding, readout
+from mup_megatron.architectures.decoder import (
+    READOUT_PANEL,
+    Architecture,
+    Layers,
+    embedding,
+    readout,
+    stepped_as_matrix,
+)
 from mup_megatron.architectures.families import ATTENTION, MLP, linear, norm, vector
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.keys import PLAIN_LAYERS
@@ -87,7 +94,7 @@ class Bert(Architecture):
         yield from super()._tables(model)
         if _file(model).bert_binary_head:
             hidden = Side(model.hidden_size, grows=True)
-            yield embedding("embedding.tokentype_embeddings.weight", Side(SENTENCES), hidden)
+            yield stepped_as_matrix(embedding("embedding.tokentype_embeddings.weight", Side(SENTENCES), hidden))
 
     def _heads(self, model: ModelFile) -> Iterator[Tensor]:
         hidden = Side(model.hidden_size, grows=True)
@@ -98,7 +105,7 @@ class Bert(Architecture):
         bias = vector("output_layer.bias", Side(model.padded_vocab_size()), start=0.0)
         yield replace(bias, padded_to=model.make_vocab_size_divisible_by)
         if _file(model).bert_binary_head:
-            yield readout("binary_head.weight", hidden, Side(SENTENCES))
+            yield stepped_as_matrix(readout("binary_head.weight", hidden, Side(SENTENCES)))
             yield vector("binary_head.bias", Side(SENTENCES), start=0.0)
             yield from linear("pooler.dense", hidden, hidden, bias=True)
 

@@ -255,7 +255,7 @@ class Architecture(ABC):
         vocabulary = Side(model.padded_vocab_size())
         yield replace(embedding(WORD_EMBEDDINGS, vocabulary, hidden), padded_to=model.make_vocab_size_divisible_by)
         if model.position_embedding_type == "learned_absolute":
-            yield embedding(POSITION_EMBEDDINGS, Side(model.positions), hidden)
+            yield stepped_as_matrix(embedding(POSITION_EMBEDDINGS, Side(model.positions), hidden))
 
     def _heads(self, model: ModelFile) -> Iterator[Tensor]:
         """What stands behind the stacks: the readout, where it is not the token embedding, and what else there is."""
@@ -392,6 +392,11 @@ def embedding(name: str, entries: Side, hidden: Side) -> Tensor:
         fan_out=hidden,
         properties=frozenset({Property.EMBEDDING}),
     )
+
+
+def stepped_as_matrix(tensor: Tensor) -> Tensor:
+    """Returns a table or readout that Megatron's optimizers of matrices step: they spare the vocabulary's alone."""
+    return replace(tensor, stepped_as_matrix=True)
 
 
 def readout(name: str, hidden: Side, outputs: Side) -> Tensor:

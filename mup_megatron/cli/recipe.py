@@ -67,8 +67,9 @@ def _option(key: str, field: FieldInfo) -> click.Option:
     known = theory.optimizers() if key == "optimizer" else get_args(field.annotation)
     choices = [value for value in known if isinstance(value, str)]
     default = "required" if field.is_required() else f"default {field.default}"
+    kind = type(field.default) if isinstance(field.default, int) else float
     return click.Option(
-        [f"--{key.replace('_', '-')}", key], type=click.Choice(choices) if choices else float, help=f"[{default}]"
+        [f"--{key.replace('_', '-')}", key], type=click.Choice(choices) if choices else kind, help=f"[{default}]"
     )
 
 

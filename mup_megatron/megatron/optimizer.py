@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig, ParamKey
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.names import named_parameters, require_match
-from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS, absence, distributed_problem, require_possible
 from mup_megatron.megatron.versions import distinct_lr_mults
 from mup_megatron.theory import Plan, PlanEntry
 
@@ -29,7 +30,8 @@ def config_overrides(
     """Returns the `config_overrides` of `get_megatron_optimizer`, for every parameter to get what the plan says.
 
     It takes the place of Megatron's standard overrides (no weight decay for vectors), which the plan contains. A
-    parameter that gets the base's values is not mentioned. Collective: every rank has to call it.
+    parameter that gets the base's values is not mentioned. To be used once: Megatron adds to it for some optimizers.
+    Collective: every rank has to call it.
 
     Args:
         model_chunks: as passed to `get_megatron_optimizer`; wrapped or not.
@@ -64,7 +66,7 @@ def overrides_by_name(plan: Plan) -> dict[str, Override]:
 
 def _override(entry: PlanEntry, plan: Plan) -> dict[str, Any]:
     override: dict[str, Any] = {}
-    if entry.optimizer != plan.optimizer:
+    if entry.optimizer != plan.optimizer and entry.optimizer not in MEGATRON_OPTIMIZERS[plan.optimizer].leaves_to:
         override["optimizer"] = entry.optimizer
     if entry.is_vector:
         override["wd_mult"] = 0.0
@@ -81,8 +83,12 @@ def _override(entry: PlanEntry, plan: Plan) -> dict[str, Any]:
 
 def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
     """Raises InputError unless an optimizer's configuration is what the plan's ratios are relative to."""
-    MEGATRON_OPTIMIZERS.only(plan.optimizers)
-    expected = {"lr": plan.lr, "min_lr": plan.min_lr, "weight_decay": plan.weight_decay}
+    known = require_possible(plan.optimizer, plan.optimizers)
+    if (absent := absence(plan.optimizer)) is not None:
+        raise InputError(absent)
+    expected = {"lr": plan.lr, "min_lr": plan.min_lr, "weight_decay": plan.weight_decay, **known.fixed}
+    if plan.scale_mode is not None:
+        expected["muon_scale_mode"] = plan.scale_mode
     if any(entry.eps is not None for entry in plan.entries):
         expected["adam_eps"] = plan.adam_eps
     problems = [
@@ -96,6 +102,12 @@ def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
             f"optimizer: configured is {config.optimizer!r}, the recipe was tuned with {plan.optimizer!r}. "
             "Use the recipe's."
         )
+    if known.leaves_to:
+        ranks = [parallel_state.get_tensor_model_parallel_world_size()]
+        ranks += [parallel_state.get_expert_tensor_parallel_world_size()]
+        problems += filter(None, [known.split_problem(vars(config), max(ranks))])
+        if config.use_distributed_optimizer or config.use_layer_wise_distributed_optimizer:
+            problems += filter(None, [distributed_problem(plan.optimizer)])
     if config.decoupled_lr is not None:
         problems.append(
             "decoupled_lr: it would overwrite what the plan gives to embedding and readout. Drop it, and use "

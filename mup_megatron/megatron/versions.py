@@ -108,6 +108,17 @@ def fsdp_problem(values: Any) -> str | None:
 _FSDP_FROM = (0, 19)
 
 
+def optimizer_package_problem(name: str) -> str | None:
+    """Returns why Megatron-Core cannot build one of the optimizers that it has from another package; None if it can."""
+    if importlib.util.find_spec("emerging_optimizers") is not None:
+        return None
+    return (
+        f"parametrization.optimizer: the recipe's is {name}, which Megatron-Core has from the package "
+        "emerging-optimizers, and that is not installed. Run `pip install 'mup-megatron[muon]'`, with Python 3.12 or "
+        "later."
+    )
+
+
 def distinct_lr_mults(overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Overrides in which every group that has to be told apart has an `lr_mult` of its own.
 

@@ -1,7 +1,7 @@
 """The rules of μP, in pure Python on plain numbers: no torch, no Megatron, no files. Start with `rules.py`.
 
 rules.py        the page: init, multipliers and attention, by role, each with its source
-optimizers.py   one object per optimizer: learning rate, eps, weight decay, folding
+optimizers.py   one object per optimizer: learning rate, eps, weight decay, folding; matrices.py  Muon and Lion
 horizon.py      the page on batch and tokens: how the base's values follow a run of another length
 tensors.py      a tensor's sides, role and properties        widths.py  its sizes at base and target, and depths
 sites.py        where forward factors act
@@ -14,6 +14,7 @@ from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.folding import fold, fold_attention, unfold
 from mup_megatron.theory.horizon import HORIZON_RULES, Factors, HorizonRule, Ratios
 from mup_megatron.theory.matching import family_of
+from mup_megatron.theory.matrices import DEFAULT_SCALE_MODE, LION, MUON, SCALE_MODES
 from mup_megatron.theory.optimizers import ADAM, SGD, Optimizer, optimizers
 from mup_megatron.theory.plan import Plan, PlanEntry
 from mup_megatron.theory.rules import Rule
@@ -34,8 +35,12 @@ from mup_megatron.theory.widths import Scaling, Sizes, Stack
 
 __all__ = [
     "ADAM",
+    "DEFAULT_SCALE_MODE",
     "HORIZON_RULES",
+    "LION",
+    "MUON",
     "READOUT",
+    "SCALE_MODES",
     "SGD",
     "SOFTMAX",
     "Acts",

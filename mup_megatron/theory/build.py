@@ -131,6 +131,7 @@ def build_plan(
         fingerprint=fingerprint,
         architecture=target.architecture,
         optimizer=rules_used.optimizer.name,
+        scale_mode=rules_used.optimizer.scale_mode,
         lr=tuned.lr,
         min_lr=tuned.min_lr,
         weight_decay=tuned.weight_decay,
@@ -206,6 +207,10 @@ def _entry(tensor: Tensor, base: Tensor, s: Scaling, tuned: Tuned, used: Rules) 
             f"{tensor.name}: an expert of the target sees {s.share.ratio:.4g} times the share of tokens, and how the "
             f"rates of {optimizer.title} follow that is not known. Use Adam, or a base with the target's share."
         )
+    try:
+        lr = optimizer.learning_rate(role, s, eta=tuned.lr)
+    except PlanError as error:
+        raise PlanError(f"{tensor.name}: {error}") from None
     vector = Property.VECTOR in properties
     entry = PlanEntry(
         name=tensor.name,
@@ -222,7 +227,7 @@ def _entry(tensor: Tensor, base: Tensor, s: Scaling, tuned: Tuned, used: Rules) 
             role, properties, s, embedding=tuned.embedding_multiplier, output=tuned.output_multiplier
         ),
         optimizer=optimizer.name,
-        lr=optimizer.learning_rate(role, s, eta=tuned.lr),
+        lr=lr,
         # The same rule, so that the whole schedule keeps its shape.
         min_lr=optimizer.learning_rate(role, s, eta=tuned.min_lr),
         eps=optimizer.epsilon(role, s, eps=tuned.adam_eps),

@@ -7,6 +7,7 @@ frameworks call it is registered with each adapter.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.tensors import Role, Tensor
@@ -62,7 +63,9 @@ class Optimizer:
     eps: Mapping[Role, Factor] | None
     """None where the optimizer has none."""
     weight_decay: Mapping[Role, Factor]
-    """But for the r_in of hidden weights, which has an exponent of its own: see `decayed`."""
+    """But for what compensates hidden weights, which has an exponent of its own: see `decayed`."""
+    compensation: Factor = Power(r_in=1)
+    """What makes up for the width in a hidden weight's learning rate."""
     step: int
     """How its step grows with the gradient's size: 0 for those that divide by it, 1 for those that are made of it."""
     bottlenecks: bool = True
@@ -73,6 +76,10 @@ class Optimizer:
     """Those that it leaves some tensors to."""
     routes: "Callable[[Tensor], Optimizer] | None" = None
     """Which of these or itself steps a tensor; None where it leaves none."""
+    scale_mode: str | None = None
+    """How its updates follow a matrix's shape by themselves, where it is an optimizer of matrices that says so."""
+    told: "Callable[[Mapping[str, Any]], Optimizer] | None" = None
+    """Its rules given the values of hyperparameters by key; None where they depend on none."""
 
     def learning_rate(self, role: Role, s: Scaling, *, eta: float) -> float:
         """Returns the learning rate of a tensor whose base value is `eta`."""
@@ -93,8 +100,8 @@ class Optimizer:
         the factor fall, the compensation is r_in**exponent: 1 (as here and in microsoft/mup's MuAdamW) keeps it, 0 lets
         it fall as 1/r_in.
         """
-        compensation = Power(r_in=exponent) if role is Role.HIDDEN else ONE
-        return lam * compensation(s) * self.weight_decay[role](s)
+        compensation = power(self.compensation(s), exponent) if role is Role.HIDDEN else 1.0
+        return lam * compensation * self.weight_decay[role](s)
 
     def folded(self, theta: float) -> float:
         """Returns c in (LR · c, weight decay / c, eps / θ), by which a weight that holds a multiplier θ trains alike.
@@ -102,6 +109,10 @@ class Optimizer:
         Source: TP5, Lemma J.1 (abc-symmetry).
         """
         return theta * theta**self.step
+
+    def given(self, hyperparameters: Mapping[str, Any]) -> "Optimizer":
+        """Returns it with the rules that follow from the values of hyperparameters, by key."""
+        return self if self.told is None else self.told(hyperparameters)
 
     def for_tensor(self, tensor: Tensor) -> "Optimizer":
         """Returns the optimizer that steps a tensor where a recipe names this one: itself, unless it says otherwise.
@@ -114,7 +125,8 @@ class Optimizer:
         chosen = self.routes(tensor)
         if chosen.name not in {self.name, *(each.name for each in self.others)}:
             raise PlanError(f"{self.name}: it leaves {tensor.name} to {chosen.name}. Add that to its `others`.")
-        return chosen
+        # Itself as it was told, not as it is registered.
+        return self if chosen.name == self.name else chosen
 
 
 ADAM = Optimizer(

@@ -129,6 +129,8 @@ class Plan:
     places: tuple[Place, ...]
     """Where factors act, beside those of single weights."""
     entries: tuple[PlanEntry, ...]
+    scale_mode: str | None = None
+    """How updates follow a matrix's shape by themselves, which the rates are relative to; None without such a mode."""
     stock_softmax_scale: float | None = None
     """What attention multiplies logits by if nothing is said; None for 1/√head_size."""
     stock_readout_ratio: float = 1.0
@@ -222,6 +224,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Returns plain values; `from_json` gives the same plan back, bit by bit."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in {"entries", *_MODEL_KEYS}}
+        if self.scale_mode is None:
+            del own["scale_mode"]
         model = {key: getattr(self, key) for key in _MODEL_KEYS}
         model["stacks"] = {name: asdict(stack) for name, stack in self.stacks.items()}
         model["places"] = [_place_to_json(place) for place in self.places]

@@ -119,6 +119,10 @@ class Tensor:
     """The part of the tokens that it sees: k/E of one of E experts where each token chooses k."""
     stock_multiplier: float = 1.0
     """What its model multiplies it by, if nothing is said; of a table, its rows."""
+    stepped_as_matrix: bool | None = None
+    """Whether an optimizer of matrices steps it; None where its shape and properties say so: see `matrices.py`."""
+    stepped_by_parts: bool = False
+    """Whether such an optimizer takes each of its parts for a matrix by itself."""
 
     def __post_init__(self) -> None:
         if math.prod(self.shape) % max(1, self.fan_in.size * self.fan_out.size):

@@ -24,6 +24,7 @@ from mup_megatron.megatron.guard import require_as_planned
 from mup_megatron.megatron.model import apply_plan, configure
 from mup_megatron.megatron.names import named_parameters
 from mup_megatron.megatron.optimizer import config_overrides
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 from mup_megatron.training.experts import draw_by_name
@@ -191,6 +192,7 @@ def _optimizer_config(recipe: Recipe, options: TrainingOptions) -> Any:
         min_lr=h.min_lr,
         weight_decay=h.weight_decay,
         **recipe.optimizer_values,
+        **MEGATRON_OPTIMIZERS[recipe.parametrization.optimizer].fixed,
         clip_grad=h.clip_grad,
         bf16=options.bf16,
         params_dtype=torch.bfloat16 if options.bf16 else torch.float32,

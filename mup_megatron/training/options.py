@@ -11,7 +11,7 @@ from mup_megatron.architectures.layout import Layout
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.errors import InputError
-from mup_megatron.megatron.optimizers import distributed_problem
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS, absence, distributed_problem
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.data import CACHE
 from mup_megatron.training.data.dataset import DEFAULT_SPLIT
@@ -231,8 +231,15 @@ def _bad_layout(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> I
                 f"--sequence-parallel: seq_length {model.seq_length} is not divisible by "
                 f"--tensor-model-parallel-size {options.tensor_model_parallel_size}. Drop it, or change one of them."
             )
+    yield from filter(None, (absence(recipe.parametrization.optimizer), _split_problem(recipe, options)))
     if options.use_distributed_optimizer:
         yield from filter(None, map(distributed_problem, recipe.optimizers))
+
+
+def _split_problem(recipe: Recipe, options: TrainingOptions) -> str | None:
+    known = MEGATRON_OPTIMIZERS[recipe.parametrization.optimizer]
+    ranks = max(options.tensor_model_parallel_size, options.expert_tensor_parallel_size or 1)
+    return known.split_problem(recipe.optimizer_values, ranks)
 
 
 def _bad_layers(model: ModelFile, options: TrainingOptions, world_size: int) -> Iterator[str]:

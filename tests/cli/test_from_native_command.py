@@ -66,7 +66,10 @@ def test_nothing_differs_at_the_base(run: Command, here: Path) -> None:
         ([], "give Megatron's flags, or a launch script"),
         ([*FLAGS, "--forse"], "No such option '--forse'. Did you mean '--force'?"),
         (["--", *FLAGS[:12]], "flags: --use-mup is missing"),
-        (["--", *FLAGS, "--optimizer", "muon"], "flags: --optimizer muon: a recipe knows adam and sgd"),
+        (
+            ["--", *FLAGS, "--optimizer", "muon"],
+            "flags: --optimizer muon beside --use-mup: Megatron's own μP does not scale matrices",
+        ),
     ],
 )
 def test_bad_input_writes_nothing(run: Command, here: Path, words: list[str], said: str) -> None:

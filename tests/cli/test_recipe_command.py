@@ -79,6 +79,11 @@ def test_every_tuned_key_is_an_option(run: Command, here: Path, key: str) -> Non
         "rule": "standard",
         "optimizer": "sgd",
         "router": "hidden",
+        "muon_nesterov": "True",
+        "muon_scale_mode": "shape_scaling",
+        "muon_num_ns_steps": "6",
+        "muon_coefficient_type": "simple",
+        "muon_tp_mode": "distributed",
     }
     value = words.get(key, "0.25")
     code, out, err = run("recipe", "--base", "base.yaml", "--lr", "0.5", f"--{key.replace('_', '-')}", value)
@@ -109,7 +114,7 @@ def test_what_exists_is_replaced_only_if_asked_for(run: Command, here: Path) -> 
         (["--base", "base.yaml", "--lr", "nan"], "hyperparameters.lr: must be a finite number, found nan"),
         (["--base", "base.yaml", "--lr", "-1"], "hyperparameters.lr: should be greater than 0, found -1.0"),
         (["--base", "base.yaml", "--lr", "0.1", "--min-lr", "0.2"], "min_lr 0.2 is above lr 0.1. Lower it."),
-        (["--base", "base.yaml", "--lr", "0.1", "--optimizer", "lion"], "'lion' is not one of 'adam', 'sgd'"),
+        (["--base", "base.yaml", "--lr", "0.1", "--optimizer", "soap"], "'soap' is not one of 'adam', 'sgd'"),
         (["--base", "r.yaml", "--lr", "0.1"], "r.yaml: hyperparameters: unknown key."),
     ],
 )

@@ -56,9 +56,12 @@ def test_what_is_no_such_gpt_is_refused_by_name(name: str) -> None:
 
 
 def test_an_optimizer_is_no_part_of_a_model() -> None:
-    line = read("--optimizer muon --muon-momentum 0.9")
+    line = read("--optimizer soap --muon-momentum 0.9")
     assert line.model() == read("").model()
-    assert line.remarks == ("--optimizer muon: a recipe knows adam and sgd, so a run with one is stopped.",)
+    assert line.remarks == (
+        "--optimizer soap: a recipe knows adam, sgd, muon and lion (its step is Adam's in a basis that rotates, for "
+        "which no rule has been measured), so a run with one is stopped.",
+    )
 
 
 @pytest.mark.parametrize(

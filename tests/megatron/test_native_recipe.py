@@ -284,7 +284,8 @@ def test_without_a_base_native_is_off_and_the_note_says_so() -> None:
     ("words", "said"),
     [
         (MODEL, "--use-mup is missing"),
-        (f"{MODEL} {MUP} --optimizer muon", "--optimizer muon: a recipe knows adam and sgd"),
+        (f"{MODEL} {MUP} --optimizer muon", "--optimizer muon beside --use-mup: Megatron's own μP does not scale"),
+        (f"{MODEL} {MUP} --optimizer soap", "--optimizer soap: a recipe knows adam, sgd, muon and lion"),
         (f"{MODEL.replace('--lr 1e-3', '')} {MUP}", "--lr is missing"),
         (f"{MODEL} {MUP} --num-experts 8 --moe-use-upcycling", "--moe-use-upcycling: experts that are copies"),
         (f"{MODEL} {MUP} --multi-latent-attention", "--multi-latent-attention beside --use-mup"),

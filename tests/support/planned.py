@@ -83,6 +83,7 @@ def training_of(tuned: Recipe) -> Training:
         adam_beta2=h.adam_beta2,
         adam_eps=h.adam_eps,
         clip_grad=h.clip_grad,
+        more={key: value for key, value in tuned.optimizer_values.items() if key.startswith("muon_")},
     )
 
 

@@ -7,7 +7,7 @@ initial weights that are the same numbers on every layout. All but the dataclass
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ class Training:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Of the optimizer's configuration."""
     warmup_steps: int = 2
     decay_steps: int = 20
     batch: int = 8
@@ -265,6 +267,7 @@ def finish(
         adam_beta2=training.adam_beta2,
         adam_eps=training.adam_eps,
         clip_grad=training.clip_grad,
+        **training.more,
         use_distributed_optimizer=layout.distributed_optimizer,
     )
     overrides = config_overrides(wrapped, optimizer_config) if config_overrides is not None else None

@@ -30,7 +30,9 @@ def _own() -> Iterator[Optimizer]:
 
 
 def test_the_names_are_those_of_a_recipe() -> None:
-    assert {name: each.name for name, each in registered().items()} == {"adam": "adam", "sgd": "sgd"}
+    assert {name: each.name for name, each in registered().items()} == {
+        name: name for name in ("adam", "sgd", "muon", "lion")
+    }
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])

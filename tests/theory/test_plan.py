@@ -318,7 +318,7 @@ BROKEN: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "nothing": lambda plan: {},
     "only rows": lambda plan: {"parameters": plan["parameters"]},
     "an unknown key": lambda plan: plan | {"surprise": 1},
-    "an unknown optimizer": lambda plan: plan | {"optimizer": "lion"},
+    "an unknown optimizer": lambda plan: plan | {"optimizer": "adagrad"},
     "an incomplete row": lambda plan: plan | {"parameters": [{"name": "x"}]},
     "an unknown role": lambda plan: plan | {"parameters": [plan["parameters"][0] | {"role": "router"}]},
 }

@@ -100,8 +100,8 @@ def test_json_gives_the_same_plan_back_bit_by_bit(case: str) -> None:
 
 Damage = Callable[[dict[str, Any]], object]
 DAMAGED: dict[str, Damage] = {
-    "an optimizer that is none": lambda plan: plan.update(optimizer="lion"),
-    "an entry's optimizer that is none": lambda plan: plan["parameters"][0].update(optimizer="lion"),
+    "an optimizer that is none": lambda plan: plan.update(optimizer="adagrad"),
+    "an entry's optimizer that is none": lambda plan: plan["parameters"][0].update(optimizer="adagrad"),
     "a property that is none": lambda plan: plan["parameters"][0].update(properties=["chooser"]),
     "a role that is none": lambda plan: plan["parameters"][0].update(role="router"),
     "no properties": lambda plan: plan["parameters"][0].pop("properties"),

@@ -8,7 +8,7 @@ from support.shapes import HYPERPARAMETERS, gpt, recipe_for
 
 from mup_megatron.architectures.registry import shapes_of
 from mup_megatron.theory import Plan, Scaling, Side, Sizes, Stack, Tensor
-from mup_megatron.theory.widths import scaling
+from mup_megatron.theory.widths import Matrix, scaling
 
 GPT, HYBRID = Stack(layers=2), Stack(layers=4, branches=1)
 """`*-*-`, as two layers of two branches, and as four of one."""
@@ -25,7 +25,8 @@ def test_a_ratio_is_of_sizes_that_grow() -> None:
 def test_each_tensor_has_both_sizes_of_both_its_sides() -> None:
     base, target = (Tensor(name="w", shape=(4, n), fan_in=Side(n, grows=True), fan_out=Side(4)) for n in (8, 24))
     found = scaling(base, target, Sizes(2, 6))
-    assert found == Scaling(Sizes(8, 24), Sizes(4, 4, grows=False), Sizes(2, 6))
+    fan_in, fan_out = Sizes(8, 24), Sizes(4, 4, grows=False)
+    assert found == Scaling(fan_in, fan_out, Sizes(2, 6), matrices=(Matrix("", fan_out, fan_out, fan_in),))
     assert (found.r_in, found.r_out) == (3.0, 1.0)
 
 

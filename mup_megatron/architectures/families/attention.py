@@ -1,6 +1,7 @@
 """Self-attention with grouped queries."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from mup_megatron.architectures.families.family import Family, Growth, linear, norm
@@ -32,7 +33,8 @@ class Attention(Family):
         parts = tuple(map(Part, QKV, (queries, keys, keys)))
         # One fused matrix, so one fan_out: all of its rows.
         qkv = Side(queries + 2 * keys, grows=True)
-        yield from linear(f"{name}.linear_qkv", hidden, qkv, bias=model.bias_on_qkv, parts=parts)
+        weight, *bias = linear(f"{name}.linear_qkv", hidden, qkv, bias=model.bias_on_qkv, parts=parts)
+        yield from (replace(weight, stepped_by_parts=True), *bias)
         if model.qk_layernorm:
             head = growth.side(model, "head_size")
             yield from norm(model, f"{name}.q_layernorm.", head)

@@ -28,7 +28,7 @@ from mup_megatron.megatron.arguments.table import (
     refused,
     unresolved,
 )
-from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
+from mup_megatron.megatron.optimizers import require_possible
 from mup_megatron.megatron.versions import NEWEST_TESTED, known_release
 from mup_megatron.recipe import Recipe, Schedule
 from mup_megatron.theory import optimizers
@@ -74,11 +74,12 @@ def flags(
 
 def _recipe_flags(recipe: Recipe, train_iters: int | None) -> list[str]:
     values = recipe.moved.model_dump() | {"optimizer": recipe.parametrization.optimizer}
-    MEGATRON_OPTIMIZERS.only(recipe.optimizers)
+    require_possible(recipe.parametrization.optimizer, recipe.optimizers)
     others = {key for each in optimizers().values() for key in each.hyperparameters}
     words: list[str] = []
     for key, flag in HYPERPARAMETERS.items():
-        if key not in others or key in recipe.optimizer_values:
+        said = flag.parse is not None or values[key] != flag.default
+        if said and (key not in others or key in recipe.optimizer_values):
             words += flag.words(values[key])
     return words + _schedule_flags(recipe.schedule, train_iters)
 

@@ -156,6 +156,7 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         --reuse-grad-buf-for-mxfp8-param-ag --first-last-layers-bf16 --num-layers-at-start-in-bf16
         --num-layers-at-end-in-bf16 --te-precision-config-file
         --use-precision-aware-optimizer --main-params-dtype --main-grads-dtype --exp-avg-dtype --exp-avg-sq-dtype
+        --muon-fp32-matmul-prec
         """,
     ),
     (
@@ -311,10 +312,13 @@ _HARMLESS: tuple[tuple[str, str], ...] = (
         """,
     ),
     (
-        "read only with `--optimizer muon`, `lion` or `soap`, which a recipe does not know yet",
-        """
-        --muon-* --lion-beta1 --lion-beta2
-        """,
+        "read only with `--optimizer muon` of releases before 0.19, with which a run with a recipe is stopped",
+        "--muon-use-nesterov",
+    ),
+    (
+        "read only with `--muon-scalar-optimizer lion`, which a recipe does not know; `--optimizer lion` takes Adam's "
+        "betas",
+        "--lion-beta1 --lion-beta2",
     ),
     (
         "read only with `--perform-rl-step`, with which a run with a recipe is stopped",
@@ -406,6 +410,9 @@ def _rows() -> Iterator[Row]:
             yield Row(flag.name, Effect.RECIPE, f"a hyperparameter of the recipe{more}")
     for flag in SCHEDULE:
         yield Row(flag.name, Effect.RECIPE, "learning rate or weight decay over the run")
+    for name in ("--muon-no-split-qkv", "--muon-scalar-optimizer"):
+        said = "with a recipe Muon takes queries, keys and values one by one, and leaves what is no matrix to Adam"
+        yield Row(name, Effect.RECIPE, said)
     for name in ("--apply-wd-to-qk-layernorm", "--no-weight-decay-cond-type"):
         yield Row(name, Effect.RECIPE, "a recipe has no weight decay on norms")
     for flag in NATIVE_MUP:

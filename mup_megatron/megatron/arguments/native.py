@@ -90,6 +90,11 @@ class Native:
         """The factors of this optimizer."""
         return MEGATRON_OPTIMIZERS[self.values["optimizer"]]
 
+    def lr_factor(self, *, hidden: bool) -> float:
+        """The factor of a learning rate."""
+        assert self.rules.native_lr is not None, "refused"
+        return self.rules.native_lr(hidden, self.width_mult)
+
     @property
     def softmax_scale(self) -> float:
         """√base_head_dim / d**power."""
@@ -106,8 +111,7 @@ class Native:
         """Returns the values of a parameter."""
         v, m = self.values, self.width_mult
         hidden = not entry.is_vector and not (entry.is_embedding or entry.is_readout)
-        rules = self.rules
-        factor = rules.native_lr(hidden, m)
+        rules, factor = self.rules, self.lr_factor(hidden=hidden)
         lr, min_lr = v["lr"] * factor, v["min_lr"] * factor
         if v["decoupled_lr"] is not None and entry.name in (WORD_EMBEDDINGS, READOUT_WEIGHT):
             # An absolute value, with the floor of all others if it has none of its own.
@@ -167,6 +171,12 @@ def recipe_from_native(
             "`mup-megatron recipe`."
         )
     require_known(values["optimizer"], source)
+    if MEGATRON_OPTIMIZERS[values["optimizer"]].native_lr is None:
+        raise InputError(
+            f"{source}: --optimizer {values['optimizer']} beside --use-mup: Megatron's own μP does not scale matrices "
+            "as the rules of this optimizer do, so no recipe does the same. Tune a base with `mup-megatron recipe "
+            f"--optimizer {values['optimizer']}`."
+        )
     if values["lr"] is None:
         raise InputError(f"{source}: --lr is missing. Give it.")
     for key in _POSITIVE:
@@ -310,7 +320,7 @@ def _per_parameter(native: Native) -> list[dict[str, Any]]:
     std, lr = v["embedding_init_method_std"], v["decoupled_lr"]
     init_mult = 1.0 if std is None else std / v["init_method_std"]
     # Natively, SGD multiplies the rate of embedding and readout by m, which a decoupled rate leaves out.
-    scaled = v["lr"] * native.rules.native_lr(False, native.width_mult)
+    scaled = v["lr"] * native.lr_factor(hidden=False)
     lr_mult = 1.0 if lr is None else lr / scaled
     entries: list[dict[str, Any]] = [{"match": WORD_EMBEDDINGS, "init_mult": init_mult, "lr_mult": lr_mult}]
     if model.position_embedding_type == "learned_absolute":
@@ -460,7 +470,7 @@ def _notes(native: Native) -> Iterator[str]:
             "The base is the line's model with every width divided by m. If the one that you tuned has another ffn, "
             "number of heads or depth, write that into the recipe: natively it makes no difference, here it does."
         )
-    if v["weight_decay"] and native.rules.native_lr(True, m) != 1.0:
+    if v["weight_decay"] and native.lr_factor(hidden=True) != 1.0:
         yield (
             "weight_decay_exponent is 0, as natively: the product of learning rate and weight decay of hidden weights "
             "falls as 1/m. Set it to 1 to keep AdamW's averaging time at every width; tune weight_decay anew then."

@@ -209,6 +209,13 @@ HYPERPARAMETERS = {
     "adam_beta2": Flag("--adam-beta2", "adam_beta2", 0.999, number),
     "adam_eps": Flag("--adam-eps", "adam_eps", 1e-8, number),
     "sgd_momentum": Flag("--sgd-momentum", "sgd_momentum", 0.9, number),
+    "muon_momentum": Flag("--muon-momentum", "muon_momentum", 0.9, number),
+    "muon_nesterov": Flag("--muon-nesterov", "muon_nesterov", False),
+    "muon_scale_mode": Flag("--muon-scale-mode", "muon_scale_mode", "spectral", str),
+    "muon_extra_scale_factor": Flag("--muon-extra-scale-factor", "muon_extra_scale_factor", 1.0, number),
+    "muon_num_ns_steps": Flag("--muon-num-ns-steps", "muon_num_ns_steps", 5, whole_number),
+    "muon_coefficient_type": Flag("--muon-coefficient-type", "muon_coefficient_type", "quintic", str),
+    "muon_tp_mode": Flag("--muon-tp-mode", "muon_tp_mode", "blockwise", str),
     "clip_grad": Flag("--clip-grad", "clip_grad", 1.0, number),
 }
 """A recipe's hyperparameter → the flag that says the same."""

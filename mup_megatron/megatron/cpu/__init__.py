@@ -65,6 +65,7 @@ def enable() -> bool:
     core.know_absent_transformer_engine()
     core.compute_yarn_on_the_cpu()
     core.sum_gradients_of_shared_keys()
+    core.orthogonalise_in_fp32()
     pretraining.register()
     atexit.register(_leave_process_group)
     _enabled = True

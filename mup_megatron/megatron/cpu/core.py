@@ -1,7 +1,9 @@
 """The parts that Megatron-Core needs on the CPU beyond a pretended device: Adam, norms, latent attention, biases."""
 
+import contextlib
 import copy
 import importlib
+import importlib.util
 from typing import Any
 
 import torch
@@ -151,6 +153,16 @@ def sum_gradients_of_shared_keys() -> None:
         return torch.cat([gathered[..., :rank], key], dim=-1), output[1]
 
     latent.__init__ = build
+
+
+def orthogonalise_in_fp32() -> None:
+    """Let Muon multiply fp32 matrices as such, whatever `muon_fp32_matmul_prec` allows a GPU.
+
+    On a CPU torch takes its default for leave to multiply in bf16, where the same run then differs by layout.
+    """
+    if importlib.util.find_spec("emerging_optimizers") is not None:
+        utils: Any = importlib.import_module("emerging_optimizers.utils")
+        _set(utils, "fp32_matmul_precision", lambda precision="highest": contextlib.nullcontext())
 
 
 def know_absent_transformer_engine() -> None:

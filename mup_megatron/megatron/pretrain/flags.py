@@ -13,7 +13,7 @@ from typing import Any
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.table import STOPPED
-from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS, distributed_problem
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS, absence, distributed_problem, require_possible
 from mup_megatron.megatron.versions import fsdp_problem
 from mup_megatron.recipe import Recipe, load_recipe
 
@@ -183,10 +183,15 @@ def take_over(values: argparse.Namespace, given: frozenset[str], options: Option
     except InputError as error:
         raise InputError(f"--mup-recipe: {error}") from None
     _refuse(values)
-    MEGATRON_OPTIMIZERS.only(recipe.optimizers)
+    known = require_possible(recipe.parametrization.optimizer, recipe.optimizers)
+    if (absent := absence(recipe.parametrization.optimizer)) is not None:
+        raise InputError(absent)
     problems = filter(None, map(distributed_problem, recipe.optimizers))
     if getattr(values, "use_distributed_optimizer", False) and (problem := next(problems, None)) is not None:
         raise InputError(problem)
+    ranks = max(getattr(values, key, None) or 1 for key in _TENSOR_PARALLELISM)
+    if (split := known.split_problem(_said(recipe, values, given), ranks)) is not None:
+        raise InputError(split)
     conflicts = []
     for setting in _settings(recipe, values):
         current = getattr(values, setting.dest, setting.value)
@@ -206,6 +211,14 @@ def take_over(values: argparse.Namespace, given: frozenset[str], options: Option
             )
         )
     return recipe
+
+
+_TENSOR_PARALLELISM = ("tensor_model_parallel_size", "expert_tensor_parallel_size")
+
+
+def _said(recipe: Recipe, values: argparse.Namespace, given: frozenset[str]) -> dict[str, Any]:
+    """What a recipe says of its optimizer, but for what the line says itself."""
+    return {key: getattr(values, key) if key in given else value for key, value in recipe.optimizer_values.items()}
 
 
 def owned(recipe: Recipe, values: argparse.Namespace) -> frozenset[str]:
@@ -279,6 +292,7 @@ def _settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
         "weight_decay": h.weight_decay,
         "clip_grad": h.clip_grad,
         **recipe.optimizer_values,
+        **MEGATRON_OPTIMIZERS[recipe.parametrization.optimizer].fixed,
     }
     tuned = recipe.hyperparameters.model_dump()
     for dest, value in taken.items():

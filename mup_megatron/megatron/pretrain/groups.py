@@ -60,8 +60,11 @@ def show_as(optimizer: Any, before: Plan, now: Plan) -> None:
 def _full(name: str, overrides: Mapping[str, Override], plan: Plan) -> tuple[tuple[str, Any], ...]:
     """All that the group of a parameter holds."""
     base = {"max_lr": plan.lr, "min_lr": plan.min_lr, "wd_mult": 1.0, "lr_mult": 1.0}
-    eps = {} if plan[name].eps is None else {"eps": plan.adam_eps}
-    return _key({**base, **eps, **overrides[name]})
+    entry = plan[name]
+    eps = {} if entry.eps is None else {"eps": plan.adam_eps}
+    # Where Megatron itself leaves a parameter to another optimizer, no override says so, and its group does.
+    other = {} if entry.optimizer == plan.optimizer else {"optimizer": entry.optimizer}
+    return _key({**base, **eps, **other, **overrides[name]})
 
 
 def _key(values: Override) -> tuple[tuple[str, Any], ...]:

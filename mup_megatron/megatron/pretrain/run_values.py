@@ -11,6 +11,7 @@ from typing import Any
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mup_megatron.megatron.optimizer import parts_of
+from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS
 from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import optimizers
@@ -34,7 +35,7 @@ def _optimizer_problems(recipe: Recipe, optimizer: Any) -> list[str]:
         found["clip_grad"] = (part.config.clip_grad, h.clip_grad)
         for group in part.param_groups:
             name = group.get("optimizer", recipe.parametrization.optimizer)
-            settings = TORCH_OPTIMIZERS[name].settings(h)
+            settings = (MEGATRON_OPTIMIZERS[name].settings or TORCH_OPTIMIZERS[name].settings)(h)
             for key in settings.keys() & group.keys():
                 live = tuple(group[key]) if isinstance(group[key], list) else group[key]
                 found[f"{optimizers()[name].title}'s {key}"] = (live, settings[key])

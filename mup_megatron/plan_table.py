@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.theory import BRANCH, Plan, PlanEntry
 
 COLUMNS = (
     "name",
@@ -46,6 +46,14 @@ def print_plan(plan: Plan, *, brief: bool) -> None:
         ),
         highlight=False,
     )
+    for name, own in plan.deepened.items():
+        console.print(
+            f"depth of {name}: {own.base_layers} → {own.layers} layers, m_L {own.ratio:.6g}   blocks: branches × "
+            f"{own.branch:.6g}, lr × {own.lr:.6g}, eps × {own.eps:.6g}, weight_decay × {own.weight_decay:.6g}",
+            highlight=False,
+        )
+    for factor in sorted({plan.site(place).factor for place in plan.places if place.carries == BRANCH}):
+        console.print(f"residual branches are multiplied by {factor:.6g}", highlight=False)
     entries = _brief(plan.entries) if brief else plan.entries
     rows = [COLUMNS, *(tuple(_cell(entry, column) for column in COLUMNS) for entry in entries)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

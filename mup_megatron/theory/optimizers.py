@@ -12,7 +12,7 @@ from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.tensors import Role, Tensor
 from mup_megatron.theory.widths import Scaling
 
-__all__ = ["ADAM", "EVERYWHERE", "ONE", "SGD", "Factor", "Optimizer", "Power", "optimizers", "register"]
+__all__ = ["ADAM", "EVERYWHERE", "ONE", "SGD", "Factor", "Optimizer", "Power", "optimizers", "power", "register"]
 
 Factor = Callable[[Scaling], float]
 """A factor of a value, from the sizes at base and target."""
@@ -27,10 +27,11 @@ class Power:
 
     def __call__(self, s: Scaling) -> float:
         """Returns the factor at these sizes."""
-        return _power(s.r_in, self.r_in) * _power(s.r_out, self.r_out)
+        return power(s.r_in, self.r_in) * power(s.r_out, self.r_out)
 
 
-def _power(ratio: float, exponent: float) -> float:
+def power(ratio: float, exponent: float) -> float:
+    """Returns ratio**exponent, exact where the exponent is one of the rules'."""
     # Division and square root are correctly rounded, ** is not: a ratio of 4 has to give exactly 1/4 and 1/2.
     if exponent == -1:
         return 1.0 / ratio

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mup_megatron.architectures.families.family import Growth, Size, linear, norm
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import SOFTMAX, Acts, Part, Place, Side, Tensor
+from mup_megatron.theory import BRANCH, SOFTMAX, Acts, Part, Place, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,8 +35,9 @@ class CrossAttention:
         yield from linear(f"{name}.linear_proj", attended, hidden, bias=model.add_bias_linear, residual=True)
 
     def places(self, layer: str) -> Iterator[Place]:
-        """Yields where the scale of attention logits is set."""
+        """Yields where the scale of attention logits is set, and the branch."""
         yield Place(f"{layer}.cross_attention.core_attention", Acts.SCALE, SOFTMAX)
+        yield Place(f"{layer}.cross_attention", Acts.BRANCH, BRANCH)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the projections and of the scores, for as many tokens of the other stack as of this one."""

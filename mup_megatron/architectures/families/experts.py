@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mup_megatron.architectures.families.family import Growth, Size, alike, linear, norm
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import Kept, Part, Place, Property, Side, Tensor
+from mup_megatron.theory import BRANCH, Acts, Kept, Part, Place, Property, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,8 +73,8 @@ class Experts:
                 yield _output(f"{mlp}.shared_experts.gate_weight", hidden, 1)
 
     def places(self, layer: str) -> Iterator[Place]:
-        """Yields nothing: the factors of router and gate are folded."""
-        yield from ()
+        """Yields the branch; the factors of router and gate are folded."""
+        yield Place(f"{layer}.mlp", Acts.BRANCH, BRANCH)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the router and of the experts that a token passes."""

@@ -8,7 +8,7 @@ from mup_megatron.architectures.families.family import Growth, Size, linear, nor
 from mup_megatron.architectures.keys.mamba import MambaKeys, MambaSizes
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import Kept, Part, Place, Property, Side, Tensor
+from mup_megatron.theory import BRANCH, Acts, Kept, Part, Place, Property, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,8 +63,8 @@ class Mamba:
         yield from linear(f"{name}.out_proj", inner, hidden, bias=False, residual=True)
 
     def places(self, layer: str) -> Iterator[Place]:
-        """Yields nothing: no factor acts in a Mamba layer but those of single weights."""
-        yield from ()
+        """Yields the branch."""
+        yield Place(f"{layer}.mixer", Acts.BRANCH, BRANCH)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the projections, of the convolution, and of the scan as Megatron counts them."""

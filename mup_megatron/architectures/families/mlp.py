@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mup_megatron.architectures.families.family import Growth, Size, linear, norm
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import Part, Place, Side, Tensor
+from mup_megatron.theory import BRANCH, Acts, Part, Place, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,8 +32,8 @@ class Mlp:
         yield from linear(f"{name}.linear_fc2", ffn, hidden, bias=model.add_bias_linear, residual=True)
 
     def places(self, layer: str) -> Iterator[Place]:
-        """Yields nothing: no factor acts in an MLP but those of single weights."""
-        yield from ()
+        """Yields the branch."""
+        yield Place(f"{layer}.mlp", Acts.BRANCH, BRANCH)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of both layers."""

@@ -6,6 +6,7 @@
     forward.py        in the forward pass
     rules.py          of several rules at once: a wrong plan
     experts.py        about experts and their router
+    depth.py          about depth, under a rule of it
     rates.py          in learning rates and their schedule
     optimizer.py      in eps, betas, clipping and weight decay
     initial.py        in initial weights
@@ -15,6 +16,7 @@ Most change a live run after it was built: its weights, its hooks, its optimizer
 neither torch nor Megatron: the CPU runtime has to come before both.
 """
 
+from mup_megatron.check.mutants.depth import DEPTH
 from mup_megatron.check.mutants.experts import EXPERTS
 from mup_megatron.check.mutants.forward import FORWARD
 from mup_megatron.check.mutants.initial import INITIAL
@@ -26,6 +28,6 @@ from mup_megatron.check.mutants.rules import RULES
 __all__ = ["MUTANTS", "Context", "Mutant"]
 
 MUTANTS: dict[str, Mutant] = {
-    mutant.name: mutant for mutant in (*FORWARD, *RULES, *EXPERTS, *RATES, *OPTIMIZER, *INITIAL)
+    mutant.name: mutant for mutant in (*FORWARD, *RULES, *EXPERTS, *DEPTH, *RATES, *OPTIMIZER, *INITIAL)
 }
 """By name."""

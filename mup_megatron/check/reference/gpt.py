@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.plain.decoder import PlainDecoder, cross_entropy, draw_weights
+from mup_megatron.architectures.plain.decoder import Layer, PlainDecoder, cross_entropy, draw_weights
 from mup_megatron.architectures.plain.experts import Router
 from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.check.entries import is_readout
@@ -143,4 +143,10 @@ def planned_gpt(plan: Plan, model: ModelFile, *, dtype: torch.dtype) -> PlainDec
                 gpt.get_parameter(entry.name).fill_(entry.init_value)
         if entry.multiplier != 1.0 and not is_readout(entry):
             multiply(gpt.get_submodule(entry.name.rpartition(".")[0]), entry.multiplier)
+    for site in plan.sites:
+        if site.acts is Acts.BRANCH:
+            layer, _, branch = site.module.rpartition(".")
+            found = gpt.get_submodule(layer)
+            assert isinstance(found, Layer)
+            found.multipliers[branch] = site.factor
     return gpt

@@ -15,7 +15,7 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure.measurements import RunProtocol
 from mup_megatron.check.mutants import MUTANTS, Context
-from mup_megatron.recipe import PerParameter, Recipe
+from mup_megatron.recipe import Depth, PerParameter, Recipe
 
 PROTOCOL = RunProtocol(steps=4, recorded=(4,), batch_size=4, spectral=False)
 ROUNDING = 1e-5
@@ -25,9 +25,13 @@ EXPERTS: dict[str, Any] = {**UNTIED, "moe_ffn_hidden_size": 32, "moe_layer_freq"
 RULES = (PerParameter(match="*.linear_fc2.weight", lr_mult=2.0),)
 
 
-def _case(base: ModelFile, target: ModelFile, rules: tuple[PerParameter, ...] = ()) -> tuple[Recipe, ModelFile]:
+def _case(
+    base: ModelFile, target: ModelFile, rules: tuple[PerParameter, ...] = (), depth: Depth | None = None
+) -> tuple[Recipe, ModelFile]:
     # A threshold that every gradient exceeds, so that another one or none makes a difference.
-    recipe = recipe_for(base, clip_grad=0.01).model_copy(update={"per_parameter": rules})
+    recipe = recipe_for(base, clip_grad=0.01)
+    own = recipe.parametrization.model_copy(update={"depth": depth})
+    recipe = recipe.model_copy(update={"per_parameter": rules, "parametrization": own})
     return stressed(recipe, steps=PROTOCOL.steps, eps=1e-4), target
 
 
@@ -40,6 +44,7 @@ CASES: dict[str, tuple[Recipe, ModelFile]] = {
     "wider heads, deeper, rotary, overrides": _case(
         gpt(1, **UNTIED, **ROPE), gpt(4, num_attention_heads=4, kv_channels=32, num_layers=3, **UNTIED, **ROPE), RULES
     ),
+    "deeper, by its rule": _case(gpt(1, num_layers=1), gpt(2, num_layers=3), depth=Depth(alpha=0.5)),
     "Mamba": _case(hybrid(gpt(1, **UNTIED), "MM*-", **MAMBA), hybrid(gpt(4, **UNTIED), "MM*-", **MAMBA)),
 }
 

@@ -5,6 +5,7 @@ depth.py        the same for depth: what the layers of a deeper stack get
 optimizers.py   one object per optimizer: learning rate, eps, weight decay, folding
 tensors.py      a tensor's sides, role and properties        widths.py  its sizes at base and target, and depths
 sites.py        where forward factors act
+branches.py     depth and branches, carried out on a plan's entries and places
 build.py        shapes and hyperparameters → plan.py, the plan; matching.py finds a tensor's counterpart at the base
 folding.py      multipliers into weights, and back
 """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any
 
-from mup_megatron.theory import rules
+from mup_megatron.theory import branches, rules
 from mup_megatron.theory.depth import CompleteP
 from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.folding import moved
@@ -125,7 +125,7 @@ def build_plan(
             else:
                 at_base_depth = replace(s, depth=Sizes(s.depth.base, s.depth.base))
                 entry = _entry(tensor, counterpart, at_base_depth, tuned, rules_used)
-                like[kind] = _deepened(entry, s.depth.ratio if tensor.deepens else 1.0, rules_used.depth)
+                like[kind] = branches.deepened(entry, s.depth.ratio if tensor.deepens else 1.0, rules_used.depth)
             if not standard:
                 stock = tensor.stock_multiplier / counterpart.stock_multiplier
                 like[kind] = replace(like[kind], stock_multiplier=stock)
@@ -133,11 +133,6 @@ def build_plan(
     _require_all_used(overrides, target.tensors)
     _require_same_meaning(overrides, base.tensors, target.tensors)
     _require_multiplied(tuned, target)
-    if rules_used.depth is not None and not any(place.carries == BRANCH for place in target.places):
-        raise PlanError(
-            "parametrization.depth: the residual branches of this model are not known, so that depth cannot be told "
-            "from them. Take depth out of the recipe, and keep the base's number of layers."
-        )
     # A tied readout has no row of its own; what it computes is the output role all the same.
     width = Scaling(Sizes(base.hidden_size, target.hidden_size, grows=not standard), Sizes(1, 1))
     readout = frozenset({Property.READOUT})
@@ -166,7 +161,14 @@ def build_plan(
         query_norms=target.query_norms,
         places=(
             *_scaled(base.places, target.places, alpha=tuned.attention_multiplier, standard=standard),
-            *_branches(base, target, tuned, rules_used),
+            *branches.placed(
+                base.places,
+                target.places,
+                stacks=(base.stacks, target.stacks),
+                tensors=target.tensors,
+                multiplier=tuned.residual_multiplier,
+                rule=rules_used.depth,
+            ),
         ),
         entries=tuple(entries),
         stock_softmax_scale=target.stock_softmax_scale,
@@ -205,65 +207,14 @@ def _scaled(base: tuple[Place, ...], target: tuple[Place, ...], *, alpha: float,
     return tuple(found)
 
 
-def _branches(base: ModelShape, target: ModelShape, tuned: Tuned, used: Rules) -> tuple[Place, ...]:
-    """The target's residual branches, each with its multiplier; none where nothing is said of them."""
-    if used.depth is None and tuned.residual_multiplier == 1.0:
-        return ()
-    branches = [place for place in target.places if place.carries == BRANCH]
-    _require_within(branches, target.tensors)
-    named = {place.module: place.stock or 1.0 for place in base.places if place.carries == BRANCH}
-    at_base = {family_of(name): stock for name, stock in named.items()} | named
-    found = []
-    for place in branches:
-        scale = tuned.residual_multiplier
-        if used.depth is not None and place.stack is not None:
-            stack = target.stacks[place.stack]
-            scale *= used.depth.branch(stack.layers / base.stacks.get(place.stack, stack).layers)
-        own = at_base.get(place.module, at_base.get(family_of(place.module), 1.0))
-        stock = (place.stock or 1.0) / own
-        found.append(replace(place, scale=scale, stock=None if stock == 1.0 else stock))
-    return tuple(found)
-
-
-def _require_within(branches: list[Place], tensors: Iterable[Tensor]) -> None:
-    """Raises PlanError for what writes into the residual stream in none of its branches."""
-    known = {place.module for place in branches}
-    for tensor in tensors:
-        parts = tensor.name.split(".")
-        if Property.RESIDUAL in tensor.properties and known.isdisjoint(
-            ".".join(parts[:n]) for n in range(1, len(parts))
-        ):
-            raise PlanError(
-                f"{tensor.name}: it writes into the residual stream and is in no branch that is known, so it would go "
-                "without residual_multiplier and parametrization.depth. Take both out of the recipe."
-            )
-
-
-def _deepened(entry: PlanEntry, ratio: float, rule: CompleteP) -> PlanEntry:
-    """The entry of a tensor in a stack that is so many times as deep as the base's."""
-    if ratio == 1.0:
-        return entry
-    step = entry.rules.step
-    lr = rule.learning_rate(ratio, step=step)
-    return replace(
-        entry,
-        lr=entry.lr * lr,
-        min_lr=entry.min_lr * lr,
-        eps=None if entry.eps is None else entry.eps * rule.epsilon(ratio),
-        weight_decay=entry.weight_decay * rule.weight_decay(ratio, step=step),
-        rule=f"{entry.rule} (depth × {ratio:.4g})",
-        depth_ratio=ratio,
-    )
-
-
 def _require_multiplied(tuned: Tuned, shape: ModelShape) -> None:
     """Raises PlanError for a multiplier of something that the model has not."""
     embeds = any(Property.EMBEDDING in tensor.properties for tensor in shape.tensors)
-    branches = any(place.carries == BRANCH for place in shape.places)
+    branched = any(place.carries == BRANCH for place in shape.places)
     for key, value, there, what in (
         ("embedding_multiplier", tuned.embedding_multiplier, embeds, "embedding"),
         ("output_multiplier", tuned.output_multiplier, shape.readout is not None, "readout"),
-        ("residual_multiplier", tuned.residual_multiplier, branches, "residual branch that is known"),
+        ("residual_multiplier", tuned.residual_multiplier, branched, "residual branch that is known"),
     ):
         if value != 1.0 and not there:
             raise PlanError(f"{key} is {value:g}, and the model has no {what} that it could act on. Set it to 1.")

@@ -88,5 +88,5 @@ class Deepening:
 
     @property
     def ratio(self) -> float:
-        """m_L."""
+        """The ratio of the two depths, m_L."""
         return self.layers / self.base_layers

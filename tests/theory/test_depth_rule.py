@@ -2,13 +2,15 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from support.shapes import encoder, gpt, hybrid, recipe_for
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.checkpoint_recipe import differences, packed, unpacked
 from mup_megatron.errors import InputError
-from mup_megatron.recipe import Depth, PerParameter, Recipe
+from mup_megatron.recipe import Depth, PerParameter, Recipe, load_recipe, save_recipe
 from mup_megatron.theory import ADAM, BRANCH, Plan, PlanEntry, fold_branches, optimizers
 
 
@@ -176,6 +178,16 @@ def test_recipes_without_the_rule_have_the_fingerprint_that_they_had() -> None:
     assert "depth" not in content.to_yaml()
     assert "residual_multiplier" not in content.to_yaml()
     assert recipe_for(gpt(1)).fingerprint == content.fingerprint
+
+
+def test_a_recipe_goes_through_a_file_and_a_checkpoint_and_another_rule_is_another_run(tmp_path: Path) -> None:
+    whole, half, without = (tuned(gpt(1), alpha, residual_multiplier=0.5) for alpha in (1.0, 0.5, None))
+    save_recipe(half, tmp_path / "r.recipe.yaml")
+    assert load_recipe(tmp_path / "r.recipe.yaml") == half == unpacked(packed(half), source="a checkpoint")
+    assert [*differences(whole, half)] == [("parametrization.depth.alpha", 1.0, 0.5)]
+    assert {key for key, _, _ in differences(without, half)} == {
+        f"parametrization.depth.{key}" for key in ("rule", "alpha")
+    }
 
 
 @pytest.mark.parametrize("alpha", [0.25, 1.5])

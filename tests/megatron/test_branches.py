@@ -51,7 +51,8 @@ PAIRS: dict[str, tuple[ModelFile, ModelFile]] = {
     "tied": (gpt(1), gpt(2, num_layers=6)),
     "llama": (gpt(1, **LLAMA), gpt(2, **LLAMA, num_layers=6)),
     "latent": (gpt(1, **LATENT), gpt(2, **LATENT, num_layers=6)),
-    "hybrid": (hybrid(gpt(1), "M*-", **MAMBA), hybrid(gpt(2), "M*-M*-M*-", **MAMBA)),
+    # Without Mamba: Megatron's layer of it computes in its parameters' configured precision.
+    "hybrid": (hybrid(gpt(1), "*--"), hybrid(gpt(2), "*--*--")),
 }
 
 
@@ -227,7 +228,8 @@ def test_every_stack_of_an_encoder_has_its_own_factor() -> None:
     for name, (live, expected) in run_ranks(_encoders, 1)[0].items():
         assert live == expected, name
         assert len(live) == (8 if name == "bert" else 4 * 2 + 2 * 3)
-        assert set(live.values()) == ({0.7 * 2**-0.5} if name == "bert" else {0.7 * 2**-0.5, 0.7})
+        half = 0.7 * 2**-0.5
+        assert sorted(set(live.values())) == pytest.approx([half] if name == "bert" else [half, 0.7])
 
 
 # ---- where it acts -------------------------------------------------------------------------------------------------

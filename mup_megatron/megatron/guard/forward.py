@@ -163,7 +163,7 @@ def _precision(attention: Any) -> float:
 def multiplier_problems(chunks: Sequence[torch.nn.Module], plan: Plan) -> list[Problem]:
     """Returns where this rank's hooks are not those of the plan's sites."""
     wanted = hooks.wanted(plan.sites)
-    problems = []
+    problems: list[Problem] = []
     for model in map(unwrapped, chunks):
         modules = dict(named_modules(model))
         live = ((name, hooks.found(module) + branches.found(modules, name)) for name, module in modules.items())

@@ -71,11 +71,16 @@ def model(layers: int) -> ModelFile:
 
 
 def recipe_of(base: ModelFile, depth: Depth | None, optimizer: str) -> Recipe:
-    """Returns a recipe with this rule of depth, whose embeddings and branches are of one size at the start."""
+    """Returns a recipe with this rule of depth, and embeddings as large as TP5 tuned them for GPT-3."""
     return Recipe(
         base=base,
         hyperparameters=Hyperparameters(
-            lr=RATES[optimizer], init_method_std=0.1, weight_decay=0.0, adam_eps=1e-12, clip_grad=0.0
+            lr=RATES[optimizer],
+            init_method_std=0.05,
+            embedding_multiplier=10.0,
+            weight_decay=0.0,
+            adam_eps=1e-12,
+            clip_grad=0.0,
         ),
         schedule=Schedule(lr_decay_style="linear"),
         parametrization=Parametrization(depth=depth, optimizer=optimizer),

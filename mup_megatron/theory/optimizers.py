@@ -12,7 +12,7 @@ from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.tensors import Role, Tensor
 from mup_megatron.theory.widths import Scaling
 
-__all__ = ["ADAM", "EVERYWHERE", "ONE", "SGD", "Factor", "Optimizer", "Power", "optimizers", "power", "register"]
+__all__ = ["ADAM", "EVERYWHERE", "ONE", "SGD", "Factor", "Optimizer", "Power", "optimizers", "register"]
 
 Factor = Callable[[Scaling], float]
 """A factor of a value, from the sizes at base and target."""

@@ -40,7 +40,7 @@ def indirect_cause(comparison: Comparison, at: Mapping[int, AtWidth]) -> Cause:
         )
         return Cause("gradient", sentence, first.key.name, 1.0)
     gradients = [c for c in off if c.key.quantity is Quantity.GRADIENT]
-    if gradients and (cause := unmultiplied(comparison, at)) is not None:
+    if (cause := unmultiplied(comparison, at)) is not None:
         return cause
     norms = [c for c in off if c.key.quantity is Quantity.NORM]
     unclipped = next(iter(at.values())).recipe.hyperparameters.clip_grad == 0

@@ -1,6 +1,6 @@
 """Where the best learning rate is, and whether it stays there: one table for each question.
 
-    python benchmarks/optima.py [--tables experts latent choices] [--seeds 2] [--steps 100] [-o results/optima]
+    python benchmarks/optima.py [--tables experts latent choices depth] [--seeds 2] [--steps 100] [-o results/optima]
 
 Tables:
 
@@ -8,6 +8,7 @@ Tables:
                parametrization
     latent     the same of latent attention, whose ranks grow or stay
     choices    at one width: other numbers of experts, of those that see a token, and sizes of one
+    depth      at width 64 over 2 to 16 layers: without a rule of depth, and by CompleteP with α = 1 and ½
 
 Each column of a table is a basin: real training of Megatron-Core on the embedded text (quickstart's), at whole octaves
 around the base's learning rate and beyond, until the best is not at an end. Its place is the vertex of a parabola, as
@@ -57,6 +58,8 @@ class Row:
     targets: Mapping[str, ModelFile]
     """By what a column says of it; the first is what the others are compared with."""
     rule: str = "mup"
+    alpha: float | None = None
+    """Of the rule of depth; None without one."""
 
     @property
     def recipe(self) -> Recipe:
@@ -65,7 +68,9 @@ class Row:
             base=self.base,
             hyperparameters=Hyperparameters(lr=LEARNING_RATE, min_lr=LEARNING_RATE / 10, weight_decay=0.01),
             schedule=Schedule(lr_decay_style="linear", lr_warmup_fraction=0.1),
-            parametrization=Parametrization.model_validate({"rule": self.rule}),
+            parametrization=Parametrization.model_validate(
+                {"rule": self.rule, "depth": None if self.alpha is None else {"alpha": self.alpha}}
+            ),
         )
 
 
@@ -94,8 +99,18 @@ def latent(width: int, *, rank: int) -> ModelFile:
     )
 
 
+def deep(layers: int) -> ModelFile:
+    """Returns a narrow GPT of so many layers."""
+    return ModelFile(**{**GPT, "num_layers": layers}, hidden_size=64, num_attention_heads=2)
+
+
 WIDTHS = (128, 256, 512)
+DEPTHS = (2, 4, 8, 16)
 RULES = {"mup": "μP", "standard": "standard"}
+
+
+def _over_depths(name: str, alpha: float | None) -> Row:
+    return Row(name, deep(DEPTHS[0]), {f"L {layers}": deep(layers) for layers in DEPTHS}, alpha=alpha)
 
 
 def _over_widths(name: str, model: Callable[[int], ModelFile], rules: Sequence[str] = tuple(RULES)) -> list[Row]:
@@ -126,6 +141,7 @@ TABLES: dict[str, Callable[[], Sequence[Row]]] = {
             },
         )
     ],
+    "depth": lambda: [_over_depths("no rule", None), _over_depths("α = 1", 1.0), _over_depths("α = ½", 0.5)],
 }
 
 
@@ -194,13 +210,17 @@ def _run(jobs: Sequence[Job], output: Path, workers: int) -> dict[tuple[str, str
     ):
         task = progress.add_task("basins", total=len(jobs))
         # The long ones first, so that no process waits for one at the end.
-        ordered = sorted(jobs, key=lambda job: -job.row.targets[job.column].hidden_size)
+        ordered = sorted(jobs, key=lambda job: -_work(job.row.targets[job.column]))
         pending = {pool.submit(basin, job, data, output): job for job in ordered}
         for future in as_completed(pending):
             job = pending[future]
             found[job.row.name, job.column] = future.result()
             progress.advance(task)
     return found
+
+
+def _work(model: ModelFile) -> int:
+    return model.num_layers * model.hidden_size**2
 
 
 def _start_worker(log: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.theory import BRANCH, Plan, PlanEntry
 
 COLUMNS = (
     "name",
@@ -50,6 +50,14 @@ def print_plan(plan: Plan, *, brief: bool, moved: str | None = None) -> None:
         ),
         highlight=False,
     )
+    for name, own in plan.deepened.items():
+        console.print(
+            f"depth of {name}: {own.base_layers} → {own.layers} layers, m_L {own.ratio:.6g}   blocks: branches × "
+            f"{own.branch:.6g}, lr × {own.lr:.6g}, eps × {own.eps:.6g}, weight_decay × {own.weight_decay:.6g}",
+            highlight=False,
+        )
+    for factor in sorted({plan.site(place).factor for place in plan.places if place.carries == BRANCH}):
+        console.print(f"residual branches are multiplied by {factor:.6g}", highlight=False)
     if moved is not None:
         console.print(moved, highlight=False, markup=False)
     entries = _merged(_merged(plan.entries, _EXPERT), _LAYER) if brief else plan.entries

@@ -21,6 +21,7 @@ from mup_megatron.validation import Strict, added, plain, quoted, validated
 from mup_megatron.yaml_io import dump_yaml, read_yaml
 
 __all__ = [
+    "Depth",
     "Horizon",
     "HuggingFaceBase",
     "Hyperparameters",
@@ -53,6 +54,8 @@ class Hyperparameters(Strict):
     """On token + position embedding, before dropout."""
     output_multiplier: Positive = 1.0
     attention_multiplier: Positive = 1.0
+    residual_multiplier: Positive = added("0.2", 1.0)
+    """On every residual branch."""
     weight_decay: NotNegative = 0.01
     adam_beta1: Beta = 0.9
     adam_beta2: Beta = 0.999
@@ -132,6 +135,14 @@ def _known_optimizer(name: str) -> str:
     return name
 
 
+class Depth(Strict):
+    """The rule by which the layers of a deeper stack follow its depth."""
+
+    rule: Literal["completep"] = "completep"
+    alpha: Annotated[float, Field(ge=0.5, le=1)] = 1.0
+    """Each branch is multiplied by (L/L_base)^-alpha: 1 as its authors found it best, ½ as before them."""
+
+
 class Parametrization(Strict):
     """The rules that carry the hyperparameters from base to target."""
 
@@ -142,6 +153,8 @@ class Parametrization(Strict):
     router: Literal["output", "hidden"] = added("0.2", "output")
     """The role of what chooses experts: an output's logits shrink with width at the start, as a readout's; hidden is
     what native μP takes it for."""
+    depth: Depth | None = added("0.2", None)
+    """None: depth changes nothing."""
 
 
 class HuggingFaceBase(Strict):
@@ -307,6 +320,11 @@ class Recipe(Strict):
         return ("training", "provenance") if self.horizon is None else ("provenance",)
 
     @property
+    def multiplies_branches(self) -> bool:
+        """True where residual branches get a multiplier: a tuned one, or by their stack's depth."""
+        return self.parametrization.depth is not None or self.hyperparameters.residual_multiplier != 1.0
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over everything that changes the run of a target; the same in every release."""
         content = plain(self, exclude=self.not_of_the_run)
@@ -347,7 +365,7 @@ class Recipe(Strict):
             raise InputError(str(error)) from None
 
     def _plan(self, base_shape: theory.ModelShape, target_shape: theory.ModelShape) -> theory.Plan:
-        h = self.moved
+        h, depth = self.moved, self.parametrization.depth
         return theory.build_plan(
             base_shape,
             target_shape,
@@ -360,12 +378,14 @@ class Recipe(Strict):
                 attention_multiplier=h.attention_multiplier,
                 weight_decay=h.weight_decay,
                 adam_eps=h.adam_eps,
+                residual_multiplier=h.residual_multiplier,
             ),
             rules_used=theory.Rules(
                 rule=theory.Rule(self.parametrization.rule),
                 optimizer=theory.optimizers()[self.parametrization.optimizer].given(h.model_dump()),
                 weight_decay_exponent=self.parametrization.weight_decay_exponent,
                 router=theory.Role(self.parametrization.router),
+                depth=None if depth is None else theory.CompleteP(depth.alpha),
             ),
             overrides=[theory.Override(**own.model_dump()) for own in self.per_parameter],
             fingerprint=self.fingerprint,

@@ -26,7 +26,7 @@ from mup_megatron.architectures.names import (
     mtp_layer,
 )
 from mup_megatron.errors import InputError
-from mup_megatron.theory import READOUT, Acts, ModelShape, Place, Property, Side, Stack, Tensor
+from mup_megatron.theory import BRANCH, READOUT, Acts, ModelShape, Place, Property, Side, Stack, Tensor
 
 STACK = "decoder"
 
@@ -245,8 +245,9 @@ class Architecture(ABC):
         yield from custom_tensors(model, self.stacks(model), growth)
         for layer, block in self._further(model):
             for tensor in block.tensors(model, layer, growth):
-                # Megatron draws what writes into the stream there as in the stack itself, by the stack's depth.
-                yield replace(tensor, stack=STACK)
+                # Megatron draws what writes into the stream there as in the stack itself, by the stack's depth. Each
+                # has a stream of its own, with the branches of one layer, and there are as many at any depth.
+                yield replace(tensor, stack=STACK, deepens=False)
         yield from self._heads(model)
 
     def _tables(self, model: ModelFile) -> Iterator[Tensor]:
@@ -273,8 +274,18 @@ class Architecture(ABC):
         """Yields where factors act in a model, beside those of single weights."""
         for table in self._tables(model):
             yield Place(table.name.rpartition(".")[0], Acts.OUTPUT, table.name)
-        for layer, family in self._branches(model):
-            yield from family.places(layer)
+        within = [
+            [_in_stack(place, stack) for place in family.places(f"{stack}.layers.{index}")]
+            for stack, layers in self.stacks(model).items()
+            for index, families in enumerate(layers)
+            for family in families
+        ]
+        within += [list(block.places(layer)) for layer, block in self._further(model)]
+        # All branches or none: what is known of some of them alone would be half a rule.
+        known = all(
+            any(place.carries == BRANCH for place in own) for own in within[: len(list(self._in_stacks(model)))]
+        )
+        yield from (place for own in within for place in own if known or place.carries != BRANCH)
         yield Place(self.readout.rpartition(".")[0], Acts.INPUT, READOUT)
 
     def measured(self, model: ModelFile) -> Iterator[Measured]:
@@ -313,6 +324,10 @@ class Architecture(ABC):
         for _, family in self._branches(model):
             found.update(family.flops(model))
         return {**found, "readout": 6.0 * model.hidden_size * model.padded_vocab_size()}
+
+
+def _in_stack(place: Place, stack: str) -> Place:
+    return replace(place, stack=stack) if place.carries == BRANCH else place
 
 
 def _layer_measured(

@@ -37,11 +37,14 @@ class Proxy:
     notes: tuple[str, ...]
 
 
-def choose_proxy(target: ModelFile, search: Search, *, width: int = MIN_WIDTH, budget: float = 0.1) -> Proxy:
+def choose_proxy(
+    target: ModelFile, search: Search, *, width: int = MIN_WIDTH, budget: float = 0.1, depth_rule: bool = False
+) -> Proxy:
     """A model of about `width` with the target's head sizes, ranks, ffn ratios, heads per group, experts and layers.
 
     The depth is the target's, or as much of it as keeps the search within `budget` times the target's cost, but at
-    least 4 layers of a GPT or as many residual branches; a pattern of layers keeps whole periods.
+    least 4 layers of a GPT or as many residual branches; a pattern of layers keeps whole periods. With a rule of depth
+    it is the least, whatever the cost.
 
     Raises:
         InputError: the target is not wider than the proxy would be.
@@ -89,14 +92,20 @@ def choose_proxy(target: ModelFile, search: Search, *, width: int = MIN_WIDTH, b
         }
     )
     least = -(-_BRANCHES * MIN_DEPTH // stack.branches)
-    model = stack.with_depth(model, target.num_layers)
+    model = deep = stack.with_depth(model, target.num_layers)
     for depth in range(target.num_layers - 1, least - 1, -1):
         shallower = stack.with_depth(model, depth)
-        if search.fraction(model, target) <= budget or shallower.num_layers < least:
+        if (search.fraction(model, target) <= budget and not depth_rule) or shallower.num_layers < least:
             break
         model = shallower
     depth = model.num_layers
-    if depth < target.num_layers:
+    if depth < target.num_layers and depth_rule:
+        before, after = (search.fraction(each, target) for each in (deep, model))
+        notes.append(
+            f"{depth} of the target's {target.num_layers} layers, which parametrization.depth carries over "
+            f"(`recipe --depth-alpha 1`): the search costs {after:.2%} of the target's run in place of {before:.2%}."
+        )
+    elif depth < target.num_layers:
         notes.append(
             f"{depth} of the target's {target.num_layers} layers, for the cost: transfer over depth is empirical "
             "(TP5 §6.1) and does not cover the init std."

@@ -23,6 +23,8 @@ from mup_megatron.yaml_io import dump_yaml
 @click.option("--target-tokens", type=FiniteFloat(1), help="Tokens of the target's run. [default: 20 per parameter]")
 @click.option("--budget", type=FiniteFloat(0, min_open=True), default=0.1, show_default=True,
               help="What the search may cost, relative to the target's run; decides the proxy's depth.")  # fmt: skip
+@click.option("--depth", type=click.Choice(["none", "completep"]), default="none", show_default=True,
+              help="The recipe's rule of depth: with one the proxy is shallow too.")  # fmt: skip
 @force_option
 def command(
     target: Path,
@@ -32,13 +34,14 @@ def command(
     trial_tokens: float | None,
     target_tokens: float | None,
     budget: float,
+    depth: str,
     force: bool,
 ) -> None:
     """A proxy for TARGET with the same architecture and head size, and what the search and the target cost."""
     model = load_model_file(target)
     tokens = target_tokens or 20.0 * parameter_count(model)
     search = Search(trials=trials, trial_tokens=trial_tokens or tokens / 75, target_tokens=tokens)
-    proxy = choose_proxy(model, search, width=hidden_size, budget=budget)
+    proxy = choose_proxy(model, search, width=hidden_size, budget=budget, depth_rule=depth != "none")
     if output is not None:
         require_new(output, force=force)
         content = proxy.model.model_dump(mode="json", exclude_defaults=True)

@@ -21,6 +21,9 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "parametrization": recipes.Parametrization,
 }
 
+_DEPTH = "depth"
+"""The one key of these that has keys of its own."""
+
 
 @click.command()
 @click.option(
@@ -43,6 +46,8 @@ def command(base: Path | None, output: Path | None, defaults: bool, force: bool,
         if values[key] is None:
             raise click.UsageError(f"--{key.replace('_', '-')} is missing: it has no default.")
     given = {key: value for key, value in values.items() if value is not None}
+    if _DEPTH in given:
+        given[_DEPTH] = {"alpha": given[_DEPTH]}
     shape, implied = _base(base)
     content: dict[str, Any] = {"base": shape}
     given = {**implied, **given}
@@ -64,6 +69,13 @@ def _base(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _option(key: str, field: FieldInfo) -> click.Option:
+    if key == _DEPTH:
+        return click.Option(
+            ["--depth-alpha", key],
+            type=float,
+            help="Layers follow their stack's depth by CompleteP, with this exponent of the branches: 1, or 0.5. "
+            "[default: depth changes nothing]",
+        )
     known = theory.optimizers() if key == "optimizer" else get_args(field.annotation)
     choices = [value for value in known if isinstance(value, str)]
     default = "required" if field.is_required() else f"default {field.default}"

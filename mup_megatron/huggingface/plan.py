@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mup_megatron.errors import InputError
 from mup_megatron.huggingface import configs, verification
+from mup_megatron.huggingface.branches import branches_of, drawn_at_own_depth, with_branches
 from mup_megatron.modules.apply import require_scalable, set_attention_scale
 from mup_megatron.modules.attention import attentions_of
 from mup_megatron.modules.forward import Forward
@@ -86,7 +87,16 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
     )
     wider = MetaModule.of(_factory(model_class, configs.widened(small, config)))
     parameters = base_parameters(base_built, wider, init_scale=scale)
+    base_branches = None
+    if recipe.parametrization.depth is not None:
+        # The base is built at the target's depth, for names; its depth and what it starts with are its own.
+        at_own_depth = MetaModule.of(_factory(model_class, at_base), keeps=True)
+        base_branches = branches_of(at_own_depth.module, at_base)
+        parameters = drawn_at_own_depth(parameters, at_own_depth, init_scale=scale)
     base_shape, shape = model_shapes(built, parameters, facts)
+    if recipe.multiplies_branches:
+        branches = branches_of(built.module, config)
+        base_shape, shape = with_branches(base_shape, branches, base_branches), with_branches(shape, branches)
     plan = recipe.plan_for_shapes(
         _as_seen(base_shape, base_pass, share=configs.share_of_tokens(at_base)),
         _as_seen(shape, stock_pass, share=configs.share_of_tokens(config)),

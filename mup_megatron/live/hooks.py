@@ -13,7 +13,7 @@ import torch
 from mup_megatron.theory import Acts, Site
 
 Hooks = list[tuple[Acts, float]]
-"""(what is scaled, factor) of each hook of a module, those on its input first."""
+"""(what is scaled, factor) of each hook of a module or of its branch, those on its input first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +44,21 @@ def wanted(sites: Iterable[Site]) -> dict[str, Hooks]:
     for site in sites:
         if site.acts is not Acts.SCALE and site.changes:
             asked.setdefault(site.module, []).append((site.acts, site.factor / site.stock))
-    return {name: sorted(hooks, key=lambda hook: hook[0] is Acts.OUTPUT) for name, hooks in asked.items()}
+    return {name: sorted(hooks, key=lambda hook: hook[0] is not Acts.INPUT) for name, hooks in asked.items()}
 
 
 def attach(modules: Mapping[str, torch.nn.Module], sites: Iterable[Site]) -> None:
-    """Puts the factors of sites at those of their modules that are here, by the names that the sites have for them."""
+    """Puts the factors of sites at those of their modules that are here, by the names that the sites have for them.
+
+    Not those of branches that are no module's output: how a layer adds them is its framework's.
+    """
     for name, hooks in wanted(sites).items():
         if name not in modules:
             continue
         for acts, factor in hooks:
             if acts is Acts.OUTPUT:
                 modules[name].register_forward_hook(ScaledOutput(factor))
-            else:
+            elif acts is Acts.INPUT:
                 modules[name].register_forward_pre_hook(ScaledInput(factor))
 
 

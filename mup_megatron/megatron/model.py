@@ -4,7 +4,7 @@ Nothing is touched where nothing changes, so that a plan at its base leaves the 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from mup_megatron.collectives import raise_together
 from mup_megatron.errors import InputError
 from mup_megatron.live import hooks
 from mup_megatron.live.applied import note_applied, plan_applied_to
+from mup_megatron.megatron import branches
 from mup_megatron.megatron.names import named_modules, named_parameters, require_match, unwrapped
 from mup_megatron.megatron.versions import native_mup
 from mup_megatron.theory import Acts, Plan, PlanEntry, Property
@@ -59,7 +60,9 @@ def apply_plan(model_chunks: Sequence[torch.nn.Module], plan: Plan, *, initializ
                     _initialize(parameter, plan[name], _config_of(model, plan[name]))
     for model in models:
         _set_softmax_scale(model, plan)
-        hooks.attach(dict(named_modules(model)), plan.sites)
+        modules = dict(named_modules(model))
+        hooks.attach(modules, plan.sites)
+        branches.attach(modules, plan.sites)
         note_applied(model, plan)
 
 
@@ -141,12 +144,11 @@ def _problems(model: torch.nn.Module, plan: Plan) -> list[str]:
                 "flash_decode: this decoding takes no attention scale and would go on with 1/√d. Turn it off, or "
                 "use a base of the target's head size and attention_multiplier 1."
             )
-    problems += _multiplier_problems(model, plan)
-    return problems
-
-
-def _multiplier_problems(model: torch.nn.Module, plan: Plan) -> list[str]:
     modules = dict(named_modules(model))
+    return [*problems, *_multiplier_problems(modules, plan), *branches.problems(model, modules, plan.sites)]
+
+
+def _multiplier_problems(modules: Mapping[str, torch.nn.Module], plan: Plan) -> list[str]:
     return [
         f"{name}.weight: a multiplier cannot act through the norm that is fused into this layer. "
         "Use transformer_impl local, or fold the multiplier (init_mult and lr_mult by the same factor)."

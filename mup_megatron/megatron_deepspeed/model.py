@@ -15,9 +15,10 @@ import torch
 
 from mup_megatron.architectures.names import READOUT_WEIGHT
 from mup_megatron.collectives import gathered, raise_together
+from mup_megatron.errors import InputError
 from mup_megatron.live import hooks
 from mup_megatron.megatron_deepspeed.names import is_pipe, mismatches, named_parameters, unwrapped
-from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.theory import Acts, Plan, PlanEntry
 from mup_megatron.theory.rules import default_softmax_scale
 
 
@@ -53,6 +54,11 @@ def apply_plan(chunks: Sequence[torch.nn.Module], plan: Plan, drawn: Drawn, *, i
     everywhere = set().union(*gathered({name for _, name, _ in named_parameters(models)}))
     raise_together(mismatches(models, plan, drawn.tensor_parallel, everywhere=everywhere))
     raise_together([problem for model in models for problem in _attention_problems(model, plan)])
+    if any(site.acts is Acts.BRANCH and site.changes for site in plan.sites):
+        raise InputError(
+            "residual_multiplier and parametrization.depth: the fork's layers have no place for the multiplier of a "
+            "residual branch. Train with Megatron-LM, or take both out of the recipe."
+        )
     if initialize:
         for _, name, parameter in named_parameters(models):
             entry = plan[name]

@@ -28,6 +28,8 @@ just as well.
 """
 
 
+BRANCH_OUTPUT = "(output)"
+"""Behind a layer's name, in place of a weight's: its output is a residual branch, and what is multiplied."""
 _TOLD = 3
 """How many multipliers are told; all of them are in the mark."""
 
@@ -173,8 +175,10 @@ def _wanted(applied: Applied, modules: Mapping[str, torch.nn.Module]) -> dict[st
     """The hooks that a plan has left, by the layer that they were left at."""
     wanted: dict[str, Hooks] = {}
     for key, factor in applied.multipliers.items():
-        layer = key.rpartition(".")[0]
-        table = any(isinstance(module, TABLES) for name, module in modules.items() if _is_in(name, layer))
+        layer, _, what = key.rpartition(".")
+        table = what == BRANCH_OUTPUT or any(
+            isinstance(module, TABLES) for name, module in modules.items() if _is_in(name, layer)
+        )
         wanted.setdefault(layer, []).append((Acts.OUTPUT if table else Acts.INPUT, factor))
     return wanted
 

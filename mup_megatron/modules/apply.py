@@ -12,6 +12,7 @@ from mup_megatron.live import hooks
 from mup_megatron.live.applied import note_applied
 from mup_megatron.modules import weights
 from mup_megatron.modules.applied import (
+    BRANCH_OUTPUT,
     is_marked,
     leave_mark,
     require_match,
@@ -21,7 +22,7 @@ from mup_megatron.modules.marker import marked
 from mup_megatron.modules.names import named_modules, named_parameters, unwrapped
 from mup_megatron.modules.parameters import TABLES, linear_sides
 from mup_megatron.modules.weights import Initialize
-from mup_megatron.theory import READOUT, Acts, Place, Plan, PlanEntry, Site
+from mup_megatron.theory import BRANCH, READOUT, Acts, Place, Plan, PlanEntry, Site
 
 
 def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = Initialize.RESCALE) -> None:
@@ -59,7 +60,7 @@ def apply_plan(model: torch.nn.Module, plan: Plan, *, initialize: Initialize = I
     if how is Initialize.REDRAW:
         weights.agree(whole)
     set_attention_scale(model, plan)
-    hooks.attach(dict(named_modules(model)), [site for site, _, _, _ in _uses(model, plan)])
+    hooks.attach(dict(named_modules(model)), [*(site for site, _, _, _ in _uses(model, plan)), *_branches(plan)])
     note_applied(model, plan)
     leave_mark(model, plan, _multipliers(model, plan))
 
@@ -163,12 +164,19 @@ def _require_multipliable(model: torch.nn.Module, plan: Plan) -> None:
 
 
 def _multipliers(model: torch.nn.Module, plan: Plan) -> dict[str, float]:
-    """Name of a weight in a layer that uses it → what has to be multiplied there, where that is not 1."""
-    return {
+    """Name of a weight in a layer that uses it, or of a branch → what has to be multiplied there, if not by 1."""
+    weights = {
         f"{site.module}.{attribute}".lstrip("."): site.factor / site.stock
         for site, _, attribute, _ in _uses(model, plan)
         if site.changes
     }
+    written = {f"{s.module}.{BRANCH_OUTPUT}": s.factor / s.stock for s in _branches(plan) if s.changes}
+    return weights | written
+
+
+def _branches(plan: Plan) -> list[Site]:
+    """The outputs of what writes into the residual stream."""
+    return [plan.site(place) for place in plan.places if place.carries == BRANCH]
 
 
 def _is_layer(module: torch.nn.Module, attribute: str) -> bool:

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from typing import Any
 
-from mup_megatron.theory import rules
+from mup_megatron.theory import branches, rules
+from mup_megatron.theory.depth import CompleteP
 from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.folding import moved
 from mup_megatron.theory.matching import counterparts, family_of
 from mup_megatron.theory.optimizers import ADAM, Optimizer
 from mup_megatron.theory.plan import Plan, PlanEntry
 from mup_megatron.theory.rules import Rule
-from mup_megatron.theory.sites import SOFTMAX, Place
+from mup_megatron.theory.sites import BRANCH, SOFTMAX, Place
 from mup_megatron.theory.tensors import Constant, Kept, LibraryDraw, Property, Role, Tensor
 from mup_megatron.theory.widths import Scaling, Sizes, Stack, scaling
 
@@ -31,6 +32,7 @@ class Tuned:
     attention_multiplier: float
     weight_decay: float
     adam_eps: float
+    residual_multiplier: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,8 @@ class Rules:
     weight_decay_exponent: float = 1.0
     router: Role = Role.OUTPUT
     """The role of what chooses experts."""
+    depth: CompleteP | None = None
+    """None where depth changes nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +119,13 @@ def build_plan(
         kind = (_but_for_names(tensor), _but_for_names(counterpart))
         if kind not in like:
             s = scaling(counterpart, tensor, depths.get(tensor.stack, Sizes(1, 1)))
-            like[kind] = _entry(tensor, counterpart, s.without_width() if standard else s, tuned, rules_used)
+            s = s.without_width() if standard else s
+            if rules_used.depth is None:
+                like[kind] = _entry(tensor, counterpart, s, tuned, rules_used)
+            else:
+                at_base_depth = replace(s, depth=Sizes(s.depth.base, s.depth.base))
+                entry = _entry(tensor, counterpart, at_base_depth, tuned, rules_used)
+                like[kind] = branches.deepened(entry, s.depth.ratio if tensor.deepens else 1.0, rules_used.depth)
             if not standard:
                 stock = tensor.stock_multiplier / counterpart.stock_multiplier
                 like[kind] = replace(like[kind], stock_multiplier=stock)
@@ -150,10 +160,27 @@ def build_plan(
         readout=target.readout,
         readout_norm=target.readout_norm,
         query_norms=target.query_norms,
-        places=_scaled(base.places, target.places, alpha=tuned.attention_multiplier, standard=standard),
+        places=(
+            *_scaled(base.places, target.places, alpha=tuned.attention_multiplier, standard=standard),
+            *branches.placed(
+                base.places,
+                target.places,
+                stacks=(base.stacks, target.stacks),
+                tensors=target.tensors,
+                multiplier=tuned.residual_multiplier,
+                rule=rules_used.depth,
+            ),
+        ),
         entries=tuple(entries),
         stock_softmax_scale=target.stock_softmax_scale,
         stock_readout_ratio=1.0 if standard else target.stock_readout_scale / base.stock_readout_scale,
+        deepened={
+            name: rules_used.depth.stack(
+                base.stacks.get(name, stack).layers, stack.layers, step=rules_used.optimizer.step
+            )
+            for name, stack in target.stacks.items()
+            if rules_used.depth is not None
+        },
     )
 
 
@@ -165,6 +192,8 @@ def _scaled(base: tuple[Place, ...], target: tuple[Place, ...], *, alpha: float,
     found = []
     for place in target:
         own = place.heads
+        if place.carries == BRANCH:
+            continue
         if own is None:
             found.append(place)
             continue
@@ -182,12 +211,13 @@ def _scaled(base: tuple[Place, ...], target: tuple[Place, ...], *, alpha: float,
 def _require_multiplied(tuned: Tuned, shape: ModelShape) -> None:
     """Raises PlanError for a multiplier of something that the model has not."""
     embeds = any(Property.EMBEDDING in tensor.properties for tensor in shape.tensors)
-    for key, value, there in (
-        ("embedding_multiplier", tuned.embedding_multiplier, embeds),
-        ("output_multiplier", tuned.output_multiplier, shape.readout is not None),
+    branched = any(place.carries == BRANCH for place in shape.places)
+    for key, value, there, what in (
+        ("embedding_multiplier", tuned.embedding_multiplier, embeds, "embedding"),
+        ("output_multiplier", tuned.output_multiplier, shape.readout is not None, "readout"),
+        ("residual_multiplier", tuned.residual_multiplier, branched, "residual branch that is known"),
     ):
         if value != 1.0 and not there:
-            what = "embedding" if key == "embedding_multiplier" else "readout"
             raise PlanError(f"{key} is {value:g}, and the model has no {what} that it could act on. Set it to 1.")
 
 

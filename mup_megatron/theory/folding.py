@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.plan import Plan, PlanEntry
-from mup_megatron.theory.sites import READOUT
+from mup_megatron.theory.sites import BRANCH, READOUT, Place
 
 
 def fold(plan: Plan, names: Collection[str] | None = None) -> Plan:
@@ -56,8 +56,52 @@ def fold_attention(plan: Plan) -> Plan:
     return replace(plan, entries=entries, softmax_scale=plan.own_softmax_scale)
 
 
+def fold_branches(plan: Plan) -> Plan:
+    """Returns the plan with the multiplier of each residual branch moved into what writes it, weights and biases.
+
+    What the model itself multiplies by stays. For export: in training the gradient norm that is clipped would grow with
+    depth.
+
+    Raises:
+        PlanError: a branch has no such weight.
+    """
+    factors: dict[str, float] = {}
+    places = []
+    for place in plan.places:
+        if place.carries == BRANCH:
+            site = plan.site(place)
+            written = writers(plan, place)
+            if not written:
+                raise PlanError(
+                    f"{place.module}: no weight that writes into the residual stream is known. Keep the factor."
+                )
+            factors |= {entry.name: site.factor / site.stock for entry in written}
+            place = replace(place, scale=site.stock)
+        places.append(place)
+    # The factor was the branch's, not the weight's own, which stays where it is.
+    entries = (replace(moved(e, factors.get(e.name, 1.0)), multiplier=e.multiplier) for e in plan.entries)
+    return replace(plan, places=tuple(places), entries=tuple(entries))
+
+
+def writers(plan: Plan, place: Place) -> list[PlanEntry]:
+    """Returns the weights and biases that write a residual branch."""
+    within = [e for e in plan.entries if e.module == place.module or e.name.startswith(f"{place.module}.")]
+    modules = {e.module for e in within if e.is_residual or e.module == place.module}
+    return [e for e in within if e.module in modules]
+
+
 def unfold(plan: Plan) -> Plan:
-    """Returns the plan with every folded multiplier back in its place, to rounding."""
+    """Returns the plan with every folded multiplier back in its place, to rounding.
+
+    Raises:
+        PlanError: multipliers of residual branches are folded, which nothing says any more.
+    """
+    for place in plan.places:
+        if place.carries == BRANCH and any(entry.folded != 1.0 for entry in writers(plan, place)):
+            raise PlanError(
+                f"{place.module}: what writes this branch is folded for export, and its multiplier is not known from "
+                "it. Make the plan from the recipe again."
+            )
     entries = tuple(moved(entry, 1.0 / entry.folded) for entry in plan.entries)
     scale = plan.softmax_scale * (plan[plan.query_norms[0]].folded if plan.query_norms else 1.0)
     output = plan.output_multiplier * (1.0 if plan.readout is None else plan[plan.readout].folded)

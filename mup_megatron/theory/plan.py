@@ -4,14 +4,15 @@ A plan is made once from the shapes of base and target (`build.py`), never chang
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+from mup_megatron.theory.depth import Deepening
 from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.optimizers import Optimizer, optimizers
 from mup_megatron.theory.rules import stock_scale
-from mup_megatron.theory.sites import READOUT, SOFTMAX, Acts, Heads, Place, Site
+from mup_megatron.theory.sites import BRANCH, READOUT, SOFTMAX, Acts, Heads, Place, Site
 from mup_megatron.theory.tensors import Property, Role
 from mup_megatron.theory.widths import Stack
 
@@ -57,6 +58,8 @@ class PlanEntry:
     fold_offset: float = 0.0
     stock_multiplier: float = 1.0
     """What the model itself multiplies it by, relative to the base: a part of `multiplier` that needs no doing."""
+    depth_ratio: float = 1.0
+    """m_L of its stack, where a rule of depth has factors of it in the values above."""
 
     @property
     def is_vector(self) -> bool:
@@ -136,6 +139,8 @@ class Plan:
     stock_readout_ratio: float = 1.0
     """What the model itself multiplies the readout's input by, relative to the base: a part of `output_multiplier` that
     needs no doing."""
+    deepened: Mapping[str, Deepening] = field(default_factory=dict)
+    """Under a rule of depth, what each stack's gives, by its name."""
 
     @cached_property
     def by_name(self) -> Mapping[str, PlanEntry]:
@@ -210,6 +215,10 @@ class Plan:
             if place.heads is not None and place.scale is not None:
                 factor, stock = place.scale, stock_scale(place.heads.size, place.heads.stock_scale)
             return Site(place.module, place.acts, factor, stock, reason)
+        if place.carries == BRANCH:
+            reason = "the residual branch's multiplier, residual_multiplier times what the rule of depth says"
+            assert place.scale is not None
+            return Site(place.module, place.acts, place.scale, 1.0 if place.stock is None else place.stock, reason)
         if place.carries == READOUT:
             reason = "the readout's multiplier, α_out over its width ratio"
             return Site(place.module, place.acts, self.output_multiplier, self.stock_readout_ratio, reason)
@@ -223,12 +232,15 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values; `from_json` gives the same plan back, bit by bit."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in {"entries", *_MODEL_KEYS}}
+        inside = {"entries", "deepened", *_MODEL_KEYS}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inside}
         if self.scale_mode is None:
             del own["scale_mode"]
         model = {key: getattr(self, key) for key in _MODEL_KEYS}
         model["stacks"] = {name: asdict(stack) for name, stack in self.stacks.items()}
         model["places"] = [_place_to_json(place) for place in self.places]
+        if self.deepened:
+            model["deepened"] = {name: asdict(each) for name, each in self.deepened.items()}
         return {**own, "model": model, "parameters": [_entry_to_json(entry) for entry in self.entries]}
 
     @classmethod
@@ -249,6 +261,7 @@ class Plan:
                 del model[key]
             model["stacks"] = {name: Stack(**stack) for name, stack in model["stacks"].items()}
             model["places"] = tuple(map(_place_from_json, model["places"]))
+            model["deepened"] = {name: Deepening(**each) for name, each in model.get("deepened", {}).items()}
             return cls(**rest, **model, entries=entries)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"Not a plan: {error}. Write it anew with `mup-megatron explain --format json`.") from None
@@ -284,7 +297,10 @@ def _place_from_json(content: Mapping[str, Any]) -> Place:
 
 
 def _entry_to_json(entry: PlanEntry) -> dict[str, Any]:
-    return {**asdict(entry), "properties": sorted(entry.properties)}
+    content = {**asdict(entry), "properties": sorted(entry.properties)}
+    if entry.depth_ratio == 1.0:
+        del content["depth_ratio"]
+    return content
 
 
 def _entry_from_json(content: Mapping[str, Any]) -> PlanEntry:

@@ -15,6 +15,8 @@ class Acts(StrEnum):
     """What it takes in: scales a weight and leaves its bias alone."""
     OUTPUT = "output"
     """What it gives: of a table, which has no input to scale, or of a residual branch."""
+    BRANCH = "branch"
+    """What its layer adds of it to the residual stream, where that is no module's output."""
     SCALE = "scale"
     """Nothing, but its own softmax scale is set to the factor."""
 
@@ -23,6 +25,8 @@ READOUT = "readout"
 """A place's `carries`: the multiplier of the model's output, whose weight may be a tied embedding's."""
 SOFTMAX = "softmax"
 """A place's `carries`: the scale of attention logits."""
+BRANCH = "residual branch"
+"""A place's `carries`: the multiplier of what is added to the residual stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +45,15 @@ class Place:
     module: str
     acts: Acts
     carries: str
-    """The name of the parameter whose multiplier acts here; or READOUT or SOFTMAX."""
+    """The name of the parameter whose multiplier acts here; or READOUT, SOFTMAX or BRANCH."""
     heads: Heads | None = None
     """Of a SOFTMAX: its own, where the model has attentions of several kinds; None for the model's."""
     scale: float | None = None
-    """In a plan, the factor of a place with heads of its own."""
+    """In a plan, the factor of a place with heads of its own, and of a branch."""
+    stack: str | None = None
+    """Of a BRANCH: the stack whose depth it follows; None where it is in none."""
+    stock: float | None = None
+    """Of a BRANCH: what the model itself multiplies it by, relative to the base in a plan; None for 1."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,8 @@ class Tensor:
     """Its role where the sides alone do not say it: a bottleneck inside the model is hidden at every rank."""
     stack: str = ""
     """The stack of layers that it is in, a key of `ModelShape.stacks`; empty outside of all."""
+    deepens: bool = True
+    """Whether it is in one of the layers that a deeper stack has more of: those behind it are as many at any depth."""
     start: Start = Normal()
     parts: tuple[Part, ...] = ()
     """Of a fused tensor, in any order: their rows add up to its fan_out."""

@@ -166,3 +166,14 @@ def test_experts_keep_their_number_and_their_size_for_each_channel() -> None:
     assert set(chosen.moe_layer_freq) == {0, 1}, "both kinds of layer"
     rounded = choose_proxy(target(EXPERTS, moe_ffn_hidden_size=1001), CHEAP, width=1024)
     assert "moe_ffn_hidden_size 125 is rounded; the target's ratio to hidden_size is 0.1222." in rounded.notes
+
+
+def test_with_a_rule_of_depth_a_proxy_is_shallow_whatever_it_costs() -> None:
+    model = target(GPT3)
+    deep, shallow = (choose_proxy(model, CHEAP, depth_rule=rule) for rule in (False, True))
+    assert (deep.model.num_layers, valid(shallow).num_layers) == (32, 4)
+    costs = [f"{CHEAP.fraction(each.model, model):.2%}" for each in (shallow, deep)]
+    assert any(
+        f"the search costs {costs[0]} of the target's run in place of {costs[1]}" in note for note in shallow.notes
+    )
+    assert shallow.model.model_copy(update={"num_layers": 32}) == deep.model

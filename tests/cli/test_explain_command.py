@@ -333,3 +333,19 @@ def test_a_horizon_is_told_from_base_to_moved_to_each_parameter(run: Command, he
     )
     words = next(row for row in found["parameters"] if row["name"] == "embedding.word_embeddings.weight")
     assert (words["lr"], words["eps"], words["weight_decay"]) == pytest.approx((0.005, 5e-9, 0.05))
+
+
+def test_a_rule_of_depth_is_shown_for_each_stack(run: Command, here: Path) -> None:
+    for name, layers in (("base", 2), ("deep", 8)):
+        shape = {"num_layers": layers, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 64, "seq_length": 16}
+        write(here / f"{name}.yaml", shape)
+    words = ("--lr", "0.01", "--depth-alpha", "0.5", "--residual-multiplier", "0.5", "-o", "r.recipe.yaml")
+    assert run("recipe", "--base", "base.yaml", *words).code == 0
+    out = run("explain", "deep.yaml", "--recipe", "r.recipe.yaml", "--brief").out
+    expected = "2 → 8 layers, m_L 4   blocks: branches × 0.5, lr × 0.5, eps × 0.5, weight_decay × 2"
+    assert f"depth of decoder: {expected}" in out
+    assert "residual branches are multiplied by 0.25" in out
+    assert "mup.adam.hidden.residual (depth × 4)" in out
+    content = json.loads(run("explain", "deep.yaml", "--recipe", "r.recipe.yaml", "--format", "json").out)
+    assert content["model"]["deepened"]["decoder"]["base_layers"] == 2
+    assert {row.get("depth_ratio", 1.0) for row in content["parameters"]} == {1.0, 4.0}

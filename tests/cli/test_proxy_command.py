@@ -36,6 +36,14 @@ def test_the_proxy_of_gpt3_and_its_cost(run: Command, here: Path) -> None:
     assert "The search costs 4.65% of the target's run." in out
 
 
+def test_with_a_rule_of_depth_it_says_what_shallow_saves(run: Command, here: Path) -> None:
+    code, out, err = run("proxy", TARGET, "--depth", "completep", "--trial-tokens", "4e9", "--target-tokens", "300e9")
+    assert (code, err) == (0, "")
+    assert table(out)["num_layers"] == ["4", "32"]
+    assert "4 of the target's 32 layers, which parametrization.depth carries over" in out
+    assert "of the target's run in place of 4.65%." in out
+
+
 def test_items_add_up(run: Command, here: Path) -> None:
     rows = table(run("proxy", TARGET).out)
     for column in (0, 1):

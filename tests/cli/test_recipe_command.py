@@ -33,7 +33,7 @@ def test_defaults_show_every_key(run: Command) -> None:
     # A line of the documentation of the format each.
     assert content["hyperparameters"]["adam_eps"] == 1e-8
     assert content["schedule"]["lr_decay_style"] == "linear"
-    own = {"rule": "mup", "optimizer": "adam", "weight_decay_exponent": 1.0, "router": "output"}
+    own = {"rule": "mup", "optimizer": "adam", "weight_decay_exponent": 1.0, "router": "output", "depth": None}
     assert content["parametrization"] == own
 
 
@@ -69,7 +69,12 @@ def test_a_recipe_that_is_written_loads_and_is_the_same(run: Command, here: Path
 
 @pytest.mark.parametrize(
     "key",
-    [key for section in ("hyperparameters", "schedule", "parametrization") for key in MODELS[section].model_fields],
+    [
+        key
+        for section in ("hyperparameters", "schedule", "parametrization")
+        for key in MODELS[section].model_fields
+        if key != "depth"  # which has keys of its own
+    ],
 )
 def test_every_tuned_key_is_an_option(run: Command, here: Path, key: str) -> None:
     section = next(section for section, model in MODELS.items() if key in model.model_fields and section != "base")
@@ -90,6 +95,14 @@ def test_every_tuned_key_is_an_option(run: Command, here: Path, key: str) -> Non
     assert (code, err) == (0, "")
     content: Any = parse_yaml(out, source="output")
     assert str(content[section][key]) == value
+
+
+def test_a_rule_of_depth_is_an_option(run: Command, here: Path) -> None:
+    code, out, err = run("recipe", "--base", "base.yaml", "--lr", "0.5", "--depth-alpha", "0.5")
+    assert (code, err) == (0, "")
+    content: Any = parse_yaml(out, source="output")
+    assert content["parametrization"]["depth"] == {"rule": "completep", "alpha": 0.5}
+    assert run("recipe", "--base", "base.yaml", "--lr", "0.5", "--depth-alpha", "2").code == 2
 
 
 def test_what_exists_is_replaced_only_if_asked_for(run: Command, here: Path) -> None:

@@ -203,6 +203,12 @@ def test_a_model_that_is_not_what_the_command_line_says_is_refused(tmp_path: Pat
         megatron_deepspeed.apply_to_model([GPTModel(gpt(2), stages=2)], args)
 
 
+def test_residual_branches_have_no_place_for_a_multiplier(tmp_path: Path) -> None:
+    save_recipe(recipe_for(gpt(1), residual_multiplier=0.5), tmp_path / "R.yaml")
+    args = parsed(gpt(2), "--mup-recipe", str(tmp_path / "R.yaml"))
+    assert "the fork's layers have no place" in attention_error(GPTModel(gpt(2), std=args.init_method_std), args)
+
+
 def recipe_with_clipping(value: float) -> Recipe:
     return recipe_for(gpt(1), clip_grad=value)
 

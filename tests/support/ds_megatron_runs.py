@@ -18,7 +18,7 @@ from support.stock import Layout
 from support.training_runs import VOCABULARY, options
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.recipe import Recipe, save_recipe
+from mup_megatron.recipe import Depth, Recipe, save_recipe
 from mup_megatron.theory import Plan
 from mup_megatron.training import ranks
 from mup_megatron.training.train import run_training
@@ -41,7 +41,8 @@ _GATED: dict[str, Any] = {
 _WIDE: dict[str, Any] = {"num_attention_heads": 4, "kv_channels": 16}
 SHAPES = {
     "tied": (gpt(**_BOTH), gpt(2, **_BOTH, **_WIDE)),
-    "untied": (gpt(**_BOTH, **_GATED), gpt(2, **_BOTH, **_GATED, **_WIDE)),
+    # Deeper than its base, by a rule of depth.
+    "untied": (gpt(**{**_BOTH, "num_layers": 2}, **_GATED), gpt(2, **_BOTH, **_GATED, **_WIDE)),
 }
 
 
@@ -56,7 +57,8 @@ def tuned(shape: str) -> Recipe:
     if shape == "untied":
         own.append({"match": "*.q_layernorm.weight", "lr_mult": 20.0})
     own_of_tensors = planned.recipe(SHAPES[shape][0], per_parameter=own).per_parameter
-    return recipe.model_copy(update={"per_parameter": own_of_tensors})
+    rules = recipe.parametrization.model_copy(update={"depth": Depth() if shape == "untied" else None})
+    return recipe.model_copy(update={"per_parameter": own_of_tensors, "parametrization": rules})
 
 
 def plan_of(shape: str) -> Plan:

@@ -48,8 +48,11 @@ def megatron_gpt(plan: Plan, target: ModelFile, weights: Weights, *, dtype: torc
 
 def load(model: torch.nn.Module, weights: Weights) -> None:
     """Copies weights by name; there must be one for each parameter."""
-    # As a checkpoint calls a layer of multi-token prediction, and as the plain model does.
-    named = {name.replace("mtp_model_layer", "transformer_layer"): p for name, p in model.named_parameters()}
+    from mup_megatron.megatron.versions import parameter_name
+
+    # As a checkpoint calls convolutions and a layer of multi-token prediction, and as the plain model does.
+    names = {name: name.replace("mtp_model_layer", "transformer_layer") for name, _ in model.named_parameters()}
+    named = {parameter_name(names[name]): p for name, p in model.named_parameters()}
     assert set(named) == set(weights), set(named) ^ set(weights)
     with torch.no_grad():
         for name, parameter in named.items():

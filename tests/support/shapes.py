@@ -16,6 +16,7 @@ HYPERPARAMETERS: dict[str, Any] = {
     "embedding_multiplier": 5.0,
     "output_multiplier": 0.5,
     "attention_multiplier": 1.5,
+    "residual_multiplier": 1.0,
     "weight_decay": 0.1,
     "adam_beta2": 0.95,
     "adam_eps": 1e-8,

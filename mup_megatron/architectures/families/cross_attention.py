@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mup_megatron.architectures.families.family import Family, Growth, linear, norm
 from mup_megatron.architectures.measured import CONTEXT, STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import SOFTMAX, Acts, Part, Place, Side, Tensor
+from mup_megatron.theory import BRANCH, SOFTMAX, Acts, Part, Place, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,8 +32,9 @@ class CrossAttention(Family):
         yield from linear(f"{name}.linear_proj", attended, hidden, bias=model.add_bias_linear, residual=True)
 
     def places(self, layer: str) -> Iterator[Place]:
-        """Yields where the scale of attention logits is set."""
+        """Yields where the scale of attention logits is set, and the branch."""
         yield Place(f"{layer}.cross_attention.core_attention", Acts.SCALE, SOFTMAX)
+        yield Place(f"{layer}.cross_attention", Acts.BRANCH, BRANCH)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the projections and of the scores, for as many tokens of the other stack as of this one."""

@@ -15,7 +15,7 @@ from mup_megatron.architectures.keys import experts
 from mup_megatron.architectures.layout import Layout
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import Kept, Part, Property, Side, Tensor
+from mup_megatron.theory import BRANCH, Acts, Kept, Part, Place, Property, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,6 +77,10 @@ class Experts(Family):
             yield from _mlp(model, f"{mlp}.shared_experts", hidden, ffn)
             if model.moe_shared_expert_gate:
                 yield _output(f"{mlp}.shared_experts.gate_weight", hidden, 1)
+
+    def places(self, layer: str) -> Iterator[Place]:
+        """Yields the branch; the factors of router and gate are folded."""
+        yield Place(f"{layer}.mlp", Acts.BRANCH, BRANCH)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the router and of the experts that a token passes."""

@@ -7,7 +7,7 @@ from mup_megatron.architectures.families.family import Family, Growth, Size, ali
 from mup_megatron.architectures.keys import latent
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import SOFTMAX, Acts, Part, Place, Role, Side, Tensor
+from mup_megatron.theory import BRANCH, SOFTMAX, Acts, Part, Place, Role, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,8 +58,9 @@ class LatentAttention(Family):
         yield from linear(f"{name}.linear_proj", attended, hidden, bias=model.add_bias_linear, residual=True)
 
     def places(self, layer: str) -> Iterator[Place]:
-        """Yields where the scale of attention logits is set."""
+        """Yields where the scale of attention logits is set, and the branch."""
         yield Place(f"{layer}.self_attention.core_attention", Acts.SCALE, SOFTMAX)
+        yield Place(f"{layer}.self_attention", Acts.BRANCH, BRANCH)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the projections and of the scores."""

@@ -7,7 +7,7 @@ from mup_megatron.architectures.families.family import Family, Growth, Size, lin
 from mup_megatron.architectures.keys.mamba import MambaKeys, MambaSizes
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import Kept, Part, Property, Side, Tensor
+from mup_megatron.theory import BRANCH, Acts, Kept, Part, Place, Property, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,6 +59,10 @@ class Mamba(Family):
             yield _kept(f"{name}.{each}", heads)
         yield vector(f"{name}.norm.weight", inner, start=1.0, gain=True)
         yield from linear(f"{name}.out_proj", inner, hidden, bias=False, residual=True)
+
+    def places(self, layer: str) -> Iterator[Place]:
+        """Yields the branch."""
+        yield Place(f"{layer}.mixer", Acts.BRANCH, BRANCH)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the projections, of the convolution, and of the scan as Megatron counts them."""

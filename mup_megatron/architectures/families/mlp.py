@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mup_megatron.architectures.families.family import Family, Growth, Size, linear, norm
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import Part, Side, Tensor
+from mup_megatron.theory import BRANCH, Acts, Part, Place, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,6 +28,10 @@ class Mlp(Family):
         rows = Side(2 * ffn.size if model.swiglu else ffn.size, grows=True)
         yield from linear(f"{name}.linear_fc1", hidden, rows, bias=model.add_bias_linear, parts=parts)
         yield from linear(f"{name}.linear_fc2", ffn, hidden, bias=model.add_bias_linear, residual=True)
+
+    def places(self, layer: str) -> Iterator[Place]:
+        """Yields the branch."""
+        yield Place(f"{layer}.mlp", Acts.BRANCH, BRANCH)
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of both layers."""

@@ -59,6 +59,8 @@ class Layer(nn.Module):
     def __init__(self, model: ModelFile, families: Sequence[Family], softmax_scale: float) -> None:
         super().__init__()
         self.branches = []
+        self.multipliers: dict[str, float] = {}
+        """Of branches, by name; 1 for those that are not here."""
         for family in families:
             norm_name, name, branch = family.plain(model, softmax_scale)
             self.add_module(norm_name, norm(model, model.hidden_size))
@@ -68,7 +70,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, view: View = CAUSAL) -> Tensor:
         for norm_name, name in self.branches:
             branch, normed = self.get_submodule(name), self.get_submodule(norm_name)(x)
-            x = x + (branch(normed, view) if isinstance(branch, Attending) else branch(normed))
+            added = branch(normed, view) if isinstance(branch, Attending) else branch(normed)
+            x = x + self.multipliers.get(name, 1.0) * added
         return x
 
 

@@ -237,6 +237,11 @@ def _shallow(
     changes: dict[str, Any] = {key: min(value, count) for key, value in depths.items()}
     changes |= {key: list(value[:count]) for key, value in lists.items()}
     of_base = {key: value for key, value in changes.items() if there.get(key) is not None}
+    if recipe.parametrization.depth is not None and any(there.get(key) != own[key] for key in depths):
+        # Depths that differ still do, so that the rule has something to say.
+        fewer = max(1, count // 2)
+        of_base |= {key: min(of_base[key], fewer) for key in depths if key in of_base}
+        of_base |= {key: of_base[key][:fewer] for key in lists if key in of_base}
     changed = []
     for model, values in ((config, changes), (base, of_base)):
         small = copy.deepcopy(model)

@@ -17,7 +17,7 @@ MOST_FLOOR = 0.5
 STDS = (0.01, 0.1)
 MULTIPLIERS = (0.1, 10.0)
 """Between which values are taken as they are."""
-_MULTIPLIERS = ("embedding_multiplier", "output_multiplier", "attention_multiplier")
+_MULTIPLIERS = ("embedding_multiplier", "output_multiplier", "attention_multiplier", "residual_multiplier")
 LEAST_CLIP = 0.01
 """Below, what is left of gradients comes near the smallest numbers."""
 PILOT = RunProtocol(steps=3, recorded=(3,), spectral=False)

@@ -8,6 +8,7 @@
     experts.py        about experts and their router
     latent.py         about latents, and what keeps its size between two sides that grow
     horizon.py        in how values are moved over batch and tokens
+    depth.py          about depth, under a rule of it
     rates.py          in learning rates and their schedule
     optimizer.py      in eps, betas, clipping and weight decay
     initial.py        in initial weights
@@ -17,6 +18,7 @@ Most change a live run after it was built: its weights, its hooks, its optimizer
 neither torch nor Megatron: the CPU runtime has to come before both.
 """
 
+from mup_megatron.check.mutants.depth import DEPTH
 from mup_megatron.check.mutants.experts import EXPERTS
 from mup_megatron.check.mutants.forward import FORWARD
 from mup_megatron.check.mutants.horizon import HORIZON
@@ -30,6 +32,7 @@ from mup_megatron.check.mutants.rules import RULES
 __all__ = ["MUTANTS", "Context", "Mutant"]
 
 MUTANTS: dict[str, Mutant] = {
-    mutant.name: mutant for mutant in (*FORWARD, *RULES, *EXPERTS, *LATENT, *HORIZON, *RATES, *OPTIMIZER, *INITIAL)
+    mutant.name: mutant
+    for mutant in (*FORWARD, *RULES, *EXPERTS, *LATENT, *HORIZON, *DEPTH, *RATES, *OPTIMIZER, *INITIAL)
 }
 """By name."""

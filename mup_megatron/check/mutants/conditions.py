@@ -137,6 +137,17 @@ def depth_differs(context: Context) -> bool:
     return depth_of(context.base) != depth_of(context.target)
 
 
+def has_depth_rule(context: Context) -> bool:
+    """Returns whether a rule of depth has anything to say."""
+    return context.recipe.parametrization.depth is not None and depth_differs(context)
+
+
+def moves_rates_with_depth(context: Context) -> bool:
+    """Returns whether it moves learning rates."""
+    deepened = context.recipe.plan(context.target).deepened.values()
+    return has_depth_rule(context) and any(each.lr != 1.0 for each in deepened)
+
+
 def has_own_rates(context: Context) -> bool:
     """Returns whether the recipe gives some of these tensors learning rates of their own."""
     return any(own.lr_mult != 1.0 and not _elsewhere(own.match, context) for own in context.recipe.per_parameter)

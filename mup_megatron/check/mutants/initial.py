@@ -17,6 +17,7 @@ from mup_megatron.check.entries import (
 from mup_megatron.check.mutants.conditions import (
     depth_differs,
     gains_start_at_1,
+    has_depth_rule,
     has_fused_queries,
     has_linear_biases,
     has_one_branch,
@@ -94,6 +95,11 @@ def _off_centre(chunks: Sequence[Any], plan: Plan, _context: Context) -> None:
             parameter.data.mul_(math.sqrt(1 - 0.3**2)).add_(0.3 * entry.init_std)
 
 
+def _counted_depth(context: Context) -> int:
+    """The residual branches in the 1/√(2L): under a rule of depth the base's."""
+    return depth_of(context.base if has_depth_rule(context) else context.target)
+
+
 INITIAL = (
     Mutant(
         name="init-unscaled",
@@ -126,7 +132,7 @@ INITIAL = (
         # The check sees √2 and cannot know where it comes from.
         cause=("residual-init", "init-by-shard"),
         model=_weights(is_residual, lambda _e, _r, c: math.sqrt(depth_of(c.target) / depth_of(c.base))),
-        when=depth_differs,
+        when=lambda context: depth_differs(context) and not has_depth_rule(context),
     ),
     Mutant(
         name="residual-init-as-gpt",
@@ -139,13 +145,13 @@ INITIAL = (
         name="residual-init-missing",
         what="What writes into the residual stream starts without 1/√(2L).",
         cause=("residual-init",),
-        model=_weights(is_residual, lambda _e, _r, c: math.sqrt(depth_of(c.target))),
+        model=_weights(is_residual, lambda _e, _r, c: math.sqrt(_counted_depth(c))),
     ),
     Mutant(
         name="residual-init-twice",
         what="What writes into the residual stream starts with 1/√(2L) twice.",
         cause=("residual-init",),
-        model=_weights(is_residual, lambda _e, _r, c: 1 / math.sqrt(depth_of(c.target))),
+        model=_weights(is_residual, lambda _e, _r, c: 1 / math.sqrt(_counted_depth(c))),
     ),
     Mutant(
         name="tied-init-linear",

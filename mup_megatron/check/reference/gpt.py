@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.plain.experts import Router
 from mup_megatron.architectures.plain.model import PlainModel, draw_weights, plain_model
+from mup_megatron.architectures.plain.parts import Layer
 from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.check.entries import is_readout
 from mup_megatron.check.measure import batches
@@ -146,4 +147,10 @@ def planned_model(plan: Plan, model: ModelFile, *, dtype: torch.dtype) -> PlainM
                 found.get_parameter(entry.name).fill_(entry.init_value)
         if entry.multiplier != 1.0 and not (is_readout(entry) and entry.name == plan.readout):
             multiply(found.get_submodule(entry.module), entry.multiplier)
+    for site in plan.sites:
+        if site.acts is Acts.BRANCH:
+            name, _, branch = site.module.rpartition(".")
+            layer = found.get_submodule(name)
+            assert isinstance(layer, Layer)
+            layer.multipliers[branch] = site.factor
     return found

@@ -13,7 +13,7 @@ from mup_megatron.check.entries import is_embedding, is_vector
 from mup_megatron.check.measure.optimizers import torch_optimizer
 from mup_megatron.modules.attention import attention_modules, scale_attribute
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Plan
+from mup_megatron.theory import BRANCH, Plan
 
 
 def carry_out(model: nn.Module, plan: Plan, *, seed: int) -> None:
@@ -41,6 +41,8 @@ def carry_out(model: nn.Module, plan: Plan, *, seed: int) -> None:
         factor = _factor(module, model, plan)
         if factor != 1.0:
             multiply(module, factor)
+    for site in (plan.site(place) for place in plan.places if place.carries == BRANCH):
+        _multiply_output(model.get_submodule(site.module), site.factor / site.stock)
     stock = plan.head_size**-0.5 if plan.stock_softmax_scale is None else plan.stock_softmax_scale
     if plan.softmax_scale != stock:
         for _, module, attention in attention_modules(model):
@@ -70,6 +72,11 @@ def multiply(module: nn.Module, factor: float) -> None:
         module.register_forward_hook(lambda _module, _args, output: factor * output)
     else:
         module.register_forward_pre_hook(lambda _module, args: (factor * args[0], *args[1:]))
+
+
+def _multiply_output(module: nn.Module, factor: float) -> None:
+    """Multiplies what a module gives, bias included."""
+    module.register_forward_hook(lambda _module, _args, output: factor * output)
 
 
 def optimizer_for(model: nn.Module, recipe: Recipe, plan: Plan) -> torch.optim.Optimizer | None:

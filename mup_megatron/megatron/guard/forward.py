@@ -13,6 +13,7 @@ import torch
 from mup_megatron.live import hooks
 from mup_megatron.live.compare import CLOSE, close, hook_problems, scale_problem
 from mup_megatron.live.problems import Problem, number
+from mup_megatron.megatron import branches
 from mup_megatron.megatron.model import part_scales
 from mup_megatron.megatron.names import local_values, named_modules, unwrapped
 from mup_megatron.theory import Acts, Plan, Site
@@ -162,5 +163,9 @@ def _precision(attention: Any) -> float:
 def multiplier_problems(chunks: Sequence[torch.nn.Module], plan: Plan) -> list[Problem]:
     """Returns where this rank's hooks are not those of the plan's sites."""
     wanted = hooks.wanted(plan.sites)
-    live = ((name, hooks.found(module)) for model in map(unwrapped, chunks) for name, module in named_modules(model))
-    return list(hook_problems(live, wanted))
+    problems: list[Problem] = []
+    for model in map(unwrapped, chunks):
+        modules = dict(named_modules(model))
+        live = ((name, hooks.found(module) + branches.found(modules, name)) for name, module in modules.items())
+        problems += hook_problems(live, wanted)
+    return problems

@@ -14,7 +14,7 @@ from mup_megatron.check.family.stress import FLOOR, stressed
 from mup_megatron.check.measure.levels import CONTROL_SEEDS, EARLY, LATE, REFERENCE_SEEDS, SEEDS, WIDTHS
 from mup_megatron.check.run_megatron import usual_widths
 from mup_megatron.errors import InputError
-from mup_megatron.recipe import Hyperparameters, Parametrization, PerParameter, Recipe
+from mup_megatron.recipe import Depth, Hyperparameters, Parametrization, PerParameter, Recipe
 
 BASE: dict[str, Any] = {
     "num_layers": 2,
@@ -248,6 +248,18 @@ def test_a_depth_that_differs_from_the_bases_still_does_and_stages_share_it() ->
     whole, tuned = pair(gpt3(96, 12288, 96), {"num_layers": 32, "hidden_size": 256, "num_attention_heads": 2})
     small, here = condensed(whole, tuned, stages=3)
     assert (small.num_layers, here.megatron_base.num_layers) == (6, 3)
+
+
+@pytest.mark.parametrize(("layers", "base_layers"), [(96, 2), (96, 4), (96, 48), (8, 4), (2, 1), (4, 12)])
+def test_a_rule_of_depth_has_something_to_say_in_a_check(layers: int, base_layers: int) -> None:
+    whole, tuned = pair(
+        gpt3(layers, 12288, 96), {"num_layers": base_layers, "hidden_size": 256, "num_attention_heads": 2}
+    )
+    tuned = tuned.model_copy(update={"parametrization": Parametrization(depth=Depth())})
+    small, here = condensed(whole, tuned)
+    plan = here.plan(at_width(small, here, 64))
+    assert [stack.ratio for stack in plan.deepened.values()] != [1.0]
+    assert {entry.depth_ratio for entry in plan.entries} - {1.0}
 
 
 # ---- stress --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure.measurements import RunProtocol
 from mup_megatron.check.mutants import MUTANTS, Context
-from mup_megatron.recipe import Horizon, PerParameter, Recipe, Training
+from mup_megatron.recipe import Depth, Horizon, PerParameter, Recipe, Training
 
 PROTOCOL = RunProtocol(steps=4, recorded=(4,), batch_size=4, spectral=False)
 ROUNDING = 1e-5
@@ -36,9 +36,13 @@ LATENT: dict[str, Any] = {
 RULES = (PerParameter(match="*.linear_fc2.weight", lr_mult=2.0),)
 
 
-def _case(base: ModelFile, target: ModelFile, rules: tuple[PerParameter, ...] = ()) -> tuple[Recipe, ModelFile]:
+def _case(
+    base: ModelFile, target: ModelFile, rules: tuple[PerParameter, ...] = (), depth: Depth | None = None
+) -> tuple[Recipe, ModelFile]:
     # A threshold that every gradient exceeds, so that another one or none makes a difference.
-    recipe = recipe_for(base, clip_grad=0.01).model_copy(update={"per_parameter": rules})
+    recipe = recipe_for(base, clip_grad=0.01)
+    own = recipe.parametrization.model_copy(update={"depth": depth})
+    recipe = recipe.model_copy(update={"per_parameter": rules, "parametrization": own})
     return stressed(recipe, steps=PROTOCOL.steps, eps=1e-4), target
 
 
@@ -63,6 +67,7 @@ CASES: dict[str, tuple[Recipe, ModelFile]] = {
         gpt(4, **LATENT, num_attention_heads=8, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_dim=16),
     ),
     "another batch and length": _moved_to_another_run(gpt(1, **UNTIED), gpt(4, **UNTIED)),
+    "deeper, by its rule": _case(gpt(1, num_layers=1), gpt(2, num_layers=3), depth=Depth(alpha=0.5)),
     "Mamba": _case(hybrid(gpt(1, **UNTIED), "MM*-", **MAMBA), hybrid(gpt(4, **UNTIED), "MM*-", **MAMBA)),
 }
 

@@ -18,12 +18,14 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import stressed
 from mup_megatron.check.measure.levels import EARLY
 from mup_megatron.check.measure.measurements import Key, MeasuredRun, Measurements, Quantity
+from mup_megatron.check.mutants import Context, Mutant
+from mup_megatron.check.mutants.depth import DEPTH
 from mup_megatron.check.verdict.causes import TOLD, causes
 from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import Comparison, compare
-from mup_megatron.recipe import Horizon, PerParameter, Recipe, Training
-from mup_megatron.theory import Plan, PlanEntry, Property, Role
+from mup_megatron.recipe import Depth, Horizon, Parametrization, PerParameter, Recipe, Training
+from mup_megatron.theory import BRANCH, Plan, PlanEntry, Property, Role
 
 WIDTHS = (32, 64, 128, 256)
 UNTIED = {"untie_embeddings_and_output_weights": True}
@@ -47,9 +49,16 @@ class Case:
         return {width: self.recipe.plan(model) for width, model in self.models.items()}
 
 
-def _case(per_parameter: tuple[PerParameter, ...] = (), *, base_layers: int = 2, **changes: object) -> Case:
+def _case(
+    per_parameter: tuple[PerParameter, ...] = (),
+    *,
+    base_layers: int = 2,
+    depth: Depth | None = None,
+    **changes: object,
+) -> Case:
     base = gpt(2, **{**UNTIED, "num_layers": base_layers, **changes})
-    recipe = recipe_for(base).model_copy(update={"per_parameter": per_parameter})
+    rules = Parametrization(depth=depth)
+    recipe = recipe_for(base).model_copy(update={"per_parameter": per_parameter, "parametrization": rules})
     models = {width: gpt(width / 32, **{**UNTIED, **changes}) for width in WIDTHS}
     return Case(recipe=stressed(recipe, steps=EARLY.steps, eps=1e-3), models=models)
 
@@ -94,6 +103,7 @@ ONE_MAMBA = Case(
     recipe=PLAIN.recipe.model_copy(update={"base": hybrid(gpt(2, **UNTIED), "M*-", **MAMBA)}),
     models={width: hybrid(gpt(width / 32, **UNTIED), "M*-", **MAMBA) for width in WIDTHS},
 )
+DEEPENED, DEEPENED_WHOLLY = (_case(base_layers=1, depth=Depth(alpha=alpha)) for alpha in (0.5, 1.0))
 CASES = (
     PLAIN,
     HORIZON,
@@ -107,6 +117,8 @@ CASES = (
     LATENT,
     HYBRID,
     ONE_MAMBA,
+    DEEPENED,
+    DEEPENED_WHOLLY,
 )
 
 Value = Callable[[Key, int, float], float]
@@ -147,7 +159,8 @@ def _values(model: ModelFile, plan: Plan, recipe: Recipe) -> dict[Key, float]:
                 values[Key(EPS, entry.name, step)] = entry.eps
                 values[Key(WD, entry.name, step)] = entry.weight_decay
         for step in EARLY.recorded:
-            values[Key(Quantity.GRADIENT, entry.name, step)] = 1e-10 if entry.name.endswith(KEYS_BIAS) else 1e-3
+            gradient = 1e-3 * (_branches(plan) if entry.stack else 1.0)
+            values[Key(Quantity.GRADIENT, entry.name, step)] = 1e-10 if entry.name.endswith(KEYS_BIAS) else gradient
             values[Key(Quantity.OVERLAP, entry.name, step)] = 0.9
     return {**values, **_activations(model, plan)}
 
@@ -171,6 +184,7 @@ def _activations(model: ModelFile, plan: Plan) -> dict[Key, float]:
         return {Key(Quantity.ACTIVATION, LOGITS, 0): plan.softmax_scale}
     found = {f"embedding.{kind}_embeddings": _embedded(plan, kind) for kind in ("word", "position")}
     stream = math.hypot(*found.values())
+    factor = _branches(plan)
     for layer in range(model.num_layers):
         here = f"decoder.layers.{layer}"
         found[f"{here}.input_layernorm"] = found[f"{here}.pre_mlp_layernorm"] = 1.0
@@ -182,12 +196,17 @@ def _activations(model: ModelFile, plan: Plan) -> dict[Key, float]:
         proj = found[f"{here}.self_attention.linear_proj"] = out(f"{here}.self_attention.linear_proj", qkv / 3)
         fc1 = found[f"{here}.mlp.linear_fc1"] = out(f"{here}.mlp.linear_fc1", 1.0)
         fc2 = found[f"{here}.mlp.linear_fc2"] = out(f"{here}.mlp.linear_fc2", fc1 / 2)
-        stream = found[here] = math.hypot(stream, proj, fc2)
+        stream = found[here] = math.hypot(stream, factor * proj, factor * fc2)
     found["decoder.final_layernorm"] = 1.0
     assert plan.readout is not None
     readout = out(plan.readout.removesuffix(".weight"), plan.output_multiplier)
     found["output_layer"] = readout
     return {Key(Quantity.ACTIVATION, name, 0): value for name, value in found.items()}
+
+
+def _branches(plan: Plan) -> float:
+    """The multiplier of residual branches."""
+    return next((plan.site(place).factor for place in plan.places if place.carries == BRANCH), 1.0)
 
 
 def _embedded(plan: Plan, kind: str) -> float:
@@ -739,3 +758,29 @@ def test_without_model_files_the_same_cause_is_found() -> None:
     found = causes(_compared(case, wrong), case.plans, case.recipe, None)
 
     assert (found[0].name, found[0].culprit) == (name, culprit)
+
+
+# ---- depth ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [DEEPENED, DEEPENED_WHOLLY], ids=["half", "whole"])
+@pytest.mark.parametrize("mutant", DEPTH, ids=lambda mutant: mutant.name)
+def test_mistakes_about_depth_have_their_own_names(mutant: Mutant, case: Case) -> None:
+    contexts = {
+        width: Context(base=case.recipe.megatron_base, target=model, recipe=case.recipe, width=width)
+        for width, model in case.models.items()
+    }
+    if not all(map(mutant.when, contexts.values())):
+        assert case is DEEPENED_WHOLLY, "whose exponent moves no learning rate"
+        return
+    assert mutant.plan is not None
+    plans = {width: mutant.plan(plan, contexts[width]) for width, plan in case.plans.items()}
+    comparison = compare(_measured(case, plans, _as_is, first_seed=1), _reference(CASES.index(case)))
+    name, _ = _best(case, comparison)
+    assert name in mutant.cause
+
+
+@pytest.mark.parametrize("case", [DEEPENED, DEEPENED_WHOLLY], ids=["half", "whole"])
+def test_a_right_deep_model_has_no_cause(case: Case) -> None:
+    comparison = compare(_measured(case, case.plans, _as_is, first_seed=1), _reference(CASES.index(case)))
+    assert causes(comparison, case.plans, case.recipe, case.models) == ()

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.bounds import of_bounds
+from mup_megatron.check.verdict.causes.depth import depth
 from mup_megatron.check.verdict.causes.experts import experts
 from mup_megatron.check.verdict.causes.forward import forward_pass
 from mup_megatron.check.verdict.causes.horizon import horizon
@@ -73,6 +74,7 @@ def _hypotheses(at: Mapping[int, AtWidth], observed: Sequence[Observation]) -> l
         *experts(at),
         *latents(at),
         *horizon(at),
+        *depth(at),
         *forward_pass(at),
         *rates(at),
         *schedule(at),

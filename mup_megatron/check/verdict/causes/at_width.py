@@ -12,7 +12,7 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, depth_of, shapes_of
 from mup_megatron.check.entries import is_embedding, is_hidden, is_input_role, is_of_experts, is_output_role
 from mup_megatron.recipe import PerParameter, Recipe
-from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.theory import Deepening, Plan, PlanEntry
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,16 @@ class AtWidth:
         """The ratio of a tensor's fan_out, as its eps or, with SGD, its learning rate has it."""
         if not (is_input_role(entry) or is_hidden(entry)):
             return 1.0
+        stack = self.deepening(entry)
         if entry.eps is not None:
-            return self.plan.adam_eps / entry.eps * math.exp(self.log_share(entry))
-        return entry.lr * entry.width_ratio / (self.plan.lr * self.own_rate(entry))
+            of_depth = 1.0 if stack is None else stack.eps
+            return self.plan.adam_eps * of_depth / entry.eps * math.exp(self.log_share(entry))
+        of_depth = 1.0 if stack is None else stack.lr
+        return entry.lr * entry.width_ratio / (self.plan.lr * of_depth * self.own_rate(entry))
+
+    def deepening(self, entry: PlanEntry) -> Deepening | None:
+        """Returns what depth gives a tensor; None where it has nothing of it."""
+        return None if entry.depth_ratio == 1.0 else self.plan.deepened[entry.stack]
 
     def own(self, entry: PlanEntry) -> PerParameter | None:
         """Returns what the recipe's per_parameter says of a tensor."""

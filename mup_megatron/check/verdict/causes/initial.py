@@ -28,7 +28,9 @@ def initial_weights(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
         return of_weights(name, sentence, Quantity.INITIAL, at, select, factor)
 
     def depth(_: PlanEntry, here: AtWidth) -> float:
-        return 0.5 * math.log(here.plan.depth)
+        # Under a rule of depth it has the base's.
+        counted = here.depth_at_base if here.plan.deepened and here.depth_at_base is not None else here.plan.depth
+        return 0.5 * math.log(counted)
 
     what = "the initial std of what writes into the residual stream"
     found = [
@@ -46,7 +48,7 @@ def initial_weights(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
         ),
     ]
     base = some.depth_at_base
-    if base is not None:
+    if base is not None and not some.plan.deepened:
         found.append(
             h(
                 "residual-init",

@@ -6,6 +6,7 @@ from statistics import median
 
 from mup_megatron.check.measure.measurements import Quantity
 from mup_megatron.check.verdict.causes.at_width import AtWidth
+from mup_megatron.check.verdict.causes.depth import unmultiplied
 from mup_megatron.check.verdict.causes.observed import Observation
 from mup_megatron.check.verdict.causes.ranking import Cause
 from mup_megatron.check.verdict.comparison import Compared, Comparison
@@ -39,6 +40,8 @@ def indirect_cause(comparison: Comparison, at: Mapping[int, AtWidth]) -> Cause:
         )
         return Cause("gradient", sentence, first.key.name, 1.0)
     gradients = [c for c in off if c.key.quantity is Quantity.GRADIENT]
+    if (cause := unmultiplied(comparison, at)) is not None:
+        return cause
     norms = [c for c in off if c.key.quantity is Quantity.NORM]
     unclipped = next(iter(at.values())).recipe.moved.clip_grad == 0
     scaled = norms or (_alike(comparison, gradients) if unclipped and gradients else [])

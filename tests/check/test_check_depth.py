@@ -1,0 +1,47 @@
+"""Verdicts on targets deeper than their base, by a rule of depth: right ones, and its mistakes on live models."""
+
+import pytest
+
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.mutants import MUTANTS
+from mup_megatron.check.run_megatron import check_megatron
+from mup_megatron.check.verdict.verdict import CheckOutcome, Verdict
+from mup_megatron.megatron import cpu
+from mup_megatron.recipe import Depth, Hyperparameters, Parametrization, Recipe
+
+BASE = ModelFile(
+    num_layers=2,
+    hidden_size=64,
+    num_attention_heads=4,
+    vocab_size=100,
+    seq_length=16,
+    transformer_impl="local",
+    untie_embeddings_and_output_weights=True,
+)
+TARGET = BASE.model_copy(update={"hidden_size": 256, "num_layers": 16, "num_attention_heads": 16})
+
+
+def checked(alpha: float, mutant: str | None = None) -> Verdict:
+    cpu.enable()
+    recipe = Recipe(
+        base=BASE,
+        hyperparameters=Hyperparameters(lr=0.003, residual_multiplier=0.8),
+        parametrization=Parametrization(depth=Depth(alpha=alpha)),
+    )
+    wrong = None if mutant is None else MUTANTS[mutant]
+    return check_megatron(TARGET, recipe, widths=(32, 64, 128), seeds=2, mutant=wrong, references=None, processes=1)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_a_right_deeper_target_passes(alpha: float) -> None:
+    assert checked(alpha).outcome is CheckOutcome.PASS
+
+
+@pytest.mark.parametrize(
+    ("mutant", "alpha"),
+    [("branch-multiplier-lost", 1.0), ("depth-twice-in-init", 1.0), ("depth-rates-of-vectors", 0.5)],
+)
+def test_a_mistake_about_depth_is_named(mutant: str, alpha: float) -> None:
+    verdict = checked(alpha, mutant)
+    assert verdict.outcome is CheckOutcome.FAIL
+    assert verdict.causes[0].name in MUTANTS[mutant].cause

@@ -95,7 +95,7 @@ def _defaults() -> str:
     content = {"version": 1, "base": values(ModelFile)}
     content |= {section: values(model) for section, model in _SECTIONS.items() if section != "parametrization"}
     content |= {"per_parameter": [], "parametrization": values(recipes.Parametrization)}
-    content |= {"training": values(recipes.Training), "provenance": {}}
+    content |= {"horizon": None, "training": values(recipes.Training), "provenance": {}}
     required = [key for key, field in ModelFile.model_fields.items() if field.is_required()]
     own = ", ".join(f"{key}: {value}" for key, value in values(recipes.PerParameter).items() if value is not None)
     return (

@@ -94,12 +94,8 @@ _LATENT = {
 _YARN = {"rotary_scaling_factor": 40.0, "mscale_all_dim": 1.0}
 _EXPERTS = {**_LLAMA, "num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 64}
 _GROWING = {**_WIDE, "ffn_hidden_size": 1536}
-_HYBRID = {
-    **{key: value for key, value in _EXPERTS.items() if key != "num_layers"},
-    "mamba_head_dim": 16,
-    "mamba_state_dim": 16,
-    "mamba_num_groups": 1,
-}
+_HYBRID = {key: value for key, value in _EXPERTS.items() if key != "num_layers"}
+_MAMBA = {"mamba_head_dim": 16, "mamba_state_dim": 16, "mamba_num_groups": 1}
 FAMILIES: dict[str, Architecture] = {
     "experts of a fixed ffn": architecture({**_EXPERTS, "qk_layernorm": True}, _GROWING),
     "experts that grow, shared": architecture(
@@ -143,7 +139,7 @@ FAMILIES: dict[str, Architecture] = {
         },
         {**_GROWING, "num_layers": 3, "moe_layer_freq": [0, 1, 1]},
     ),
-    "hybrid M*-E": architecture({**_HYBRID, "hybrid_layer_pattern": "M*-E"}, _GROWING),
+    "hybrid M*-E": architecture({**_HYBRID, **_MAMBA, "hybrid_layer_pattern": "M*-E"}, _GROWING),
     "hybrid *-*E": architecture(
         {**_HYBRID, "hybrid_layer_pattern": "*-*E", "moe_ffn_hidden_size": 32},
         {**_GROWING, "moe_ffn_hidden_size": 256},

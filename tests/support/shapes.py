@@ -37,6 +37,8 @@ def gpt(width: float = 1, **changes: Any) -> ModelFile:
         "seq_length": 12,
         "transformer_impl": "local",
     }
+    if changes.get("multi_latent_attention"):
+        del plain["kv_channels"]
     return ModelFile(**{**plain, **changes})
 
 

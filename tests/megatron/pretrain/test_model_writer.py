@@ -15,6 +15,7 @@ from support.lines import ACCEPTED, REFUSED, words
 from support.lm_runs import SCRIPT, Finished, run_script
 
 from mup_megatron import launch
+from mup_megatron.architectures.keys.unread import as_read
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.errors import InputError
@@ -152,7 +153,7 @@ def test_names_of_a_yaml_file_are_understood() -> None:
         "num_moe_experts": None,
         "moe_ffn_hidden_size": 256,
     }
-    read = model_writer._of_yaml(values)
+    read = as_read(ModelFile.unread, {**ModelFile.defaults(), **model_writer._of_yaml(values)}, ModelFile.defaults())
     assert (read["swiglu"], read["squared_relu"], read["num_experts"], read["moe_ffn_hidden_size"]) == (
         True,
         False,

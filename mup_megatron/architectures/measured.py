@@ -9,9 +9,9 @@ __all__ = ["BIAS", "CONTEXT", "STREAM", "Kind", "Measured", "inside"]
 STREAM = "the residual stream"
 """Stands among what a family's module reads for whatever the stream is at its place, which the whole model knows."""
 CONTEXT = "what another stack gives"
-"""Likewise."""
+"""Stands in the same way for what another stack gives to this one's layers, as an encoder to cross-attention."""
 BIAS = "what is added to attention logits"
-"""Likewise; in most models nothing."""
+"""Stands in the same way for what is added to attention logits, as relative positions; in most models nothing."""
 
 
 class Kind(StrEnum):

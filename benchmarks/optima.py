@@ -44,6 +44,7 @@ GPT: dict[str, Any] = {
     "seq_length": 64,
     "untie_embeddings_and_output_weights": True,
     "add_bias_linear": False,
+    "position_embedding_type": "none",
     "transformer_impl": "local",
 }
 HEAD_SIZE = 32
@@ -95,7 +96,6 @@ def latent(width: int, *, rank: int) -> ModelFile:
         v_head_dim=HEAD_SIZE,
         qk_layernorm=True,
         normalization="RMSNorm",
-        position_embedding_type="none",
     )
 
 

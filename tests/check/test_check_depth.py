@@ -1,12 +1,11 @@
 """Verdicts on targets deeper than their base, by a rule of depth: right ones, and its mistakes on live models."""
 
 import pytest
+from support.processes import run_ranks
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.mutants import MUTANTS
 from mup_megatron.check.run_megatron import check_megatron
-from mup_megatron.check.verdict.verdict import CheckOutcome, Verdict
-from mup_megatron.megatron import cpu
 from mup_megatron.recipe import Depth, Hyperparameters, Parametrization, Recipe
 
 BASE = ModelFile(
@@ -21,20 +20,21 @@ BASE = ModelFile(
 TARGET = BASE.model_copy(update={"hidden_size": 256, "num_layers": 16, "num_attention_heads": 16})
 
 
-def checked(alpha: float, mutant: str | None = None) -> Verdict:
-    cpu.enable()
+def checked(alpha: float, mutant: str | None = None) -> tuple[str, list[str]]:
+    """In a rank: the outcome, and the names of causes."""
     recipe = Recipe(
         base=BASE,
         hyperparameters=Hyperparameters(lr=0.003, residual_multiplier=0.8),
         parametrization=Parametrization(depth=Depth(alpha=alpha)),
     )
     wrong = None if mutant is None else MUTANTS[mutant]
-    return check_megatron(TARGET, recipe, widths=(32, 64, 128), seeds=2, mutant=wrong, references=None, processes=1)
+    found = check_megatron(TARGET, recipe, widths=(32, 64, 128), seeds=2, mutant=wrong, references=None, processes=1)
+    return found.outcome.value, [cause.name for cause in found.causes]
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 def test_a_right_deeper_target_passes(alpha: float) -> None:
-    assert checked(alpha).outcome is CheckOutcome.PASS
+    assert run_ranks(checked, 1, alpha)[0] == ("pass", [])
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,6 @@ def test_a_right_deeper_target_passes(alpha: float) -> None:
     [("branch-multiplier-lost", 1.0), ("depth-twice-in-init", 1.0), ("depth-rates-of-vectors", 0.5)],
 )
 def test_a_mistake_about_depth_is_named(mutant: str, alpha: float) -> None:
-    verdict = checked(alpha, mutant)
-    assert verdict.outcome is CheckOutcome.FAIL
-    assert verdict.causes[0].name in MUTANTS[mutant].cause
+    outcome, causes = run_ranks(checked, 1, alpha, mutant)[0]
+    assert outcome == "fail"
+    assert causes[0] in MUTANTS[mutant].cause

@@ -30,9 +30,7 @@ def stopped_and_gone_on(folder: Path) -> tuple[Any, Any]:
     return whole, again
 
 
-@pytest.mark.skipif(
-    versions.optimizer_package_problem("muon") is not None, reason="megatron-core 0.16 has no Muon"
-)
+@pytest.mark.skipif(versions.optimizer_package_problem("muon") is not None, reason="megatron-core 0.16 has no Muon")
 def test_a_run_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
     ((whole, again),) = run_ranks(stopped_and_gone_on, 1, tmp_path)
     assert len(whole) == 10

@@ -37,6 +37,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from rates.architectures import FAMILIES, REPORT, TUNING, Architecture
 from rates.tables import PARTS, caught, counted, of_part, tables
+from training_runs import start_worker
 
 import mup_megatron
 from mup_megatron.architectures.model_file import ModelFile
@@ -197,7 +198,7 @@ def _run(jobs: Sequence[Job], log: Path, workers: int, title: str) -> None:
         ProcessPoolExecutor(
             workers,
             mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
+            initializer=start_worker,
             initargs=(log.with_suffix(".log"),),
         ) as pool,
         log.open("a", encoding="utf-8") as file,
@@ -211,19 +212,6 @@ def _run(jobs: Sequence[Job], log: Path, workers: int, title: str) -> None:
                 continue
             file.write(json.dumps({"code": code, "job": asdict(pending[future]), **future.result()}) + "\n")
             file.flush()
-
-
-def _start_worker(log: Path) -> None:
-    """Imports once for many checks; what Megatron has to say goes to a file."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    from mup_megatron.training import ranks
-
-    ranks.preload()
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _check(job: Job, output: Path) -> dict[str, Any]:

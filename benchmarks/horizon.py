@@ -9,15 +9,16 @@ other values. Finished runs are lines of `runs.jsonl`, and not repeated.
 """
 
 import argparse
-import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from training_runs import KeptLosses, bracketed
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
@@ -87,41 +88,29 @@ class Measured:
 
     def __init__(self, folder: Path, data: Path, seeds: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file, self._data, self._seeds = folder / "runs.jsonl", data, range(1, seeds + 1)
-        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
-        self._known = {json.dumps(row["key"]): row["loss"] for row in map(json.loads, lines)}
+        self._kept, self._data, self._seeds = KeptLosses(folder / "runs.jsonl"), data, range(1, seeds + 1)
 
     def loss(self, given: Recipe, run: Run) -> float:
         """Returns the mean over the seeds of the last tenth's training loss; infinite if a run diverges."""
         return fmean(self._loss(given, run, seed) for seed in self._seeds)
 
-    def sweep(self, run: Run, octaves: Iterable[int]) -> dict[float, float]:
-        """Returns learning rate → loss, at as many rates as it takes for the best to have one on either side."""
-        found: dict[float, float] = {}
-        todo = [LEARNING_RATE * 2.0**octave for octave in octaves]
-        most = len(todo) + MORE
-        while todo and len(found) < most:
-            found |= {lr: self.loss(tuned(lr), run) for lr in todo}
-            best = min(found, key=found.__getitem__)
-            todo = [lr for lr in (best / 2, best * 2) if lr not in found]
-        return found
+    def sweep(self, run: Run, octaves: Sequence[int]) -> dict[float, float]:
+        """Returns learning rate → loss, at rates on either side of the best."""
+        rates = [LEARNING_RATE * 2.0**octave for octave in octaves]
+        return bracketed(lambda lr: self.loss(tuned(lr), run), rates, most=len(rates) + MORE, mean=float)
 
     def _loss(self, given: Recipe, run: Run, seed: int) -> float:
         from mup_megatron.training.train import run_training
 
-        key = [given.fingerprint, run.steps, run.batch, seed]
-        if json.dumps(key) not in self._known:
-            options = TrainingOptions(
-                train_iters=run.steps, global_batch_size=run.batch, eval_iters=0, seed=seed, log_interval=100
-            )
-            result = run_training(MODEL, given, self._data, options)
-            loss = result.train_loss if result.status == "complete" else None
-            row = {"lr": given.moved.lr, "rule": given.horizon.rule if given.horizon else None, "loss": loss}
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**row, "seconds": round(result.seconds, 1), "key": key}) + "\n")
-            self._known[json.dumps(key)] = loss
-        known = self._known[json.dumps(key)]
-        return math.inf if known is None else float(known)
+        options = TrainingOptions(
+            train_iters=run.steps, global_batch_size=run.batch, eval_iters=0, seed=seed, log_interval=100
+        )
+        return self._kept.loss(
+            [given.fingerprint, run.steps, run.batch, seed],
+            lambda: run_training(MODEL, given, self._data, options),
+            lr=given.moved.lr,
+            rule=given.horizon.rule if given.horizon else None,
+        )
 
 
 def main() -> None:

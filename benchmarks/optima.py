@@ -16,7 +16,6 @@ in `check --level full`. Finished runs are lines of `runs.jsonl`, and not repeat
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -28,6 +27,8 @@ from statistics import fmean
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from training_runs import KeptLosses, bracketed, start_worker
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.transfer import EXTENSIONS, at_rate, learning_rates
@@ -203,7 +204,7 @@ def _run(jobs: Sequence[Job], output: Path, workers: int) -> dict[tuple[str, str
         ProcessPoolExecutor(
             workers,
             mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
+            initializer=start_worker,
             initargs=(output / "runs.log",),
             max_tasks_per_child=1,  # Megatron's wrappers hold on to a run's memory and threads
         ) as pool,
@@ -223,48 +224,31 @@ def _work(model: ModelFile) -> int:
     return model.num_layers * model.hidden_size**2
 
 
-def _start_worker(log: Path) -> None:
-    """Imports once for many runs; what Megatron has to say goes to a file."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    from mup_megatron.training import ranks
-
-    ranks.preload()
-    import torch
-
-    torch.set_num_threads(1)
-
-
 def basin(job: Job, data: Path, output: Path) -> dict[float, list[float]]:
-    """Returns learning rate → final losses, at as many rates as it takes for the best to have one on either side."""
-    losses: dict[float, list[float]] = {}
-    todo = learning_rates(LEARNING_RATE, RATES)
-    while todo and len(losses) < RATES + EXTENSIONS:
-        for lr in todo:
-            losses[lr] = [_final_loss(job, lr, seed, data, output) for seed in range(1, job.length.seeds + 1)]
-        best = min(losses, key=lambda lr: fmean(losses[lr]))
-        todo = [lr for lr in (best / 2, best * 2) if lr not in losses]
-    return losses
-
-
-def _final_loss(job: Job, lr: float, seed: int, data: Path, output: Path) -> float:
-    """Returns the mean training loss of a run's last tenth; infinite if it diverges."""
+    """Returns learning rate → the final losses of its seeds, at rates on either side of the best."""
     from mup_megatron.training.train import run_training
 
-    target, recipe = job.row.targets[job.column], at_rate(job.row.recipe, lr)
-    key = [recipe.fingerprint, target.model_dump(mode="json"), job.length.steps, seed]
-    log = output / "runs.jsonl"
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        if (run := json.loads(line))["key"] == key:
-            return math.inf if run["loss"] is None else float(run["loss"])
-    options = TrainingOptions(train_iters=job.length.steps, global_batch_size=BATCH, eval_iters=0, seed=seed)
-    result = run_training(target, recipe, data, options)
-    loss = result.train_loss if result.status == "complete" else math.inf
-    row = {"table": job.table, "row": job.row.name, "column": job.column, "lr": lr, "seed": seed}
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**row, "loss": loss if math.isfinite(loss) else None, "key": key}) + "\n")
-    return loss
+    kept, target, steps = KeptLosses(output / "runs.jsonl"), job.row.targets[job.column], job.length.steps
+
+    def trained(lr: float, seed: int) -> float:
+        recipe = at_rate(job.row.recipe, lr)
+        options = TrainingOptions(train_iters=steps, global_batch_size=BATCH, eval_iters=0, seed=seed)
+        return kept.loss(
+            [recipe.fingerprint, target.model_dump(mode="json"), steps, seed],
+            lambda: run_training(target, recipe, data, options),
+            table=job.table,
+            row=job.row.name,
+            column=job.column,
+            lr=lr,
+            seed=seed,
+        )
+
+    return bracketed(
+        lambda lr: [trained(lr, seed) for seed in range(1, job.length.seeds + 1)],
+        learning_rates(LEARNING_RATE, RATES),
+        most=RATES + EXTENSIONS,
+        mean=fmean,
+    )
 
 
 # ---- telling -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 Says in which order things happen; how, is in the modules beside this one.
 """
 
-import gc
 import json
 import math
 import sys
@@ -79,19 +78,15 @@ def run_training(
     """
     require_possible(model, recipe, options, ranks.world_size())
     ranks.enable_cpu()
-    try:
-        with ranks.joined(
-            tensor=options.tensor_model_parallel_size,
-            pipeline=options.pipeline_model_parallel_size,
-            virtual_stages=options.virtual_stages(model),
-            seed=options.seed,
-            experts=options.expert_model_parallel_size,
-            tensor_of_experts=options.expert_tensor_parallel_size,
-        ):
-            return _run(model, recipe, data, options, report, show=show)
-    finally:
-        # The run's parts refer to each other, and hold its buffers and the threads of its process groups.
-        gc.collect()
+    with ranks.joined(
+        tensor=options.tensor_model_parallel_size,
+        pipeline=options.pipeline_model_parallel_size,
+        virtual_stages=options.virtual_stages(model),
+        seed=options.seed,
+        experts=options.expert_model_parallel_size,
+        tensor_of_experts=options.expert_tensor_parallel_size,
+    ):
+        return _run(model, recipe, data, options, report, show=show)
 
 
 def _run(

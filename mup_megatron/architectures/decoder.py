@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from mup_megatron.architectures.command_line import CommandLine
 from mup_megatron.architectures.custom import custom_tensors
-from mup_megatron.architectures.families import MTP, Block, Family, Growth, Size, norm
+from mup_megatron.architectures.families import MLP, MTP, Block, Family, Growth, Size, norm
 from mup_megatron.architectures.families.family import alike
 from mup_megatron.architectures.layout import Layout
 from mup_megatron.architectures.measured import BIAS, CONTEXT, STREAM, Kind, Measured, inside
@@ -42,6 +42,8 @@ _SHARED = {
 }
 """What base and target must share: key → what it decides. μP compares sizes, not architectures."""
 
+_WIDTHS = ("hidden_size", "num_attention_heads", "num_query_groups")
+"""Keys that grow at whatever base, beside `Architecture.widths`."""
 _QUERY_NORM = re.compile(r"\.(?:q_layernorm\.|linear_q_up_proj\.layer_norm_)")
 _MTP_NORM = re.compile(r"mtp\.layers\.\d+\.final_layernorm\.")
 _LAYOUT = ("transformer_impl", "moe_grouped_gemm", "moe_use_legacy_grouped_gemm")
@@ -101,10 +103,6 @@ class Architecture(ABC):
         """Returns the model for sequences of so many tokens."""
         positions = None if model.max_position_embeddings is None else length
         return model.model_copy(update={"seq_length": length, "max_position_embeddings": positions})
-
-    def narrowed(self, target: ModelFile, hidden: int) -> tuple[Mapping[str, Any], Sequence[str]]:
-        """Returns the keys of a proxy of this hidden size that only its own layers have, and what to say of them."""
-        return {}, ()
 
     def stages(self, model: ModelFile) -> Sequence[int] | None:
         """Returns how many layers each pipeline stage has; None where the model file leaves them to an even split."""
@@ -242,7 +240,8 @@ class Architecture(ABC):
                     for tensor in family.tensors(model, f"{stack}.layers.{index}", growth):
                         yield replace(tensor, stack=stack)
             yield from norm(model, f"{stack}.{self.final_norm}.", Side(model.hidden_size, grows=True))
-        yield from custom_tensors(model, self.stacks(model), growth)
+        widths = {*_WIDTHS, *(size.key for size in self.widths(model))}
+        yield from custom_tensors(model, self.stacks(model), growth, widths)
         for layer, block in self._further(model):
             for tensor in block.tensors(model, layer, growth):
                 # Megatron draws what writes into the stream there as in the stack itself, by the stack's depth. Each
@@ -269,6 +268,11 @@ class Architecture(ABC):
         """Returns the sizes of a model's families that it has, each once."""
         found = {size.key: size for _, family in self._in_stacks(model) for size in family.sizes}
         return [size for size in found.values() if size.of(model) is not None]
+
+    def widths(self, model: ModelFile) -> Sequence[Size]:
+        """Returns what a narrower model has less of, beside heads: the ffn, a key of every model, and its families'."""
+        found = {size.key: size for size in (*MLP.sizes, *self.sizes(model)) if size.is_width}
+        return [*found.values()]
 
     def places(self, model: ModelFile) -> Iterator[Place]:
         """Yields where factors act in a model, beside those of single weights."""

@@ -79,6 +79,14 @@ class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
     unread: ClassVar[tuple[Unread, ...]] = UNREAD
     """Keys that are read only beside others, and those of layers that no model of this kind has."""
 
+    following: ClassVar[Mapping[str, str]] = {
+        "ffn_hidden_size": "ffn_size",
+        "kv_channels": "head_size",
+        "num_query_groups": "query_groups",
+        "moe_ffn_hidden_size": "expert_ffn_size",
+    }
+    """Keys whose values may follow from others → the property that has them."""
+
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """Returns the value of each key that a file does not say."""
@@ -146,6 +154,10 @@ class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
     def expert_layers(self) -> int:
         """Number of layers with experts; of those of multi-token prediction, all that may have them."""
         return sum(map(self.has_experts, range(self.num_layers))) + (self.mtp_num_layers or 0)
+
+    def value_of(self, key: str) -> Any:
+        """Returns what a key says, or where it says nothing what follows from others."""
+        return getattr(self, self.following.get(key, key))
 
     @property
     def ffn_size(self) -> int:

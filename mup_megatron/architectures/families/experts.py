@@ -48,10 +48,10 @@ class Experts(Family):
         }
     )
     sizes: ClassVar[tuple[Size, ...]] = (
-        Size(key="moe_ffn_hidden_size", attribute="expert_ffn_size", small=64),
-        Size(key="moe_shared_expert_intermediate_size", attribute="moe_shared_expert_intermediate_size", small=64),
-        Size(key="num_experts", attribute="num_experts", small=8, spread=4, follows_width=False),
-        Size(key="moe_router_topk", attribute="moe_router_topk", small=2, follows_width=False),
+        Size(key="moe_ffn_hidden_size", small=64),
+        Size(key="moe_shared_expert_intermediate_size", small=64),
+        Size(key="num_experts", small=8, spread=4, follows_width=False),
+        Size(key="moe_router_topk", small=2, follows_width=False),
     )
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:

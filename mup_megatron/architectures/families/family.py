@@ -37,8 +37,6 @@ class Size:
     """A size in a model file that is a family's own; heads are every model's."""
 
     key: str
-    attribute: str
-    """Where a model has it with its default; None there for a model without."""
     small: int
     """As large as a small model of the kind needs it, where base and target share it."""
     spread: int = 2
@@ -46,10 +44,21 @@ class Size:
     ratio of two sizes, as of experts and those that are chosen, has to differ too."""
     follows_width: bool = True
     """Whether it keeps its ratio to the hidden size where base and target differ in it; a count does not."""
+    kept: bool = False
+    """Whether models of one kind share it at several widths all the same, as the ranks of latents."""
+    divides: str | None = None
+    """The key of a size that has to be a multiple of it."""
+    fewer: str = ""
+    """What follows where a narrower model has to have less of it for that, for a remark."""
+
+    @property
+    def is_width(self) -> bool:
+        """True where it is narrower in every narrower model."""
+        return self.follows_width and not self.kept
 
     def of(self, model: ModelFile) -> int | None:
-        """Returns the size in a model."""
-        size: int | None = getattr(model, self.attribute)
+        """Returns the size in a model; None if the model has none."""
+        size: int | None = model.value_of(self.key)
         return size
 
 

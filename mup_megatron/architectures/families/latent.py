@@ -22,8 +22,8 @@ class LatentAttention(Family):
 
     name: ClassVar[str] = "latent attention"
     sizes: ClassVar[tuple[Size, ...]] = (
-        Size(key="q_lora_rank", attribute="q_lora_rank", small=32),
-        Size(key="kv_lora_rank", attribute="kv_lora_rank", small=32),
+        Size(key="q_lora_rank", small=32, kept=True),
+        Size(key="kv_lora_rank", small=32, kept=True),
     )
     shared: ClassVar[Mapping[str, str]] = alike("rotary_scaling_factor", "mscale_all_dim")
     """They are a factor of its softmax scale."""

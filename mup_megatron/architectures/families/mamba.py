@@ -23,10 +23,16 @@ class Mamba(Family):
 
     name: ClassVar[str] = "mamba"
     sizes: ClassVar[tuple[Size, ...]] = (
-        Size(key="mamba_num_heads", attribute="mamba_heads", small=8),
-        Size(key="mamba_head_dim", attribute="mamba_head_dim", small=16, follows_width=False),
-        Size(key="mamba_num_groups", attribute="mamba_num_groups", small=1, follows_width=False),
-        Size(key="mamba_state_dim", attribute="mamba_state_dim", small=16, follows_width=False),
+        Size(key="mamba_num_heads", small=8),
+        Size(key="mamba_head_dim", small=16, follows_width=False),
+        Size(
+            key="mamba_num_groups",
+            small=1,
+            follows_width=False,
+            divides="mamba_num_heads",
+            fewer="B and C have fewer rows",
+        ),
+        Size(key="mamba_state_dim", small=16, follows_width=False),
     )
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ class Mlp(Family):
     """Two linear layers with an activation between; with swiglu, gate and up projection are one fused matrix."""
 
     name: ClassVar[str] = "mlp"
-    sizes: ClassVar[tuple[Size, ...]] = (Size(key="ffn_hidden_size", attribute="ffn_size", small=256),)
+    sizes: ClassVar[tuple[Size, ...]] = (Size(key="ffn_hidden_size", small=256),)
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         """Yields norm, linear_fc1 and linear_fc2."""

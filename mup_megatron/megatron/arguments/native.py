@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_args
 from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS
+from mup_megatron.architectures.narrowing import Heads, narrowed
 from mup_megatron.architectures.registry import architecture_of, model_file
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.convert import model_from_values, values_from_flags
@@ -261,26 +262,16 @@ def _base(native: Native, source: str) -> tuple[ModelFile, list[str]]:
         (divisor for divisor in range(1, heads + 1) if heads % divisor == 0),
         key=lambda divisor: abs(divisor - model.query_groups * heads / model.num_attention_heads),
     )
-    ffns = {"ffn_hidden_size": model.ffn_size}
-    if model.num_experts is not None:
-        own = {key: getattr(model, key) for key in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")}
-        ffns |= {key: size for key, size in own.items() if size is not None}
-    narrow = {key: max(1, round(size / m)) for key, size in ffns.items()}
-    for what, exact, rounded in (
+    base = narrowed(model, native.base_hidden_size, Heads(number=heads, groups=groups, size=head))
+    for key, exact, rounded in (
         ("num_attention_heads", attended / head, heads),
         ("num_query_groups", model.query_groups * heads / model.num_attention_heads, groups),
-        *((key, size / m, narrow[key]) for key, size in ffns.items()),
+        *((each.key, float(each.exact), each.size) for each in base.rounded),
     ):
         if exact != rounded:
-            notes.append(f"the base's {what} would be {exact:g} and is rounded to {rounded}, so its ratio is not m.")
-    sizes = {
-        "hidden_size": native.base_hidden_size,
-        **narrow,
-        "num_attention_heads": heads,
-        "kv_channels": head,
-        "num_query_groups": groups if model.group_query_attention else 1,
-    }
-    return model_file({**model.model_dump(mode="json"), **sizes}, source=f"{source}: the base of native μP"), notes
+            notes.append(f"the base's {key} would be {exact:g} and is rounded to {rounded}, so its ratio is not m.")
+    notes += base.notes
+    return model_file(base.model.model_dump(mode="json"), source=f"{source}: the base of native μP"), notes
 
 
 # ---- what was tuned ------------------------------------------------------------------------------------------------

@@ -1,0 +1,69 @@
+"""The same model at a smaller width: heads as they are asked for, all else as the families of its layers say."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import architecture_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """The attention heads of a narrower model."""
+
+    number: int
+    groups: int
+    """Of keys and values; as many as there are heads without grouped queries."""
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A size that is not exactly in the wider model's ratio to the hidden size, because it has to be whole."""
+
+    key: str
+    wider: int
+    exact: Fraction
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowed:
+    """A narrower model, and in what it differs from the wider one in more than width."""
+
+    model: ModelFile
+    rounded: Sequence[Rounded]
+    notes: Sequence[str]
+    """What it has to have less of than the wider one, in sentences."""
+
+
+def narrowed(model: ModelFile, hidden: int, heads: Heads) -> Narrowed:
+    """Returns the model at this hidden size: widths keep their ratio to it; counts and ranks are kept."""
+    architecture, ratio = architecture_of(model), Fraction(hidden, model.hidden_size)
+    rounded, notes, sizes = [], [], {}
+    for size in architecture.widths(model):
+        wider = size.of(model)
+        assert wider is not None
+        sizes[size.key] = now = max(1, round(wider * ratio))
+        if now != wider * ratio:
+            rounded.append(Rounded(size.key, wider, wider * ratio, now))
+    for size in architecture.sizes(model):
+        if size.divides is not None and (wider := size.of(model)) is not None:
+            multiple = sizes[size.divides]
+            sizes[size.key] = now = math.gcd(multiple, wider)
+            if now != wider:
+                notes.append(
+                    f"{size.key} {now}, in the target {wider}, which do not divide {size.divides} {multiple}: "
+                    f"{size.fewer}."
+                )
+    changes = {
+        **sizes,
+        "hidden_size": hidden,
+        "num_attention_heads": heads.number,
+        # Heads of latent attention say their sizes themselves.
+        "kv_channels": model.kv_channels if model.multi_latent_attention else heads.size,
+        "num_query_groups": heads.groups if model.group_query_attention else 1,
+    }
+    return Narrowed(model.model_copy(update=changes), rounded, notes)

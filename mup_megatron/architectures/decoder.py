@@ -189,6 +189,13 @@ class Architecture(ABC):
         """Returns why Megatron's local layers cannot be those of a model, and what to do; None where they can."""
         return next(filter(None, (each.local_problem(model, on_cpu=on_cpu) for each in self.families(model))), None)
 
+    def native_problem(self, model: ModelFile) -> str | None:
+        """Returns why no recipe does what Megatron's own μP does with a model, and what to do; None where one does."""
+        return (
+            f"--use-mup: the line builds {self.description}, whose logits Megatron's own μP leaves as they are, so no "
+            "recipe does the same. Write one by hand with `mup-megatron recipe`."
+        )
+
     def expert_parallel(self, model: ModelFile) -> bool:
         """Returns whether ranks of expert parallelism hold different parts of a model."""
         return any(family.expert_parallel for family in self.families(model))
@@ -357,6 +364,10 @@ class Decoder(Architecture):
     def stacks(self, model: ModelFile) -> Mapping[str, Layers]:
         """Returns the one stack."""
         return {STACK: self.layers(model)}
+
+    def native_problem(self, model: ModelFile) -> str | None:
+        """Returns what one of its families says of it."""
+        return next(filter(None, (each.native_problem for each in self.families(model))), None)
 
     def _further(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
         """The layers of multi-token prediction, each of the families of the stack's last one."""

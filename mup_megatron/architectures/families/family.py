@@ -68,6 +68,8 @@ class Block(ABC):
     name: ClassVar[str]
     shared: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Keys of a model file, beside those of every model → what they decide, which base and target must share."""
+    native_problem: ClassVar[str | None] = None
+    """Why no recipe does what Megatron's own μP (`--use-mup`) does with it, and what to do."""
     expert_parallel: ClassVar[bool] = False
     """Whether ranks of expert parallelism hold different parts of it."""
 

@@ -25,6 +25,10 @@ class LatentAttention(Family):
         Size(key="q_lora_rank", small=32, kept=True),
         Size(key="kv_lora_rank", small=32, kept=True),
     )
+    native_problem: ClassVar[str | None] = (
+        "--multi-latent-attention beside --use-mup: Megatron's own μP leaves the scale of this attention alone, and a "
+        "recipe cannot say that. Tune a base with a recipe."
+    )
     shared: ClassVar[Mapping[str, str]] = alike("rotary_scaling_factor", "mscale_all_dim")
     """They are a factor of its softmax scale."""
 

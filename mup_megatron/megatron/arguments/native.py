@@ -11,17 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_args
 
-from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS
 from mup_megatron.architectures.narrowing import Heads, narrowed
-from mup_megatron.architectures.registry import architecture_of, model_file
+from mup_megatron.architectures.registry import architecture_of, model_file, shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.convert import model_from_values, values_from_flags
 from mup_megatron.megatron.arguments.table import HYPERPARAMETERS
 from mup_megatron.megatron.optimizers import MEGATRON_OPTIMIZERS, MegatronOptimizer, require_known
 from mup_megatron.recipe import LONGEST_SCHEDULE, Recipe, Schedule, recipe
-from mup_megatron.theory import Plan, PlanEntry, Role, family_of, optimizers
+from mup_megatron.theory import Plan, PlanEntry, Property, Role, family_of, optimizers
 from mup_megatron.theory.rules import softmax_scale
 from mup_megatron.validation import brief
 
@@ -186,19 +185,11 @@ def recipe_from_native(
     # The recipe says it with per_parameter, the model file need not.
     plain = {**values, "embedding_init_method_std": None}
     model = model_from_values(plain, vocab_size=vocab_size, source=source, script=script)
-    if model.multi_latent_attention:
-        raise InputError(
-            f"{source}: --multi-latent-attention beside --use-mup: Megatron's own μP leaves the scale of this "
-            "attention alone, and a recipe cannot say that. Tune a base with a recipe."
-        )
-    architecture = architecture_of(model)
-    if not isinstance(architecture, Decoder):
-        raise InputError(
-            f"{source}: --use-mup: the line builds {architecture.description}, whose logits Megatron's own μP leaves "
-            "as they are, so no recipe does the same. Write one by hand with `mup-megatron recipe`."
-        )
+    if problem := architecture_of(model).native_problem(model):
+        raise InputError(f"{source}: {problem}")
     native = Native(model, values)
     base, notes = _base(native, source)
+    has_router = any(Property.ROUTER in tensor.properties for tensor in shapes_of(model, model)[1].tensors)
     content: dict[str, Any] = {
         "base": base.model_dump(mode="json"),
         "hyperparameters": _hyperparameters(native, base),
@@ -208,7 +199,7 @@ def recipe_from_native(
         "parametrization": {
             "optimizer": values["optimizer"],
             "weight_decay_exponent": 0.0,
-            **({"router": "hidden"} if model.num_experts is not None else {}),
+            **({"router": "hidden"} if has_router else {}),
         },
         "provenance": {"from": "Megatron-Core's own μP", **_said(values)},
     }

@@ -6,21 +6,15 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
+from mup_megatron.architectures.architecture import READOUT_PANEL, Architecture, Layers
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
-from mup_megatron.architectures.decoder import (
-    READOUT_PANEL,
-    Architecture,
-    Layers,
-    embedding,
-    readout,
-    stepped_as_matrix,
-)
 from mup_megatron.architectures.families import ATTENTION, MLP, linear, norm, vector
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.keys import PLAIN_LAYERS
 from mup_megatron.architectures.keys.unread import Unread
 from mup_megatron.architectures.measured import Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.tables import embedding, readout, stepped_as_matrix
 from mup_megatron.theory import Side, Tensor
 
 STACK = "encoder"

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
+from mup_megatron.architectures.architecture import Architecture
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
-from mup_megatron.architectures.decoder import Architecture, Decoder
+from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.families import ATTENTION, EXPERTS, MAMBA, MLP, Family
 from mup_megatron.architectures.flag import Flag, number
 from mup_megatron.architectures.gpt import GPT

@@ -6,7 +6,6 @@ from support.shapes import gpt, hybrid
 
 from mup_megatron.errors import InputError
 
-
 MODELS = {"hybrid": hybrid(gpt()), "experts": gpt(num_experts=4, mtp_num_layers=1, position_embedding_type="rope")}
 
 

@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Container, Mapping, Sequence
 
 from mup_megatron.architectures import names
-from mup_megatron.architectures.decoder import as_other
+from mup_megatron.architectures.architecture import as_other
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, shapes_of
 from mup_megatron.check.measure.names import in_layer

@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mup_megatron.architectures.architecture import Architecture
 from mup_megatron.architectures.command_line import Reading, Release
-from mup_megatron.architectures.decoder import Architecture
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.keys.custom import CustomTensor

@@ -6,7 +6,7 @@ is one of its own. Pure data; needs neither.
 
 from collections.abc import Iterator, Sequence
 
-from mup_megatron.architectures.decoder import Architecture
+from mup_megatron.architectures.architecture import Architecture
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.errors import InputError
 

@@ -10,7 +10,7 @@ from collections.abc import Container, Sequence
 from enum import Enum
 from pathlib import Path, PurePosixPath
 
-from mup_megatron.architectures.decoder import Architecture
+from mup_megatron.architectures.architecture import Architecture
 from mup_megatron.architectures.registry import architectures
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.table import every

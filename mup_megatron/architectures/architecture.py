@@ -194,7 +194,7 @@ class Architecture(ABC):
                     yield f"{stack}.layers.{index}", family
 
     def _further(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
-        """What stands behind the stacks and is made of layers too."""
+        """Yields each layer's name and one of its families, of layers that stand behind the stacks."""
         yield from ()
 
     def _shape(self, model: ModelFile, growth: Growth) -> ModelShape:
@@ -236,7 +236,7 @@ class Architecture(ABC):
         yield from self._heads(model)
 
     def _tables(self, model: ModelFile) -> Iterator[Tensor]:
-        """What is looked up: the embeddings of words, first, and of what else there is."""
+        """Yields the tables that are looked up: the embeddings of words, first, and of what else there is."""
         hidden = Side(model.hidden_size, grows=True)
         vocabulary = Side(model.padded_vocab_size())
         yield replace(embedding(WORD_EMBEDDINGS, vocabulary, hidden), padded_to=model.make_vocab_size_divisible_by)
@@ -244,7 +244,7 @@ class Architecture(ABC):
             yield stepped_as_matrix(embedding(POSITION_EMBEDDINGS, Side(model.positions), hidden))
 
     def _heads(self, model: ModelFile) -> Iterator[Tensor]:
-        """What stands behind the stacks: the readout, where it is not the token embedding, and what else there is."""
+        """Yields what stands behind the stacks: the readout, unless it is the token embedding, and what else there is."""
         if not model.tied:
             vocabulary = Side(model.padded_vocab_size())
             head = readout(self.readout, Side(model.hidden_size, grows=True), vocabulary)
@@ -304,7 +304,7 @@ class Architecture(ABC):
         yield from ()
 
     def _heads_measured(self, model: ModelFile, final: str) -> Iterator[Measured]:
-        """What a check looks at behind the stacks, the last of which gives what is said."""
+        """Yields what a check looks at behind the stacks, of which the last gives what is named."""
         module = self.readout.rpartition(".")[0]
         yield Measured(module, Kind.READOUT, READOUT_PANEL, (final,), leads=True)
 

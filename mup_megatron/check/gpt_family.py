@@ -77,7 +77,7 @@ class _Correct:
 
     @property
     def facts(self) -> object:
-        """What they follow from."""
+        """Returns what they follow from."""
         shapes = [model.model_dump(mode="json") for model in self.models.values()]
         return [self.recipe.fingerprint, shapes, self.protocol.fingerprint(), list(self.seeds)]
 

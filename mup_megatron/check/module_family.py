@@ -264,7 +264,7 @@ def _growth(head_sizes: Mapping[int, Mapping[str, int]], name: str) -> float:
 
 
 def _tails(model: nn.Module) -> dict[str, float]:
-    """Of the draws of a bare model: E x⁴ / (E x²)²."""
+    """Returns E x⁴ / (E x²)² of the draws of a bare model."""
     found = {}
     for name, parameter in model.named_parameters():
         square = parameter.detach().double().square()

@@ -167,7 +167,7 @@ def _possible(target: ModelFile, recipe: Recipe) -> tuple[ModelFile, Recipe, lis
 
 
 def _prediction(family: GPTFamily, deep: "_Deep", level: Level, seeds: int) -> str:
-    """How many models there will be, and how long they take. The pilot has run."""
+    """Returns how many models there will be, and how long they take. The pilot has run."""
     some = next(iter(family.models.values()))
     return prediction(
         {width: _shapes(model, family.recipe) for width, model in family.plain.items()},
@@ -210,7 +210,7 @@ class _Deep:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is checked. Where there is one process, Megatron's groups have to be joined, and all of it is collective."""
+    """Measures what is checked: in one process Megatron's groups have to be joined, and all of it is collective."""
 
     family: GPTFamily
     layout: TrainingOptions

@@ -306,7 +306,7 @@ def _depth_of(base: PretrainedConfig, target: PretrainedConfig) -> dict[str, Any
 
 
 def _follows_depth(key: str, base: PretrainedConfig, target: PretrainedConfig) -> bool:
-    """Whether a key says how many layers there are, or names the kind of each in lists as long as the depths."""
+    """Returns whether a key is a number of layers, or names the kind of each in lists as long as the depths."""
     if key in DEPTHS:
         return True
     depths = [value(config, "num_hidden_layers") for config in (base, target)]
@@ -347,7 +347,7 @@ def _wider(base: PretrainedConfig, target: PretrainedConfig) -> dict[str, Any]:
 
 
 def _kind(key: str) -> str:
-    """Which of the layers of a hybrid model have heads of a key's size or number."""
+    """Returns which of the layers of a hybrid model have heads of a key's size or number."""
     return next((kind for kind in ("mamba", "linear") if kind in key), "attention")
 
 

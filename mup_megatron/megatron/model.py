@@ -91,7 +91,7 @@ _OTHER_KINDS = {
 
 
 def _foreign(model: torch.nn.Module, plan: Plan) -> str | None:
-    """Why a model is none that the plan is for, as far as its class says; its parameters are compared later."""
+    """Returns why a model is none that the plan is for, as far as its class says; its parameters are compared later."""
     classes = [kind.__name__ for kind in type(model).__mro__]
     own = architectures()[plan.architecture]
     if set(own.live_classes) & set(classes):
@@ -161,7 +161,7 @@ def _multiplier_problems(modules: Mapping[str, torch.nn.Module], plan: Plan) -> 
 
 
 def _draw_problems(model: torch.nn.Module) -> list[str]:
-    """Why Megatron's draw cannot be rescaled, if it cannot."""
+    """Returns why Megatron's draw cannot be rescaled, if it cannot."""
     config: Any = model.config
     if any(parameter.is_meta for parameter in model.parameters()):
         return [

@@ -25,7 +25,7 @@ from mup_megatron.theory import Plan
 
 @dataclasses.dataclass
 class _ForkRun:
-    """What is known of a run so far; filled in as the fork goes along."""
+    """Holds what is known of a run so far; filled in as the fork goes along."""
 
     recipe: Recipe
     options: flags.Options

@@ -180,7 +180,7 @@ def _branches(plan: Plan) -> list[Site]:
 
 
 def _is_layer(module: torch.nn.Module, attribute: str) -> bool:
-    """Whether a module's own call multiplies its first input by a weight, or looks it up."""
+    """Returns whether a module's own call multiplies its first input by a weight, or looks it up."""
     # Torch's attention multiplies three inputs by one weight, and never calls the layer that holds another one.
     if isinstance(module, torch.nn.MultiheadAttention | torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False

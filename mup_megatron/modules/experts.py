@@ -87,7 +87,7 @@ def _found(modules: Mapping[str, torch.nn.Module]) -> Iterator[Experts]:
 
 
 def _count(name: str, module: torch.nn.Module) -> int:
-    """How many experts a module holds; 0 where it holds none."""
+    """Returns how many experts a module holds; 0 where it holds none."""
     own = name.rpartition(".")[2].lower()
     if isinstance(module, _LISTS):
         return len(module) if own.endswith("experts") else 0

@@ -157,7 +157,7 @@ class _Tracker(TorchDispatchMode):
     # ---- what is known of tensors
 
     def factor_of(self, tensor: torch.Tensor) -> Hashable:
-        """What is known of a tensor, but for the places where it became so."""
+        """Returns what is known of a tensor, but for the places where it became so."""
         track = self._of(tensor)
         return track.active, track.weight, track.factor, track.contracted
 
@@ -171,7 +171,7 @@ class _Tracker(TorchDispatchMode):
         self._tracks[id(tensor)] = track
 
     def _wrote(self, tensor: torch.Tensor, track: Track) -> None:
-        """What was written into a view is in the whole as well."""
+        """Notes what was written into a view, which is in the whole as well."""
         self._set(tensor, track)
         for other in self._sharing[tensor.untyped_storage()._cdata]:
             self._tracks[other] = track
@@ -266,7 +266,7 @@ class _Tracker(TorchDispatchMode):
         return rows
 
     def _factors_of_tables(self) -> dict[str, float | None]:
-        """Of a table that is looked up in several ways no number is known."""
+        """Returns the factor of each table; of one that is looked up in several ways none is known."""
         found: dict[str, float | None] = {}
         for name, factor in self._lookups:
             found[name] = factor if found.get(name, factor) == factor else None

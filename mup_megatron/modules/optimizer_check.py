@@ -90,7 +90,7 @@ def _require_rule(optimizer: Any, groups: list[Group], wanted: str) -> None:
 
 
 def _wrong(optimizer: Any, groups: list[Group], wanted: str) -> str | None:
-    """Why an optimizer is not the wanted one; None where it is, or where that cannot be seen."""
+    """Returns why an optimizer is not the wanted one; None where it is, or where that cannot be seen."""
     kind, known = type(optimizer), TORCH_OPTIMIZERS[wanted]
     names = {name for own in kind.__mro__ for name in (own.__name__,)}
     if names & set(known.kernels):
@@ -156,7 +156,7 @@ def _clone(optimizer: Any, group: Group) -> Any:
 
 
 def _reference(kind: type[torch.optim.Optimizer], group: Mapping[str, Any], options: Mapping[str, Any]) -> torch.Tensor:
-    """Where the steps of one of torch's optimizers lead, with what it knows of a group's settings."""
+    """Returns where the steps of one of torch's optimizers lead, with what it knows of a group's settings."""
     known = inspect.signature(kind).parameters
     settings = {key: group[key] for key in _SETTINGS if key in group and key in known}
     return _moved(kind([_tried()], **settings, **options))
@@ -170,7 +170,7 @@ def _tried() -> torch.nn.Parameter:
 
 
 def _moved(optimizer: Any) -> torch.Tensor:
-    """Where some steps of an optimizer lead that has one parameter."""
+    """Returns where some steps of an optimizer lead that has one parameter."""
     (parameter,) = optimizer.param_groups[0]["params"]
     slope = torch.tensor([[0.02, -0.3, 0.01], [-0.05, 0.4, 0.1]])
     if getattr(optimizer, "defaults", {}).get("differentiable"):

@@ -112,7 +112,7 @@ def _require_understood(built: MetaModule) -> None:
 
 
 def _may_be_kept(name: str, parameter: torch.nn.Parameter) -> bool:
-    """Whether a start that is not understood can be kept: nothing sums over a growing side of the parameter."""
+    """Returns whether a start that is not understood can be kept: nothing sums over a growing side of the parameter."""
     return not parameter.requires_grad or parameter.dim() <= 1 or name.endswith(STATES)
 
 
@@ -254,7 +254,7 @@ def _tied_readout(model: torch.nn.Module) -> str | None:
 def _counterpart(
     name: str, base: Mapping[str, ModuleParameter], families: Mapping[str, list[str]]
 ) -> ModuleParameter | None:
-    """What the base has for a parameter: of the same name, or of other layers where these are all alike."""
+    """Returns what the base has for a parameter: of the same name, or of other layers where these are all alike."""
     if name in base:
         return base[name]
     alike = [base[other] for other in families.get(family_of(name), [])]

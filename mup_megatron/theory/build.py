@@ -277,7 +277,7 @@ def _folded(entry: PlanEntry) -> PlanEntry:
 
 
 def _more(properties: frozenset[Property], s: Scaling) -> str:
-    """What of a rule the role does not say."""
+    """Returns what of a rule the role does not say."""
     own = "".join(f".{each}" for each in (Property.RESIDUAL, Property.EXPERT) if each in properties)
     return own if s.share.ratio == 1.0 else f"{own} (its share of the tokens × {s.share.ratio:.4g})"
 

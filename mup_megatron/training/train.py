@@ -183,7 +183,7 @@ def _checkpoint(options: TrainingOptions) -> "Found | None":
 
 
 def _record(found: "Found", identity: "Identity", recipe: Recipe, plan: Plan, options: TrainingOptions) -> "Record":
-    """What a checkpoint's run has measured so far.
+    """Returns what a checkpoint's run has measured so far.
 
     Raises:
         InputError: what it says of its run is damaged, or it is another run.
@@ -232,7 +232,7 @@ class _TrainingRun:
             self.record.add_log(Bar(options.train_iters, done) if bar else Lines(options.train_iters))
 
     def _texts(self) -> dict[str, str]:
-        """What says which run this is: for the output folder and for every checkpoint."""
+        """Returns what says which run this is: for the output folder and for every checkpoint."""
         from mup_megatron.training import identity
         from mup_megatron.training.record import PLAN, RECIPE, RUN
 

@@ -24,7 +24,7 @@ def _none(value: Any) -> Any:
 
 
 def _alone(value: Any) -> Any:
-    """Of a list with one item that item, as Megatron takes it."""
+    """Returns the item of a list that has one, as Megatron takes it; anything else as it is."""
     return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 

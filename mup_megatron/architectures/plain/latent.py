@@ -69,7 +69,7 @@ def _ordinary(model: ModelFile) -> tuple[Tensor, float]:
 
 
 def _yarn(model: ModelFile) -> tuple[Tensor, float]:
-    """Likewise with YaRN (arXiv 2309.00071): slow channels are interpolated, fast ones are not."""
+    """Returns the same with YaRN (arXiv 2309.00071): slow channels are interpolated, fast ones are not."""
     size, factor = model.qk_pos_emb_head_dim, model.rotary_scaling_factor
     powers = model.rotary_base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     low, high = (

@@ -79,7 +79,7 @@ def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
 
 @dataclass(frozen=True, kw_only=True)
 class _Growth:
-    """How the dimensions of a target follow its hidden size: those in which it differs from the base grow."""
+    """Says how the dimensions of a target follow its hidden size: those in which it differs from the base grow."""
 
     base: ModelFile
     target: ModelFile
@@ -114,7 +114,7 @@ class _Growth:
         return _first_that(self.is_whole, range(1, 64 * WIDEST_BASE))
 
     def is_whole(self, width: int) -> bool:
-        """Whether heads and groups are whole at a hidden size, and rotary embeddings possible."""
+        """Returns whether heads and groups are whole at a hidden size, and rotary embeddings possible."""
         if width < 1:
             return False
         heads, size, groups = self.heads(width), self.head_size(width), self.groups(width)
@@ -125,7 +125,7 @@ class _Growth:
         return _rotates(self.target, int(size)) and (not self.sizes_grow or size % 2 == 0)
 
     def heads(self, width: int) -> Fraction:
-        """How many attention heads."""
+        """Returns the number of attention heads."""
         target = self.target
         if not self.heads_grow:
             return Fraction(target.num_attention_heads)
@@ -144,7 +144,7 @@ class _Growth:
         return Fraction(target.num_attention_heads * target.head_size * width, target.hidden_size) / self.heads(width)
 
     def groups(self, width: int) -> Fraction:
-        """How many heads of keys and values."""
+        """Returns the number of heads of keys and values."""
         target = self.target
         if not (self.groups_grow and self.heads_grow):
             return Fraction(target.query_groups)
@@ -160,7 +160,7 @@ class _Growth:
 
 
 def _rotates(model: ModelFile, head_size: int) -> bool:
-    """Whether rotary embeddings turn whole pairs of the channels of such heads."""
+    """Returns whether rotary embeddings turn whole pairs of the channels of such heads."""
     if model.position_embedding_type != "rope":
         return True
     rotated = int(head_size * model.rotary_percent)
@@ -297,7 +297,7 @@ class _Cut:
         )
 
     def fits(self, width: int) -> bool:
-        """Whether base and target can both be so wide."""
+        """Returns whether base and target can both be so wide."""
         return all(self._attention(model, width) is not None for model in (self.growth.base, self.growth.target))
 
     def model(self, model: ModelFile, width: int) -> ModelFile:

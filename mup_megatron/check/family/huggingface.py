@@ -203,7 +203,7 @@ def _with_small_heads(
 
 
 def _turns(own: Mapping[str, Any], head_size: int) -> bool:
-    """Whether rotary embeddings of a part of each head turn whole pairs."""
+    """Returns whether rotary embeddings of a part of each head turn whole pairs."""
     rope = own.get("rope_parameters") or {}
     part = own.get("partial_rotary_factor") or own.get("rotary_pct") or rope.get("partial_rotary_factor") or 1.0
     rotated = int(head_size * part)
@@ -280,7 +280,7 @@ def of_full_depth(
 
 
 def _names_layers(recipe: Recipe) -> bool:
-    """Whether a pattern of the recipe means some layers alone: all of them are trained then."""
+    """Returns whether a pattern of the recipe means some layers alone: all of them are trained then."""
     return any(re.search(r"\.[\d\[?]", own.match) for own in recipe.per_parameter)
 
 

@@ -183,8 +183,9 @@ def _squares(sums: Sums, of: Mapping[int, float]) -> float:
 
 
 def _share(left: float, moved: float, *, digit: float) -> float:
-    """Of squares, as a ratio of roots. A weight cannot move by less than its last digit: what that leaves over is not
-    counted.
+    """Returns a share of squares, as a ratio of roots.
+
+    A weight cannot move by less than its last digit: what that leaves over is not counted.
     """
     beyond = max(0.0, left - _LAST_DIGIT**2 * digit)
     return min(1.0, math.sqrt(beyond / moved)) if moved > 0 else 0.0

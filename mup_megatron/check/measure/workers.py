@@ -164,8 +164,9 @@ class _Where(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """What a job raised. Not raised there: what a user's code raises need not come through pickle, and takes the whole
-    pool with it then.
+    """Holds what a job raised.
+
+    Not raised there: what a user's code raises need not come through pickle, and takes the whole pool with it then.
     """
 
     pickled: bytes
@@ -175,7 +176,7 @@ class _Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> "_Failure":
-        """Of an exception that is being handled."""
+        """Returns that of an exception that is being handled."""
         try:
             pickled = pickle.dumps(error)
         except Exception:  # whatever the exception's own class raises

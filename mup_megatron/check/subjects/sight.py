@@ -245,7 +245,7 @@ def _fused_logits(query: Tensor, key: Tensor, *_rest: Any, scale: float | None =
 
 
 def _summed_over(equation: str, *operands: Any) -> int:
-    """How many products each element of an einsum is a sum over."""
+    """Returns how many products each element of an einsum is a sum over."""
     inputs, _, output = equation.replace(" ", "").partition("->")
     tensors = operands[0] if operands and isinstance(operands[0], list | tuple) else operands
     sizes = {

@@ -209,7 +209,7 @@ def _latest(subject: Measurements, known: Known, place: Callable[[str], float]) 
 
 
 def _is_bottleneck(block: str, plan: Plan) -> bool:
-    """Whether all that a block computes goes through a layer of a finite size, as in a block that is an adapter."""
+    """Returns whether all that a block computes goes through a layer of a finite size, as in an adapter."""
     inside = [entry for entry in plan.entries if entry.name.startswith(f"{block}.")]
     return any(map(is_output_role, inside)) and not any(map(is_hidden, inside))
 
@@ -313,7 +313,7 @@ def _how_far(key: Key) -> str:
 
 
 def _is_apart(subject: Mapping[int, Sequence[float]], reference: Mapping[int, Sequence[float]], most: float) -> bool:
-    """Whether values certainly differ by more than is allowed, at all widths on average."""
+    """Returns whether values certainly differ by more than is allowed, at all widths on average."""
     sides = [[values for width, values in side.items() if width in subject] for side in (subject, reference)]
     groups = [values for side in sides for values in side]
     freedom = max(1, sum(len(values) - 1 for values in groups))

@@ -239,7 +239,7 @@ class _Reader:
         self.functions: set[str] = set()
 
     def line(self, position: int) -> int:
-        """Where a position is, counted from 1."""
+        """Returns the line of a position, counted from 1."""
         return bisect.bisect_left(self._line_ends, position) + 1
 
     def take(self, node: "Node", place: Command) -> None:

@@ -355,7 +355,7 @@ def naming_unread(error: InputError, words: Sequence[str]) -> InputError:
 
 
 def _may_hold_flags(before: str, word: str) -> bool:
-    """Whether a word is a variable that can stand for flags, and no flag's value, as far as its name says."""
+    """Returns whether a word is a variable that can stand for flags, and no flag's value, as far as its name says."""
     if unresolved(word) != word or _HOLDS_OTHERS.search(word):
         return False
     return not before.startswith("--") or _HOLDS_FLAGS.search(word) is not None

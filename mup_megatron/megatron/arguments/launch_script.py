@@ -66,7 +66,7 @@ def words_of_launch(words: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _is_script(path: Path, *, alone: bool) -> bool:
-    """Whether a word is a launch script: by its name, because it is there, or because it cannot be a command's."""
+    """Returns whether a word is a launch script: by its name, because it is there, or as it cannot be a command's."""
     try:
         return alone or path.suffix == ".sh" or path.is_file()
     except (OSError, ValueError):
@@ -134,7 +134,7 @@ _Flags = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class _Variable:
-    """What is known of a variable that has been set."""
+    """Holds what is known of a variable that has been set."""
 
     values: tuple[Word, ...] | None
     """An array's elements, or one text; None where they are not known."""
@@ -145,7 +145,7 @@ class _Variable:
 
 
 class _Reader:
-    """What is known of a script's variables so far, and its commands that have flags of a model."""
+    """Holds what is known of a script's variables so far, and its commands that have flags of a model."""
 
     def __init__(
         self, commands: Sequence[Command], functions: Set[str], folder: Path, arguments: Sequence[str]
@@ -214,7 +214,7 @@ class _Reader:
             self._may_have_run(self._in_functions)
 
     def _may_have_run(self, commands: Sequence[Command]) -> None:
-        """What these commands set is not known, in whatever order and however often they run."""
+        """Notes that what these commands set is not known, in whatever order and however often they run."""
         self._conditional = True
         self._seen_again += len(commands)
         if self._seen_again > _MOST_SEEN_AGAIN:
@@ -269,7 +269,7 @@ class _Reader:
         return self._variables[name].values if name in self._variables else None
 
     def _reason(self, name: str) -> _Reason | None:
-        """Where a variable has become unknown; None where it is known or was never set."""
+        """Returns where a variable has become unknown; None where it is known or was never set."""
         known = self._variables.get(name)
         return known.reason if known else self._others_unknown
 
@@ -303,13 +303,13 @@ class _Reader:
         self._variables[name] = _Variable(new, flags=old.flags if added is not None else ())
 
     def _assigned(self, word: Token) -> tuple[Word, ...]:
-        """What a variable gets from the part of an assignment after `=`."""
+        """Returns what a variable gets from the part of an assignment after `=`."""
         if word.array is not None:
             return tuple(expanded for element in word.array for expanded in self._expanded(element))
         return (Word(self._text(word.parts), word.line),)
 
     def _append_conditionally(self, word: Token) -> None:
-        """What is not about the model may be there or not: the rest of the variable stays known."""
+        """Appends what may be there or not: if it is not about the model, the rest of the variable stays known."""
         name, line, new = word.name, word.line, self._assigned(word)
         flags = self._flags_of_the_model(new, line)
         old = self._variables.get(name, _Variable(None))
@@ -337,7 +337,7 @@ class _Reader:
         return "".join(" ".join(self._value(part)) for part in parts)
 
     def _value(self, part: WordPart) -> tuple[Word, ...]:
-        """What a part of a word stands for; itself where that is not known."""
+        """Returns what a part of a word stands for; itself where that is not known."""
         values = self._values(part.name)
         unset = values is None and self._reason(part.name) is None
         if not part.expands:
@@ -543,7 +543,7 @@ def _set_by_arithmetic(text: str) -> set[str]:
 
 
 def _set_by_expansion(texts: Sequence[str]) -> set[str]:
-    """What arithmetic in a command's words sets, as `$((A = 2))` does."""
+    """Returns what arithmetic in a command's words sets, as `$((A = 2))` does."""
     names: set[str] = set()
     for text in texts:
         for expression in re.findall(r"\$\(\((.*?)\)\)", text, re.DOTALL):
@@ -552,14 +552,14 @@ def _set_by_expansion(texts: Sequence[str]) -> set[str]:
 
 
 def _set_by_default(command: Command) -> set[str]:
-    """What `${A:=1}` in a command's words sets, other than in `$(…)` and in single quotes."""
+    """Returns what `${A:=1}` in a command's words sets, other than in `$(…)` and in single quotes."""
     parts = [part for word in command.words for token in (word, *(word.array or ())) for part in token.parts]
     here = [part.text for part in parts if (part.expands or not part.quoted) and not _SUBSHELL.match(part.text)]
     return {name for text in here for name in _SET_BY_DEFAULT.findall(text)}
 
 
 def _stands_apart(added: Sequence[Word], *, array: bool) -> bool:
-    """Whether what a variable gets beside its value are flags of their own, which leave those it had as they are."""
+    """Returns whether what a variable gets beside its value are flags of their own, which leave those it had alone."""
     text = " ".join(added)
     return not text.strip() or ((array or text != text.strip()) and text.strip().startswith(("-", "$")))
 
@@ -571,7 +571,7 @@ def _variable(word: str) -> str:
 
 
 def _beside_itself(word: Token) -> Token | None:
-    """What is assigned beside the variable's own value: `A="$A …"`, `A="… $A"`, `A=("${A[@]}" …)`; else None."""
+    """Returns what stands beside the variable's own value: `A="$A …"`, `A="… $A"`, `A=("${A[@]}" …)`; else None."""
 
     def itself(part: WordPart) -> bool:
         return part.name == word.name and not part.default and "=" not in part.operator

@@ -142,7 +142,7 @@ def _lines(path: Path, flag: str) -> set[str]:
 
 
 def _hugging_face(path: Path) -> int | None:
-    """What `len` of such a tokenizer is: its model's entries and all that are listed beside them."""
+    """Returns what `len` of such a tokenizer is: its model's entries and all that are listed beside them."""
     flag = "--tokenizer-model"
     folder = path if path.is_dir() else path.parent
     config = _optional(folder / "tokenizer_config.json", flag)

@@ -149,7 +149,7 @@ def _untouched(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _precision(attention: Any) -> float:
-    """How well a scale can be measured: some roundings of the type in which attention computes."""
+    """Returns how well a scale can be measured: some roundings of the type in which attention computes."""
     weight = next(attention.parameters())
     rounding = torch.finfo(weight.dtype).eps / 2
     if weight.dtype is torch.float32 and weight.is_cuda:

@@ -217,7 +217,7 @@ _TENSOR_PARALLELISM = ("tensor_model_parallel_size", "expert_tensor_parallel_siz
 
 
 def _said(recipe: Recipe, values: argparse.Namespace, given: frozenset[str]) -> dict[str, Any]:
-    """What a recipe says of its optimizer, but for what the line says itself."""
+    """Returns what a recipe says of its optimizer, but for what the line says itself."""
     return {key: getattr(values, key) if key in given else value for key, value in recipe.optimizer_values.items()}
 
 
@@ -353,5 +353,5 @@ _ROUNDED = 0.5
 
 
 def _whole(count: float) -> float:
-    """As a whole number where it is one but for rounding. Else as it is: one shape of the schedule at any length."""
+    """Returns a number that is whole but for rounding as such; others as they are, for one shape at any length."""
     return round(count) if math.isclose(count, round(count), rel_tol=1e-12) else count

@@ -81,7 +81,7 @@ def of_bounds(found: Sequence[Finding], copying: Mapping[str, str] | None = None
 
 
 def _of_copies(parameter: str, copying: Mapping[str, str]) -> str | None:
-    """What is said where torch itself has copied a layer."""
+    """Returns what is said where torch itself has copied a layer."""
     for module, kind in copying.items():
         layers = f"{module}.layers".removeprefix(".")
         if parameter.startswith(f"{layers}."):

@@ -63,7 +63,7 @@ def capped(deviation: float) -> float:
 
 
 def _follows(key: Key, comparison: Comparison, here: AtWidth) -> bool:
-    """Whether an activation that is off may be so because of what it is computed from."""
+    """Returns whether an activation that is off may be so because of what it is computed from."""
     if key.quantity is not Quantity.ACTIVATION:
         return False
     if key.step != 0:

@@ -110,7 +110,7 @@ def schedule(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
 
 
 def _descended(step: int, recipe: Recipe) -> float:
-    """How much of the way from peak to floor a check's linear schedule has gone in a step, counted from 1."""
+    """Returns how much of the way from peak to floor a check's linear schedule has gone in a step, counted from 1."""
     steps = _protocol(step).steps
     warm, end = (f * steps for f in (recipe.schedule.lr_warmup_fraction, recipe.schedule.lr_decay_fraction))
     return max(0.0, min(1.0, (step - 1 - warm) / (end - warm)))

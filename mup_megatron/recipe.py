@@ -97,7 +97,7 @@ def _kind_of_base(content: object) -> str:
 
 
 def _changed(h: Hyperparameters, factors: theory.Factors, values: Mapping[str, float]) -> Hyperparameters:
-    """The hyperparameters with those of `values` that a rule of the horizon moves, moved."""
+    """Returns the hyperparameters with those of `values` that a rule of the horizon moves, moved."""
     return h if factors == theory.Factors() else h.model_copy(update=factors.moved(values))
 
 
@@ -263,7 +263,7 @@ class Recipe(Strict):
 
 
 def recipe(content: object, *, source: str) -> Recipe:
-    """A recipe from plain values; `source` names them in messages.
+    """Returns a recipe from plain values; `source` names them in messages.
 
     Raises:
         InputError: unknown key, wrong type, another version; names file, key and remedy.

@@ -200,7 +200,7 @@ def _tag(annotation: Any) -> str | None:
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys that are allowed at a place inside a file, those first that have to be there."""
+    """Returns the keys that are allowed at a place inside a file, those first that have to be there."""
     here: Any = model
     for part in location:
         if isinstance(part, int) or _is_tag(part) or not (isinstance(here, type) and issubclass(here, BaseModel)):

@@ -214,7 +214,7 @@ class Architecture(ABC):
         )
 
     def _readout_norm(self, model: ModelFile) -> str:
-        """The prefix of the parameters of the norm before the readout."""
+        """Returns the prefix of the parameters of the norm before the readout."""
         return f"{[*self.stacks(model)][-1]}.{self.final_norm}."
 
     def _tensors(self, model: ModelFile, growth: Growth) -> Iterator[Tensor]:
@@ -244,7 +244,7 @@ class Architecture(ABC):
             yield stepped_as_matrix(embedding(POSITION_EMBEDDINGS, Side(model.positions), hidden))
 
     def _heads(self, model: ModelFile) -> Iterator[Tensor]:
-        """Yields what stands behind the stacks: the readout, unless it is the token embedding, and what else there is."""
+        """Yields what is behind the stacks: the readout, unless it is the token embedding, and what else there is."""
         if not model.tied:
             vocabulary = Side(model.padded_vocab_size())
             head = readout(self.readout, Side(model.hidden_size, grows=True), vocabulary)
@@ -300,7 +300,7 @@ class Architecture(ABC):
         yield from self._heads_measured(model, final[0])
 
     def _biases(self, model: ModelFile, stack: str) -> Iterator[str]:
-        """The modules whose output is added to the attention logits of a stack."""
+        """Yields the modules whose output is added to the attention logits of a stack."""
         yield from ()
 
     def _heads_measured(self, model: ModelFile, final: str) -> Iterator[Measured]:

@@ -104,7 +104,7 @@ class Bert(Architecture):
             yield from linear("pooler.dense", hidden, hidden, bias=True)
 
     def _heads_measured(self, model: ModelFile, final: str) -> Iterator[Measured]:
-        """The pooler, the head before the readout, the readout, and the binary head."""
+        """Yields the pooler, the head before the readout, the readout, and the binary head."""
         pair = "Binary head"
         if _file(model).bert_binary_head:
             yield inside("pooler.dense", pair, final)

@@ -31,7 +31,7 @@ class Decoder(Architecture):
         return next(filter(None, (each.native_problem for each in self.families(model))), None)
 
     def _further(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
-        """The layers of multi-token prediction, each of the families of the stack's last one."""
+        """Yields the layers of multi-token prediction, each of the families of the stack's last one."""
         for index in range(model.mtp_num_layers or 0):
             yield mtp_layer(index), MTP
             for family in self.layers(model)[-1]:

@@ -203,7 +203,7 @@ class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
         return not self.untie_embeddings_and_output_weights
 
     def padded_vocab_size(self, tensor_model_parallel_size: int = 1) -> int:
-        """The vocabulary as Megatron pads it at this tensor parallelism."""
+        """Returns the vocabulary as Megatron pads it at this tensor parallelism."""
         multiple = self.make_vocab_size_divisible_by * tensor_model_parallel_size
         return -(-self.vocab_size // multiple) * multiple
 

@@ -109,7 +109,7 @@ def load_custom_tensors(path: Path) -> tuple[CustomTensor, ...]:
 
 
 def _sorted_out(content: object) -> tuple[Architecture, object]:
-    """The architecture that plain values are of, and what its model file says of them.
+    """Returns the architecture that plain values are of, and what its model file says of them.
 
     Raises:
         ValueError: they name an architecture that there is not, or another than their keys are of.

@@ -161,7 +161,7 @@ def _vocabulary(model: ModelFile) -> int:
 
 
 def _tied_logits(module: torch.nn.Module, hidden: Tensor) -> Tensor:
-    """The readout where its stage has a copy of the weight, and where it has the embedding itself."""
+    """Returns the readout where its stage has a copy of the weight, and where it has the embedding itself."""
     weight = None if isinstance(module, _Readout) else module.get_parameter(WORD_EMBEDDINGS)
     output_layer: Any = module.get_submodule("output_layer")
     logits: Tensor = output_layer(hidden, weight=weight)[0]

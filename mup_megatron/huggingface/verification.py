@@ -89,19 +89,19 @@ _FEATURES = ("get_image_features", "get_audio_features")
 
 
 def _models_in(model: torch.nn.Module) -> list[Any]:
-    """The models within a model, outer ones first."""
+    """Returns the models within a model, outer ones first."""
     return [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
 
 
 def _outermost(model: torch.nn.Module) -> list[Any]:
-    """The models within a model that are in no other of them."""
+    """Returns the models within a model that are in no other of them."""
     found = _models_in(model)
     within = {id(own) for part in found for own in _models_in(part)}
     return [part for part in found if id(part) not in within]
 
 
 def _unreached(model: torch.nn.Module, passes: Iterable[Forward]) -> list[Any]:
-    """The models within a model of which no pass has called anything, outer ones first."""
+    """Returns the models within a model of which no pass has called anything, outer ones first."""
     called = frozenset().union(*(each.called for each in passes))
     reached = {id(module) for name, module in model.named_modules(remove_duplicate=False) if name in called}
     return [part for part in _models_in(model) if _holds(part) and reached.isdisjoint(map(id, part.modules()))]
@@ -123,7 +123,7 @@ def _of_parts(built: MetaModule, part: Any) -> list[Forward]:
 
 
 def _watched(built: MetaModule, calls: Any) -> Forward:
-    """The first pass that runs of one of some calls, models or methods, each with several inputs.
+    """Returns the first pass that runs of one of some calls, models or methods, each with several inputs.
 
     Raises:
         InputError: none does.

@@ -149,7 +149,7 @@ class LiveGroupValues:
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "LiveGroupValues":
-        """The values of one group."""
+        """Returns the values of one group."""
         return cls(
             lr=float(group["lr"]),
             max_lr=group.get("max_lr"),
@@ -206,7 +206,7 @@ def is_sharded(part: Any) -> bool:
 
 
 def _stored(part: Any, parameter: torch.nn.Parameter) -> Any:
-    """The tensor that stands for a model's parameter in the groups of an optimizer; None if there is none."""
+    """Returns the tensor that stands for a model's parameter in the groups of an optimizer; None if there is none."""
     if not is_sharded(part):
         return getattr(parameter, "main_param", parameter)
     if parameter not in part.model_param_group_index_map:

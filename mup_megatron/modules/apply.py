@@ -175,7 +175,7 @@ def _multipliers(model: torch.nn.Module, plan: Plan) -> dict[str, float]:
 
 
 def _branches(plan: Plan) -> list[Site]:
-    """The outputs of what writes into the residual stream."""
+    """Returns the outputs of what writes into the residual stream."""
     return [plan.site(place) for place in plan.places if place.carries == BRANCH]
 
 

@@ -70,7 +70,7 @@ class Memberships:
 
 
 def _outwards(name: str) -> Iterator[str]:
-    """A module's name and those of the modules that it is in, from the inside."""
+    """Yields a module's name and those of the modules that it is in, from the inside."""
     while name:
         yield name
         name = name.rpartition(".")[0]

@@ -151,7 +151,7 @@ def _require_vocabulary(model: ModelFile, identity: "Identity", data: Path) -> N
 
 
 def _checkpoint(options: TrainingOptions) -> "Found | None":
-    """The checkpoint to go on from, if there is one. Collective.
+    """Returns the checkpoint to go on from, if there is one. Collective.
 
     Raises:
         InputError: it is damaged, or the run would write among the checkpoints of another.
@@ -243,7 +243,7 @@ class _TrainingRun:
         }
 
     def train(self, built: "Built", train_data: Any, valid_data: Any) -> TrainingResult:
-        """All iterations that are left, with what belongs between and after them."""
+        """Runs all iterations that are left, with what belongs between and after them, and returns what came of it."""
         options, rows = self.options, self.record.rows
         started = time.perf_counter()
         reason = None
@@ -297,7 +297,7 @@ class _TrainingRun:
             self.report(row.iteration, row.loss)
 
     def _validate(self, built: "Built", valid_data: Any) -> float | None:
-        """The validation loss after the iterations done; measured once, also across a resume."""
+        """Returns the validation loss after the iterations done; measured once, also across a resume."""
         from mup_megatron.training.loop import validation_loss
 
         done = len(self.record.rows)

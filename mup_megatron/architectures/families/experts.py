@@ -191,7 +191,7 @@ class Experts(Family):
 
 
 def _output(name: str, hidden: Side, size: int, *more: Property) -> Tensor:
-    """A matrix from the residual stream to as many numbers at every width."""
+    """Returns a matrix from the residual stream to as many numbers at every width."""
     return Tensor(
         name=name,
         shape=(size, hidden.size),
@@ -222,7 +222,7 @@ def _of_expert(model: ModelFile, tensor: Tensor, *, folded: bool) -> Tensor:
 
 
 def _mlp(model: ModelFile, name: str, hidden: Side, ffn: Side) -> Iterator[Tensor]:
-    """The two linear layers of an MLP of this size."""
+    """Yields the two linear layers of an MLP of this size."""
     parts = (Part("gate", ffn.size), Part("up", ffn.size)) if model.swiglu else ()
     rows = replace(ffn, size=2 * ffn.size) if model.swiglu else ffn
     yield from linear(f"{name}.linear_fc1", hidden, rows, bias=model.add_bias_linear, parts=parts)
@@ -230,7 +230,7 @@ def _mlp(model: ModelFile, name: str, hidden: Side, ffn: Side) -> Iterator[Tenso
 
 
 def _legacy(model: ModelFile, name: str, hidden: Side, ffn: Side) -> Iterator[Tensor]:
-    """All experts' matrices beside each other, transposed, in one tensor for each of the two layers."""
+    """Yields all experts' matrices beside each other, transposed, in one tensor for each of the two layers."""
     assert model.num_experts is not None
     fc1, fc2 = (tensor for tensor in _mlp(model, "", hidden, ffn) if tensor.name.endswith(".weight"))
     for tensor, own, shape in (

@@ -121,7 +121,7 @@ class LatentAttention(Family):
 
 
 def _latent_norm(model: ModelFile, attention: str, latent: str, rank: Side) -> Iterator[Tensor]:
-    """The norm of a latent; Transformer Engine fuses it into the projection that follows."""
+    """Yields the norm of a latent; Transformer Engine fuses it into the projection that follows."""
     if not model.qk_layernorm:
         return
     fused = model.transformer_impl == "transformer_engine"

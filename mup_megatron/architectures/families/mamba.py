@@ -115,7 +115,7 @@ def sizes_of(model: ModelFile) -> MambaSizes:
 
 
 def _kept(name: str, size: Side) -> Tensor:
-    """A vector that starts as Megatron draws it, neither a constant nor of the tuned std."""
+    """Returns a vector that starts as Megatron draws it, neither a constant nor of the tuned std."""
     return Tensor(
         name=name,
         shape=(size.size,),

@@ -63,7 +63,7 @@ class PlainLatentAttention(nn.Module):
 
 
 def _ordinary(model: ModelFile) -> tuple[Tensor, float]:
-    """The frequencies of rotary embeddings, and the factor of what is turned."""
+    """Returns the frequencies of rotary embeddings, and the factor of what is turned."""
     rotated = int(model.qk_pos_emb_head_dim * model.rotary_percent)
     return 1.0 / model.rotary_base ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated), 1.0
 

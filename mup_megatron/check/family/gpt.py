@@ -30,7 +30,7 @@ RATIOS = (0.125, 8.0)
 
 
 def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel: int = 1) -> list[int]:
-    """The hidden sizes of a check: doubling from the least that keeps whole heads and groups, and that so many
+    """Returns the hidden sizes of a check: doubling from the least that keeps whole heads and groups, and that so many
     tensor-parallel ranks can share.
 
     Raises:
@@ -52,7 +52,7 @@ def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel
 
 
 def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
-    """The target's architecture at another hidden size.
+    """Returns the target's architecture at another hidden size.
 
     Raises:
         InputError: it cannot be built at that width; says what would fit.
@@ -151,7 +151,7 @@ class _Growth:
         return self.heads(width) * target.query_groups / target.num_attention_heads
 
     def own_sizes(self, width: int) -> dict[str, int]:
-        """Those of the families, by key."""
+        """Returns those of the families, by key."""
         sizes = {size.key: size.of(self.target) or 0 for size in architecture_of(self.target).sizes(self.target)}
         return {
             key: max(1, round(size * width / self.target.hidden_size)) if key in self.growing else size
@@ -346,7 +346,7 @@ class _Cut:
 
 
 def _cut(size: Size, base: ModelFile, target: ModelFile, tensor_parallel: int) -> dict[int, int]:
-    """A size that does not grow, as it is → as it is in the check; two that differ do so there."""
+    """Returns a size that does not grow, as it is → as it is in the check; two that differ do so there."""
     few, many = sorted(value for model in (base, target) if (value := size.of(model)) is not None)
     shared = max(tensor_parallel, size.small // tensor_parallel * tensor_parallel)
     less = min(few, shared)

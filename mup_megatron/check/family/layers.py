@@ -32,7 +32,7 @@ def base_layers(base: ModelFile, count: int) -> list[int]:
 
 
 def _first_of_each(kinds: Mapping[int, object], count: int) -> list[int]:
-    """The first layer of each kind, then the first ones; so many, in order."""
+    """Returns the first layer of each kind, then the first ones; so many, in order."""
     firsts = list({kind: layer for layer, kind in reversed([*kinds.items()])}.values())
     chosen = sorted(firsts)[:count]
     rest = [layer for layer in kinds if layer not in chosen]

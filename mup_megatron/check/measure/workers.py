@@ -88,7 +88,7 @@ def run_jobs(
     report: Callable[[int], None],
     within: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[ResultT]:
-    """The runs, in the order of the jobs.
+    """Returns the runs, in the order of the jobs.
 
     Args:
         jobs: independent of each other.
@@ -185,7 +185,7 @@ class _Failure:
         return cls(pickled, told, "".join(traceback.format_exception(error)))
 
     def error(self) -> BaseException:
-        """The same exception, or where it does not come through, what tells of it."""
+        """Returns the same exception, or where it does not come through, what tells of it."""
         try:
             error = pickle.loads(self.pickled)
         except Exception:  # likewise: loading calls its class

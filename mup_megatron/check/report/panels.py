@@ -98,7 +98,7 @@ def _told(finding: Finding) -> str:
 
 
 def _folded(name: str) -> str:
-    """A name on lines that a panel is wide enough for."""
+    """Returns a name on lines that a panel is wide enough for."""
     if len(name) <= _NAME:
         return name
     cut = name.rindex(".", 0, _NAME)

@@ -47,7 +47,7 @@ _HEIGHT, _ROW = 12.4, 3.3
 
 
 def png(verdict: Verdict, *, title: str) -> bytes:
-    """The picture.
+    """Returns the picture.
 
     Args:
         verdict: what to show.

@@ -20,7 +20,7 @@ TOLD = 5
 
 
 def text(verdict: Verdict, *, title: str, files: Sequence[Path]) -> str:
-    """The verdict for a terminal.
+    """Returns the verdict for a terminal.
 
     The first line says PASS, FAIL or NO VERDICT, and of what or because of what; then what each section found; then the
     likely causes, best first, with their share of the deviation; then where the files are.
@@ -47,7 +47,7 @@ def text(verdict: Verdict, *, title: str, files: Sequence[Path]) -> str:
 
 
 def headline(verdict: Verdict, *, title: str) -> str:
-    """The first line."""
+    """Returns the first line."""
     if verdict.outcome is CheckOutcome.PASS:
         return f"PASS {title}"
     if verdict.outcome is CheckOutcome.FAIL:
@@ -123,7 +123,7 @@ def sentence(group: Alike, verdict: Verdict) -> str:
 
 
 def typical(measured: Measurements, key: Key, width: int) -> float | None:
-    """The geometric mean over seeds; None where it was not measured. 0 where it is 0 for a seed."""
+    """Returns the geometric mean over seeds; None where it was not measured. 0 where it is 0 for a seed."""
     values = [run.values[key] for run in measured.at(width) if key in run.values]
     if not values:
         return None
@@ -210,7 +210,7 @@ def _ratio(compared: Compared, width: int) -> float | None:
 
 
 def section_csv(section: Section) -> str:
-    """The table of a section that has one."""
+    """Returns the table of a section that has one."""
     titles = list(dict.fromkeys(title for row in section.rows for title in row))
     return _csv(titles, [[row.get(title) for title in titles] for row in section.rows])
 
@@ -224,7 +224,7 @@ def _csv(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A JSON value with NaN and infinities, which JSON does not have, as text."""
+    """Returns a JSON value with NaN and infinities, which JSON does not have, as text."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

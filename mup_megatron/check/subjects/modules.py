@@ -124,7 +124,7 @@ class ModuleTrainee(_Watched):
         self._width, self._batch = width, batch
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """All of them."""
+        """Returns all of them."""
         return self._model.named_parameters()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
@@ -256,7 +256,7 @@ def refuse_low_precision(model: nn.Module) -> None:
 
 
 def _copy(parameter: nn.Parameter) -> Tensor:
-    """A whole one, in single precision."""
+    """Returns a whole one, in single precision."""
     from mup_megatron.modules.weights import gathered_parameter
 
     with gathered_parameter(parameter, change=False):

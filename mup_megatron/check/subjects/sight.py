@@ -40,7 +40,7 @@ _MASKED_BELOW = -1e4
 
 
 def blocks(model: nn.Module) -> list[str]:
-    """The names of what stands in lists of layers and has matrices.
+    """Returns the names of what stands in lists of layers and has matrices.
 
     A norm in a list is none: its input less its output is what is left of two things of one size, and follows width.
     """

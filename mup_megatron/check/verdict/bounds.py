@@ -215,7 +215,7 @@ def _is_bottleneck(block: str, plan: Plan) -> bool:
 
 
 def _owner(name: str, beside: Collection[str], plan: Plan) -> str:
-    """The module that a module is in, or in which a value is computed: `block` of `block.summand.3` too.
+    """Returns the module that a module is in, or in which a value is computed: `block` of `block.summand.3` too.
 
     A function that is a module, as `nn.SiLU`, counts as a part of the one that it is in.
     """
@@ -239,7 +239,7 @@ def is_outside(slope: Slope, low: float, high: float) -> bool:
 
 
 def _slope(compared: Compared, low: float, high: float) -> Finding:
-    """A slope that is not what it has to be."""
+    """Returns a slope that is not what it has to be."""
     expected, around = (low + high) / 2, (high - low) / 2
     return Finding(
         replace(
@@ -308,7 +308,7 @@ def _positions(subject: Measurements, reference: Measurements, known: Known) -> 
 
 
 def _how_far(key: Key) -> str:
-    """The distance of two positions in a key's name."""
+    """Returns the distance of two positions in a key's name."""
     return key.name.rpartition(", ")[2]
 
 
@@ -372,7 +372,7 @@ def _draws(subject: Measurements, known: Known) -> list[Finding]:
 
 
 def _pooled(measured: Measurements, key: Key, sizes: Mapping[int, int]) -> tuple[float, float] | None:
-    """The mean over runs, in which each counts as its elements; and how many these are."""
+    """Returns the mean over runs, in which each counts as its elements; and how many these are."""
     of = [(value, sizes[width]) for width, vs in _by_width(measured, key).items() if width in sizes for value in vs]
     total = float(sum(size for _, size in of))
     return (sum(value * size for value, size in of) / total, total) if of else None

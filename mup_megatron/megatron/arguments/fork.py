@@ -99,7 +99,7 @@ def known(name: str) -> bool:
 
 
 def renamed(words: Sequence[str]) -> Iterator[str]:
-    """The words of a line with Megatron-LM's names for what the fork calls otherwise."""
+    """Yields the words of a line with Megatron-LM's names for what the fork calls otherwise."""
     for word in words:
         name, equals, value = word.partition("=")
         if name == "--num-key-value-heads":

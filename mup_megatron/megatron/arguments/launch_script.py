@@ -45,7 +45,7 @@ class Word(str):
     why: str
 
     def __new__(cls, text: str, line: int, why: str = "") -> "Word":
-        """The text as a string that knows its line, counted from 1."""
+        """Returns the text as a string that knows its line, counted from 1."""
         word = super().__new__(cls, text)
         word.line = line
         word.why = why
@@ -74,7 +74,7 @@ def _is_script(path: Path, *, alone: bool) -> bool:
 
 
 def words_of_script(path: Path, arguments: Sequence[str] = ()) -> list[str]:
-    """The words after the Python script in the one command of a launch script that has flags of a model.
+    """Returns the words after the Python script in the one command of a launch script that has flags of a model.
 
     Variables that the script sets are put in; others stay, as `$NAME`, and `model_from_flags` refuses them where they
     matter. Each word knows its line.
@@ -369,7 +369,7 @@ class _Reader:
         return None
 
     def _expanded(self, word: Token) -> list[Word]:
-        """The words that a word becomes: an array's own, and those of a text that is not quoted."""
+        """Returns the words that a word becomes: an array's own, and those of a text that is not quoted."""
         line = word.line
         fields: list[Word] = [Word(f"{word.name}=" if word.name else "", line)]
         for part in word.parts:
@@ -403,7 +403,7 @@ class _Reader:
                     self._unread.setdefault(str(word), reason[0] if reason else word.line)
 
     def launch(self, source: str) -> list[Word]:
-        """The words of the one command that has flags of a model."""
+        """Returns the words of the one command that has flags of a model."""
         self._found = self._found or self._in_variables(source)
         if not self._found:
             raise InputError(
@@ -476,7 +476,7 @@ class _Reader:
 
 
 def _assignments(command: Command) -> tuple[list[Token], list[Token]]:
-    """The assignments that a command is for, and its other words. Those before a command are for that alone."""
+    """Returns the assignments that a command is for, and its other words. Those before a command are for that alone."""
     words = command.words
     assignments = [word for word in words if word.name]
     if words[0].plain in DECLARATIONS:
@@ -486,7 +486,7 @@ def _assignments(command: Command) -> tuple[list[Token], list[Token]]:
 
 
 def _for_a_shell(words: Sequence[Token]) -> Iterator[Token]:
-    """The words of a command; of `bash -c '…'`, the text as that shell expands it."""
+    """Yields the words of a command; of `bash -c '…'`, the text as that shell expands it."""
     shell = False
     for before, word in zip((None, *words), words, strict=False):
         if shell and before is not None and re.fullmatch(r"-\w*c", before.plain):
@@ -496,7 +496,7 @@ def _for_a_shell(words: Sequence[Token]) -> Iterator[Token]:
 
 
 def _set_by(words: Sequence[str]) -> set[str]:
-    """The variables that a command sets otherwise than by assignments; with `_ANY` where it can be any."""
+    """Returns the variables that a command sets otherwise than by assignments; with `_ANY` where it can be any."""
     names = set()
     for index, word in enumerate(words):
         element = re.match(r"([A-Za-z_]\w*)\[.*\]\+?=", word, re.DOTALL)
@@ -530,7 +530,7 @@ def _set_by_command(command: str, given: Sequence[str]) -> set[str]:
 
 
 def _target(word: str) -> set[str]:
-    """The variable that an argument names, if it can be one."""
+    """Returns the variable that an argument names, if it can be one."""
     name = _NAME.fullmatch(word)
     if name:
         return {name[1]}
@@ -565,7 +565,7 @@ def _stands_apart(added: Sequence[Word], *, array: bool) -> bool:
 
 
 def _variable(word: str) -> str:
-    """The name of the variable that a word, or the value of its flag, is as a whole; else nothing."""
+    """Returns the name of the variable that a word, or the value of its flag, is as a whole; else nothing."""
     found = re.fullmatch(r"(?:--[\w-]+=)?\$\{?(\w+)(?:\[[@*]\])?\}?", word)
     return found[1] if found else ""
 
@@ -595,7 +595,7 @@ def _model_flags() -> set[str]:
 
 
 def _what_matters(words: Sequence[Word]) -> dict[str, str]:
-    """The flags that are read, refused or not known, with their values: what else differs is without effect."""
+    """Returns the flags that are read, refused or not known, with their values: what else differs is without effect."""
     found = {}
     read = {flag.name: flag for flag in (*every(), *TOKENIZER)}
     for word, following in zip(words, (*words[1:], ""), strict=True):

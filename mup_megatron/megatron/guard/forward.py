@@ -87,7 +87,7 @@ def _inference_problem(site: Site, attention: Any) -> Problem | None:
 
 
 def _measured(core: torch.nn.Module, attention: Any, expected: float) -> float | None:
-    """The scale that an attention computes with: of its heads' the one that is farthest from the expected.
+    """Returns the scale that an attention computes with: of its heads' the one that is farthest from the expected.
 
     NaN where it computes no softmax of q·k; None where it cannot be called.
     """

@@ -221,7 +221,7 @@ def _rate_problems(owned: list[_Held], plan: Plan, scheduler: Any) -> list[Probl
 
 
 def _base_rate(owned: list[_Held], plan: Plan, scheduler: Any) -> float:
-    """The learning rate of a parameter that has the base's, at this step."""
+    """Returns the learning rate of a parameter that has the base's, at this step."""
     if isinstance(scheduler, OptimizerParamScheduler):
         return float(scheduler.get_lr({"max_lr": plan.lr, "min_lr": plan.min_lr}))
     # Another scheduler is known only by what it did. Who has the base's rate tells it best.

@@ -95,7 +95,7 @@ def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def help_text() -> str:
-    """The flags and what they do, for people."""
+    """Returns the flags and what they do, for people."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     _add_group(parser)
     return parser.format_help()
@@ -117,7 +117,7 @@ def _require_read(values: argparse.Namespace) -> None:
 
 
 def take_given(values: argparse.Namespace) -> frozenset[str]:
-    """The names of the arguments that the command line gave itself; takes the note off the values."""
+    """Returns the names of the arguments that the command line gave itself; takes the note off the values."""
     given: frozenset[str] = vars(values).pop(_GIVEN, frozenset())
     return given
 
@@ -222,7 +222,7 @@ def _said(recipe: Recipe, values: argparse.Namespace, given: frozenset[str]) -> 
 
 
 def owned(recipe: Recipe, values: argparse.Namespace) -> frozenset[str]:
-    """The arguments of Megatron's that a recipe decides."""
+    """Returns the arguments of Megatron's that a recipe decides."""
     return frozenset(setting.dest for setting in _settings(recipe, values))
 
 
@@ -320,7 +320,7 @@ def _settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
 
 
 def _schedule(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
-    """The recipe's fractions of the run, in iterations, or in samples where the run is counted in samples."""
+    """Yields the recipe's fractions of the run, in iterations, or in samples where the run is counted in samples."""
     s = recipe.schedule
     unit = "samples" if getattr(values, "train_samples", None) else "iters"
     run = getattr(values, f"train_{unit}", None)

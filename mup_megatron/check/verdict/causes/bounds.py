@@ -60,7 +60,7 @@ _ATTENTION = (
 
 
 def of_bounds(found: Sequence[Finding], copying: Mapping[str, str] | None = None) -> tuple[Cause, ...]:
-    """The first of each kind; what slopes show is one kind, of which the first is told.
+    """Returns the first of each kind; what slopes show is one kind, of which the first is told.
 
     Args:
         found: what is out of bounds.

@@ -95,7 +95,7 @@ def _forward_place(name: str, here: AtWidth) -> tuple[int, ...]:
 
 
 def _computed_from(name: str, here: AtWidth) -> tuple[str, ...]:
-    """The activations that an activation is computed from, as far as they are measured."""
+    """Returns the activations that an activation is computed from, as far as they are measured."""
     return here.measured[name].reads if name in here.measured else ()
 
 

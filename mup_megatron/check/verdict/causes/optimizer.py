@@ -117,7 +117,7 @@ def _descended(step: int, recipe: Recipe) -> float:
 
 
 def eps(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
-    """An eps that follows another rule, of the tensors whose optimizer has one."""
+    """Returns an eps that follows another rule, of the tensors whose optimizer has one."""
     if all(entry.eps is None for entry in next(iter(at.values())).plan.entries):
         return []
 

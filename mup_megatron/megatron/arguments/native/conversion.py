@@ -52,7 +52,7 @@ def recipe_from_native(
     source: str,
     script: str | None = None,
 ) -> NativeRecipe:
-    """The recipe that does what a native launch line does, as far as a recipe can.
+    """Returns the recipe that does what a native launch line does, as far as a recipe can.
 
     On the line's own model every number is native's, but for the differences that come with it.
 
@@ -111,7 +111,7 @@ def recipe_from_native(
 
 
 def _recipe(content: Mapping[str, Any], source: str) -> Recipe:
-    """The checked recipe; where it is wrong, the message has the names of flags instead of keys."""
+    """Returns the checked recipe; where it is wrong, the message has the names of flags instead of keys."""
     try:
         return recipe(content, source=source)
     except InputError as error:
@@ -124,7 +124,7 @@ _HYPERPARAMETER = re.compile(
 
 
 def _said(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The base as the line gives it."""
+    """Returns the base as the line gives it."""
     return {key: value for key, value in values.items() if key.startswith("mup_base_") and value is not None}
 
 
@@ -132,7 +132,7 @@ def _said(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _base(native: Native, source: str) -> tuple[ModelFile, list[str]]:
-    """The model 1/m as wide in every direction, with heads of the base's size where that is given and fits."""
+    """Returns the model 1/m as wide in every direction, with heads of the base's size where that is given and fits."""
     model, m, notes = native.model, native.width_mult, []
     if native.values["mup_base_hidden_size"] is None:
         notes.append(

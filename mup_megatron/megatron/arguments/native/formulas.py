@@ -47,7 +47,7 @@ class Native:
         return MEGATRON_OPTIMIZERS[self.values["optimizer"]]
 
     def lr_factor(self, *, hidden: bool) -> float:
-        """The factor of a learning rate."""
+        """Returns the factor of a learning rate."""
         assert self.rules.native_lr is not None, "refused"
         return self.rules.native_lr(hidden, self.width_mult)
 

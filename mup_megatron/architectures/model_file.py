@@ -178,9 +178,14 @@ class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
             return self.latent_head_size
         return self.kv_channels if self.kv_channels is not None else self.hidden_size // self.num_attention_heads
 
-    def heads_of(self, size: int) -> dict[str, int]:
-        """Returns the keys of a model with heads of this size."""
-        return self.latent_heads(size) if self.multi_latent_attention else {"kv_channels": size}
+    def heads(self, number: int, *, size: int, groups: int) -> dict[str, int]:
+        """Returns the keys of a model of this kind with so many heads of this size, in so many groups if it has any."""
+        sizes = self.latent_heads(size) if self.multi_latent_attention else {"kv_channels": size}
+        return {
+            "num_attention_heads": number,
+            **sizes,
+            "num_query_groups": groups if self.group_query_attention else 1,
+        }
 
     @property
     def query_groups(self) -> int:

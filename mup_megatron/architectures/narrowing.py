@@ -1,22 +1,12 @@
 """The same model at a smaller width: heads as they are asked for, all else as the families of its layers say."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heads:
-    """The attention heads of a narrower model."""
-
-    number: int
-    groups: int
-    """Of keys and values; as many as there are heads without grouped queries."""
-    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +29,11 @@ class Narrowed:
     """What it has to have less of than the wider one, in sentences."""
 
 
-def narrowed(model: ModelFile, hidden: int, heads: Heads) -> Narrowed:
-    """Returns the model at this hidden size: widths keep their ratio to it; counts and ranks are kept."""
+def narrowed(model: ModelFile, hidden: int, heads: Mapping[str, int]) -> Narrowed:
+    """Returns the model at this hidden size, with these `ModelFile.heads`.
+
+    Widths keep their ratio to the hidden size, as far as they stay whole; counts and ranks are kept.
+    """
     architecture, ratio = architecture_of(model), Fraction(hidden, model.hidden_size)
     rounded, notes, sizes = [], [], {}
     for size in architecture.widths(model):
@@ -58,12 +51,5 @@ def narrowed(model: ModelFile, hidden: int, heads: Heads) -> Narrowed:
                     f"{size.key} {now}, in the target {wider}, which do not divide {size.divides} {multiple}: "
                     f"{size.fewer}."
                 )
-    changes = {
-        **sizes,
-        "hidden_size": hidden,
-        "num_attention_heads": heads.number,
-        # Heads of latent attention say their sizes themselves.
-        "kv_channels": model.kv_channels if model.multi_latent_attention else heads.size,
-        "num_query_groups": heads.groups if model.group_query_attention else 1,
-    }
+    changes = {**sizes, **heads, "hidden_size": hidden}
     return Narrowed(model.model_copy(update=changes), rounded, notes)

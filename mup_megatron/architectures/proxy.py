@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mup_megatron.architectures.cost import training_flops
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.narrowing import Heads, narrowed
+from mup_megatron.architectures.narrowing import narrowed
 from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.errors import InputError
 
@@ -67,7 +67,7 @@ def choose_proxy(
             f"{heads // groups} heads share a key/value group, in the target {heads_per_group}: updates of keys and "
             f"values grow a little with width. Width {round(heads_per_group * width_per_head)} would keep the ratio."
         )
-    found = narrowed(target, hidden, Heads(number=heads, groups=groups, size=target.head_size))
+    found = narrowed(target, hidden, target.heads(heads, size=target.head_size, groups=groups))
     notes += [
         f"{each.key} {each.size} is rounded; the target's ratio to hidden_size is "
         f"{each.wider / target.hidden_size:.4g}."

@@ -122,15 +122,6 @@ def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
         raise InputError("\n".join(problems))
 
 
-def require_proportional_schedule(scheduler: Any) -> None:
-    """Raises InputError if a Megatron scheduler would break the ratios between groups."""
-    if scheduler.init_lr != 0.0:
-        raise InputError(
-            f"lr_warmup_init: a warm-up that starts at {scheduler.init_lr:g} for every group breaks the ratios between "
-            "them; wide layers would start above their peak. Set it to 0."
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class LiveGroupValues:
     """The values that the optimizer holds for one parameter at this moment."""

@@ -226,7 +226,7 @@ class _Tracker(TorchDispatchMode):
             self._lookups.append((self._parameters[table][0], 1.0))
             return replace(MADE, lookup=len(self._lookups) - 1)
         if name in _NUMBERED:
-            return self._numbered(name, args, kwargs)
+            return self._numbered(name, args)
         if name in ("where", "cat", "stack", "maximum", "minimum"):
             logits = next((track for track in active if track.contracted is not None), None)
             return logits or merged(active)
@@ -278,7 +278,7 @@ class _Tracker(TorchDispatchMode):
             self._explained |= logits.parts
         return MADE
 
-    def _numbered(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Track:
+    def _numbered(self, name: str, args: tuple[Any, ...]) -> Track:
         tracks = [self._of(args[0]), self._of(args[1])]
         for own, value in ((tracks[0], args[1]), (tracks[1], args[0])):
             is_number, number = self._number(value)

@@ -10,7 +10,7 @@ from mup_megatron.architectures.families import ATTENTION, Family, Growth, Size,
 from mup_megatron.architectures.families.mlp import Mlp
 from mup_megatron.architectures.gpt import Gpt
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.narrowing import Heads, Narrowed, narrowed
+from mup_megatron.architectures.narrowing import Narrowed, narrowed
 from mup_megatron.architectures.proxy import Search, choose_proxy
 from mup_megatron.architectures.registry import model_file, shapes_of
 from mup_megatron.theory import Side, Tensor
@@ -70,7 +70,7 @@ def file(content: Mapping[str, Any], **changes: Any) -> ModelFile:
 
 def at(model: ModelFile, hidden: int) -> Narrowed:
     heads = hidden * model.num_attention_heads // model.hidden_size
-    return narrowed(model, hidden, Heads(number=heads, groups=heads, size=model.head_size))
+    return narrowed(model, hidden, model.heads(heads, size=model.head_size, groups=heads))
 
 
 def sizes(model: ModelFile) -> tuple[int, ...]:

@@ -345,17 +345,18 @@ def _warmed_up_from(init_lr: float) -> tuple[str | None, float, list[float]]:
     """The refusal, a wide layer's first learning rate over its peak, and losses."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    from mup_megatron.megatron.optimizer import live_values, require_proportional_schedule
+    from mup_megatron.megatron.guard import schedule_problems
+    from mup_megatron.megatron.optimizer import live_values
 
     run = planned.prepare(TUNED, WIDE, Layout())
     run.scheduler = OptimizerParamScheduler(
         run.optimizer, init_lr, TRAINING.lr, TRAINING.min_lr, 4, 20, "linear", 0.1, 0.1, 20, "constant"
     )
     first = live_values(run.optimizer, run.chunks, tied=True)["decoder.layers.0.mlp.linear_fc1.weight"]
-    try:
-        require_proportional_schedule(run.scheduler)
-    except InputError as error:
-        return str(error), first.lr / first.max_lr, []
+    problems = schedule_problems(TUNED.plan(WIDE), run.scheduler, run.optimizer)
+    refused = [str(problem) for problem in problems if problem.quantity == "lr_warmup_init"]
+    if refused:
+        return refused[0], first.lr / first.max_lr, []
     return None, first.lr / first.max_lr, stock.train(run, 3)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mup_megatron.architectures.layout import Layout
 from mup_megatron.architectures.measured import Measured
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import Constant, Part, Place, Property, Role, Side, Tensor
+from mup_megatron.theory import BRANCH, SOFTMAX, Acts, Constant, Part, Place, Property, Role, Side, Tensor
 
 __all__ = ["Block", "Family", "Growth", "Size", "alike", "linear", "norm", "vector"]
 
@@ -118,6 +118,12 @@ class Family(Block):
     def remarks(self, base: ModelFile, target: ModelFile) -> Iterator[str]:
         """Yields what is known of transfer between a base and a target that differ, in sentences."""
         yield from ()
+
+
+def attention_places(attention: str) -> Iterator[Place]:
+    """Yields where the scale of logits is set in the attention of this name, and the branch that it is."""
+    yield Place(f"{attention}.core_attention", Acts.SCALE, SOFTMAX)
+    yield Place(attention, Acts.BRANCH, BRANCH)
 
 
 def alike(*keys: str) -> Mapping[str, str]:

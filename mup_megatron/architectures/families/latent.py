@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mup_megatron.architectures.families.family import Family, Growth, Size, alike, linear, norm
+from mup_megatron.architectures.families.family import Family, Growth, Size, alike, attention_places, linear, norm
 from mup_megatron.architectures.keys import latent
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import BRANCH, SOFTMAX, Acts, Part, Place, Role, Side, Tensor
+from mup_megatron.theory import Part, Place, Role, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,8 +63,7 @@ class LatentAttention(Family):
 
     def places(self, layer: str) -> Iterator[Place]:
         """Yields where the scale of attention logits is set, and the branch."""
-        yield Place(f"{layer}.self_attention.core_attention", Acts.SCALE, SOFTMAX)
-        yield Place(f"{layer}.self_attention", Acts.BRANCH, BRANCH)
+        yield from attention_places(f"{layer}.self_attention")
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the projections and of the scores."""

@@ -65,10 +65,8 @@ def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
         )
     changes = {
         "hidden_size": width,
-        "num_attention_heads": int(growth.heads(width)),
-        **target.heads_of(int(growth.head_size(width))),
+        **target.heads(int(growth.heads(width)), size=int(growth.head_size(width)), groups=int(growth.groups(width))),
         **growth.own_sizes(width),
-        "num_query_groups": int(growth.groups(width)) if target.group_query_attention else 1,
         "vocab_size": VOCABULARY,
         "make_vocab_size_divisible_by": min(target.make_vocab_size_divisible_by, 32),
         "attention_dropout": 0.0,
@@ -308,9 +306,7 @@ class _Cut:
         return model.model_copy(
             update={
                 "hidden_size": width,
-                "num_attention_heads": heads,
-                **model.heads_of(size),
-                "num_query_groups": groups if model.group_query_attention else 1,
+                **model.heads(heads, size=size, groups=groups),
                 **{size.key: self._own_size(size, model, width) for size in architecture_of(model).sizes(model)},
             }
         )

@@ -4,16 +4,16 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from mup_megatron.check.measure.measurements import Key, Measurements, Quantity
 from mup_megatron.check.measure.names import in_layer, layer_of
 from mup_megatron.check.verdict.comparison import Compared, Finding, Mismatch
 from mup_megatron.check.verdict.verdict import CheckOutcome, Section, Verdict
+from mup_megatron.json_io import finite
 
 TOLD = 5
 """Findings that are told of one section; the rest is counted and in a file."""
@@ -163,7 +163,7 @@ def _counted(number: int, what: str) -> str:
 
 def verdict_json(verdict: Verdict, *, title: str) -> str:
     """Everything that was concluded, as JSON; the single measurements are in the CSV."""
-    return json.dumps(_plain({"target": title, **verdict.to_json()}), indent=1, allow_nan=False) + "\n"
+    return json.dumps(finite({"target": title, **verdict.to_json()}), indent=1, allow_nan=False) + "\n"
 
 
 def measurements_csv(verdict: Verdict) -> str:
@@ -221,12 +221,3 @@ def _csv(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     writer.writerow(titles)
     writer.writerows(rows)
     return stream.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    """Returns a JSON value with NaN and infinities, which JSON does not have, as text."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

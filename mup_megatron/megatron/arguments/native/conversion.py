@@ -7,7 +7,7 @@ from typing import Any
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import POSITION_EMBEDDINGS, READOUT_WEIGHT, WORD_EMBEDDINGS
-from mup_megatron.architectures.narrowing import Heads, narrowed
+from mup_megatron.architectures.narrowing import narrowed
 from mup_megatron.architectures.registry import architecture_of, model_file, shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.convert import model_from_values, values_from_flags
@@ -153,7 +153,7 @@ def _base(native: Native, source: str) -> tuple[ModelFile, list[str]]:
         (divisor for divisor in range(1, heads + 1) if heads % divisor == 0),
         key=lambda divisor: abs(divisor - model.query_groups * heads / model.num_attention_heads),
     )
-    base = narrowed(model, native.base_hidden_size, Heads(number=heads, groups=groups, size=head))
+    base = narrowed(model, native.base_hidden_size, model.heads(heads, size=head, groups=groups))
     for key, exact, rounded in (
         ("num_attention_heads", attended / head, heads),
         ("num_query_groups", model.query_groups * heads / model.num_attention_heads, groups),

@@ -95,6 +95,11 @@ def _fused_norms() -> Any:
 # ---- mistakes ------------------------------------------------------------------------------------------------------
 
 
+def _rename_attention(chunks: list[Any]) -> None:
+    for layer in chunks[0].decoder.layers:
+        layer.self_attention.add_module("inner", layer.self_attention._modules.pop("core_attention"))
+
+
 def _apply_once(chunks: list[Any]) -> None:
     from mup_megatron.megatron.model import apply_plan
 
@@ -204,6 +209,11 @@ MODEL: dict[str, Mistake] = {
         said=("perform_initialization", "initialize=False"),
         # The remedy: weights from elsewhere.
         right={"config_changes": {"perform_initialization": False}, "initialize": False, "edit": _load_weights},
+    ),
+    "an attention that is called otherwise": Mistake(
+        wrong={"edit": _rename_attention},
+        targets=(LONGER_HEADS, WIDE),
+        said=("decoder.layers.0.self_attention.core_attention", "attention logits", "the model has no such module"),
     ),
     "a plan applied twice": Mistake(wrong={"edit": _apply_once}, said=("applied to this model already",)),
     "a multiplier on a layer with a fused norm": Mistake(

@@ -221,20 +221,29 @@ def require_no_hidden_factor(base: Forward, target: Forward, model: torch.nn.Mod
                 f"{name}: {type(model).__name__} multiplies its rows by something that is no one number that could be "
                 "seen, so its multiplier is unknown. Switch it off in both configurations, or choose another model."
             )
-    for own, found in zip(base.factors, target.factors, strict=False):
-        if (own.where, own.operation) != (found.where, found.operation):
-            break
-        if own.number != found.number:
-            raise InputError(
-                f"{found.where or type(model).__name__}: its code has a factor that follows width, "
-                f"{_told(own)} in the recipe's base and {_told(found)} in the target, which μP has no place for. "
-                "Switch it off in both configurations, or choose another model."
-            )
-    if len(base.factors) != len(target.factors):
+    at_base, at_target = (_by_place(each.factors) for each in (base, target))
+    for place, factors in at_target.items():
+        for own, found in zip(at_base.get(place, ()), factors, strict=False):
+            if own.number != found.number:
+                raise InputError(
+                    f"{found.where or type(model).__name__}: its code has a factor that follows width, "
+                    f"{_told(own)} in the recipe's base and {_told(found)} in the target, which μP has no place for. "
+                    "Switch it off in both configurations, or choose another model."
+                )
+    counts = [{place: len(factors) for place, factors in each.items()} for each in (at_base, at_target)]
+    if counts[0] != counts[1]:
         raise InputError(
             f"{type(model).__name__}: its forward pass does other things at the target's width than at the base's, so "
             "what it multiplies by cannot be compared. Choose another model."
         )
+
+
+def _by_place(factors: Iterable[Factor]) -> dict[tuple[str, str], list[Factor]]:
+    """Returns the factors of each operation of each module's code, in the order of the pass."""
+    found: dict[tuple[str, str], list[Factor]] = {}
+    for factor in factors:
+        found.setdefault((factor.where, factor.operation), []).append(factor)
+    return found
 
 
 def _told(factor: Factor) -> str:

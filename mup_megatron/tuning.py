@@ -191,7 +191,7 @@ class _Training(Strict):
 
 
 class _ModelContext(Strict):
-    """What `ProxyTraining.context` gives a study of the model and of what is not searched."""
+    """Holds what `ProxyTraining.context` gives a study of the model and of what is not searched."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -213,7 +213,7 @@ class _SweepContext(_ModelContext):
 
 
 def _sweep_context(study: StudyRecord, kind: type[_ModelContext], *, flag: str) -> Mapping[str, Any]:
-    """What a study of `mup-megatron sweep` says of its trials, as far as `kind` asks for it."""
+    """Returns what a study of `mup-megatron sweep` says of its trials, as far as `kind` asks for it."""
     source = f"study {study.spec.name!r}"
     if "proxy" not in study.spec.context:
         raise InputError(f"{source} was not made by `mup-megatron sweep`. Choose another with {flag}.")

@@ -158,7 +158,7 @@ def command(
 def _of_megatron(
     target: Path, recipe: Recipe, parallel: Mapping[str, Any], mutant_name: str | None, *, fresh: bool
 ) -> Callable[..., "Verdict"]:
-    """What checks a model file."""
+    """Returns what checks a model file."""
     from mup_megatron.check.measure.levels import Level
     from mup_megatron.check.reference.cache import FOLDER
     from mup_megatron.check.run_megatron import check_megatron
@@ -174,7 +174,7 @@ def _of_megatron(
 
 
 def _of_hugging_face(target: Path, recipe: Recipe, deepspeed: Path | None) -> Callable[..., "Verdict"]:
-    """What checks a Hugging Face configuration."""
+    """Returns what checks a Hugging Face configuration."""
     from mup_megatron.check.measure.levels import Level
     from mup_megatron.check.run_huggingface import check_hugging_face
 
@@ -183,7 +183,7 @@ def _of_hugging_face(target: Path, recipe: Recipe, deepspeed: Path | None) -> Ca
 
 
 def _of_launch_line(words: list[str], recipe: Recipe, *, fresh: bool) -> Callable[..., "Verdict"]:
-    """What checks the model that a launch line builds."""
+    """Returns what checks the model that a launch line builds."""
     from mup_megatron.check.measure.levels import Level
     from mup_megatron.check.reference.cache import FOLDER
     from mup_megatron.check.run_launch_line import check_launch_line

@@ -8,7 +8,7 @@ from rich.table import Table
 from mup_megatron.architectures.cost import active_parameter_count, parameter_count, training_flops
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import MIN_WIDTH, Proxy, Search, choose_proxy
-from mup_megatron.architectures.registry import load_model_file
+from mup_megatron.architectures.registry import architecture_of, load_model_file
 from mup_megatron.cli.options import (
     COUNT,
     FILE,
@@ -68,15 +68,13 @@ def _print(target: ModelFile, proxy: Proxy, search: Search) -> None:
     def row(name: str, values: list[str]) -> None:
         table.add_row(name, *values)
 
-    for key in ("num_layers", "hidden_size", "num_attention_heads", "query_groups", "head_size", "ffn_size"):
-        row(key, [str(getattr(model, key)) for model in models])
-    if target.num_experts is not None:
-        for key in ("num_experts", "moe_router_topk", "expert_ffn_size", "moe_shared_expert_intermediate_size"):
-            if getattr(target, key) is not None:
-                row(key, [str(getattr(model, key)) for model in models])
+    sizes = [size.key for size in architecture_of(target).sizes(target)]
+    for key in ("num_layers", "hidden_size", "num_attention_heads", "query_groups", "head_size", *sizes):
+        row(key, [str(model.value_of(key)) for model in models])
     row("parameters", [f"{parameter_count(model):.3g}" for model in models])
-    if target.num_experts is not None:
-        row("parameters that a token passes", [f"{active_parameter_count(model):.3g}" for model in models])
+    active = [active_parameter_count(model) for model in models]
+    if active != [parameter_count(model) for model in models]:
+        row("parameters that a token passes", [f"{count:.3g}" for count in active])
     row("FLOPs per token:", ["", ""])
     for key in flops[1].items:
         row(f"  {key}", [f"{cost.items.get(key, 0.0):.3g}" for cost in flops])

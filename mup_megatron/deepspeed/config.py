@@ -38,7 +38,7 @@ class EngineSettings:
 
 
 def configuration(recipe: Recipe, *, path: str, settings: EngineSettings) -> dict[str, Any]:
-    """A configuration that trains with a recipe.
+    """Returns a configuration that trains with a recipe.
 
     Args:
         recipe: decides the optimizer, its values, the schedule and the clipping. Its numbers are written out for those

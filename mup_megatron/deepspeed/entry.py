@@ -54,7 +54,7 @@ class Entry(Strict):
 
 
 def entry_of(config: Mapping[str, Any]) -> Entry | None:
-    """The entry of a configuration; None without one.
+    """Returns the entry of a configuration; None without one.
 
     Raises:
         InputError: an unknown key, a wrong type.
@@ -171,7 +171,7 @@ class Configuration(_Section):
 
 
 def configuration(content: object, *, source: str) -> Configuration:
-    """A configuration from plain values; `source` names them in messages.
+    """Returns a configuration from plain values; `source` names them in messages.
 
     Raises:
         InputError: no object, or a key that has to do with a recipe is of another type; names both.
@@ -185,7 +185,7 @@ def configuration(content: object, *, source: str) -> Configuration:
 
 
 def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe: Recipe) -> dict[str, Any]:
-    """The optimizer's params, with what is absent or "auto" filled in from the recipe.
+    """Returns the optimizer's params, with what is absent or "auto" filled in from the recipe.
 
     Args:
         name: the entry's type.
@@ -242,7 +242,7 @@ def _wanted(recipe: Recipe) -> dict[str, Any]:
 
 
 def gradient_clipping(given: Any, recipe: Recipe) -> float:
-    """The threshold of the gradient norm. `given` is None where the configuration has no such key.
+    """Returns the threshold of the gradient norm. `given` is None where the configuration has no such key.
 
     Raises:
         InputError: the configuration says something else than the recipe.

@@ -93,7 +93,7 @@ _CAUSE = "Something changed the optimizer's groups after the plan was applied: t
 
 
 def _factor(plan: Plan, live: Mapping[str, LiveValues]) -> float:
-    """Where the schedule stands, by the parameter whose planned rate is highest."""
+    """Returns where the schedule stands, by the parameter whose planned rate is highest."""
     name = max(live, key=lambda name: plan[name].lr, default=None)
     return 1.0 if name is None else live[name].lr / plan[name].lr
 

@@ -188,7 +188,7 @@ def _untied(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _readout(model: Any) -> str | None:
-    """The weight behind `get_output_embeddings`, by its first name: that of a tied embedding."""
+    """Returns the weight behind `get_output_embeddings`, by its first name: that of a tied embedding."""
     readout = model.get_output_embeddings()
     if readout is None:
         return None
@@ -217,7 +217,7 @@ def _require_known_scale(base: PretrainedConfig, target: PretrainedConfig, model
 
 
 def _as_seen(shape: ModelShape, seen: Forward, *, share: float) -> ModelShape:
-    """A model's shape with what its code multiplies the readout's input and the rows of its tables by.
+    """Returns a model's shape with what its code multiplies the readout's input and the rows of its tables by.
 
     Args:
         shape: without.

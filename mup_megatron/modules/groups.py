@@ -62,7 +62,7 @@ class GroupValues:
         return cls(entry.optimizer, entry.lr, entry.weight_decay, entry.eps, entry.is_vector)
 
     def as_keys(self, plan: Plan, form: Form) -> Group:
-        """The keys of a group; `optimizer` is among them where the plan has several."""
+        """Returns the keys of a group; `optimizer` is among them where the plan has several."""
         rest: Group = {} if self.eps is None else {"eps": self.eps}
         if len(plan.optimizers) > 1:
             rest |= {"optimizer": self.optimizer}

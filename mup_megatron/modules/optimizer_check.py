@@ -56,7 +56,7 @@ def check_optimizer(optimizer: Any, plan: Plan, model: torch.nn.Module | None = 
 
 
 def _unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside of Accelerate's, DeepSpeed's or ZeroRedundancyOptimizer's."""
+    """Returns the optimizer inside of Accelerate's, DeepSpeed's or ZeroRedundancyOptimizer's."""
     while True:
         held = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
         if held is None:
@@ -68,7 +68,7 @@ def _unwrapped(optimizer: Any) -> Any:
 
 
 def _stepped_by(optimizer: Any, plan: Plan, model: torch.nn.Module | None) -> str:
-    """The one of the plan's optimizers that steps what a live one has."""
+    """Returns the one of the plan's optimizers that steps what a live one has."""
     if len(plan.optimizers) == 1:
         return plan.optimizers[0]
     held = dict.fromkeys(wanted.optimizer for _, wanted, _ in _compared(optimizer.param_groups, plan, model))
@@ -90,7 +90,7 @@ def _require_rule(optimizer: Any, groups: list[Group], wanted: str) -> None:
 
 
 def _wrong(optimizer: Any, groups: list[Group], wanted: str) -> str | None:
-    """Why an optimizer is not the wanted one; None where it is, or where that cannot be seen."""
+    """Returns why an optimizer is not the wanted one; None where it is, or where that cannot be seen."""
     kind, known = type(optimizer), TORCH_OPTIMIZERS[wanted]
     names = {name for own in kind.__mro__ for name in (own.__name__,)}
     if names & set(known.kernels):
@@ -129,7 +129,7 @@ def _wrong(optimizer: Any, groups: list[Group], wanted: str) -> str | None:
 
 
 def _probed_group(groups: list[Group]) -> Group:
-    """A group like the first one, with values under which rules differ visibly."""
+    """Returns a group like the first one, with values under which rules differ visibly."""
     group = {key: value for key, value in groups[0].items() if key != "params"}
     group["lr"] = 0.01
     if "weight_decay" in group:
@@ -144,7 +144,7 @@ _REPLACED = ("param_groups", "state", "step", "_optimizer_step_pre_hooks", "_opt
 
 
 def _clone(optimizer: Any, group: Group) -> Any:
-    """An optimizer of the same class and settings that has no state, no hooks, and one small parameter."""
+    """Returns an optimizer of the same class and settings that has no state, no hooks, and one small parameter."""
     clone = object.__new__(type(optimizer))
     # Copied, since a step may change whatever the optimizer holds: a count of its own, a list, a lock's owner.
     clone.__dict__.update(copy.deepcopy({key: value for key, value in vars(optimizer).items() if key not in _REPLACED}))
@@ -156,7 +156,7 @@ def _clone(optimizer: Any, group: Group) -> Any:
 
 
 def _reference(kind: type[torch.optim.Optimizer], group: Mapping[str, Any], options: Mapping[str, Any]) -> torch.Tensor:
-    """Where the steps of one of torch's optimizers lead, with what it knows of a group's settings."""
+    """Returns where the steps of one of torch's optimizers lead, with what it knows of a group's settings."""
     known = inspect.signature(kind).parameters
     settings = {key: group[key] for key in _SETTINGS if key in group and key in known}
     return _moved(kind([_tried()], **settings, **options))
@@ -170,7 +170,7 @@ def _tried() -> torch.nn.Parameter:
 
 
 def _moved(optimizer: Any) -> torch.Tensor:
-    """Where some steps of an optimizer lead that has one parameter."""
+    """Returns where some steps of an optimizer lead that has one parameter."""
     (parameter,) = optimizer.param_groups[0]["params"]
     slope = torch.tensor([[0.02, -0.3, 0.01], [-0.05, 0.4, 0.1]])
     if getattr(optimizer, "defaults", {}).get("differentiable"):

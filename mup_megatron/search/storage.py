@@ -146,7 +146,7 @@ def _no_url(url: str) -> InputError:
 
 
 def _sqlite_file(url: sqlalchemy.URL) -> Path | None:
-    """The file of a SQLite URL; None for other databases and for those without an ordinary file."""
+    """Returns the file of a SQLite URL; None for other databases and for those without an ordinary file."""
     if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
         return None
     assert url.database is not None

@@ -215,7 +215,7 @@ class _Owner(Strict):
 
 
 class _Attributes(Strict):
-    """What a sweep records of a trial."""
+    """Names what a sweep records of a trial."""
 
     model_config = ConfigDict(extra="ignore")
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from mup_megatron.architectures.families.family import Family, Growth, linear, norm
+from mup_megatron.architectures.families.family import Family, Growth, attention_places, linear, norm
 from mup_megatron.architectures.measured import BIAS, STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import BRANCH, SOFTMAX, Acts, Part, Place, Side, Tensor
+from mup_megatron.theory import Part, Place, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,8 +44,7 @@ class Attention(Family):
 
     def places(self, layer: str) -> Iterator[Place]:
         """Yields where the scale of attention logits is set, and the branch."""
-        yield Place(f"{layer}.self_attention.core_attention", Acts.SCALE, SOFTMAX)
-        yield Place(f"{layer}.self_attention", Acts.BRANCH, BRANCH)
+        yield from attention_places(f"{layer}.self_attention")
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the projections and of the scores."""

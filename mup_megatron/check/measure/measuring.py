@@ -167,7 +167,7 @@ class Recorder:
                 self._whole[Key(Quantity.SPECTRAL, name, step)] = spectral_norm(update) / math.sqrt(rows / columns)
 
     def _evaluate(self, step: int, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What evaluation computes; nothing where it is not asked."""
+        """Returns what evaluation computes; nothing where it is not asked."""
         asked: list[bool] = []
         with torch.no_grad():
             found = self._recorded(lambda: asked.append(self._trainee.evaluate()), training=False)
@@ -281,7 +281,7 @@ class Recorder:
         return found
 
     def _recorded(self, forward: Callable[[], object], *, training: bool = True) -> dict[str, Tensor]:
-        """What modules give in a forward pass, in the order in which they are done."""
+        """Returns what modules give in a forward pass, in the order in which they are done."""
         found: dict[str, Tensor] = {}
 
         def keep(name: str, at: At) -> Callable[..., None]:

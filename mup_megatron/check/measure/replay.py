@@ -68,7 +68,7 @@ class Replay(Protocol):
         """Takes in a step's gradient, as the optimizer saw it, and the weight before the step."""
 
     def sums(self, before: Tensor, moved: Tensor) -> Sums:
-        """The step's normal equations, [unknowns + 1, unknowns + 1]; those of shards are added."""
+        """Returns the step's normal equations, [unknowns + 1, unknowns + 1]; those of shards are added."""
 
     @staticmethod
     def fitted(sums: Sums) -> Fitted:
@@ -93,7 +93,7 @@ class AdamReplay:
         self._v.mul_(self._beta2).addcmul_(gradient, gradient, value=1 - self._beta2)
 
     def sums(self, before: Tensor, moved: Tensor) -> Sums:
-        """The step's normal equations: of m̂, Δw, w·s, w, and Δw·s."""
+        """Returns the step's normal equations: of m̂, Δw, w·s, w, and Δw·s."""
         assert self._m is not None
         assert self._v is not None
         m = self._m.double() / (1 - self._beta1**self._steps)
@@ -126,7 +126,7 @@ class SGDReplay:
         self._w = before.clone() if self._w is None else self._momentum * self._w + before
 
     def sums(self, before: Tensor, moved: Tensor) -> Sums:
-        """The step's normal equations: of Σμᵏg, Σμᵏw and Δw."""
+        """Returns the step's normal equations: of Σμᵏg, Σμᵏw and Δw."""
         assert self._g is not None
         assert self._w is not None
         return _gram([self._g.double(), self._w.double(), moved.double()])
@@ -178,13 +178,14 @@ def _solved(sums: Sums) -> tuple[tuple[float, ...], float, tuple[bool, ...]]:
 
 
 def _squares(sums: Sums, of: Mapping[int, float]) -> float:
-    """The sum of squares of columns, multiplied and added up."""
+    """Returns the sum of squares of columns, multiplied and added up."""
     return float(sum(a * b * sums[i, j] for i, a in of.items() for j, b in of.items()))
 
 
 def _share(left: float, moved: float, *, digit: float) -> float:
-    """Of squares, as a ratio of roots. A weight cannot move by less than its last digit: what that leaves over is not
-    counted.
+    """Returns a share of squares, as a ratio of roots.
+
+    A weight cannot move by less than its last digit: what that leaves over is not counted.
     """
     beyond = max(0.0, left - _LAST_DIGIT**2 * digit)
     return min(1.0, math.sqrt(beyond / moved)) if moved > 0 else 0.0

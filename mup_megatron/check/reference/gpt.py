@@ -55,11 +55,11 @@ class Reference:
         self._norm: float | None = None
 
     def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
-        """Those that the architecture has measured."""
+        """Returns those that the architecture has measured."""
         return watched_modules(self._model.named_modules(), architecture_of(self._file).measured(self._file))
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """All of them."""
+        """Returns all of them."""
         return self._model.named_parameters()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:

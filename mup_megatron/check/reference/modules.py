@@ -52,7 +52,7 @@ def carry_out(model: nn.Module, plan: Plan, *, seed: int) -> None:
 
 
 def _factor(module: nn.Module, model: nn.Module, plan: Plan) -> float:
-    """What a module's weight is to be multiplied by."""
+    """Returns what a module's weight is to be multiplied by."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     own = [names[id(p)] for p in module.parameters(False) if not is_vector(plan[names[id(p)]])]
     if not own:

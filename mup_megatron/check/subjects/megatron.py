@@ -77,7 +77,7 @@ class MegatronTrainee:
         self._shared = sizes.data_parallel > 1 and any(is_sharded(part) for part in parts_of(built.optimizer))
 
     def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
-        """Those that the architecture has measured, by global name."""
+        """Returns those that the architecture has measured, by global name."""
         measured = [*architecture_of(self._model).measured(self._model)]
         for chunk in self._built.chunks:
             yield from watched_modules(named_modules(unwrapped(chunk)), measured)
@@ -157,7 +157,7 @@ class MegatronTrainee:
         return torch.cat(shards, dim=getattr(parameter, "partition_dim", 0))
 
     def gathered(self, value: Any) -> list[Any]:
-        """The values of all ranks."""
+        """Returns the values of all ranks."""
         return gathered(value)
 
     def groups(self) -> dict[str, Grouped]:
@@ -196,7 +196,7 @@ def build_megatron(
     world_size: int,
     tamper: Callable[[Built], None] | None = None,
 ) -> MegatronTrainee:
-    """A run as `train` would begin it. Collective; Megatron's groups have to be joined.
+    """Returns a run as `train` would begin it. Collective; Megatron's groups have to be joined.
 
     Args:
         model: as `available_model` returns it.
@@ -217,7 +217,7 @@ def build_megatron(
 
 
 def options_for(protocol: measurements.RunProtocol, layout: TrainingOptions, *, seed: int) -> TrainingOptions:
-    """The options of one run of a check."""
+    """Returns the options of one run of a check."""
     return replace(
         layout,
         train_iters=protocol.steps,

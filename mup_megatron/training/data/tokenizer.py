@@ -187,7 +187,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _byte_tokenizer() -> Tokenizer:
-    """A BPE without merges: a token's id is the byte's value, and 256 ends a document."""
+    """Returns a BPE without merges: a token's id is the byte's value, and 256 ends a document."""
     vocabulary = {letter: value for value, letter in enumerate(_byte_letters())}
     inner = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
     inner.add_special_tokens([EOD_TOKEN])

@@ -32,7 +32,7 @@ class AtWidth:
         return next((self.r_out(entry) for entry in self.plan.entries if is_embedding(entry)), 1.0)
 
     def r_out(self, entry: PlanEntry) -> float:
-        """The ratio of a tensor's fan_out, as its eps or, with SGD, its learning rate has it."""
+        """Returns the ratio of a tensor's fan_out, as its eps or, with SGD, its learning rate has it."""
         if not (is_input_role(entry) or is_hidden(entry)):
             return 1.0
         stack = self.deepening(entry)
@@ -52,7 +52,7 @@ class AtWidth:
         return None if match is None else self.recipe.per_parameter[int(match[1])]
 
     def own_rate(self, entry: PlanEntry) -> float:
-        """Its factor on the learning rate."""
+        """Returns its factor on the learning rate."""
         own = self.own(entry)
         return 1.0 if own is None else own.lr_mult
 
@@ -109,7 +109,7 @@ class AtWidth:
         return math.log(model.num_experts / base.num_experts)
 
     def log_share(self, entry: PlanEntry) -> float:
-        """The logarithm of an expert's share of the tokens relative to the base's."""
+        """Returns the logarithm of an expert's share of the tokens relative to the base's."""
         base, model = self.recipe.base, self.model
         if model is None or not isinstance(base, ModelFile) or not is_of_experts(entry):
             return 0.0

@@ -110,14 +110,14 @@ def schedule(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
 
 
 def _descended(step: int, recipe: Recipe) -> float:
-    """How much of the way from peak to floor a check's linear schedule has gone in a step, counted from 1."""
+    """Returns how much of the way from peak to floor a check's linear schedule has gone in a step, counted from 1."""
     steps = _protocol(step).steps
     warm, end = (f * steps for f in (recipe.schedule.lr_warmup_fraction, recipe.schedule.lr_decay_fraction))
     return max(0.0, min(1.0, (step - 1 - warm) / (end - warm)))
 
 
 def eps(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
-    """An eps that follows another rule, of the tensors whose optimizer has one."""
+    """Returns an eps that follows another rule, of the tensors whose optimizer has one."""
     if all(entry.eps is None for entry in next(iter(at.values())).plan.entries):
         return []
 

@@ -12,7 +12,8 @@ Parts:
     standard-correct   20 correct models
 
 With `--families` the models have experts, latent attention or Mamba layers instead: no `tune`, 60 correct models at
-quick, and the mistakes that such layers invite.
+quick, and the mistakes that such layers invite. With `--matrices` Muon or Lion trains them: 40 correct ones, and the
+mistakes that these optimizers invite.
 
 All but `tune` are on other architectures and on seeds from 1000 on, others in each round: whoever has looked at the
 checks of one round to mend something takes the next for the figures. A mistake counts where it changes anything: where
@@ -36,6 +37,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from rates.architectures import FAMILIES, REPORT, TUNING, Architecture
+from rates.architectures import MATRICES as BY_MATRICES
 from rates.tables import PARTS, caught, counted, of_part, tables
 from training_runs import start_worker
 
@@ -47,6 +49,7 @@ from mup_megatron.check.measure.measurements import RunProtocol
 from mup_megatron.check.mutants import MUTANTS, Context, Mutant
 from mup_megatron.check.mutants.experts import EXPERTS
 from mup_megatron.check.mutants.latent import LATENT
+from mup_megatron.check.mutants.matrices import MATRICES
 from mup_megatron.recipe import Recipe
 
 TUNE_SEEDS, MUTANT_QUICK, MUTANT_STANDARD, CORRECT_STANDARD = 10, 5, 3, 20
@@ -79,6 +82,11 @@ class Series:
 
 DENSE = Series(architectures=REPORT, tuning=TUNING, mutants=[*MUTANTS], correct=100)
 OF_FAMILIES = Series(architectures=FAMILIES, mutants=TRAPS, correct=60)
+OF_MATRICES = Series(
+    architectures=BY_MATRICES,
+    mutants=[*(mutant.name for mutant in MATRICES), "standard-parametrization", "weight-decay-uncompensated"],
+    correct=40,
+)
 
 
 @dataclass(frozen=True)
@@ -100,18 +108,21 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--mutants", nargs="+", choices=sorted(MUTANTS), metavar="NAME")
-    parser.add_argument("--families", action="store_true", help="experts, latent attention and hybrid models")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--families", action="store_true", help="experts, latent attention and hybrid models")
+    kind.add_argument("--matrices", action="store_true", help="Muon and Lion")
     parser.add_argument("--correct", type=int, help="how many correct models at quick")
     parser.add_argument("--seeds", type=int, default=MUTANT_QUICK, help="of each mistake at quick")
     arguments = parser.parse_args()
-    usual = OF_FAMILIES if arguments.families else DENSE
+    usual = OF_FAMILIES if arguments.families else OF_MATRICES if arguments.matrices else DENSE
     series = replace(
         usual,
         mutants=arguments.mutants or usual.mutants,
         correct=arguments.correct or usual.correct,
         seeds=arguments.seeds,
     )
-    name = f"check-rates{'-families' if arguments.families else ''}-{arguments.round}"
+    what = "-families" if arguments.families else "-matrices" if arguments.matrices else ""
+    name = f"check-rates{what}-{arguments.round}"
     output: Path = arguments.output or Path("results") / name
     output.mkdir(parents=True, exist_ok=True)
     log = output / "checks.jsonl"
@@ -219,7 +230,7 @@ def _check(job: Job, output: Path) -> dict[str, Any]:
     from mup_megatron.check.run_megatron import check_megatron
     from mup_megatron.check.verdict.comparison import findings
 
-    architecture = {**TUNING, **REPORT, **FAMILIES}[job.architecture]
+    architecture = {**TUNING, **REPORT, **FAMILIES, **BY_MATRICES}[job.architecture]
     mutant = None if job.mutant is None else MUTANTS[job.mutant]
     verdict = check_megatron(
         architecture.target,

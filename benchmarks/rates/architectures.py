@@ -52,10 +52,20 @@ class Architecture:
 
 
 def architecture(
-    base: dict[str, Any], target: dict[str, Any], per_parameter: object = (), **values: float
+    base: dict[str, Any],
+    target: dict[str, Any],
+    per_parameter: object = (),
+    *,
+    optimizer: str = "adam",
+    **values: float | str,
 ) -> Architecture:
     """An architecture, by what its target has other than its base."""
-    content = {"base": base, "hyperparameters": {**_VALUES, **values}, "per_parameter": per_parameter}
+    content = {
+        "base": base,
+        "hyperparameters": {**_VALUES, **values},
+        "per_parameter": per_parameter,
+        "parametrization": {"optimizer": optimizer},
+    }
     model = model_file({**base, **target}, source="benchmarks/rates")
     return Architecture(model, recipe(content, source="benchmarks/rates"))
 
@@ -147,3 +157,21 @@ FAMILIES: dict[str, Architecture] = {
     ),
 }
 """Of experts, latent attention and hybrid models."""
+
+MATRICES: dict[str, Architecture] = {
+    "Muon, spectral, tied, fixed ffn": architecture({**_GPT, "ffn_hidden_size": 192}, _WIDE, optimizer="muon"),
+    "Muon, spectral, experts": architecture(
+        _EXPERTS | {"num_query_groups": 4}, _GROWING | {"num_query_groups": 32}, optimizer="muon"
+    ),
+    "Muon, unit_rms_norm, positions": architecture(
+        {**_GPT, **_UNTIED}, _WIDE, optimizer="muon", muon_scale_mode="unit_rms_norm"
+    ),
+    "Muon, unit_rms_norm, fixed groups": architecture(
+        _LLAMA, {**_WIDE, "ffn_hidden_size": 1536}, optimizer="muon", muon_scale_mode="unit_rms_norm", lr=0.02
+    ),
+    "Muon, shape_scaling, fixed ffn": architecture(
+        {**_GPT, **_UNTIED, "ffn_hidden_size": 192}, _WIDE, optimizer="muon", muon_scale_mode="shape_scaling"
+    ),
+    "Lion": architecture({**_GPT, **_UNTIED}, _WIDE, optimizer="lion", lr=0.001, min_lr=0.0001),
+}
+"""Of optimizers that step matrices and leave the rest to Adam."""

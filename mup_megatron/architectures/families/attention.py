@@ -34,7 +34,7 @@ class Attention(Family):
         # One fused matrix, so one fan_out: all of its rows.
         qkv = Side(queries + 2 * keys, grows=True)
         weight, *bias = linear(f"{name}.linear_qkv", hidden, qkv, bias=model.bias_on_qkv, parts=parts)
-        yield from (replace(weight, stepped_by_parts=True), *bias)
+        yield from (replace(weight, stepped_by_parts=True, runs=model.query_groups), *bias)
         if model.qk_layernorm:
             head = growth.side(model, "head_size")
             yield from norm(model, f"{name}.q_layernorm.", head)

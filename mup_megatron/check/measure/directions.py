@@ -78,7 +78,7 @@ def splits_of(model: ModelFile) -> dict[str, Split]:
 
 def orthogonalised(matrix: Tensor, *, coefficients: str, iterations: int) -> Tensor:
     """Returns a matrix with the same singular vectors, and singular values of about 1."""
-    x = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
+    x: Tensor = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     own = COEFFICIENTS[coefficients]
     for a, b, c in islice(chain(own, repeat(own[-1])) if coefficients in _LAST_REPEATS else cycle(own), iterations):

@@ -139,7 +139,21 @@ def _wrong(optimizer: Any, groups: list[Group], wanted: str, scale: Mapping[str,
         return None
     if known.coupled is not None and _alike(moved, _reference(known.coupled, group, {}), known.rounding):
         return "it puts weight decay into the gradient"
+    if any(
+        _alike(moved, _reference(known.kind, other, {**known.options, **scale}), known.rounding)
+        for other in _with_independent_decay(group)
+    ):
+        return "its weight decay is not multiplied by the learning rate (it is independent of that) as the plan's is"
     return f"its step is not {known.kind.__name__}'s"
+
+
+def _with_independent_decay(group: Group) -> Iterator[Group]:
+    """Groups whose weight decay, multiplied by the rate, is what this one's is without: the same at every rate, or
+    following the schedule and not its peak.
+    """
+    if decay := group.get("weight_decay"):
+        for rate in dict.fromkeys((group["lr"], group.get("initial_lr", group["lr"]))):
+            yield group | {"weight_decay": decay / rate}
 
 
 def _probed_group(groups: list[Group]) -> Group:

@@ -9,7 +9,15 @@ from mup_megatron.architectures.cost import active_parameter_count, parameter_co
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import MIN_WIDTH, Proxy, Search, choose_proxy
 from mup_megatron.architectures.registry import load_model_file
-from mup_megatron.cli.options import FILE, FiniteFloat, answer_console, force_option, require_new, target_argument
+from mup_megatron.cli.options import (
+    COUNT,
+    FILE,
+    FiniteFloat,
+    answer_console,
+    force_option,
+    require_new,
+    target_argument,
+)
 from mup_megatron.files import write_atomically
 from mup_megatron.yaml_io import dump_yaml
 
@@ -17,8 +25,8 @@ from mup_megatron.yaml_io import dump_yaml
 @click.command()
 @target_argument
 @click.option("-o", "--output", type=FILE, metavar="PROXY.yaml", help="Where to write the proxy's model file.")
-@click.option("--hidden-size", type=click.IntRange(1), default=MIN_WIDTH, show_default=True, help="Width of the proxy.")
-@click.option("--trials", type=click.IntRange(1), default=350, show_default=True, help="Trials of the search.")
+@click.option("--hidden-size", type=COUNT, default=MIN_WIDTH, show_default=True, help="Width of the proxy.")
+@click.option("--trials", type=COUNT, default=350, show_default=True, help="Trials of the search.")
 @click.option("--trial-tokens", type=FiniteFloat(1), help="Tokens of a trial. [default: target's / 75, as in TP5]")
 @click.option("--target-tokens", type=FiniteFloat(1), help="Tokens of the target's run. [default: 20 per parameter]")
 @click.option("--budget", type=FiniteFloat(0, min_open=True), default=0.1, show_default=True,

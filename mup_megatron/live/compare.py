@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mup_megatron.live.hooks import Hooks
 from mup_megatron.live.problems import Problem, number
-from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.theory import Plan, PlanEntry, Property
 
 CLOSE = 1e-6
 """Relative: live values are the plan's very numbers, at worst through a tensor of single precision."""
@@ -65,7 +65,7 @@ def parameter_problems(
     problems += [
         f"{entry.name}: the plan has this parameter, the model has not. {remedies.missing}"
         for entry in plan.entries
-        if entry.name not in everywhere
+        if entry.name not in everywhere and Property.OPTIONAL not in entry.properties
     ]
     for name, shape in held.items():
         if name in plan.by_name and shape != (expected := padded_shape(plan[name], tensor_parallel)):

@@ -42,6 +42,8 @@ class Property(StrEnum):
     """A bias or gain: starts at a constant and has no weight decay, as in Megatron."""
     GAIN = "gain"
     """A vector that multiplies: it starts at 1, or at 0 where it is stored as the distance from 1."""
+    OPTIONAL = "optional"
+    """Some versions of its library have it, others do not."""
 
 
 @dataclass(frozen=True, slots=True)

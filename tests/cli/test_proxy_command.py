@@ -82,8 +82,8 @@ def test_what_differs_in_more_than_width_is_said(run: Command, here: Path) -> No
         (["--budget", "0"], "0.0 is not in the range x>0"),
         (["--trial-tokens", "nan"], "nan is not a finite number"),
         (["--target-tokens", "-5"], "-5.0 is not in the range x>=1"),
-        (["--trials", "0"], "0 is not in the range x>=1"),
-        (["--hidden-size", "0"], "0 is not in the range x>=1"),
+        (["--trials", "0"], "0 is not in the range 1<=x"),
+        (["--hidden-size", "0"], "0 is not in the range 1<=x"),
         (["--hidden-size", "4096"], "hidden_size 4096: the target is not wider than a proxy of width 4096 would be"),
     ],
 )

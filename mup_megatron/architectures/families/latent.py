@@ -1,13 +1,14 @@
 """Latent attention (MLA), with or without compressed queries."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mup_megatron.architectures.families.family import Family, Growth, Size, alike, linear, norm
 from mup_megatron.architectures.keys import latent
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import BRANCH, SOFTMAX, Acts, Part, Place, Role, Side, Tensor
+from mup_megatron.theory import BRANCH, SOFTMAX, Acts, Part, Place, Property, Role, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,6 +40,10 @@ class LatentAttention(Family):
         queries = Side(content + turned, grows=True)
         if model.q_lora_rank is None:
             yield from linear(f"{name}.linear_q_proj", hidden, queries, bias=False, parts=parts)
+            if model.qk_layernorm and model.transformer_impl == "transformer_engine":
+                # From 0.19 on, Megatron fuses a second norm of the stream into the projection of such queries.
+                for tensor in norm(model, f"{name}.linear_q_proj.layer_norm_", hidden):
+                    yield replace(tensor, properties=tensor.properties | {Property.OPTIONAL})
         else:
             rank = growth.side(model, "q_lora_rank")
             yield from linear(f"{name}.linear_q_down_proj", hidden, rank, bias=False, role=Role.HIDDEN)
@@ -81,7 +86,12 @@ class LatentAttention(Family):
         return {**fields, "rope_type": model.rope_type or "yarn"}
 
     def local_problem(self, model: ModelFile, *, on_cpu: bool) -> str | None:
-        """Returns that only the CPU runtime's local attention takes the sizes of its heads."""
+        """Returns that Megatron has no local norm for such queries, and no local attention with sizes of heads."""
+        if model.qk_layernorm and model.q_lora_rank is None:
+            return (
+                "qk_layernorm without q_lora_rank: megatron-core 0.19 builds such queries of Transformer Engine alone. "
+                "Use transformer_impl transformer_engine; on CPUs give a q_lora_rank, or qk_layernorm: false."
+            )
         if on_cpu:
             return None
         return (

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mup_megatron.by_optimizer import ByOptimizer
 from mup_megatron.check.entries import is_hidden
 from mup_megatron.check.measure.measurements import Quantity
+from mup_megatron.errors import InputError
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Optimizer, Plan, PlanEntry, optimizers
 
@@ -135,10 +136,21 @@ def rule_in_words(recipe: Recipe, quantity: Quantity, kind: str) -> str:
 
 
 def torch_optimizer(groups: Iterable[dict[str, Any]], recipe: Recipe) -> "torch.optim.Optimizer":
-    """Builds the recipe's optimizer as torch has it, with these parameter groups."""
+    """Builds the recipe's optimizer as torch has it, with these parameter groups.
+
+    Raises:
+        InputError: the recipe's leaves some tensors to another.
+    """
     from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 
-    return TORCH_OPTIMIZERS.only(recipe.optimizers).made(groups, recipe.moved)
+    first, *others = recipe.optimizers
+    if others:
+        raise InputError(
+            f"parametrization.optimizer: the recipe's is {first}, which leaves some tensors to {' and '.join(others)}, "
+            "and a check of torch modules reads one optimizer. Take a recipe whose optimizer steps all; "
+            "check_optimizer looks at both."
+        )
+    return TORCH_OPTIMIZERS[first].made(groups, recipe.moved)
 
 
 def correct_optimizers(groups: Iterable[dict[str, Any]], recipe: Recipe) -> "list[torch.optim.Optimizer]":

@@ -228,7 +228,7 @@ def test_where_it_was_not_registered_the_message_says_which_were() -> None:
     for asked, framework, known in (
         (lambda: flags(gpt(), own), "Megatron", "adam, sgd, muon and lion"),
         (lambda: distributed_problem("nadam"), "Megatron", "adam, sgd, muon and lion"),
-        (lambda: optimizer_params("AdamW", {}, own), "DeepSpeed", "adam and sgd"),
+        (lambda: optimizer_params("AdamW", {}, own), "DeepSpeed", "adam, sgd and muon"),
     ):
         with pytest.raises(
             InputError, match=rf"optimizer: the recipe's is nadam, and for {framework} there is {known}\. Take"

@@ -270,6 +270,20 @@ def differing_states(base: PretrainedConfig, target: PretrainedConfig) -> list[s
     return sorted(differing(base, target) & _STATE_SIZES) + within
 
 
+def differing_groups(base: PretrainedConfig, target: PretrainedConfig) -> list[tuple[int, int]]:
+    """Returns the query heads of each key/value head at base and target, of those parts in which they differ."""
+    within = [each for name, part in inner(base).items() for each in differing_groups(part, inner(target)[name])]
+    before, now = (_heads_per_group(config) for config in (base, target))
+    return [(before, now), *within] if before and now and before != now else within
+
+
+def _heads_per_group(config: PretrainedConfig) -> int | None:
+    keys = ("num_key_value_heads", "num_kv_heads")
+    heads = getattr(config, "num_attention_heads", None)
+    groups = next((value for key in keys if isinstance(value := getattr(config, key, None), int)), None)
+    return heads // groups if isinstance(heads, int) and groups else None
+
+
 _STATE_SIZES = frozenset({"state_size", "ssm_state_size", "mamba_d_state"})
 
 

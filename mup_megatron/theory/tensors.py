@@ -127,6 +127,8 @@ class Tensor:
     """Whether an optimizer of matrices steps it; None where its shape and properties say so: see `matrices.py`."""
     stepped_by_parts: bool = False
     """Whether such an optimizer takes each of its parts for a matrix by itself."""
+    runs: int = 1
+    """How often its rows run through its parts: those of linear_qkv once for each group of keys and values."""
 
     def __post_init__(self) -> None:
         if math.prod(self.shape) % max(1, self.fan_in.size * self.fan_out.size):

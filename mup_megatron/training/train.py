@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import remarks_on
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
@@ -104,8 +105,9 @@ def _run(
     identity = ranks.on_first_rank(lambda: identity_of(model, recipe, data, options))
     _require_vocabulary(model, identity, data)
     warning = small_vocabulary_warning(identity["data"]["vocab_size"], model.vocab_size, data=data)
-    if warning is not None and show and ranks.is_first():
-        print(warning, file=sys.stderr)
+    for sentence in filter(None, [warning, *remarks_on(recipe.megatron_base, model)] if show else []):
+        if ranks.is_first():
+            print(sentence, file=sys.stderr)
     found = _checkpoint(options)
     record = Record() if found is None else _record(found, identity, recipe, plan, options)
     if options.output is not None:

@@ -305,6 +305,14 @@ def test_what_experts_and_what_chooses_them_get() -> None:
     assert not remarks_on(base, base)
 
 
+def test_other_numbers_of_queries_for_each_key_are_told() -> None:
+    groups = {"group_query_attention": True, "num_query_groups": 2}
+    (remark,) = remarks_on(gpt(1, **groups), gpt(2, **groups))
+    assert remark.startswith("Query heads for each key/value group: 2 at the base, 4 here.")
+    assert "linear_qkv has one learning rate" in remark
+    assert not remarks_on(gpt(1, **groups), gpt(2, **{**groups, "num_query_groups": 4}))
+
+
 def test_a_router_may_be_hidden() -> None:
     base, target = gpt(1, **MIXED), gpt(4, **MIXED)
     own = recipe_for(base)

@@ -24,8 +24,8 @@ class Trainee(Protocol):
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Returns a gradient as the optimizer saw it in the last step; None where this rank cannot say."""
 
-    def replay(self) -> Replay | None:
-        """Returns a new replay of one tensor's optimizer state; None for an optimizer that none is written for."""
+    def replay(self, name: str) -> Replay | None:
+        """Returns a new replay of one tensor's optimizer state, whoever holds that; None for what has no optimizer."""
 
     def forward(self) -> None:
         """A forward pass on the batch that activations are compared on, as training does it; trains nothing."""

@@ -81,10 +81,15 @@ def _multiply_output(module: nn.Module, factor: float) -> None:
 
 def optimizer_for(model: nn.Module, recipe: Recipe, plan: Plan) -> torch.optim.Optimizer | None:
     """Torch's, with a group for each parameter that is trained; None where there is none."""
-    groups: list[dict[str, Any]] = [
+    groups = groups_of(model, plan)
+    return torch_optimizer(groups, recipe) if groups else None
+
+
+def groups_of(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
+    """Returns a group for each parameter that is trained."""
+    return [
         {"params": [p], "name": name, "lr": plan[name].lr, "weight_decay": plan[name].weight_decay}
         | ({} if plan[name].eps is None else {"eps": plan[name].eps})
         for name, p in model.named_parameters()
         if p.requires_grad
     ]
-    return torch_optimizer(groups, recipe) if groups else None

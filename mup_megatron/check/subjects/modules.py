@@ -131,7 +131,7 @@ class ModuleTrainee(_Watched):
         """Returns a gradient as clipped; 0 for what is not trained."""
         return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
-    def replay(self) -> Replay | None:
+    def replay(self, _name: str) -> Replay | None:
         """Returns a replay of the recipe's optimizer, whatever this one is."""
         return None if self._optimizer is None else replay_for(self._recipe)
 
@@ -196,7 +196,7 @@ class EngineTrainee(_Watched):
         """
         return self._gradients.get(id(parameter))
 
-    def replay(self) -> Replay | None:
+    def replay(self, _name: str) -> Replay | None:
         """Returns a replay of the recipe's optimizer, whatever this one is."""
         return replay_for(self._recipe)
 

@@ -12,7 +12,9 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, depth_of, shapes_of
 from mup_megatron.check.entries import is_embedding, is_hidden, is_input_role, is_of_experts, is_output_role
 from mup_megatron.recipe import PerParameter, Recipe
-from mup_megatron.theory import Deepening, Plan, PlanEntry
+from mup_megatron.theory import Deepening, Plan, PlanEntry, Sizes
+from mup_megatron.theory.matching import counterparts
+from mup_megatron.theory.widths import scaling
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,20 @@ class AtWidth:
         if entry.eps is not None:
             of_depth = 1.0 if stack is None else stack.eps
             return self.plan.adam_eps * of_depth / entry.eps * math.exp(self.log_share(entry))
+        if entry.rules.step == 0:
+            # Its rates say nothing of fan_out.
+            return self._growth.get(entry.name, entry.width_ratio)
         of_depth = 1.0 if stack is None else stack.lr
         return entry.lr * entry.width_ratio / (self.plan.lr * of_depth * self.own_rate(entry))
+
+    @cached_property
+    def _growth(self) -> Mapping[str, float]:
+        """The ratio of each tensor's fan_out, by name; none where there is no model file."""
+        if self.model is None:
+            return {}
+        base, target = shapes_of(self.recipe.megatron_base, self.model)
+        at_base = counterparts(base.tensors)
+        return {t.name: scaling(at_base.of(t.name), t, Sizes(1, 1)).r_out for t in target.tensors}
 
     def deepening(self, entry: PlanEntry) -> Deepening | None:
         """Returns what depth gives a tensor; None where it has nothing of it."""

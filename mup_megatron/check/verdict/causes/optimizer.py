@@ -23,6 +23,7 @@ from mup_megatron.check.verdict.causes.hypothesis import (
     Predict,
     Select,
     at_rest,
+    log_of,
     of_weights,
 )
 from mup_megatron.recipe import Recipe
@@ -162,7 +163,6 @@ def eps(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
 
 def weight_decay(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     """Weight decay that is missing, or not compensated, or where there should be none."""
-    exponent = next(iter(at.values())).recipe.parametrization.weight_decay_exponent
     wd = Quantity.WEIGHT_DECAY
     return [
         of_weights(
@@ -172,7 +172,7 @@ def weight_decay(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
             wd,
             at,
             is_hidden,
-            lambda e, _: -exponent * math.log(e.width_ratio),
+            lambda e, w: log_of(w.plan.weight_decay) - log_of(e.weight_decay),
         ),
         of_weights(
             "weight-decay-on-vectors",

@@ -13,7 +13,7 @@ from mup_megatron.validation import Strict, added, quoted
 
 __all__ = ["Horizon", "Training"]
 
-_Count = Annotated[int, Field(gt=0)]
+_Count = Annotated[int, Field(gt=0, le=10**18)]
 
 _COPIED = 0.1
 """Of the way from tuned to moved: so near to the latter is what somebody wrote down with fewer digits."""
@@ -49,7 +49,7 @@ class Horizon(Strict):
     """Sequences of an iteration."""
     seq_length: _Count | None = added("0.2", None)
     """By default the tuning's."""
-    exponent: Annotated[float, Field(gt=0)] | None = added("0.2", None)
+    exponent: Annotated[float, Field(gt=0, le=1)] | None = added("0.2", None)
     """Of the rule `tokens`: by which the learning rate falls. By default the rule's own, which is filled in."""
 
     @model_validator(mode="before")
@@ -166,6 +166,6 @@ class Horizon(Strict):
             key = "horizon.seq_length" if self.seq_length else "training.seq_length"
             yield f"{key}: {moved} sequences of {length}, and this run's have {seq_length}. {remedy}"
         # A run has whole iterations.
-        within = self.batch * (seq_length or 1)
+        within = self.batch * (seq_length or length or 1)
         if tokens is not None and abs(tokens - self.tokens) >= within:
             yield f"horizon.tokens: {moved} {self.tokens} tokens, and this run has {tokens}. {remedy}"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from support.commands import BASE, TARGET
 
+from mup_megatron import theory
 from mup_megatron.architectures.registry import model_file
 from mup_megatron.check.family.stress import stressed
 from mup_megatron.checkpoint_recipe import differences, packed, unpacked
@@ -188,6 +189,7 @@ def test_values_that_were_moved_already_are_noticed(key: str, value: float, said
 def test_another_run_is_told_with_both_numbers() -> None:
     tokens, given = TOKENS, a_recipe()
     assert given.run_problems(batch=32, tokens=tokens, seq_length=64) == ()
+    assert given.run_problems(tokens=tokens + 32 * 64 - 1) == ()
     assert given.run_problems(tokens=tokens + 32 * 64 - 1, seq_length=64) == ()  # a last iteration that is not full
     [batch] = given.run_problems(batch=8, tokens=tokens, seq_length=64)
     assert "moved to batches of 32 sequences, and this run's have 8" in batch
@@ -225,3 +227,13 @@ def test_whoever_carries_out_a_recipe_reads_the_moved_values() -> None:
         if reads.search(path.read_text(encoding="utf-8"))
     }
     assert found == AS_TUNED
+
+
+def test_rules_of_horizon_are_adams_and_no_other_optimizers() -> None:
+    known = {name for name, optimizer in theory.optimizers().items() if optimizer.horizons}
+    assert known == {"adam"}
+
+
+def test_what_no_run_has_is_refused() -> None:
+    assert "exponent" in refused({"rule": "tokens", "tokens": TOKENS, "batch": 8, "exponent": 400.0})
+    assert "tokens" in refused({**LONGER, "tokens": 10**300})

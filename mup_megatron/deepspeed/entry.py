@@ -141,11 +141,18 @@ class _Offload(_Section):
     ratio: float = 1.0
 
 
+def _stage(value: object) -> object:
+    """Returns a ZeRO stage as DeepSpeed reads it: "2" is 2, and true 1."""
+    return int(value) if isinstance(value, bool) or (isinstance(value, str) and value.isdecimal()) else value
+
+
 class _Zero(_Section):
-    stage: Any = 0
+    stage: Annotated[Any, BeforeValidator(_stage)] = 0
     reduce_scatter: Any = True
     zenflow: Annotated[dict[str, Any] | None, BeforeValidator(_off)] = None
     offload_optimizer: Annotated[_Offload | None, BeforeValidator(_off)] = None
+    cpu_offload: Any = None
+    """DeepSpeed's older word for an `offload_optimizer` to the CPU."""
 
 
 class _Switch(_Section):
@@ -333,7 +340,7 @@ def require_possible(config: Configuration, recipe: Recipe) -> None:
     if own.goes_everywhere:
         return
     zero = config.zero_optimization or _Zero()
-    offload = zero.offload_optimizer or _Offload()
+    offload = zero.offload_optimizer or _Offload(device="cpu" if zero.cpu_offload else "none")
     if zero.stage in (1, 2, 3) and recipe.moved.clip_grad > 0:
         raise InputError(
             f'"zero_optimization.stage" {zero.stage}: under ZeRO DeepSpeed clips by the norm of what {own.type} has '

@@ -117,7 +117,12 @@ def _wrong(optimizer: Any, groups: list[Group], wanted: str, scale: Mapping[str,
     if kind.__module__.startswith("bitsandbytes"):
         own = kind.__name__.removeprefix("Paged")
         return None if known.bitsandbytes and own.startswith(known.bitsandbytes) else "it is another optimizer"
-    group = _probed_group(groups)
+    return next(filter(None, (_wrong_step(optimizer, group, wanted, scale) for group in _probed_groups(groups))), None)
+
+
+def _wrong_step(optimizer: Any, group: Group, wanted: str, scale: Mapping[str, Any]) -> str | None:
+    """Returns why an optimizer's steps with a group's settings are not those of the wanted one, as `_wrong`."""
+    kind, known = type(optimizer), TORCH_OPTIMIZERS[wanted]
     try:
         clone = _clone(optimizer, group)
     except Exception as error:  # what an optimizer of somebody's holds may not be copied
@@ -156,15 +161,20 @@ def _with_independent_decay(group: Group) -> Iterator[Group]:
             yield group | {"weight_decay": decay / rate}
 
 
-def _probed_group(groups: list[Group]) -> Group:
-    """Returns a group like the first one, with values under which rules differ visibly."""
-    group = {key: value for key, value in groups[0].items() if key != "params"}
-    group["lr"] = 0.01
-    if "weight_decay" in group:
-        group["weight_decay"] = 0.1 if any(own.get("weight_decay") for own in groups) else 0.0
-    if isinstance(group.get("eps"), float):
-        group["eps"] = 1e-2
-    return group | {key: False for key in ("fused", "foreach", "capturable", "differentiable") if key in group}
+def _probed_groups(groups: list[Group]) -> list[Group]:
+    """Returns a group for each of the settings that groups have, with values under which rules differ visibly."""
+    found: dict[str, Group] = {}
+    for own in groups:
+        group = {key: value for key, value in own.items() if key != "params"}
+        group["lr"] = 0.01
+        if "weight_decay" in group:
+            group["weight_decay"] = 0.1 if any(each.get("weight_decay") for each in groups) else 0.0
+        if isinstance(group.get("eps"), float):
+            group["eps"] = 1e-2
+        group |= {key: False for key in ("fused", "foreach", "capturable", "differentiable") if key in group}
+        settings = sorted((key, repr(value)) for key, value in group.items() if not key.endswith(("name", "_lr")))
+        found.setdefault(repr(settings), group)
+    return [*found.values()]
 
 
 _REPLACED = ("param_groups", "state", "step", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")

@@ -147,6 +147,7 @@ LION = replace(
     eps=None,
     others=(ADAM,),
     routes=_routed("lion"),
+    horizons=(),
 )
 """The sign of a momentum, which moves every entry alike as Adam does; decoupled weight decay."""
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from mup_megatron.theory.tensors import Side, Tensor
+from mup_megatron.theory.tensors import Property, Side, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +116,8 @@ def _matrices(base: Tensor, target: Tensor) -> tuple[Matrix, ...]:
     if target.stepped_by_parts:
         at_base = {part.name: part.rows for part in base.parts}
         pieces = [(part.name, at_base[part.name], part.rows) for part in target.parts]
-    # A square says nothing of what is stored first; if both are, it does not matter.
-    turned = any(_is_stored_in_first(tensor) for tensor in (base, target))
+    # A square says nothing of what is stored first; if both are, it matters for a table alone.
+    turned = Property.EMBEDDING in target.properties or any(map(_is_stored_in_first, (base, target)))
     found = []
     for name, before, now in pieces:
         fan_out = _in_full(Sizes(before, now, target.fan_out.grows))

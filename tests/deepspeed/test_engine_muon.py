@@ -209,6 +209,12 @@ def test_a_configuration_names_it(tmp_path: Path) -> None:
     ("changes", "config", "said"),
     [
         ({"clip_grad": 1.0}, {}, r'"zero_optimization.stage" 1: under ZeRO .* Tune with clip_grad 0, or write stage 0'),
+        ({"clip_grad": 1.0}, {"zero_optimization": {"stage": "2"}}, r'"zero_optimization.stage" 2: under ZeRO'),
+        (
+            {},
+            {"zero_optimization": {"stage": 1, "cpu_offload": True}},
+            r'"zero_optimization.offload_optimizer": not te',
+        ),
         ({}, {"fp16": {"enabled": True}}, r'"fp16": not tested together with Muon\. Remove it, or use bf16'),
         (
             {},

@@ -282,6 +282,18 @@ def test_another_step_is_not(make: Callable[[Any], optim.Optimizer], said: str) 
         with_own(make)()
 
 
+@pytest.mark.parametrize(
+    ("kind", "change"), [(optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}), (optim.AdamW, {"maximize": True})]
+)
+def test_every_group_is_tried(kind: type[optim.Optimizer], change: dict[str, Any]) -> None:
+    model, plan, optimizers = applied()
+    [groups] = [own.param_groups for own in optimizers if isinstance(own, kind)]
+    assert len(groups) > 1
+    groups[-1].update(change)
+    with pytest.raises(InputError, match="its step is not "):
+        check_optimizer([*optimizers], plan, model)
+
+
 def test_a_scale_that_torch_has_not_is_refused() -> None:
     own = own_recipe("unit_rms_norm")
     model, plan = Net(128), plan_for_module(lambda: Net(128), own)

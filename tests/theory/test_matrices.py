@@ -141,6 +141,14 @@ def test_rows_of_a_table_keep_the_size_of_their_entries(count: int, mode: str) -
     assert slope(sizes) == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.parametrize(("mode", "expected"), [("spectral", 1.0), ("unit_rms_norm", 2.0), ("shape_scaling", 2.0)])
+def test_a_table_that_is_square_at_base_and_target_is_one_all_the_same(mode: str, expected: float) -> None:
+    def table(size: int) -> Tensor:
+        return replace(linear(size, size, into=False, turned=True), properties=frozenset({Property.EMBEDDING}))
+
+    assert factor(table(64), table(256), mode) == pytest.approx(expected)
+
+
 def test_the_mode_is_not_all_the_same() -> None:
     base, target = linear(64, 64), linear(256, 256)
     assert [factor(base, target, mode) for mode in SCALE_MODES] == [0.5, 1.0, 1.0]

@@ -1,5 +1,6 @@
 """Hyperparameter search on Optuna. Knows trials and losses; nothing of μP, Megatron or torch."""
 
+from mup_megatron.search.fit import Basin, Fit, fitted
 from mup_megatron.search.ladder import Fidelity, Ladder, Rung, choose_ladder
 from mup_megatron.search.selection import Selection
 from mup_megatron.search.space import Space, load_space
@@ -10,7 +11,9 @@ from mup_megatron.search.sweep import SweepResult, run_sweep
 from mup_megatron.search.worker import Launch, Objective, Objectives, ReportFn, TrialOutcome
 
 __all__ = [
+    "Basin",
     "Fidelity",
+    "Fit",
     "Ladder",
     "Launch",
     "Objective",
@@ -28,6 +31,7 @@ __all__ = [
     "choose_ladder",
     "default_storage",
     "find_study",
+    "fitted",
     "load_space",
     "read_study",
     "run_sweep",

@@ -125,9 +125,9 @@ class Keep:
 
 WHOLE = Keep(1 / 60, 3)
 """On the last rung: the seeds of two trials can exchange them, so there is more than one."""
-BETWEEN = Keep(1 / 18, 8)
+BETWEEN = Keep(1 / 18, 5)
 """On each rung between the first and the last."""
-LEAST_CANDIDATES = 20
+LEAST_CANDIDATES = 10
 """With fewer a random search of whole trials does as well."""
 
 
@@ -142,21 +142,23 @@ def choose_ladder(fidelities: Sequence[Fidelity], budget: float) -> Ladder:
         InputError: it is too small for a ladder.
     """
     low, high = 0, 1
-    while _of(fidelities, high, budget).cost <= budget:
+    while ladder_of(fidelities, high, budget).cost <= budget:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _of(fidelities, middle, budget).cost <= budget else (low, middle)
+        low, high = (middle, high) if ladder_of(fidelities, middle, budget).cost <= budget else (low, middle)
     if low < LEAST_CANDIDATES:
-        needed = 1.01 * _of(fidelities, LEAST_CANDIDATES, budget).cost  # so that its digits in the message are enough
+        # So much more that its digits in the message are enough.
+        needed = 1.01 * ladder_of(fidelities, LEAST_CANDIDATES, budget).cost
         raise InputError(
             f"--budget {budget:g}: too small, the least ladder of this proxy costs {needed:.3g} and one whole trial "
             f"{fidelities[-1].cost:.3g} FLOPs. Raise it, or tune with fewer --train-iters."
         )
-    return _of(fidelities, low, budget)
+    return ladder_of(fidelities, low, budget)
 
 
-def _of(fidelities: Sequence[Fidelity], candidates: int, budget: float) -> Ladder:
+def ladder_of(fidelities: Sequence[Fidelity], candidates: int, budget: float) -> Ladder:
+    """Returns the ladder of so many candidates, whatever it costs."""
     counts = [candidates, *(BETWEEN.of(candidates) for _ in fidelities[1:-1])]
     if len(fidelities) > 1:
         counts.append(WHOLE.of(candidates))

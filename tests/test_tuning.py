@@ -5,12 +5,14 @@ import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.commands import BASE
 
 from mup_megatron.architectures.cost import parameter_count, training_flops
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import model_file
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe, recipe
@@ -319,6 +321,23 @@ def test_a_rungs_model_has_the_proxys_recipe_so_that_hyperparameters_mean_the_sa
     assert rates["decoder.layers.0.mlp.linear_fc1.weight"] == 0.01 * 4
     assert json.loads(json.dumps(ladder.to_json())) == ladder.to_json()
     assert pickle.loads(pickle.dumps(lowest)) == lowest
+
+
+def test_a_trial_trains_the_model_of_its_rung_for_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = objective(proxy=WIDE, options=replace(OPTIONS, train_iters=40))
+    ladder = ladder_for(training, DEFAULT_SPACE, 1e12, None, source="--space")
+    seen = []
+
+    def run_training(model: ModelFile, made: Recipe, data: Path, options: TrainingOptions, **_: Any) -> Any:
+        seen.append((model.hidden_size, made.base.hidden_size, options.train_iters))
+        return SimpleNamespace(
+            validation_loss=1.0, status="complete", reason=None, train_loss=1.0, iterations=1, tokens=1
+        )
+
+    monkeypatch.setattr("mup_megatron.training.train.run_training", run_training)
+    for rung in ladder.rungs:
+        at_rung(training, rung)({"lr": 0.01}, lambda step, loss: None)
+    assert seen == [(32, 128, 10), (64, 128, 20), (128, 128, 40)]
 
 
 def test_a_study_keeps_its_ladder() -> None:

@@ -45,7 +45,7 @@ N = LADDER.trials
 
 
 class Bowl:
-    """The loss of a rung: lowest at lr 0.01 and another scale on each; diverges where the learning rate is high."""
+    """Lowest at lr 0.01 and another scale on each rung, higher on each; diverges where the learning rate is high."""
 
     def __init__(self, rung: int) -> None:
         self.rung = rung
@@ -54,7 +54,7 @@ class Bowl:
         if parameters["lr"] > 0.06:
             return TrialOutcome(math.nan, reason="loss is NaN at step 1")
         loss = math.log10(parameters["lr"] / 0.01) ** 2 + (parameters["scale"] - 0.1 * self.rung) ** 2
-        return TrialOutcome(3.0 - self.rung + loss, metrics={"rung": self.rung})
+        return TrialOutcome(3.0 + self.rung + loss, metrics={"rung": self.rung})
 
 
 BOWLS: tuple[Objective, ...] = tuple(Bowl(rung) for rung in range(3))

@@ -1,6 +1,6 @@
 """How often a check finds a deliberate mistake, how often it names the right cause, and how often it cries wolf.
 
-    python benchmarks/check_rates.py [--round 1] [--families] [--output results/check-rates-1] [--jobs 2]
+    python benchmarks/check_rates.py [--round 1] [--of families] [--output results/check-rates-1] [--jobs 2]
                                      [--parts quick-correct ...] [--mutants NAME ...] [--correct 100] [--seeds 5]
 
 Parts:
@@ -11,8 +11,10 @@ Parts:
     standard-mutants   those that quick did not always find, on 3 seeds
     standard-correct   20 correct models
 
-With `--families` the models have experts, latent attention or Mamba layers instead: no `tune`, 60 correct models at
-quick, and the mistakes that such layers invite.
+With `--of families` the models have experts, latent attention or Mamba layers instead: no `tune`, 60 correct models at
+quick, and the mistakes that such layers invite. With `--of matrices` Muon or Lion trains them, with `--of moved` they
+are deeper than their base or trained for another number of tokens, by rules for that: 40 correct ones each, and the
+mistakes that these invite.
 
 All but `tune` are on other architectures and on seeds from 1000 on, others in each round: whoever has looked at the
 checks of one round to mend something takes the next for the figures. A mistake counts where it changes anything: where
@@ -35,7 +37,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from rates.architectures import FAMILIES, REPORT, TUNING, Architecture
+from rates.architectures import FAMILIES, MOVED, REPORT, TUNING, Architecture
+from rates.architectures import MATRICES as BY_MATRICES
 from rates.tables import PARTS, caught, counted, of_part, tables
 from training_runs import start_worker
 
@@ -45,8 +48,11 @@ from mup_megatron.check.family import gpt as family
 from mup_megatron.check.measure import levels
 from mup_megatron.check.measure.measurements import RunProtocol
 from mup_megatron.check.mutants import MUTANTS, Context, Mutant
+from mup_megatron.check.mutants.depth import DEPTH
 from mup_megatron.check.mutants.experts import EXPERTS
+from mup_megatron.check.mutants.horizon import HORIZON
 from mup_megatron.check.mutants.latent import LATENT
+from mup_megatron.check.mutants.matrices import MATRICES
 from mup_megatron.recipe import Recipe
 
 TUNE_SEEDS, MUTANT_QUICK, MUTANT_STANDARD, CORRECT_STANDARD = 10, 5, 3, 20
@@ -77,8 +83,16 @@ class Series:
     """Of each mistake at quick."""
 
 
-DENSE = Series(architectures=REPORT, tuning=TUNING, mutants=[*MUTANTS], correct=100)
-OF_FAMILIES = Series(architectures=FAMILIES, mutants=TRAPS, correct=60)
+SERIES = {
+    "dense": Series(architectures=REPORT, tuning=TUNING, mutants=[*MUTANTS], correct=100),
+    "families": Series(architectures=FAMILIES, mutants=TRAPS, correct=60),
+    "matrices": Series(
+        architectures=BY_MATRICES,
+        mutants=[*(mutant.name for mutant in MATRICES), "standard-parametrization", "weight-decay-uncompensated"],
+        correct=40,
+    ),
+    "moved": Series(architectures=MOVED, mutants=[mutant.name for mutant in (*DEPTH, *HORIZON)], correct=40),
+}
 
 
 @dataclass(frozen=True)
@@ -100,18 +114,18 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--mutants", nargs="+", choices=sorted(MUTANTS), metavar="NAME")
-    parser.add_argument("--families", action="store_true", help="experts, latent attention and hybrid models")
+    parser.add_argument("--of", choices=SERIES, default="dense", help="which models and mistakes")
     parser.add_argument("--correct", type=int, help="how many correct models at quick")
     parser.add_argument("--seeds", type=int, default=MUTANT_QUICK, help="of each mistake at quick")
     arguments = parser.parse_args()
-    usual = OF_FAMILIES if arguments.families else DENSE
+    usual = SERIES[arguments.of]
     series = replace(
         usual,
         mutants=arguments.mutants or usual.mutants,
         correct=arguments.correct or usual.correct,
         seeds=arguments.seeds,
     )
-    name = f"check-rates{'-families' if arguments.families else ''}-{arguments.round}"
+    name = f"check-rates-{arguments.of}-{arguments.round}"
     output: Path = arguments.output or Path("results") / name
     output.mkdir(parents=True, exist_ok=True)
     log = output / "checks.jsonl"
@@ -219,7 +233,7 @@ def _check(job: Job, output: Path) -> dict[str, Any]:
     from mup_megatron.check.run_megatron import check_megatron
     from mup_megatron.check.verdict.comparison import findings
 
-    architecture = {**TUNING, **REPORT, **FAMILIES}[job.architecture]
+    architecture = {**TUNING, **REPORT, **FAMILIES, **BY_MATRICES, **MOVED}[job.architecture]
     mutant = None if job.mutant is None else MUTANTS[job.mutant]
     verdict = check_megatron(
         architecture.target,

@@ -38,6 +38,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["RUST_BACKTRACE"] = "0"  # a panic of the tokenizers library is caught, and not told of twice
 
 import fuzz_mutators as mutators
 from fuzz_targets import ROOT, TARGETS, Target, make_inputs

@@ -34,6 +34,7 @@ MODEL = ModelFile(
     seq_length=64,
     untie_embeddings_and_output_weights=True,
     add_bias_linear=False,
+    position_embedding_type="none",  # with learned ones 200 steps learn frequencies of words and nothing else
     transformer_impl="local",
 )
 LEARNING_RATE = 2.0**-6

@@ -1,6 +1,6 @@
 """Where the best learning rate is, and whether it stays there: one table for each question.
 
-    python benchmarks/optima.py [--tables experts latent choices depth] [--seeds 2] [--steps 100] [-o results/optima]
+    python benchmarks/optima.py [--tables experts latent choices depth muon] [--seeds 2] [--steps 100] [-o PATH]
 
 Tables:
 
@@ -9,6 +9,8 @@ Tables:
     latent     the same of latent attention, whose ranks grow or stay
     choices    at one width: other numbers of experts, of those that see a token, and sizes of one
     depth      at width 64 over 2 to 16 layers: without a rule of depth, and by CompleteP with α = 1 and ½
+    muon       a GPT that Muon trains, over widths 64 to 256: two scale modes with μP, μP that leaves Muon's matrices
+               alone, as Megatron's own does, and standard parametrization
 
 Each column of a table is a basin: real training of Megatron-Core on the embedded text (quickstart's), at whole octaves
 around the base's learning rate and beyond, until the best is not at an end. Its place is the vertex of a parabola, as
@@ -33,7 +35,7 @@ from training_runs import KeptLosses, bracketed, start_worker
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.transfer import EXTENSIONS, at_rate, learning_rates
 from mup_megatron.check.verdict.basins import TransferResult, judge_transfer
-from mup_megatron.recipe import Hyperparameters, Parametrization, Recipe, Schedule
+from mup_megatron.recipe import Hyperparameters, Parametrization, PerParameter, Recipe, Schedule
 from mup_megatron.training.options import TrainingOptions
 
 LEARNING_RATE = 2.0**-7
@@ -49,6 +51,8 @@ GPT: dict[str, Any] = {
     "transformer_impl": "local",
 }
 HEAD_SIZE = 32
+MATRICES = ("*.linear_qkv.weight", "*.linear_proj.weight", "*.linear_fc1.weight", "*.linear_fc2.weight")
+"""All that Muon steps in a GPT without positions; with `spectral` μP's factor of each is 1/√r."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,30 @@ class Row:
     rule: str = "mup"
     alpha: float | None = None
     """Of the rule of depth; None without one."""
+    scale_mode: str | None = None
+    """Muon's; None where Adam steps everything."""
+    alone: bool = False
+    """Whether Muon's matrices keep the base's learning rate at every width."""
 
-    @property
-    def recipe(self) -> Recipe:
-        """Returns the recipe of the base, at the middle of its learning rates."""
+    def recipe(self, column: str) -> Recipe:
+        """Returns the recipe of the base for a column, at the middle of its learning rates."""
+        own = {} if self.scale_mode is None else {"muon_scale_mode": self.scale_mode}
+        growth = self.targets[column].hidden_size / self.base.hidden_size
+        undone = [PerParameter(match=pattern, lr_mult=growth**0.5) for pattern in MATRICES] if self.alone else []
         return Recipe(
             base=self.base,
-            hyperparameters=Hyperparameters(lr=LEARNING_RATE, min_lr=LEARNING_RATE / 10, weight_decay=0.01),
+            hyperparameters=Hyperparameters.model_validate(
+                {"lr": LEARNING_RATE, "min_lr": LEARNING_RATE / 10, "weight_decay": 0.01, **own}
+            ),
             schedule=Schedule(lr_decay_style="linear", lr_warmup_fraction=0.1),
             parametrization=Parametrization.model_validate(
-                {"rule": self.rule, "depth": None if self.alpha is None else {"alpha": self.alpha}}
+                {
+                    "rule": self.rule,
+                    "depth": None if self.alpha is None else {"alpha": self.alpha},
+                    "optimizer": "adam" if self.scale_mode is None else "muon",
+                }
             ),
+            per_parameter=tuple(undone),
         )
 
 
@@ -100,12 +117,18 @@ def latent(width: int, *, rank: int) -> ModelFile:
     )
 
 
+def dense(width: int) -> ModelFile:
+    """Returns a GPT."""
+    return ModelFile(**GPT, hidden_size=width, num_attention_heads=width // HEAD_SIZE)
+
+
 def deep(layers: int) -> ModelFile:
     """Returns a narrow GPT of so many layers."""
     return ModelFile(**{**GPT, "num_layers": layers}, hidden_size=64, num_attention_heads=2)
 
 
 WIDTHS = (128, 256, 512)
+NARROW = (64, 128, 256)
 DEPTHS = (2, 4, 8, 16)
 RULES = {"mup": "μP", "standard": "standard"}
 
@@ -117,6 +140,11 @@ def _over_depths(name: str, alpha: float | None) -> Row:
 def _over_widths(name: str, model: Callable[[int], ModelFile], rules: Sequence[str] = tuple(RULES)) -> list[Row]:
     targets = {f"{width}": model(width) for width in WIDTHS}
     return [Row(f"{name}, {RULES[rule]}", model(WIDTHS[0]), targets, rule) for rule in rules]
+
+
+def _with_muon(name: str, mode: str, rule: str = "mup", *, alone: bool = False) -> Row:
+    targets = {f"{width}": dense(width) for width in NARROW}
+    return Row(name, dense(NARROW[0]), targets, rule, scale_mode=mode, alone=alone)
 
 
 TABLES: dict[str, Callable[[], Sequence[Row]]] = {
@@ -143,6 +171,12 @@ TABLES: dict[str, Callable[[], Sequence[Row]]] = {
         )
     ],
     "depth": lambda: [_over_depths("no rule", None), _over_depths("α = 1", 1.0), _over_depths("α = ½", 0.5)],
+    "muon": lambda: [
+        _with_muon("μP, spectral", "spectral"),
+        _with_muon("μP, unit_rms_norm", "unit_rms_norm"),
+        _with_muon("μP, Muon's matrices alone, spectral", "spectral", alone=True),
+        _with_muon("standard, spectral", "spectral", "standard"),
+    ],
 }
 
 
@@ -231,7 +265,7 @@ def basin(job: Job, data: Path, output: Path) -> dict[float, list[float]]:
     kept, target, steps = KeptLosses(output / "runs.jsonl"), job.row.targets[job.column], job.length.steps
 
     def trained(lr: float, seed: int) -> float:
-        recipe = at_rate(job.row.recipe, lr)
+        recipe = at_rate(job.row.recipe(job.column), lr)
         options = TrainingOptions(train_iters=steps, global_batch_size=BATCH, eval_iters=0, seed=seed)
         return kept.loss(
             [recipe.fingerprint, target.model_dump(mode="json"), steps, seed],

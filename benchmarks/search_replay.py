@@ -117,13 +117,14 @@ def record(output: Path, trials: int, *, own_seeds: bool) -> None:
     torch.set_num_threads(1)
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
-    done = {(row["width"], row["steps"], row["first"]) for row in map(json.loads, lines)}
+    rows = map(json.loads, lines)
+    done = {(row["width"], row["steps"], row["first"], len(row["losses"])) for row in rows}
     text = _text()
     for first in range(0, trials, SIDE_BY_SIDE):
         numbers = range(first, min(first + SIDE_BY_SIDE, trials))
         for width in WIDTHS:
             for steps in LENGTHS:
-                if (width, steps, first) in done:
+                if (width, steps, first, len(numbers)) in done:
                     continue
                 begun = time.process_time()
                 losses = train(text, width, steps, numbers, own_seeds=own_seeds)
@@ -287,6 +288,10 @@ class Sample:
         """Returns the loss of a candidate of the sample."""
         return self.losses[place][self.numbers[candidate]]
 
+    def part(self, share: float) -> int:
+        """Returns the number of trials in a share of it."""
+        return max(1, round(share * len(self.numbers)))
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -300,22 +305,24 @@ WHOLE: Place = (WIDTHS[-1], LENGTHS[-1])
 Method: TypeAlias = Callable[[Sample, random.Random], Outcome]
 
 
-def at_random(count: int) -> Method:
-    """Returns a random search of so many whole trials."""
+def at_random(share: float) -> Method:
+    """Returns a random search of so many whole trials, as a share of the sample."""
 
     def run(sample: Sample, draw: random.Random) -> Outcome:
+        count = sample.part(share)
         tried = draw.sample(range(len(sample.numbers)), count)
         return Outcome(count, min(tried, key=lambda candidate: sample.loss(WHOLE, candidate)))
 
     return run
 
 
-def tpe(count: int) -> Method:
-    """Returns a search of so many whole trials with Optuna's TPE."""
+def tpe(share: float) -> Method:
+    """Returns a search of so many whole trials, as a share of the sample, with Optuna's TPE."""
 
     def run(sample: Sample, draw: random.Random) -> Outcome:
         import optuna
 
+        count = sample.part(share)
         distributions = {
             name: optuna.distributions.FloatDistribution(each.low, each.high, log=each.log)
             for name, each in DEFAULT_SPACE.ranges.items()
@@ -410,10 +417,10 @@ def methods() -> Iterator[tuple[str, Method]]:
     """Lists what is compared."""
     import optuna
 
-    for count in (10, 20, 40, 80):
-        yield f"random, {count}", at_random(count)
-    for count in (20, 40):
-        yield f"TPE, {count}", tpe(count)
+    for share in (0.05, 0.1, 0.2, 0.4):
+        yield f"random, {share:.0%} of the trials", at_random(share)
+    for share in (0.05, 0.1):
+        yield f"TPE, {share:.0%} of the trials", tpe(share)
     yield "successive halving on steps, factor 4", pruned(lambda: optuna.pruners.SuccessiveHalvingPruner(1, 4, 0))
     yield (
         "Hyperband on steps, factor 2",

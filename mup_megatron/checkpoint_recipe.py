@@ -18,12 +18,12 @@ SIDECAR = "mup.recipe.yaml"
 
 
 def packed(given: Recipe) -> str:
-    """A recipe as text: plain in every format, and nothing of this package is needed to read it."""
+    """Returns a recipe as text: plain in every format, and nothing of this package is needed to read it."""
     return json.dumps(given.model_dump(mode="json"))
 
 
 def unpacked(text: Any, *, source: str) -> Recipe:
-    """The recipe of `packed`.
+    """Returns the recipe of `packed`.
 
     Args:
         text: what the checkpoint has in its place.

@@ -1,6 +1,8 @@
-"""JSON in, as strictly as YAML. Not validation: see `validation.py`."""
+"""JSON in, as strictly as YAML, and values as JSON has them. Not validation: see `validation.py`."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,15 @@ def read_json(path: Path) -> object:
         raise InputError(f"{path}: not JSON ({brief(error)}). Correct the file.") from None
     require_plain(content, source=str(path))
     return content
+
+
+def finite(value: Any) -> Any:
+    """Returns a JSON value with NaN and infinities, which JSON does not have, as text."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _whole_number(digits: str) -> int:

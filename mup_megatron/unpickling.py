@@ -40,7 +40,7 @@ class _Unpickler(pickle._Unpickler):
         self._looked_up: dict[int, Any] = {}
 
     def looked_up(self, found: Any) -> Any:
-        """What a name stands for; remembers it."""
+        """Returns what a name stands for; remembers it."""
         self._looked_up[id(found)] = found
         return found
 

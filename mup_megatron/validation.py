@@ -85,7 +85,7 @@ _END = object()
 
 
 def _not_plain(value: object) -> str | None:
-    """Why nobody can use a value, if so."""
+    """Returns why nobody can use a value, if so."""
     match value:
         case None | bool() | float() | Mapping() | list():
             return None
@@ -129,7 +129,7 @@ def plain(content: BaseModel, *, exclude: Collection[str] = ()) -> dict[str, Any
 
 
 def _added_defaults(value: object) -> dict[Any, Any]:
-    """What `model_dump` has to leave out at any depth, as it wants to be told."""
+    """Returns what `model_dump` has to leave out at any depth, as it wants to be told."""
     match value:
         case BaseModel():
             inside: Iterable[tuple[Any, object]] = ((key, getattr(value, key)) for key in type(value).model_fields)
@@ -191,7 +191,7 @@ def _problem(model: type[BaseModel], content: object, error: dict[str, Any]) -> 
 
 
 def _is_tag(part: int | str) -> bool:
-    """Whether a part of a location is no key, but says which of several models the content was taken for."""
+    """Returns whether a part of a location is no key, but says which of several models the content was taken for."""
     return isinstance(part, str) and part.startswith("(") and part.endswith(")")
 
 
@@ -200,7 +200,7 @@ def _tag(annotation: Any) -> str | None:
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys that are allowed at a place inside a file, those first that have to be there."""
+    """Returns the keys that are allowed at a place inside a file, those first that have to be there."""
     here: Any = model
     for part in location:
         if isinstance(part, int) or _is_tag(part) or not (isinstance(here, type) and issubclass(here, BaseModel)):

@@ -44,6 +44,7 @@ def momentum(step: int, beta: float) -> float:
 class NAdamReplay:
     """Adam's, with Nesterov's momentum: Δw = -η · d / (√v̂ + ε) - η·λ·w."""
 
+    whole = False
     fitted = staticmethod(AdamReplay.fitted)
 
     def __init__(self, beta1: float, beta2: float) -> None:
@@ -93,7 +94,7 @@ def known() -> Iterator[None]:
             fitting="torch.optim.NAdam with decoupled_weight_decay",
         ),
     )
-    register_in_check("nadam", CheckedOptimizer(replay=lambda h: NAdamReplay(h.adam_beta1, h.adam_beta2)))
+    register_in_check("nadam", CheckedOptimizer(replay=lambda h, _: NAdamReplay(h.adam_beta1, h.adam_beta2)))
     yield
     del CHECKED_OPTIMIZERS["nadam"]
     del theirs()["nadam"]  # type: ignore[attr-defined]
@@ -227,7 +228,7 @@ def test_where_it_was_not_registered_the_message_says_which_were() -> None:
     for asked, framework, known in (
         (lambda: flags(gpt(), own), "Megatron", "adam, sgd, muon and lion"),
         (lambda: distributed_problem("nadam"), "Megatron", "adam, sgd, muon and lion"),
-        (lambda: optimizer_params("AdamW", {}, own), "DeepSpeed", "adam and sgd"),
+        (lambda: optimizer_params("AdamW", {}, own), "DeepSpeed", "adam, sgd and muon"),
     ):
         with pytest.raises(
             InputError, match=rf"optimizer: the recipe's is nadam, and for {framework} there is {known}\. Take"

@@ -417,23 +417,21 @@ def test_in_ci_a_skip_for_something_missing_is_a_failure(
 FRAGMENT = re.compile(r"(?:What|Whether|Of|Likewise|How|Why|Where|Which|As)\b")
 
 
-def public_docstrings(node: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[str, str]]:
-    """Of a module or class and all that is public in it; commands' are help texts."""
-    yield name, ast.get_docstring(node) or ""
-    for child in node.body:
-        if not isinstance(child, ast.ClassDef | ast.FunctionDef) or (child.name[0] == "_" != child.name[1]):
+def docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """Of a module and all that is in it; commands' are help texts."""
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    yield path.name, ast.get_docstring(module) or ""
+    for node in ast.walk(module):
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef):
             continue
-        if isinstance(child, ast.ClassDef):
-            yield from public_docstrings(child, f"{name}.{child.name}")
-        elif not any("command(" in ast.unparse(decorator) for decorator in child.decorator_list):
-            yield f"{name}.{child.name}", ast.get_docstring(child) or ""
+        if not any("command(" in ast.unparse(decorator) for decorator in node.decorator_list):
+            yield f"{path.name}:{node.lineno} {node.name}", ast.get_docstring(node) or ""
 
 
 @pytest.mark.parametrize("part", sorted(PARTS))
-def test_a_public_docstring_is_no_fragment(part: str) -> None:
+def test_a_docstring_is_no_fragment(part: str) -> None:
     for file in files_of(part):
-        module = ast.parse(file.read_text(encoding="utf-8"))
-        for name, text in public_docstrings(module, file.relative_to(PACKAGE).as_posix()):
+        for name, text in docstrings(file):
             assert not FRAGMENT.match(text), f"{name}: {text}"
 
 

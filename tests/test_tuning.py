@@ -295,6 +295,11 @@ def test_a_ladder_leads_from_narrow_and_short_trials_to_whole_ones() -> None:
     (first, second, last) = rungs()
     assert (first[:2], second[:2], last[:2]) == ((32, 10), (64, 20), (128, 40))
     assert first[2] > 10 * second[2] > 20 * last[2]
+    # Narrower heads where there are too few of them.
+    two_heads = PROXY.model_copy(update={"hidden_size": 256, "num_attention_heads": 2})
+    assert [rung[:2] for rung in rungs(proxy=two_heads)] == [(64, 10), (128, 20), (256, 40)]
+    assert (narrower(two_heads, 1 / 4).head_size, narrower(two_heads, 1 / 4).num_attention_heads) == (32, 2)
+    assert (narrower(two_heads, 1 / 2).head_size, narrower(two_heads, 1 / 2).num_attention_heads) == (128, 1)
     # One head is as narrow as it gets: what is left is to be shorter.
     assert [rung[:2] for rung in rungs(proxy=PROXY)] == [(32, 10), (32, 20), (32, 40)]
     assert [rung[:2] for rung in rungs(options=replace(OPTIONS, train_iters=1))] == [(32, 1), (64, 1), (128, 1)]

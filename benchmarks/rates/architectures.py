@@ -52,10 +52,34 @@ class Architecture:
 
 
 def architecture(
-    base: dict[str, Any], target: dict[str, Any], per_parameter: object = (), **values: float
+    base: dict[str, Any],
+    target: dict[str, Any],
+    per_parameter: object = (),
+    *,
+    optimizer: str = "adam",
+    depth: float | None = None,
+    horizon: dict[str, Any] | None = None,
+    **values: float | str,
 ) -> Architecture:
-    """An architecture, by what its target has other than its base."""
-    content = {"base": base, "hyperparameters": {**_VALUES, **values}, "per_parameter": per_parameter}
+    """An architecture, by what its target has other than its base.
+
+    Args:
+        base: of the recipe.
+        target: the keys of its model file that are other than the base's.
+        per_parameter: factors of single tensors.
+        optimizer: the recipe's.
+        depth: α of its rule of depth.
+        horizon: to which it is moved from 100 steps of 8 sequences.
+        values: hyperparameters that are other than usual.
+    """
+    tuning = {"train_iters": 100, "global_batch_size": 8, "seq_length": base["seq_length"]}
+    content = {
+        "base": base,
+        "hyperparameters": {**_VALUES, **values},
+        "per_parameter": per_parameter,
+        "parametrization": {"optimizer": optimizer, "depth": None if depth is None else {"alpha": depth}},
+        **({} if horizon is None else {"training": tuning, "horizon": horizon}),
+    }
     model = model_file({**base, **target}, source="benchmarks/rates")
     return Architecture(model, recipe(content, source="benchmarks/rates"))
 
@@ -147,3 +171,37 @@ FAMILIES: dict[str, Architecture] = {
     ),
 }
 """Of experts, latent attention and hybrid models."""
+
+MATRICES: dict[str, Architecture] = {
+    "Muon, spectral, tied, fixed ffn": architecture({**_GPT, "ffn_hidden_size": 192}, _WIDE, optimizer="muon"),
+    "Muon, spectral, experts": architecture(
+        _EXPERTS | {"num_query_groups": 4}, _GROWING | {"num_query_groups": 32}, optimizer="muon"
+    ),
+    "Muon, unit_rms_norm, positions": architecture(
+        {**_GPT, **_UNTIED}, _WIDE, optimizer="muon", muon_scale_mode="unit_rms_norm"
+    ),
+    "Muon, unit_rms_norm, fixed groups": architecture(
+        _LLAMA, {**_WIDE, "ffn_hidden_size": 1536}, optimizer="muon", muon_scale_mode="unit_rms_norm", lr=0.02
+    ),
+    "Muon, shape_scaling, fixed ffn": architecture(
+        {**_GPT, **_UNTIED, "ffn_hidden_size": 192}, _WIDE, optimizer="muon", muon_scale_mode="shape_scaling"
+    ),
+    "Lion": architecture({**_GPT, **_UNTIED}, _WIDE, optimizer="lion", lr=0.001, min_lr=0.0001),
+}
+"""Of optimizers that step matrices and leave the rest to Adam."""
+
+_RUN = 100 * 8 * 64
+"""Tokens of the tuning."""
+MOVED: dict[str, Architecture] = {
+    "depth 1": architecture({**_GPT, **_UNTIED}, {**_WIDE, "num_layers": 8}, depth=1.0),
+    "depth ½, tied, branches": architecture(_GPT, {**_WIDE, "num_layers": 6}, depth=0.5, residual_multiplier=0.7),
+    "depth 1, llama": architecture(_LLAMA, {**_WIDE, "ffn_hidden_size": 1536, "num_layers": 12}, depth=1.0, lr=0.006),
+    "steps": architecture({**_GPT, **_UNTIED}, _WIDE, horizon={"rule": "steps", "tokens": 16 * _RUN, "batch": 32}),
+    "depth ½, batch-sde": architecture(
+        _LLAMA,
+        {**_WIDE, "ffn_hidden_size": 1536, "num_layers": 6},
+        depth=0.5,
+        horizon={"rule": "batch-sde", "tokens": _RUN, "batch": 16},
+    ),
+}
+"""Of targets that are deeper than their base, or trained for longer or on other batches, by rules for that."""

@@ -6,21 +6,15 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
+from mup_megatron.architectures.architecture import READOUT_PANEL, Architecture, Layers
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
-from mup_megatron.architectures.decoder import (
-    READOUT_PANEL,
-    Architecture,
-    Layers,
-    embedding,
-    readout,
-    stepped_as_matrix,
-)
 from mup_megatron.architectures.families import ATTENTION, MLP, linear, norm, vector
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.keys import PLAIN_LAYERS
 from mup_megatron.architectures.keys.unread import Unread
 from mup_megatron.architectures.measured import Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.tables import embedding, readout, stepped_as_matrix
 from mup_megatron.theory import Side, Tensor
 
 STACK = "encoder"
@@ -110,7 +104,7 @@ class Bert(Architecture):
             yield from linear("pooler.dense", hidden, hidden, bias=True)
 
     def _heads_measured(self, model: ModelFile, final: str) -> Iterator[Measured]:
-        """The pooler, the head before the readout, the readout, and the binary head."""
+        """Yields the pooler, the head before the readout, the readout, and the binary head."""
         pair = "Binary head"
         if _file(model).bert_binary_head:
             yield inside("pooler.dense", pair, final)

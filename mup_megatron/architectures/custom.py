@@ -1,10 +1,10 @@
 """The tensors that a model file lists itself (`custom_tensors`), as the rules see them."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from mup_megatron.architectures.families import Family, Growth
-from mup_megatron.architectures.keys.custom import EVERY_LAYER, CustomSide, CustomTensor, is_width, size_in
+from mup_megatron.architectures.keys.custom import EVERY_LAYER, CustomSide, CustomTensor, size_in, words_of
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import layer_of
 from mup_megatron.errors import InputError
@@ -12,7 +12,7 @@ from mup_megatron.theory import Constant, Kept, Normal, Property, Role, Side, St
 
 
 def custom_tensors(
-    model: ModelFile, stacks: Mapping[str, Sequence[Sequence[Family]]], growth: Growth
+    model: ModelFile, stacks: Mapping[str, Sequence[Sequence[Family]]], growth: Growth, widths: Set[str]
 ) -> Iterator[Tensor]:
     """Yields them, those of every layer once for each.
 
@@ -20,6 +20,7 @@ def custom_tensors(
         model: a model file.
         stacks: the families of each layer, of each of its stacks by name.
         growth: of the base and the target that it is compared with.
+        widths: keys of the model file that grow at whatever base.
 
     Raises:
         InputError: sides and shape do not fit each other, or no layer is meant.
@@ -32,7 +33,7 @@ def custom_tensors(
                 f"custom_tensors: {own.name}: {meant}. Correct {'name' if own.within is None else 'within'}."
             )
         for name in names:
-            yield _tensor(own, name, model, growth)
+            yield _tensor(own, name, model, growth, widths)
 
 
 def _names(own: CustomTensor, stacks: Mapping[str, Sequence[Sequence[Family]]]) -> Iterator[str]:
@@ -45,9 +46,9 @@ def _names(own: CustomTensor, stacks: Mapping[str, Sequence[Sequence[Family]]]) 
             yield own.name.replace(EVERY_LAYER, f".layers.{index}.")
 
 
-def _tensor(own: CustomTensor, name: str, model: ModelFile, growth: Growth) -> Tensor:
-    fan_out = _side(own.fan_out, model, growth)
-    fan_in = Side(1) if own.fan_in is None else _side(own.fan_in, model, growth)
+def _tensor(own: CustomTensor, name: str, model: ModelFile, growth: Growth, widths: Set[str]) -> Tensor:
+    fan_out = _side(own.fan_out, model, growth, widths)
+    fan_in = Side(1) if own.fan_in is None else _side(own.fan_in, model, growth, widths)
     default = (fan_out.size,) if own.fan_in is None else (fan_out.size, fan_in.size)
     shape = default if own.shape is None else tuple(size_in(model, each) for each in own.shape)
     if math.prod(shape) % (fan_in.size * fan_out.size):
@@ -79,13 +80,12 @@ def _tensor(own: CustomTensor, name: str, model: ModelFile, growth: Growth) -> T
     )
 
 
-def _side(said: int | str | CustomSide, model: ModelFile, growth: Growth) -> Side:
+def _side(said: int | str | CustomSide, model: ModelFile, growth: Growth, widths: Set[str]) -> Side:
     size = said.size if isinstance(said, CustomSide) else said
     if isinstance(said, CustomSide):
         return Side(size_in(model, size), grows=said.grows)
-    return Side(
-        size_in(model, size), grows=is_width(size) or size_in(growth.base, size) != size_in(growth.target, size)
-    )
+    is_width = not widths.isdisjoint(words_of(size))
+    return Side(size_in(model, size), grows=is_width or size_in(growth.base, size) != size_in(growth.target, size))
 
 
 def _start(own: CustomTensor) -> Start:

@@ -1,6 +1,5 @@
 """Megatron-Core's `HybridModel` (`MambaModel` before 0.18): each layer is one family, told by a letter of a pattern."""
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,8 +7,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
+from mup_megatron.architectures.architecture import Architecture
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
-from mup_megatron.architectures.decoder import Architecture, Decoder
+from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.families import ATTENTION, EXPERTS, MAMBA, MLP, Family
 from mup_megatron.architectures.flag import Flag, number
 from mup_megatron.architectures.gpt import GPT
@@ -48,6 +48,7 @@ class HybridFile(mamba.MambaKeys, ModelFile):
         absent("a pattern says itself which layers have experts.", "moe_layer_freq"),
         absent("not supported yet in a hybrid model, but in a GPT.", "multi_latent_attention", "mtp_num_layers"),
     )
+    following: ClassVar[Mapping[str, str]] = {**ModelFile.following, "mamba_num_heads": "mamba_heads"}
     hybrid_layer_pattern: str = Field(min_length=1, max_length=_LONGEST)
     """One letter a layer: `M` Mamba-2, `*` attention, `-` MLP, `E` experts; `|` where a pipeline stage ends."""
 
@@ -243,20 +244,6 @@ class Hybrid(Decoder):
         letters = _file(model).letters
         period = next(n for n in range(1, len(letters) + 1) if letters == (letters[:n] * len(letters))[: len(letters)])
         return self.with_layers(model, range(min(len(letters), max(1, layers // period) * period)))
-
-    def narrowed(self, target: ModelFile, hidden: int) -> tuple[Mapping[str, Any], Sequence[str]]:
-        """Returns heads of Mamba layers in the target's ratio to the hidden size, and as many groups as divide them."""
-        file = _file(target)
-        if "M" not in file.letters:
-            return super().narrowed(target, hidden)
-        sizes = file.mamba_sizes(target.hidden_size)
-        heads = max(1, round(sizes.heads * hidden / target.hidden_size))
-        groups = math.gcd(heads, sizes.groups)
-        fewer = (
-            f"mamba_num_groups {groups}, in the target {sizes.groups}, which do not divide {heads} heads: B and C have "
-            "fewer rows."
-        )
-        return {"mamba_num_heads": heads, "mamba_num_groups": groups}, () if groups == sizes.groups else (fewer,)
 
     def config(self, model: ModelFile) -> Mapping[str, Any]:
         """Returns the fields of its layers, and that the stock initialisation counts one branch a layer."""

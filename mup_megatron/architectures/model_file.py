@@ -79,6 +79,14 @@ class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
     unread: ClassVar[tuple[Unread, ...]] = UNREAD
     """Keys that are read only beside others, and those of layers that no model of this kind has."""
 
+    following: ClassVar[Mapping[str, str]] = {
+        "ffn_hidden_size": "ffn_size",
+        "kv_channels": "head_size",
+        "num_query_groups": "query_groups",
+        "moe_ffn_hidden_size": "expert_ffn_size",
+    }
+    """Keys whose values may follow from others → the property that has them."""
+
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """Returns the value of each key that a file does not say."""
@@ -147,6 +155,10 @@ class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
         """Number of layers with experts; of those of multi-token prediction, all that may have them."""
         return sum(map(self.has_experts, range(self.num_layers))) + (self.mtp_num_layers or 0)
 
+    def value_of(self, key: str) -> Any:
+        """Returns what a key says, or where it says nothing what follows from others."""
+        return getattr(self, self.following.get(key, key))
+
     @property
     def ffn_size(self) -> int:
         """Hidden size of the MLP; with swiglu, of each of its two halves."""
@@ -166,9 +178,14 @@ class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
             return self.latent_head_size
         return self.kv_channels if self.kv_channels is not None else self.hidden_size // self.num_attention_heads
 
-    def heads_of(self, size: int) -> dict[str, int]:
-        """Returns the keys of a model with heads of this size."""
-        return self.latent_heads(size) if self.multi_latent_attention else {"kv_channels": size}
+    def heads(self, number: int, *, size: int, groups: int) -> dict[str, int]:
+        """Returns the keys of a model of this kind with so many heads of this size, in so many groups if it has any."""
+        sizes = self.latent_heads(size) if self.multi_latent_attention else {"kv_channels": size}
+        return {
+            "num_attention_heads": number,
+            **sizes,
+            "num_query_groups": groups if self.group_query_attention else 1,
+        }
 
     @property
     def query_groups(self) -> int:
@@ -191,7 +208,7 @@ class ModelFile(CustomKeys, MtpKeys, LatentKeys, ExpertKeys, _Keys):
         return not self.untie_embeddings_and_output_weights
 
     def padded_vocab_size(self, tensor_model_parallel_size: int = 1) -> int:
-        """The vocabulary as Megatron pads it at this tensor parallelism."""
+        """Returns the vocabulary as Megatron pads it at this tensor parallelism."""
         multiple = self.make_vocab_size_divisible_by * tensor_model_parallel_size
         return -(-self.vocab_size // multiple) * multiple
 

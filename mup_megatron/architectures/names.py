@@ -54,18 +54,3 @@ def global_name(
     stack, index, rest = parts
     # Since 0.17 a GPT's own layer there has another name in the live model than in its checkpoints.
     return _MTP_INNER.sub(rf"\1.{MTP_INNER}.", in_layer(stack, layers[stack][index], rest))
-
-
-def stage_layers(
-    num_layers: int, *, stages: int, stage: int, virtual_stages: int = 1, virtual_stage: int = 0
-) -> tuple[int, ...]:
-    """Returns the global indices of the layers on one (virtual) pipeline stage, split evenly as Megatron does.
-
-    With virtual stages, stage s holds every `stages`-th block of layers: virtual stage v starts at
-    v·(num_layers/virtual_stages) + s·(layers per block).
-    """
-    blocks = stages * virtual_stages
-    assert num_layers % blocks == 0, (num_layers, stages, virtual_stages)
-    size = num_layers // blocks
-    first = virtual_stage * (num_layers // virtual_stages) + stage * size
-    return tuple(range(first, first + size))

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from mup_megatron.architectures.cost import training_flops
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.narrowing import narrowed
 from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.errors import InputError
 
 MIN_DEPTH = 4
 """Below these sizes TP5 (Table 1 and §6.1) found transfer to get worse."""
 MIN_WIDTH = 256
-_RANKS = ("q_lora_rank", "kv_lora_rank")
 _BRANCHES = 2
 """Residual branches of a layer there: other layers count by theirs."""
 
@@ -67,32 +67,16 @@ def choose_proxy(
             f"{heads // groups} heads share a key/value group, in the target {heads_per_group}: updates of keys and "
             f"values grow a little with width. Width {round(heads_per_group * width_per_head)} would keep the ratio."
         )
-    sizes = {"ffn_hidden_size": target.ffn_size}
-    if target.num_experts is not None:
-        sizes["moe_ffn_hidden_size"] = target.expert_ffn_size
-    if target.moe_shared_expert_intermediate_size is not None:
-        sizes["moe_shared_expert_intermediate_size"] = target.moe_shared_expert_intermediate_size
-    narrow = {key: max(1, round(size * hidden / target.hidden_size)) for key, size in sizes.items()}
+    found = narrowed(target, hidden, target.heads(heads, size=target.head_size, groups=groups))
     notes += [
-        f"{key} {narrow[key]} is rounded; the target's ratio to hidden_size is {size / target.hidden_size:.4g}."
-        for key, size in sizes.items()
-        if narrow[key] * target.hidden_size != size * hidden
+        f"{each.key} {each.size} is rounded; the target's ratio to hidden_size is "
+        f"{each.wider / target.hidden_size:.4g}."
+        for each in found.rounded
     ]
+    notes += found.notes
     stack = architecture_of(target)
-    own, of_own = stack.narrowed(target, hidden)
-    notes += of_own
-    model = target.model_copy(
-        update={
-            **own,
-            "hidden_size": hidden,
-            "num_attention_heads": heads,
-            "kv_channels": target.kv_channels if target.multi_latent_attention else target.head_size,
-            **narrow,
-            "num_query_groups": groups if target.group_query_attention else 1,
-        }
-    )
     least = -(-_BRANCHES * MIN_DEPTH // stack.branches)
-    model = deep = stack.with_depth(model, target.num_layers)
+    model = deep = stack.with_depth(found.model, target.num_layers)
     for depth in range(target.num_layers - 1, least - 1, -1):
         shallower = stack.with_depth(model, depth)
         if (search.fraction(model, target) <= budget and not depth_rule) or shallower.num_layers < least:
@@ -114,8 +98,8 @@ def choose_proxy(
         notes.append(f"the search costs more than {budget:.0%} of the target even at {depth} layers: use fewer trials.")
     if hidden < MIN_WIDTH:
         notes.append(f"width {hidden} is below the {MIN_WIDTH} at which transfer was good (TP5): for trying out only.")
-    ranks = {key: getattr(target, key) for key in _RANKS if target.multi_latent_attention and getattr(target, key)}
-    if large := [f"{key} {rank}" for key, rank in ranks.items() if rank > hidden]:
+    kept = [(size.key, size.of(target) or 0) for size in stack.sizes(target) if size.kept]
+    if large := [f"{key} {size}" for key, size in kept if size > hidden]:
         notes.append(
             f"{' and '.join(large)}: kept, as in models of one kind at several widths, and above the proxy's "
             f"hidden_size {hidden}: no bottleneck there. A wider proxy would be more like the target."

@@ -1,6 +1,6 @@
 """The architectures that are known, and which of them a model file is of.
 
-An architecture is one file and one line here: see `gpt.py` and `decoder.py` for what it has to say.
+An architecture is one file and one line here: see `gpt.py` and `architecture.py` for what it has to say.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import SerializeAsAny, WrapValidator
 
+from mup_megatron.architectures.architecture import Architecture
 from mup_megatron.architectures.bert import BERT
-from mup_megatron.architectures.decoder import Architecture
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.hybrid import HYBRID
 from mup_megatron.architectures.keys.custom import CustomList, CustomTensor
@@ -109,7 +109,7 @@ def load_custom_tensors(path: Path) -> tuple[CustomTensor, ...]:
 
 
 def _sorted_out(content: object) -> tuple[Architecture, object]:
-    """The architecture that plain values are of, and what its model file says of them.
+    """Returns the architecture that plain values are of, and what its model file says of them.
 
     Raises:
         ValueError: they name an architecture that there is not, or another than their keys are of.

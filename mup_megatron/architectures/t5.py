@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
+from mup_megatron.architectures.architecture import Architecture, Layers
 from mup_megatron.architectures.command_line import CommandLine, Reading, Release
-from mup_megatron.architectures.decoder import Architecture, Layers
 from mup_megatron.architectures.families import ATTENTION, CROSS_ATTENTION, MLP, vector
 from mup_megatron.architectures.flag import Flag, whole_number
 from mup_megatron.architectures.keys import PLAIN_LAYERS

@@ -33,7 +33,7 @@ class GPTFamily:
         return {w: model.model_copy(update={"transformer_impl": "local"}) for w, model in self.models.items()}
 
     def at(self, protocol: RunProtocol) -> Recipe:
-        """The recipe under stress for runs of this length."""
+        """Returns the recipe under stress for runs of this length."""
         return stressed_after(self._pilot, self.recipe, steps=protocol.steps)
 
     def correct(self, protocol: RunProtocol, rule: Rule = Rule.MUP) -> Recipe:
@@ -41,7 +41,7 @@ class GPTFamily:
         return under_rule(self.at(protocol), rule)
 
     def reference(self, protocol: RunProtocol, *, rule: Rule = Rule.MUP, report: Report | None = None) -> Measurements:
-        """The correct runs, or those in standard parametrization: from the cache, or trained."""
+        """Returns the correct runs, or those in standard parametrization: from the cache, or trained."""
         return self._kept(self._correct_runs(protocol, rule), report)
 
     def is_kept(self, protocol: RunProtocol, rule: Rule) -> bool:
@@ -77,12 +77,12 @@ class _Correct:
 
     @property
     def facts(self) -> object:
-        """What they follow from."""
+        """Returns what they follow from."""
         shapes = [model.model_dump(mode="json") for model in self.models.values()]
         return [self.recipe.fingerprint, shapes, self.protocol.fingerprint(), list(self.seeds)]
 
     def trained(self, processes: int, report: Report | None) -> Measurements:
-        """All of them."""
+        """Returns all of them."""
         jobs = [
             WorkerJob(width, partial(self._run, index, width, seed))
             for index, width in enumerate(self.models)

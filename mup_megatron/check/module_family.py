@@ -56,7 +56,7 @@ class ModuleFamily:
     """Width → attention logits → the size of their heads, as the subject's runs have shown."""
 
     def stressed(self, protocol: RunProtocol) -> Recipe:
-        """The recipe with values at which mistakes show within a protocol's steps."""
+        """Returns the recipe with values at which mistakes show within a protocol's steps."""
         return stressed_after(self._pilot, self.recipe, steps=protocol.steps)
 
     def prediction(
@@ -113,7 +113,7 @@ class ModuleFamily:
         return Measurements(tuple(run for run, _ in found))
 
     def at_depth(self, deep: tuple[Factory, Recipe, Sequence[int]], prepare: Prepare, first_seed: int) -> Section:
-        """All layers, in one model that is not trained. Collective."""
+        """Returns all layers, in one model that is not trained. Collective."""
         factory, own, widths = deep
         whole = replace(self, factory=factory, recipe=own)
         recipe = stressed(own, steps=levels.EARLY.steps)
@@ -168,7 +168,7 @@ class ModuleFamily:
         return later_section(run, plans[width], lambda step: self.schedule(step, LATER.steps), rounding, untrained)
 
     def transfer(self, prepare: Prepare, first_seed: int) -> Section:
-        """The basins of the learning rate at three of the widths. Collective."""
+        """Returns the basins of the learning rate at three of the widths. Collective."""
         recipe = on_first_rank(lambda: self.stressed(levels.LATE))
         running: list[ModuleTrainee | EngineTrainee] = []
 
@@ -194,7 +194,7 @@ class ModuleFamily:
         return self._trainee(model, prepare(model, task), task)
 
     def correct(self, protocol: RunProtocol, rule: Rule) -> Measurements:
-        """The correct runs, or those of standard parametrization."""
+        """Returns the correct runs, or those of standard parametrization."""
         what = "reference" if rule is Rule.MUP else "control"
         seeds = range(levels.FIRST_REFERENCE_SEED, levels.FIRST_REFERENCE_SEED + levels.correct_seeds(rule))
         return on_first_rank(lambda: self._correct(self.stressed(protocol), protocol, rule, self.widths, seeds, what))
@@ -264,7 +264,7 @@ def _growth(head_sizes: Mapping[int, Mapping[str, int]], name: str) -> float:
 
 
 def _tails(model: nn.Module) -> dict[str, float]:
-    """Of the draws of a bare model: E x⁴ / (E x²)²."""
+    """Returns E x⁴ / (E x²)² of the draws of a bare model."""
     found = {}
     for name, parameter in model.named_parameters():
         square = parameter.detach().double().square()

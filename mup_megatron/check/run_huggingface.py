@@ -38,7 +38,7 @@ def check_hugging_face(
     processes: int | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Verdict:
-    """A verdict on a configuration that is trained with a recipe. Collective under torchrun, with DeepSpeed.
+    """Returns a verdict on a configuration that is trained with a recipe. Collective under torchrun, with DeepSpeed.
 
     Args:
         config: what is to be trained; as `targets.hugging_face_config` reads it.

@@ -48,7 +48,7 @@ def check_launch_line(
     execute: Execute | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Verdict:
-    """A verdict on what a launch line would train with a recipe.
+    """Returns a verdict on what a launch line would train with a recipe.
 
     Args:
         words: the line: launcher, script, flags.
@@ -146,7 +146,7 @@ class _Runner:
     tell: Callable[[str], None] | None
 
     def measured(self, protocol: RunProtocol, seeds: Sequence[int]) -> Measurements:
-        """The line's runs, one after the other."""
+        """Returns the line's runs, one after the other."""
         # As the user's own recipe, whose base may have Transformer Engine as the line has.
         stress = self.family.at(protocol)
         own = {"transformer_impl": self.recipe.megatron_base.transformer_impl}

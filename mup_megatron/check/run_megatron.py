@@ -60,7 +60,7 @@ def check_megatron(
     processes: int | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Verdict:
-    """A verdict on a target that is trained on Megatron-Core with a recipe. Collective under torchrun.
+    """Returns a verdict on a target that is trained on Megatron-Core with a recipe. Collective under torchrun.
 
     Args:
         target: what is to be trained.
@@ -134,7 +134,7 @@ def check_megatron(
 
 
 def usual_widths(target: ModelFile, recipe: Recipe, *, tensor_parallel: int) -> tuple[list[int], list[str]]:
-    """The widths of a check that nobody has chosen, and what is to be said of them.
+    """Returns the widths of a check that nobody has chosen, and what is to be said of them.
 
     Args:
         target: as `condensed` leaves it.
@@ -167,7 +167,7 @@ def _possible(target: ModelFile, recipe: Recipe) -> tuple[ModelFile, Recipe, lis
 
 
 def _prediction(family: GPTFamily, deep: "_Deep", level: Level, seeds: int) -> str:
-    """How many models there will be, and how long they take. The pilot has run."""
+    """Returns how many models there will be, and how long they take. The pilot has run."""
     some = next(iter(family.models.values()))
     return prediction(
         {width: _shapes(model, family.recipe) for width, model in family.plain.items()},
@@ -210,7 +210,7 @@ class _Deep:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is checked. Where there is one process, Megatron's groups have to be joined, and all of it is collective."""
+    """Measures what is checked: in one process Megatron's groups have to be joined, and all of it is collective."""
 
     family: GPTFamily
     layout: TrainingOptions
@@ -229,7 +229,7 @@ class _Subject:
         )
 
     def measured(self, protocol: RunProtocol, seeds: Sequence[int]) -> Measurements:
-        """All runs of one length."""
+        """Returns all runs of one length."""
         recipe = ranks.on_first_rank(lambda: self.family.at(protocol))
         jobs = [
             WorkerJob(width, partial(self._run, recipe, width, seed, protocol))
@@ -246,7 +246,7 @@ class _Subject:
         return measure(self._started(recipe, width, seed, protocol), protocol, width=width, seed=seed)
 
     def transfer(self) -> Section:
-        """The basins of the learning rate."""
+        """Returns the basins of the learning rate."""
         recipe = ranks.on_first_rank(lambda: self.family.at(levels.LATE))
         return self._apart(
             lambda: transfer_section(
@@ -288,7 +288,7 @@ class _Subject:
         )
 
     def at_depth(self, deep: _Deep) -> Section:
-        """All of the target's layers. Collective; Megatron's groups are joined anew, for its virtual stages."""
+        """Returns all of the target's layers. Collective; Megatron's groups are joined anew, for its virtual stages."""
         width = deep.model.hidden_size
         alone = replace(self, family=replace(self.family, models={width: deep.model}))
 

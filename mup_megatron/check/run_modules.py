@@ -73,7 +73,7 @@ def check_modules(
     tell: Callable[[str], None] | None = None,
     deep: tuple[Factory, Recipe, Sequence[int]] | None = None,
 ) -> Verdict:
-    """A verdict on what a script makes of a model. Collective, if there are ranks.
+    """Returns a verdict on what a script makes of a model. Collective, if there are ranks.
 
     Args:
         factory: builds the bare model of a width. Dropout is off in a check; with other randomness there is no verdict.
@@ -171,7 +171,7 @@ def _frozen(model: nn.Module) -> list[str]:
 
 
 def blaming_own_code(verdict: Verdict) -> Verdict:
-    """The verdict, with what is the model's own fault said so: the reference has its code too."""
+    """Returns the verdict, with what is the model's own fault said so: the reference has its code too."""
     if verdict.outcome is not CheckOutcome.NO_VERDICT or not verdict.subject.problems or not verdict.reference.problems:
         return verdict
     at_start = "not finite before the first step"

@@ -80,7 +80,7 @@ def transfer_section(
     first_seed: int,
     report: Report | None,
 ) -> Section:
-    """The basins of three of the widths, around a learning rate, as a part of a verdict. Collective.
+    """Returns the basins of three of the widths, around a learning rate, as a part of a verdict. Collective.
 
     Args:
         start_with_lr: (width, seed, learning rate) → freshly built, for runs of `levels.LATE`.
@@ -105,7 +105,7 @@ def transfer_section(
 
 
 def _beyond(basin: Mapping[float, Sequence[float]], asked: Sequence[float]) -> float | None:
-    """The next learning rate to try; None if the basin has two sides, or its end is too far."""
+    """Returns the next learning rate to try; None if the basin has two sides, or its end is too far."""
     tried = sorted(basin)
     ratio = asked[1] / asked[0]
     means = mean_losses(basin)
@@ -118,7 +118,7 @@ def _beyond(basin: Mapping[float, Sequence[float]], asked: Sequence[float]) -> f
 
 
 def final_loss(trainee: Trainee, steps: int) -> float:
-    """The mean loss of a run's last tenth; infinite if it diverges."""
+    """Returns the mean loss of a run's last tenth; infinite if it diverges."""
     losses = []
     for step in range(steps):
         losses.append(trainee.step(step))

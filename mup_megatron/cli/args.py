@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from mup_megatron.architectures.registry import load_model_file
-from mup_megatron.cli.options import FILE, load_planned, target_argument
+from mup_megatron.cli.options import COUNT, FILE, load_planned, target_argument
 from mup_megatron.megatron.arguments.convert import flags
 
 
@@ -13,7 +13,7 @@ from mup_megatron.megatron.arguments.convert import flags
 @target_argument
 @click.option("--recipe", "recipe_path", type=FILE, metavar="R",
               help="The recipe file. Without it, the flags of the model alone.")  # fmt: skip
-@click.option("--train-iters", type=click.IntRange(1), metavar="N",
+@click.option("--train-iters", type=COUNT, metavar="N",
               help="Length of the run, for schedules that Megatron counts in iterations.")  # fmt: skip
 @click.option("--one-line", is_flag=True, help="All flags on one line instead of one on each.")
 def command(target: Path, recipe_path: Path | None, train_iters: int | None, one_line: bool) -> None:

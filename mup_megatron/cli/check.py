@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import load_model_file
-from mup_megatron.cli.options import FILE, load_plan, recipe_option
+from mup_megatron.cli.options import COUNT, FILE, load_plan, recipe_option
 from mup_megatron.errors import InputError
 from mup_megatron.files import write_atomically
 from mup_megatron.messages import is_first
@@ -71,22 +71,16 @@ def _widths(_: click.Context, param: click.Parameter, value: str | None) -> tupl
     metavar="W,W,…",
     help="Hidden sizes to train. [default: four, doubling from the least of 32 or more that keeps whole heads]",
 )
-@click.option("--seeds", type=click.IntRange(2), help="Runs at each width. [default: 3; of a launch line 2]")
+@click.option("--seeds", type=click.IntRange(2, 10**9), help="Runs at each width. [default: 3; of a launch line 2]")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=1, show_default=True, help="The first of them.")
-@click.option(
-    "--tensor-model-parallel-size", type=click.IntRange(1), default=1, show_default=True, help="As of the run."
-)
-@click.option(
-    "--pipeline-model-parallel-size", type=click.IntRange(1), default=1, show_default=True, help="As of the run."
-)
+@click.option("--tensor-model-parallel-size", type=COUNT, default=1, show_default=True, help="As of the run.")
+@click.option("--pipeline-model-parallel-size", type=COUNT, default=1, show_default=True, help="As of the run.")
 @click.option("--sequence-parallel", is_flag=True, help="As of the run.")
 @click.option(
     "--deepspeed", type=FILE, metavar="JSON", help="Check the engine that this configuration makes. [Hugging Face]"
 )
 @click.option("--mutant", "mutant_name", metavar="NAME", help="Make a deliberate mistake, to see what it looks like.")
-@click.option(
-    "--processes", type=click.IntRange(1), help="Models that train at once. [default: as many as there are cores]"
-)
+@click.option("--processes", type=COUNT, help="Models that train at once. [default: as many as there are cores]")
 @click.option("--fresh", is_flag=True, help="Measure the reference anew; neither use nor keep a cached one.")
 @click.pass_context
 def command(
@@ -164,7 +158,7 @@ def command(
 def _of_megatron(
     target: Path, recipe: Recipe, parallel: Mapping[str, Any], mutant_name: str | None, *, fresh: bool
 ) -> Callable[..., "Verdict"]:
-    """What checks a model file."""
+    """Returns what checks a model file."""
     from mup_megatron.check.measure.levels import Level
     from mup_megatron.check.reference.cache import FOLDER
     from mup_megatron.check.run_megatron import check_megatron
@@ -180,7 +174,7 @@ def _of_megatron(
 
 
 def _of_hugging_face(target: Path, recipe: Recipe, deepspeed: Path | None) -> Callable[..., "Verdict"]:
-    """What checks a Hugging Face configuration."""
+    """Returns what checks a Hugging Face configuration."""
     from mup_megatron.check.measure.levels import Level
     from mup_megatron.check.run_huggingface import check_hugging_face
 
@@ -189,7 +183,7 @@ def _of_hugging_face(target: Path, recipe: Recipe, deepspeed: Path | None) -> Ca
 
 
 def _of_launch_line(words: list[str], recipe: Recipe, *, fresh: bool) -> Callable[..., "Verdict"]:
-    """What checks the model that a launch line builds."""
+    """Returns what checks the model that a launch line builds."""
     from mup_megatron.check.measure.levels import Level
     from mup_megatron.check.reference.cache import FOLDER
     from mup_megatron.check.run_launch_line import check_launch_line

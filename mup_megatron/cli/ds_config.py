@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mup_megatron.cli.options import FILE, answer, force_option, load_plan, recipe_option
+from mup_megatron.cli.options import COUNT, FILE, answer, force_option, load_plan, recipe_option
 from mup_megatron.deepspeed.config import EngineSettings, configuration, problems
 from mup_megatron.json_io import read_json
 from mup_megatron.modules.groups import members, values
@@ -21,10 +21,10 @@ NO = 1
 @recipe_option
 @click.option("-o", "--output", type=FILE, metavar="DS.json", help="Where to write; standard output by default.")
 @click.option("--check", "existing", type=FILE, metavar="DS.json", help="Check this configuration and write none.")
-@click.option("--train-iters", type=click.IntRange(1), metavar="N",
+@click.option("--train-iters", type=COUNT, metavar="N",
               help="Length of the run in steps; without it, no scheduler is written.")  # fmt: skip
-@click.option("--global-batch-size", type=click.IntRange(1), metavar="N", help="Default: auto, the Trainer's.")
-@click.option("--micro-batch-size", type=click.IntRange(1), metavar="N", help="Per process. Default: auto.")
+@click.option("--global-batch-size", type=COUNT, metavar="N", help="Default: auto, the Trainer's.")
+@click.option("--micro-batch-size", type=COUNT, metavar="N", help="Per process. Default: auto.")
 @click.option("--zero-stage", type=click.Choice(["0", "1", "2", "3"]), default="1", show_default=True)
 @click.option("--bf16", is_flag=True, help="Train in bf16.")
 @click.option("--offload-optimizer", is_flag=True, help="Optimizer states on the CPU.")

@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _refused_by_system(error: OSError) -> str:
-    """What could not be opened, read or written: a file that the error names, or else the answer."""
+    """Returns what could not be opened, read or written: a file that the error names, or else the answer."""
     why = error.strerror or type(error).__name__
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         what = "the answer" if error.filename is None else str(error.filename)

@@ -17,13 +17,15 @@ from mup_megatron.targets import plan_for_file
 from mup_megatron.theory import Plan
 
 FILE = click.Path(path_type=Path)
+COUNT = click.IntRange(1, 10**9)
+"""A number of things: at most so many that products and floats of them stay exact."""
 
 target_argument = click.argument("target", type=FILE, metavar="TARGET.yaml")
 recipe_option = click.option("--recipe", "recipe_path", type=FILE, required=True, metavar="R", help="The recipe file.")
 force_option = click.option("--force", is_flag=True, help="Replace files that exist.")
 vocab_size_option = click.option(
     "--vocab-size",
-    type=click.IntRange(1, 10**9),
+    type=COUNT,
     metavar="N",
     help="The tokenizer's number of entries, before padding, where neither the line nor a tokenizer's file says it.",
 )

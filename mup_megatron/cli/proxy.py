@@ -8,8 +8,16 @@ from rich.table import Table
 from mup_megatron.architectures.cost import active_parameter_count, parameter_count, training_flops
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import MIN_WIDTH, Proxy, Search, choose_proxy
-from mup_megatron.architectures.registry import load_model_file
-from mup_megatron.cli.options import FILE, FiniteFloat, answer_console, force_option, require_new, target_argument
+from mup_megatron.architectures.registry import architecture_of, load_model_file
+from mup_megatron.cli.options import (
+    COUNT,
+    FILE,
+    FiniteFloat,
+    answer_console,
+    force_option,
+    require_new,
+    target_argument,
+)
 from mup_megatron.files import write_atomically
 from mup_megatron.yaml_io import dump_yaml
 
@@ -17,8 +25,8 @@ from mup_megatron.yaml_io import dump_yaml
 @click.command()
 @target_argument
 @click.option("-o", "--output", type=FILE, metavar="PROXY.yaml", help="Where to write the proxy's model file.")
-@click.option("--hidden-size", type=click.IntRange(1), default=MIN_WIDTH, show_default=True, help="Width of the proxy.")
-@click.option("--trials", type=click.IntRange(1), default=350, show_default=True, help="Trials of the search.")
+@click.option("--hidden-size", type=COUNT, default=MIN_WIDTH, show_default=True, help="Width of the proxy.")
+@click.option("--trials", type=COUNT, default=350, show_default=True, help="Trials of the search.")
 @click.option("--trial-tokens", type=FiniteFloat(1), help="Tokens of a trial. [default: target's / 75, as in TP5]")
 @click.option("--target-tokens", type=FiniteFloat(1), help="Tokens of the target's run. [default: 20 per parameter]")
 @click.option("--budget", type=FiniteFloat(0, min_open=True), default=0.1, show_default=True,
@@ -60,15 +68,13 @@ def _print(target: ModelFile, proxy: Proxy, search: Search) -> None:
     def row(name: str, values: list[str]) -> None:
         table.add_row(name, *values)
 
-    for key in ("num_layers", "hidden_size", "num_attention_heads", "query_groups", "head_size", "ffn_size"):
-        row(key, [str(getattr(model, key)) for model in models])
-    if target.num_experts is not None:
-        for key in ("num_experts", "moe_router_topk", "expert_ffn_size", "moe_shared_expert_intermediate_size"):
-            if getattr(target, key) is not None:
-                row(key, [str(getattr(model, key)) for model in models])
+    sizes = [size.key for size in architecture_of(target).sizes(target)]
+    for key in ("num_layers", "hidden_size", "num_attention_heads", "query_groups", "head_size", *sizes):
+        row(key, [str(model.value_of(key)) for model in models])
     row("parameters", [f"{parameter_count(model):.3g}" for model in models])
-    if target.num_experts is not None:
-        row("parameters that a token passes", [f"{active_parameter_count(model):.3g}" for model in models])
+    active = [active_parameter_count(model) for model in models]
+    if active != [parameter_count(model) for model in models]:
+        row("parameters that a token passes", [f"{count:.3g}" for count in active])
     row("FLOPs per token:", ["", ""])
     for key in flops[1].items:
         row(f"  {key}", [f"{cost.items.get(key, 0.0):.3g}" for cost in flops])

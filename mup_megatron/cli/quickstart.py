@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mup_megatron.cli.options import FILE, answer_console
+from mup_megatron.cli.options import COUNT, FILE, answer_console
 from mup_megatron.files import write_atomically
 
 if TYPE_CHECKING:
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 @click.option(
     "--seed", type=click.IntRange(1, 2**32 - 1), default=1, show_default=True, help="Of search, weights and data."
 )
-@click.option(
-    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Runs at a time, of one thread each."
-)
+@click.option("--workers", type=COUNT, default=2, show_default=True, help="Runs at a time, of one thread each.")
 def command(output: Path, seed: int, workers: int) -> None:
     """Tune a small GPT, carry its hyperparameters to one 4× as wide, and compare with standard parametrization.
 

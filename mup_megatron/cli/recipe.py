@@ -57,7 +57,7 @@ def command(base: Path | None, output: Path | None, defaults: bool, force: bool,
 
 
 def _base(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The shape in a file, and the hyperparameters that it implies if nothing else is said."""
+    """Returns the shape in a file, and the hyperparameters that it implies if nothing else is said."""
     content = read_target(path)
     if not is_hugging_face(content):
         return model_file(content, source=str(path)).model_dump(mode="json"), {}

@@ -193,7 +193,7 @@ def _show(ladder: Ladder) -> None:
 
 
 def _searched(space: Path | None, recipe_path: Path | None) -> SearchSetup:
-    """What a search of its own varies, and what it leaves alone."""
+    """Returns what a search of its own varies, and what it leaves alone."""
     chosen = load_space(space, SEARCHABLE) if space else DEFAULT_SPACE
     given = load_recipe(recipe_path) if recipe_path else None
     if given is None and "lr" not in chosen.ranges:

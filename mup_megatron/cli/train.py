@@ -19,7 +19,7 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainingO
 
 
 def _option(name: str, help_text: str, kind: Any = int, **more: Any) -> Callable[[_CommandT], _CommandT]:
-    """A flag in Megatron's spelling for a field of TrainingOptions."""
+    """Returns a flag in Megatron's spelling for a field of TrainingOptions."""
     default = _DEFAULTS[name]
     flag = "--" + name.replace("_", "-")
     if isinstance(default, bool):

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from mup_megatron.architectures.registry import load_model_file
-from mup_megatron.cli.options import FILE, FiniteFloat, answer, force_option
+from mup_megatron.cli.options import COUNT, FILE, FiniteFloat, answer, force_option
 from mup_megatron.search import default_storage, read_study
 from mup_megatron.theory import HORIZON_RULES
 from mup_megatron.tuning import Target, TargetRun, transferred
@@ -32,9 +32,9 @@ class _Tokens(FiniteFloat):
 @click.option(
     "--target-tokens", type=_Tokens(min=1), metavar="N", help="Of the target's whole run. [default: the tuning's]"
 )
-@click.option("--target-batch", type=click.IntRange(1), metavar="N",
+@click.option("--target-batch", type=COUNT, metavar="N",
               help="Sequences of an iteration of the target's. [default: the tuning's]")  # fmt: skip
-@click.option("--target-seq-length", type=click.IntRange(1), metavar="N", help="[default: the tuning's]")
+@click.option("--target-seq-length", type=COUNT, metavar="N", help="[default: the tuning's]")
 @click.option("--exponent", type=FiniteFloat(min=0, min_open=True), help="Of the rule tokens. [default: 0.32]")
 @click.option("--target", type=FILE, metavar="TARGET.yaml",
               help="Whose run the search was for: the provenance gets its share of that cost.")  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mup_megatron.deepspeed import entry as entries
 from mup_megatron.deepspeed.entry import AUTO, KEY, Configuration, SchedulerSection
-from mup_megatron.deepspeed.optimizers import DEEPSPEED_OPTIMIZERS
+from mup_megatron.deepspeed.optimizers import optimizer_of
 from mup_megatron.errors import InputError
 from mup_megatron.modules.groups import values
 from mup_megatron.recipe import Recipe, load_recipe
@@ -38,7 +38,7 @@ class EngineSettings:
 
 
 def configuration(recipe: Recipe, *, path: str, settings: EngineSettings) -> dict[str, Any]:
-    """A configuration that trains with a recipe.
+    """Returns a configuration that trains with a recipe.
 
     Args:
         recipe: decides the optimizer, its values, the schedule and the clipping. Its numbers are written out for those
@@ -50,7 +50,7 @@ def configuration(recipe: Recipe, *, path: str, settings: EngineSettings) -> dic
         InputError: DeepSpeed has no scheduler for the recipe's schedule, or the settings contradict each other.
     """
     entries.require_horizon(settings.global_batch_size, recipe)
-    kind = DEEPSPEED_OPTIMIZERS.only(recipe.optimizers).type
+    kind = optimizer_of(recipe).type
     params = entries.optimizer_params(kind, {}, recipe)
     clipping: float | str = recipe.moved.clip_grad
     if settings.global_batch_size is None:
@@ -58,12 +58,16 @@ def configuration(recipe: Recipe, *, path: str, settings: EngineSettings) -> dic
         params, clipping = dict.fromkeys(params, AUTO), AUTO
     optimizer = {"type": kind, "params": params}
     scheduler = None if settings.train_iters is None else _scheduler(recipe, settings.train_iters)
+    zero = _zero(settings)
+    if settings.zero_stage == 3 and not optimizer_of(recipe).goes_everywhere:
+        zero["reduce_scatter"] = False
+    entries.require_possible(Configuration.model_validate({"zero_optimization": zero}), recipe)
     return {
         **_batches(settings),
         "optimizer": optimizer,
         **({} if scheduler is None else {"scheduler": scheduler}),
         "gradient_clipping": clipping,
-        "zero_optimization": _zero(settings),
+        "zero_optimization": zero,
         **({"bf16": {"enabled": True}} if settings.bf16 else {}),
         KEY: {"recipe": path},
     }
@@ -129,6 +133,7 @@ def problems(content: object, recipe: Recipe, plan: Plan, *, source: str) -> lis
         lambda: _require_entry(content, recipe),
         lambda: entries.require_supported(config),
         lambda: entries.optimizer_params(config.made_optimizer.type, config.made_optimizer.params, recipe),
+        lambda: entries.require_possible(config, recipe),
         lambda: entries.gradient_clipping(config.gradient_clipping, recipe),
         lambda: entries.require_horizon(content.get("train_batch_size"), recipe),
         lambda: require_fitting_scheduler(config, plan),

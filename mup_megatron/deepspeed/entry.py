@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from mup_megatron.deepspeed.optimizers import DEEPSPEED_OPTIMIZERS
+from mup_megatron.deepspeed.optimizers import DEEPSPEED_OPTIMIZERS, DeepSpeedOptimizer, optimizer_of
 from mup_megatron.errors import InputError
 from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 from mup_megatron.modules.weights import Initialize
@@ -54,7 +54,7 @@ class Entry(Strict):
 
 
 def entry_of(config: Mapping[str, Any]) -> Entry | None:
-    """The entry of a configuration; None without one.
+    """Returns the entry of a configuration; None without one.
 
     Raises:
         InputError: an unknown key, a wrong type.
@@ -136,17 +136,24 @@ class SchedulerSection(_Section):
 
 
 class _Offload(_Section):
+    device: Any = "none"
     super_offload: bool = False
     ratio: float = 1.0
 
 
 class _Zero(_Section):
+    stage: Any = 0
+    reduce_scatter: Any = True
     zenflow: Annotated[dict[str, Any] | None, BeforeValidator(_off)] = None
     offload_optimizer: Annotated[_Offload | None, BeforeValidator(_off)] = None
 
 
 class _Switch(_Section):
     enabled: bool = False
+
+
+class _MaybeSwitch(_Section):
+    enabled: Any = False
 
 
 class _TensorParallel(_Section):
@@ -160,6 +167,7 @@ class Configuration(_Section):
     scheduler: SchedulerSection | None = None
     gradient_clipping: Annotated[float | str | None, BeforeValidator(_number)] = None
     zero_optimization: Annotated[_Zero | None, BeforeValidator(_off)] = None
+    fp16: Annotated[_MaybeSwitch | None, BeforeValidator(_off)] = None
     hybrid_engine: Annotated[_Switch | None, BeforeValidator(_off)] = None
     expert_parallel: Annotated[_Switch | None, BeforeValidator(_off)] = None
     tensor_parallel: Annotated[_TensorParallel | None, BeforeValidator(_off)] = None
@@ -171,7 +179,7 @@ class Configuration(_Section):
 
 
 def configuration(content: object, *, source: str) -> Configuration:
-    """A configuration from plain values; `source` names them in messages.
+    """Returns a configuration from plain values; `source` names them in messages.
 
     Raises:
         InputError: no object, or a key that has to do with a recipe is of another type; names both.
@@ -185,7 +193,7 @@ def configuration(content: object, *, source: str) -> Configuration:
 
 
 def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe: Recipe) -> dict[str, Any]:
-    """The optimizer's params, with what is absent or "auto" filled in from the recipe.
+    """Returns the optimizer's params, with what is absent or "auto" filled in from the recipe.
 
     Args:
         name: the entry's type.
@@ -195,8 +203,8 @@ def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe:
     Raises:
         InputError: another optimizer than the recipe's, or values that say something else.
     """
-    own = DEEPSPEED_OPTIMIZERS.only(recipe.optimizers)
-    wanted = _wanted(recipe)
+    own = optimizer_of(recipe)
+    wanted = _wanted(recipe, own)
     if name is None:
         raise InputError(
             f'"optimizer": missing, so DeepSpeed would not make one. Write "optimizer": {{"type": '
@@ -222,6 +230,20 @@ def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe:
             f'"optimizer": {own.coupled_type} with "adam_w_mode": false adds weight decay to the gradient, which the '
             f'recipe\'s decoupled weight_decay does not mean. Write "type": "{own.type}".'
         )
+    for key, value in own.fixed.items():
+        if (tuned := getattr(recipe.moved, key)) != value:
+            raise InputError(
+                f"{key}: the recipe's is {tuned}, and DeepSpeed's {own.type} has {value} and no other. Tune with "
+                f"{key} {value}, and let the recipe say so."
+            )
+    if own.leaves_to and given.get("adam_w_mode", True) is False and recipe.moved.weight_decay > 0:
+        raise InputError(
+            '"optimizer.params.adam_w_mode": false adds weight decay to the gradient, which the recipe\'s decoupled '
+            "weight_decay does not mean. Remove it."
+        )
+    for key, why in own.refused.items():
+        if given.get(key):
+            raise InputError(f'"optimizer.params.{key}": {why}. Remove it.')
     for key in _OTHER_RULES:
         if given.get(key):
             raise InputError(f'"optimizer.params.{key}": the recipe was made for {name} without it. Remove it.')
@@ -233,16 +255,23 @@ def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe:
     return {**given, **wanted}
 
 
-def _wanted(recipe: Recipe) -> dict[str, Any]:
-    h, name = recipe.moved, recipe.parametrization.optimizer
-    eps = {} if optimizers()[name].eps is None else {"eps": h.adam_eps}
+def _wanted(recipe: Recipe, own: DeepSpeedOptimizer) -> dict[str, Any]:
+    h, names = recipe.moved, recipe.optimizers
+    eps = {} if all(optimizers()[name].eps is None for name in names) else {"eps": h.adam_eps}
+    settings = {key: value for name in names for key, value in group_settings(recipe, name).items()}
     # As JSON has them.
-    settings = {key: list(v) if isinstance(v, tuple) else v for key, v in TORCH_OPTIMIZERS[name].settings(h).items()}
+    settings = {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
     return {"lr": h.lr, **settings, **eps, "weight_decay": h.weight_decay}
 
 
+def group_settings(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Returns what all groups of one of a recipe's optimizers hold: betas, momentum."""
+    own = DEEPSPEED_OPTIMIZERS[name].settings or TORCH_OPTIMIZERS[name].settings
+    return own(recipe.moved)
+
+
 def gradient_clipping(given: Any, recipe: Recipe) -> float:
-    """The threshold of the gradient norm. `given` is None where the configuration has no such key.
+    """Returns the threshold of the gradient norm. `given` is None where the configuration has no such key.
 
     Raises:
         InputError: the configuration says something else than the recipe.
@@ -296,6 +325,32 @@ def require_supported(config: Configuration) -> None:
     for key, found in wrong.items():
         if found:
             raise InputError(f'"{key}" is not supported together with "{KEY}". Remove it.')
+
+
+def require_possible(config: Configuration, recipe: Recipe) -> None:
+    """Raises InputError for what the recipe's optimizer does not go with."""
+    own = optimizer_of(recipe)
+    if own.goes_everywhere:
+        return
+    zero = config.zero_optimization or _Zero()
+    offload = zero.offload_optimizer or _Offload()
+    if zero.stage in (1, 2, 3) and recipe.moved.clip_grad > 0:
+        raise InputError(
+            f'"zero_optimization.stage" {zero.stage}: under ZeRO DeepSpeed clips by the norm of what {own.type} has '
+            "orthogonalised, which grows with width, and not of gradients. Tune with clip_grad 0, or write stage 0."
+        )
+    if zero.stage == 3 and zero.reduce_scatter is not False:
+        raise InputError(
+            f'"zero_optimization.reduce_scatter": DeepSpeed has {own.type} under stage 3 without it. Write '
+            '"reduce_scatter": false.'
+        )
+    wrong = {
+        "fp16": (config.fp16 or _MaybeSwitch()).enabled is True,
+        "zero_optimization.offload_optimizer": offload.device not in (None, "none"),
+    }
+    for key, found in wrong.items():
+        if found:
+            raise InputError(f'"{key}": not tested together with {own.type}. Remove it, or use bf16 for fp16.')
 
 
 def drop_auto(config: MutableMapping[str, Any]) -> None:

@@ -93,28 +93,28 @@ _CAUSE = "Something changed the optimizer's groups after the plan was applied: t
 
 
 def _factor(plan: Plan, live: Mapping[str, LiveValues]) -> float:
-    """Where the schedule stands, by the parameter whose planned rate is highest."""
+    """Returns where the schedule stands, by the parameter whose planned rate is highest."""
     name = max(live, key=lambda name: plan[name].lr, default=None)
     return 1.0 if name is None else live[name].lr / plan[name].lr
 
 
 def group_problem(
-    groups: Sequence[Mapping[str, Any]], planned: Sequence[Mapping[str, Any]], moments: Mapping[str, Any]
+    groups: Sequence[Mapping[str, Any]], planned: Sequence[Mapping[str, Any]], moments: Sequence[Mapping[str, Any]]
 ) -> str | None:
     """Returns what is wrong with the present values of groups, but for learning rates; cheap enough for every step.
 
     Args:
         groups: the live optimizer's.
         planned: what they should be.
-        moments: betas or momentum of all of them, where no schedule drives them.
+        moments: betas or momentum of each of them, where no schedule drives them.
     """
     if len(groups) != len(planned):
         return (
             f'"mup": the optimizer has {len(groups)} groups of parameters instead of the {len(planned)} of the plan. '
             "Do not add or remove groups."
         )
-    for group, plan in zip(groups, planned, strict=True):
-        wanted = {"weight_decay": plan.get("weight_decay"), "eps": plan.get("eps"), **moments}
+    for group, plan, own in zip(groups, planned, moments, strict=True):
+        wanted = {"weight_decay": plan.get("weight_decay"), "eps": plan.get("eps"), **own}
         for key, value in wanted.items():
             found = tuple(group[key]) if key == "betas" else group.get(key)
             if found != value:

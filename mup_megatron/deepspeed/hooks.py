@@ -110,7 +110,7 @@ def _init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _has_entry(arguments: Mapping[str, Any]) -> bool:
-    """Whether an engine's configuration has the entry.
+    """Returns whether an engine's configuration has the entry.
 
     Raises:
         InputError: it matters and cannot be seen.

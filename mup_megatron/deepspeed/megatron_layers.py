@@ -12,6 +12,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.spec_utils import build_module
 
+from mup_megatron.architectures.families import ATTENTION, MLP
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import READOUT_WEIGHT, WORD_EMBEDDINGS
@@ -38,23 +39,16 @@ def pipeline_layers(config: Any, model: ModelFile) -> list[LayerSpec]:
     Raises:
         InputError: the model is no GPT, whose layers these are, or has layers that this pipeline has not.
     """
-    if model.num_experts is not None:
+    architecture = architecture_of(model)
+    if architecture is not GPT:
         raise InputError(
-            "num_experts: DeepSpeed's pipeline would add up gradients of experts over the wrong ranks. Train models "
-            "with experts in Megatron's own training."
-        )
-    for key, there in (
-        ("multi_latent_attention", model.multi_latent_attention),
-        ("mtp_num_layers", model.mtp_num_layers is not None),
-    ):
-        if there:
-            raise InputError(
-                f"{key}: DeepSpeed's pipeline has no such layers. Train the model in Megatron's own training."
-            )
-    if architecture_of(model) is not GPT:
-        raise InputError(
-            f"DeepSpeed's pipeline is made of a GPT's layers, and the model is {architecture_of(model).description}. "
+            f"DeepSpeed's pipeline is made of a GPT's layers, and the model is {architecture.description}. "
             "Train it without DeepSpeed's pipeline, or in Megatron's."
+        )
+    if others := [family.name for family in architecture.families(model) if family not in (ATTENTION, MLP)]:
+        raise InputError(
+            f"The model has layers of {' and '.join(others)}, and DeepSpeed's pipeline those of attention and an MLP "
+            "alone. Train it in Megatron's own training."
         )
     spec = get_gpt_decoder_block_spec(
         config,
@@ -167,7 +161,7 @@ def _vocabulary(model: ModelFile) -> int:
 
 
 def _tied_logits(module: torch.nn.Module, hidden: Tensor) -> Tensor:
-    """The readout where its stage has a copy of the weight, and where it has the embedding itself."""
+    """Returns the readout where its stage has a copy of the weight, and where it has the embedding itself."""
     weight = None if isinstance(module, _Readout) else module.get_parameter(WORD_EMBEDDINGS)
     output_layer: Any = module.get_submodule("output_layer")
     logits: Tensor = output_layer(hidden, weight=weight)[0]

@@ -4,11 +4,14 @@ To add one, `register` it here, in `modules/optimizers.py`, which says what its 
 `theory.optimizers`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from mup_megatron.by_optimizer import ByOptimizer
+from mup_megatron.recipe import Hyperparameters, Recipe
 
-__all__ = ["DEEPSPEED_OPTIMIZERS", "DeepSpeedOptimizer", "register"]
+__all__ = ["DEEPSPEED_OPTIMIZERS", "DeepSpeedOptimizer", "optimizer_of", "register"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +24,18 @@ class DeepSpeedOptimizer:
     """Another type that is the same optimizer, unless `"adam_w_mode": false` adds weight decay to the gradient."""
     through_mup: tuple[str, ...] = ()
     """DeepSpeed's types that are the same through microsoft/mup, in small letters."""
+    leaves_to: tuple[str, ...] = ()
+    """Those that DeepSpeed itself steps the rest of the parameters with."""
+    flag: str | None = None
+    """The attribute of a parameter by which DeepSpeed sees whether this one steps it, or one of those."""
+    settings: Callable[[Hyperparameters], dict[str, Any]] | None = None
+    """What a recipe says of it that its groups hold; None where that is what torch's hold."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Hyperparameters of a recipe that have to have these values, because DeepSpeed's has no others."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Params of a configuration under which its steps are not those that the rules are for → why."""
+    goes_everywhere: bool = True
+    """Whether it goes with fp16, offloading, pipelines, and clipping under ZeRO."""
 
     def has_type(self, name: str) -> bool:
         """Returns whether this is the optimizer of a type."""
@@ -35,5 +50,40 @@ DEEPSPEED_OPTIMIZERS = ByOptimizer[DeepSpeedOptimizer]("DeepSpeed")
 """The optimizers that DeepSpeed knows, by their names in a recipe."""
 register = DEEPSPEED_OPTIMIZERS.register
 
+
+def optimizer_of(recipe: Recipe) -> DeepSpeedOptimizer:
+    """Returns a recipe's optimizer as DeepSpeed has it.
+
+    Raises:
+        InputError: DeepSpeed does not have it, or not beside the others of the recipe.
+    """
+    known = DEEPSPEED_OPTIMIZERS[recipe.parametrization.optimizer]
+    if not {*recipe.optimizers} <= {recipe.parametrization.optimizer, *known.leaves_to}:
+        return DEEPSPEED_OPTIMIZERS.only(recipe.optimizers)
+    return known
+
+
 register("adam", DeepSpeedOptimizer(type="AdamW", coupled_type="Adam", through_mup=("muadam", "muadamw")))
 register("sgd", DeepSpeedOptimizer(type="SGD", through_mup=("musgd",)))
+register(
+    "muon",
+    DeepSpeedOptimizer(
+        type="Muon",
+        leaves_to=("adam",),
+        flag="use_muon",
+        settings=lambda h: {"momentum": h.muon_momentum},
+        fixed={
+            "muon_scale_mode": "shape_scaling",
+            "muon_extra_scale_factor": 1.0,
+            "muon_nesterov": True,
+            "muon_num_ns_steps": 5,
+            "muon_coefficient_type": "simple",
+        },
+        refused={
+            "muon_lr": "the recipe has one lr, and the plan says what follows for each parameter",
+            "adam_lr": "the recipe has one lr, and the plan says what follows for each parameter",
+            "per_head_muon": "the plan's rates are for whole matrices",
+        },
+        goes_everywhere=False,
+    ),
+)

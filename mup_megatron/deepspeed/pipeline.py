@@ -29,7 +29,7 @@ def scale_tied_readout(stage: Any, plan: Plan) -> bool:
 
 
 def _scaled_readout(function: Callable[[Any], Any], factor: float, inputs: Any) -> Any:
-    """A tied layer's function; token ids mean that it looks up embeddings."""
+    """Returns a tied layer's function; token ids mean that it looks up embeddings."""
     first, *rest = inputs if isinstance(inputs, tuple) else (inputs,)
     scaled = factor * first if first.is_floating_point() else first
     return function((scaled, *rest) if isinstance(inputs, tuple) else scaled)

@@ -15,6 +15,7 @@ from mup_megatron.collectives import gathered, raise_together, raising_together
 from mup_megatron.deepspeed import entry as entries
 from mup_megatron.deepspeed import guard, pipeline, versions
 from mup_megatron.deepspeed.names import is_pipeline, named_parameters, param_groups, prepared_plan
+from mup_megatron.deepspeed.optimizers import optimizer_of
 from mup_megatron.deepspeed.planning import plan_applied_to, plan_on_all_ranks, require_match
 from mup_megatron.deepspeed.remarks import say
 from mup_megatron.errors import InputError
@@ -22,7 +23,6 @@ from mup_megatron.modules.applied import require_applied
 from mup_megatron.modules.apply import apply_plan
 from mup_megatron.modules.groups import members
 from mup_megatron.modules.names import unwrapped
-from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 from mup_megatron.modules.weights import Initialize
 from mup_megatron.recipe import Recipe, load_recipe
 from mup_megatron.theory import Plan
@@ -106,6 +106,7 @@ def before_init(arguments: MutableMapping[str, Any]) -> EngineRun | None:
         return None
     raise_together(_caller_problems(arguments, model, plan))
 
+    _tell_who_steps(model, plan, recipe)
     groups = [{**group, PEAK: group["lr"]} for group in param_groups(model, plan)]
     peaks = [group[PEAK] for group in groups]
     _say_what_is_planned(model, plan, recipe, entry)
@@ -178,6 +179,8 @@ def _settings(config: Any, arguments: Mapping[str, Any]) -> tuple[entries.Entry,
     recipe = load_recipe(Path(entry.recipe))
     entries.require_horizon(config.train_batch_size, recipe)
     name = typed.made_optimizer.type
+    if name is not None:
+        entries.require_possible(typed, recipe)
     params = None if name is None else entries.optimizer_params(name, config.optimizer_params, recipe)
     return entry, recipe, params, entries.gradient_clipping(typed.gradient_clipping, recipe)
 
@@ -209,6 +212,17 @@ def _caller_problems(arguments: MutableMapping[str, Any], model: torch.nn.Module
         "it over."
         for name in missing[:1]
     ]
+
+
+def _tell_who_steps(model: torch.nn.Module, plan: Plan, recipe: Recipe) -> None:
+    """Tells DeepSpeed which optimizer steps a parameter, in its own way: it has told itself, by words in names."""
+    own = optimizer_of(recipe)
+    if own.flag is None:
+        return
+    if is_pipeline(unwrapped(model)):
+        raise InputError(f"{own.type} is not tested in a pipeline of DeepSpeed's. Train without stages.")
+    for name, parameter in named_parameters(model):
+        setattr(parameter, own.flag, plan[name].optimizer == plan.optimizer)
 
 
 def _scheduler(config: Any, plan: Plan, peaks: Sequence[float]) -> dict[str, Any]:
@@ -248,6 +262,10 @@ def after_init(engine: Any, run: EngineRun) -> None:
     from mup_megatron.deepspeed import schedulers
 
     _runs[engine] = run
+    if optimizer_of(run.recipe).flag is not None:
+        # Of each of these groups DeepSpeed has made one of its own. How many there are, the guard looks at.
+        for group, own in zip(engine.optimizer.param_groups, run.planned, strict=False):
+            group.update({key: own[key] for key in ("name", "optimizer", PEAK)})
     scheduler = engine.lr_scheduler
     if getattr(scheduler, "cycle_momentum", False) and engine.client_lr_scheduler is not None:
         say(f"{type(scheduler).__name__} drives beta1 or momentum as well, over the recipe's (cycle_momentum).")
@@ -274,7 +292,7 @@ def before_step(engine: Any, run: EngineRun) -> None:
     if not run.entry.guard:
         return
     groups = engine.optimizer.param_groups
-    problem = guard.group_problem(groups, run.planned, _betas_or_momentum(engine, run))
+    problem = guard.group_problem(groups, run.planned, [_betas_or_momentum(engine, run, own) for own in run.planned])
     problem = problem or run.watch.check([group["lr"] for group in groups])
     if problem is None and any(parameter.requires_grad for parameter in run.frozen):
         problem = (
@@ -285,8 +303,8 @@ def before_step(engine: Any, run: EngineRun) -> None:
         raise InputError(problem)
 
 
-def _betas_or_momentum(engine: Any, run: EngineRun) -> dict[str, Any]:
-    """Returns the recipe's betas or momentum; nothing where a schedule drives them."""
+def _betas_or_momentum(engine: Any, run: EngineRun, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the recipe's betas or momentum of a group; nothing where a schedule drives them."""
     if getattr(engine.lr_scheduler, "cycle_momentum", False):
         return {}
-    return TORCH_OPTIMIZERS.only(run.plan.optimizers).settings(run.recipe.moved)
+    return entries.group_settings(run.recipe, group.get("optimizer", run.plan.optimizer))

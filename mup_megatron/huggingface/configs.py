@@ -111,7 +111,7 @@ def quiet() -> Iterator[None]:
 
 
 def config_of_base(base: HuggingFaceBase) -> PretrainedConfig:
-    """The configuration that a recipe's base describes.
+    """Returns the configuration that a recipe's base describes.
 
     Raises:
         InputError: `model_type` is none of the installed transformers', or it does not have one of the keys.
@@ -128,7 +128,7 @@ def config_from(
     source: str,
     strict: bool = True,
 ) -> PretrainedConfig:
-    """A configuration from its type and keys; `source` names them in messages.
+    """Returns a configuration from its type and keys; `source` names them in messages.
 
     Raises:
         InputError: as `config_of_base`; unknown keys only with `strict`.
@@ -184,7 +184,7 @@ def _require_possible(own: Mapping[str, Any], source: str) -> None:
 
 
 def value(config: PretrainedConfig, key: str) -> Any:
-    """A configuration's value; None where it has none, or one for each layer."""
+    """Returns a configuration's value; None where it has none, or one for each layer."""
     try:
         return getattr(config, key, None)
     except RuntimeError:  # transformers refuses to give one value where layers have several
@@ -192,7 +192,7 @@ def value(config: PretrainedConfig, key: str) -> Any:
 
 
 def inner(config: PretrainedConfig) -> dict[str, PretrainedConfig]:
-    """The configurations within a configuration, such as those of a text and a vision model, by key."""
+    """Returns the configurations within a configuration, such as those of a text and a vision model, by key."""
     return {key: value for key, value in vars(config).items() if isinstance(value, PretrainedConfig)}
 
 
@@ -265,16 +265,30 @@ def differing(base: PretrainedConfig, target: PretrainedConfig) -> set[str]:
 
 
 def differing_states(base: PretrainedConfig, target: PretrainedConfig) -> list[str]:
-    """The keys of the size of a state space's state, of those in which two configurations differ."""
+    """Returns the keys of the size of a state space's state, of those in which two configurations differ."""
     within = [key for name, part in inner(base).items() for key in differing_states(part, inner(target)[name])]
     return sorted(differing(base, target) & _STATE_SIZES) + within
+
+
+def differing_groups(base: PretrainedConfig, target: PretrainedConfig) -> list[tuple[int, int]]:
+    """Returns the query heads of each key/value head at base and target, of those parts in which they differ."""
+    within = [each for name, part in inner(base).items() for each in differing_groups(part, inner(target)[name])]
+    before, now = (_heads_per_group(config) for config in (base, target))
+    return [(before, now), *within] if before and now and before != now else within
+
+
+def _heads_per_group(config: PretrainedConfig) -> int | None:
+    keys = ("num_key_value_heads", "num_kv_heads")
+    heads = getattr(config, "num_attention_heads", None)
+    groups = next((value for key in keys if isinstance(value := getattr(config, key, None), int)), None)
+    return heads // groups if isinstance(heads, int) and groups else None
 
 
 _STATE_SIZES = frozenset({"state_size", "ssm_state_size", "mamba_d_state"})
 
 
 def _known(config: PretrainedConfig) -> Collection[str]:
-    """The keys that a configuration's type has, where they can be told: its code passes over others."""
+    """Returns the keys that a configuration's type has, where they can be told: its code passes over others."""
     kind = type(config)
     try:
         return {*kind().to_dict(), *kind.attribute_map, _PER_LAYER}
@@ -287,7 +301,7 @@ _PER_LAYER = "per_layer_config"
 
 
 def at_depth_of(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedConfig:
-    """The base with the target's depth, so that every layer of the target has its counterpart.
+    """Returns the base with the target's depth, so that every layer of the target has its counterpart.
 
     A library's own scaling of initial weights with depth is then the target's. So are the ids of tokens, one of which
     may be a row of zeros in the embedding, and the positions, whose stretching may be a part of attention's scale.
@@ -306,7 +320,7 @@ def _depth_of(base: PretrainedConfig, target: PretrainedConfig) -> dict[str, Any
 
 
 def _follows_depth(key: str, base: PretrainedConfig, target: PretrainedConfig) -> bool:
-    """Whether a key says how many layers there are, or names the kind of each in lists as long as the depths."""
+    """Returns whether a key is a number of layers, or names the kind of each in lists as long as the depths."""
     if key in DEPTHS:
         return True
     depths = [value(config, "num_hidden_layers") for config in (base, target)]
@@ -318,7 +332,7 @@ def _follows_depth(key: str, base: PretrainedConfig, target: PretrainedConfig) -
 
 
 def widened(base: PretrainedConfig, target: PretrainedConfig) -> PretrainedConfig:
-    """The base with every width doubled: what has another size then, grows with width.
+    """Returns the base with every width doubled: what has another size then, grows with width.
 
     The size of heads grows where it differs between base and target; else their number does.
     """
@@ -347,12 +361,12 @@ def _wider(base: PretrainedConfig, target: PretrainedConfig) -> dict[str, Any]:
 
 
 def _kind(key: str) -> str:
-    """Which of the layers of a hybrid model have heads of a key's size or number."""
+    """Returns which of the layers of a hybrid model have heads of a key's size or number."""
     return next((kind for kind in ("mamba", "linear") if kind in key), "attention")
 
 
 def head_size(config: PretrainedConfig) -> int | None:
-    """The size of attention's heads; None where a configuration has none."""
+    """Returns the size of attention's heads; None where a configuration has none."""
     for key in _ATTENTION_HEAD_SIZES:
         if isinstance(size := value(config, key), int):
             return size
@@ -361,7 +375,7 @@ def head_size(config: PretrainedConfig) -> int | None:
 
 
 def share_of_tokens(config: PretrainedConfig) -> float:
-    """The part of the tokens that one expert sees, k/E; 1 without experts, and where it is not known."""
+    """Returns the part of the tokens that one expert sees, k/E; 1 without experts, and where it is not known."""
     shares = (_share_of_tokens(own) for own in (config, *inner(config).values()))
     return next((share for share in shares if share is not None), 1.0)
 
@@ -377,7 +391,7 @@ def _first_size(config: PretrainedConfig, keys: tuple[str, ...]) -> int | None:
 
 
 def reference_std(config: PretrainedConfig) -> float:
-    """The std that a recipe's `init_method_std` stands for at the base: the configuration's own, else 0.02.
+    """Returns the std that a recipe's `init_method_std` stands for at the base: the configuration's own, else 0.02.
 
     A library's draws that do not follow from it (T5, ResNet) are in proportion to it all the same.
     """
@@ -389,7 +403,7 @@ def reference_std(config: PretrainedConfig) -> float:
 
 
 def base_content(config: PretrainedConfig) -> dict[str, Any]:
-    """A configuration as the `base` of a recipe: everything that is not a default, without what has no meaning
+    """Returns a configuration as the `base` of a recipe: everything that is not a default, without what has no meaning
     there.
     """
     known, parts = AutoConfig.for_model(config.model_type).to_dict(), inner(config)
@@ -414,7 +428,7 @@ def _doubled(value: Any) -> Any:
 
 
 def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
-    """A copy with other values; those of a configuration within it stand under its key."""
+    """Returns a copy with other values; those of a configuration within it stand under its key."""
     changed = copy.deepcopy(config)
     with refused(f"the {config.model_type} configuration at another size"):
         _set(changed, changes)

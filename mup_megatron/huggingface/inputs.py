@@ -60,7 +60,7 @@ def _boxes(config: Any, known: Any) -> list[Any]:
 
 
 def _seen_by(config: Any) -> Any:
-    """The configuration of what looks at images."""
+    """Returns the configuration of what looks at images."""
     own = next((part for key in ("vision_config", "image_config") if (part := getattr(config, key, None))), config)
     return getattr(own, "vision_config", None) or own
 

@@ -69,6 +69,13 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
             "size of what a state gives does not stay until the norm behind it. Keep it where you can.",
             key,
         )
+    for before, now in configs.differing_groups(at_base, config):
+        _log.warning(
+            "query heads for each key/value head: %d at the base, %d here. Keys and values are read by other numbers "
+            "of heads, so that their updates act otherwise. Keep heads per group as they are.",
+            before,
+            now,
+        )
     model_class = _class_of(target, at_base)
     small = configs.at_depth_of(at_base, config)
     built = MetaModule.of(_factory(model_class, config), keeps=True)
@@ -188,7 +195,7 @@ def _untied(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _readout(model: Any) -> str | None:
-    """The weight behind `get_output_embeddings`, by its first name: that of a tied embedding."""
+    """Returns the weight behind `get_output_embeddings`, by its first name: that of a tied embedding."""
     readout = model.get_output_embeddings()
     if readout is None:
         return None
@@ -217,7 +224,7 @@ def _require_known_scale(base: PretrainedConfig, target: PretrainedConfig, model
 
 
 def _as_seen(shape: ModelShape, seen: Forward, *, share: float) -> ModelShape:
-    """A model's shape with what its code multiplies the readout's input and the rows of its tables by.
+    """Returns a model's shape with what its code multiplies the readout's input and the rows of its tables by.
 
     Args:
         shape: without.

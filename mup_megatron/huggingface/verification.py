@@ -89,19 +89,19 @@ _FEATURES = ("get_image_features", "get_audio_features")
 
 
 def _models_in(model: torch.nn.Module) -> list[Any]:
-    """The models within a model, outer ones first."""
+    """Returns the models within a model, outer ones first."""
     return [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
 
 
 def _outermost(model: torch.nn.Module) -> list[Any]:
-    """The models within a model that are in no other of them."""
+    """Returns the models within a model that are in no other of them."""
     found = _models_in(model)
     within = {id(own) for part in found for own in _models_in(part)}
     return [part for part in found if id(part) not in within]
 
 
 def _unreached(model: torch.nn.Module, passes: Iterable[Forward]) -> list[Any]:
-    """The models within a model of which no pass has called anything, outer ones first."""
+    """Returns the models within a model of which no pass has called anything, outer ones first."""
     called = frozenset().union(*(each.called for each in passes))
     reached = {id(module) for name, module in model.named_modules(remove_duplicate=False) if name in called}
     return [part for part in _models_in(model) if _holds(part) and reached.isdisjoint(map(id, part.modules()))]
@@ -123,7 +123,7 @@ def _of_parts(built: MetaModule, part: Any) -> list[Forward]:
 
 
 def _watched(built: MetaModule, calls: Any) -> Forward:
-    """The first pass that runs of one of some calls, models or methods, each with several inputs.
+    """Returns the first pass that runs of one of some calls, models or methods, each with several inputs.
 
     Raises:
         InputError: none does.
@@ -221,20 +221,29 @@ def require_no_hidden_factor(base: Forward, target: Forward, model: torch.nn.Mod
                 f"{name}: {type(model).__name__} multiplies its rows by something that is no one number that could be "
                 "seen, so its multiplier is unknown. Switch it off in both configurations, or choose another model."
             )
-    for own, found in zip(base.factors, target.factors, strict=False):
-        if (own.where, own.operation) != (found.where, found.operation):
-            break
-        if own.number != found.number:
-            raise InputError(
-                f"{found.where or type(model).__name__}: its code has a factor that follows width, "
-                f"{_told(own)} in the recipe's base and {_told(found)} in the target, which μP has no place for. "
-                "Switch it off in both configurations, or choose another model."
-            )
-    if len(base.factors) != len(target.factors):
+    at_base, at_target = (_by_place(each.factors) for each in (base, target))
+    for place, factors in at_target.items():
+        for own, found in zip(at_base.get(place, ()), factors, strict=False):
+            if own.number != found.number:
+                raise InputError(
+                    f"{found.where or type(model).__name__}: its code has a factor that follows width, "
+                    f"{_told(own)} in the recipe's base and {_told(found)} in the target, which μP has no place for. "
+                    "Switch it off in both configurations, or choose another model."
+                )
+    counts = [{place: len(factors) for place, factors in each.items()} for each in (at_base, at_target)]
+    if counts[0] != counts[1]:
         raise InputError(
             f"{type(model).__name__}: its forward pass does other things at the target's width than at the base's, so "
             "what it multiplies by cannot be compared. Choose another model."
         )
+
+
+def _by_place(factors: Iterable[Factor]) -> dict[tuple[str, str], list[Factor]]:
+    """Returns the factors of each operation of each module's code, in the order of the pass."""
+    found: dict[tuple[str, str], list[Factor]] = {}
+    for factor in factors:
+        found.setdefault((factor.where, factor.operation), []).append(factor)
+    return found
 
 
 def _told(factor: Factor) -> str:

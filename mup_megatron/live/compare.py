@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mup_megatron.live.hooks import Hooks
 from mup_megatron.live.problems import Problem, number
-from mup_megatron.theory import Plan, PlanEntry
+from mup_megatron.theory import Plan, PlanEntry, Property, Site
 
 CLOSE = 1e-6
 """Relative: live values are the plan's very numbers, at worst through a tensor of single precision."""
@@ -65,13 +65,28 @@ def parameter_problems(
     problems += [
         f"{entry.name}: the plan has this parameter, the model has not. {remedies.missing}"
         for entry in plan.entries
-        if entry.name not in everywhere
+        if entry.name not in everywhere and Property.OPTIONAL not in entry.properties
     ]
     for name, shape in held.items():
         if name in plan.by_name and shape != (expected := padded_shape(plan[name], tensor_parallel)):
             both = f"{own[name]} ({name})" if own.get(name, name) != name else name
             problems.append(f"{both}: the model's shape is {shape}, the plan's {expected}. {remedies.shape}")
     return problems
+
+
+def site_problems(modules: Collection[str], sites: Iterable[Site], remedy: str) -> list[str]:
+    """Returns which of the plan's factors have nowhere to act, in sentences.
+
+    Args:
+        modules: the global names of what all ranks hold, as far as sites have them.
+        sites: the plan's.
+        remedy: what to do, in a sentence.
+    """
+    return [
+        f"{site.module}: a factor has to act here ({site.reason}), and the model has no such module. {remedy}"
+        for site in sites
+        if site.changes and site.module not in modules
+    ]
 
 
 def padded_shape(entry: PlanEntry, tensor_parallel: int = 1) -> tuple[int, ...]:

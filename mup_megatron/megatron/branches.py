@@ -83,7 +83,7 @@ def _wanted(sites: Iterable[Site]) -> dict[str, float]:
 
 
 def _added(modules: Mapping[str, torch.nn.Module], name: str) -> Callable[..., Any] | None:
-    """What makes the function that adds a branch; None where there is none, or a module in its place."""
+    """Returns what makes the function that adds a branch; None where there is none, or a module in its place."""
     layer, _, branch = name.rpartition(".")
     makes = getattr(modules.get(layer), _ADDS.get(branch, ""), None)
     return None if makes is None or isinstance(makes, torch.nn.Module) else makes

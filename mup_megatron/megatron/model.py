@@ -91,7 +91,7 @@ _OTHER_KINDS = {
 
 
 def _foreign(model: torch.nn.Module, plan: Plan) -> str | None:
-    """Why a model is none that the plan is for, as far as its class says; its parameters are compared later."""
+    """Returns why a model is none that the plan is for, as far as its class says; its parameters are compared later."""
     classes = [kind.__name__ for kind in type(model).__mro__]
     own = architectures()[plan.architecture]
     if set(own.live_classes) & set(classes):
@@ -161,7 +161,7 @@ def _multiplier_problems(modules: Mapping[str, torch.nn.Module], plan: Plan) -> 
 
 
 def _draw_problems(model: torch.nn.Module) -> list[str]:
-    """Why Megatron's draw cannot be rescaled, if it cannot."""
+    """Returns why Megatron's draw cannot be rescaled, if it cannot."""
     config: Any = model.config
     if any(parameter.is_meta for parameter in model.parameters()):
         return [
@@ -182,7 +182,7 @@ def _draw_problems(model: torch.nn.Module) -> list[str]:
 
 
 def _config_of(model: torch.nn.Module, entry: PlanEntry) -> Any:
-    """The configuration that a weight was drawn with: its stack's, where stacks have their own."""
+    """Returns the configuration that a weight was drawn with: its stack's, where stacks have their own."""
     return getattr(getattr(model, entry.stack, None), "config", model.config)
 
 
@@ -195,7 +195,7 @@ def stock_std(entry: PlanEntry, config: Any) -> float | None:
 
 
 def _std(init_method: Callable[..., Any]) -> float | None:
-    """The std of one of Megatron's normal initialisers; None for any other."""
+    """Returns the std of one of Megatron's normal initialisers; None for any other."""
     if isinstance(init_method, functools.partial) and init_method.func is torch.nn.init.normal_:
         return float(init_method.keywords["std"])
     return None
@@ -222,7 +222,7 @@ def core_attentions(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]
 
 
 def _scaled_parts(core_attention: torch.nn.Module) -> list[Any]:
-    """The modules that hold a scale: Megatron's attention itself, or each of Transformer Engine's back ends."""
+    """Returns the modules that hold a scale: Megatron's attention itself, or each of Transformer Engine's back ends."""
     return [part for part in core_attention.modules() if isinstance(getattr(part, "softmax_scale", None), float)]
 
 

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 
 from mup_megatron.architectures.names import global_name
 from mup_megatron.collectives import gathered, raise_together
-from mup_megatron.live.compare import Remedies, parameter_problems
+from mup_megatron.live.compare import Remedies, parameter_problems, site_problems
 from mup_megatron.megatron import versions
 from mup_megatron.theory import Plan
 
@@ -76,7 +76,7 @@ _REMEDIES = Remedies(
 
 
 def require_match(model_chunks: Sequence[torch.nn.Module], plan: Plan) -> None:
-    """Raises InputError, the same on every rank, unless model and plan have the same parameters and shapes.
+    """Raises InputError, the same on every rank, unless model and plan have the same parameters, shapes and sites.
 
     Collective: every rank has to call it.
     """
@@ -85,9 +85,15 @@ def require_match(model_chunks: Sequence[torch.nn.Module], plan: Plan) -> None:
         name: global_shape(name, parameter, expert=name in experts)
         for name, parameter in named_parameters(model_chunks, tied=plan.tied)
     }
-    everywhere = set().union(*gathered(set(held)))
+    modules = {name for chunk in model_chunks for name, _ in named_modules(unwrapped(chunk))}
+    of_ranks = gathered((set(held), modules & {site.module for site in plan.sites}))
+    everywhere, sites = (set[str]().union(*each) for each in zip(*of_ranks, strict=True))
     size = parallel_state.get_tensor_model_parallel_world_size()
-    raise_together(parameter_problems(held, plan, _REMEDIES, everywhere=everywhere, tensor_parallel=size))
+    problems = parameter_problems(held, plan, _REMEDIES, everywhere=everywhere, tensor_parallel=size)
+    raise_together(problems + site_problems(sites, plan.sites, _NO_SITE))
+
+
+_NO_SITE = "Use Megatron's own layers, or a recipe whose factor is 1 here."
 
 
 def local_values(parameter: torch.nn.Parameter) -> torch.Tensor:

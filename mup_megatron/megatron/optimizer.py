@@ -122,15 +122,6 @@ def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
         raise InputError("\n".join(problems))
 
 
-def require_proportional_schedule(scheduler: Any) -> None:
-    """Raises InputError if a Megatron scheduler would break the ratios between groups."""
-    if scheduler.init_lr != 0.0:
-        raise InputError(
-            f"lr_warmup_init: a warm-up that starts at {scheduler.init_lr:g} for every group breaks the ratios between "
-            "them; wide layers would start above their peak. Set it to 0."
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class LiveGroupValues:
     """The values that the optimizer holds for one parameter at this moment."""
@@ -149,7 +140,7 @@ class LiveGroupValues:
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "LiveGroupValues":
-        """The values of one group."""
+        """Returns the values of one group."""
         return cls(
             lr=float(group["lr"]),
             max_lr=group.get("max_lr"),
@@ -206,7 +197,7 @@ def is_sharded(part: Any) -> bool:
 
 
 def _stored(part: Any, parameter: torch.nn.Parameter) -> Any:
-    """The tensor that stands for a model's parameter in the groups of an optimizer; None if there is none."""
+    """Returns the tensor that stands for a model's parameter in the groups of an optimizer; None if there is none."""
     if not is_sharded(part):
         return getattr(parameter, "main_param", parameter)
     if parameter not in part.model_param_group_index_map:

@@ -141,7 +141,7 @@ def loading(folder: Path, metadata: Metadata, *, remedy: str) -> Iterator[None]:
 
 
 def _problem(metadata: object, sizes: Mapping[str, int]) -> str | None:
-    """What is wrong with a `.metadata`, in a few words; None if nothing is."""
+    """Returns what is wrong with a `.metadata`, in a few words; None if nothing is."""
     if not isinstance(metadata, Metadata):
         return f"a {type(metadata).__name__} in place of torch's Metadata"
     entries, stored = metadata.state_dict_metadata, metadata.storage_data

@@ -25,7 +25,7 @@ NEWEST_TESTED = (0, 19)
 
 
 def core_version() -> tuple[int, int, int]:
-    """The Megatron-Core release that is imported here, as (major, minor, patch), read without importing it.
+    """Returns the Megatron-Core release that is imported here, as (major, minor, patch), read without importing it.
 
     Read from its sources, so that a checkout on the path counts as well as a wheel, and before one.
     Raises InputError if there is none.

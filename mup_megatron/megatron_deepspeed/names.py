@@ -41,7 +41,7 @@ _EMBEDDING = re.compile(r"^(?:.+\.)?(word|position)_embeddings\.(?:local_embeddi
 
 
 def unwrapped(chunk: torch.nn.Module) -> torch.nn.Module:
-    """The GPTModel or GPTModelPipe inside the fork's wrappers (DDP, Float16Module)."""
+    """Returns the GPTModel or GPTModelPipe inside the fork's wrappers (DDP, Float16Module)."""
     model: Any = chunk
     while hasattr(model, "module"):
         model = model.module

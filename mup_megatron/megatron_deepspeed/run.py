@@ -25,7 +25,7 @@ from mup_megatron.theory import Plan
 
 @dataclasses.dataclass
 class _ForkRun:
-    """What is known of a run so far; filled in as the fork goes along."""
+    """Holds what is known of a run so far; filled in as the fork goes along."""
 
     recipe: Recipe
     options: flags.Options
@@ -148,7 +148,7 @@ def _take_over_clipping(run: _ForkRun, args: argparse.Namespace) -> None:
 
 
 def scale_head_input(x: torch.Tensor) -> torch.Tensor:
-    """The input of the readout, [sequence, batch, hidden], with the readout's multiplier.
+    """Returns the input of the readout, [sequence, batch, hidden], with the readout's multiplier.
 
     For the function that both of the fork's models compute their logits with, but for the pipeline whose readout is not
     tied: that one has a module, which is hooked.
@@ -163,7 +163,7 @@ def scale_head_input(x: torch.Tensor) -> torch.Tensor:
 def param_groups(
     modules: Sequence[torch.nn.Module], given: list[Group], adam: type[torch.optim.Optimizer]
 ) -> list[Group]:
-    """The plan's groups in place of the fork's: name, params, lr_mult, wd_mult, eps. Collective.
+    """Returns the plan's groups in place of the fork's: name, params, lr_mult, wd_mult, eps. Collective.
 
     In the plan's order, the same on every rank; none is missing on a stage of DeepSpeed's pipeline.
 

@@ -172,7 +172,7 @@ def kept_problems(model: torch.nn.Module) -> list[Problem]:
 
 
 def _wanted(applied: Applied, modules: Mapping[str, torch.nn.Module]) -> dict[str, Hooks]:
-    """The hooks that a plan has left, by the layer that they were left at."""
+    """Returns the hooks that a plan has left, by the layer that they were left at."""
     wanted: dict[str, Hooks] = {}
     for key, factor in applied.multipliers.items():
         layer, _, what = key.rpartition(".")
@@ -184,7 +184,7 @@ def _wanted(applied: Applied, modules: Mapping[str, torch.nn.Module]) -> dict[st
 
 
 def _found(layers: Collection[str], modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, Hooks]]:
-    """The hooks that are there, by the name of the layer: another may have been put around it, as LoRA does."""
+    """Yields the hooks that are there, by the name of the layer: another may have been put around it, as LoRA does."""
     there = {name: found for name, module in modules.items() if (found := hooks.found(module))}
     layer_of = {name: max((each for each in layers if _is_in(name, each)), key=len, default=name) for name in there}
     yield from ((layer_of[name], found) for name, found in there.items())

@@ -175,12 +175,12 @@ def _multipliers(model: torch.nn.Module, plan: Plan) -> dict[str, float]:
 
 
 def _branches(plan: Plan) -> list[Site]:
-    """The outputs of what writes into the residual stream."""
+    """Returns the outputs of what writes into the residual stream."""
     return [plan.site(place) for place in plan.places if place.carries == BRANCH]
 
 
 def _is_layer(module: torch.nn.Module, attribute: str) -> bool:
-    """Whether a module's own call multiplies its first input by a weight, or looks it up."""
+    """Returns whether a module's own call multiplies its first input by a weight, or looks it up."""
     # Torch's attention multiplies three inputs by one weight, and never calls the layer that holds another one.
     if isinstance(module, torch.nn.MultiheadAttention | torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False

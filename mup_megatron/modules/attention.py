@@ -51,7 +51,7 @@ def attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Mo
 
 
 def scale_attribute(module: Any) -> str | None:
-    """The name of the attribute that holds an attention's scale."""
+    """Returns the name of the attribute that holds an attention's scale."""
     return next((key for key in _SCALES if isinstance(getattr(module, key, None), float)), None)
 
 

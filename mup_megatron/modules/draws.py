@@ -30,18 +30,18 @@ class Draw:
         return (self.value, self.std) != (None, None)
 
     def times(self, factor: float) -> "Draw":
-        """The draw after multiplication."""
+        """Returns the draw after multiplication."""
         return Draw(
             value=None if self.value is None else self.value * factor,
             std=None if self.std is None else self.std * abs(factor),
         )
 
     def plus(self, term: float) -> "Draw":
-        """The draw after addition; around another mean than 0 it is not understood."""
+        """Returns the draw after addition; around another mean than 0 it is not understood."""
         return Draw() if self.value is None else Draw(value=self.value + term)
 
     def cut_off(self, low: float, high: float) -> "Draw":
-        """The draw with what lies outside of two bounds moved to them: as it was if next to nothing does."""
+        """Returns the draw with what lies outside of two bounds moved to them: as it was if next to nothing does."""
         reach = abs(self.value) if self.value is not None else _FAR * (self.std or 0.0)
         return self if low <= -reach and reach <= high else Draw()
 
@@ -74,7 +74,7 @@ class Watch(TorchDispatchMode):
         self._storages: list[torch.UntypedStorage] = []
 
     def draw_of(self, tensor: torch.Tensor) -> Draw:
-        """The last draw into a tensor."""
+        """Returns the last draw into a tensor."""
         return self._draws.get(tensor.untyped_storage()._cdata, _UNKNOWN)
 
     def note(self, tensor: torch.Tensor, draw: Draw) -> None:
@@ -163,7 +163,7 @@ class Watch(TorchDispatchMode):
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    """The tensors that an operation writes into, by its schema."""
+    """Yields the tensors that an operation writes into, by its schema."""
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[index] if index < len(args) else kwargs.get(argument.name)
@@ -198,7 +198,7 @@ _IS_META: Any = vars(torch._C.TensorBase)["is_meta"].__get__
 
 
 def _asking_module() -> str | None:
-    """The module whose code called torch, from within a function mode."""
+    """Returns the module whose code called torch, from within a function mode."""
     frame = sys._getframe(2)
     # Where the caller has put torch.device around it, that goes first.
     while frame.f_globals.get("__name__") in ("torch.utils._device", "torch.overrides") and frame.f_back is not None:
@@ -234,7 +234,7 @@ class _watched_trunc_normal:  # noqa: N801
 
 
 def truncated_std(bound: float) -> float:
-    """The std of a standard normal that is cut off at ±bound."""
+    """Returns the std of a standard normal that is cut off at ±bound."""
     if bound < 0.01:  # all but uniform, and the difference below would be lost in rounding
         return bound * math.sqrt((1.0 - 2.0 * bound * bound / 15.0) / 3.0)
     inside = math.erf(bound / math.sqrt(2.0))

@@ -70,7 +70,7 @@ class Memberships:
 
 
 def _outwards(name: str) -> Iterator[str]:
-    """A module's name and those of the modules that it is in, from the inside."""
+    """Yields a module's name and those of the modules that it is in, from the inside."""
     while name:
         yield name
         name = name.rpartition(".")[0]
@@ -87,7 +87,7 @@ def _found(modules: Mapping[str, torch.nn.Module]) -> Iterator[Experts]:
 
 
 def _count(name: str, module: torch.nn.Module) -> int:
-    """How many experts a module holds; 0 where it holds none."""
+    """Returns how many experts a module holds; 0 where it holds none."""
     own = name.rpartition(".")[2].lower()
     if isinstance(module, _LISTS):
         return len(module) if own.endswith("experts") else 0

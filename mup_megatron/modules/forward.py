@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mup_megatron.modules.draws import Watch
 from mup_megatron.modules.names import named_parameters
 from mup_megatron.modules.repeats import once
+from mup_megatron.modules.tracks import MADE, NO_LONGER, PASSIVE, Track, merged
 from mup_megatron.theory import family_of
 
 FUSED_ATTENTION = torch.nn.functional.scaled_dot_product_attention
@@ -97,35 +98,6 @@ def watched_forward(
     return tracker.found()
 
 
-@dataclass(frozen=True, slots=True)
-class _Track:
-    """What is known of a tensor."""
-
-    active: bool = False
-    """It comes from a weight, and so is neither a mask nor a table of positions."""
-    weight: bool = False
-    """It is one, or a view of one."""
-    factor: float | None = 1.0
-    """By which it was multiplied since a weight or a product made it."""
-    parts: frozenset[int] = frozenset()
-    """The places, in the order of the pass, of the numbers in `factor`."""
-    parameter: int | None = None
-    """The storage of the parameter that it is a view of, or a choice among the matrices of."""
-    lookup: int | None = None
-    """The place, in the order of the pass, of the look-up that gave it and nothing else."""
-    contracted: int | None = None
-    """Of a product of two activations: the size of the side that it sums over."""
-
-    def times(self, factor: float | None, part: int | None = None) -> "_Track":
-        product = None if self.factor is None or factor is None else self.factor * factor
-        return replace(self, factor=product, parts=self.parts if part is None else self.parts | {part})
-
-
-_PASSIVE = _Track()
-_MADE = _Track(active=True)
-_NO_LONGER: Mapping[str, Any] = {"weight": False, "parameter": None, "lookup": None}
-"""What a sum or a product of two tensors is not, whatever they were."""
-
 _SAME = frozenset(
     "view _unsafe_view reshape _reshape_alias transpose t permute expand unsqueeze squeeze slice select clone "
     "contiguous _to_copy detach alias repeat split split_with_sizes unbind narrow neg flip roll index gather "
@@ -143,7 +115,7 @@ class _Tracker(TorchDispatchMode):
     def __init__(self, model: torch.nn.Module, watch: Watch, readout: torch.Tensor | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._watch = watch
-        self._tracks: dict[int, _Track] = {}
+        self._tracks: dict[int, Track] = {}
         self._sharing: dict[int, list[int]] = {}
         # Kept alive, so that no tensor takes another's place.
         self._held: list[torch.Tensor] = []
@@ -158,7 +130,7 @@ class _Tracker(TorchDispatchMode):
         self._summed: dict[str, int] = {}
         self._lookups: list[tuple[str, float | None]] = []
         for storage, (_, parameter) in self._parameters.items():
-            self._set(parameter, _Track(active=True, weight=True, parameter=storage))
+            self._set(parameter, Track(active=True, weight=True, parameter=storage))
 
     def hooks(self, name: str, module: torch.nn.Module) -> Iterator[Any]:
         def entered(*_: object) -> None:
@@ -185,21 +157,21 @@ class _Tracker(TorchDispatchMode):
     # ---- what is known of tensors
 
     def factor_of(self, tensor: torch.Tensor) -> Hashable:
-        """What is known of a tensor, but for the places where it became so."""
+        """Returns what is known of a tensor, but for the places where it became so."""
         track = self._of(tensor)
         return track.active, track.weight, track.factor, track.contracted
 
-    def _of(self, tensor: Any) -> _Track:
-        return self._tracks.get(id(tensor), _PASSIVE)
+    def _of(self, tensor: Any) -> Track:
+        return self._tracks.get(id(tensor), PASSIVE)
 
-    def _set(self, tensor: torch.Tensor, track: _Track) -> None:
+    def _set(self, tensor: torch.Tensor, track: Track) -> None:
         if id(tensor) not in self._tracks:
             self._held.append(tensor)
             self._sharing.setdefault(tensor.untyped_storage()._cdata, []).append(id(tensor))
         self._tracks[id(tensor)] = track
 
-    def _wrote(self, tensor: torch.Tensor, track: _Track) -> None:
-        """What was written into a view is in the whole as well."""
+    def _wrote(self, tensor: torch.Tensor, track: Track) -> None:
+        """Notes what was written into a view, which is in the whole as well."""
         self._set(tensor, track)
         for other in self._sharing[tensor.untyped_storage()._cdata]:
             self._tracks[other] = track
@@ -238,31 +210,31 @@ class _Tracker(TorchDispatchMode):
                     self._set(output, track)
         return result
 
-    def _follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Track:
+    def _follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Track:
         tensors = list(_tensors(args))
         tracks = [self._of(tensor) for tensor in tensors]
         active = [track for track in tracks if track.active]
         if name == "copy":
             return self._of(args[1])
         if not active:
-            return _PASSIVE
+            return PASSIVE
         if name in _PRODUCTS:
             return self._product(name, args, kwargs)
         if name in _SOFTMAXES:
             return self._softmax(self._of(args[0]))
         if name == "embedding" and (table := self._of(args[0]).parameter) is not None:
             self._lookups.append((self._parameters[table][0], 1.0))
-            return replace(_MADE, lookup=len(self._lookups) - 1)
+            return replace(MADE, lookup=len(self._lookups) - 1)
         if name in _NUMBERED:
-            return self._numbered(name, args, kwargs)
+            return self._numbered(name, args)
         if name in ("where", "cat", "stack", "maximum", "minimum"):
             logits = next((track for track in active if track.contracted is not None), None)
-            return logits or _merged(active)
+            return logits or merged(active)
         if name in _SAME:
-            return self._of(args[0]) if isinstance(args[0], torch.Tensor) else _merged(active)
-        return _MADE
+            return self._of(args[0]) if isinstance(args[0], torch.Tensor) else merged(active)
+        return MADE
 
-    def _product(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Track:
+    def _product(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Track:
         one, other = args[-2:] if name in ("mm", "bmm") else args[1:3]
         a, b = self._of(one), self._of(other)
         for factor, side in ((one, -1), (other, -2)):
@@ -273,7 +245,7 @@ class _Tracker(TorchDispatchMode):
                 if read.factor is not None:
                     self._explained |= read.parts
         if not (a.active and b.active) or a.weight or b.weight:
-            return _MADE
+            return MADE
         alpha = kwargs.get("alpha", 1)
         product = a.times(b.factor).times(float(alpha))
         return replace(product, parts=a.parts | b.parts, contracted=int(one.shape[-1]))
@@ -286,7 +258,7 @@ class _Tracker(TorchDispatchMode):
             if stride in parameter.stride():
                 self._summed[family_of(name)] = parameter.stride().index(stride)
 
-    def _noted(self, rows: _Track) -> _Track:
+    def _noted(self, rows: Track) -> Track:
         """Remembers what rows of a table have been multiplied by so far."""
         if rows.lookup is not None:
             self._lookups[rows.lookup] = (self._lookups[rows.lookup][0], rows.factor)
@@ -294,19 +266,19 @@ class _Tracker(TorchDispatchMode):
         return rows
 
     def _factors_of_tables(self) -> dict[str, float | None]:
-        """Of a table that is looked up in several ways no number is known."""
+        """Returns the factor of each table; of one that is looked up in several ways none is known."""
         found: dict[str, float | None] = {}
         for name, factor in self._lookups:
             found[name] = factor if found.get(name, factor) == factor else None
         return found
 
-    def _softmax(self, logits: _Track) -> _Track:
+    def _softmax(self, logits: Track) -> Track:
         if logits.contracted is not None:
             self._softmaxes.append(Softmax(self._where, logits.contracted, logits.factor))
             self._explained |= logits.parts
-        return _MADE
+        return MADE
 
-    def _numbered(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Track:
+    def _numbered(self, name: str, args: tuple[Any, ...]) -> Track:
         tracks = [self._of(args[0]), self._of(args[1])]
         for own, value in ((tracks[0], args[1]), (tracks[1], args[0])):
             is_number, number = self._number(value)
@@ -319,20 +291,20 @@ class _Tracker(TorchDispatchMode):
                     return self._noted(own.times(number, part))
                 if name == "div" and value is args[1]:
                     return self._noted(own.times(1.0 / number if number else None, part))
-                return own if name in ("add", "sub") else _MADE
+                return own if name in ("add", "sub") else MADE
         if name in ("add", "sub", "rsub"):
             logits = [track for track in tracks if track.contracted is not None]
             if len(logits) == 2 and logits[0].factor != logits[1].factor:
                 return replace(logits[0], factor=None, parts=logits[0].parts | logits[1].parts)
             if logits:
                 return replace(logits[0], parts=frozenset().union(*(track.parts for track in logits)))
-            return _merged([track for track in tracks if track.active])
+            return merged([track for track in tracks if track.active])
         if name == "mul":
             if all(track.active for track in tracks):
                 product = tracks[0].times(tracks[1].factor)
-                return replace(product, parts=tracks[0].parts | tracks[1].parts, **_NO_LONGER)
+                return replace(product, parts=tracks[0].parts | tracks[1].parts, **NO_LONGER)
             return tracks[0] if tracks[0].active else tracks[1]
-        return tracks[0] if name == "div" and tracks[0].active and not tracks[1].active else _MADE
+        return tracks[0] if name == "div" and tracks[0].active and not tracks[1].active else MADE
 
     @property
     def _where(self) -> str:
@@ -352,14 +324,6 @@ def _in_one_place(name: str, args: Any, kwargs: Any) -> Any:
 
 _READ_VALUES = frozenset("index index_put index_put_ _unsafe_index copy_ _to_copy".split())
 """What may choose by a mask, whose values say how many there are; and what takes a tensor from one place to another."""
-
-
-def _merged(tracks: list[_Track]) -> _Track:
-    """What a sum or a concatenation is: as its parts, where they agree."""
-    first = tracks[0]
-    if all(track.factor == first.factor and track.contracted == first.contracted for track in tracks):
-        return replace(first, parts=frozenset().union(*(track.parts for track in tracks)), **_NO_LONGER)
-    return _MADE
 
 
 def _tensors(args: Any) -> Iterator[torch.Tensor]:

@@ -13,6 +13,7 @@ import torch
 
 from mup_megatron.errors import InputError
 from mup_megatron.modules.names import planned_name
+from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 from mup_megatron.theory import Plan, PlanEntry
 
 Group = dict[str, Any]
@@ -62,11 +63,16 @@ class GroupValues:
         return cls(entry.optimizer, entry.lr, entry.weight_decay, entry.eps, entry.is_vector)
 
     def as_keys(self, plan: Plan, form: Form) -> Group:
-        """The keys of a group; `optimizer` is among them where the plan has several."""
+        """Returns the keys of a group; `optimizer` is among them where the plan has several.
+
+        Absolute ones say to torch's own optimizer how the plan's updates follow a matrix's shape, if that has a say.
+        """
         rest: Group = {} if self.eps is None else {"eps": self.eps}
         if len(plan.optimizers) > 1:
             rest |= {"optimizer": self.optimizer}
         if form is Form.ABSOLUTE:
+            if self.optimizer == plan.optimizer and self.optimizer in TORCH_OPTIMIZERS:
+                rest |= TORCH_OPTIMIZERS[self.optimizer].of_scale.get(plan.scale_mode, {})
             return {"lr": self.lr, "weight_decay": self.weight_decay, **rest}
         decay = self.weight_decay / plan.weight_decay if plan.weight_decay else 1.0
         return {"lr_mult": self.lr / plan.lr, "wd_mult": decay, **rest}

@@ -21,7 +21,7 @@ _MODULE = "module"
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside all of its wrappers."""
+    """Returns the model inside all of its wrappers."""
     while (attribute := _inner(model)) is not None:
         model = getattr(model, attribute)
     return model
@@ -50,7 +50,7 @@ def named_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module
 
 
 def planned_name(name: str, planned: Container[str]) -> str | None:
-    """The planned one that a live name stands for, where the module itself is not at hand.
+    """Returns the planned one that a live name stands for, where the module itself is not at hand.
 
     None where it stands for none of them, or might for several.
     """
@@ -68,7 +68,7 @@ def planned_name(name: str, planned: Container[str]) -> str | None:
 
 
 def _inner(module: Any) -> str | None:
-    """The name under which a wrapper holds what is inside; None for any other module."""
+    """Returns the name under which a wrapper holds what is inside; None for any other module."""
     held = module._modules
     if _MODULE in held and isinstance(module, _holders()):
         return _MODULE
@@ -85,7 +85,7 @@ def _holders() -> tuple[type, ...]:
 
 
 def _insides(model: torch.nn.Module) -> frozenset[str]:
-    """The full names of what wrappers hold."""
+    """Returns the full names of what wrappers hold."""
     return frozenset(
         f"{name}.{inner}" if name else inner
         for name, module in model.named_modules(remove_duplicate=False)

@@ -45,7 +45,7 @@ def check_optimizer(optimizer: Any, plan: Plan, model: torch.nn.Module | None = 
     parts = optimizer if isinstance(optimizer, list | tuple) else (optimizer,)
     groups: list[Group] = [group for part in parts for group in part.param_groups]
     for part in parts:
-        _require_rule(_unwrapped(part), part.param_groups, _stepped_by(part, plan, model))
+        _require_rule(_unwrapped(part), part.param_groups, _stepped_by(part, plan, model), plan)
     _require_one_of_each(groups)
     for part in parts:
         _require_one_beta(part.param_groups)
@@ -56,7 +56,7 @@ def check_optimizer(optimizer: Any, plan: Plan, model: torch.nn.Module | None = 
 
 
 def _unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside of Accelerate's, DeepSpeed's or ZeroRedundancyOptimizer's."""
+    """Returns the optimizer inside of Accelerate's, DeepSpeed's or ZeroRedundancyOptimizer's."""
     while True:
         held = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
         if held is None:
@@ -68,7 +68,7 @@ def _unwrapped(optimizer: Any) -> Any:
 
 
 def _stepped_by(optimizer: Any, plan: Plan, model: torch.nn.Module | None) -> str:
-    """The one of the plan's optimizers that steps what a live one has."""
+    """Returns the one of the plan's optimizers that steps what a live one has."""
     if len(plan.optimizers) == 1:
         return plan.optimizers[0]
     held = dict.fromkeys(wanted.optimizer for _, wanted, _ in _compared(optimizer.param_groups, plan, model))
@@ -80,8 +80,15 @@ def _stepped_by(optimizer: Any, plan: Plan, model: torch.nn.Module | None) -> st
     return next(iter(held), plan.optimizer)
 
 
-def _require_rule(optimizer: Any, groups: list[Group], wanted: str) -> None:
-    cause = _wrong(optimizer, groups, wanted)
+def _require_rule(optimizer: Any, groups: list[Group], wanted: str, plan: Plan) -> None:
+    scales, mode = TORCH_OPTIMIZERS[wanted].of_scale, plan.scale_mode if wanted == plan.optimizer else None
+    if mode not in scales:
+        first = next(filter(None, scales))
+        raise InputError(
+            f"muon_scale_mode: the plan's is {mode}, which torch's optimizer for {wanted} has not. Tune with {first}, "
+            "and let the recipe say so."
+        )
+    cause = _wrong(optimizer, groups, wanted, scales[mode])
     if cause is not None:
         raise InputError(
             f"{type(optimizer).__name__}: {cause}, and the plan is for {wanted}: its values would have wrong effects. "
@@ -89,8 +96,15 @@ def _require_rule(optimizer: Any, groups: list[Group], wanted: str) -> None:
         )
 
 
-def _wrong(optimizer: Any, groups: list[Group], wanted: str) -> str | None:
-    """Why an optimizer is not the wanted one; None where it is, or where that cannot be seen."""
+def _wrong(optimizer: Any, groups: list[Group], wanted: str, scale: Mapping[str, Any]) -> str | None:
+    """Returns why an optimizer is not the wanted one; None where it is, or where that cannot be seen.
+
+    Args:
+        optimizer: without wrappers.
+        groups: its groups.
+        wanted: its name in a recipe.
+        scale: what torch's says for the plan's scale of updates.
+    """
     kind, known = type(optimizer), TORCH_OPTIMIZERS[wanted]
     names = {name for own in kind.__mro__ for name in (own.__name__,)}
     if names & set(known.kernels):
@@ -121,15 +135,29 @@ def _wrong(optimizer: Any, groups: list[Group], wanted: str) -> str | None:
             wanted,
         )
         return None
-    if _alike(moved, _reference(known.kind, group, known.options)):
+    if _alike(moved, _reference(known.kind, group, {**known.options, **scale}), known.rounding):
         return None
-    if known.coupled is not None and _alike(moved, _reference(known.coupled, group, {})):
+    if known.coupled is not None and _alike(moved, _reference(known.coupled, group, {}), known.rounding):
         return "it puts weight decay into the gradient"
+    if any(
+        _alike(moved, _reference(known.kind, other, {**known.options, **scale}), known.rounding)
+        for other in _with_independent_decay(group)
+    ):
+        return "its weight decay is not multiplied by the learning rate (it is independent of that) as the plan's is"
     return f"its step is not {known.kind.__name__}'s"
 
 
+def _with_independent_decay(group: Group) -> Iterator[Group]:
+    """Groups whose weight decay, multiplied by the rate, is what this one's is without: the same at every rate, or
+    following the schedule and not its peak.
+    """
+    if decay := group.get("weight_decay"):
+        for rate in dict.fromkeys((group["lr"], group.get("initial_lr", group["lr"]))):
+            yield group | {"weight_decay": decay / rate}
+
+
 def _probed_group(groups: list[Group]) -> Group:
-    """A group like the first one, with values under which rules differ visibly."""
+    """Returns a group like the first one, with values under which rules differ visibly."""
     group = {key: value for key, value in groups[0].items() if key != "params"}
     group["lr"] = 0.01
     if "weight_decay" in group:
@@ -144,46 +172,51 @@ _REPLACED = ("param_groups", "state", "step", "_optimizer_step_pre_hooks", "_opt
 
 
 def _clone(optimizer: Any, group: Group) -> Any:
-    """An optimizer of the same class and settings that has no state, no hooks, and one small parameter."""
+    """Returns an optimizer of the same class and settings that has no state, no hooks, and one small parameter."""
     clone = object.__new__(type(optimizer))
     # Copied, since a step may change whatever the optimizer holds: a count of its own, a list, a lock's owner.
     clone.__dict__.update(copy.deepcopy({key: value for key, value in vars(optimizer).items() if key not in _REPLACED}))
     clone.state = collections.defaultdict(dict)
     clone._optimizer_step_pre_hooks = collections.OrderedDict()
     clone._optimizer_step_post_hooks = collections.OrderedDict()
-    clone.param_groups = [group | {"params": [_tried()]}]
+    clone.param_groups = [group | {"params": _tried()}]
     return clone
 
 
 def _reference(kind: type[torch.optim.Optimizer], group: Mapping[str, Any], options: Mapping[str, Any]) -> torch.Tensor:
-    """Where the steps of one of torch's optimizers lead, with what it knows of a group's settings."""
+    """Returns where the steps of one of torch's optimizers lead, with what it knows of a group's settings."""
     known = inspect.signature(kind).parameters
     settings = {key: group[key] for key in _SETTINGS if key in group and key in known}
-    return _moved(kind([_tried()], **settings, **options))
+    return _moved(kind(_tried(), **{**settings, **options}))
 
 
-_SETTINGS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "momentum", "dampening", "nesterov")
+_SETTINGS = (
+    *("lr", "betas", "eps", "weight_decay", "amsgrad", "momentum", "dampening", "nesterov"),
+    *("ns_steps", "ns_coefficients"),
+)
 
 
-def _tried() -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.tensor([[0.5, -1.0, 2.0], [1.5, -0.25, 0.75]]))
+def _tried() -> list[torch.nn.Parameter]:
+    """A wide matrix and a tall one: there are optimizers whose steps depend on that."""
+    wide = torch.tensor([[0.5, -1.0, 2.0], [1.5, -0.25, 0.75]])
+    return [torch.nn.Parameter(wide), torch.nn.Parameter(wide.T.clone())]
 
 
 def _moved(optimizer: Any) -> torch.Tensor:
-    """Where some steps of an optimizer lead that has one parameter."""
-    (parameter,) = optimizer.param_groups[0]["params"]
+    """Returns where some steps of an optimizer lead that has `_tried`."""
+    parameters = optimizer.param_groups[0]["params"]
     slope = torch.tensor([[0.02, -0.3, 0.01], [-0.05, 0.4, 0.1]])
     if getattr(optimizer, "defaults", {}).get("differentiable"):
         optimizer.defaults = optimizer.defaults | {"differentiable": False}  # read there, and not in the group
     for size in (1.0, 1.5, 2.5):
-        parameter.grad = slope * size
+        for parameter, each in zip(parameters, (slope, slope.T), strict=True):
+            parameter.grad = each * size
         optimizer.step()
-    moved: torch.Tensor = parameter.detach()
-    return moved
+    return torch.cat([parameter.detach().flatten() for parameter in parameters])
 
 
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+def _alike(one: torch.Tensor, other: torch.Tensor, rounding: float) -> bool:
+    return torch.allclose(one, other, rtol=1e-5, atol=rounding)
 
 
 # ---- groups --------------------------------------------------------------------------------------------------------

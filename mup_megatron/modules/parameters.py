@@ -89,6 +89,8 @@ def classified(seen: Seen, shape: tuple[int, ...]) -> Tensor | None:
 
     def tensor(fan_in: Side, fan_out: Side, *properties: Property, role: Role | None = None) -> Tensor:
         expert = () if seen.experts.of is None else (Property.EXPERT,)
+        # Torch's optimizers of matrices take no batches of them; a table is none, wherever it is.
+        is_matrix = len(shape) == 2 and not isinstance(seen.module, TABLES) and not seen.is_added
         return Tensor(
             name=seen.name,
             shape=shape,
@@ -97,6 +99,7 @@ def classified(seen: Seen, shape: tuple[int, ...]) -> Tensor | None:
             properties=frozenset((*properties, *expert)),
             declared_role=role,
             start=Constant(0.0),
+            stepped_as_matrix=None if is_matrix else False,
         )
 
     if seen.counted == 0 and seen.experts.of is not None:

@@ -20,7 +20,7 @@ proportion."""
 
 
 def module_base(base: Callable[[], torch.nn.Module], wider: Callable[[], torch.nn.Module]) -> ModuleBase:
-    """The `base` of a recipe for any torch module.
+    """Returns the `base` of a recipe for any torch module.
 
     Args:
         base: builds the module at which hyperparameters are tuned.

@@ -53,7 +53,7 @@ def _remembering(
 
 
 def _kind_of(module: torch.nn.Module) -> Hashable:
-    """What layers that are alike have in common."""
+    """Returns what layers that are alike have in common."""
     tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     return (
         type(module),
@@ -66,7 +66,7 @@ def _kind_of(module: torch.nn.Module) -> Hashable:
 
 
 def _shape_of(value: Any, state_of: Callable[[torch.Tensor], Hashable]) -> Hashable:
-    """What an output depends on without values."""
+    """Returns what an output depends on without values."""
     match value:
         case torch.Tensor():
             return tuple(value.shape), value.dtype, state_of(value)

@@ -112,7 +112,7 @@ def _require_understood(built: MetaModule) -> None:
 
 
 def _may_be_kept(name: str, parameter: torch.nn.Parameter) -> bool:
-    """Whether a start that is not understood can be kept: nothing sums over a growing side of the parameter."""
+    """Returns whether a start that is not understood can be kept: nothing sums over a growing side of the parameter."""
     return not parameter.requires_grad or parameter.dim() <= 1 or name.endswith(STATES)
 
 
@@ -130,7 +130,7 @@ def _require_alike(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple
 
 
 def _listed(names: list[str]) -> str:
-    """The first ones, and how many there are beside them: more would hide what is to be done."""
+    """Returns the first ones, and how many there are beside them: more would hide what is to be done."""
     shown = next(n for n in range(len(names), 0, -1) if n == 1 or len(", ".join(names[:n])) <= _LINE)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return brief(", ".join(names[:shown]), _LINE) + more
@@ -234,7 +234,7 @@ def _attention_places(base: Mapping[str, AttentionSettings], target: Mapping[str
 
 
 def _own_name(model: torch.nn.Module, name: str) -> str:
-    """The name that a parameter has in the plan; a tied one has a name in each of its modules.
+    """Returns the name that a parameter has in the plan; a tied one has a name in each of its modules.
 
     Raises:
         InputError: the model has no such parameter.
@@ -246,7 +246,7 @@ def _own_name(model: torch.nn.Module, name: str) -> str:
 
 
 def _tied_readout(model: torch.nn.Module) -> str | None:
-    """The table that a linear layer uses as its weight, if there is one."""
+    """Returns the table that a linear layer uses as its weight, if there is one."""
     linear = {id(m.weight) for m in model.modules() if linear_sides(m, "weight") is not None}
     return next((n for n, p in named_parameters(model) if id(p) in linear and id(p) in embeddings_of(model)), None)
 
@@ -254,7 +254,7 @@ def _tied_readout(model: torch.nn.Module) -> str | None:
 def _counterpart(
     name: str, base: Mapping[str, ModuleParameter], families: Mapping[str, list[str]]
 ) -> ModuleParameter | None:
-    """What the base has for a parameter: of the same name, or of other layers where these are all alike."""
+    """Returns what the base has for a parameter: of the same name, or of other layers where these are all alike."""
     if name in base:
         return base[name]
     alike = [base[other] for other in families.get(family_of(name), [])]
@@ -365,13 +365,13 @@ def _widened(
 
 
 def _taken_up(module: torch.nn.Module, attribute: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The sizes in which another layer may take up what a linear layer gives: gated, it is half of it."""
+    """Returns the sizes in which another layer may take up what a linear layer gives: gated, it is half of it."""
     order = linear_sides(module, attribute)
     return () if order is None else (shape[order[0]], shape[order[0]] // 2)
 
 
 def _layer_of(name: str, modules: Mapping[str, torch.nn.Module]) -> str:
-    """The outermost of several layers that a module is in; empty where it is in none."""
+    """Returns the outermost of several layers that a module is in; empty where it is in none."""
     parts = [*_ancestors(name), name]
     return next((own for own in parts if isinstance(modules.get(own.rpartition(".")[0]), torch.nn.ModuleList)), "")
 

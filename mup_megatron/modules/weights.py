@@ -71,12 +71,12 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 def _keeps(entry: PlanEntry) -> bool:
-    """Whether a tensor keeps its library's start, which the plan cannot draw."""
+    """Returns whether a tensor keeps its library's start, which the plan cannot draw."""
     return entry.init_std is None and entry.init_value is None
 
 
 def _factor(entry: PlanEntry) -> float:
-    """What the library's draw is multiplied by."""
+    """Returns what the library's draw is multiplied by."""
     if entry.init_std is None:
         return 1.0
     assert entry.library_std is not None, entry.name

@@ -65,7 +65,7 @@ def _panel(axes: Any, experiment: Experiment, rule: str) -> None:
 
 
 def _power(lr: float) -> str:
-    """A learning rate as a power of two, if it is one: decimals of the whole grid would touch each other."""
+    """Returns a learning rate as a power of two, if it is one: decimals of the whole grid would touch each other."""
     exponent = math.log2(lr)
     return f"$2^{{{exponent:.0f}}}$" if exponent.is_integer() else f"{lr:.2g}"
 

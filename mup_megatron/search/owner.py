@@ -51,7 +51,7 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> "Owner":
-        """A new owner in this process, alive until it is retired."""
+        """Returns a new owner in this process, alive until it is retired."""
         owner = cls(this_machine(), os.getpid(), _started(psutil.Process()))
         _living_here.add(owner.token)
         return owner

@@ -3,17 +3,16 @@
 import csv
 import io
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import sqlalchemy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mup_megatron.files import write_atomically
+from mup_megatron.json_io import finite
 from mup_megatron.search.study import StudyRecord, Trial
 
 
@@ -60,7 +59,7 @@ def best_json(record: StudyRecord) -> str:
             "loss": best.loss,
             "parameters": dict(best.parameters),
             "seconds": best.seconds,
-            "metrics": plain(best.metrics),
+            "metrics": finite(best.metrics),
         },
     }
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
@@ -76,17 +75,6 @@ def write_results(record: StudyRecord, csv_file: Path | None, best_file: Path | 
         write_atomically(csv_file, trials_csv(record))
     if best_file is not None:
         write_atomically(best_file, best_json(record))
-
-
-def plain(value: Any) -> Any:
-    """Returns a JSON value with NaN and infinities, which JSON does not have, as text."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 class SweepProgress:

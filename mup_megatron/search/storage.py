@@ -11,6 +11,7 @@ from pathlib import Path
 
 import optuna
 import sqlalchemy
+from optuna.trial import FrozenTrial
 
 from mup_megatron.errors import InputError
 from mup_megatron.validation import brief
@@ -34,10 +35,18 @@ class Storage:
 
     backend: optuna.storages.BaseStorage
     """What studies are loaded from: Optuna's cache in front of the database."""
+    database: optuna.storages.RDBStorage
     label: str
     """Its URL without the password, for messages."""
     file: Path | None
     """Of a SQLite storage, the file."""
+
+    def stored_trials(self, study: str) -> list[FrozenTrial]:
+        """Returns all trials of a study, in the order of creation, as the database has them.
+
+        The cache in front of it has one trial for each number, also where a damaged database has two.
+        """
+        return self.database.get_all_trials(self.database.get_study_id_from_name(study), deepcopy=False)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -110,7 +119,7 @@ def open_storage(url: str, *, create: bool) -> Iterator[Storage]:
             raise InputError(f"--storage {label}: damaged. Restore it, or choose another place.") from None
     try:
         with _storage_errors(label):
-            yield Storage(optuna.storages.get_storage(backend), label, file)
+            yield Storage(optuna.storages.get_storage(backend), backend, label, file)
     finally:
         backend.remove_session()
         backend.engine.dispose()
@@ -137,7 +146,7 @@ def _no_url(url: str) -> InputError:
 
 
 def _sqlite_file(url: sqlalchemy.URL) -> Path | None:
-    """The file of a SQLite URL; None for other databases and for those without an ordinary file."""
+    """Returns the file of a SQLite URL; None for other databases and for those without an ordinary file."""
     if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
         return None
     assert url.database is not None

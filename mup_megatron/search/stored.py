@@ -58,7 +58,7 @@ def read_study(storage: str, name: str) -> StudyRecord:
         if SPEC not in attributes:
             raise InputError(f"{opened.label}: study {name!r} was not made by a sweep. Choose another with --study.")
         spec = spec_of(attributes[SPEC], opened, name=name, storage_url=storage)
-        found = study.get_trials(deepcopy=False)
+        found = opened.stored_trials(name)
         require_sound(found, spec, opened)
         trials = trials_of(found)
         # Studies of older versions do not say how many trials were asked for.
@@ -94,7 +94,7 @@ def open_study(spec: StudySpec, storage: Storage, n_trials: int) -> tuple[optuna
                 f"{storage.label}: study {spec.name!r} is no minimisation. Choose another name with --study."
             )
         # Trials before settings: on a database server another call may be making both, in the other order.
-        trials = study.get_trials(deepcopy=False)
+        trials = storage.stored_trials(spec.name)
         if SPEC not in study.user_attrs:
             if trials:
                 raise InputError(
@@ -235,7 +235,7 @@ class _Owner(Strict):
 
 
 class _Attributes(Strict):
-    """What a sweep records of a trial."""
+    """Names what a sweep records of a trial."""
 
     model_config = ConfigDict(extra="ignore")
 

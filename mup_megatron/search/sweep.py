@@ -27,9 +27,10 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
 from mup_megatron.errors import InputError
+from mup_megatron.json_io import finite
 from mup_megatron.search.claims import Claim, Claims
 from mup_megatron.search.owner import Owner, OwnerWatch
-from mup_megatron.search.report import SweepProgress, plain, write_results
+from mup_megatron.search.report import SweepProgress, write_results
 from mup_megatron.search.storage import open_storage
 from mup_megatron.search.stored import open_study
 from mup_megatron.search.study import ATTEMPTS, METRICS, MOST_TRIALS, REASON, SECONDS, StudyRecord, StudySpec, Trial
@@ -232,7 +233,7 @@ class _Sweep:
     def _finish(self, claim: Claim, outcome: TrialOutcome, seconds: float) -> None:
         attributes: dict[str, Any] = {SECONDS: seconds}
         if outcome.metrics:
-            attributes[METRICS] = plain(dict(outcome.metrics))
+            attributes[METRICS] = finite(dict(outcome.metrics))
         if outcome.diverged:
             self._end(claim, TrialState.PRUNED, None, {**attributes, REASON: outcome.reason})
         else:

@@ -185,7 +185,7 @@ def build_plan(
 
 
 def _scaled(base: tuple[Place, ...], target: tuple[Place, ...], *, alpha: float, standard: bool) -> tuple[Place, ...]:
-    """The target's places, each with the scale of its attention where that has heads of its own."""
+    """Returns the target's places, each with the scale of its attention where that has heads of its own."""
     # Layers of one model may differ, so the same name goes before the same place in another layer.
     named = {place.module: place.heads for place in base if place.carries == SOFTMAX}
     at_base = {family_of(name): heads for name, heads in named.items()} | named
@@ -277,13 +277,13 @@ def _folded(entry: PlanEntry) -> PlanEntry:
 
 
 def _more(properties: frozenset[Property], s: Scaling) -> str:
-    """What of a rule the role does not say."""
+    """Returns what of a rule the role does not say."""
     own = "".join(f".{each}" for each in (Property.RESIDUAL, Property.EXPERT) if each in properties)
     return own if s.share.ratio == 1.0 else f"{own} (its share of the tokens × {s.share.ratio:.4g})"
 
 
 def _init_std(tensor: Tensor, base: Tensor, role: Role, s: Scaling, *, sigma: float) -> float | None:
-    """The std of the initial draw; None for a constant, and for what keeps its library's start."""
+    """Returns the std of the initial draw; None for a constant, and for what keeps its library's start."""
     match tensor.start, base.start:
         case LibraryDraw(), LibraryDraw(std):
             return rules.carried_init_std(role, s, std_at_base=std)
@@ -299,7 +299,7 @@ def _init_std(tensor: Tensor, base: Tensor, role: Role, s: Scaling, *, sigma: fl
 
 
 def _overridden(entry: PlanEntry, tensor: Tensor, overrides: tuple[Override, ...]) -> PlanEntry:
-    """The entry with the first override that matches its name."""
+    """Returns the entry with the first override that matches its name."""
     index, own = next(((i, o) for i, o in enumerate(overrides) if _matches(o, tensor)), (None, None))
     if own is None:
         return entry

@@ -65,7 +65,7 @@ def _factor(mode: str, role: Role) -> Factor:
 
 
 def _of_one(s: Scaling, matrix: Matrix, role: Role, scale: Scale) -> float:
-    """The factor of one matrix; in whole numbers up to the root, so that equal shapes have exactly 1."""
+    """Returns the factor of one matrix; in whole numbers up to the root, so that equal shapes have exactly 1."""
     rows, columns = matrix.rows, matrix.columns
     if role is Role.INPUT and rows != matrix.fan_out:
         wanted = _ratio(rows, columns, max)

@@ -148,7 +148,7 @@ class Plan:
         return {entry.name: entry for entry in self.entries}
 
     def __getitem__(self, name: str) -> PlanEntry:
-        """The entry of a parameter; PlanError if the plan does not know it."""
+        """Returns the entry of a parameter; PlanError if the plan does not know it."""
         try:
             return self.by_name[name]
         except KeyError:

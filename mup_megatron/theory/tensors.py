@@ -42,6 +42,8 @@ class Property(StrEnum):
     """A bias or gain: starts at a constant and has no weight decay, as in Megatron."""
     GAIN = "gain"
     """A vector that multiplies: it starts at 1, or at 0 where it is stored as the distance from 1."""
+    OPTIONAL = "optional"
+    """Some versions of its library have it, others do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,8 @@ class Tensor:
     """Whether an optimizer of matrices steps it; None where its shape and properties say so: see `matrices.py`."""
     stepped_by_parts: bool = False
     """Whether such an optimizer takes each of its parts for a matrix by itself."""
+    runs: int = 1
+    """How often its rows run through its parts: those of linear_qkv once for each group of keys and values."""
 
     def __post_init__(self) -> None:
         if math.prod(self.shape) % max(1, self.fan_in.size * self.fan_out.size):

@@ -79,7 +79,7 @@ class Scaling:
         return self.matrices or (Matrix("", self.fan_out, rows=_in_full(self.fan_out), columns=_in_full(self.fan_in)),)
 
     def without_width(self) -> "Scaling":
-        """The same with the target's width at the base already: every width rule is the identity."""
+        """Returns the same with the target's width at the base already: every width rule is the identity."""
         still = [
             replace(m, fan_out=_still(m.fan_out), rows=_still(m.rows), columns=_still(m.columns)) for m in self.matrices
         ]
@@ -129,7 +129,7 @@ def _is_stored_in_first(tensor: Tensor) -> bool:
 
 
 def _in_full(sizes: Sizes) -> Sizes:
-    """A side as a step sees it: one that does not grow has the target's size at the base as well."""
+    """Returns a side as a step sees it: one that does not grow has the target's size at the base as well."""
     return sizes if sizes.grows else _still(sizes)
 
 

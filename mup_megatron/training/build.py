@@ -44,7 +44,7 @@ class Built:
 
 
 def available_model(model: ModelFile, options: TrainingOptions) -> ModelFile:
-    """The model as it can be built on this machine: on the CPU a Transformer Engine model becomes a local one.
+    """Returns the model as it can be built on this machine: on the CPU a Transformer Engine model becomes a local one.
 
     The two compute the same; the names of norms differ, so the plan has to be made for what is built.
 
@@ -201,7 +201,7 @@ def _optimizer_config(recipe: Recipe, options: TrainingOptions) -> Any:
 
 
 def _scheduler(optimizer: Any, recipe: Recipe, options: TrainingOptions) -> Any:
-    """The recipe's schedule, counted in iterations. Fractions are not rounded: one shape at any length."""
+    """Returns the recipe's schedule, counted in iterations. Fractions are not rounded: one shape at any length."""
     h, s = recipe.moved, recipe.schedule
     decay = s.lr_decay_fraction * options.train_iters
     return OptimizerParamScheduler(

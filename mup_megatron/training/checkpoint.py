@@ -181,7 +181,7 @@ def _not_written(root: Path, iteration: int, error: BaseException) -> InputError
 
 
 def _reason(error: BaseException) -> str:
-    """What the system said. Megatron's writer logs that, and passes on no more than that it failed."""
+    """Returns what the system said. Megatron's writer logs that, and passes on no more than that it failed."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return "writing failed, as it does when the disk is full"
@@ -239,7 +239,7 @@ def find(root: Path, iteration: int, *, extras: Collection[str]) -> Found:
 
 
 def _parts(folder: Path, files: Collection[str], extras: Collection[str]) -> tuple[dict[str, str], Metadata]:
-    """What can be looked at before a model is built."""
+    """Returns what can be looked at before a model is built."""
     remedy = _remedy(folder)
     validated(_Format, read_json(folder / _FORMAT, remedy=remedy), source=str(folder / _FORMAT))
     texts = {name: read_text(folder / EXTRAS / name, remedy=remedy) for name in extras}

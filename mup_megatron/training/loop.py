@@ -120,7 +120,7 @@ def _no_loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _share_of_mean(losses: Sequence[torch.Tensor]) -> float:
-    """What this rank adds to the mean over the global batch. Tensor-parallel ranks have one loss, which counts once."""
+    """Returns what this rank adds to the mean over the global batch. The loss of tensor-parallel ranks counts once."""
     if not losses or parallel_state.get_tensor_model_parallel_rank() != 0:
         return 0.0
     mean: float = torch.stack(list(losses)).double().mean().item()

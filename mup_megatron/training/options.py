@@ -243,7 +243,7 @@ def _split_problem(recipe: Recipe, options: TrainingOptions) -> str | None:
 
 
 def _bad_layers(model: ModelFile, options: TrainingOptions, world_size: int) -> Iterator[str]:
-    """What the kinds of layers that the model has say of the ranks."""
+    """Yields what the kinds of layers that the model has say of the ranks."""
     architecture = architecture_of(model)
     for name, default in (("expert_model_parallel_size", 1), ("expert_tensor_parallel_size", None)):
         value = getattr(options, name)

@@ -3,6 +3,7 @@
 Importing this module imports neither torch nor Megatron, because the CPU runtime has to come before both.
 """
 
+import gc
 import importlib
 import logging
 import os
@@ -126,6 +127,8 @@ def joined(
             yield
         finally:
             parallel_state.destroy_model_parallel()
+            # The run's parts refer to each other, and hold its buffers and the threads of its process groups.
+            gc.collect()
 
 
 @contextmanager

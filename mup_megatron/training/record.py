@@ -95,7 +95,7 @@ _PER_PARAMETER = ("shape", "init_std", "multiplier", "lr", "eps", "weight_decay"
 
 
 def _same_plan(found: Any, wanted: Mapping[str, Any]) -> bool:
-    """Whether a stored plan is the wanted one, as far as the release that wrote it says the same things.
+    """Returns whether a stored plan is the wanted one, as far as the release that wrote it says the same things.
 
     The recipe's fingerprint decides what run it is; this tells of damage.
     """
@@ -111,7 +111,7 @@ def _same_plan(found: Any, wanted: Mapping[str, Any]) -> bool:
 
 
 def _agree(found: Any, wanted: Any) -> bool:
-    """Whether plain values are equal but for last digits, and for keys that one of them lacks."""
+    """Returns whether plain values are equal but for last digits, and for keys that one of them lacks."""
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
         return all(_agree(found[key], wanted[key]) for key in found.keys() & wanted.keys())
     if isinstance(found, list) and isinstance(wanted, list):

@@ -43,7 +43,7 @@ def _masked_sample(model: ModelFile, tokens: torch.Tensor) -> dict[str, torch.Te
 
 
 def _with_damaged_copy(model: ModelFile, batch: Batch) -> Batch:
-    """A whole text with some tokens replaced by others, and the beginning of it as it was."""
+    """Returns a whole text with some tokens replaced by others, and the beginning of it as it was."""
     length = min(model.seq_length, getattr(model, "decoder_seq_length", model.seq_length))
     damaged = torch.stack([_damaged(model, tokens, _generator(tokens))[0] for tokens in batch["tokens"]])
     read, written = (torch.zeros(len(damaged), 1, 1, size, dtype=torch.bool) for size in (model.seq_length, length))
@@ -53,7 +53,7 @@ def _with_damaged_copy(model: ModelFile, batch: Batch) -> Batch:
 
 
 def _damaged(model: ModelFile, tokens: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens with a fixed number of them replaced by any of the vocabulary, and where.
+    """Returns the tokens with a fixed number of them replaced by any of the vocabulary, and where.
 
     As many in every sample, so that a mean over micro-batches is one over tokens. Text comes without a token for masks.
     """

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import remarks_on
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
@@ -104,8 +105,9 @@ def _run(
     identity = ranks.on_first_rank(lambda: identity_of(model, recipe, data, options))
     _require_vocabulary(model, identity, data)
     warning = small_vocabulary_warning(identity["data"]["vocab_size"], model.vocab_size, data=data)
-    if warning is not None and show and ranks.is_first():
-        print(warning, file=sys.stderr)
+    for sentence in filter(None, [warning, *remarks_on(recipe.megatron_base, model)] if show else []):
+        if ranks.is_first():
+            print(sentence, file=sys.stderr)
     found = _checkpoint(options)
     record = Record() if found is None else _record(found, identity, recipe, plan, options)
     if options.output is not None:
@@ -151,7 +153,7 @@ def _require_vocabulary(model: ModelFile, identity: "Identity", data: Path) -> N
 
 
 def _checkpoint(options: TrainingOptions) -> "Found | None":
-    """The checkpoint to go on from, if there is one. Collective.
+    """Returns the checkpoint to go on from, if there is one. Collective.
 
     Raises:
         InputError: it is damaged, or the run would write among the checkpoints of another.
@@ -183,7 +185,7 @@ def _checkpoint(options: TrainingOptions) -> "Found | None":
 
 
 def _record(found: "Found", identity: "Identity", recipe: Recipe, plan: Plan, options: TrainingOptions) -> "Record":
-    """What a checkpoint's run has measured so far.
+    """Returns what a checkpoint's run has measured so far.
 
     Raises:
         InputError: what it says of its run is damaged, or it is another run.
@@ -232,7 +234,7 @@ class _TrainingRun:
             self.record.add_log(Bar(options.train_iters, done) if bar else Lines(options.train_iters))
 
     def _texts(self) -> dict[str, str]:
-        """What says which run this is: for the output folder and for every checkpoint."""
+        """Returns what says which run this is: for the output folder and for every checkpoint."""
         from mup_megatron.training import identity
         from mup_megatron.training.record import PLAN, RECIPE, RUN
 
@@ -243,7 +245,7 @@ class _TrainingRun:
         }
 
     def train(self, built: "Built", train_data: Any, valid_data: Any) -> TrainingResult:
-        """All iterations that are left, with what belongs between and after them."""
+        """Runs all iterations that are left, with what belongs between and after them, and returns what came of it."""
         options, rows = self.options, self.record.rows
         started = time.perf_counter()
         reason = None
@@ -297,7 +299,7 @@ class _TrainingRun:
             self.report(row.iteration, row.loss)
 
     def _validate(self, built: "Built", valid_data: Any) -> float | None:
-        """The validation loss after the iterations done; measured once, also across a resume."""
+        """Returns the validation loss after the iterations done; measured once, also across a resume."""
         from mup_megatron.training.loop import validation_loss
 
         done = len(self.record.rows)

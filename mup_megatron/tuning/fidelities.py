@@ -11,6 +11,7 @@ from pydantic import Field
 
 from mup_megatron.architectures.cost import training_flops
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.narrowing import narrowed
 from mup_megatron.architectures.proxy import Search, choose_proxy
 from mup_megatron.architectures.registry import model_file
 from mup_megatron.errors import InputError
@@ -20,6 +21,10 @@ from mup_megatron.validation import Strict, validated
 
 SHARES = ((1 / 4, 1 / 4), (1 / 2, 1 / 2), (1, 1))
 """Width and steps of a trial on each rung, of the proxy's."""
+LEAST_HEAD = 32
+"""TP5 (App. D.4) found smaller heads of proxies to transfer worse."""
+HEAD_STEP = 8
+"""Sizes of heads are multiples of it, as kernels of attention want them."""
 
 
 class Settings(Strict):
@@ -32,11 +37,21 @@ class Settings(Strict):
 
 
 def narrower(proxy: ModelFile, share: float) -> ModelFile:
-    """Returns the proxy at about this share of its width, in whole heads of its size; itself if there is none."""
+    """Returns the proxy at about this share of its width; itself if it cannot be narrower.
+
+    In whole heads of its size if there are enough for that, else in as many narrower heads as it has, of 32 at least.
+    """
+    wanted = share * proxy.hidden_size
     try:
-        return choose_proxy(proxy, Search(1, 1, 1), width=max(1, round(share * proxy.hidden_size)), budget=1.0).model
+        whole = choose_proxy(proxy, Search(1, 1, 1), width=max(1, round(wanted)), budget=1.0).model
     except InputError:
-        return proxy
+        whole = proxy
+    size = max(LEAST_HEAD, round(share * proxy.head_size / HEAD_STEP) * HEAD_STEP)
+    hidden = proxy.hidden_size * size // proxy.head_size
+    if abs(whole.hidden_size - wanted) <= abs(hidden - wanted) or proxy.hidden_size * size % proxy.head_size:
+        return whole
+    heads = proxy.heads(proxy.num_attention_heads, size=size, groups=proxy.query_groups)
+    return narrowed(proxy, hidden, heads).model
 
 
 def ladder_for(

@@ -9,7 +9,7 @@ import pytest
 from support.shapes import gpt, recipe_for
 
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.names import global_name, stage_layers
+from mup_megatron.architectures.names import global_name
 from mup_megatron.architectures.registry import architecture_of, model_file, remarks_on, shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import PerParameter
@@ -193,29 +193,6 @@ def test_gpt3_175b_has_its_number_of_parameters() -> None:
 # ---- names on a pipeline stage -------------------------------------------------------------------------------------
 
 
-def test_a_stage_holds_consecutive_layers() -> None:
-    assert [stage_layers(8, stages=4, stage=s) for s in range(4)] == [(0, 1), (2, 3), (4, 5), (6, 7)]
-
-
-def test_virtual_stages_are_dealt_round() -> None:
-    # Megatron's interleaved schedule: 8 layers on 2 stages with 2 virtual stages each.
-    held = {
-        (s, v): stage_layers(8, stages=2, stage=s, virtual_stages=2, virtual_stage=v) for s in (0, 1) for v in (0, 1)
-    }
-    assert held == {(0, 0): (0, 1), (1, 0): (2, 3), (0, 1): (4, 5), (1, 1): (6, 7)}
-
-
-@pytest.mark.parametrize(("stages", "virtual"), [(1, 1), (2, 1), (3, 4), (4, 3), (12, 1)])
-def test_every_layer_is_on_exactly_one_stage(stages: int, virtual: int) -> None:
-    held = [
-        layer
-        for v in range(virtual)
-        for s in range(stages)
-        for layer in stage_layers(12, stages=stages, stage=s, virtual_stages=virtual, virtual_stage=v)
-    ]
-    assert sorted(held) == list(range(12))
-
-
 def test_local_names_become_global() -> None:
     local = "decoder.layers.1.mlp.linear_fc1.weight"
     assert global_name(local, {"decoder": (4, 5)}, tied=False) == "decoder.layers.5.mlp.linear_fc1.weight"
@@ -233,7 +210,7 @@ def test_a_chunk_renames_to_the_whole_model() -> None:
     whole = [name for name in _tensors(gpt(1, num_layers=4)) if ".layers." in name]
     per_layer = len(whole) // 4
     local = whole[: 2 * per_layer]
-    stages = [{"decoder": stage_layers(4, stages=2, stage=s)} for s in (0, 1)]
+    stages = [{"decoder": (0, 1)}, {"decoder": (2, 3)}]
     renamed = [global_name(n, held, tied=True) for held in stages for n in local]
     assert renamed == whole
 
@@ -326,6 +303,14 @@ def test_what_experts_and_what_chooses_them_get() -> None:
     assert "num_experts 8 → 32, an expert's ffn over hidden_size 0.5 → 0.125" in first
     assert second.startswith("An expert of the target sees 0.25 times the share of tokens")
     assert not remarks_on(base, base)
+
+
+def test_other_numbers_of_queries_for_each_key_are_told() -> None:
+    groups = {"group_query_attention": True, "num_query_groups": 2}
+    (remark,) = remarks_on(gpt(1, **groups), gpt(2, **groups))
+    assert remark.startswith("Query heads for each key/value group: 2 at the base, 4 here.")
+    assert "linear_qkv has one learning rate" in remark
+    assert not remarks_on(gpt(1, **groups), gpt(2, **{**groups, "num_query_groups": 4}))
 
 
 def test_a_router_may_be_hidden() -> None:

@@ -16,10 +16,11 @@ from support.stock import Layout
 from mup_megatron.architectures.cost import parameter_count, training_flops
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import Search, choose_proxy
-from mup_megatron.architectures.registry import model_file, shapes_of
+from mup_megatron.architectures.registry import architecture_of, model_file, shapes_of
 from mup_megatron.errors import InputError
+from mup_megatron.live.compare import Remedies, parameter_problems
 from mup_megatron.megatron.arguments.convert import flags, model_from_flags
-from mup_megatron.theory import Plan, Role
+from mup_megatron.theory import Plan, Property, Role
 
 LATENT: dict[str, Any] = {
     "multi_latent_attention": True,
@@ -243,6 +244,27 @@ def test_transformer_engine_fuses_the_norms_of_latents_into_what_follows() -> No
         f"{name}self_attention.linear_kv_up_proj.layer_norm_weight",
         f"{name}mlp.linear_fc1.layer_norm_weight",
     } <= names
+
+
+def test_the_second_norm_of_direct_queries_is_one_that_only_some_versions_of_megatron_have() -> None:
+    model = gpt(1, **LATENT, qk_layernorm=True, transformer_impl="transformer_engine")
+    optional = [t.name for t in shapes_of(model, model)[1].tensors if Property.OPTIONAL in t.properties]
+    norms = [f"decoder.layers.{layer}.self_attention.linear_q_proj.layer_norm_" for layer in range(model.num_layers)]
+    assert optional == [name + kind for name in norms for kind in ("weight", "bias")]
+    plan = recipe_for(model).plan(model)
+    all_of_them = {entry.name: entry.shape for entry in plan.entries}
+    without = {name: shape for name, shape in all_of_them.items() if name not in optional}
+    remedies = Remedies("unknown", "missing", "shape")
+    assert parameter_problems(all_of_them, plan, remedies) == []
+    assert parameter_problems(without, plan, remedies) == []
+    assert len(parameter_problems(dict(list(without.items())[1:]), plan, remedies)) == 1
+
+
+def test_local_layers_cannot_norm_direct_queries() -> None:
+    model = gpt(1, **LATENT, qk_layernorm=True)
+    problem = architecture_of(model).local_problem(model, on_cpu=True)
+    assert problem is not None
+    assert "qk_layernorm without q_lora_rank" in problem
 
 
 # ---- cost, proxies, model files ------------------------------------------------------------------------------------

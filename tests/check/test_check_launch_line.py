@@ -16,6 +16,7 @@ from mup_megatron.check.subjects.launch_line import Ended, LaunchLine, LineBatch
 from mup_megatron.check.verdict.verdict import CheckOutcome, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import cpu
+from mup_megatron.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -187,9 +188,9 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
     pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megatron.training in its wheel")
     references = tmp_path_factory.mktemp("references")
 
-    def checked(folder: Path, words: Sequence[str], ranks: int = 1) -> Verdict:
+    def checked(folder: Path, words: Sequence[str], ranks: int = 1, recipe: Recipe | None = None) -> Verdict:
         execute = _run(folder, ranks)
-        return check_launch_line(words, a_recipe(), widths=(64, 128), references=references, execute=execute)
+        return check_launch_line(words, recipe or a_recipe(), widths=(64, 128), references=references, execute=execute)
 
     return checked
 
@@ -245,3 +246,15 @@ def test_the_layout_of_the_line_is_what_is_checked(check: Check, tmp_path: Path)
 
     assert verdict.outcome is CheckOutcome.PASS
     assert {key.quantity for key in verdict.comparison} >= {Quantity.LEARNING_RATE, Quantity.UPDATE, Quantity.SPECTRAL}
+
+
+@pytest.mark.slow
+def test_the_steps_of_muon_are_read_in_a_line(check: Check, tmp_path: Path) -> None:
+    pytest.importorskip("emerging_optimizers", reason="megatron-core 0.16 has no Muon")
+    own = a_recipe(parametrization={"optimizer": "muon"}, muon_scale_mode="unit_rms_norm", muon_nesterov=True)
+
+    verdict = check(tmp_path, _line(), recipe=own)
+
+    assert verdict.outcome is CheckOutcome.PASS, json.dumps(verdict.to_json()["sections"], indent=1)[:5000]
+    left = [each.largest for key, each in verdict.comparison.items() if key.quantity is Quantity.UNEXPLAINED]
+    assert max(left) < 0.004

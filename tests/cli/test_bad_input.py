@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 from support.commands import BASE, RECIPE, TARGET, Command, contents, write
 
+from mup_megatron.cli.main import group
 from mup_megatron.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -204,3 +206,12 @@ def test_a_full_disk_costs_no_recipe(here: Path) -> None:
 def test_a_kind_of_model_that_is_not_supported_yet_is_called_so(run: Command, here: Path) -> None:
     write(here / "target.yaml", {**TARGET, "moe_latent_size": 2})
     assert "target.yaml: moe_latent_size: models with latent experts" in refused(run, here, *EXPLAIN)
+
+
+def test_every_number_of_things_on_a_command_line_has_an_upper_bound() -> None:
+    """Those of a run are bounded by its options, with messages of their own: see tests/training/test_train_refusals."""
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        for option in command.params if name not in ("train", "sweep") else ():
+            assert not (isinstance(option.type, click.IntRange) and option.type.max is None), (name, option.opts)

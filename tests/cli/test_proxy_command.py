@@ -44,6 +44,19 @@ def test_with_a_rule_of_depth_it_says_what_shallow_saves(run: Command, here: Pat
     assert "of the target's run in place of 4.65%." in out
 
 
+@pytest.mark.parametrize(
+    ("target", "sizes"),
+    [
+        ("nemotron_h_8b", {"ffn_hidden_size": "1344", "mamba_num_heads": "8", "mamba_state_dim": "128"}),
+        ("deepseek_v3_671b", {"moe_ffn_hidden_size": "80", "num_experts": "256", "kv_lora_rank": "512"}),
+    ],
+)
+def test_the_sizes_of_its_own_layers_are_shown(run: Command, here: Path, target: str, sizes: dict[str, str]) -> None:
+    rows = table(run("proxy", CONFIGS / f"{target}.yaml", "--target-tokens", "1e13").out)
+    assert {key: rows[key][0] for key in sizes} == sizes
+    assert ("parameters that a token passes" in rows) is ("num_experts" in sizes)
+
+
 def test_items_add_up(run: Command, here: Path) -> None:
     rows = table(run("proxy", TARGET).out)
     for column in (0, 1):
@@ -82,8 +95,8 @@ def test_what_differs_in_more_than_width_is_said(run: Command, here: Path) -> No
         (["--budget", "0"], "0.0 is not in the range x>0"),
         (["--trial-tokens", "nan"], "nan is not a finite number"),
         (["--target-tokens", "-5"], "-5.0 is not in the range x>=1"),
-        (["--trials", "0"], "0 is not in the range x>=1"),
-        (["--hidden-size", "0"], "0 is not in the range x>=1"),
+        (["--trials", "0"], "0 is not in the range 1<=x"),
+        (["--hidden-size", "0"], "0 is not in the range 1<=x"),
         (["--hidden-size", "4096"], "hidden_size 4096: the target is not wider than a proxy of width 4096 would be"),
     ],
 )

@@ -329,3 +329,13 @@ def test_another_dtype_of_the_target_is_no_other_plan() -> None:
     recipe = recipe_at(config("llama", BASE))
     half = with_class("llama", config("llama", WIDTH, dtype="bfloat16"))
     assert plan_for(half, recipe) == plan_for(with_class("llama", config("llama", WIDTH)), recipe)
+
+
+def test_other_numbers_of_queries_for_each_key_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="mup_megatron"):
+        plan("llama", target=with_class("llama", config("llama", WIDTH)))
+        assert "query heads" not in caplog.text
+        own = config("llama", BASE)
+        groups = own.num_key_value_heads
+        plan("llama", target=with_class("llama", config("llama", WIDTH, num_key_value_heads=groups)))
+    assert "query heads for each key/value head: 2 at the base, 8 here" in caplog.text

@@ -13,6 +13,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.huggingface import apply_plan, plan_for, verification
 from mup_megatron.huggingface.plan import _factory
 from mup_megatron.modules.apply import set_attention_scale
+from mup_megatron.modules.forward import Factor, Forward
 from mup_megatron.modules.shapes import MetaModule
 
 COMMON: dict[str, Any] = {"vocab_size": 64, "num_hidden_layers": 2}
@@ -187,3 +188,34 @@ def test_a_model_that_cannot_be_looked_at_is_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(InputError, match="model type llama: its attention could not be looked at") as raised:
         plan_for(with_class("llama", config("llama", 64)), recipe_at(config("llama", 32)))
     assert len(str(raised.value)) <= 300
+
+
+# ---- factors in code -------------------------------------------------------------------------------------------------
+
+
+def passed(*factors: tuple[str, float | None]) -> Forward:
+    """A forward pass whose modules multiply by these numbers, in this order."""
+    found = tuple(Factor(where, "mul", number) for where, number in factors)
+    return Forward((), found, None, frozenset(), {}, {})
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ([("b", 3.0), ("a", 2.0), ("a", 0.5)], None),
+        ([("a", 2.0), ("a", 0.25), ("b", 3.0)], r"a: its code has a factor that follows width, × 0\.5 in .* × 0\.25"),
+        ([("b", 4.0), ("a", 2.0), ("a", 0.5)], "b: its code has a factor that follows width"),
+        ([("a", 2.0), ("b", 3.0), ("b", 3.0)], "its forward pass does other things at the target's width"),
+        ([("a", 2.0), ("a", 0.5)], "its forward pass does other things at the target's width"),
+    ],
+)
+def test_each_factor_is_compared_with_that_of_the_same_place(
+    target: list[tuple[str, float | None]], said: str | None
+) -> None:
+    """Also behind the first place where two passes differ in their order."""
+    base = passed(("a", 2.0), ("a", 0.5), ("b", 3.0))
+    if said is None:
+        verification.require_no_hidden_factor(base, passed(*target), torch.nn.Identity())
+        return
+    with pytest.raises(InputError, match=said):
+        verification.require_no_hidden_factor(base, passed(*target), torch.nn.Identity())

@@ -147,6 +147,17 @@ def test_the_base_is_the_model_at_the_base_width() -> None:
     assert native.recipe.provenance["mup_base_hidden_size"] == 32
 
 
+def test_the_heads_of_a_state_space_are_narrower_at_the_base() -> None:
+    """One head has its size, its states and its share of the ratio, as an attention head does."""
+    pattern = "--hybrid-layer-pattern M*-M --mamba-head-dim 16 --mamba-num-heads 24 --mamba-num-groups 2 --num-layers 4"
+    native = carried(pattern)
+    assert (native.recipe.base.value_of("mamba_num_heads"), native.recipe.base.value_of("mamba_num_groups")) == (6, 2)
+    plan = native.recipe.plan(native.model)
+    assert plan["decoder.layers.0.mixer.out_proj.weight"].width_ratio == 4
+    # All that differs is the convolution, whose kernel does not grow.
+    assert {each.where for each in found(native, "lr")} == {("decoder.layers.*.mixer.conv1d.weight",)}
+
+
 def test_heads_grow_where_the_base_has_smaller_ones() -> None:
     native = carried("--mup-base-head-dim 4 --group-query-attention --num-query-groups 4")
     base = native.recipe.base

@@ -95,6 +95,11 @@ def _fused_norms() -> Any:
 # ---- mistakes ------------------------------------------------------------------------------------------------------
 
 
+def _rename_attention(chunks: list[Any]) -> None:
+    for layer in chunks[0].decoder.layers:
+        layer.self_attention.add_module("inner", layer.self_attention._modules.pop("core_attention"))
+
+
 def _apply_once(chunks: list[Any]) -> None:
     from mup_megatron.megatron.model import apply_plan
 
@@ -204,6 +209,11 @@ MODEL: dict[str, Mistake] = {
         said=("perform_initialization", "initialize=False"),
         # The remedy: weights from elsewhere.
         right={"config_changes": {"perform_initialization": False}, "initialize": False, "edit": _load_weights},
+    ),
+    "an attention that is called otherwise": Mistake(
+        wrong={"edit": _rename_attention},
+        targets=(LONGER_HEADS, WIDE),
+        said=("decoder.layers.0.self_attention.core_attention", "attention logits", "the model has no such module"),
     ),
     "a plan applied twice": Mistake(wrong={"edit": _apply_once}, said=("applied to this model already",)),
     "a multiplier on a layer with a fused norm": Mistake(
@@ -345,17 +355,18 @@ def _warmed_up_from(init_lr: float) -> tuple[str | None, float, list[float]]:
     """The refusal, a wide layer's first learning rate over its peak, and losses."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    from mup_megatron.megatron.optimizer import live_values, require_proportional_schedule
+    from mup_megatron.megatron.guard import schedule_problems
+    from mup_megatron.megatron.optimizer import live_values
 
     run = planned.prepare(TUNED, WIDE, Layout())
     run.scheduler = OptimizerParamScheduler(
         run.optimizer, init_lr, TRAINING.lr, TRAINING.min_lr, 4, 20, "linear", 0.1, 0.1, 20, "constant"
     )
     first = live_values(run.optimizer, run.chunks, tied=True)["decoder.layers.0.mlp.linear_fc1.weight"]
-    try:
-        require_proportional_schedule(run.scheduler)
-    except InputError as error:
-        return str(error), first.lr / first.max_lr, []
+    problems = schedule_problems(TUNED.plan(WIDE), run.scheduler, run.optimizer)
+    refused = [str(problem) for problem in problems if problem.quantity == "lr_warmup_init"]
+    if refused:
+        return refused[0], first.lr / first.max_lr, []
     return None, first.lr / first.max_lr, stock.train(run, 3)
 
 

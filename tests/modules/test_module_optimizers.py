@@ -59,6 +59,24 @@ class Lion(OwnAdamW):
                     p.sub_(group["lr"] * p.grad.sign())
 
 
+class Independent(OwnAdamW):
+    """With a weight decay that is not multiplied by the learning rate, at all or by its peak."""
+
+    def __init__(self, params: Iterable[Any], follows: bool = False) -> None:
+        super().__init__(params)
+        self.follows = follows
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            own = group["weight_decay"] / (group["initial_lr"] if self.follows else group["lr"])
+            kept, group["weight_decay"] = group["weight_decay"], own
+            OwnAdamW.step(self)
+            group["weight_decay"] = kept
+
+
 class Wrapped:
     """As Accelerate's: it has the optimizer, and shows its groups."""
 
@@ -122,6 +140,12 @@ WRONG: dict[str, tuple[str, Make, str]] = {
     "Adafactor": ("adam", optim.Adafactor, "cannot use the plan's groups"),
     "transformers' Adafactor": ("adam", Adafactor, "cannot use the plan's groups"),
     "Lion": ("adam", Lion, "its step is not AdamW's"),
+    "independent decay": ("adam", Independent, "weight decay is not multiplied by the learning rate"),
+    "decay by the schedule": (
+        "adam",
+        lambda g: Independent(g, follows=True),
+        "weight decay is not multiplied by the learning rate",
+    ),
     "a kernel of Adam": ("adam", lambda g: FusedAdam(g, adam_w_mode=False), "weight decay into the gradient"),
     "AdamW for SGD": ("sgd", optim.AdamW, "its step is not SGD's"),
     "a kernel for SGD": ("sgd", FusedAdam, "another optimizer"),

@@ -98,6 +98,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "another hyperparameter": _sql("UPDATE trial_params SET param_name = 'x' WHERE param_name = 'lr'"),
     "a trial missing": _sql("DELETE FROM trials WHERE number = 0"),
     "a number left out": _sql("UPDATE trials SET number = 5 WHERE number = 1"),
+    "a number twice": _sql("UPDATE trials SET number = 0"),
     "no numbers": _sql("UPDATE trials SET number = NULL"),
     "no date": _sql("UPDATE trials SET datetime_start = 'yesterday'"),
     "no direction": _sql("DELETE FROM study_directions"),

@@ -9,7 +9,7 @@ from support.processes import RankFailure, run_ranks
 from support.shapes import recipe_for
 from support.training_runs import CHANGES, RECIPE, base, killed_when, make_text, options, started, target, train_until
 
-from mup_megatron.recipe import Recipe
+from mup_megatron.recipe import Parametrization, Recipe
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.training.train import run_training
 
@@ -138,6 +138,26 @@ def test_what_is_kept_besides_weights_differs_and_comes_back(
     expected = measured(tmp_path)
     (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("5")
     run_ranks(run_training, 1, DROPOUT, recipe, text, saving(tmp_path, **changes))
+    assert measured(tmp_path) == expected
+
+
+def deepened(**depth: Any) -> Recipe:
+    """The recipe, with a rule of depth and a multiplier of branches: `DROPOUT` has twice the base's layers."""
+    parametrization = Parametrization.model_validate({"depth": depth})
+    shallow = recipe_for(base(num_layers=1), lr=0.01, residual_multiplier=0.7)
+    return shallow.model_copy(update={"parametrization": parametrization})
+
+
+def test_multiplied_branches_come_back_and_another_rule_of_depth_is_refused(text: Path, tmp_path: Path) -> None:
+    run_ranks(run_training, 1, DROPOUT, deepened(alpha=1.0), text, saving(tmp_path))
+    expected = measured(tmp_path)
+    tracker = tmp_path / "ck" / "latest_checkpointed_iteration.txt"
+    tracker.write_text("5")
+    for other in (deepened(alpha=0.5), RECIPE):
+        with pytest.raises(RankFailure, match="another recipe"):
+            run_ranks(run_training, 1, DROPOUT, other, text, saving(tmp_path))
+    assert tracker.read_text() == "5"
+    run_ranks(run_training, 1, DROPOUT, deepened(alpha=1.0), text, saving(tmp_path))
     assert measured(tmp_path) == expected
 
 

@@ -1,12 +1,14 @@
 """A run on Megatron-Core: what it measures and writes, on which layouts, and when it gives up."""
 
 import csv
+import gc
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.processes import run_ranks
 from support.shapes import recipe_for
 from support.training_runs import RECIPE, VOCABULARY, base, make_text, options, target
@@ -55,6 +57,17 @@ def test_a_run_learns_and_says_what_it_measured(plain: tuple[Path, TrainingResul
     assert result.tokens == 12 * 8 * target().seq_length
     assert result.train_loss == result.losses[-1], "a tenth of twelve iterations is one"
     assert result.validation_loss == pytest.approx(result.losses[-1], abs=0.5)
+
+
+def parameters_left_by_a_run(folder: Path, text: Path) -> int:
+    """The weights of its model that are still there when a run has ended, unless its own end collects them."""
+    gc.disable()
+    run_training(target(), RECIPE, text, options(folder, train_iters=2))
+    return sum(isinstance(each, torch.nn.Parameter) for each in gc.get_objects())
+
+
+def test_a_run_leaves_nothing_of_itself_in_its_process(text: Path, tmp_path: Path) -> None:
+    assert run_ranks(parameters_left_by_a_run, 1, tmp_path, text) == [0]
 
 
 def test_the_base_learning_rate_follows_the_recipes_schedule(plain: tuple[Path, TrainingResult]) -> None:

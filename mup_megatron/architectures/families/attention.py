@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from mup_megatron.architectures.families.family import Family, Growth, linear, norm
+from mup_megatron.architectures.families.family import Family, Growth, attention_places, linear, norm
 from mup_megatron.architectures.measured import BIAS, STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import BRANCH, SOFTMAX, Acts, Part, Place, Side, Tensor
+from mup_megatron.theory import Part, Place, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +34,7 @@ class Attention(Family):
         # One fused matrix, so one fan_out: all of its rows.
         qkv = Side(queries + 2 * keys, grows=True)
         weight, *bias = linear(f"{name}.linear_qkv", hidden, qkv, bias=model.bias_on_qkv, parts=parts)
-        yield from (replace(weight, stepped_by_parts=True), *bias)
+        yield from (replace(weight, stepped_by_parts=True, runs=model.query_groups), *bias)
         if model.qk_layernorm:
             head = growth.side(model, "head_size")
             yield from norm(model, f"{name}.q_layernorm.", head)
@@ -42,10 +42,19 @@ class Attention(Family):
         attended = Side(queries, grows=True)
         yield from linear(f"{name}.linear_proj", attended, hidden, bias=model.add_bias_linear, residual=True)
 
+    def remarks(self, base: ModelFile, target: ModelFile) -> Iterator[str]:
+        """Yields what is known of other numbers of queries for each key and value."""
+        before, now = (model.num_attention_heads // model.query_groups for model in (base, target))
+        if before != now:
+            yield (
+                f"Query heads for each key/value group: {before} at the base, {now} here. Keys and values are read by "
+                "other numbers of heads, so that their updates act otherwise, and linear_qkv has one learning rate, "
+                "which cannot make up for it. Keep heads per group as they are (`proxy` does)."
+            )
+
     def places(self, layer: str) -> Iterator[Place]:
         """Yields where the scale of attention logits is set, and the branch."""
-        yield Place(f"{layer}.self_attention.core_attention", Acts.SCALE, SOFTMAX)
-        yield Place(f"{layer}.self_attention", Acts.BRANCH, BRANCH)
+        yield from attention_places(f"{layer}.self_attention")
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the projections and of the scores."""

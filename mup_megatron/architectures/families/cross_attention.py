@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from mup_megatron.architectures.families.family import Family, Growth, linear, norm
+from mup_megatron.architectures.families.family import Family, Growth, attention_places, linear, norm
 from mup_megatron.architectures.measured import CONTEXT, STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import BRANCH, SOFTMAX, Acts, Part, Place, Side, Tensor
+from mup_megatron.theory import Part, Place, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,8 +33,7 @@ class CrossAttention(Family):
 
     def places(self, layer: str) -> Iterator[Place]:
         """Yields where the scale of attention logits is set, and the branch."""
-        yield Place(f"{layer}.cross_attention.core_attention", Acts.SCALE, SOFTMAX)
-        yield Place(f"{layer}.cross_attention", Acts.BRANCH, BRANCH)
+        yield from attention_places(f"{layer}.cross_attention")
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the projections and of the scores, for as many tokens of the other stack as of this one."""

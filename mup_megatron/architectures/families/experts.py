@@ -10,12 +10,13 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mup_megatron.architectures.families.family import Family, Growth, Size, alike, linear, norm
+from mup_megatron.architectures.families.family import Family, Growth, Size, alike, norm
+from mup_megatron.architectures.families.mlp import two_layers
 from mup_megatron.architectures.keys import experts
 from mup_megatron.architectures.layout import Layout
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import BRANCH, Acts, Kept, Part, Place, Property, Side, Tensor
+from mup_megatron.theory import BRANCH, Acts, Kept, Place, Property, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,10 +49,10 @@ class Experts(Family):
         }
     )
     sizes: ClassVar[tuple[Size, ...]] = (
-        Size(key="moe_ffn_hidden_size", attribute="expert_ffn_size", small=64),
-        Size(key="moe_shared_expert_intermediate_size", attribute="moe_shared_expert_intermediate_size", small=64),
-        Size(key="num_experts", attribute="num_experts", small=8, spread=4, follows_width=False),
-        Size(key="moe_router_topk", attribute="moe_router_topk", small=2, follows_width=False),
+        Size(key="moe_ffn_hidden_size", small=64),
+        Size(key="moe_shared_expert_intermediate_size", small=64),
+        Size(key="num_experts", small=8, spread=4, follows_width=False),
+        Size(key="moe_router_topk", small=2, follows_width=False),
     )
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
@@ -74,7 +75,7 @@ class Experts(Family):
         yield from matrices(model, f"{mlp}.experts", hidden, Side(model.expert_ffn_size, grows=True))
         if model.moe_shared_expert_intermediate_size is not None:
             ffn = Side(model.moe_shared_expert_intermediate_size, grows=True)
-            yield from _mlp(model, f"{mlp}.shared_experts", hidden, ffn)
+            yield from two_layers(model, f"{mlp}.shared_experts", hidden, ffn)
             if model.moe_shared_expert_gate:
                 yield _output(f"{mlp}.shared_experts.gate_weight", hidden, 1)
 
@@ -191,7 +192,7 @@ class Experts(Family):
 
 
 def _output(name: str, hidden: Side, size: int, *more: Property) -> Tensor:
-    """A matrix from the residual stream to as many numbers at every width."""
+    """Returns a matrix from the residual stream to as many numbers at every width."""
     return Tensor(
         name=name,
         shape=(size, hidden.size),
@@ -209,7 +210,7 @@ def _single(model: ModelFile, name: str, hidden: Side, ffn: Side) -> Iterator[Te
     assert model.num_experts is not None
     grouped = model.moe_grouped_gemm and model.transformer_impl == "transformer_engine"
     pattern = f"{name}.{{tensor}}{{expert}}" if grouped else f"{name}.local_experts.{{expert}}.{{tensor}}"
-    alike = [_of_expert(model, tensor, folded=grouped) for tensor in _mlp(model, "", hidden, ffn)]
+    alike = [_of_expert(model, tensor, folded=grouped) for tensor in two_layers(model, "", hidden, ffn)]
     for expert in range(model.num_experts):
         for tensor in alike:
             yield replace(tensor, name=pattern.format(tensor=tensor.name[1:], expert=expert))
@@ -221,18 +222,10 @@ def _of_expert(model: ModelFile, tensor: Tensor, *, folded: bool) -> Tensor:
     return replace(tensor, properties=tensor.properties | more, share=model.moe_router_topk / model.num_experts)
 
 
-def _mlp(model: ModelFile, name: str, hidden: Side, ffn: Side) -> Iterator[Tensor]:
-    """The two linear layers of an MLP of this size."""
-    parts = (Part("gate", ffn.size), Part("up", ffn.size)) if model.swiglu else ()
-    rows = replace(ffn, size=2 * ffn.size) if model.swiglu else ffn
-    yield from linear(f"{name}.linear_fc1", hidden, rows, bias=model.add_bias_linear, parts=parts)
-    yield from linear(f"{name}.linear_fc2", ffn, hidden, bias=model.add_bias_linear, residual=True)
-
-
 def _legacy(model: ModelFile, name: str, hidden: Side, ffn: Side) -> Iterator[Tensor]:
-    """All experts' matrices beside each other, transposed, in one tensor for each of the two layers."""
+    """Yields all experts' matrices beside each other, transposed, in one tensor for each of the two layers."""
     assert model.num_experts is not None
-    fc1, fc2 = (tensor for tensor in _mlp(model, "", hidden, ffn) if tensor.name.endswith(".weight"))
+    fc1, fc2 = (tensor for tensor in two_layers(model, "", hidden, ffn) if tensor.name.endswith(".weight"))
     for tensor, own, shape in (
         (fc1, "weight1", (hidden.size, model.num_experts * fc1.fan_out.size)),
         (fc2, "weight2", (model.num_experts * ffn.size, hidden.size)),

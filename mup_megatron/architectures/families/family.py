@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mup_megatron.architectures.layout import Layout
 from mup_megatron.architectures.measured import Measured
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import Constant, Part, Place, Property, Role, Side, Tensor
+from mup_megatron.theory import BRANCH, SOFTMAX, Acts, Constant, Part, Place, Property, Role, Side, Tensor
 
 __all__ = ["Block", "Family", "Growth", "Size", "alike", "linear", "norm", "vector"]
 
@@ -37,8 +37,6 @@ class Size:
     """A size in a model file that is a family's own; heads are every model's."""
 
     key: str
-    attribute: str
-    """Where a model has it with its default; None there for a model without."""
     small: int
     """As large as a small model of the kind needs it, where base and target share it."""
     spread: int = 2
@@ -46,10 +44,21 @@ class Size:
     ratio of two sizes, as of experts and those that are chosen, has to differ too."""
     follows_width: bool = True
     """Whether it keeps its ratio to the hidden size where base and target differ in it; a count does not."""
+    kept: bool = False
+    """Whether models of one kind share it at several widths all the same, as the ranks of latents."""
+    divides: str | None = None
+    """The key of a size that has to be a multiple of it."""
+    fewer: str = ""
+    """What follows where a narrower model has to have less of it for that, for a remark."""
+
+    @property
+    def is_width(self) -> bool:
+        """True where it is narrower in every narrower model."""
+        return self.follows_width and not self.kept
 
     def of(self, model: ModelFile) -> int | None:
-        """Returns the size in a model."""
-        size: int | None = getattr(model, self.attribute)
+        """Returns the size in a model; None if the model has none."""
+        size: int | None = model.value_of(self.key)
         return size
 
 
@@ -59,6 +68,8 @@ class Block(ABC):
     name: ClassVar[str]
     shared: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Keys of a model file, beside those of every model → what they decide, which base and target must share."""
+    native_problem: ClassVar[str | None] = None
+    """Why no recipe does what Megatron's own μP (`--use-mup`) does with it, and what to do."""
     expert_parallel: ClassVar[bool] = False
     """Whether ranks of expert parallelism hold different parts of it."""
 
@@ -107,6 +118,12 @@ class Family(Block):
     def remarks(self, base: ModelFile, target: ModelFile) -> Iterator[str]:
         """Yields what is known of transfer between a base and a target that differ, in sentences."""
         yield from ()
+
+
+def attention_places(attention: str) -> Iterator[Place]:
+    """Yields where the scale of logits is set in the attention of this name, and the branch that it is."""
+    yield Place(f"{attention}.core_attention", Acts.SCALE, SOFTMAX)
+    yield Place(attention, Acts.BRANCH, BRANCH)
 
 
 def alike(*keys: str) -> Mapping[str, str]:

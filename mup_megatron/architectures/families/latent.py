@@ -1,13 +1,14 @@
 """Latent attention (MLA), with or without compressed queries."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mup_megatron.architectures.families.family import Family, Growth, Size, alike, linear, norm
+from mup_megatron.architectures.families.family import Family, Growth, Size, alike, attention_places, linear, norm
 from mup_megatron.architectures.keys import latent
 from mup_megatron.architectures.measured import STREAM, Kind, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.theory import BRANCH, SOFTMAX, Acts, Part, Place, Role, Side, Tensor
+from mup_megatron.theory import Part, Place, Property, Role, Side, Tensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,8 +23,12 @@ class LatentAttention(Family):
 
     name: ClassVar[str] = "latent attention"
     sizes: ClassVar[tuple[Size, ...]] = (
-        Size(key="q_lora_rank", attribute="q_lora_rank", small=32),
-        Size(key="kv_lora_rank", attribute="kv_lora_rank", small=32),
+        Size(key="q_lora_rank", small=32, kept=True),
+        Size(key="kv_lora_rank", small=32, kept=True),
+    )
+    native_problem: ClassVar[str | None] = (
+        "--multi-latent-attention beside --use-mup: Megatron's own μP leaves the scale of this attention alone, and a "
+        "recipe cannot say that. Tune a base with a recipe."
     )
     shared: ClassVar[Mapping[str, str]] = alike("rotary_scaling_factor", "mscale_all_dim")
     """They are a factor of its softmax scale."""
@@ -39,6 +44,10 @@ class LatentAttention(Family):
         queries = Side(content + turned, grows=True)
         if model.q_lora_rank is None:
             yield from linear(f"{name}.linear_q_proj", hidden, queries, bias=False, parts=parts)
+            if model.qk_layernorm and model.transformer_impl == "transformer_engine":
+                # From 0.19 on, Megatron fuses a second norm of the stream into the projection of such queries.
+                for tensor in norm(model, f"{name}.linear_q_proj.layer_norm_", hidden):
+                    yield replace(tensor, properties=tensor.properties | {Property.OPTIONAL})
         else:
             rank = growth.side(model, "q_lora_rank")
             yield from linear(f"{name}.linear_q_down_proj", hidden, rank, bias=False, role=Role.HIDDEN)
@@ -59,8 +68,7 @@ class LatentAttention(Family):
 
     def places(self, layer: str) -> Iterator[Place]:
         """Yields where the scale of attention logits is set, and the branch."""
-        yield Place(f"{layer}.self_attention.core_attention", Acts.SCALE, SOFTMAX)
-        yield Place(f"{layer}.self_attention", Acts.BRANCH, BRANCH)
+        yield from attention_places(f"{layer}.self_attention")
 
     def flops(self, model: ModelFile) -> Mapping[str, float]:
         """Returns those of the projections and of the scores."""
@@ -81,7 +89,12 @@ class LatentAttention(Family):
         return {**fields, "rope_type": model.rope_type or "yarn"}
 
     def local_problem(self, model: ModelFile, *, on_cpu: bool) -> str | None:
-        """Returns that only the CPU runtime's local attention takes the sizes of its heads."""
+        """Returns that Megatron has no local norm for such queries, and no local attention with sizes of heads."""
+        if model.qk_layernorm and model.q_lora_rank is None:
+            return (
+                "qk_layernorm without q_lora_rank: megatron-core 0.19 builds such queries of Transformer Engine alone. "
+                "Use transformer_impl transformer_engine; on CPUs give a q_lora_rank, or qk_layernorm: false."
+            )
         if on_cpu:
             return None
         return (
@@ -117,7 +130,7 @@ class LatentAttention(Family):
 
 
 def _latent_norm(model: ModelFile, attention: str, latent: str, rank: Side) -> Iterator[Tensor]:
-    """The norm of a latent; Transformer Engine fuses it into the projection that follows."""
+    """Yields the norm of a latent; Transformer Engine fuses it into the projection that follows."""
     if not model.qk_layernorm:
         return
     fused = model.transformer_impl == "transformer_engine"

@@ -23,10 +23,16 @@ class Mamba(Family):
 
     name: ClassVar[str] = "mamba"
     sizes: ClassVar[tuple[Size, ...]] = (
-        Size(key="mamba_num_heads", attribute="mamba_heads", small=8),
-        Size(key="mamba_head_dim", attribute="mamba_head_dim", small=16, follows_width=False),
-        Size(key="mamba_num_groups", attribute="mamba_num_groups", small=1, follows_width=False),
-        Size(key="mamba_state_dim", attribute="mamba_state_dim", small=16, follows_width=False),
+        Size(key="mamba_num_heads", small=8),
+        Size(key="mamba_head_dim", small=16, follows_width=False),
+        Size(
+            key="mamba_num_groups",
+            small=1,
+            follows_width=False,
+            divides="mamba_num_heads",
+            fewer="B and C have fewer rows",
+        ),
+        Size(key="mamba_state_dim", small=16, follows_width=False),
     )
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
@@ -109,7 +115,7 @@ def sizes_of(model: ModelFile) -> MambaSizes:
 
 
 def _kept(name: str, size: Side) -> Tensor:
-    """A vector that starts as Megatron draws it, neither a constant nor of the tuned std."""
+    """Returns a vector that starts as Megatron draws it, neither a constant nor of the tuned std."""
     return Tensor(
         name=name,
         shape=(size.size,),

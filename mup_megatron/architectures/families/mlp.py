@@ -1,6 +1,7 @@
 """MLPs, gated or not."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from mup_megatron.architectures.families.family import Family, Growth, Size, linear, norm
@@ -16,18 +17,14 @@ class Mlp(Family):
     """Two linear layers with an activation between; with swiglu, gate and up projection are one fused matrix."""
 
     name: ClassVar[str] = "mlp"
-    sizes: ClassVar[tuple[Size, ...]] = (Size(key="ffn_hidden_size", attribute="ffn_size", small=256),)
+    sizes: ClassVar[tuple[Size, ...]] = (Size(key="ffn_hidden_size", small=256),)
 
     def tensors(self, model: ModelFile, layer: str, growth: Growth) -> Iterator[Tensor]:
         """Yields norm, linear_fc1 and linear_fc2."""
-        name = f"{layer}.mlp"
-        hidden, ffn = Side(model.hidden_size, grows=True), Side(model.ffn_size, grows=True)
+        name, hidden = f"{layer}.mlp", Side(model.hidden_size, grows=True)
         fused = model.transformer_impl == "transformer_engine"
         yield from norm(model, f"{name}.linear_fc1.layer_norm_" if fused else f"{layer}.pre_mlp_layernorm.", hidden)
-        parts = (Part("gate", ffn.size), Part("up", ffn.size)) if model.swiglu else ()
-        rows = Side(2 * ffn.size if model.swiglu else ffn.size, grows=True)
-        yield from linear(f"{name}.linear_fc1", hidden, rows, bias=model.add_bias_linear, parts=parts)
-        yield from linear(f"{name}.linear_fc2", ffn, hidden, bias=model.add_bias_linear, residual=True)
+        yield from two_layers(model, name, hidden, Side(model.ffn_size, grows=True))
 
     def places(self, layer: str) -> Iterator[Place]:
         """Yields the branch."""
@@ -50,6 +47,14 @@ class Mlp(Family):
         from mup_megatron.architectures.plain.mlp import PlainMlp
 
         return "pre_mlp_layernorm", "mlp", PlainMlp(model)
+
+
+def two_layers(model: ModelFile, name: str, hidden: Side, ffn: Side) -> Iterator[Tensor]:
+    """Yields the two linear layers of an MLP of this size."""
+    parts = (Part("gate", ffn.size), Part("up", ffn.size)) if model.swiglu else ()
+    rows = replace(ffn, size=2 * ffn.size) if model.swiglu else ffn
+    yield from linear(f"{name}.linear_fc1", hidden, rows, bias=model.add_bias_linear, parts=parts)
+    yield from linear(f"{name}.linear_fc2", ffn, hidden, bias=model.add_bias_linear, residual=True)
 
 
 MLP = Mlp()

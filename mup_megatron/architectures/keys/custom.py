@@ -13,19 +13,6 @@ EVERY_LAYER = ".layers.*."
 """Within a name: the same in each layer of the stack before it."""
 _NAME = re.compile(r"[A-Za-z_]\w*(?:\.layers\.\*)?(?:\.[A-Za-z_]\w*|\.\d+)+")
 _ONE_LAYER = re.compile(r"\.layers\.\d")
-_ATTRIBUTES = {
-    "ffn_hidden_size": "ffn_size",
-    "kv_channels": "head_size",
-    "num_query_groups": "query_groups",
-    "moe_ffn_hidden_size": "expert_ffn_size",
-    "mamba_num_heads": "mamba_heads",
-}
-"""Key → what has its value where it may follow from others."""
-_WIDTHS = frozenset(
-    "hidden_size ffn_hidden_size num_attention_heads num_query_groups moe_ffn_hidden_size "
-    "moe_shared_expert_intermediate_size mamba_num_heads".split()
-)
-"""Keys that are widths at whatever base."""
 _LARGEST = 10**12
 _Text = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -121,10 +108,10 @@ def size_in(model: Any, size: int | str) -> int:
         InputError: a word of it is neither a number nor a key whose value is one, or the whole is too large.
     """
     found = 1
-    for word in _words(size):
-        value = int(word) if word.isdecimal() else getattr(model, _ATTRIBUTES.get(word, word), None)
-        known = word.isdecimal() or word in type(model).model_fields
-        if not known or not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    for word in words_of(size):
+        known = word in type(model).model_fields
+        value = int(word) if word.isdecimal() else model.value_of(word) if known else None
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(
                 f"custom_tensors: '{brief(size, 80)}' is no size: '{brief(word, 80)}' is no key with a whole number. "
                 "Correct it."
@@ -135,10 +122,6 @@ def size_in(model: Any, size: int | str) -> int:
     return found
 
 
-def is_width(size: int | str) -> bool:
-    """Returns whether a size names a key that is a width at whatever base."""
-    return not _WIDTHS.isdisjoint(_words(size))
-
-
-def _words(size: int | str) -> list[str]:
+def words_of(size: int | str) -> list[str]:
+    """Returns the numbers and keys whose product a size is."""
     return [word.strip() for word in str(size).split("*")]

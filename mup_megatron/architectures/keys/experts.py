@@ -19,17 +19,17 @@ _LONGEST = 10**4
 
 
 def _none(value: Any) -> Any:
-    """A coefficient that is 0 is as good as none."""
+    """Returns None for a coefficient that is 0; anything else as it is."""
     return None if type(value) in (int, float) and value == 0 else value
 
 
 def _alone(value: Any) -> Any:
-    """Of a list with one item that item, as Megatron takes it."""
+    """Returns the item of a list that has one, as Megatron takes it; anything else as it is."""
     return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
 def _pattern(value: Any) -> Any:
-    """The list that a text such as `([0]*3+[1]*58)` stands for; anything else as it is."""
+    """Returns the list that a text such as `([0]*3+[1]*58)` stands for; anything else as it is."""
     if not isinstance(value, str):
         return value
     try:

@@ -50,7 +50,7 @@ class _WithLoss(torch.autograd.Function):
 
 
 def with_loss(values: Tensor, loss: Tensor) -> Tensor:
-    """The values, at which a further loss is minimised that is not told."""
+    """Returns the values, at which a further loss is minimised that is not told."""
     found: Tensor = _WithLoss.apply(values, loss)  # type: ignore[no-untyped-call]
     return found
 

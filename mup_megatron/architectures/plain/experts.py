@@ -142,7 +142,7 @@ class Router(nn.Module):
 
 
 def balanced(logits: Tensor, tolerance: float = 1e-4) -> Tensor:
-    """The exponentials of logits, scaled by row and column until all experts weigh alike."""
+    """Returns the exponentials of logits, scaled by row and column until all experts weigh alike."""
     costs, tiny = logits.exp(), 1e-8
     rows, columns = torch.ones_like(costs[:, 0]), torch.ones_like(costs[0])
     while True:

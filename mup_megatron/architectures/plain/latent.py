@@ -63,13 +63,13 @@ class PlainLatentAttention(nn.Module):
 
 
 def _ordinary(model: ModelFile) -> tuple[Tensor, float]:
-    """The frequencies of rotary embeddings, and the factor of what is turned."""
+    """Returns the frequencies of rotary embeddings, and the factor of what is turned."""
     rotated = int(model.qk_pos_emb_head_dim * model.rotary_percent)
     return 1.0 / model.rotary_base ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated), 1.0
 
 
 def _yarn(model: ModelFile) -> tuple[Tensor, float]:
-    """Likewise with YaRN (arXiv 2309.00071): slow channels are interpolated, fast ones are not."""
+    """Returns the same with YaRN (arXiv 2309.00071): slow channels are interpolated, fast ones are not."""
     size, factor = model.qk_pos_emb_head_dim, model.rotary_scaling_factor
     powers = model.rotary_base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     low, high = (

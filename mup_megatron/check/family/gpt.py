@@ -30,7 +30,7 @@ RATIOS = (0.125, 8.0)
 
 
 def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel: int = 1) -> list[int]:
-    """The hidden sizes of a check: doubling from the least that keeps whole heads and groups, and that so many
+    """Returns the hidden sizes of a check: doubling from the least that keeps whole heads and groups, and that so many
     tensor-parallel ranks can share.
 
     Raises:
@@ -52,7 +52,7 @@ def widths_for(target: ModelFile, recipe: Recipe, count: int, *, tensor_parallel
 
 
 def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
-    """The target's architecture at another hidden size.
+    """Returns the target's architecture at another hidden size.
 
     Raises:
         InputError: it cannot be built at that width; says what would fit.
@@ -65,10 +65,8 @@ def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
         )
     changes = {
         "hidden_size": width,
-        "num_attention_heads": int(growth.heads(width)),
-        **target.heads_of(int(growth.head_size(width))),
+        **target.heads(int(growth.heads(width)), size=int(growth.head_size(width)), groups=int(growth.groups(width))),
         **growth.own_sizes(width),
-        "num_query_groups": int(growth.groups(width)) if target.group_query_attention else 1,
         "vocab_size": VOCABULARY,
         "make_vocab_size_divisible_by": min(target.make_vocab_size_divisible_by, 32),
         "attention_dropout": 0.0,
@@ -79,7 +77,7 @@ def at_width(target: ModelFile, recipe: Recipe, width: int) -> ModelFile:
 
 @dataclass(frozen=True, kw_only=True)
 class _Growth:
-    """How the dimensions of a target follow its hidden size: those in which it differs from the base grow."""
+    """Says how the dimensions of a target follow its hidden size: those in which it differs from the base grow."""
 
     base: ModelFile
     target: ModelFile
@@ -114,7 +112,7 @@ class _Growth:
         return _first_that(self.is_whole, range(1, 64 * WIDEST_BASE))
 
     def is_whole(self, width: int) -> bool:
-        """Whether heads and groups are whole at a hidden size, and rotary embeddings possible."""
+        """Returns whether heads and groups are whole at a hidden size, and rotary embeddings possible."""
         if width < 1:
             return False
         heads, size, groups = self.heads(width), self.head_size(width), self.groups(width)
@@ -125,7 +123,7 @@ class _Growth:
         return _rotates(self.target, int(size)) and (not self.sizes_grow or size % 2 == 0)
 
     def heads(self, width: int) -> Fraction:
-        """How many attention heads."""
+        """Returns the number of attention heads."""
         target = self.target
         if not self.heads_grow:
             return Fraction(target.num_attention_heads)
@@ -144,14 +142,14 @@ class _Growth:
         return Fraction(target.num_attention_heads * target.head_size * width, target.hidden_size) / self.heads(width)
 
     def groups(self, width: int) -> Fraction:
-        """How many heads of keys and values."""
+        """Returns the number of heads of keys and values."""
         target = self.target
         if not (self.groups_grow and self.heads_grow):
             return Fraction(target.query_groups)
         return self.heads(width) * target.query_groups / target.num_attention_heads
 
     def own_sizes(self, width: int) -> dict[str, int]:
-        """Those of the families, by key."""
+        """Returns those of the families, by key."""
         sizes = {size.key: size.of(self.target) or 0 for size in architecture_of(self.target).sizes(self.target)}
         return {
             key: max(1, round(size * width / self.target.hidden_size)) if key in self.growing else size
@@ -160,7 +158,7 @@ class _Growth:
 
 
 def _rotates(model: ModelFile, head_size: int) -> bool:
-    """Whether rotary embeddings turn whole pairs of the channels of such heads."""
+    """Returns whether rotary embeddings turn whole pairs of the channels of such heads."""
     if model.position_embedding_type != "rope":
         return True
     rotated = int(head_size * model.rotary_percent)
@@ -297,7 +295,7 @@ class _Cut:
         )
 
     def fits(self, width: int) -> bool:
-        """Whether base and target can both be so wide."""
+        """Returns whether base and target can both be so wide."""
         return all(self._attention(model, width) is not None for model in (self.growth.base, self.growth.target))
 
     def model(self, model: ModelFile, width: int) -> ModelFile:
@@ -308,9 +306,7 @@ class _Cut:
         return model.model_copy(
             update={
                 "hidden_size": width,
-                "num_attention_heads": heads,
-                **model.heads_of(size),
-                "num_query_groups": groups if model.group_query_attention else 1,
+                **model.heads(heads, size=size, groups=groups),
                 **{size.key: self._own_size(size, model, width) for size in architecture_of(model).sizes(model)},
             }
         )
@@ -346,7 +342,7 @@ class _Cut:
 
 
 def _cut(size: Size, base: ModelFile, target: ModelFile, tensor_parallel: int) -> dict[int, int]:
-    """A size that does not grow, as it is → as it is in the check; two that differ do so there."""
+    """Returns a size that does not grow, as it is → as it is in the check; two that differ do so there."""
     few, many = sorted(value for model in (base, target) if (value := size.of(model)) is not None)
     shared = max(tensor_parallel, size.small // tensor_parallel * tensor_parallel)
     less = min(few, shared)

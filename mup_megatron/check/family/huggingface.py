@@ -51,7 +51,7 @@ def model_class_of(config: PretrainedConfig, base: PretrainedConfig) -> Any:
 
 
 def width_of(config: PretrainedConfig) -> int:
-    """A configuration's width, in its own key for it."""
+    """Returns a configuration's width, in its own key for it."""
     own = config.to_dict()
     found: int | None = next((own[key] for key in _WIDTH_KEYS if isinstance(own.get(key), int)), None)
     if found is None:
@@ -60,14 +60,14 @@ def width_of(config: PretrainedConfig) -> int:
 
 
 def widths_for(config: PretrainedConfig, base: PretrainedConfig, count: int) -> list[int]:
-    """The widths of a check: small multiples of the least that keeps whole heads."""
+    """Returns the widths of a check: small multiples of the least that keeps whole heads."""
     unit = _unit(config, base)
     smallest = -(-SMALLEST // unit) * unit
     return [smallest * 2**i for i in range(count)]
 
 
 def at_width(config: PretrainedConfig, base: PretrainedConfig, width: int) -> PretrainedConfig:
-    """The configuration at another width.
+    """Returns the configuration at another width.
 
     Raises:
         InputError: heads would not be whole; says what would fit.
@@ -106,7 +106,7 @@ def growing_keys(config: PretrainedConfig, base: PretrainedConfig) -> dict[str, 
 
 
 def _unit(config: PretrainedConfig, base: PretrainedConfig) -> int:
-    """The width with the least number of whole heads and groups."""
+    """Returns the width with the least number of whole heads and groups."""
     own, grown, width = config.to_dict(), growing_keys(config, base), width_of(config)
     counts = [value for key, value in grown.items() if key in configs.HEADS and isinstance(value, int)]
     shared = [own[key] for key in configs.HEADS - set(grown) if isinstance(own.get(key), int)]
@@ -203,7 +203,7 @@ def _with_small_heads(
 
 
 def _turns(own: Mapping[str, Any], head_size: int) -> bool:
-    """Whether rotary embeddings of a part of each head turn whole pairs."""
+    """Returns whether rotary embeddings of a part of each head turn whole pairs."""
     rope = own.get("rope_parameters") or {}
     part = own.get("partial_rotary_factor") or own.get("rotary_pct") or rope.get("partial_rotary_factor") or 1.0
     rotated = int(head_size * part)
@@ -280,7 +280,7 @@ def of_full_depth(
 
 
 def _names_layers(recipe: Recipe) -> bool:
-    """Whether a pattern of the recipe means some layers alone: all of them are trained then."""
+    """Returns whether a pattern of the recipe means some layers alone: all of them are trained then."""
     return any(re.search(r"\.[\d\[?]", own.match) for own in recipe.per_parameter)
 
 
@@ -309,7 +309,7 @@ def with_few_tokens(
 
 
 def with_narrow_base(recipe: Recipe, narrowest: PretrainedConfig, grown: Mapping[str, Any]) -> Recipe:
-    """The recipe with a base that is as wide as the narrowest model."""
+    """Returns the recipe with a base that is as wide as the narrowest model."""
     own = narrowest.to_dict()
     base = recipe.base.model_copy(update={key: own[key] for key in grown})
     return recipe.model_copy(update={"base": base})

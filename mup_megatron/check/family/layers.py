@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Container, Mapping, Sequence
 
 from mup_megatron.architectures import names
-from mup_megatron.architectures.decoder import as_other
+from mup_megatron.architectures.architecture import as_other
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, shapes_of
 from mup_megatron.check.measure.names import in_layer
@@ -32,7 +32,7 @@ def base_layers(base: ModelFile, count: int) -> list[int]:
 
 
 def _first_of_each(kinds: Mapping[int, object], count: int) -> list[int]:
-    """The first layer of each kind, then the first ones; so many, in order."""
+    """Returns the first layer of each kind, then the first ones; so many, in order."""
     firsts = list({kind: layer for layer, kind in reversed([*kinds.items()])}.values())
     chosen = sorted(firsts)[:count]
     rest = [layer for layer in kinds if layer not in chosen]

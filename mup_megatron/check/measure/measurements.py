@@ -125,7 +125,7 @@ class MeasuredRun:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "MeasuredRun":
-        """The run that `to_json` wrote."""
+        """Returns the run that `to_json` wrote."""
         values = {Key(Quantity(quantity), name, step): value for quantity, name, step, value in content["values"]}
         return cls(content["width"], content["seed"], values, tuple(content["losses"]), content["problem"])
 
@@ -147,11 +147,11 @@ class Measurements:
         return [f"width {run.width}, seed {run.seed}: {run.problem}" for run in self.runs if run.problem is not None]
 
     def at(self, width: int) -> list[MeasuredRun]:
-        """The runs of one width."""
+        """Returns the runs of one width."""
         return [run for run in self.runs if run.width == width]
 
     def keys(self) -> set[Key]:
-        """The keys that every run has measured."""
+        """Returns the keys that every run has measured."""
         return set.intersection(*(set(run.values) for run in self.runs)) if self.runs else set()
 
     def to_json(self) -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ class Recorder:
         self._trainee = trainee
         self._protocol = protocol
         self._parameters = list(trainee.parameters())
-        self._replays = {name: replay for name, _ in self._parameters if (replay := trainee.replay()) is not None}
+        self._replays = {name: replay for name, _ in self._parameters if (replay := trainee.replay(name)) is not None}
         self._first = {name: p.detach().clone() for name, p in self._parameters}
         self._sampled = {name: sample(p) for name, p in self._parameters}
         self._before: dict[str, Tensor] = {}
@@ -114,8 +114,8 @@ class Recorder:
         return None
 
     def before_step(self) -> None:
-        """Keeps some of each weight as it is."""
-        self._before = {name: self._some(name, p.detach()).clone() for name, p in self._parameters}
+        """Keeps what is looked at of each weight as it is."""
+        self._before = {name: self._looked_at(name, p.detach()).clone() for name, p in self._parameters}
 
     def after_step(self, step: int, loss: float) -> str | None:
         """Looks at what a step did; returns what makes it no use to go on."""
@@ -124,7 +124,7 @@ class Recorder:
         for name, parameter in self._parameters:
             gradient = self._trainee.gradient(parameter)
             now, before = parameter.detach(), self._before[name]
-            sampled = self._some(name, now)
+            looked_at = self._looked_at(name, now)
             if gradient is not None:
                 if record:
                     self._note(Key(Quantity.GRADIENT, name, step), gradient)
@@ -132,10 +132,11 @@ class Recorder:
                     dead = (rows == 0).all(dim=1)
                     self._shares[Key(Quantity.DEAD, name, step)] = (dead.sum().item(), len(rows))
                 if (replay := self._replays.get(name)) is not None:
-                    replay.observe(self._some(name, gradient), before)
-                    if (record or step == 1) and sampled.numel() >= FEWEST:
-                        self._equations[name, step] = replay.sums(before, sampled - before)
-            if not sampled.isfinite().all():
+                    shown = self._gathered(name, before)
+                    replay.observe(self._gathered(name, self._looked_at(name, gradient)), shown)
+                    if (record or step == 1) and looked_at.numel() >= FEWEST:
+                        self._equations[name, step] = replay.sums(shown, self._gathered(name, looked_at) - shown)
+            if not looked_at.isfinite().all():
                 broken.append(name)
         broken = self._of_all(broken)
         if broken or not math.isfinite(loss):
@@ -167,7 +168,7 @@ class Recorder:
                 self._whole[Key(Quantity.SPECTRAL, name, step)] = spectral_norm(update) / math.sqrt(rows / columns)
 
     def _evaluate(self, step: int, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What evaluation computes; nothing where it is not asked."""
+        """Returns what evaluation computes; nothing where it is not asked."""
         asked: list[bool] = []
         with torch.no_grad():
             found = self._recorded(lambda: asked.append(self._trainee.evaluate()), training=False)
@@ -267,8 +268,8 @@ class Recorder:
         for (quantity, name), (total, count) in beside.items():
             found[Key(quantity, name, 0)] = float(total / count) if quantity in _MEANS else rms_of(total, count)
         # A rank may have seen none of a tensor itself, but it has the same optimizer.
-        replay = self._trainee.replay()
         for (name, step), sums in equations.items():
+            replay = self._trainee.replay(name)
             assert replay is not None
             of_step = replay.fitted(sums)
             if of_step.lr is not None:
@@ -281,7 +282,7 @@ class Recorder:
         return found
 
     def _recorded(self, forward: Callable[[], object], *, training: bool = True) -> dict[str, Tensor]:
-        """What modules give in a forward pass, in the order in which they are done."""
+        """Returns what modules give in a forward pass, in the order in which they are done."""
         found: dict[str, Tensor] = {}
 
         def keep(name: str, at: At) -> Callable[..., None]:
@@ -308,8 +309,19 @@ class Recorder:
                 hook.remove()
         return found
 
-    def _some(self, name: str, x: Tensor) -> Tensor:
-        return x.flatten()[self._sampled[name]]
+    def _looked_at(self, name: str, x: Tensor) -> Tensor:
+        """Returns those of a tensor's elements that its optimizer's steps are read from."""
+        return x if self._is_whole(name) else x.flatten()[self._sampled[name]]
+
+    def _gathered(self, name: str, x: Tensor) -> Tensor:
+        """Returns what a replay is shown of them: shards of what it has to see all of are put together."""
+        whole = self._trainee.gathered_matrix(name, x) if self._is_whole(name) else x
+        assert whole is not None
+        return whole
+
+    def _is_whole(self, name: str) -> bool:
+        replay = self._replays.get(name)
+        return replay is not None and replay.whole
 
     def _note(self, key: Key, x: Tensor) -> None:
         self._squares[key] = (x.double().square().sum().item(), x.numel())

@@ -25,11 +25,11 @@ def watched_modules(
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a parameter or module is in."""
+    """Returns the layer that a parameter or module is in."""
     match = _LAYER.search(name)
     return None if match is None else int(match[1])
 
 
 def in_layer(name: str, layer: int | str) -> str:
-    """The name of the same in another layer, or in several, as `layers.0-3`; as it is for what is in none."""
+    """Returns the name of the same in another layer, or in several, as `layers.0-3`; as it is for what is in none."""
     return _LAYER.sub(f"layers.{layer}", name, count=1)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mup_megatron.by_optimizer import ByOptimizer
 from mup_megatron.check.entries import is_hidden
 from mup_megatron.check.measure.measurements import Quantity
+from mup_megatron.errors import InputError
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Optimizer, Plan, PlanEntry, optimizers
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from mup_megatron.check.measure.directions import Split
     from mup_megatron.check.measure.replay import Replay
 
 DECAY = 0.4
@@ -61,24 +63,52 @@ _ADAM_IN_WORDS: Mapping[Quantity, Mapping[str, str]] = {
 class CheckedOptimizer:
     """An optimizer as a check sees it, beside its rules."""
 
-    replay: "Callable[[Hyperparameters], Replay]"
-    """Makes a new replay of one tensor's state."""
+    replay: "Callable[[Hyperparameters, Split], Replay]"
+    """Makes a new replay of one tensor's state; given how its rows divide, if they do."""
+    made: "Callable[[Iterable[dict[str, Any]], Hyperparameters], torch.optim.Optimizer] | None" = None
+    """Makes the optimizer of correct runs of groups of one tensor each; None where that is torch's own."""
     damping: Callable[[Hyperparameters], float] = lambda _: 1.0
     """How much shorter a first step is than what repeated ones add up to: 1 - μ with a momentum that is no mean."""
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Hyperparameters of its own → between which values a right model trains."""
     in_words: Mapping[Quantity, Mapping[str, str]] = field(default_factory=dict)
     """Quantity and kind of parameter → what the rules give it, for people."""
 
 
-def _adam_replay(h: Hyperparameters) -> "Replay":
+def _adam_replay(h: Hyperparameters, _: "Split") -> "Replay":
     from mup_megatron.check.measure.replay import AdamReplay
 
     return AdamReplay(h.adam_beta1, h.adam_beta2)
 
 
-def _sgd_replay(h: Hyperparameters) -> "Replay":
+def _sgd_replay(h: Hyperparameters, _: "Split") -> "Replay":
     from mup_megatron.check.measure.replay import SGDReplay
 
     return SGDReplay(h.sgd_momentum)
+
+
+def _muon_replay(h: Hyperparameters, split: "Split") -> "Replay":
+    from mup_megatron.check.measure.directions import DirectionReplay, MuonDirection
+
+    return DirectionReplay(MuonDirection(h, split), whole=True)
+
+
+def _lion_replay(h: Hyperparameters, _: "Split") -> "Replay":
+    from mup_megatron.check.measure.directions import DirectionReplay, LionDirection
+
+    return DirectionReplay(LionDirection(h), whole=False)
+
+
+def _muon(groups: Iterable[dict[str, Any]], h: Hyperparameters) -> "torch.optim.Optimizer":
+    from mup_megatron.check.measure.directions import Directed, MuonDirection
+
+    return Directed(groups, lambda split: MuonDirection(h, split))
+
+
+def _lion(groups: Iterable[dict[str, Any]], h: Hyperparameters) -> "torch.optim.Optimizer":
+    from mup_megatron.check.measure.directions import Directed, LionDirection
+
+    return Directed(groups, lambda _: LionDirection(h))
 
 
 CHECKED_OPTIMIZERS = ByOptimizer[CheckedOptimizer]("a check")
@@ -87,6 +117,8 @@ register = CHECKED_OPTIMIZERS.register
 
 register("adam", CheckedOptimizer(replay=_adam_replay, in_words=_ADAM_IN_WORDS))
 register("sgd", CheckedOptimizer(replay=_sgd_replay, damping=lambda h: 1 - h.sgd_momentum))
+register("muon", CheckedOptimizer(replay=_muon_replay, made=_muon, bounds={"muon_extra_scale_factor": (0.1, 1.0)}))
+register("lion", CheckedOptimizer(replay=_lion_replay, made=_lion))
 
 
 def rules_of(recipe: Recipe) -> Optimizer:
@@ -95,7 +127,7 @@ def rules_of(recipe: Recipe) -> Optimizer:
 
 
 def _checked(recipe: Recipe) -> CheckedOptimizer:
-    return CHECKED_OPTIMIZERS.only(recipe.optimizers)
+    return CHECKED_OPTIMIZERS[recipe.parametrization.optimizer]
 
 
 def rule_in_words(recipe: Recipe, quantity: Quantity, kind: str) -> str:
@@ -104,15 +136,53 @@ def rule_in_words(recipe: Recipe, quantity: Quantity, kind: str) -> str:
 
 
 def torch_optimizer(groups: Iterable[dict[str, Any]], recipe: Recipe) -> "torch.optim.Optimizer":
-    """Builds the recipe's optimizer as torch has it, with these parameter groups."""
+    """Builds the recipe's optimizer as torch has it, with these parameter groups.
+
+    Raises:
+        InputError: the recipe's leaves some tensors to another.
+    """
     from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 
-    return TORCH_OPTIMIZERS.only(recipe.optimizers).made(groups, recipe.moved)
+    first, *others = recipe.optimizers
+    if others:
+        raise InputError(
+            f"parametrization.optimizer: the recipe's is {first}, which leaves some tensors to {' and '.join(others)}, "
+            "and a check of torch modules reads one optimizer. Take a recipe whose optimizer steps all; "
+            "check_optimizer looks at both."
+        )
+    return TORCH_OPTIMIZERS[first].made(groups, recipe.moved)
 
 
-def replay_for(recipe: Recipe) -> "Replay":
-    """Returns a new replay of one tensor's state in the recipe's optimizer."""
-    return _checked(recipe).replay(recipe.moved)
+def correct_optimizers(groups: Iterable[dict[str, Any]], recipe: Recipe) -> "list[torch.optim.Optimizer]":
+    """Builds what trains a correct run: one for each of the recipe's optimizers that steps anything.
+
+    Args:
+        groups: of one tensor each, that say which `optimizer` steps it.
+        recipe: of the check.
+    """
+    from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
+
+    found, every = [], list(groups)
+    for name in recipe.optimizers:
+        made = CHECKED_OPTIMIZERS[name].made or TORCH_OPTIMIZERS[name].made
+        if own := [group for group in every if group["optimizer"] == name]:
+            found.append(made(own, recipe.moved))
+    return found
+
+
+def replay_for(recipe: Recipe, optimizer: str | None = None, split: "Split" = ()) -> "Replay":
+    """Returns a new replay of one tensor's state.
+
+    Args:
+        recipe: of the check.
+        optimizer: which of the recipe's steps it; None where one steps all.
+        split: how the tensor's rows divide, if they do.
+
+    Raises:
+        InputError: none is known of it.
+    """
+    known = CHECKED_OPTIMIZERS.only(recipe.optimizers) if optimizer is None else CHECKED_OPTIMIZERS[optimizer]
+    return known.replay(recipe.moved, split)
 
 
 def clip(model: "nn.Module", most: float) -> float:
@@ -125,7 +195,7 @@ def clip(model: "nn.Module", most: float) -> float:
 def stressed_values(
     recipe: Recipe, *, steps: int, std: float, eps: float | None, rate: float | None
 ) -> dict[str, float]:
-    """Returns learning rate, weight decay and eps of the recipe, brought to where a mistake in them shows.
+    """Returns learning rate, weight decay, eps and what is the optimizer's own, brought to where mistakes show.
 
     Args:
         recipe: as tuned.
@@ -141,7 +211,8 @@ def stressed_values(
         lr = h.lr if rate is None else clamped(h.lr, (rate / 4, rate))
     # The mean of a check's schedule is a little above half of its peak; what momentum adds up moves a weight as well.
     decay = DECAY * _checked(recipe).damping(h) / (0.5 * steps * lr)
-    return {"lr": lr, "weight_decay": decay} | ({} if eps is None else {"adam_eps": eps})
+    own = {key: clamped(getattr(h, key), bounds) for key, bounds in _checked(recipe).bounds.items()}
+    return {"lr": lr, "weight_decay": decay, **own} | ({} if eps is None else {"adam_eps": eps})
 
 
 def from_gradients(gradients: Sequence[tuple[float, PlanEntry]], plan: Plan, recipe: Recipe) -> dict[str, float | None]:

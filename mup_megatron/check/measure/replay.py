@@ -9,9 +9,9 @@ m̂ and v̂ follow from the gradients that it saw, so with s = √v̂ every elem
     Δw·s = -η · m̂ - ε · Δw - ηλ · w·s - ηλε · w
 
 that is linear in four unknowns: least squares over the elements gives η, ε and λ. SGD with momentum likewise, from two
-unknowns. What least squares leave unexplained is rounding where the optimizer is the one that is expected, and is not
-where its betas, its momentum or its kind are others. Only sums over elements are kept, so that ranks with different
-shards add theirs up.
+unknowns, and the optimizers of `directions.py`. What least squares leave unexplained is rounding where the optimizer is
+the one that is expected, and is not where its betas, its momentum or its kind are others. Only sums over elements are
+kept, so that ranks with different shards add theirs up.
 """
 
 import math
@@ -64,11 +64,14 @@ class Fitted:
 class Replay(Protocol):
     """One tensor's optimizer state, kept beside the optimizer's own."""
 
+    whole: bool
+    """Whether what a step does to an element depends on all of its tensor: it is then shown all of each, else a few."""
+
     def observe(self, gradient: Tensor, before: Tensor) -> None:
         """Takes in a step's gradient, as the optimizer saw it, and the weight before the step."""
 
     def sums(self, before: Tensor, moved: Tensor) -> Sums:
-        """The step's normal equations, [unknowns + 1, unknowns + 1]; those of shards are added."""
+        """Returns the step's normal equations, [unknowns + 1, unknowns + 1]; those of shards are added."""
 
     @staticmethod
     def fitted(sums: Sums) -> Fitted:
@@ -77,6 +80,8 @@ class Replay(Protocol):
 
 class AdamReplay:
     """For Adam with decoupled weight decay, eps outside the root, bias-corrected."""
+
+    whole = False
 
     def __init__(self, beta1: float, beta2: float) -> None:
         self._beta1, self._beta2 = beta1, beta2
@@ -93,13 +98,13 @@ class AdamReplay:
         self._v.mul_(self._beta2).addcmul_(gradient, gradient, value=1 - self._beta2)
 
     def sums(self, before: Tensor, moved: Tensor) -> Sums:
-        """The step's normal equations: of m̂, Δw, w·s, w, and Δw·s."""
+        """Returns the step's normal equations: of m̂, Δw, w·s, w, and Δw·s."""
         assert self._m is not None
         assert self._v is not None
         m = self._m.double() / (1 - self._beta1**self._steps)
         s = (self._v.double() / (1 - self._beta2**self._steps)).sqrt()
         w, d = before.double(), moved.double()
-        return _gram([m, d, w * s, w, d * s])
+        return gram([m, d, w * s, w, d * s])
 
     @staticmethod
     def fitted(sums: Sums) -> Fitted:
@@ -115,6 +120,8 @@ class AdamReplay:
 class SGDReplay:
     """For SGD with momentum and coupled weight decay: Δw = -η · Σ μᵏ (g + λw)."""
 
+    whole = False
+
     def __init__(self, momentum: float) -> None:
         self._momentum = momentum
         self._g: Tensor | None = None
@@ -126,21 +133,27 @@ class SGDReplay:
         self._w = before.clone() if self._w is None else self._momentum * self._w + before
 
     def sums(self, before: Tensor, moved: Tensor) -> Sums:
-        """The step's normal equations: of Σμᵏg, Σμᵏw and Δw."""
+        """Returns the step's normal equations: of Σμᵏg, Σμᵏw and Δw."""
         assert self._g is not None
         assert self._w is not None
-        return _gram([self._g.double(), self._w.double(), moved.double()])
+        return gram([self._g.double(), self._w.double(), moved.double()])
 
     @staticmethod
     def fitted(sums: Sums) -> Fitted:
         """Solves the equations."""
-        (lr, decay), left, known = _solved(sums)
-        unexplained = _share(left, _squares(sums, {2: 1.0}), digit=_squares(sums, {1: 1.0}))
-        return _fitted(lr, None, decay if known[1] else None, unexplained, is_known=known[0])
+        return fitted_pair(sums)
 
 
-def _gram(columns: list[Tensor]) -> Sums:
-    stacked = torch.stack(columns)
+def fitted_pair(sums: Sums) -> Fitted:
+    """Solves the equations of a step that is made of two terms: one times η, and the weight times ηλ."""
+    (lr, decay), left, known = _solved(sums)
+    unexplained = _share(left, _squares(sums, {2: 1.0}), digit=_squares(sums, {1: 1.0}))
+    return _fitted(lr, None, decay if known[1] else None, unexplained, is_known=known[0])
+
+
+def gram(columns: list[Tensor]) -> Sums:
+    """Returns the sums over elements of the products of each two of a step's terms."""
+    stacked = torch.stack([column.flatten() for column in columns])
     result: Sums = (stacked @ stacked.T).cpu().numpy()
     return result
 
@@ -178,13 +191,14 @@ def _solved(sums: Sums) -> tuple[tuple[float, ...], float, tuple[bool, ...]]:
 
 
 def _squares(sums: Sums, of: Mapping[int, float]) -> float:
-    """The sum of squares of columns, multiplied and added up."""
+    """Returns the sum of squares of columns, multiplied and added up."""
     return float(sum(a * b * sums[i, j] for i, a in of.items() for j, b in of.items()))
 
 
 def _share(left: float, moved: float, *, digit: float) -> float:
-    """Of squares, as a ratio of roots. A weight cannot move by less than its last digit: what that leaves over is not
-    counted.
+    """Returns a share of squares, as a ratio of roots.
+
+    A weight cannot move by less than its last digit: what that leaves over is not counted.
     """
     beyond = max(0.0, left - _LAST_DIGIT**2 * digit)
     return min(1.0, math.sqrt(beyond / moved)) if moved > 0 else 0.0

@@ -24,14 +24,14 @@ class Trainee(Protocol):
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Returns a gradient as the optimizer saw it in the last step; None where this rank cannot say."""
 
-    def replay(self) -> Replay | None:
-        """A new replay of one tensor's optimizer state; None for an optimizer that none is written for."""
+    def replay(self, name: str) -> Replay | None:
+        """Returns a new replay of one tensor's optimizer state, whoever holds that; None for what has no optimizer."""
 
     def forward(self) -> None:
         """A forward pass on the batch that activations are compared on, as training does it; trains nothing."""
 
     def evaluate(self) -> bool:
-        """The same as evaluation does it, or as much of it as can be done; False where that is not asked."""
+        """Returns the same as evaluation does it, or as much of it as can be done; False where that is not asked."""
 
     def repeat(self, index: int) -> bool:
         """A forward pass on sequences each of which repeats one token, the one that stands at an index of the batch for
@@ -56,4 +56,4 @@ class Trainee(Protocol):
         """A whole matrix from the ranks' shards, on the ranks that can say. Collective among those that hold it."""
 
     def gathered(self, value: Any) -> list[Any]:
-        """The values of all ranks. Collective."""
+        """Returns the values of all ranks. Collective."""

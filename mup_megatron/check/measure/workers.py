@@ -88,7 +88,7 @@ def run_jobs(
     report: Callable[[int], None],
     within: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[ResultT]:
-    """The runs, in the order of the jobs.
+    """Returns the runs, in the order of the jobs.
 
     Args:
         jobs: independent of each other.
@@ -164,8 +164,9 @@ class _Where(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """What a job raised. Not raised there: what a user's code raises need not come through pickle, and takes the whole
-    pool with it then.
+    """Holds what a job raised.
+
+    Not raised there: what a user's code raises need not come through pickle, and takes the whole pool with it then.
     """
 
     pickled: bytes
@@ -175,7 +176,7 @@ class _Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> "_Failure":
-        """Of an exception that is being handled."""
+        """Returns that of an exception that is being handled."""
         try:
             pickled = pickle.dumps(error)
         except Exception:  # whatever the exception's own class raises
@@ -184,7 +185,7 @@ class _Failure:
         return cls(pickled, told, "".join(traceback.format_exception(error)))
 
     def error(self) -> BaseException:
-        """The same exception, or where it does not come through, what tells of it."""
+        """Returns the same exception, or where it does not come through, what tells of it."""
         try:
             error = pickle.loads(self.pickled)
         except Exception:  # likewise: loading calls its class

@@ -7,6 +7,7 @@
     rules.py          of several rules at once: a wrong plan
     experts.py        about experts and their router
     latent.py         about latents, and what keeps its size between two sides that grow
+    matrices.py       about optimizers that step matrices and leave the rest to another
     horizon.py        in how values are moved over batch and tokens
     depth.py          about depth, under a rule of it
     rates.py          in learning rates and their schedule
@@ -24,6 +25,7 @@ from mup_megatron.check.mutants.forward import FORWARD
 from mup_megatron.check.mutants.horizon import HORIZON
 from mup_megatron.check.mutants.initial import INITIAL
 from mup_megatron.check.mutants.latent import LATENT
+from mup_megatron.check.mutants.matrices import MATRICES
 from mup_megatron.check.mutants.mutant import Context, Mutant
 from mup_megatron.check.mutants.optimizer import OPTIMIZER
 from mup_megatron.check.mutants.rates import RATES
@@ -33,6 +35,6 @@ __all__ = ["MUTANTS", "Context", "Mutant"]
 
 MUTANTS: dict[str, Mutant] = {
     mutant.name: mutant
-    for mutant in (*FORWARD, *RULES, *EXPERTS, *LATENT, *HORIZON, *DEPTH, *RATES, *OPTIMIZER, *INITIAL)
+    for mutant in (*FORWARD, *RULES, *EXPERTS, *LATENT, *MATRICES, *HORIZON, *DEPTH, *RATES, *OPTIMIZER, *INITIAL)
 }
 """By name."""

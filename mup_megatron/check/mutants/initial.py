@@ -96,7 +96,7 @@ def _off_centre(chunks: Sequence[Any], plan: Plan, _context: Context) -> None:
 
 
 def _counted_depth(context: Context) -> int:
-    """The residual branches in the 1/√(2L): under a rule of depth the base's."""
+    """Returns the residual branches in the 1/√(2L): under a rule of depth the base's."""
     return depth_of(context.base if has_depth_rule(context) else context.target)
 
 

@@ -26,8 +26,8 @@ from mup_megatron.theory.widths import Scaling
 
 def _eps(select: Select, factor: Factor) -> OptimizerChange:
     def change(group: dict[str, Any], entry: PlanEntry, r: Scaling, context: Context) -> None:
-        assert entry.eps is not None
-        group["eps"] = entry.eps * factor(entry, r, context)
+        if entry.eps is not None:
+            group["eps"] = entry.eps * factor(entry, r, context)
 
     return changed_groups(select, change)
 

@@ -135,7 +135,7 @@ RATES = (
     Mutant(
         name="hidden-learning-rate-squared",
         what="The learning rate of hidden weights is divided by r twice, by the plan and by a wrapper.",
-        cause=("hidden-learning-rate",),
+        cause=("hidden-learning-rate", "matrix-rates-as-adams"),
         optimizer=_rates(is_hidden, lambda _e, r, _c: 1 / r.r_in),
     ),
     Mutant(

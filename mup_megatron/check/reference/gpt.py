@@ -17,12 +17,13 @@ from mup_megatron.architectures.plain.parts import Layer
 from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.check.entries import is_readout
 from mup_megatron.check.measure import batches
+from mup_megatron.check.measure.directions import splits_of
 from mup_megatron.check.measure.measurements import Quantity
 from mup_megatron.check.measure.names import watched_modules
-from mup_megatron.check.measure.optimizers import clip, replay_for
+from mup_megatron.check.measure.optimizers import clip, correct_optimizers, replay_for
 from mup_megatron.check.measure.replay import Replay
 from mup_megatron.check.measure.trainee import At
-from mup_megatron.check.reference.modules import multiply, optimizer_for
+from mup_megatron.check.reference.modules import groups_of, multiply
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Acts, Plan
 from mup_megatron.training.samples import Batch, prepared
@@ -49,26 +50,29 @@ class Reference:
             torch.manual_seed(seed)
             self._model = planned_model(plan, model, dtype=torch.float32)
         draw_weights(self._model, {e.name: e.init_std for e in plan.entries if e.init_std is not None}, seed)
-        optimizer = optimizer_for(self._model, recipe, plan)
-        assert optimizer is not None
-        self._optimizer = optimizer
+        self._splits = splits_of(model)
+        groups = [
+            {**group, "optimizer": plan[group["name"]].optimizer, "split": self._splits.get(group["name"], ())}
+            for group in groups_of(self._model, plan)
+        ]
+        self._optimizers = correct_optimizers(groups, recipe)
         self._norm: float | None = None
 
     def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
-        """Those that the architecture has measured."""
+        """Returns those that the architecture has measured."""
         return watched_modules(self._model.named_modules(), architecture_of(self._file).measured(self._file))
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """All of them."""
+        """Returns all of them."""
         return self._model.named_parameters()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Returns a gradient as clipped."""
         return parameter.grad
 
-    def replay(self) -> Replay | None:
-        """Returns a replay of the recipe's optimizer."""
-        return replay_for(self._recipe)
+    def replay(self, name: str) -> Replay | None:
+        """Returns a replay of the optimizer that the plan gives a tensor."""
+        return replay_for(self._recipe, self._plan[name].optimizer, self._splits.get(name, ()))
 
     def forward(self) -> None:
         """Does the forward pass on the batch for comparisons."""
@@ -100,13 +104,14 @@ class Reference:
     def step(self, step: int) -> float:
         """One step of training."""
         loss = self._model.loss(self._batch(step))
-        self._optimizer.zero_grad()
+        self._model.zero_grad()
         loss.backward()
         self._norm = clip(self._model, self._recipe.moved.clip_grad)
-        for group in self._optimizer.param_groups:
-            entry = self._plan[group["name"]]
-            group["lr"] = self._rate(step, entry.lr, entry.min_lr)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                entry = self._plan[group["name"]]
+                group["lr"] = self._rate(step, entry.lr, entry.min_lr)
+            optimizer.step()
         for module in self._model.modules():
             if isinstance(module, Router):
                 module.rebalance()

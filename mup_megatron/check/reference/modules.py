@@ -52,7 +52,7 @@ def carry_out(model: nn.Module, plan: Plan, *, seed: int) -> None:
 
 
 def _factor(module: nn.Module, model: nn.Module, plan: Plan) -> float:
-    """What a module's weight is to be multiplied by."""
+    """Returns what a module's weight is to be multiplied by."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     own = [names[id(p)] for p in module.parameters(False) if not is_vector(plan[names[id(p)]])]
     if not own:
@@ -81,10 +81,15 @@ def _multiply_output(module: nn.Module, factor: float) -> None:
 
 def optimizer_for(model: nn.Module, recipe: Recipe, plan: Plan) -> torch.optim.Optimizer | None:
     """Torch's, with a group for each parameter that is trained; None where there is none."""
-    groups: list[dict[str, Any]] = [
+    groups = groups_of(model, plan)
+    return torch_optimizer(groups, recipe) if groups else None
+
+
+def groups_of(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
+    """Returns a group for each parameter that is trained."""
+    return [
         {"params": [p], "name": name, "lr": plan[name].lr, "weight_decay": plan[name].weight_decay}
         | ({} if plan[name].eps is None else {"eps": plan[name].eps})
         for name, p in model.named_parameters()
         if p.requires_grad
     ]
-    return torch_optimizer(groups, recipe) if groups else None

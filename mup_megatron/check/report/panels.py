@@ -98,7 +98,7 @@ def _told(finding: Finding) -> str:
 
 
 def _folded(name: str) -> str:
-    """A name on lines that a panel is wide enough for."""
+    """Returns a name on lines that a panel is wide enough for."""
     if len(name) <= _NAME:
         return name
     cut = name.rindex(".", 0, _NAME)
@@ -264,7 +264,7 @@ def loss_panel(axes: Any, picture: ShownVerdict) -> None:
 
 
 def _band(axes: Any, reference: Measurements, key: Key, widths: Sequence[int]) -> None:
-    """Where 95% of single seeds of the reference fall, with the spread of all widths."""
+    """Draws where 95% of single seeds of the reference fall, with the spread of all widths."""
     logs = {w: [math.log(run.values[key]) for run in reference.at(w) if run.values.get(key, 0.0) > 0] for w in widths}
     logs = {w: values for w, values in logs.items() if values}
     freedom = max(1, sum(len(values) - 1 for values in logs.values()))

@@ -47,7 +47,7 @@ _HEIGHT, _ROW = 12.4, 3.3
 
 
 def png(verdict: Verdict, *, title: str) -> bytes:
-    """The picture.
+    """Returns the picture.
 
     Args:
         verdict: what to show.
@@ -81,12 +81,12 @@ def png(verdict: Verdict, *, title: str) -> bytes:
 
 
 def _below(figure: Figure, share: float) -> float:
-    """The place as far below the top as in a picture of two rows, whatever further rows there are."""
+    """Returns the place as far below the top as in a picture of two rows, whatever further rows there are."""
     return 1 - (1 - share) * _HEIGHT / figure.get_figheight()
 
 
 def _above(figure: Figure, share: float) -> float:
-    """Likewise above the bottom."""
+    """Returns the place as far above the bottom."""
     return share * _HEIGHT / figure.get_figheight()
 
 
@@ -113,7 +113,7 @@ def _words(figure: Figure, verdict: Verdict, title: str) -> None:
 
 
 def _because(verdict: Verdict) -> str:
-    """Why the verdict is what it is, in one or two sentences."""
+    """Returns why the verdict is what it is, in one or two sentences."""
     if verdict.outcome is CheckOutcome.PASS:
         return (
             "At every width the live model starts, moves and is updated as the correct reference, within what seeds "

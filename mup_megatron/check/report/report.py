@@ -4,23 +4,23 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from mup_megatron.check.measure.measurements import Key, Measurements, Quantity
 from mup_megatron.check.measure.names import in_layer, layer_of
 from mup_megatron.check.verdict.comparison import Compared, Finding, Mismatch
 from mup_megatron.check.verdict.verdict import CheckOutcome, Section, Verdict
+from mup_megatron.json_io import finite
 
 TOLD = 5
 """Findings that are told of one section; the rest is counted and in a file."""
 
 
 def text(verdict: Verdict, *, title: str, files: Sequence[Path]) -> str:
-    """The verdict for a terminal.
+    """Returns the verdict for a terminal.
 
     The first line says PASS, FAIL or NO VERDICT, and of what or because of what; then what each section found; then the
     likely causes, best first, with their share of the deviation; then where the files are.
@@ -47,7 +47,7 @@ def text(verdict: Verdict, *, title: str, files: Sequence[Path]) -> str:
 
 
 def headline(verdict: Verdict, *, title: str) -> str:
-    """The first line."""
+    """Returns the first line."""
     if verdict.outcome is CheckOutcome.PASS:
         return f"PASS {title}"
     if verdict.outcome is CheckOutcome.FAIL:
@@ -123,7 +123,7 @@ def sentence(group: Alike, verdict: Verdict) -> str:
 
 
 def typical(measured: Measurements, key: Key, width: int) -> float | None:
-    """The geometric mean over seeds; None where it was not measured. 0 where it is 0 for a seed."""
+    """Returns the geometric mean over seeds; None where it was not measured. 0 where it is 0 for a seed."""
     values = [run.values[key] for run in measured.at(width) if key in run.values]
     if not values:
         return None
@@ -163,7 +163,7 @@ def _counted(number: int, what: str) -> str:
 
 def verdict_json(verdict: Verdict, *, title: str) -> str:
     """Everything that was concluded, as JSON; the single measurements are in the CSV."""
-    return json.dumps(_plain({"target": title, **verdict.to_json()}), indent=1, allow_nan=False) + "\n"
+    return json.dumps(finite({"target": title, **verdict.to_json()}), indent=1, allow_nan=False) + "\n"
 
 
 def measurements_csv(verdict: Verdict) -> str:
@@ -210,7 +210,7 @@ def _ratio(compared: Compared, width: int) -> float | None:
 
 
 def section_csv(section: Section) -> str:
-    """The table of a section that has one."""
+    """Returns the table of a section that has one."""
     titles = list(dict.fromkeys(title for row in section.rows for title in row))
     return _csv(titles, [[row.get(title) for title in titles] for row in section.rows])
 
@@ -221,12 +221,3 @@ def _csv(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     writer.writerow(titles)
     writer.writerows(rows)
     return stream.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value with NaN and infinities, which JSON does not have, as text."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -26,7 +26,7 @@ _RATES = ("warmup_min_lr", "warmup_max_lr", "cycle_min_lr", "cycle_max_lr", "lr_
 
 
 def fitting_configuration(path: Path, recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """The content of a DeepSpeed configuration, which has to fit the recipe as it is.
+    """Returns the content of a DeepSpeed configuration, which has to fit the recipe as it is.
 
     Raises:
         InputError: it is no JSON object, has no "mup" entry, or says something else than the recipe.
@@ -63,7 +63,7 @@ class Engines:
         """Of the schedule, relative to its peak, where it has one: that of the recipe under stress."""
 
     def prepare(self, model: nn.Module, task: Task) -> Any:
-        """The engine of one run."""
+        """Returns the engine of one run."""
         import deepspeed
 
         import mup_megatron.deepspeed  # noqa: F401  # takes its place in the engine

@@ -155,7 +155,7 @@ class LaunchLine:
     def measuring(
         self, model: ModelFile, recipe: Path, request: Path, *, seed: int, batch: "LineBatch", steps: int
     ) -> list[str]:
-        """The words that train a model of the check instead.
+        """Returns the words that train a model of the check instead.
 
         Args:
             model: of one width.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, shapes_of
 from mup_megatron.check.measure import batches, measurements
+from mup_megatron.check.measure.directions import splits_of
 from mup_megatron.check.measure.measurements import Grouped, Quantity
 from mup_megatron.check.measure.names import watched_modules
 from mup_megatron.check.measure.optimizers import replay_for
@@ -66,18 +67,21 @@ class MegatronTrainee:
     def __init__(self, built: Built, model: ModelFile, recipe: Recipe, *, seed: int, sizes: BatchSizes) -> None:
         self._built, self._recipe, self._sizes = built, recipe, sizes
         self._tied = model.tied
-        self._outside = _without_transformer_engine(model)
+        self._outside = _names_outside(model)
         named = named_parameters(built.chunks, tied=model.tied)
         self._parameters = {self._outside.get(name, name): parameter for name, parameter in named}
         self._model, self._seed = model, seed
+        local = _without_transformer_engine(model)
+        self._plan, self._splits = recipe.plan(local), splits_of(local)
         self._norm: float | None = None
         self._data = _Sequences(model, size=sizes.global_batch, seed=seed)
         self._probe = _Sequences(model, size=sizes.global_batch, seed=seed, only=batches.PROBE)
+        _step_in_single_precision(built.optimizer)
         # Where each data-parallel rank updates a share, it has the gradient of that share alone.
         self._shared = sizes.data_parallel > 1 and any(is_sharded(part) for part in parts_of(built.optimizer))
 
     def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
-        """Those that the architecture has measured, by global name."""
+        """Returns those that the architecture has measured, by global name."""
         measured = [*architecture_of(self._model).measured(self._model)]
         for chunk in self._built.chunks:
             yield from watched_modules(named_modules(unwrapped(chunk)), measured)
@@ -93,9 +97,9 @@ class MegatronTrainee:
         gradient: Tensor | None = getattr(parameter, "main_grad", parameter.grad)
         return torch.zeros_like(parameter) if gradient is None else gradient
 
-    def replay(self) -> Replay | None:
-        """Returns a replay of the recipe's optimizer."""
-        return replay_for(self._recipe)
+    def replay(self, name: str) -> Replay | None:
+        """Returns a replay of the optimizer that the right plan gives a tensor."""
+        return replay_for(self._recipe, self._plan[name].optimizer, self._splits.get(name, ()))
 
     def forward(self) -> None:
         """Does the forward pass on the batch for comparisons."""
@@ -147,9 +151,12 @@ class MegatronTrainee:
 
     def gathered_matrix(self, name: str, shard: Tensor) -> Tensor | None:
         """Tensor-parallel shards put together."""
-        group = parallel_state.get_tensor_model_parallel_group()
-        size = torch.distributed.get_world_size(group)
         parameter = self._parameters[name]
+        if self._plan[name].is_expert:
+            group = parallel_state.get_expert_tensor_parallel_group()
+        else:
+            group = parallel_state.get_tensor_model_parallel_group()
+        size = torch.distributed.get_world_size(group)
         if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
             return shard
         shards = [torch.empty_like(shard) for _ in range(size)]
@@ -157,7 +164,7 @@ class MegatronTrainee:
         return torch.cat(shards, dim=getattr(parameter, "partition_dim", 0))
 
     def gathered(self, value: Any) -> list[Any]:
-        """The values of all ranks."""
+        """Returns the values of all ranks."""
         return gathered(value)
 
     def groups(self) -> dict[str, Grouped]:
@@ -175,13 +182,21 @@ class MegatronTrainee:
         }
 
 
-def _without_transformer_engine(model: ModelFile) -> dict[str, str]:
-    """Names of parameters → those that they have in the same model without Transformer Engine, which has norms inside
-    of the layer that follows.
-    """
-    tensors, plain = (
-        shapes_of(each, each)[1].tensors for each in (model, model.model_copy(update={"transformer_impl": "local"}))
-    )
+def _step_in_single_precision(optimizer: Any) -> None:
+    """Lets an optimizer multiply matrices as it does elsewhere in a check, where it is allowed less: Muon, in bf16."""
+    for part in parts_of(optimizer):
+        if hasattr(part.optimizer, "fp32_matmul_prec"):
+            part.optimizer.fp32_matmul_prec = "highest"
+
+
+def _without_transformer_engine(model: ModelFile) -> ModelFile:
+    """The same model without Transformer Engine, which has norms inside of the layer that follows."""
+    return model.model_copy(update={"transformer_impl": "local"})
+
+
+def _names_outside(model: ModelFile) -> dict[str, str]:
+    """Names of parameters → those that they have in the same model without Transformer Engine."""
+    tensors, plain = (shapes_of(each, each)[1].tensors for each in (model, _without_transformer_engine(model)))
     return {tensor.name: other.name for tensor, other in zip(tensors, plain, strict=True)}
 
 
@@ -196,7 +211,7 @@ def build_megatron(
     world_size: int,
     tamper: Callable[[Built], None] | None = None,
 ) -> MegatronTrainee:
-    """A run as `train` would begin it. Collective; Megatron's groups have to be joined.
+    """Returns a run as `train` would begin it. Collective; Megatron's groups have to be joined.
 
     Args:
         model: as `available_model` returns it.
@@ -217,7 +232,7 @@ def build_megatron(
 
 
 def options_for(protocol: measurements.RunProtocol, layout: TrainingOptions, *, seed: int) -> TrainingOptions:
-    """The options of one run of a check."""
+    """Returns the options of one run of a check."""
     return replace(
         layout,
         train_iters=protocol.steps,

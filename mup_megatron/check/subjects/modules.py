@@ -27,7 +27,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 class _Watched:
-    """What a module in training and one in an engine have in common: they are seen by a `Sight`, and share no weights.
+    """A module in training, or one in an engine: they are seen by a `Sight`, and share no weights.
 
     Args:
         model: the module.
@@ -55,7 +55,7 @@ class _Watched:
             self._sight.take(self._loss(self._called, self._own_batch(batches.PROBE)))
 
     def evaluate(self) -> bool:
-        """Likewise in evaluation mode."""
+        """Does the same in evaluation mode."""
         with self._sight, evaluating(self._model):
             _as_far_as_it_goes(lambda: self._loss(self._called, self._own_batch(batches.PROBE)))
         return True
@@ -70,19 +70,19 @@ class _Watched:
         return True
 
     def queries(self) -> Iterable[tuple[str, nn.Module, int]]:
-        """As attention takes them in."""
+        """Returns queries as attention takes them in."""
         return self._sight.queries()
 
     def beside(self) -> Mapping[tuple[Quantity, str], tuple[float, float]]:
-        """What was computed between modules."""
+        """Returns what was computed between modules."""
         return self._sight.beside
 
     def head_sizes(self) -> dict[str, int]:
-        """Of attention logits, by name, where they can be seen."""
+        """Returns those of attention logits, by name, where they can be seen."""
         return self._sight.head_sizes
 
     def gradient_norm(self) -> float | None:
-        """Of the last step, over all ranks, before clipping."""
+        """Returns that of the last step, over all ranks, before clipping."""
         return self._norm
 
     def gathered_matrix(self, _name: str, shard: Tensor) -> Tensor | None:
@@ -124,14 +124,14 @@ class ModuleTrainee(_Watched):
         self._width, self._batch = width, batch
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """All of them."""
+        """Returns all of them."""
         return self._model.named_parameters()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """Returns a gradient as clipped; 0 for what is not trained."""
         return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
-    def replay(self) -> Replay | None:
+    def replay(self, _name: str) -> Replay | None:
         """Returns a replay of the recipe's optimizer, whatever this one is."""
         return None if self._optimizer is None else replay_for(self._recipe)
 
@@ -196,7 +196,7 @@ class EngineTrainee(_Watched):
         """
         return self._gradients.get(id(parameter))
 
-    def replay(self) -> Replay | None:
+    def replay(self, _name: str) -> Replay | None:
         """Returns a replay of the recipe's optimizer, whatever this one is."""
         return replay_for(self._recipe)
 
@@ -256,7 +256,7 @@ def refuse_low_precision(model: nn.Module) -> None:
 
 
 def _copy(parameter: nn.Parameter) -> Tensor:
-    """A whole one, in single precision."""
+    """Returns a whole one, in single precision."""
     from mup_megatron.modules.weights import gathered_parameter
 
     with gathered_parameter(parameter, change=False):

@@ -101,7 +101,7 @@ class _Trainee(MegatronTrainee):
 
 
 def _causal_mask(values: Any) -> dict[str, torch.Tensor]:
-    """What is masked, as Megatron's data have it."""
+    """Returns what is masked, as Megatron's data have it."""
     length = values.seq_length
     mask = torch.ones((values.micro_batch_size, 1, length, length), dtype=torch.bool).triu(1)
     return {"attention_mask": mask}

@@ -55,7 +55,7 @@ def warm_up_and_decay(step: int, steps: int) -> float:
 
 
 def bare_model(factory: Factory, width: int, *, seed: int) -> nn.Module:
-    """A bare model, always the same for a seed.
+    """Returns a bare model, always the same for a seed.
 
     Raises:
         InputError: the factory failed.

@@ -40,7 +40,7 @@ _MASKED_BELOW = -1e4
 
 
 def blocks(model: nn.Module) -> list[str]:
-    """The names of what stands in lists of layers and has matrices.
+    """Returns the names of what stands in lists of layers and has matrices.
 
     A norm in a list is none: its input less its output is what is left of two things of one size, and follows width.
     """
@@ -245,7 +245,7 @@ def _fused_logits(query: Tensor, key: Tensor, *_rest: Any, scale: float | None =
 
 
 def _summed_over(equation: str, *operands: Any) -> int:
-    """How many products each element of an einsum is a sum over."""
+    """Returns how many products each element of an einsum is a sum over."""
     inputs, _, output = equation.replace(" ", "").partition("->")
     tensors = operands[0] if operands and isinstance(operands[0], list | tuple) else operands
     sizes = {

@@ -104,12 +104,12 @@ class _Basin:
         return self.mean + draws.mean(axis=1)
 
     def edge(self, mean: Array) -> int:
-        """Which end the best rate is at, if at any; a rate at which runs diverge is beyond an end too."""
+        """Returns which end the best rate is at, if at any; a rate at which runs diverge is beyond an end too."""
         best = int(np.argmin(mean))
         return -1 if best == 0 else int(best == len(mean) - 1)
 
     def optimum(self, mean: Array) -> float:
-        """Of log2(learning rate): the vertex of a parabola through the points near the best one.
+        """Returns log2(learning rate) at the vertex of a parabola through the points near the best one.
 
         Never further from the best one than the next rate that was tried, which is worse or diverges.
         """
@@ -144,7 +144,7 @@ def mean_losses(losses: Mapping[float, Sequence[float]]) -> Array:
 
 
 def _residuals(losses: Array) -> Array:
-    """How [rates, seeds] differ from the sum of a rate's and a seed's own level, inflated to be of the noise's size.
+    """Returns how [rates, seeds] differ from the sum of a rate's and a seed's own level, inflated to the noise's size.
 
     What a seed adds at all rates alike, as a hard batch does, moves no minimum.
     """

@@ -209,13 +209,13 @@ def _latest(subject: Measurements, known: Known, place: Callable[[str], float]) 
 
 
 def _is_bottleneck(block: str, plan: Plan) -> bool:
-    """Whether all that a block computes goes through a layer of a finite size, as in a block that is an adapter."""
+    """Returns whether all that a block computes goes through a layer of a finite size, as in an adapter."""
     inside = [entry for entry in plan.entries if entry.name.startswith(f"{block}.")]
     return any(map(is_output_role, inside)) and not any(map(is_hidden, inside))
 
 
 def _owner(name: str, beside: Collection[str], plan: Plan) -> str:
-    """The module that a module is in, or in which a value is computed: `block` of `block.summand.3` too.
+    """Returns the module that a module is in, or in which a value is computed: `block` of `block.summand.3` too.
 
     A function that is a module, as `nn.SiLU`, counts as a part of the one that it is in.
     """
@@ -239,7 +239,7 @@ def is_outside(slope: Slope, low: float, high: float) -> bool:
 
 
 def _slope(compared: Compared, low: float, high: float) -> Finding:
-    """A slope that is not what it has to be."""
+    """Returns a slope that is not what it has to be."""
     expected, around = (low + high) / 2, (high - low) / 2
     return Finding(
         replace(
@@ -308,12 +308,12 @@ def _positions(subject: Measurements, reference: Measurements, known: Known) -> 
 
 
 def _how_far(key: Key) -> str:
-    """The distance of two positions in a key's name."""
+    """Returns the distance of two positions in a key's name."""
     return key.name.rpartition(", ")[2]
 
 
 def _is_apart(subject: Mapping[int, Sequence[float]], reference: Mapping[int, Sequence[float]], most: float) -> bool:
-    """Whether values certainly differ by more than is allowed, at all widths on average."""
+    """Returns whether values certainly differ by more than is allowed, at all widths on average."""
     sides = [[values for width, values in side.items() if width in subject] for side in (subject, reference)]
     groups = [values for side in sides for values in side]
     freedom = max(1, sum(len(values) - 1 for values in groups))
@@ -372,7 +372,7 @@ def _draws(subject: Measurements, known: Known) -> list[Finding]:
 
 
 def _pooled(measured: Measurements, key: Key, sizes: Mapping[int, int]) -> tuple[float, float] | None:
-    """The mean over runs, in which each counts as its elements; and how many these are."""
+    """Returns the mean over runs, in which each counts as its elements; and how many these are."""
     of = [(value, sizes[width]) for width, vs in _by_width(measured, key).items() if width in sizes for value in vs]
     total = float(sum(size for _, size in of))
     return (sum(value * size for value, size in of) / total, total) if of else None

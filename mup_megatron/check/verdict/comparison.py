@@ -159,7 +159,7 @@ def _finite(side: Mapping[int, Sequence[float]]) -> bool:
 
 
 def _not_finite(key: Key, reference: Mapping[int, list[float]]) -> Compared:
-    """What has overflowed in the subject alone. As far off as can be, whatever its seeds say."""
+    """Returns what has overflowed in the subject alone, as far off as can be, whatever its seeds say."""
     as_reference = _compared(key, reference, reference)
     deviations = dict.fromkeys(reference, math.log(sys.float_info.max))
     return replace(as_reference, level=max(deviations.values()), deviations=deviations, off=Mismatch.LEVEL)
@@ -333,7 +333,7 @@ class Finding:
 
 
 def _out_of_bounds(c: Compared) -> str:
-    """What was found, where there is no reference."""
+    """Returns what was found, where there is no reference."""
     low, high = min(c.deviations), max(c.deviations)
     largest = max(c.deviations.values(), key=abs)
     match c.key.quantity:

@@ -91,7 +91,7 @@ def _wrong(entry: PlanEntry, sums: tuple[float, float] | None, groups: set[Group
 
 
 def with_depth(verdict: Verdict, section: Section) -> Verdict:
-    """The verdict with this section; where nothing else failed, it says what is at fault."""
+    """Returns the verdict with this section; where nothing else failed, it says what is at fault."""
     sections = (*verdict.sections, section)
     if section.outcome is CheckOutcome.PASS or verdict.outcome is CheckOutcome.FAIL:
         return replace(verdict, sections=sections)

@@ -176,7 +176,7 @@ def _with_late(comparison: Comparison, sections: Sequence[Section]) -> Compariso
 
 
 def _trouble(subject: Measurements, reference: Measurements) -> Section | None:
-    """What makes a comparison pointless."""
+    """Returns what makes a comparison pointless."""
     name = "training"
     if subject.problems:
         random = [problem for problem in subject.problems if "not deterministic" in problem]
@@ -207,7 +207,7 @@ def _trouble(subject: Measurements, reference: Measurements) -> Section | None:
 
 
 def _moves(measured: Measurements, width: int) -> bool:
-    """Whether any activation has changed."""
+    """Returns whether any activation has changed."""
     updates = [v for run in measured.at(width) for k, v in run.values.items() if k.quantity is Quantity.UPDATE]
     return any(value > 0 for value in updates)
 

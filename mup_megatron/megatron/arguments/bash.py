@@ -239,7 +239,7 @@ class _Reader:
         self.functions: set[str] = set()
 
     def line(self, position: int) -> int:
-        """Where a position is, counted from 1."""
+        """Returns the line of a position, counted from 1."""
         return bisect.bisect_left(self._line_ends, position) + 1
 
     def take(self, node: "Node", place: Command) -> None:
@@ -326,7 +326,7 @@ class _Reader:
         return spans
 
     def _token(self, nodes: Sequence["Node"], *, assigns: bool) -> Token:
-        """The word of nodes that touch each other."""
+        """Returns the word of nodes that touch each other."""
         first, start, end = nodes[0], nodes[0].start_byte, nodes[-1].end_byte
         word = Token(self.line(start), ())
         found = _ASSIGNMENT.match(self._text, start)
@@ -344,7 +344,7 @@ class _Reader:
         return self._text[node.start_byte : node.end_byte]
 
     def _parts(self, nodes: Iterable["Node"], start: int, end: int, *, quoted: bool) -> Iterator[WordPart]:
-        """The parts of a stretch of text: what is not within quotes or an expansion is literal."""
+        """Yields the parts of a stretch of text: what is not within quotes or an expansion is literal."""
         for node in _marked(nodes):
             if node.start_byte >= start:
                 yield from _literal(self._text[start : node.start_byte], quoted=quoted)

@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mup_megatron.architectures.architecture import Architecture
 from mup_megatron.architectures.command_line import Reading, Release
-from mup_megatron.architectures.decoder import Architecture
 from mup_megatron.architectures.flag import Flag
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.keys.custom import CustomTensor
@@ -121,7 +121,7 @@ def model_from_values(
     custom: Sequence[CustomTensor] = (),
     script: str | None = None,
 ) -> ModelFile:
-    """The model file that parsed Megatron arguments describe: `vars(args)`, before or after `validate_args`.
+    """Returns the model file that parsed Megatron arguments describe: `vars(args)`, before or after `validate_args`.
 
     What a model file says only once is left out: positions that are as many as the sequence is long, a bias of
     queries, keys and values where every linear layer has one, and sizes that follow from others, which Megatron fills
@@ -213,7 +213,7 @@ def require_supported(
 
 
 def _vocabulary(values: Mapping[str, Any], vocab_size: int | None) -> tuple[int | None, int]:
-    """The vocabulary and what it is padded to a multiple of.
+    """Returns the vocabulary and what it is padded to a multiple of.
 
     `padded_vocab_size` is given by hand, and then is used as it is, or was worked out by Megatron from its tokenizer,
     which can have another size than the arguments say.
@@ -278,7 +278,7 @@ def _require_all(content: Mapping[str, Any], values: Mapping[str, Any], source: 
 
 
 def _named_by_flag(content: Mapping[str, Any], names: Mapping[str, str], source: str) -> ModelFile:
-    """The checked model file; where it is wrong, the message has the names of flags instead of keys."""
+    """Returns the checked model file; where it is wrong, the message has the names of flags instead of keys."""
     try:
         return model_file(content, source=source)
     except InputError as error:
@@ -290,7 +290,7 @@ def _named_by_flag(content: Mapping[str, Any], names: Mapping[str, str], source:
 
 
 def not_in_model_file(values: Mapping[str, Any]) -> list[str]:
-    """The flags of a model that a model file cannot say and that leave parameters and their scale as they are.
+    """Returns the flags of a model that a model file cannot say and that leave parameters and their scale as they are.
 
     Hyperparameters transfer all the same, from a base that was tuned with these flags as well.
     """
@@ -342,7 +342,7 @@ def model_from_flags(words: Sequence[str], *, source: str) -> ModelFile:
 
 
 def naming_unread(error: InputError, words: Sequence[str]) -> InputError:
-    """The error; where flags are missing, with the variables among the words that may hold them."""
+    """Returns the error; where flags are missing, with the variables among the words that may hold them."""
     if "missing: " not in str(error):
         return error
     may_hold = [word for before, word in zip(("", *words), words, strict=False) if _may_hold_flags(before, word)]
@@ -355,7 +355,7 @@ def naming_unread(error: InputError, words: Sequence[str]) -> InputError:
 
 
 def _may_hold_flags(before: str, word: str) -> bool:
-    """Whether a word is a variable that can stand for flags, and no flag's value, as far as its name says."""
+    """Returns whether a word is a variable that can stand for flags, and no flag's value, as far as its name says."""
     if unresolved(word) != word or _HOLDS_OTHERS.search(word):
         return False
     return not before.startswith("--") or _HOLDS_FLAGS.search(word) is not None

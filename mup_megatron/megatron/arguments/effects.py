@@ -438,7 +438,7 @@ def rows() -> tuple[Row, ...]:
 
 @functools.cache
 def _table(known: frozenset[str]) -> tuple[dict[str, Row], dict[str, Row]]:
-    """The rows by whole name, and those by its beginning, while these architectures are known."""
+    """Returns the rows by whole name, and those by its beginning, while these architectures are known."""
     whole = {row.name: row for row in rows() if not row.name.endswith("*")}
     return whole, {row.name[:-1]: row for row in rows() if row.name.endswith("*")}
 
@@ -468,7 +468,7 @@ a hybrid model, a BERT or a T5 (`pretrain_vlm.py`, `train_rl.py`, …) are refus
 
 
 def page() -> str:
-    """The table as a page of Markdown."""
+    """Returns the table as a page of Markdown."""
     parts = [_HEAD]
     for effect in Effect:
         parts.append(f"\n## {effect.value}\n\n" + (f"{_ABOUT[effect]}\n\n" if _ABOUT[effect] else ""))

@@ -6,7 +6,7 @@ is one of its own. Pure data; needs neither.
 
 from collections.abc import Iterator, Sequence
 
-from mup_megatron.architectures.decoder import Architecture
+from mup_megatron.architectures.architecture import Architecture
 from mup_megatron.architectures.gpt import GPT
 from mup_megatron.errors import InputError
 
@@ -99,7 +99,7 @@ def known(name: str) -> bool:
 
 
 def renamed(words: Sequence[str]) -> Iterator[str]:
-    """The words of a line with Megatron-LM's names for what the fork calls otherwise."""
+    """Yields the words of a line with Megatron-LM's names for what the fork calls otherwise."""
     for word in words:
         name, equals, value = word.partition("=")
         if name == "--num-key-value-heads":

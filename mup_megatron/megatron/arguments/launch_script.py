@@ -45,7 +45,7 @@ class Word(str):
     why: str
 
     def __new__(cls, text: str, line: int, why: str = "") -> "Word":
-        """The text as a string that knows its line, counted from 1."""
+        """Returns the text as a string that knows its line, counted from 1."""
         word = super().__new__(cls, text)
         word.line = line
         word.why = why
@@ -66,7 +66,7 @@ def words_of_launch(words: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _is_script(path: Path, *, alone: bool) -> bool:
-    """Whether a word is a launch script: by its name, because it is there, or because it cannot be a command's."""
+    """Returns whether a word is a launch script: by its name, because it is there, or as it cannot be a command's."""
     try:
         return alone or path.suffix == ".sh" or path.is_file()
     except (OSError, ValueError):
@@ -74,7 +74,7 @@ def _is_script(path: Path, *, alone: bool) -> bool:
 
 
 def words_of_script(path: Path, arguments: Sequence[str] = ()) -> list[str]:
-    """The words after the Python script in the one command of a launch script that has flags of a model.
+    """Returns the words after the Python script in the one command of a launch script that has flags of a model.
 
     Variables that the script sets are put in; others stay, as `$NAME`, and `model_from_flags` refuses them where they
     matter. Each word knows its line.
@@ -134,7 +134,7 @@ _Flags = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class _Variable:
-    """What is known of a variable that has been set."""
+    """Holds what is known of a variable that has been set."""
 
     values: tuple[Word, ...] | None
     """An array's elements, or one text; None where they are not known."""
@@ -145,7 +145,7 @@ class _Variable:
 
 
 class _Reader:
-    """What is known of a script's variables so far, and its commands that have flags of a model."""
+    """Holds what is known of a script's variables so far, and its commands that have flags of a model."""
 
     def __init__(
         self, commands: Sequence[Command], functions: Set[str], folder: Path, arguments: Sequence[str]
@@ -214,7 +214,7 @@ class _Reader:
             self._may_have_run(self._in_functions)
 
     def _may_have_run(self, commands: Sequence[Command]) -> None:
-        """What these commands set is not known, in whatever order and however often they run."""
+        """Notes that what these commands set is not known, in whatever order and however often they run."""
         self._conditional = True
         self._seen_again += len(commands)
         if self._seen_again > _MOST_SEEN_AGAIN:
@@ -269,7 +269,7 @@ class _Reader:
         return self._variables[name].values if name in self._variables else None
 
     def _reason(self, name: str) -> _Reason | None:
-        """Where a variable has become unknown; None where it is known or was never set."""
+        """Returns where a variable has become unknown; None where it is known or was never set."""
         known = self._variables.get(name)
         return known.reason if known else self._others_unknown
 
@@ -303,13 +303,13 @@ class _Reader:
         self._variables[name] = _Variable(new, flags=old.flags if added is not None else ())
 
     def _assigned(self, word: Token) -> tuple[Word, ...]:
-        """What a variable gets from the part of an assignment after `=`."""
+        """Returns what a variable gets from the part of an assignment after `=`."""
         if word.array is not None:
             return tuple(expanded for element in word.array for expanded in self._expanded(element))
         return (Word(self._text(word.parts), word.line),)
 
     def _append_conditionally(self, word: Token) -> None:
-        """What is not about the model may be there or not: the rest of the variable stays known."""
+        """Appends what may be there or not: if it is not about the model, the rest of the variable stays known."""
         name, line, new = word.name, word.line, self._assigned(word)
         flags = self._flags_of_the_model(new, line)
         old = self._variables.get(name, _Variable(None))
@@ -337,7 +337,7 @@ class _Reader:
         return "".join(" ".join(self._value(part)) for part in parts)
 
     def _value(self, part: WordPart) -> tuple[Word, ...]:
-        """What a part of a word stands for; itself where that is not known."""
+        """Returns what a part of a word stands for; itself where that is not known."""
         values = self._values(part.name)
         unset = values is None and self._reason(part.name) is None
         if not part.expands:
@@ -369,7 +369,7 @@ class _Reader:
         return None
 
     def _expanded(self, word: Token) -> list[Word]:
-        """The words that a word becomes: an array's own, and those of a text that is not quoted."""
+        """Returns the words that a word becomes: an array's own, and those of a text that is not quoted."""
         line = word.line
         fields: list[Word] = [Word(f"{word.name}=" if word.name else "", line)]
         for part in word.parts:
@@ -403,7 +403,7 @@ class _Reader:
                     self._unread.setdefault(str(word), reason[0] if reason else word.line)
 
     def launch(self, source: str) -> list[Word]:
-        """The words of the one command that has flags of a model."""
+        """Returns the words of the one command that has flags of a model."""
         self._found = self._found or self._in_variables(source)
         if not self._found:
             raise InputError(
@@ -476,7 +476,7 @@ class _Reader:
 
 
 def _assignments(command: Command) -> tuple[list[Token], list[Token]]:
-    """The assignments that a command is for, and its other words. Those before a command are for that alone."""
+    """Returns the assignments that a command is for, and its other words. Those before a command are for that alone."""
     words = command.words
     assignments = [word for word in words if word.name]
     if words[0].plain in DECLARATIONS:
@@ -486,7 +486,7 @@ def _assignments(command: Command) -> tuple[list[Token], list[Token]]:
 
 
 def _for_a_shell(words: Sequence[Token]) -> Iterator[Token]:
-    """The words of a command; of `bash -c '…'`, the text as that shell expands it."""
+    """Yields the words of a command; of `bash -c '…'`, the text as that shell expands it."""
     shell = False
     for before, word in zip((None, *words), words, strict=False):
         if shell and before is not None and re.fullmatch(r"-\w*c", before.plain):
@@ -496,7 +496,7 @@ def _for_a_shell(words: Sequence[Token]) -> Iterator[Token]:
 
 
 def _set_by(words: Sequence[str]) -> set[str]:
-    """The variables that a command sets otherwise than by assignments; with `_ANY` where it can be any."""
+    """Returns the variables that a command sets otherwise than by assignments; with `_ANY` where it can be any."""
     names = set()
     for index, word in enumerate(words):
         element = re.match(r"([A-Za-z_]\w*)\[.*\]\+?=", word, re.DOTALL)
@@ -530,7 +530,7 @@ def _set_by_command(command: str, given: Sequence[str]) -> set[str]:
 
 
 def _target(word: str) -> set[str]:
-    """The variable that an argument names, if it can be one."""
+    """Returns the variable that an argument names, if it can be one."""
     name = _NAME.fullmatch(word)
     if name:
         return {name[1]}
@@ -543,7 +543,7 @@ def _set_by_arithmetic(text: str) -> set[str]:
 
 
 def _set_by_expansion(texts: Sequence[str]) -> set[str]:
-    """What arithmetic in a command's words sets, as `$((A = 2))` does."""
+    """Returns what arithmetic in a command's words sets, as `$((A = 2))` does."""
     names: set[str] = set()
     for text in texts:
         for expression in re.findall(r"\$\(\((.*?)\)\)", text, re.DOTALL):
@@ -552,26 +552,26 @@ def _set_by_expansion(texts: Sequence[str]) -> set[str]:
 
 
 def _set_by_default(command: Command) -> set[str]:
-    """What `${A:=1}` in a command's words sets, other than in `$(…)` and in single quotes."""
+    """Returns what `${A:=1}` in a command's words sets, other than in `$(…)` and in single quotes."""
     parts = [part for word in command.words for token in (word, *(word.array or ())) for part in token.parts]
     here = [part.text for part in parts if (part.expands or not part.quoted) and not _SUBSHELL.match(part.text)]
     return {name for text in here for name in _SET_BY_DEFAULT.findall(text)}
 
 
 def _stands_apart(added: Sequence[Word], *, array: bool) -> bool:
-    """Whether what a variable gets beside its value are flags of their own, which leave those it had as they are."""
+    """Returns whether what a variable gets beside its value are flags of their own, which leave those it had alone."""
     text = " ".join(added)
     return not text.strip() or ((array or text != text.strip()) and text.strip().startswith(("-", "$")))
 
 
 def _variable(word: str) -> str:
-    """The name of the variable that a word, or the value of its flag, is as a whole; else nothing."""
+    """Returns the name of the variable that a word, or the value of its flag, is as a whole; else nothing."""
     found = re.fullmatch(r"(?:--[\w-]+=)?\$\{?(\w+)(?:\[[@*]\])?\}?", word)
     return found[1] if found else ""
 
 
 def _beside_itself(word: Token) -> Token | None:
-    """What is assigned beside the variable's own value: `A="$A …"`, `A="… $A"`, `A=("${A[@]}" …)`; else None."""
+    """Returns what stands beside the variable's own value: `A="$A …"`, `A="… $A"`, `A=("${A[@]}" …)`; else None."""
 
     def itself(part: WordPart) -> bool:
         return part.name == word.name and not part.default and "=" not in part.operator
@@ -595,7 +595,7 @@ def _model_flags() -> set[str]:
 
 
 def _what_matters(words: Sequence[Word]) -> dict[str, str]:
-    """The flags that are read, refused or not known, with their values: what else differs is without effect."""
+    """Returns the flags that are read, refused or not known, with their values: what else differs is without effect."""
     found = {}
     read = {flag.name: flag for flag in (*every(), *TOKENIZER)}
     for word, following in zip(words, (*words[1:], ""), strict=True):

@@ -67,7 +67,7 @@ class Line:
     """The program, if it names one."""
 
     def model(self, custom: Sequence[CustomTensor] = ()) -> ModelFile:
-        """The model file that it describes.
+        """Returns the model file that it describes.
 
         Args:
             custom: the tensors of the model's own layers, for a line with a --spec of one's own.
@@ -141,7 +141,7 @@ def read_line(given: Sequence[str], *, vocab_size: int | None = None, native: bo
 
 
 def _program(given: Sequence[str], words: Sequence[str], source: str) -> tuple[str | None, list[str]]:
-    """The script that the line starts, if it names one, and the words that are the script's."""
+    """Returns the script that the line starts, if it names one, and the words that are the script's."""
     named = None if source == _FLAGS else _program_of_script(Path(given[0]))
     if named is not None and words[0].startswith("-"):
         return named, [*words]  # a script's words begin behind the program
@@ -155,7 +155,7 @@ def _program(given: Sequence[str], words: Sequence[str], source: str) -> tuple[s
 
 
 def _program_of_script(path: Path) -> str | None:
-    """The one training program that a launch script names.
+    """Returns the one training program that a launch script names.
 
     Raises:
         InputError: it names one that builds no model that is supported.
@@ -258,7 +258,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _parsed(flags: Sequence[str], source: str, *, native: bool, answered: bool) -> dict[str, Any]:
-    """The values of all flags that are read. What need not be known for the answer may be a variable."""
+    """Returns the values of all flags that are read. What need not be known for the answer may be a variable."""
     size = FIELDS["vocab_size"]
     needed = [flag for flag in (every() if native else of_models()) if not (answered and flag is size)]
     try:
@@ -289,7 +289,7 @@ def _stopped(values: Mapping[str, Any]) -> Iterator[str]:
 def _vocabulary(
     flags: Sequence[str], values: Mapping[str, Any], answer: int | None, source: str
 ) -> tuple[int | None, list[str]]:
-    """The size that Megatron's tokenizer has, and remarks; None where it is on the line as Megatron uses it."""
+    """Returns the size that Megatron's tokenizer has, and remarks; None where it is on the line as Megatron uses it."""
     stated = values["vocab_size"]
     if values["padded_vocab_size"] is not None:
         return None, _unasked(answer, f"--padded-vocab-size {values['padded_vocab_size']}")

@@ -10,7 +10,7 @@ from collections.abc import Container, Sequence
 from enum import Enum
 from pathlib import Path, PurePosixPath
 
-from mup_megatron.architectures.decoder import Architecture
+from mup_megatron.architectures.architecture import Architecture
 from mup_megatron.architectures.registry import architectures
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.table import every
@@ -99,7 +99,7 @@ _MODEL_ELSEWHERE = ("--use-checkpoint-args", "--yaml-cfg")
 
 
 def programs_of(words: Sequence[str]) -> list[tuple[str, int]]:
-    """The scripts and modules that a line names before a model's flags, and where each one's own words begin.
+    """Returns the scripts and modules that a line names before a model's flags, and where each one's own words begin.
 
     The last of them is the program: those before it start it, or belong to a launcher's option.
     """
@@ -146,7 +146,7 @@ def kind_of(script: str) -> ProgramKind:
 
 
 def builds(script: str) -> Architecture | None:
-    """The architecture that a program of Megatron-LM's builds, if it is one that is known."""
+    """Returns the architecture that a program of Megatron-LM's builds, if it is one that is known."""
     known = {program: each for each in architectures().values() for program in each.command_line.programs}
     name = _find(script, known)
     return None if name is None else known[name]
@@ -188,14 +188,14 @@ def require_flags(script: str, flags: Sequence[str], *, source: str) -> None:
 
 
 def scripts_in(path: Path) -> list[str]:
-    """The Python scripts that a launch script names outside its comments, in order. It is not run."""
+    """Returns the Python scripts that a launch script names outside its comments, in order. It is not run."""
     text = path.read_text(encoding="utf-8", errors="replace")
     bare = "\n".join(re.sub(r"(?:^|(?<=\s))#.*", "", line) for line in text.splitlines())
     return list(dict.fromkeys(re.findall(r"[\w./${}-]*\w\.py\b", bare)))
 
 
 def _find(script: str, known: Container[str]) -> str | None:
-    """The entry for a script: one with its folder, or its bare name."""
+    """Returns the entry for a script: one with its folder, or its bare name."""
     parts = PurePosixPath(script.replace("\\", "/").lower()).parts
     for count in (2, 1):
         name = "/".join(parts[-count:])

@@ -373,6 +373,6 @@ _VARIABLE = re.compile(r"\$\{[^}]*\}?|\$\(.*|\$\w+|\$[@*#?!$-]|`.*", re.DOTALL)
 
 
 def unresolved(word: str) -> str | None:
-    """The first shell variable or substitution that a word still contains, as it is written there."""
+    """Returns the first shell variable or substitution that a word still contains, as it is written there."""
     found = _VARIABLE.search(word)
     return found[0] if found else None

@@ -27,7 +27,7 @@ _OF_SENTENCEPIECE = ("LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "
 
 
 def vocabulary(values: Mapping[str, Any], core: tuple[int, int] | None) -> int | None:
-    """The number of entries of the tokenizer that Megatron's arguments name; None where it cannot be read.
+    """Returns the number of entries of the tokenizer that Megatron's arguments name; None where it cannot be read.
 
     Args:
         values: Megatron's arguments, parsed.
@@ -57,7 +57,7 @@ def vocabulary(values: Mapping[str, Any], core: tuple[int, int] | None) -> int |
 
 
 def _path(values: Mapping[str, Any], key: str) -> Path | None:
-    """The file or folder that a flag names, if it exists."""
+    """Returns the file or folder that a flag names, if it exists."""
     name = values.get(key)
     if not name:
         return None
@@ -91,7 +91,7 @@ def _json(path: Path, flag: str) -> Any:
 
 
 def _entries(path: Path, flag: str) -> dict[str, Any]:
-    """A JSON file of entry → number."""
+    """Returns a JSON file of entry → number."""
     content = _json(path, flag)
     if not isinstance(content, dict) or not content or not all(_is_number(value) for value in content.values()):
         raise _refused(flag, path, "no vocabulary (entry → number)")
@@ -142,7 +142,7 @@ def _lines(path: Path, flag: str) -> set[str]:
 
 
 def _hugging_face(path: Path) -> int | None:
-    """What `len` of such a tokenizer is: its model's entries and all that are listed beside them."""
+    """Returns what `len` of such a tokenizer is: its model's entries and all that are listed beside them."""
     flag = "--tokenizer-model"
     folder = path if path.is_dir() else path.parent
     config = _optional(folder / "tokenizer_config.json", flag)
@@ -206,7 +206,7 @@ def _of_tokenizer_json(path: Path, flag: str) -> set[str]:
 
 
 def _special(config: Mapping[str, Any]) -> Iterator[str]:
-    """The tokens that a configuration of a tokenizer lists, which are added where they are missing."""
+    """Yields the tokens that a configuration of a tokenizer lists, which are added where they are missing."""
     named = [value for key, value in config.items() if key.endswith("_token")]
     for key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
         value = config.get(key)
@@ -223,7 +223,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def _sentencepiece(path: Path, flag: str) -> list[str]:
-    """The pieces of a sentencepiece model: field 1 of its `ModelProto`, each with its text in field 1."""
+    """Returns the pieces of a sentencepiece model: field 1 of its `ModelProto`, each with its text in field 1."""
     content = _bytes(path, flag)
     try:
         pieces = [
@@ -239,7 +239,7 @@ def _sentencepiece(path: Path, flag: str) -> list[str]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """The fields of a protobuf message that hold bytes, with their numbers; others are stepped over.
+    """Yields the fields of a protobuf message that hold bytes, with their numbers; others are stepped over.
 
     Raises:
         ValueError, IndexError: it is none.

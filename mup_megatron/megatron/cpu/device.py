@@ -236,7 +236,7 @@ def _compile(model: Any = None, **kwargs: Any) -> Any:
 
 
 def _with_listed_sizes(all_to_all_single: Callable[..., Any]) -> Callable[..., Any]:
-    """An all-to-all that takes its split sizes as tensors too.
+    """Returns an all-to-all that takes its split sizes as tensors too.
 
     Megatron's experts count tokens on the device and make numbers of the counts while they copy them to the host; of
     counts that already are on the host they make none.
@@ -261,7 +261,7 @@ def _with_listed_sizes(all_to_all_single: Callable[..., Any]) -> Callable[..., A
 
 
 def _of_any_sizes(all_gather: Callable[..., Any]) -> Callable[..., Any]:
-    """An all-gather of tensors that differ in length, as tokens of experts do: gloo takes one length alone."""
+    """Returns an all-gather of tensors that differ in length, as tokens of experts do: gloo takes one length alone."""
 
     @functools.wraps(all_gather)
     def of_any_sizes(tensor_list: Any, tensor: Any, group: Any = None, async_op: bool = False) -> Any:
@@ -279,7 +279,7 @@ def _of_any_sizes(all_gather: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _into_any_sizes(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
-    """The reverse: sums of pieces that differ in length, each for the rank whose it is."""
+    """Returns the reverse: sums of pieces that differ in length, each for the rank whose it is."""
 
     @functools.wraps(reduce_scatter)
     def into_any_sizes(output: Any, input_list: Any, *args: Any, group: Any = None, **more: Any) -> Any:

@@ -194,7 +194,7 @@ def convolved_scan(
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
-    """As the kernels: never less than single precision."""
+    """Returns a tensor in at least single precision, as the kernels compute."""
     return torch.promote_types(dtype, torch.float32)
 
 

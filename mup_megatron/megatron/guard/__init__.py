@@ -69,7 +69,7 @@ def weight_problems(chunks: Sequence[torch.nn.Module], plan: Plan) -> list[Probl
 
 
 def _without_padding(parameter: torch.nn.Parameter, entry: PlanEntry) -> torch.Tensor:
-    """A rank's values without the rows that only pad the vocabulary."""
+    """Returns a rank's values without the rows that only pad the vocabulary."""
     values = parameter.detach()
     if entry.padded_to is None or global_shape(entry.name, parameter)[0] == entry.shape[0]:
         return local_values(parameter)

@@ -87,7 +87,7 @@ def _inference_problem(site: Site, attention: Any) -> Problem | None:
 
 
 def _measured(core: torch.nn.Module, attention: Any, expected: float) -> float | None:
-    """The scale that an attention computes with: of its heads' the one that is farthest from the expected.
+    """Returns the scale that an attention computes with: of its heads' the one that is farthest from the expected.
 
     NaN where it computes no softmax of q·k; None where it cannot be called.
     """
@@ -149,7 +149,7 @@ def _untouched(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _precision(attention: Any) -> float:
-    """How well a scale can be measured: some roundings of the type in which attention computes."""
+    """Returns how well a scale can be measured: some roundings of the type in which attention computes."""
     weight = next(attention.parameters())
     rounding = torch.finfo(weight.dtype).eps / 2
     if weight.dtype is torch.float32 and weight.is_cuda:

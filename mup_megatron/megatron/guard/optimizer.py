@@ -92,7 +92,7 @@ _REBUILD = (
 
 
 def _kind_problems(owned: list[_Held], plan: Plan) -> list[Problem]:
-    """Where another of the plan's optimizers has a parameter than the one whose rules gave it its values."""
+    """Yields where another of the plan's optimizers has a parameter than the one whose rules gave it its values."""
     cause = f"Its values have wrong effects there. {_REBUILD}"
     return [
         Problem(item.entry.name, "optimizer", item.entry.optimizer, live, cause)
@@ -103,7 +103,7 @@ def _kind_problems(owned: list[_Held], plan: Plan) -> list[Problem]:
 
 @dataclass(frozen=True, slots=True)
 class _Circumstances:
-    """What is known about this rank's groups as a whole, and tells why one of them is wrong."""
+    """Knows this rank's groups as a whole, and tells why one of them is wrong."""
 
     decoupled: set[float]
     overridden: bool
@@ -169,7 +169,7 @@ def _limit_cause(value: float | None, base: float, known: _Circumstances) -> str
 
 
 def _flat(pairs: list[tuple[float | None, float]]) -> bool:
-    """Whether values that should differ are all one; pairs of (found, expected)."""
+    """Returns whether values that should differ are all one; pairs of (found, expected)."""
     found = {value for value, _ in pairs}
     return len(found) == 1 and len({expected for _, expected in pairs}) > 1
 
@@ -221,7 +221,7 @@ def _rate_problems(owned: list[_Held], plan: Plan, scheduler: Any) -> list[Probl
 
 
 def _base_rate(owned: list[_Held], plan: Plan, scheduler: Any) -> float:
-    """The learning rate of a parameter that has the base's, at this step."""
+    """Returns the learning rate of a parameter that has the base's, at this step."""
     if isinstance(scheduler, OptimizerParamScheduler):
         return float(scheduler.get_lr({"max_lr": plan.lr, "min_lr": plan.min_lr}))
     # Another scheduler is known only by what it did. Who has the base's rate tells it best.

@@ -41,7 +41,7 @@ def sign(values: argparse.Namespace, given: Recipe) -> None:
 
 
 def recipe_within(values: Any) -> SavedRecipe:
-    """The recipe among the arguments that a checkpoint was written with.
+    """Returns the recipe among the arguments that a checkpoint was written with.
 
     Raises:
         InputError: there is one, and it cannot be read.
@@ -121,7 +121,7 @@ def require_plain(words: Sequence[str]) -> None:
 
 
 def _sidecar(root: Path, step: str | None) -> Path | None:
-    """The recipe beside the checkpoint that would be loaded, or the one that the folder's last run had."""
+    """Returns the recipe beside the checkpoint that would be loaded, or the one that the folder's last run had."""
     current = _current(root, step)
     folders = [current, root] if current is not None else [root]
     return next((folder / SIDECAR for folder in folders if (folder / SIDECAR).exists()), None)

@@ -95,7 +95,7 @@ def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def help_text() -> str:
-    """The flags and what they do, for people."""
+    """Returns the flags and what they do, for people."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     _add_group(parser)
     return parser.format_help()
@@ -117,7 +117,7 @@ def _require_read(values: argparse.Namespace) -> None:
 
 
 def take_given(values: argparse.Namespace) -> frozenset[str]:
-    """The names of the arguments that the command line gave itself; takes the note off the values."""
+    """Returns the names of the arguments that the command line gave itself; takes the note off the values."""
     given: frozenset[str] = vars(values).pop(_GIVEN, frozenset())
     return given
 
@@ -217,12 +217,12 @@ _TENSOR_PARALLELISM = ("tensor_model_parallel_size", "expert_tensor_parallel_siz
 
 
 def _said(recipe: Recipe, values: argparse.Namespace, given: frozenset[str]) -> dict[str, Any]:
-    """What a recipe says of its optimizer, but for what the line says itself."""
+    """Returns what a recipe says of its optimizer, but for what the line says itself."""
     return {key: getattr(values, key) if key in given else value for key, value in recipe.optimizer_values.items()}
 
 
 def owned(recipe: Recipe, values: argparse.Namespace) -> frozenset[str]:
-    """The arguments of Megatron's that a recipe decides."""
+    """Returns the arguments of Megatron's that a recipe decides."""
     return frozenset(setting.dest for setting in _settings(recipe, values))
 
 
@@ -320,7 +320,7 @@ def _settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
 
 
 def _schedule(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
-    """The recipe's fractions of the run, in iterations, or in samples where the run is counted in samples."""
+    """Yields the recipe's fractions of the run, in iterations, or in samples where the run is counted in samples."""
     s = recipe.schedule
     unit = "samples" if getattr(values, "train_samples", None) else "iters"
     run = getattr(values, f"train_{unit}", None)
@@ -353,5 +353,5 @@ _ROUNDED = 0.5
 
 
 def _whole(count: float) -> float:
-    """As a whole number where it is one but for rounding. Else as it is: one shape of the schedule at any length."""
+    """Returns a number that is whole but for rounding as such; others as they are, for one shape at any length."""
     return round(count) if math.isclose(count, round(count), rel_tol=1e-12) else count

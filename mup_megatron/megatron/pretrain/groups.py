@@ -58,7 +58,7 @@ def show_as(optimizer: Any, before: Plan, now: Plan) -> None:
 
 
 def _full(name: str, overrides: Mapping[str, Override], plan: Plan) -> tuple[tuple[str, Any], ...]:
-    """All that the group of a parameter holds."""
+    """Returns all that the group of a parameter holds."""
     base = {"max_lr": plan.lr, "min_lr": plan.min_lr, "wd_mult": 1.0, "lr_mult": 1.0}
     entry = plan[name]
     eps = {} if entry.eps is None else {"eps": plan.adam_eps}

@@ -109,7 +109,7 @@ def _settle_environment(values: Any) -> None:
 
 
 def _ranks(values: Any) -> int:
-    """As many as the line's layout needs: how many there are must not matter."""
+    """Returns as many as the line's layout needs: how many there are must not matter."""
     layout = getattr(values, "model_parallel", values)
 
     def size(key: str) -> int:

@@ -14,6 +14,7 @@ import torch
 from megatron.core.optimizer import get_standard_config_overrides
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import remarks_on
 from mup_megatron.collectives import gathered, raise_together
 from mup_megatron.errors import InputError
 from mup_megatron.megatron import guard
@@ -128,6 +129,8 @@ class Run:
             f"{self.recipe.megatron_base.hidden_size} to {self.model.hidden_size}: {changed} of {len(plan.entries)} "
             "parameters get a learning rate of their own."
         )
+        for sentence in remarks_on(self.recipe.megatron_base, self.model):
+            say(sentence)
         if self.options.print_plan and is_first():
             print_plan(plan, brief=True, moved=self.recipe.told_horizon)
         return plan

@@ -199,7 +199,7 @@ def _ranges(config: "GPTDatasetConfig", sequences: int) -> list[tuple[int, int]]
 
 
 def _construct(prefix: Path, config: "GPTDatasetConfig", wanted: tuple[int | None, ...]) -> "list[GPTDataset | None]":
-    """What BlendedMegatronDatasetBuilder does for a single prefix, without its barriers and only for what is wanted.
+    """Does what BlendedMegatronDatasetBuilder does for a single prefix, without barriers and only for what is wanted.
 
     Its barriers would leave all others waiting when the first rank fails, and it would never end on an empty split.
     """
@@ -283,7 +283,7 @@ _UNREADABLE = (EOFError, MemoryError, RecursionError, SyntaxError, TypeError, Va
 
 
 def _are_sound(indices: Path, sequences: int) -> bool:
-    """Whether cached indices are numbers alone and stay within each other. Reads no pickle."""
+    """Returns whether cached indices are numbers alone and stay within each other. Reads no pickle."""
     import numpy as np
 
     try:

@@ -59,7 +59,7 @@ def scan(
 
 
 def documents(sources: Sequence[Source]) -> Iterator[str]:
-    """The text of every document that has any, in the order of the files and, within a file, of its lines."""
+    """Yields the text of every document that has any, in the order of the files and, within a file, of its lines."""
     for source in sources:
         yield from filter(None, _texts(source.path))
 

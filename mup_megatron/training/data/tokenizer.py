@@ -22,9 +22,7 @@ DEFAULT_TOKENIZER = "bpe:1024"
 _KNOWN_EODS = (EOD_TOKEN, "<|end_of_text|>", "<eod>", "<eos>", "</s>")
 _BYTES = 256
 _MOST_TOKENS = 1 << 20
-"""Four times what the largest tokenizers of language models have; training a larger one would only take memory."""
-_IDS = 1 << 31
-"""Megatron's format holds ids below this."""
+"""Four times what the largest tokenizers of language models have; a larger one, or an id beyond, only takes memory."""
 _FORMS = (
     "Use `byte`, `bpe:VOCAB` (like bpe:1024), or the path of a tokenizer.json file; names are not looked up online."
 )
@@ -144,9 +142,9 @@ def _with_eod(inner: Tokenizer, token: str, *, source: str = "--tokenizer") -> T
     eod = inner.token_to_id(token)
     assert eod is not None
     vocab_size = max(inner.get_vocab().values()) + 1
-    if vocab_size > _IDS:
+    if vocab_size > _MOST_TOKENS:
         raise InputError(
-            f"{source}: has the id {vocab_size - 1}, and Megatron's format ends at {_IDS - 1}. Correct it."
+            f"{source}: has the id {vocab_size - 1}; the last that is possible is {_MOST_TOKENS - 1}. Correct it."
         )
     return TextTokenizer(inner, eod, vocab_size, source)
 
@@ -189,7 +187,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _byte_tokenizer() -> Tokenizer:
-    """A BPE without merges: a token's id is the byte's value, and 256 ends a document."""
+    """Returns a BPE without merges: a token's id is the byte's value, and 256 ends a document."""
     vocabulary = {letter: value for value, letter in enumerate(_byte_letters())}
     inner = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
     inner.add_special_tokens([EOD_TOKEN])

@@ -23,9 +23,9 @@ class SizedFile(ModelFile):
 
 class SizedBank(Bank):
     sizes = (
-        Size(key="bank_rank", attribute="bank_rank", small=16),
-        Size(key="bank_side", attribute="bank_side", small=16),
-        Size(key="banks", attribute="banks", small=4, follows_width=False),
+        Size(key="bank_rank", small=16),
+        Size(key="bank_side", small=16),
+        Size(key="banks", small=4, follows_width=False),
     )
 
 

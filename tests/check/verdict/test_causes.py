@@ -54,11 +54,15 @@ def _case(
     *,
     base_layers: int = 2,
     depth: Depth | None = None,
+    optimizer: str = "adam",
+    mode: str = "spectral",
     **changes: object,
 ) -> Case:
     base = gpt(2, **{**UNTIED, "num_layers": base_layers, **changes})
-    rules = Parametrization(depth=depth)
-    recipe = recipe_for(base).model_copy(update={"per_parameter": per_parameter, "parametrization": rules})
+    rules = Parametrization(depth=depth, optimizer=optimizer)
+    recipe = recipe_for(base, muon_scale_mode=mode).model_copy(
+        update={"per_parameter": per_parameter, "parametrization": rules}
+    )
     models = {width: gpt(width / 32, **{**UNTIED, **changes}) for width in WIDTHS}
     return Case(recipe=stressed(recipe, steps=EARLY.steps, eps=1e-3), models=models)
 
@@ -104,8 +108,12 @@ ONE_MAMBA = Case(
     models={width: hybrid(gpt(width / 32, **UNTIED), "M*-", **MAMBA) for width in WIDTHS},
 )
 DEEPENED, DEEPENED_WHOLLY = (_case(base_layers=1, depth=Depth(alpha=alpha)) for alpha in (0.5, 1.0))
+MUON = _case(optimizer="muon")
+MUON_TABLES = _case(optimizer="muon", mode="unit_rms_norm", ffn_hidden_size=128)
 CASES = (
     PLAIN,
+    MUON,
+    MUON_TABLES,
     HORIZON,
     FIXED_FFN,
     WIDER_HEADS,
@@ -155,8 +163,8 @@ def _values(model: ModelFile, plan: Plan, recipe: Recipe) -> dict[Key, float]:
             values[Key(LR, entry.name, step)] = rate
             values[Key(Quantity.UNEXPLAINED, entry.name, step)] = 1e-5
             if rate > 0:
-                assert entry.eps is not None
-                values[Key(EPS, entry.name, step)] = entry.eps
+                if entry.eps is not None:
+                    values[Key(EPS, entry.name, step)] = entry.eps
                 values[Key(WD, entry.name, step)] = entry.weight_decay
         for step in EARLY.recorded:
             gradient = 1e-3 * (_branches(plan) if entry.stack else 1.0)
@@ -267,6 +275,10 @@ def _hidden_only(change: Wrong) -> Wrong:
 
 def _with(property_: Property, change: Wrong) -> Wrong:
     return lambda entry, plan: change(entry, plan) if property_ in entry.properties else {}
+
+
+def _muons(change: Wrong) -> Wrong:
+    return lambda entry, plan: change(entry, plan) if entry.optimizer == "muon" else {}
 
 
 def _of_biases(change: Wrong) -> Wrong:
@@ -495,6 +507,43 @@ WRONG_PLANS: dict[str, tuple[Case, Wrong, str, str]] = {
         "tensor-learning-rate",
         "decoder.layers.0.mixer.in_proj.weight",
     ),
+    "Muon's matrices at the base's rates": (
+        MUON,
+        _muons(lambda _, p: {"lr": p.lr, "min_lr": p.min_lr, "weight_decay": p.weight_decay}),
+        "matrix-rates-unscaled",
+        QKV,
+    ),
+    "Muon's positions at the base's rates": (
+        MUON_TABLES,
+        _muons(lambda e, p: {"lr": p.lr, "min_lr": p.min_lr, "weight_decay": p.weight_decay} if e.is_embedding else {}),
+        "table-rates-unscaled",
+        "embedding.position_embeddings.weight",
+    ),
+    "Adam's 1/r on Muon's rates": (
+        MUON,
+        _muons(lambda e, _: _lr(e, 1 / e.width_ratio) if _hidden(e) else {}),
+        "matrix-rates-as-adams",
+        QKV,
+    ),
+    "one rate for Muon and Adam": (MUON, lambda e, p: _lr(e, p.lr / e.lr), "learning-rate-collapsed", QKV),
+    "Muon's rates by the ratio of fan_out": (
+        MUON_TABLES,
+        lambda e, p: (
+            _lr(e, 1 / _r(p))
+            if e.name.endswith("fc2.weight")
+            else _lr(e, _r(p))
+            if e.name.endswith("fc1.weight")
+            else {}
+        ),
+        "learning-rate-by-fan-out",
+        FC1,
+    ),
+    "no compensation of Muon's decay": (
+        MUON,
+        _muons(lambda e, p: {"weight_decay": p.weight_decay} if _hidden(e) else {}),
+        "weight-decay-not-compensated",
+        QKV,
+    ),
     "no embedding multiplier": (
         PLAIN,
         _with(Property.EMBEDDING, lambda _e, _p: {"multiplier": 1.0}),
@@ -705,6 +754,25 @@ def test_steps_of_one_tensor_that_are_not_those_of_the_optimizer() -> None:
         return x
 
     assert _best(PLAIN, _compared(PLAIN, value=other)) == ("optimizer-differs", FC2)
+
+
+def _unexplained(key: Key, x: float) -> float:
+    """Of a tensor that another optimizer steps than the recipe has for it."""
+    return {Quantity.UNEXPLAINED: 0.5, WD: 0.0, LR: 0.3 * x}.get(key.quantity, x)
+
+
+@pytest.mark.parametrize("name", [FC2, f"{WORDS}.weight"])
+def test_a_tensor_that_another_optimizer_steps(name: str) -> None:
+    comparison = _compared(MUON, value=lambda key, _, x: _unexplained(key, x) if key.name == name else x)
+
+    assert _best(MUON, comparison) == ("stepped-by-another", name)
+
+
+def test_all_tensors_of_an_optimizer_that_has_other_settings() -> None:
+    muons = {entry.name for entry in MUON.plans[32].entries if entry.optimizer == "muon"}
+    comparison = _compared(MUON, value=lambda key, _, x: _unexplained(key, x) if key.name in muons else x)
+
+    assert _best(MUON, comparison)[0] == "optimizer-differs"
 
 
 def test_what_moves_otherwise_for_no_reason_is_named() -> None:

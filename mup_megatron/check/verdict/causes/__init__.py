@@ -23,6 +23,7 @@ from mup_megatron.check.verdict.causes.horizon import horizon
 from mup_megatron.check.verdict.causes.hypothesis import Hypothesis
 from mup_megatron.check.verdict.causes.initial import initial_weights
 from mup_megatron.check.verdict.causes.latent import latents
+from mup_megatron.check.verdict.causes.matrices import matrices, routing
 from mup_megatron.check.verdict.causes.observed import Observation, observed_of
 from mup_megatron.check.verdict.causes.optimizer import eps, rates, schedule, weight_decay
 from mup_megatron.check.verdict.causes.plan import plan_mistakes
@@ -76,11 +77,13 @@ def _hypotheses(at: Mapping[int, AtWidth], observed: Sequence[Observation]) -> l
         *horizon(at),
         *depth(at),
         *forward_pass(at),
+        *matrices(at),
         *rates(at),
         *schedule(at),
         *eps(at),
         *weight_decay(at),
         *initial_weights(at),
         *powers(at),
+        *routing(at, observed),
         *single_parts(observed),
     ]

@@ -12,7 +12,9 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import architecture_of, depth_of, shapes_of
 from mup_megatron.check.entries import is_embedding, is_hidden, is_input_role, is_of_experts, is_output_role
 from mup_megatron.recipe import PerParameter, Recipe
-from mup_megatron.theory import Deepening, Plan, PlanEntry
+from mup_megatron.theory import Deepening, Plan, PlanEntry, Sizes
+from mup_megatron.theory.matching import counterparts
+from mup_megatron.theory.widths import scaling
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,27 @@ class AtWidth:
         return next((self.r_out(entry) for entry in self.plan.entries if is_embedding(entry)), 1.0)
 
     def r_out(self, entry: PlanEntry) -> float:
-        """The ratio of a tensor's fan_out, as its eps or, with SGD, its learning rate has it."""
+        """Returns the ratio of a tensor's fan_out, as its eps or, with SGD, its learning rate has it."""
         if not (is_input_role(entry) or is_hidden(entry)):
             return 1.0
         stack = self.deepening(entry)
         if entry.eps is not None:
             of_depth = 1.0 if stack is None else stack.eps
             return self.plan.adam_eps * of_depth / entry.eps * math.exp(self.log_share(entry))
+        if entry.rules.step == 0:
+            # Its rates say nothing of fan_out.
+            return self._growth.get(entry.name, entry.width_ratio)
         of_depth = 1.0 if stack is None else stack.lr
         return entry.lr * entry.width_ratio / (self.plan.lr * of_depth * self.own_rate(entry))
+
+    @cached_property
+    def _growth(self) -> Mapping[str, float]:
+        """The ratio of each tensor's fan_out, by name; none where there is no model file."""
+        if self.model is None:
+            return {}
+        base, target = shapes_of(self.recipe.megatron_base, self.model)
+        at_base = counterparts(base.tensors)
+        return {t.name: scaling(at_base.of(t.name), t, Sizes(1, 1)).r_out for t in target.tensors}
 
     def deepening(self, entry: PlanEntry) -> Deepening | None:
         """Returns what depth gives a tensor; None where it has nothing of it."""
@@ -52,7 +66,7 @@ class AtWidth:
         return None if match is None else self.recipe.per_parameter[int(match[1])]
 
     def own_rate(self, entry: PlanEntry) -> float:
-        """Its factor on the learning rate."""
+        """Returns its factor on the learning rate."""
         own = self.own(entry)
         return 1.0 if own is None else own.lr_mult
 
@@ -109,7 +123,7 @@ class AtWidth:
         return math.log(model.num_experts / base.num_experts)
 
     def log_share(self, entry: PlanEntry) -> float:
-        """The logarithm of an expert's share of the tokens relative to the base's."""
+        """Returns the logarithm of an expert's share of the tokens relative to the base's."""
         base, model = self.recipe.base, self.model
         if model is None or not isinstance(base, ModelFile) or not is_of_experts(entry):
             return 0.0

@@ -60,7 +60,7 @@ _ATTENTION = (
 
 
 def of_bounds(found: Sequence[Finding], copying: Mapping[str, str] | None = None) -> tuple[Cause, ...]:
-    """The first of each kind; what slopes show is one kind, of which the first is told.
+    """Returns the first of each kind; what slopes show is one kind, of which the first is told.
 
     Args:
         found: what is out of bounds.
@@ -81,7 +81,7 @@ def of_bounds(found: Sequence[Finding], copying: Mapping[str, str] | None = None
 
 
 def _of_copies(parameter: str, copying: Mapping[str, str]) -> str | None:
-    """What is said where torch itself has copied a layer."""
+    """Returns what is said where torch itself has copied a layer."""
     for module, kind in copying.items():
         layers = f"{module}.layers".removeprefix(".")
         if parameter.startswith(f"{layers}."):

@@ -10,7 +10,7 @@ from mup_megatron.theory import Factors
 
 
 def horizon(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
-    """A rule that is applied twice, or to a part of the values; none where a recipe moves nothing."""
+    """Returns a rule that is applied twice, or to a part of the values; none where a recipe moves nothing."""
     factors = next(iter(at.values())).recipe.factors
     if factors == Factors():
         return []

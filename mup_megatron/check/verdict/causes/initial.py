@@ -119,7 +119,7 @@ def _inside_qkv(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     """About queries, keys and values, whose rows are in one matrix."""
 
     def share(key: Key, here: AtWidth) -> float | None:
-        """The queries' share of the rows, if it is such a weight."""
+        """Returns the queries' share of the rows, if it is such a weight."""
         return here.fused.get(key.name) if key.quantity is Quantity.INITIAL else None
 
     def zeroed(key: Key, width: int) -> float:
@@ -131,7 +131,7 @@ def _inside_qkv(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
         return at_modules(lambda _: (*here.of_kind(Kind.LOGITS), *norms), lambda _: -math.inf)(key, here)
 
     def moved(queries: float, others: float) -> Predict:
-        """The whole's log factor where rows are multiplied by these powers of r."""
+        """Returns the whole's log factor where rows are multiplied by these powers of r."""
 
         def predict(key: Key, width: int) -> float:
             here = at[width]

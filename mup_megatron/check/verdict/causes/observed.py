@@ -63,7 +63,7 @@ def capped(deviation: float) -> float:
 
 
 def _follows(key: Key, comparison: Comparison, here: AtWidth) -> bool:
-    """Whether an activation that is off may be so because of what it is computed from."""
+    """Returns whether an activation that is off may be so because of what it is computed from."""
     if key.quantity is not Quantity.ACTIVATION:
         return False
     if key.step != 0:
@@ -95,7 +95,7 @@ def _forward_place(name: str, here: AtWidth) -> tuple[int, ...]:
 
 
 def _computed_from(name: str, here: AtWidth) -> tuple[str, ...]:
-    """The activations that an activation is computed from, as far as they are measured."""
+    """Returns the activations that an activation is computed from, as far as they are measured."""
     return here.measured[name].reads if name in here.measured else ()
 
 

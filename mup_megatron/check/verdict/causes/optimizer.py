@@ -23,6 +23,7 @@ from mup_megatron.check.verdict.causes.hypothesis import (
     Predict,
     Select,
     at_rest,
+    log_of,
     of_weights,
 )
 from mup_megatron.recipe import Recipe
@@ -110,14 +111,14 @@ def schedule(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
 
 
 def _descended(step: int, recipe: Recipe) -> float:
-    """How much of the way from peak to floor a check's linear schedule has gone in a step, counted from 1."""
+    """Returns how much of the way from peak to floor a check's linear schedule has gone in a step, counted from 1."""
     steps = _protocol(step).steps
     warm, end = (f * steps for f in (recipe.schedule.lr_warmup_fraction, recipe.schedule.lr_decay_fraction))
     return max(0.0, min(1.0, (step - 1 - warm) / (end - warm)))
 
 
 def eps(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
-    """An eps that follows another rule, of the tensors whose optimizer has one."""
+    """Returns an eps that follows another rule, of the tensors whose optimizer has one."""
     if all(entry.eps is None for entry in next(iter(at.values())).plan.entries):
         return []
 
@@ -162,7 +163,6 @@ def eps(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
 
 def weight_decay(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
     """Weight decay that is missing, or not compensated, or where there should be none."""
-    exponent = next(iter(at.values())).recipe.parametrization.weight_decay_exponent
     wd = Quantity.WEIGHT_DECAY
     return [
         of_weights(
@@ -172,7 +172,7 @@ def weight_decay(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
             wd,
             at,
             is_hidden,
-            lambda e, _: -exponent * math.log(e.width_ratio),
+            lambda e, w: log_of(w.plan.weight_decay) - log_of(e.weight_decay),
         ),
         of_weights(
             "weight-decay-on-vectors",

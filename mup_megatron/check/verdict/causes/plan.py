@@ -14,7 +14,7 @@ from mup_megatron.check.verdict.causes.hypothesis import Hypothesis, at_rest, lo
 
 
 def plan_mistakes(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
-    """All of it at once."""
+    """Returns all of it at once."""
     exponent = next(iter(at.values())).recipe.parametrization.weight_decay_exponent
     standard = of_weights(
         "standard-parametrization",

@@ -40,7 +40,7 @@ class _Explained:
 
 
 def likeliest(hypotheses: Sequence[Hypothesis], observed: Sequence[Observation], total: float) -> list[Cause]:
-    """The best; what explains the rest, if there is enough of it; else what explains nearly as much."""
+    """Returns the best; what explains the rest, if there is enough of it; else what explains nearly as much."""
     first = _ranked(hypotheses, observed, total)
     if not first or first[0].cause.share < LEAST_SHARE:
         return []

@@ -13,7 +13,7 @@ from mup_megatron.check.verdict.comparison import Compared, Comparison
 
 
 def first_deviation(observed: Sequence[Observation], total: float) -> Cause:
-    """The first direct measurement that is off, whatever the reason."""
+    """Returns the first direct measurement that is off, whatever the reason."""
     first = next(o for o in observed if o.deviation != 0)
     key = first.key
     share = sum(o.weight * o.deviation**2 for o in observed if (o.key.quantity, o.key.name) == (key.quantity, key.name))
@@ -76,7 +76,7 @@ def _without_rate(comparison: Comparison, at: Mapping[int, AtWidth]) -> list[str
 
 
 def _alike(comparison: Comparison, off: Sequence[Compared]) -> list[Compared]:
-    """The gradients of the first step with one that is off, if nearly all are off by one factor."""
+    """Returns the gradients of the first step with one that is off, if nearly all are off by one factor."""
     step = min(c.key.step for c in off)
     then = [c for key, c in comparison.items() if key.quantity is Quantity.GRADIENT and key.step == step]
     usual = median(c.level for c in then)

@@ -52,11 +52,18 @@ class Gpt(Decoder):
     def with_depth(self, model: ModelFile, layers: int) -> ModelFile:
         """Returns the model with as many of its layers, evenly spread, and at least one of each kind if there is room.
 
-        Those of all layers that are alike, and of a pattern that repeats itself, are its first.
+        Those of all layers that are alike, and of a pattern that repeats itself, are its first. A layer of multi-token
+        prediction is of the last one's kind, which stays: of a pattern there may be fewer layers for that.
         """
+        last = model.num_layers - 1
         if model.num_experts is None or isinstance(model.moe_layer_freq, int):
+            if model.mtp_num_layers:
+                alike = (n for n in range(layers, 0, -1) if model.has_experts(n - 1) is model.has_experts(last))
+                layers = next(alike, layers)
             return model.model_copy(update={"num_layers": layers})
         kept = [index * model.num_layers // layers for index in range(layers)]
+        if model.mtp_num_layers:
+            kept[-1] = last
         for kind in (False, True):
             of_kind = [layer for layer in range(model.num_layers) if model.has_experts(layer) is kind]
             if of_kind and not any(layer in of_kind for layer in kept):

@@ -78,7 +78,7 @@ def choose_proxy(
     least = -(-_BRANCHES * MIN_DEPTH // stack.branches)
     model = deep = stack.with_depth(found.model, target.num_layers)
     for depth in range(target.num_layers - 1, least - 1, -1):
-        shallower = stack.with_depth(model, depth)
+        shallower = stack.with_depth(deep, depth)
         if (search.fraction(model, target) <= budget and not depth_rule) or shallower.num_layers < least:
             break
         model = shallower

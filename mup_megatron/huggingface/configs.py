@@ -279,8 +279,8 @@ def differing_groups(base: PretrainedConfig, target: PretrainedConfig) -> list[t
 
 def _heads_per_group(config: PretrainedConfig) -> int | None:
     keys = ("num_key_value_heads", "num_kv_heads")
-    heads = getattr(config, "num_attention_heads", None)
-    groups = next((value for key in keys if isinstance(value := getattr(config, key, None), int)), None)
+    heads = value(config, "num_attention_heads")
+    groups = next((found for key in keys if isinstance(found := value(config, key), int)), None)
     return heads // groups if isinstance(heads, int) and groups else None
 
 

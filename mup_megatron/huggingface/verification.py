@@ -224,9 +224,9 @@ def require_no_hidden_factor(base: Forward, target: Forward, model: torch.nn.Mod
     at_base, at_target = (_by_place(each.factors) for each in (base, target))
     for place, factors in at_target.items():
         for own, found in zip(at_base.get(place, ()), factors, strict=False):
-            if own.number != found.number:
+            if own.number is None or own.number != found.number:
                 raise InputError(
-                    f"{found.where or type(model).__name__}: its code has a factor that follows width, "
+                    f"{found.where or type(model).__name__}: its code has a factor that {_follows(own, found)} width, "
                     f"{_told(own)} in the recipe's base and {_told(found)} in the target, which μP has no place for. "
                     "Switch it off in both configurations, or choose another model."
                 )
@@ -244,6 +244,10 @@ def _by_place(factors: Iterable[Factor]) -> dict[tuple[str, str], list[Factor]]:
     for factor in factors:
         found.setdefault((factor.where, factor.operation), []).append(factor)
     return found
+
+
+def _follows(base: Factor, target: Factor) -> str:
+    return "may follow" if base.number is None or target.number is None else "follows"
 
 
 def _told(factor: Factor) -> str:

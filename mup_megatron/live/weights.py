@@ -85,7 +85,7 @@ def _std_cause(entry: PlanEntry, std: float, found: float) -> str:
 def _sums(values: torch.Tensor) -> tuple[float, float]:
     """(sum, sum of squares), in double precision."""
     total = squares = 0.0
-    for piece in values.reshape(-1).split(_PIECE[values.device.type]):
+    for piece in values.reshape(-1).split(_PIECE.get(values.device.type, _PIECE["cpu"])):
         exact = piece.double()
         total += exact.sum().item()
         squares += exact.square().sum().item()

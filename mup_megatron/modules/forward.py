@@ -182,9 +182,14 @@ class _Tracker(TorchDispatchMode):
             return False, None
         if isinstance(value, int | float):
             return True, float(value)
-        if isinstance(value, torch.Tensor) and value.dim() == 0 and not self._of(value).active:
-            known = self._watch.draw_of(value).value if value.device.type == "meta" else float(value)
-            return True, known
+        if not isinstance(value, torch.Tensor) or self._of(value).active:
+            return False, None
+        if value.dim() == 0:
+            return True, self._watch.draw_of(value).value if value.device.type == "meta" else float(value)
+        # One number in every place; ones and zeros are masks.
+        filled = self._watch.draw_of(value).value if value.is_floating_point() else None
+        if filled not in (None, 0.0, 1.0):
+            return True, filled
         return False, None
 
     # ---- operations
@@ -196,7 +201,7 @@ class _Tracker(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name == "_local_scalar_dense" and args[0].dtype is torch.bool and args[0].device.type == "meta":
             return True  # code asks whether all of a mask is ones, or a batch is one sequence
-        args, kwargs = _in_one_place(name, args, kwargs)
+        args, kwargs = self._in_one_place(name, args, kwargs)
         result = func(*args, **kwargs)
         plain = name if name.startswith("_") else name.removesuffix("_")
         in_place = name.endswith("_") and not name.startswith("__")
@@ -225,8 +230,9 @@ class _Tracker(TorchDispatchMode):
         if name == "embedding" and (table := self._of(args[0]).parameter) is not None:
             self._lookups.append((self._parameters[table][0], 1.0))
             return replace(MADE, lookup=len(self._lookups) - 1)
-        if name in _NUMBERED:
+        if name in _NUMBERED and kwargs.get("alpha", 1) == 1:
             return self._numbered(name, args)
+        self._note_scalars(name, args, kwargs)
         if name in ("where", "cat", "stack", "maximum", "minimum"):
             logits = next((track for track in active if track.contracted is not None), None)
             return logits or merged(active)
@@ -245,10 +251,17 @@ class _Tracker(TorchDispatchMode):
                 if read.factor is not None:
                     self._explained |= read.parts
         if not (a.active and b.active) or a.weight or b.weight:
+            self._note_scalars(name, (), kwargs)
             return MADE
         alpha = kwargs.get("alpha", 1)
         product = a.times(b.factor).times(float(alpha))
         return replace(product, parts=a.parts | b.parts, contracted=int(one.shape[-1]))
+
+    def _note_scalars(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Notes what an operation is told as a number, which may be a factor: as lerp's weight, addcmul's value."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, float):
+                self._factors.append(Factor(self._where, name, value))
 
     def _note_sum(self, factor: torch.Tensor, stride: int) -> None:
         """Remembers which dimension of a parameter a product sums over: that which has the stride of the one summed."""
@@ -310,16 +323,21 @@ class _Tracker(TorchDispatchMode):
     def _where(self) -> str:
         return self._stack[-1] if self._stack else ""
 
+    def _in_one_place(self, name: str, args: Any, kwargs: Any) -> Any:
+        """Returns arguments with what has values taken to the meta device, where others are: there they meet."""
+        if name in _READ_VALUES:
+            return args, kwargs
+        leaves = tree_leaves((args, kwargs))
+        found = {each.device.type for each in leaves if isinstance(each, torch.Tensor) and each.dim()}
+        return (args, kwargs) if found != {"cpu", "meta"} else tree_map_only(torch.Tensor, self._taken, (args, kwargs))
 
-def _in_one_place(name: str, args: Any, kwargs: Any) -> Any:
-    """Arguments with what has values taken to the meta device, where others are: there they meet without."""
-    if name in _READ_VALUES:
-        return args, kwargs
-    found = {each.device.type for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor) and each.dim()}
-    if found != {"cpu", "meta"}:
-        return args, kwargs
-    # A number may be on the CPU anywhere, and is needed.
-    return tree_map_only(torch.Tensor, lambda each: each.to("meta") if each.dim() else each, (args, kwargs))
+    def _taken(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.dim() or tensor.device.type == "meta":
+            return tensor  # a number may be on the CPU anywhere, and is needed
+        taken = tensor.to("meta")
+        if tensor.is_floating_point() and tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
+            self._watch.note_number(taken, float(tensor.flatten()[0]))
+        return taken
 
 
 _READ_VALUES = frozenset("index index_put index_put_ _unsafe_index copy_ _to_copy".split())
@@ -347,9 +365,18 @@ class _Calls(TorchFunctionMode):
         if func is FUSED_ATTENTION:
             return _spelled_out(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") == "tensor" and args and isinstance(args[0], int | float):
-            self._watch.note_number(result, float(args[0]))
+        place = {"tensor": 0, "new_tensor": 1}.get(getattr(func, "__name__", ""), len(args))
+        if place < len(args) and (number := _one_number(args[place])) is not None:
+            self._watch.note_number(result, number)
         return result
+
+
+def _one_number(data: Any) -> float | None:
+    """Returns the number that a tensor made of this has in every place; None where there is no such one."""
+    if isinstance(data, list | tuple):
+        found = {_one_number(each) for each in data}
+        return found.pop() if len(found) == 1 else None
+    return float(data) if isinstance(data, int | float) else None
 
 
 def _spelled_out(

@@ -1,12 +1,12 @@
 """Layers that are alike: without values, what one of them computes is what the next one would.
 
 A deep model's forward pass on the meta device is mostly one layer again and again. Two layers are alike if all of their
-modules have the same classes, shapes and settings, but for the layer's own number.
+modules have the same classes, shapes, settings and hooks, but for the layer's own number and what its buffers hold.
 """
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -57,12 +57,23 @@ def _kind_of(module: torch.nn.Module) -> Hashable:
     tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     return (
         type(module),
+        tuple((key, _setting(value)) for key, value in vars(module).items() if key not in _NUMBER),
         tuple(
-            (key, value) for key, value in vars(module).items() if isinstance(value, _SETTINGS) and key not in _NUMBER
+            getattr(hook, "__code__", id(hook))
+            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         ),
         tuple((name, tuple(tensor.shape)) for name, tensor in tensors),
         tuple((name, _kind_of(child)) for name, child in module.named_children()),
     )
+
+
+def _setting(value: Any) -> Hashable:
+    """Returns a setting, or several, as they are; of what is none only that."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_setting, value))
+    if isinstance(value, _SETTINGS):
+        return cast("Hashable", value)
+    return type(value).__qualname__
 
 
 def _shape_of(value: Any, state_of: Callable[[torch.Tensor], Hashable]) -> Hashable:

@@ -8,7 +8,7 @@ import pytest
 from mup_megatron.architectures.cost import training_flops
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import Proxy, Search, choose_proxy
-from mup_megatron.architectures.registry import load_model_file, model_file
+from mup_megatron.architectures.registry import architecture_of, load_model_file, model_file
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import recipe
 
@@ -177,3 +177,36 @@ def test_with_a_rule_of_depth_a_proxy_is_shallow_whatever_it_costs() -> None:
         f"the search costs {costs[0]} of the target's run in place of {costs[1]}" in note for note in shallow.notes
     )
     assert shallow.model.model_copy(update={"num_layers": 32}) == deep.model
+
+
+OF_EXPERTS = {"num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 1024, "swiglu": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "changes"),
+    [
+        (GPT3 | OF_EXPERTS, {"moe_layer_freq": [0] * 3 + [1] * 29}),
+        (GPT3 | OF_EXPERTS, {"moe_layer_freq": [0] * 16 + [1] * 16}),
+        (GPT3, {"architecture": "t5", "num_layers": 24, "decoder_num_layers": 10}),
+        ({k: v for k, v in GPT3.items() if k != "num_layers"}, {"hybrid_layer_pattern": "*-*-*" * 4}),
+    ],
+    ids=["experts behind three", "experts in the upper half", "T5", "a period of five"],
+)
+def test_a_shallower_proxy_is_the_target_thinned_at_once(content: dict[str, Any], changes: dict[str, Any]) -> None:
+    """And not layer by layer, which would leave the first ones."""
+    deep = target(content, **changes)
+    for budget in (0.05, 1e-2, 1e-3, 1e-9):
+        proxy = choose_proxy(deep, Search(trials=350, trial_tokens=1e9, target_tokens=3e11), budget=budget).model
+        thinned = architecture_of(deep).with_depth(deep, proxy.num_layers)
+        for key in ("num_layers", "moe_layer_freq", "hybrid_layer_pattern", "decoder_num_layers"):
+            assert getattr(proxy, key, None) == getattr(thinned, key, None)
+
+
+@pytest.mark.parametrize("freq", [2, [1, 0] * 16], ids=["every second", "listed"])
+def test_a_proxys_multi_token_prediction_is_of_the_targets_kind(freq: object) -> None:
+    """It is of the last layer's kind, and what was tuned with another does not transfer."""
+    deep = target(GPT3 | OF_EXPERTS, moe_layer_freq=freq, mtp_num_layers=1, position_embedding_type="rope")
+    for budget in (0.3, 0.2, 0.1, 0.05, 1e-2, 1e-9):
+        proxy = choose_proxy(deep, Search(trials=350, trial_tokens=1e9, target_tokens=3e11), budget=budget).model
+        tuned = recipe({"base": proxy.model_dump(), "hyperparameters": {"lr": 1e-3}}, source="r.yaml")
+        assert tuned.plan(deep).entries

@@ -1,5 +1,6 @@
 """What attention computes, held against the plan, and factors of width that only the code has."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -219,3 +220,36 @@ def test_each_factor_is_compared_with_that_of_the_same_place(
         return
     with pytest.raises(InputError, match=said):
         verification.require_no_hidden_factor(base, passed(*target), torch.nn.Identity())
+
+
+FACTORS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "a number": lambda x, h: x * h**0.5,
+    "a tensor of one": lambda x, h: x * torch.tensor([h**0.5]),
+    "a whole row of them": lambda x, h: x * torch.full((x.shape[-1],), h**0.5),
+    "in its own place": lambda x, h: x * x.new_tensor(h**0.5),
+    "alpha of a sum": lambda x, h: torch.add(x * 0, x, alpha=h**0.5),
+    "a weighted mean": lambda x, h: torch.lerp(x * 0, x, h**0.5),
+    "value of a product": lambda x, h: torch.addcmul(x * 0, x, torch.ones_like(x), value=h**0.5),
+    "what is not known": lambda x, h: x * (torch.tensor([1.0, float(h)]).to(x.device).sum() ** 0.5),
+}
+KNOWN = ("a number", "a tensor of one", "a whole row of them", "in its own place")
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("module", ["model.layers.1.mlp", "model.norm"])
+def test_a_factor_of_width_in_code_is_seen_however_it_is_written(name: str, module: str) -> None:
+    """Behind the final norm one that is known is a part of the readout's multiplier; elsewhere it is refused."""
+
+    class LlamaForCausalLM(transformers.LlamaForCausalLM):
+        def __init__(self, settings: transformers.LlamaConfig) -> None:
+            super().__init__(settings)
+            h = settings.hidden_size
+            self.get_submodule(module).register_forward_hook(lambda _, __, output: FACTORS[name](output, h))
+
+    target = LlamaForCausalLM(config("llama", 64))
+    recipe = recipe_at(config("llama", 32))
+    if module == "model.norm" and name in KNOWN:
+        assert plan_for(target, recipe).stock_readout_ratio == pytest.approx(2**0.5)
+        return
+    with pytest.raises(InputError, match=r"a factor that (may follow|follows) width"):
+        plan_for(target, recipe)

@@ -270,12 +270,10 @@ class Architecture(ABC):
             for index, families in enumerate(layers)
             for family in families
         ]
-        within += [list(block.places(layer)) for layer, block in self._further(model)]
         # All branches or none: what is known of some of them alone would be half a rule.
-        known = all(
-            any(place.carries == BRANCH for place in own) for own in within[: len(list(self._in_stacks(model)))]
-        )
-        yield from (place for own in within for place in own if known or place.carries != BRANCH)
+        known = all(any(place.carries == BRANCH for place in own) for own in within)
+        behind = [list(block.places(layer)) for layer, block in self._further(model)]
+        yield from (place for own in (*within, *behind) for place in own if known or place.carries != BRANCH)
         yield Place(self.readout.rpartition(".")[0], Acts.INPUT, READOUT)
 
     def measured(self, model: ModelFile) -> Iterator[Measured]:

@@ -44,7 +44,7 @@ def narrowed(model: ModelFile, hidden: int, heads: Mapping[str, int]) -> Narrowe
             rounded.append(Rounded(size.key, wider, wider * ratio, now))
     for size in architecture.sizes(model):
         if size.divides is not None and (wider := size.of(model)) is not None:
-            multiple = sizes[size.divides]
+            multiple = sizes.get(size.divides, model.value_of(size.divides))
             sizes[size.key] = now = math.gcd(multiple, wider)
             if now != wider:
                 notes.append(

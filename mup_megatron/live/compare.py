@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mup_megatron.live.hooks import Hooks
 from mup_megatron.live.problems import Problem, number
 from mup_megatron.theory import Plan, PlanEntry, Property, Site
+from mup_megatron.theory.matching import family_of
 
 CLOSE = 1e-6
 """Relative: live values are the plan's very numbers, at worst through a tensor of single precision."""
@@ -62,10 +63,13 @@ def parameter_problems(
         if name not in plan.by_name
     ]
     everywhere = held if everywhere is None else everywhere
+    # What only some versions have, all of its layers have or none.
+    kinds = {family_of(name) for name in everywhere}
     problems += [
         f"{entry.name}: the plan has this parameter, the model has not. {remedies.missing}"
         for entry in plan.entries
-        if entry.name not in everywhere and Property.OPTIONAL not in entry.properties
+        if entry.name not in everywhere
+        and not (Property.OPTIONAL in entry.properties and family_of(entry.name) not in kinds)
     ]
     for name, shape in held.items():
         if name in plan.by_name and shape != (expected := padded_shape(plan[name], tensor_parallel)):

@@ -21,14 +21,17 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A stack of layers: its depth in layers, and how many residual branches each of them has."""
+    """A stack of layers: its depth in layers, and how many residual branches the initialisation counts in each.
+
+    Megatron counts two in each layer of a GPT or T5, whose decoder has three, and one in a hybrid model's.
+    """
 
     layers: int
     branches: int = 2
 
     @property
     def depth(self) -> int:
-        """The number of residual branches that add to the stream, one after the other."""
+        """Returns the number of residual branches by which what writes into the stream is drawn."""
         return self.layers * self.branches
 
 

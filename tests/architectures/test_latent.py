@@ -258,6 +258,8 @@ def test_the_second_norm_of_direct_queries_is_one_that_only_some_versions_of_meg
     assert parameter_problems(all_of_them, plan, remedies) == []
     assert parameter_problems(without, plan, remedies) == []
     assert len(parameter_problems(dict(list(without.items())[1:]), plan, remedies)) == 1
+    some = {name: shape for name, shape in all_of_them.items() if name != optional[0]}
+    assert len(parameter_problems(some, plan, remedies)) == 1, "all layers have it, or none"
 
 
 def test_local_layers_cannot_norm_direct_queries() -> None:

@@ -246,7 +246,7 @@ def _finished(trials: list[FrozenTrial]) -> bool:
 
 
 def _loss(trials: list[FrozenTrial]) -> float:
-    """Of the trial of a slot that is complete; infinite if none is."""
+    """Returns that of the trial of a slot that is complete; infinite if none is."""
     losses = (trial.value for trial in trials if trial.state == TrialState.COMPLETE)
     return next((loss for loss in losses if loss is not None), math.inf)
 

@@ -1,4 +1,4 @@
-"""Where the optimum of a search is, and how sure that is: a quadratic fit over its best trials. Pure.
+"""A quadratic fit over the best trials of a search: where its optimum is, and how sure that is. Pure.
 
 In coordinates in which the space is a unit cube (logarithms where it is searched in them), the loss of a trial is
 

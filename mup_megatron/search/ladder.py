@@ -113,7 +113,7 @@ class Ladder:
 
 @dataclass(frozen=True)
 class Keep:
-    """How many of a search's candidates are still on a rung."""
+    """The number of a search's candidates that are still on a rung."""
 
     share: float
     least: int

@@ -1,21 +1,35 @@
 """A trial is a training of the proxy; the best one becomes a recipe. Real trials: tests/cli/test_sweep_command.py."""
 
 import json
+import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.commands import BASE
 
+from mup_megatron.architectures.cost import parameter_count, training_flops
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import model_file
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe, recipe
 from mup_megatron.search import Space, StudyRecord, StudySpec, Trial, load_space
 from mup_megatron.search.space import SearchRange
 from mup_megatron.training.options import TrainingOptions
-from mup_megatron.tuning import DEFAULT_SPACE, SEARCHABLE, ProxyTraining, fixed_content, transferred
+from mup_megatron.tuning import (
+    DEFAULT_SPACE,
+    SEARCHABLE,
+    ProxyTraining,
+    Target,
+    at_rung,
+    fixed_content,
+    ladder_for,
+    narrower,
+    transferred,
+)
 
 SPACE_FILE = Path(__file__).parents[1] / "configs" / "spaces" / "gpt3_6.7b.yaml"
 PROXY = model_file(BASE, source="proxy.yaml")
@@ -211,3 +225,143 @@ def test_without_a_complete_trial_there_is_nothing_to_transfer() -> None:
 def test_a_study_of_something_else_is_refused() -> None:
     with pytest.raises(InputError, match=r"^study 's' was not made by `mup-megatron sweep`\. Choose another"):
         transferred(study(*TRIALS, context={"model": "resnet"}))
+
+
+# The optimum, and what the search has cost
+
+
+def searched(optimum: float, count: int = 40) -> StudyRecord:
+    """A search of the learning rate whose loss is lowest there, from 0.001 to 1 in logarithms."""
+    context = objective(GIVEN).context()
+    logarithmic = Space({"lr": SearchRange(0.001, 1.0, log=True)})
+    rates = [logarithmic.sample(5, number)["lr"] for number in range(count)]
+    found = tuple(trial(i, 3.0 + (math.log10(lr / optimum)) ** 2, lr=lr) for i, lr in enumerate(rates))
+    return StudyRecord(StudySpec("s", "sqlite:///s.db", 5, "random", logarithmic, context), found, count)
+
+
+def test_the_fitted_optimum_is_in_the_provenance_and_the_best_trial_is_the_recipe() -> None:
+    found = transferred(searched(0.04))
+    fit = found.provenance["fitted"]
+    assert fit["basins"]["lr"]["optimum"] == pytest.approx(0.04, rel=0.01)
+    low, high = fit["basins"]["lr"]["interval"]
+    assert low <= 0.04 * 1.001
+    assert high >= 0.04 * 0.999
+    assert found.hyperparameters.lr == searched(0.04).require_best().parameters["lr"]
+    assert "fitted" not in transferred(searched(0.04, count=11)).provenance, "too few trials"
+
+
+def test_an_optimum_at_an_edge_of_the_space_is_refused_unless_accepted() -> None:
+    with pytest.raises(
+        InputError, match=r"falls towards an edge of the space \(lr 1\)\. .* or add --accept-edge"
+    ) as error:
+        transferred(searched(8.0))
+    assert len(str(error.value)) <= 300
+    found = transferred(searched(8.0), accept_edge=True)
+    assert found.provenance["fitted"]["at_edges"] == {"lr": "high"}
+    assert found.hyperparameters.lr == searched(8.0).require_best().parameters["lr"]
+
+
+def test_the_share_of_the_targets_cost_is_said_if_the_target_is() -> None:
+    assert "cost" not in transferred(study(*TRIALS)).provenance
+    target = PROXY.model_copy(update={"hidden_size": 128, "num_attention_heads": 4})
+    cost = transferred(study(*TRIALS), target=Target(target, tokens=10**6)).provenance["cost"]
+    tokens = len(TRIALS) * 3 * 2 * PROXY.seq_length
+    assert cost == {
+        "flops": tokens * training_flops(PROXY).total,
+        "share_of_target": tokens * training_flops(PROXY).total / (10**6 * training_flops(target).total),
+    }
+    longest = transferred(study(*TRIALS), target=Target(target)).provenance["cost"]
+    assert longest["share_of_target"] == pytest.approx(
+        cost["flops"] / (20 * parameter_count(target) * training_flops(target).total)
+    )
+
+
+# Fidelities
+
+WIDE = PROXY.model_copy(update={"hidden_size": 128, "num_attention_heads": 4})
+
+
+def rungs(budget: float = 1e12, found: StudyRecord | None = None, **changes: Any) -> list[tuple[int, int, int]]:
+    training = objective(**{"proxy": WIDE, "options": replace(OPTIONS, train_iters=40), **changes})
+    ladder = ladder_for(training, DEFAULT_SPACE, budget, found, source="--space")
+    at = [at_rung(training, rung) for rung in ladder.rungs]
+    return [
+        (each.model.hidden_size, each.options.train_iters, rung.trials)
+        for each, rung in zip(at, ladder.rungs, strict=True)
+    ]
+
+
+def test_a_ladder_leads_from_narrow_and_short_trials_to_whole_ones() -> None:
+    (first, second, last) = rungs()
+    assert (first[:2], second[:2], last[:2]) == ((32, 10), (64, 20), (128, 40))
+    assert first[2] > 10 * second[2] > 20 * last[2]
+    # Narrower heads where there are too few of them.
+    two_heads = PROXY.model_copy(update={"hidden_size": 256, "num_attention_heads": 2})
+    assert [rung[:2] for rung in rungs(proxy=two_heads)] == [(64, 10), (128, 20), (256, 40)]
+    assert (narrower(two_heads, 1 / 4).head_size, narrower(two_heads, 1 / 4).num_attention_heads) == (32, 2)
+    assert (narrower(two_heads, 1 / 2).head_size, narrower(two_heads, 1 / 2).num_attention_heads) == (128, 1)
+    # One head is as narrow as it gets: what is left is to be shorter.
+    assert [rung[:2] for rung in rungs(proxy=PROXY)] == [(32, 10), (32, 20), (32, 40)]
+    assert [rung[:2] for rung in rungs(options=replace(OPTIONS, train_iters=1))] == [(32, 1), (64, 1), (128, 1)]
+    assert [rung[:2] for rung in rungs(proxy=PROXY, options=replace(OPTIONS, train_iters=1))] == [(32, 1)]
+
+
+def test_the_cost_of_a_rung_is_that_of_its_model_and_its_tokens() -> None:
+    training = objective(proxy=WIDE, options=replace(OPTIONS, train_iters=40))
+    ladder = ladder_for(training, DEFAULT_SPACE, 1e12, None, source="--space")
+    assert [rung.fidelity.cost for rung in ladder.rungs] == [
+        training_flops(narrower(WIDE, share)).total * steps * OPTIONS.global_batch_size * WIDE.seq_length
+        for share, steps in ((1 / 4, 10), (1 / 2, 20), (1, 40))
+    ]
+
+
+def test_a_rungs_model_has_the_proxys_recipe_so_that_hyperparameters_mean_the_same_there() -> None:
+    training = objective(GIVEN, proxy=WIDE, options=replace(OPTIONS, train_iters=40))
+    ladder = ladder_for(training, DEFAULT_SPACE, 1e12, None, source="--space")
+    lowest = at_rung(training, ladder.rungs[0])
+    made = lowest.recipe({"lr": 0.01})
+    assert made == training.recipe({"lr": 0.01})
+    assert made.base == WIDE
+    rates = {entry["name"]: entry["lr"] for entry in made.plan(lowest.model).to_json()["parameters"]}
+    assert rates["decoder.layers.0.mlp.linear_fc1.weight"] == 0.01 * 4
+    assert json.loads(json.dumps(ladder.to_json())) == ladder.to_json()
+    assert pickle.loads(pickle.dumps(lowest)) == lowest
+
+
+def test_a_trial_trains_the_model_of_its_rung_for_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = objective(proxy=WIDE, options=replace(OPTIONS, train_iters=40))
+    ladder = ladder_for(training, DEFAULT_SPACE, 1e12, None, source="--space")
+    seen = []
+
+    def run_training(model: ModelFile, made: Recipe, data: Path, options: TrainingOptions, **_: Any) -> Any:
+        seen.append((model.hidden_size, made.base.hidden_size, options.train_iters))
+        return SimpleNamespace(
+            validation_loss=1.0, status="complete", reason=None, train_loss=1.0, iterations=1, tokens=1
+        )
+
+    monkeypatch.setattr("mup_megatron.training.train.run_training", run_training)
+    for rung in ladder.rungs:
+        at_rung(training, rung)({"lr": 0.01}, lambda step, loss: None)
+    assert seen == [(32, 128, 10), (64, 128, 20), (128, 128, 40)]
+
+
+def test_a_study_keeps_its_ladder() -> None:
+    """Whatever a later release would choose for the budget."""
+    training = objective(proxy=WIDE, options=replace(OPTIONS, train_iters=40))
+    made = ladder_for(training, DEFAULT_SPACE, 1e12, None, source="--space")
+    older = replace(made, rungs=(replace(made.rungs[0], trials=7), *made.rungs[1:]))
+    spec = StudySpec("s", "sqlite:///s.db", 5, "random", DEFAULT_SPACE, training.context(), ladder=older)
+    found = StudyRecord(spec, (), older.trials)
+    assert rungs(found=found)[0][2] == 7
+    assert rungs(found=found, budget=2e12)[0][2] > 7
+    assert rungs(found=found, data=Path("other"))[0][2] > 7
+
+
+def test_a_rung_that_could_not_run_is_refused() -> None:
+    training = objective(proxy=WIDE, options=replace(OPTIONS, train_iters=40))
+    with pytest.raises(InputError, match=r"s\.yaml: hyperparameters\.lr: should be greater than 0"):
+        ladder_for(training, space(lr=(-0.1, 0.1)), 1e12, None, source="s.yaml")
+    rung = ladder_for(training, DEFAULT_SPACE, 1e12, None, source="--space").rungs[0]
+    damaged = replace(rung, fidelity=replace(rung.fidelity, settings={"hidden_size": 32}))
+    with pytest.raises(InputError, match=r"the rung of .* trials: train_iters: missing"):
+        at_rung(training, damaged)

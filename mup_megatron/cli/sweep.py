@@ -2,26 +2,41 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import click
+from rich.console import Console
+from rich.table import Table
 
 from mup_megatron.architectures.registry import load_model_file
-from mup_megatron.cli.options import FILE
+from mup_megatron.cli.options import FILE, FiniteFloat
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import load_recipe
-from mup_megatron.search import StudySpec, default_storage, load_space, run_sweep
+from mup_megatron.search import Ladder, Objectives, StudySpec, default_storage, find_study, load_space, run_sweep
 from mup_megatron.training.data.reading import check_prefix, require_vocab, small_vocabulary_warning
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.training.ranks import preload
-from mup_megatron.tuning import DEFAULT_SPACE, SEARCHABLE, ProxyTraining, SearchSetup, best_of, fixed_content
+from mup_megatron.tuning import (
+    DEFAULT_SPACE,
+    SEARCHABLE,
+    ProxyTraining,
+    SearchSetup,
+    at_rung,
+    best_of,
+    fixed_content,
+    ladder_for,
+    settings_of,
+)
 
 
 @click.command()
 @click.argument("proxy", type=FILE, metavar="PROXY.yaml")
 @click.option("--data", type=FILE, required=True, metavar="D", help="Prefix of Megatron's .bin and .idx.")
 @click.option("--trials", type=int, metavar="N", help="Size of the search, all calls together.")
+@click.option("--budget", type=FiniteFloat(0, min_open=True), metavar="FLOPS",
+              help="Instead of --trials: what a search over fidelities may cost.")  # fmt: skip
 @click.option("--best", type=int, metavar="N", help="Instead of --trials: run the best N trials of another study …")
 @click.option("--of", metavar="NAME", help="… which is this one, in the same --storage.")
 @click.option("--accept-unfinished", is_flag=True, help="Although trials of that study have no result yet.")
@@ -43,6 +58,7 @@ def command(
     proxy: Path,
     data: Path,
     trials: int | None,
+    budget: float | None,
     best: int | None,
     of: str | None,
     accept_unfinished: bool,
@@ -66,10 +82,11 @@ def command(
 
     With --best N --of NAME a trial takes its hyperparameters from one of the best N of an earlier study, each once, to
     train longer or on other data.
+
+    With --budget FLOPS most trials are of a narrower model and shorter; the best go on to longer ones of a wider model,
+    and the last to whole ones of PROXY. What that comes to is shown before the first trial.
     """
-    asked = trials if best is None else best
-    if asked is None or (trials is not None and best is not None) or (best is None) != (of is None):
-        raise InputError("How many trials? Either --trials N for a search, or --best N --of NAME for those of another.")
+    _require_one_way(trials, budget, best, of)
     for_searches = {"--space": space, "--recipe": recipe_path, "--sampler": sampler}
     if of is not None and (dropped := [flag for flag, value in for_searches.items() if value is not None]):
         raise InputError(f"{dropped[0]}: with --of, all hyperparameters are those of study {of!r}. Drop it.")
@@ -83,7 +100,7 @@ def command(
     searched = (
         _searched(space, recipe_path)
         if of is None
-        else best_of(of, asked, study=study, storage=storage, proxy=model, accept_unfinished=accept_unfinished)
+        else best_of(of, best or 0, study=study, storage=storage, proxy=model, accept_unfinished=accept_unfinished)
     )
     meta = check_prefix(data)
     require_vocab(meta, model.vocab_size, data=data, model=proxy)
@@ -113,11 +130,19 @@ def command(
         context=objective.context(),
         selection=searched.selection,
     )
+    objectives: Objectives = objective
+    asked = trials or best or 0
+    if budget is not None:
+        found = find_study(spec.storage, study)
+        ladder = ladder_for(objective, spec.space, budget, found, source=str(space or "--space"))
+        spec, asked = replace(spec, ladder=ladder), ladder.trials
+        objectives = [at_rung(objective, rung) for rung in ladder.rungs]
+        _show(ladder)
     preload()
     folder = Path("results") / study
     result = run_sweep(
         spec,
-        objective,
+        objectives,
         asked,
         workers=workers,
         csv_file=folder / "trials.csv",
@@ -135,7 +160,36 @@ def command(
     click.echo(f"best: trial {result.best.number}, loss {result.best.loss:.6g}")
     for name, value in result.best.parameters.items():
         click.echo(f"  {name}: {value:.6g}")
+    if budget is not None:
+        click.echo(f"{sum(result.record.spent):.3g} of {budget:.3g} FLOPs spent", err=True)
     click.echo(f"All trials: {folder / 'trials.csv'} and {spec.storage}", err=True)
+
+
+def _require_one_way(trials: int | None, budget: float | None, best: int | None, of: str | None) -> None:
+    """Raises InputError unless a search is told its size in one way."""
+    if sum(each is not None for each in (trials, budget, best)) != 1 or (best is None) != (of is None):
+        raise InputError(
+            "How many trials? Either --trials N for a search, or --best N --of NAME for those of another. "
+            "With --budget FLOPS the search decides it itself."
+        )
+
+
+def _show(ladder: Ladder) -> None:
+    """Prints a ladder, on standard error."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("rung", "width", "steps", "trials", "FLOPs", "share"):
+        table.add_column(title, justify="right")
+    for number, rung in enumerate(ladder.rungs):
+        settings = settings_of(rung)
+        row = (number, settings.hidden_size, settings.train_iters, rung.trials)
+        table.add_row(*map(str, row), f"{rung.cost:.3g}", f"{rung.cost / ladder.cost:.1%}")
+    console = Console(stderr=True, highlight=False, width=1000)
+    console.print(table)
+    whole = ladder.rungs[-1].fidelity.cost
+    console.print(
+        f"{ladder.cost:.3g} FLOPs, as much as {ladder.cost / whole:.3g} whole trials. {ladder.candidates} of those "
+        f"would be {ladder.candidates * whole:.3g}."
+    )
 
 
 def _searched(space: Path | None, recipe_path: Path | None) -> SearchSetup:

@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
+from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.options import COUNT, FILE, FiniteFloat, answer, force_option
 from mup_megatron.search import default_storage, read_study
 from mup_megatron.theory import HORIZON_RULES
-from mup_megatron.tuning import TargetRun, transferred
+from mup_megatron.tuning import Target, TargetRun, transferred
 
 
 class _Tokens(FiniteFloat):
@@ -35,6 +36,9 @@ class _Tokens(FiniteFloat):
               help="Sequences of an iteration of the target's. [default: the tuning's]")  # fmt: skip
 @click.option("--target-seq-length", type=COUNT, metavar="N", help="[default: the tuning's]")
 @click.option("--exponent", type=FiniteFloat(min=0, min_open=True), help="Of the rule tokens. [default: 0.32]")
+@click.option("--target", type=FILE, metavar="TARGET.yaml",
+              help="Whose run the search was for: the provenance gets its share of that cost.")  # fmt: skip
+@click.option("--accept-edge", is_flag=True, help="Although the loss still falls towards an edge of the space.")
 @force_option
 def command(
     study: str,
@@ -46,10 +50,13 @@ def command(
     target_batch: int | None,
     target_seq_length: int | None,
     exponent: float | None,
+    target: Path | None,
+    accept_edge: bool,
 ) -> None:
     """The best trial of a study as a recipe, with the study, trial, data and versions that it comes from.
 
-    With --rule the recipe gets a horizon, which moves the values to the target's batch and number of tokens.
+    The provenance also has where a quadratic fit over the best trials puts the optimum, and how sure that is. With
+    --rule the recipe gets a horizon, which moves the values to the target's batch and number of tokens.
     """
     asked = {"--target-tokens": target_tokens, "--target-batch": target_batch, "--target-seq-length": target_seq_length}
     given = [name for name, value in asked.items() if value is not None]
@@ -64,4 +71,6 @@ def command(
         to = TargetRun(
             rule=rule, tokens=target_tokens, batch=target_batch, seq_length=target_seq_length, exponent=exponent
         )
-    answer(transferred(read_study(storage or default_storage(study), study), to).to_yaml(), output, force=force)
+    of = None if target is None else Target(load_model_file(target), target_tokens)
+    record = read_study(storage or default_storage(study), study)
+    answer(transferred(record, to, target=of, accept_edge=accept_edge).to_yaml(), output, force=force)

@@ -4,7 +4,8 @@ Every method that changes the study may meet another call that has been faster; 
 """
 
 import contextlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from mup_megatron.search.owner import Owner, OwnerWatch
-from mup_megatron.search.sampler import sampler_of
+from mup_megatron.search.sampler import given, sampler_of
 from mup_megatron.search.storage import FAILURES, Storage
 from mup_megatron.search.study import (
     ATTEMPTS,
@@ -21,6 +22,7 @@ from mup_megatron.search.study import (
     REASON,
     RETRY_OF,
     SIZE,
+    SLOT,
     SOURCE,
     StudyRecord,
     StudySpec,
@@ -28,6 +30,8 @@ from mup_megatron.search.study import (
     slots_of,
     trials_of,
 )
+
+_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Claim:
     trial_id: int
     number: int
     slot: int
+    rung: int
     attempts: int
     """How often it has crashed."""
 
@@ -49,7 +54,7 @@ class Claims:
     study: optuna.Study
     storage: Storage
     n_trials: int
-    """The slots that are to be filled."""
+    """The number of slots that are to be filled, of a study without a ladder."""
     owner: Owner
     watch: OwnerWatch
 
@@ -61,9 +66,11 @@ class Claims:
         self._beat = 0
         self._held: dict[int, Claim] = {}
         """Number → the claims that have not ended."""
+        self._to_retry: set[int] = set()
+        """Slots that earlier calls gave up, each to be tried once more by this one."""
         self.look()
-        # Slots that earlier calls gave up, each to be tried once more by this one.
-        self._to_retry = {slot for slot, trials in self._slots.items() if _failed(trials)}
+        self._to_retry = {slot for slot in self._wanted if slot in self._slots and _failed(self._slots[slot])}
+        self.look()
 
     # ---- what is in the study
 
@@ -73,6 +80,15 @@ class Claims:
         self._slots: dict[int, list[FrozenTrial]] = {}
         for trial, slot in zip(self._trials, slots_of(self._trials), strict=True):
             self._slots.setdefault(slot, []).append(trial)
+        self._results = {
+            slot: _loss(trials)
+            for slot, trials in self._slots.items()
+            if _finished(trials) or (_failed(trials) and slot not in self._to_retry)
+        }
+        ladder = self.spec.ladder
+        self._wanted: Sequence[int] = (
+            range(self.n_trials) if ladder is None else ladder.wanted(self._results, self._slots)
+        )
 
     def record(self) -> StudyRecord:
         """Returns the study as it was at the last look."""
@@ -80,14 +96,17 @@ class Claims:
 
     def settled(self) -> int:
         """Counts the slots that need nothing more from this call."""
-        return sum(
-            slot < self.n_trials and (_finished(trials) or (_failed(trials) and slot not in self._to_retry))
-            for slot, trials in self._slots.items()
-        )
+        return sum(slot in self._results for slot in self._wanted)
+
+    def done(self) -> bool:
+        """True if no slot needs anything more from this call, now or later."""
+        return self.settled() == len(self._wanted)
 
     def given_up(self) -> list[int]:
         """Lists the number of the last failed trial of each slot that has no result."""
-        return [trials[-1].number for slot, trials in self._slots.items() if slot < self.n_trials and _failed(trials)]
+        return [
+            self._slots[slot][-1].number for slot in self._wanted if slot in self._slots and _failed(self._slots[slot])
+        ]
 
     # ---- taking a trial
 
@@ -101,19 +120,19 @@ class Claims:
 
     def _next(self) -> Claim | None:
         self.look()
-        for slot in range(self.n_trials):
+        for slot in self._wanted:
             if slot not in self._slots:
-                return self._create({})
+                return self._create({} if self.spec.ladder is None else {SLOT: slot})
             trials = self._slots[slot]
             if _finished(trials) or _failed(trials):
                 continue
             trial = next(trial for trial in trials if trial.state != TrialState.FAIL)
             if self._take_over(trial):
-                return Claim(trial._trial_id, trial.number, slot, trial.user_attrs.get(ATTEMPTS, 0))
-        for slot in sorted(slot for slot in self._to_retry if slot < self.n_trials):
+                return self._claim(trial, slot, attempts=trial.user_attrs.get(ATTEMPTS, 0))
+        for slot in sorted(self._to_retry):
             self._to_retry.remove(slot)
             if _failed(self._slots[slot]):
-                return self._create({RETRY_OF: slot})
+                return self._create({RETRY_OF if self.spec.ladder is None else SLOT: slot})
         return None
 
     def _take_over(self, trial: FrozenTrial) -> bool:
@@ -133,7 +152,7 @@ class Claims:
             return False
 
     def _create(self, attributes: Mapping[str, Any]) -> Claim | None:
-        """Makes a trial, for the next slot unless said otherwise; None if a call elsewhere has been faster."""
+        """Makes a trial, for the next slot unless attributes say one; None if a call elsewhere has been faster."""
         template = optuna.trial.create_trial(
             state=TrialState.RUNNING, user_attrs={OWNER: self.owner.record(self._beat), **attributes}
         )
@@ -142,15 +161,19 @@ class Claims:
         slot, trial = next(
             (slot, trial) for slot, trials in self._slots.items() for trial in trials if trial._trial_id == trial_id
         )
-        if slot >= self.n_trials:
+        if self.spec.ladder is None and slot >= self.n_trials:
             # It stays for a larger search.
             self._backend.set_trial_state_values(trial_id, TrialState.WAITING)
             return None
         if any(other.number < trial.number and other.state != TrialState.FAIL for other in self._slots[slot]):
-            self._backend.set_trial_user_attr(trial_id, REASON, "not run: another process has tried this slot again")
+            self._backend.set_trial_user_attr(trial_id, REASON, "not run: another process has begun this slot")
             self._backend.set_trial_state_values(trial_id, TrialState.FAIL)
             return None
-        return Claim(trial_id, trial.number, slot, attempts=0)
+        return self._claim(trial, slot, attempts=0)
+
+    def _claim(self, trial: FrozenTrial, slot: int, *, attempts: int) -> Claim:
+        rung = 0 if self.spec.ladder is None else self.spec.ladder.place(slot)[0]
+        return Claim(trial._trial_id, trial.number, slot, rung, attempts)
 
     def _own(self, trial_id: int) -> None:
         self._backend.set_trial_user_attr(trial_id, OWNER, self.owner.record(self._beat))
@@ -159,7 +182,7 @@ class Claims:
 
     def parameters(self, claim: Claim) -> dict[str, float]:
         """Draws the hyperparameters of a trial, and records where they come from."""
-        self.study.sampler = sampler_of(self.spec, claim.slot)
+        self.study.sampler = self._sampler(claim)
         if self.spec.selection is not None:
             chosen = self.spec.selection.candidates[claim.slot]
             source = {"study": self.spec.selection.study, "trial": chosen.trial, "loss": chosen.loss}
@@ -169,6 +192,13 @@ class Claims:
             name: trial.suggest_float(name, bounds.low, bounds.high, log=bounds.log)
             for name, bounds in self.spec.space.ranges.items()
         }
+
+    def _sampler(self, claim: Claim) -> optuna.samplers.BaseSampler:
+        if self.spec.ladder is None or claim.rung == 0:
+            return sampler_of(self.spec, claim.slot)
+        _, candidate = self.spec.ladder.place(claim.slot)
+        drawn = next(trial for trial in self._slots[candidate] if trial.state in _FINISHED)
+        return given(drawn.params)
 
     def report(self, claim: Claim, step: int, value: float) -> None:
         """Records an intermediate value."""
@@ -212,7 +242,13 @@ class Claims:
 
 
 def _finished(trials: list[FrozenTrial]) -> bool:
-    return any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials)
+    return any(trial.state in _FINISHED for trial in trials)
+
+
+def _loss(trials: list[FrozenTrial]) -> float:
+    """Returns that of the trial of a slot that is complete; infinite if none is."""
+    losses = (trial.value for trial in trials if trial.state == TrialState.COMPLETE)
+    return next((loss for loss in losses if loss is not None), math.inf)
 
 
 def _failed(trials: list[FrozenTrial]) -> bool:

@@ -19,21 +19,27 @@ from mup_megatron.search.study import StudyRecord, Trial
 def trials_csv(record: StudyRecord) -> str:
     """Returns all trials as CSV, one row each, hyperparameters last. Numbers in full precision.
 
-    Where they are the best of another study, `source_trial` and `source_loss` say which each is, and what it came to.
+    On a ladder, `rung` and `candidate` say where each is. Where they are the best of another study, `source_trial` and
+    `source_loss` say which each is, and what it came to.
     """
     names = list(record.spec.space.ranges)
     selection = record.spec.selection
     source = [] if selection is None else ["source_trial", "source_loss"]
+    ladder = record.spec.ladder
+    place = [] if ladder is None else ["rung", "candidate"]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["number", "slot", "state", "loss", "seconds", "reason", *source, *names])
+    writer.writerow(["number", "slot", "state", "loss", "seconds", "reason", *place, *source, *names])
     for trial in record.trials:
         of: list[object] = []
         if selection is not None:
             candidate = selection.at(trial.slot)
             of = [None, None] if candidate is None else [candidate.trial, candidate.loss]
+        at = [] if ladder is None else ladder.place(trial.slot)
         drawn = [trial.parameters.get(name) for name in names]
-        writer.writerow([trial.number, trial.slot, trial.state, trial.loss, trial.seconds, trial.reason, *of, *drawn])
+        writer.writerow(
+            [trial.number, trial.slot, trial.state, trial.loss, trial.seconds, trial.reason, *at, *of, *drawn]
+        )
     return stream.getvalue()
 
 

@@ -11,8 +11,8 @@ from optuna.trial import FrozenTrial
 from mup_megatron.search.study import StudySpec
 
 
-class _SlotSampler(optuna.samplers.BaseSampler):
-    """The slot's hyperparameters, whichever trials came before."""
+class _GivenSampler(optuna.samplers.BaseSampler):
+    """Hyperparameters that are known, whichever trials came before."""
 
     def __init__(self, values: Mapping[str, float]) -> None:
         self._values = values
@@ -32,10 +32,15 @@ class _SlotSampler(optuna.samplers.BaseSampler):
         return self._values[param_name]
 
 
+def given(values: Mapping[str, float]) -> optuna.samplers.BaseSampler:
+    """Returns a sampler that draws these hyperparameters."""
+    return _GivenSampler(values)
+
+
 def sampler_of(spec: StudySpec, slot: int) -> optuna.samplers.BaseSampler:
-    """Returns the sampler of one slot of a study."""
+    """Returns the sampler of one slot of a study, on the lowest rung of its ladder if it has one."""
     if spec.sampler != "tpe":
-        return _SlotSampler(spec.at(slot))
+        return _GivenSampler(spec.at(slot))
     seed = random.Random(f"{spec.seed}/{slot}").getrandbits(32)
     # Trials that are still running count as bad ones, so that workers do not all try the same place.
     return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)

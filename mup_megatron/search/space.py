@@ -43,6 +43,12 @@ class SearchRange:
             value = self.low + fraction * (self.high - self.low)
         return min(max(value, self.low), self.high)  # rounding must not leave the bounds
 
+    def fraction(self, value: float) -> float:
+        """Inverts `at`: returns the part of the distribution that lies below a value of it."""
+        if self.log:
+            return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
+        return (value - self.low) / (self.high - self.low)
+
 
 @dataclass(frozen=True)
 class Space:

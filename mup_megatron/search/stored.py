@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mup_megatron.errors import InputError
+from mup_megatron.search.ladder import Ladder
 from mup_megatron.search.selection import Selection
 from mup_megatron.search.space import Space
 from mup_megatron.search.storage import FAILURES, Storage, is_there, open_storage
@@ -19,6 +20,7 @@ from mup_megatron.search.study import (
     MOST_TRIALS,
     RETRY_OF,
     SIZE,
+    SLOT,
     SOURCE,
     SPEC,
     Sampler,
@@ -185,6 +187,21 @@ class _Selected(Strict):
         return self
 
 
+class _Rung(Strict):
+    """A rung of the ladder as it is recorded."""
+
+    settings: dict[str, Any]
+    cost: Annotated[float, Field(gt=0)]
+    trials: Annotated[int, Field(gt=0, le=MOST_TRIALS)]
+
+
+class _Ladder(Strict):
+    """The ladder as it is recorded."""
+
+    budget: Annotated[float, Field(gt=0)]
+    rungs: Annotated[list[_Rung], Field(min_length=1)]
+
+
 class _Recorded(Strict):
     """The study's attribute SPEC."""
 
@@ -194,6 +211,7 @@ class _Recorded(Strict):
     space: dict[str, _Range]
     context: dict[str, Any]
     selection: _Selected | None = None
+    ladder: _Ladder | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> "_Recorded":
@@ -201,6 +219,8 @@ class _Recorded(Strict):
             raise ValueError("sampler and selection do not go together")
         if self.selection is not None and set(self.selection.parameters) != set(self.space):
             raise ValueError("the selected trials have other hyperparameters than the space")
+        if self.selection is not None and self.ladder is not None:
+            raise ValueError("both a selection and a ladder")
         return self
 
 
@@ -222,6 +242,7 @@ class _Attributes(Strict):
     owner: _Owner | None = None
     attempts: Annotated[int, Field(ge=0)] = 0
     retry_of: Annotated[int, Field(ge=0)] | None = None
+    slot: Annotated[int, Field(ge=0)] | None = None
     reason: str | None = None
     seconds: Annotated[float, Field(ge=0)] | None = None
     metrics: dict[str, Any] = Field(default_factory=dict)
@@ -262,6 +283,7 @@ def spec_of(content: object, storage: Storage, *, name: str, storage_url: str) -
         Space.from_json(content["space"]),
         content["context"],
         Selection.from_json(content["selection"]) if content.get("selection") is not None else None,
+        Ladder.from_json(content["ladder"]) if content.get("ladder") is not None else None,
     )
 
 
@@ -275,6 +297,9 @@ def size_of(attributes: Mapping[str, Any], storage: Storage, name: str, default:
 
 def require_sound(trials: Sequence[FrozenTrial], spec: StudySpec, storage: Storage) -> None:
     """Raises InputError unless trials are what a sweep with this spec stores."""
+    finished = {
+        trial.user_attrs.get(SLOT) for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    }
     for index, trial in enumerate(trials):
         where = f"trial {trial.number}"
         if trial.number != index:
@@ -283,6 +308,7 @@ def require_sound(trials: Sequence[FrozenTrial], spec: StudySpec, storage: Stora
         own = _sound(_Attributes, attributes, where, storage, spec.name)
         if own.retry_of is not None and own.retry_of >= len(trials):
             raise damaged(storage, spec.name, f"{where}: {RETRY_OF} is {own.retry_of}")
+        _require_place(own.slot, finished, where, spec, storage)
         if not all(isinstance(value, float) and math.isfinite(value) for value in trial.params.values()):
             raise damaged(storage, spec.name, f"{where}: a hyperparameter is no number")
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and set(trial.params) != set(spec.space.ranges):
@@ -291,6 +317,21 @@ def require_sound(trials: Sequence[FrozenTrial], spec: StudySpec, storage: Stora
             isinstance(trial.value, float | int) and math.isfinite(trial.value)
         ):
             raise damaged(storage, spec.name, f"{where}: complete, without a loss")
+
+
+def _require_place(
+    slot: int | None, finished: Collection[int | None], where: str, spec: StudySpec, storage: Storage
+) -> None:
+    """Raises InputError unless a trial says its slot just where the study has a ladder, one that it can have there."""
+    if spec.ladder is None:
+        if slot is not None:
+            raise damaged(storage, spec.name, f"{where}: {SLOT} {slot}, without a ladder")
+        return
+    if slot is None or slot >= spec.ladder.slots:
+        raise damaged(storage, spec.name, f"{where}: {SLOT} is {slot}")
+    rung, candidate = spec.ladder.place(slot)
+    if rung > 0 and candidate not in finished:
+        raise damaged(storage, spec.name, f"{where}: on a further rung without a result on the lowest")
 
 
 def _sound(model: type[ModelT], content: object, where: str, storage: Storage, name: str) -> ModelT:

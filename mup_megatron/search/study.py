@@ -7,11 +7,14 @@ A study is Optuna's, and every Optuna tool opens it. What this package adds:
 - A **slot** is one place in the search, 0 to N - 1; but for TPE it alone gives the hyperparameters. Trials fill
   slots in the order of their numbers, so trial i is slot i, until a trial has failed for good and a later command runs
   its slot again. That makes a further trial, with the slot in its user attribute `retry_of`, which takes no new slot.
+- In a search over fidelities a slot is a candidate on a rung of its **ladder** (`ladder.py`), which is recorded too;
+  each trial has its slot in its user attribute `slot`.
 - Complete: Optuna's COMPLETE, with the loss as value. Diverged: PRUNED, so that no diverged trial is ever the best one
   and TPE learns to stay away. Failed (crashed, no result): FAIL. Both have a user attribute `reason`.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel
 
 from mup_megatron.errors import InputError
+from mup_megatron.search.ladder import Ladder
 from mup_megatron.search.selection import Candidate, Selection
 from mup_megatron.search.space import Space
 
@@ -37,6 +41,7 @@ SPEC = "sweep"
 SIZE = "size"
 SOURCE = "source"
 RETRY_OF = "retry_of"
+SLOT = "slot"
 OWNER = "owner"
 ATTEMPTS = "attempts"
 REASON = "reason"
@@ -66,9 +71,12 @@ class StudySpec:
     """What a loss depends on besides the hyperparameters (model, data, steps, …), as JSON would hold it."""
     selection: Selection | None = None
     """What the sampler `best` runs; only it has one. Its study's space is this one's."""
+    ladder: Ladder | None = None
+    """The rungs of a search over fidelities; None: all trials are whole ones."""
 
     def __post_init__(self) -> None:
         assert (self.selection is not None) == (self.sampler == "best")
+        assert self.selection is None or self.ladder is None
         if not self.name:
             raise InputError("--study: empty. Give the study a name.")
         if self.sampler not in get_args(Sampler):
@@ -77,7 +85,7 @@ class StudySpec:
             raise InputError("--best 0: must be at least 1.")
 
     def at(self, slot: int) -> Mapping[str, float]:
-        """Returns the hyperparameters of a slot, which TPE alone does not know beforehand."""
+        """Returns the hyperparameters of a slot on the lowest rung, which TPE alone does not know beforehand."""
         assert self.sampler != "tpe"
         if self.selection is not None:
             return self.selection.candidates[slot].parameters
@@ -92,6 +100,7 @@ class StudySpec:
             "space": self.space.to_json(),
             "context": dict(self.context),
             **({} if self.selection is None else {"selection": self.selection.to_json()}),
+            **({} if self.ladder is None else {"ladder": self.ladder.to_json()}),
         }
         plain: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
         return plain
@@ -130,9 +139,26 @@ class StudyRecord:
 
     @property
     def best(self) -> Trial | None:
-        """The complete trial with the lowest loss; of equals the first. None if none is complete."""
-        complete = [trial for trial in self.trials if trial.loss is not None]
-        return min(complete, key=lambda trial: trial.loss, default=None)  # type: ignore[arg-type, return-value]
+        """The complete whole trial with the lowest loss; of equals the first. None if none is complete."""
+        return min(self._complete, key=lambda trial: trial.loss, default=None)  # type: ignore[arg-type, return-value]
+
+    @property
+    def _complete(self) -> list[Trial]:
+        """Those with a loss whose losses can be compared: on a ladder, of the last rung."""
+        last = 0 if self.spec.ladder is None else len(self.spec.ladder.rungs) - 1
+        return [trial for trial in self.trials if trial.loss is not None and self.rung_of(trial) == last]
+
+    def rung_of(self, trial: Trial) -> int:
+        """Returns the rung that a trial of this study is on; 0 without a ladder."""
+        return 0 if self.spec.ladder is None else self.spec.ladder.place(trial.slot)[0]
+
+    @property
+    def spent(self) -> tuple[float, ...]:
+        """The cost of the trials with a result on each rung of the ladder, in the budget's unit; empty without one."""
+        if self.spec.ladder is None:
+            return ()
+        finished = Counter(self.rung_of(trial) for trial in self.trials if trial.finished)
+        return tuple(finished[number] * rung.fidelity.cost for number, rung in enumerate(self.spec.ladder.rungs))
 
     def require_best(self) -> Trial:
         """Returns the best trial; raises InputError if none is complete."""
@@ -145,8 +171,16 @@ class StudyRecord:
         """The numbers of trials asked for that have no result, by what became of them. Empty: all have one."""
         result = {trial.slot for trial in self.trials if trial.finished}
         latest = {trial.slot: trial.state for trial in self.trials if trial.slot not in result}
-        states = [latest.get(slot, "not begun") for slot in range(self.size) if slot not in result]
+        states = [latest.get(slot, "not begun") for slot in self._wanted() if slot not in result]
         return dict(sorted(Counter(states).items()))
+
+    def _wanted(self) -> Sequence[int]:
+        """The slots that were asked for; on a ladder, as far as that is certain."""
+        if self.spec.ladder is None:
+            return range(self.size)
+        failed = {trial.slot: math.inf for trial in self.trials if trial.state == "failed"}
+        ended = {trial.slot: math.inf if trial.loss is None else trial.loss for trial in self.trials if trial.finished}
+        return self.spec.ladder.wanted(failed | ended, {trial.slot for trial in self.trials})
 
     def select_best(self, count: int, *, accept_unfinished: bool = False) -> Selection:
         """Selects the `count` complete trials with the lowest losses; of equals the first.
@@ -167,7 +201,7 @@ class StudyRecord:
                 "sweep command again, or add --accept-unfinished to take the best of those that have a result."
             )
         complete = [
-            Candidate(trial.number, trial.loss, trial.parameters) for trial in self.trials if trial.loss is not None
+            Candidate(trial.number, trial.loss, trial.parameters) for trial in self._complete if trial.loss is not None
         ]
         if count > len(complete):
             raise InputError(
@@ -187,8 +221,9 @@ def slots_of(trials: Iterable[FrozenTrial]) -> list[int]:
     """Returns the slot of each trial. Needs all of the study, by number: they are numbered in the order of creation."""
     slots, first_attempts = [], 0
     for trial in trials:
-        if RETRY_OF in trial.user_attrs:
-            slots.append(int(trial.user_attrs[RETRY_OF]))
+        said = trial.user_attrs.get(RETRY_OF, trial.user_attrs.get(SLOT))
+        if said is not None:
+            slots.append(int(said))
         else:
             slots.append(first_attempts)
             first_attempts += 1

@@ -38,7 +38,7 @@ from mup_megatron.search.worker import (
     Crashed,
     Finished,
     Launch,
-    Objective,
+    Objectives,
     Refused,
     Report,
     TrialJob,
@@ -81,7 +81,7 @@ class SweepResult:
 
 def run_sweep(
     spec: StudySpec,
-    objective: Objective,
+    objective: Objectives,
     n_trials: int,
     *,
     workers: int = 1,
@@ -101,9 +101,10 @@ def run_sweep(
     Args:
         spec: the study, made if it does not exist. One that exists keeps the trials that were selected for it.
         objective: runs one trial. Import all it needs before this call, so that trials are forked with it; but compute
-            nothing with it, for the threads that numerical libraries then start do not survive a fork.
+            nothing with it, for the threads that numerical libraries then start do not survive a fork. Of a study with
+            a ladder, one for each rung.
         n_trials: the size of the search, all calls together. A larger number than before extends it; a study of the
-            best trials of another has as many as were selected.
+            best trials of another has as many as were selected, and one with a ladder those of its rungs.
         workers: how many trials to run at a time.
         launch: `fork` runs trials in forks of a process that has imported everything, `spawn` in fresh processes.
         csv_file: gets all trials of the study, kept up to date.
@@ -122,6 +123,7 @@ def run_sweep(
         if value > most:
             raise InputError(f"{flag} {value}: must be at most {most}. Give a smaller number.")
     assert spec.selection is None or n_trials == len(spec.selection.candidates)
+    assert spec.ladder is None or (n_trials == spec.ladder.trials and not callable(objective))
     pool = [Worker(objective, launch, log_folder) for _ in range(min(workers, n_trials))]
     owner = Owner.this_process()
     try:
@@ -180,7 +182,7 @@ class _Sweep:
             if self._idle and time.monotonic() >= next_look:
                 while self._idle and (claim := self._claims.take()) is not None:
                     self._start(claim)
-                if self._idle and not self._running and self._claims.settled() == n_trials:
+                if self._idle and not self._running and self._claims.done():
                     return
                 next_look = time.monotonic() + POLL_S
             if not self._idle and not self._running:
@@ -203,7 +205,7 @@ class _Sweep:
         parameters = self._claims.parameters(claim)
         self._running[worker.connection] = (worker, claim)
         with contextlib.suppress(WorkerDiedError):  # which shows on receiving
-            worker.submit(TrialJob(claim.number, parameters))
+            worker.submit(TrialJob(claim.number, parameters, claim.rung))
 
     def _handle(self, connection: Connection) -> bool:
         """Acts on a worker's message. Returns whether it is free for another trial, or gone."""

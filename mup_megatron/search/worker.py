@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -60,6 +60,9 @@ class TrialOutcome:
 Objective: TypeAlias = Callable[[Mapping[str, float], ReportFn], TrialOutcome]
 """Runs one trial with the given hyperparameters. A forked trial may be any callable; a spawned one must pickle."""
 
+Objectives: TypeAlias = Objective | Sequence[Objective]
+"""An objective for every trial, or one for each rung of a ladder."""
+
 
 @dataclass(frozen=True)
 class TrialJob:
@@ -67,6 +70,8 @@ class TrialJob:
 
     number: int
     parameters: Mapping[str, float]
+    rung: int = 0
+    """Which of several objectives runs it."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +115,11 @@ class WorkerDiedError(Exception):
 class Worker:
     """A process that runs one trial after the other: for each, any number of `Report`s, then exactly one `Result`."""
 
-    def __init__(self, objective: Objective, launch: Launch = "fork", log_folder: Path | None = None) -> None:
+    def __init__(self, objective: Objectives, launch: Launch = "fork", log_folder: Path | None = None) -> None:
         """Forks the worker. Call before this process opens a storage or starts a thread.
 
         Args:
-            objective: runs one trial.
+            objective: runs one trial; of several, the one that a job names.
             launch: how each trial's process begins.
             log_folder: receives what each trial prints, as `trial-00000.log`; None sends it to standard error.
         """
@@ -160,7 +165,7 @@ class Worker:
         self.connection.close()
 
 
-def _serve(connection: Connection, objective: Objective, launch: Launch, log_folder: Path | None, parent: int) -> None:
+def _serve(connection: Connection, objective: Objectives, launch: Launch, log_folder: Path | None, parent: int) -> None:
     """The worker's life: runs jobs until the other end hangs up."""
     _die_with(parent)
     # Ctrl-C and a batch system's SIGTERM reach every process. The one above decides what they mean.
@@ -175,7 +180,7 @@ def _serve(connection: Connection, objective: Objective, launch: Launch, log_fol
 
 
 def _run(
-    job: TrialJob, objective: Objective, launch: Launch, log_folder: Path | None, send: Callable[[Message], None]
+    job: TrialJob, objective: Objectives, launch: Launch, log_folder: Path | None, send: Callable[[Message], None]
 ) -> Result:
     """Runs one trial in a process of its own; passes its reports on, whole, and tells what became of it."""
     context = multiprocessing.get_context(launch)
@@ -226,7 +231,7 @@ def _why_it_ended(exit_code: int) -> str:
     return f"the trial's process was killed by {name}{memory}"
 
 
-def _trial(connection: Connection, objective: Objective, job: TrialJob, log_folder: Path | None, parent: int) -> None:
+def _trial(connection: Connection, objective: Objectives, job: TrialJob, log_folder: Path | None, parent: int) -> None:
     """The trial's life, in its own process."""
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -240,7 +245,8 @@ def _trial(connection: Connection, objective: Objective, job: TrialJob, log_fold
     result: Result
     try:
         _redirect_output(job.number, log_folder)
-        outcome = objective(job.parameters, report)
+        run = objective if callable(objective) else objective[job.rung]
+        outcome = run(job.parameters, report)
     except InputError as error:
         result = Refused(str(error))
     except Exception as error:  # whatever a trial raises is the trial's result

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,79 @@ def test_a_vocabulary_smaller_than_the_datas_is_refused_before_there_is_a_study(
     assert (code, out) == (2, "")
     assert "base.yaml: vocab_size is 200, but the data text have token ids up to 256. Set vocab_size: 257" in err
     assert contents(here) == before
+
+
+# A budget
+
+
+BUDGET = ("sweep", "target.yaml", "--data", "text", "--study", "rungs", "--train-iters", "4", "--global-batch-size",
+          "2", "--eval-iters", "1")  # fmt: skip
+
+
+def test_a_budget_is_spent_on_narrower_and_shorter_trials_first(run: Command, here: Path, data: Path) -> None:
+    code, out, err = run(*BUDGET, "--budget", "1e6")
+    assert (code, out) == (2, "")
+    needed = re.search(r"--budget 1e\+06: too small, the least ladder of this proxy costs (\S+) and", err)
+    assert needed is not None
+    assert not (here / "results").exists()
+    done = fresh(*BUDGET, "--budget", needed[1])
+    assert done.returncode == 0, done.stderr
+    shown = [line.split() for line in done.stderr.splitlines()[:4]]
+    assert shown[0] == ["rung", "width", "steps", "trials", "FLOPs", "share"]
+    candidates = int(shown[1][3])  # the cost in the message is rounded up, so it can be enough for one more
+    counts = [candidates, 5, 3]
+    assert candidates in (10, 11)
+    assert [row[:4] for row in shown[1:]] == [
+        [str(cell) for cell in row] for row in ((0, 32, 1, candidates), (1, 64, 2, 5), (2, 128, 4, 3))
+    ]
+    assert sum(float(row[4]) for row in shown[1:]) <= float(needed[1])
+    assert re.search(rf"FLOPs, as much as \S+ whole trials\. {candidates} of those would be ", done.stderr)
+    assert re.search(r"\S+ of \S+ FLOPs spent", done.stderr)
+    study = optuna.load_study(study_name="rungs", storage="sqlite:///results/rungs.db")
+    places = [divmod(trial.user_attrs["slot"], candidates) for trial in study.trials]
+    assert [[rung for rung, _ in places].count(number) for number in range(3)] == counts
+    steps = [trial.user_attrs["metrics"]["iterations"] for trial in study.trials if trial.value is not None]
+    assert [steps.count(number) for number in (1, 2, 4)] == counts
+    assert all(
+        trial.params == DEFAULT_SPACE.sample(1234, place[1]) for trial, place in zip(study.trials, places, strict=True)
+    )
+    best = min(
+        (trial for trial, place in zip(study.trials, places, strict=True) if place[0] == 2), key=lambda t: t.value
+    )
+    assert done.stdout.startswith(f"best: trial {best.number}, loss {best.value:.6g}\n")
+
+    # The same command again has nothing to do; the recipe is of the proxy and says what was spent.
+    assert run(*BUDGET, "--budget", needed[1]).out == done.stdout
+    assert optuna.load_study(study_name="rungs", storage="sqlite:///results/rungs.db").trials == study.trials
+    assert run("transfer", "--study", "rungs", "-o", "rungs.recipe.yaml", "--target", "target.yaml").code == 0
+    recipe = load_recipe(here / "rungs.recipe.yaml")
+    assert recipe.base == load_model_file(here / "target.yaml")
+    assert recipe.hyperparameters.lr == best.params["lr"]
+    assert [(rung["width"], rung["steps"], rung["trials"]) for rung in recipe.provenance["cost"]["rungs"]] == [
+        (32, 1, candidates), (64, 2, 5), (128, 4, 3)
+    ]  # fmt: skip
+    assert recipe.provenance["cost"]["flops"] <= float(needed[1])
+
+    # Another budget is another search.
+    for words, said in (
+        (("--budget", "1e12"), "ladder.budget was"),
+        (("--trials", "3"), "ladder is missing now"),
+        (("--budget", needed[1], "--train-iters", "3"), "context.training.train_iters was 4 and is 3"),
+    ):
+        code, out, err = run(*BUDGET, *words)
+        assert (code, out) == (2, "")
+        assert said in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--trials", "2"], ["--best", "2", "--of", "small"], ["--of", "small"], ["--budget", "0"], ["--budget", "inf"]],
+)
+def test_a_budget_stands_alone_and_is_a_number(run: Command, here: Path, data: Path, words: list[str]) -> None:
+    code, out, err = run(*BUDGET, "--budget", "1e12", *words)
+    assert (code, out) == (2, "")
+    assert "With --budget FLOPS the search decides it itself." in err or "'--budget'" in err
+    assert not (here / "results").exists()
 
 
 # The best trials of another study

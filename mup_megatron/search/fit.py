@@ -1,0 +1,226 @@
+"""A quadratic fit over the best trials of a search: where its optimum is, and how sure that is. Pure.
+
+In coordinates in which the space is a unit cube (logarithms where it is searched in them), the loss of a trial is
+
+    intercept of its rung + (slopes + shift of its rung) · u + curvatures · u² + interactions
+
+All rungs of a ladder share the curvatures; what a shorter or narrower run prefers may lie elsewhere, so each has its
+own shift of the slopes. Shifts and interactions have a normal prior, everything else is free. From the posterior come
+draws of the coefficients, from each draw the lowest point in the cube: their middle is the optimum, their spread says
+how sure it is.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mup_megatron.search.space import Space
+from mup_megatron.search.study import StudyRecord
+
+Array: TypeAlias = NDArray[np.float64]
+
+DRAWS = 400
+LEVEL = 0.9
+"""How many of the draws an interval holds."""
+CERTAIN = 0.95
+"""How many of them put the optimum at an edge, if it is said to be there."""
+RISE = 0.01
+"""By how much of the loss it may rise within the basin."""
+SHIFT = 0.1
+"""By how much of the space's width optima of different rungs lie apart: the width of the prior."""
+EDGE = 0.01
+"""As close to a bound is at it."""
+INSIDE = 0.25
+"""So far from the edge the loss has to be higher by more than a residual, or the edge does not matter."""
+SWEEPS = 30
+"""Of a descent along the coordinates."""
+
+
+@dataclass(frozen=True)
+class Basin:
+    """The optimum of one hyperparameter."""
+
+    optimum: float
+    interval: tuple[float, float]
+    """Holds it with a probability of 0.9, as far as the loss is quadratic."""
+    basin: tuple[float, float]
+    """Within it the loss is at most 1 % above its least, the others at their optima."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A quadratic fit over the best trials of a study."""
+
+    basins: Mapping[str, Basin]
+    at_edges: Mapping[str, int]
+    """Hyperparameters whose optimum is at a bound of the space: 0 the lower, 1 the upper."""
+    loss: float
+    """Of a whole trial at the optimum."""
+    residual: float
+    """Root mean square of what the fit leaves."""
+    trials: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        content = asdict(self)
+        content["basins"] = {
+            name: {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(basin).items()}
+            for name, basin in self.basins.items()
+        }
+        content["at_edges"] = {name: ("low", "high")[edge] for name, edge in self.at_edges.items()}
+        return content
+
+
+@dataclass(frozen=True)
+class Point:
+    """A complete trial."""
+
+    rung: int
+    parameters: Mapping[str, float]
+    loss: float
+
+
+def fitted(study: StudyRecord) -> Fit | None:
+    """Returns the fit over the best trials of a study; None if there are too few for one, or no whole one."""
+    trials = [trial for trial in study.trials if trial.loss is not None]
+    points = [Point(study.rung_of(trial), trial.parameters, float(trial.loss or 0.0)) for trial in trials]
+    return None if study.best is None else fit_points(points, study.spec.space)
+
+
+def fit_points(points: Sequence[Point], space: Space) -> Fit | None:
+    """Returns the fit over the best of these trials; None if there are too few.
+
+    Of the lowest rung the best third counts, but at least three trials for each slope and curvature, of which there
+    have to be four; on the others, all.
+    """
+    names = list(space.ranges)
+    least = 1 + 2 * len(names)
+    lowest = sorted((point for point in points if point.rung == 0), key=lambda point: point.loss)
+    if len(lowest) < 4 * least:
+        return None
+    used = [*lowest[: max(3 * least, math.ceil(len(lowest) / 3))], *(point for point in points if point.rung > 0)]
+    rungs = np.array([point.rung for point in used])
+    unit = np.array([[space.ranges[name].fraction(point.parameters[name]) for name in names] for point in used])
+    losses = np.array([point.loss for point in used])
+    best = unit[min(range(len(used)), key=lambda i: (-rungs[i], losses[i]))]
+    model = _Model(len(names), sorted({point.rung for point in used}))
+    draws, residual = model.posterior(unit, rungs, losses)
+    optima = np.array([model.lowest(draw, best) for draw in draws])
+    mean = draws.mean(axis=0)
+    middle = model.lowest(mean, best)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(optima, [tail, 1 - tail], axis=0)
+    loss = model.at(mean, middle)
+    half = np.sqrt(RISE * abs(loss) / np.maximum(model.curvatures(mean), 1e-12))
+    at_edges = {
+        name: edge
+        for j, name in enumerate(names)
+        for edge in (0, 1)
+        if np.mean([model.falls_to(draw, at, j, edge) > residual for draw, at in zip(draws, optima, strict=True)])
+        > CERTAIN
+    }
+    basins = {}
+    for j, name in enumerate(names):
+        value = space.ranges[name].at
+        basins[name] = Basin(
+            value(middle[j]),
+            (value(low[j]), value(high[j])),
+            (value(max(0.0, middle[j] - half[j])), value(min(1.0, middle[j] + half[j]))),
+        )
+    return Fit(basins, at_edges, loss, residual, len(used))
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The quadratic: slopes, curvatures, interactions, then intercepts and shifts of rungs."""
+
+    size: int
+    rungs: Sequence[int]
+    """Those that there are; the last has no shift."""
+
+    @property
+    def _pairs(self) -> list[tuple[int, int]]:
+        return list(itertools.combinations(range(self.size), 2))
+
+    def _columns(self, unit: Array, rungs: Array) -> Array:
+        pairs = [unit[:, j] * unit[:, k] for j, k in self._pairs]
+        on = [(rungs == rung).astype(float) for rung in self.rungs]
+        shifts = [unit * mine[:, None] for mine in on[:-1]]
+        parts = [unit, unit**2, *([np.stack(pairs, axis=1)] if pairs else []), np.stack(on, axis=1), *shifts]
+        return np.concatenate(parts, axis=1)
+
+    def posterior(self, unit: Array, rungs: Array, losses: Array) -> tuple[Array, float]:
+        """Returns draws of the coefficients, and the root mean square of the residuals."""
+        columns = self._columns(unit, rungs)
+        d, n = self.size, len(losses)
+        free = 2 * d + len(self.rungs)
+        # First without interactions and shifts, for the scale of their priors.
+        plain = np.concatenate([columns[:, : 2 * d], columns[:, self._intercepts]], axis=1)
+        first, *_ = np.linalg.lstsq(plain, losses, rcond=None)
+        curvatures = np.abs(first[d : 2 * d])
+        curvatures = np.maximum(curvatures, max(0.05 * float(curvatures.mean()), 1e-9))
+        noise = max(float(np.sum((losses - plain @ first) ** 2)) / max(n - free, 1), 1e-18)
+        precision = np.zeros(columns.shape[1])
+        for index, (j, k) in enumerate(self._pairs):
+            precision[2 * d + index] = 1 / (curvatures[j] * curvatures[k])
+        precision[self._intercepts.stop :] = np.tile(1 / (2 * curvatures * SHIFT) ** 2, len(self.rungs) - 1)
+        for _ in range(3):
+            covariance = np.linalg.pinv(columns.T @ columns / noise + np.diag(precision), hermitian=True)
+            mean = covariance @ (columns.T @ losses) / noise
+            left = float(np.sum((losses - columns @ mean) ** 2))
+            noise = max(left / max(n - free, 1), 1e-18)
+        values, vectors = np.linalg.eigh(covariance)
+        root = vectors * np.sqrt(np.maximum(values, 0.0))
+        normal = np.random.Generator(np.random.PCG64(0)).standard_normal((DRAWS, len(mean)))
+        return mean + (normal - normal.mean(axis=0)) @ root.T, math.sqrt(left / n)
+
+    @property
+    def _intercepts(self) -> slice:
+        begin = 2 * self.size + len(self._pairs)
+        return slice(begin, begin + len(self.rungs))
+
+    def curvatures(self, coefficients: Array) -> Array:
+        """Returns half the second derivatives along the coordinates."""
+        return coefficients[self.size : 2 * self.size]
+
+    def _interactions(self, coefficients: Array) -> Array:
+        matrix = np.zeros((self.size, self.size))
+        for index, (j, k) in enumerate(self._pairs):
+            matrix[j, k] = matrix[k, j] = coefficients[2 * self.size + index]
+        return matrix
+
+    def at(self, coefficients: Array, point: Array) -> float:
+        """Returns the loss of a whole trial."""
+        slopes, mixed = coefficients[: self.size], self._interactions(coefficients)
+        level = coefficients[self._intercepts][-1]
+        return float(level + slopes @ point + self.curvatures(coefficients) @ point**2 + point @ mixed @ point / 2)
+
+    def falls_to(self, coefficients: Array, optimum: Array, j: int, edge: int) -> float:
+        """Returns by how much the loss falls from inside to an edge, if the optimum is there; 0 if it is not."""
+        if abs(optimum[j] - edge) > EDGE:
+            return 0.0
+        inside = optimum.copy()
+        inside[j] = abs(edge - INSIDE)
+        return self.at(coefficients, inside) - self.at(coefficients, optimum)
+
+    def lowest(self, coefficients: Array, start: Array) -> Array:
+        """Returns the lowest point in the cube that a descent along the coordinates finds."""
+        slopes, curved, mixed = (
+            coefficients[: self.size],
+            self.curvatures(coefficients),
+            self._interactions(coefficients),
+        )
+        point = np.array(start)
+        for _ in range(SWEEPS):
+            for j in range(self.size):
+                slope = slopes[j] + mixed[j] @ point
+                if curved[j] > 0:
+                    point[j] = min(max(-slope / (2 * curved[j]), 0.0), 1.0)
+                else:
+                    point[j] = 1.0 if slope + curved[j] < 0 else 0.0
+        return point

@@ -1,0 +1,53 @@
+"""The cost of a search: FLOPs on each rung, and their share of the target's run."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mup_megatron.architectures.cost import parameter_count, training_flops
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.registry import model_file
+from mup_megatron.search import StudyRecord
+from mup_megatron.tuning.context import SweepContext, sweep_context
+from mup_megatron.tuning.fidelities import settings_of
+
+TOKENS_PER_PARAMETER = 20
+"""Of a run whose number of tokens is not said."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The run that a search is for."""
+
+    model: ModelFile
+    tokens: int | None = None
+
+    @property
+    def flops(self) -> float:
+        """The cost of training it, by default on 20 tokens per parameter."""
+        tokens = self.tokens or TOKENS_PER_PARAMETER * parameter_count(self.model)
+        return tokens * training_flops(self.model).total
+
+
+def search_cost(study: StudyRecord, target: Target | None) -> dict[str, Any]:
+    """Returns what a recipe's provenance says of the cost of its search: a trial that has a result counts as whole."""
+    context = sweep_context(study, SweepContext, flag="--study")
+    proxy, training = model_file(context["proxy"], source=f"study {study.spec.name!r}: proxy"), context["training"]
+    tokens = training["train_iters"] * training["global_batch_size"] * proxy.seq_length
+    finished = [study.rung_of(trial) for trial in study.trials if trial.finished]
+    whole = training_flops(proxy).total * tokens
+    spent = study.spent or (len(finished) * whole,)
+    cost: dict[str, Any] = {"flops": sum(spent)}
+    if study.spec.ladder is not None:
+        cost["rungs"] = [
+            {
+                "width": settings.hidden_size,
+                "steps": settings.train_iters,
+                "trials": finished.count(number),
+                "flops": spent[number],
+            }
+            for number, settings in enumerate(map(settings_of, study.spec.ladder.rungs))
+        ]
+        cost["flops_of_whole_trials"] = study.spec.ladder.candidates * whole
+    if target is not None:
+        cost["share_of_target"] = sum(spent) / target.flops
+    return cost

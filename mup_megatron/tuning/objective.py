@@ -1,0 +1,120 @@
+"""The objective of a search: a training of the proxy, or of a narrower model with the proxy's hyperparameters."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.errors import InputError
+from mup_megatron.recipe import Hyperparameters, Recipe, recipe
+from mup_megatron.search import ReportFn, Space, TrialOutcome
+from mup_megatron.search.space import SearchRange
+from mup_megatron.training.options import TrainingOptions, require_possible
+from mup_megatron.validation import plain
+
+SEARCHABLE = tuple(
+    key for key, field in Hyperparameters.model_fields.items() if field.is_required() or type(field.default) is float
+)
+"""What a space may name."""
+
+DEFAULT_SPACE = Space(
+    {
+        "lr": SearchRange(1e-4, 1e-1, log=True),
+        "init_method_std": SearchRange(0.002, 0.2, log=True),
+        "embedding_multiplier": SearchRange(0.1, 10.0, log=True),
+        "attention_multiplier": SearchRange(0.25, 4.0, log=True),
+        "output_multiplier": SearchRange(0.25, 4.0, log=True),
+    }
+)
+"""What TP5 searched for GPT-3 6.7B; the same as configs/spaces/gpt3_6.7b.yaml."""
+
+_RUN_KEYS = ("train_iters", "global_batch_size", "micro_batch_size", "seed", "eval_iters", "split", "bf16")
+"""The options on which a trial's loss depends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyTraining:
+    """The objective of a search: trains the proxy with a trial's hyperparameters; the loss is the validation loss."""
+
+    proxy: ModelFile
+    fixed: Mapping[str, Any]
+    """A recipe's content without its base: what is not searched."""
+    data: Path
+    data_sha256: str | None
+    options: TrainingOptions
+    narrower: ModelFile | None = None
+    """The model that is trained instead of the proxy, by the plan that the proxy's recipe makes for it."""
+
+    @property
+    def model(self) -> ModelFile:
+        """The model that is trained."""
+        return self.narrower or self.proxy
+
+    def recipe(self, parameters: Mapping[str, float]) -> Recipe:
+        """Returns the recipe of a trial: the proxy is its base."""
+        return recipe_of(self.proxy.model_dump(mode="json"), self.fixed, parameters, source="trial")
+
+    def require_possible(self, space: Space, *, source: str) -> None:
+        """Refuses what every trial, or a trial somewhere in the space, would refuse: before there is a study of it.
+
+        Looks at the corners of the space: hyperparameters have bounds and an order, and nothing else can be wrong.
+
+        Raises:
+            InputError: names what is wrong; `source` is what the space is called.
+        """
+        base = self.proxy.model_dump(mode="json")
+        bounds = [(each.low, each.high) for each in space.ranges.values()]
+        for corner in itertools.product(*bounds):
+            made = recipe_of(base, self.fixed, dict(zip(space.ranges, corner, strict=True)), source=source)
+        made.plan(self.model)
+        require_possible(self.model, made, self.options, world_size=1)
+
+    def context(self) -> dict[str, Any]:
+        """Returns what must stay the same while a study goes on."""
+        options = asdict(self.options)
+        return {
+            "proxy": plain(self.proxy),
+            "fixed": dict(self.fixed),
+            "data": {"name": self.data.name, "sha256": self.data_sha256},
+            "training": {key: options[key] for key in _RUN_KEYS},
+        }
+
+    def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
+        """Runs one trial, in a process of its own."""
+        from mup_megatron.megatron.versions import installed
+        from mup_megatron.training.train import run_training
+
+        result = run_training(self.model, self.recipe(parameters), self.data, self.options, report=report)
+        return TrialOutcome(
+            loss=result.validation_loss,
+            diverged=result.status == "diverged",
+            reason=result.reason,
+            metrics={
+                "train_loss": result.train_loss,
+                "iterations": result.iterations,
+                "tokens": result.tokens,
+                "versions": installed(),
+            },
+        )
+
+
+def recipe_of(
+    base: Mapping[str, Any], fixed: Mapping[str, Any], parameters: Mapping[str, float], *, source: str
+) -> Recipe:
+    """Returns the recipe of what was drawn and what was not searched, at this base."""
+    hyperparameters = {**fixed.get("hyperparameters", {}), **parameters}
+    return recipe({**fixed, "base": base, "hyperparameters": hyperparameters}, source=source)
+
+
+def fixed_content(given: Recipe | None) -> dict[str, Any]:
+    """Returns what a search leaves alone: a recipe's content without its base; every default without a recipe."""
+    if given is None:
+        return {}
+    if given.horizon is not None:
+        raise InputError(
+            "--recipe: horizon moves its values to another run, and a search tunes at its own. Take horizon out; "
+            "`transfer` puts it into what is found."
+        )
+    return plain(given, exclude=("base", "training", "provenance"))

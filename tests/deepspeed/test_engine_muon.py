@@ -9,6 +9,7 @@ import torch
 import transformers
 from support.ds_models import HYPERPARAMETERS, VOCABULARY, ds_config, recipe_for, train_engine, write
 from support.ds_ranks import run_ranks
+from support.orthogonal import orthogonal
 
 from mup_megatron.deepspeed.config import EngineSettings, problems
 from mup_megatron.deepspeed.config import configuration as made
@@ -62,18 +63,6 @@ def started(path: str, stage: int) -> Any:
     zero = {"stage": stage, **({"reduce_scatter": False} if stage == 3 else {})}
     content = {**ds_config(world_size=size, mup={"recipe": path}), **MUON, "zero_optimization": zero}
     return deepspeed.initialize(model=build(2), config=content)[0]
-
-
-def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """Five iterations of Newton and Schulz in fp64."""
-    x = x.double()
-    turned = x.shape[0] > x.shape[1]
-    x = x.T if turned else x
-    x = x / x.norm()
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if turned else x
 
 
 def one_step(engine: Any) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import planned, stock
+from support.orthogonal import orthogonal
 from support.processes import run_ranks
 from support.shapes import MAMBA, encoder, gpt, hybrid, recipe_for
 from support.stock import Layout
@@ -55,18 +56,6 @@ def losses(name: str, layout: Layout) -> list[float]:
 # ---- on one process --------------------------------------------------------------------------------------------------
 
 
-def _orthogonal(gradient: torch.Tensor) -> torch.Tensor:
-    """Five steps of Newton and Schulz with Muon's coefficients, in fp64."""
-    x = gradient.double()
-    turned = x.shape[0] > x.shape[1]
-    x = x.T if turned else x
-    x = x / x.norm()
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if turned else x
-
-
 SCALES: dict[str, Callable[[int, int], float]] = {
     "spectral": lambda rows, columns: math.sqrt(max(rows, columns)),
     "unit_rms_norm": lambda rows, columns: math.sqrt(rows / columns),
@@ -77,7 +66,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 def _step(name: str, gradient: torch.Tensor, mode: str, groups: int) -> torch.Tensor:
     """A step of Muon's for a learning rate of 1; queries, keys and values one by one, whose rows are by groups."""
     if "linear_qkv" not in name:
-        return _orthogonal(gradient) * SCALES[mode](*gradient.shape)
+        return orthogonal(gradient) * SCALES[mode](*gradient.shape)
     width = gradient.shape[1]
     grouped = gradient.view(groups, -1, width)
     parts = grouped.split([grouped.shape[1] - 16, 8, 8], dim=1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.hf_families import config
 from support.hf_models import built, with_class
+from support.orthogonal import orthogonal
 from torch import Tensor, nn, optim
 from torch.nn.functional import cross_entropy
 
@@ -145,18 +146,6 @@ def test_keys_of_a_fixed_number_of_heads_have_a_rate_of_their_own() -> None:
 
 
 # ---- what they do ----------------------------------------------------------------------------------------------------
-
-
-def orthogonal(x: Tensor) -> Tensor:
-    """Five iterations of Newton and Schulz in fp64."""
-    x = x.double()
-    turned = x.shape[0] > x.shape[1]
-    x = x.T if turned else x
-    x = x / x.norm()
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if turned else x
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -5,19 +5,16 @@ import io
 import json
 import math
 import multiprocessing
-import os
-import random
 import shutil
-import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
 import sqlalchemy
 from support.blocking import LIMIT_S
+from support.interrupted import interrupted_until_done
 
 from mup_megatron.errors import InputError
 from mup_megatron.search import (
@@ -187,43 +184,16 @@ def test_another_ladder_is_another_study(spec: StudySpec) -> None:
 # Stopped and continued
 
 
-def until_statement(spec: StudySpec, statement: int, workers: int) -> None:
-    """Runs the search, and kills its process when it is about to send its `statement`-th command to the database."""
-    count = 0
-
-    def count_down(*args: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == statement:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", count_down)
-    sqlalchemy.event.listen(sqlalchemy.Engine, "commit", count_down)
-    run_sweep(spec, BOWLS, N, workers=workers)
-
-
-def interrupted_until_done(spec: StudySpec, seed: int, workers: int) -> int:
-    """Starts the same search again and again, each killed at a random command; returns how often it was killed."""
-    rng, kills = random.Random(seed), 0
-    while True:
-        statement = rng.randrange(1, 200)
-        process = multiprocessing.get_context("fork").Process(target=until_statement, args=(spec, statement, workers))
-        process.start()
-        process.join(LIMIT_S)
-        if process.exitcode == 0:
-            return kills
-        assert process.exitcode == -signal.SIGKILL
-        kills += 1
-
-
 def test_killed_at_random_points_it_holds_the_ladder_of_an_undisturbed_one(spec: StudySpec) -> None:
-    assert interrupted_until_done(spec, seed=1, workers=2) >= 3
+    assert interrupted_until_done(lambda: run_sweep(spec, BOWLS, N, workers=2), 1, 200) >= 3
     assert_holds_exactly_the_ladder(spec)
 
 
 def test_two_at_once_each_killed_at_random_points_hold_the_same(spec: StudySpec) -> None:
     both = [
-        multiprocessing.get_context("fork").Process(target=interrupted_until_done, args=(spec, seed, 1))
+        multiprocessing.get_context("fork").Process(
+            target=interrupted_until_done, args=(lambda: run_sweep(spec, BOWLS, N), seed, 200)
+        )
         for seed in (11, 12)
     ]
     for process in both:

@@ -3,10 +3,7 @@
 import json
 import math
 import multiprocessing
-import os
-import random
 import shutil
-import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +11,8 @@ from typing import Any
 
 import optuna
 import pytest
-import sqlalchemy
 from support.blocking import LIMIT_S, Block
+from support.interrupted import interrupted_until_done
 
 from mup_megatron.errors import InputError
 from mup_megatron.search import ReportFn, Selection, StudySpec, TrialOutcome, find_study, read_study, run_sweep
@@ -240,41 +237,11 @@ def test_a_study_that_does_not_exist_is_found_not_to_and_nothing_is_made(first: 
 # Stopped and continued
 
 
-def run_until_statement(spec: StudySpec, statement: int) -> None:
-    """Runs the second study, and kills its process at its `statement`-th command to the database."""
-    count = 0
-
-    def count_down(*args: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == statement:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", count_down)
-    sqlalchemy.event.listen(sqlalchemy.Engine, "commit", count_down)
-    run_sweep(spec, long, BEST)
-
-
-def interrupted_until_done(spec: StudySpec, seed: int) -> int:
-    """Starts the same sweep again and again, each killed at a random command; returns how often it was killed."""
-    rng, kills = random.Random(seed), 0
-    while True:
-        process = multiprocessing.get_context("fork").Process(
-            target=run_until_statement, args=(spec, rng.randrange(1, 120))
-        )
-        process.start()
-        process.join(LIMIT_S)
-        if process.exitcode == 0:
-            return kills
-        assert process.exitcode == -signal.SIGKILL
-        kills += 1
-
-
 def test_killed_at_random_points_by_two_callers_it_holds_each_of_the_best_once(first: StudySpec) -> None:
     spec = second(first)
 
     def one(seed: int) -> None:
-        assert interrupted_until_done(spec, seed) >= 2
+        assert interrupted_until_done(lambda: run_sweep(spec, long, BEST), seed, 120) >= 2
 
     both = [multiprocessing.get_context("fork").Process(target=one, args=(seed,)) for seed in (21, 22)]
     for process in both:

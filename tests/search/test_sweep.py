@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import os
 import pty
-import random
 import resource
 import shutil
 import signal
@@ -20,9 +19,9 @@ from typing import Any
 import optuna
 import psutil
 import pytest
-import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 from support.blocking import LIMIT_S, Block, own_children, wait_until_dead
+from support.interrupted import interrupted_until_done
 
 from mup_megatron.errors import InputError
 from mup_megatron.search import (
@@ -327,46 +326,18 @@ def test_kill_9_takes_the_trials_along_and_they_are_run_again(spec: StudySpec, t
     assert_holds_exactly(spec, N)
 
 
-def run_until_statement(spec: StudySpec, statement: int, workers: int) -> None:
-    """Runs a sweep, and kills its process when it is about to send its `statement`-th command to the database."""
-    count = 0
-
-    def count_down(*args: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == statement:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", count_down)
-    sqlalchemy.event.listen(sqlalchemy.Engine, "commit", count_down)
-    run_sweep(spec, bowl, N, workers=workers)
-
-
-def interrupted_until_done(spec: StudySpec, seed: int, workers: int) -> int:
-    """Starts the same sweep again and again, each killed at a random command; returns how often it was killed."""
-    rng, kills = random.Random(seed), 0
-    while True:
-        # The first dozens of commands make the tables; a whole sweep takes some hundred.
-        statement = rng.randrange(1, 150)
-        code = ended(in_process(lambda at=statement: run_until_statement(spec, at, workers)))
-        if code == 0:
-            return kills
-        assert code == -signal.SIGKILL
-        kills += 1
-
-
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_at_random_points_a_study_of_n_holds_the_n_trials_of_an_undisturbed_one(
     new_spec: StudySpec, seed: int
 ) -> None:
-    kills = interrupted_until_done(new_spec, seed, workers=1 + seed % 2)
+    kills = interrupted_until_done(lambda: run_sweep(new_spec, bowl, N, workers=1 + seed % 2), seed, 150)
     assert kills >= 3
     assert_holds_exactly(new_spec, N)
 
 
 def test_two_sweeps_at_once_each_killed_at_random_points_hold_the_same(new_spec: StudySpec) -> None:
     def one(seed: int) -> None:
-        assert interrupted_until_done(new_spec, seed, workers=1) >= 2
+        assert interrupted_until_done(lambda: run_sweep(new_spec, bowl, N), seed, 150) >= 2
 
     both = [in_process(lambda seed=seed: one(seed)) for seed in (11, 12)]
     assert [ended(process) for process in both] == [0, 0]

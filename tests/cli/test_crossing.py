@@ -136,7 +136,9 @@ def test_a_model_file_goes_through_every_command(run: Command, at_root: Path, pa
     elif model.hidden_size > load_model_file(proxy).hidden_size:
         done(run("from-native", "-o", at_root / "native.recipe.yaml", "--", *flags, *native))
         native_base = load_recipe(at_root / "native.recipe.yaml").megatron_base
-        assert explained(run("explain", path, "--recipe", at_root / "native.recipe.yaml", "--brief"), native_base, model)
+        assert explained(
+            run("explain", path, "--recipe", at_root / "native.recipe.yaml", "--brief"), native_base, model
+        )
 
 
 # ---- recipes -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 Hugging Face's.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -215,6 +216,24 @@ def test_at_the_base_a_run_is_bitwise_torchs(mode: str) -> None:
             step(model, optimizers, seed)
         ends.append({name: p.detach().clone() for name, p in model.named_parameters()})
     assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
+
+
+def test_a_run_goes_on_from_both_states() -> None:
+    def weights(model: nn.Module) -> list[Tensor]:
+        return [p.detach().clone() for p in model.parameters()]
+
+    model, _, optimizers = applied()
+    for seed in range(2):
+        step(model, optimizers, seed)
+    saved = copy.deepcopy((model.state_dict(), [each.state_dict() for each in optimizers]))
+    step(model, optimizers, 2)
+    again, plan, others = applied()
+    again.load_state_dict(saved[0])
+    for optimizer, state in zip(others, saved[1], strict=True):
+        optimizer.load_state_dict(state)
+    check_optimizer([*others], plan, again)
+    step(again, others, 2)
+    assert all(map(torch.equal, weights(model), weights(again)))
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

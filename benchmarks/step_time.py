@@ -3,8 +3,8 @@ multiplier on every residual branch.
 
     python benchmarks/step_time.py [--steps 30] [--widths 128 256 512] [--with branches]
 
-Both models live in one process and take turns, so that a machine that speeds up or slows down does so for both.
-"Without" is a plan
+Both models live in one process and take turns, so that a machine that speeds up or slows down does so for both, and
+time is the processor's, which other processes do not have a part in. "Without" is a plan
 at its base, which hooks nothing and overrides nothing (tests/megatron/test_noop.py). Prints the median of the
 ratio of neighbouring steps, and its quartiles.
 """
@@ -88,10 +88,10 @@ def measure(width: int, steps: int, side: Callable[[int], Recipe]) -> tuple[floa
         for step in range(steps + 3):
             order = (0, 1) if step % 2 else (1, 0)
             for which in order:
-                begun = time.perf_counter()
+                begun = time.process_time()
                 train_iteration(runs[which], tokens, step, sizes, problem=False)
                 if step >= 3:  # the first steps allocate
-                    times[which].append(time.perf_counter() - begun)
+                    times[which].append(time.process_time() - begun)
     return statistics.median(times[0]), [b / a for a, b in zip(*times, strict=True)]
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mup_megatron.by_optimizer import ByOptimizer
 from mup_megatron.check.entries import is_hidden
 from mup_megatron.check.measure.measurements import Quantity
+from mup_megatron.errors import InputError
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Optimizer, Plan, PlanEntry, optimizers
 
@@ -66,7 +67,7 @@ _ADAM_IN_WORDS: Mapping[Quantity, Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Handling:
-    """How an optimizer of matrices takes a tensor."""
+    """The way in which an optimizer of matrices takes a tensor."""
 
     split: Split = ()
     dtype: "torch.dtype | None" = None
@@ -200,6 +201,21 @@ def of_torch(optimizer: str) -> Handling:
     from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 
     return Handling(dtype=TORCH_OPTIMIZERS[optimizer].dtype)
+
+
+def require_one_optimizer(recipe: Recipe) -> None:
+    """Raises for a recipe of which a DeepSpeed engine's steps cannot be read.
+
+    Raises:
+        InputError: its optimizer leaves some tensors to another.
+    """
+    first, *others = recipe.optimizers
+    if others:
+        raise InputError(
+            f"parametrization.optimizer: the recipe's is {first}, which leaves some tensors to {' and '.join(others)}, "
+            "and a check of an engine of DeepSpeed's reads one optimizer. Check without --deepspeed: the engine "
+            "compares its groups with the plan as it starts."
+        )
 
 
 def replay_for(recipe: Recipe, optimizer: str | None = None, handling: Handling = _AS_IT_IS) -> "Replay":

@@ -11,7 +11,7 @@ from torch import distributed, nn
 
 from mup_megatron.check.family.stress import FLOOR
 from mup_megatron.check.measure import levels
-from mup_megatron.check.subjects.modules import require_one_optimizer
+from mup_megatron.check.measure.optimizers import require_one_optimizer
 from mup_megatron.check.subjects.scripts import Task
 from mup_megatron.errors import InputError
 from mup_megatron.json_io import read_json

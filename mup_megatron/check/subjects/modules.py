@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 
 from mup_megatron.check.measure import batches
 from mup_megatron.check.measure.measurements import Quantity
-from mup_megatron.check.measure.optimizers import clip, of_torch, replay_for
+from mup_megatron.check.measure.optimizers import clip, of_torch, replay_for, require_one_optimizer
 from mup_megatron.check.measure.replay import Replay
 from mup_megatron.check.measure.trainee import At
 from mup_megatron.check.subjects.sight import Sight
@@ -244,21 +244,6 @@ class EngineTrainee(_Watched):
         clip = self._recipe.moved.clip_grad
         factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
         return {id(self._copies[name]): factor * gradient for name, gradient in found.items()}
-
-
-def require_one_optimizer(recipe: Recipe) -> None:
-    """Raises for a recipe of which a DeepSpeed engine's steps cannot be read.
-
-    Raises:
-        InputError: its optimizer leaves some tensors to another.
-    """
-    first, *others = recipe.optimizers
-    if others:
-        raise InputError(
-            f"parametrization.optimizer: the recipe's is {first}, which leaves some tensors to {' and '.join(others)}, "
-            "and a check of an engine of DeepSpeed's reads one optimizer. Check without --deepspeed: the engine "
-            "compares its groups with the plan as it starts."
-        )
 
 
 def refuse_low_precision(model: nn.Module) -> None:

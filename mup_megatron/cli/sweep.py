@@ -17,6 +17,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.recipe import load_recipe
 from mup_megatron.search import Ladder, Objectives, StudySpec, default_storage, find_study, load_space, run_sweep
 from mup_megatron.training.data.reading import check_prefix, require_vocab, small_vocabulary_warning
+from mup_megatron.training.logs import require_wandb
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.training.ranks import preload
 from mup_megatron.tuning import (
@@ -72,6 +73,8 @@ class _SweepCommand(click.Command):
 )
 @click.option("--seed", type=int, default=1234, show_default=True, help="Of the draws, the weights and the data.")
 @click.option("--bf16", is_flag=True)
+@click.option("--wandb-project", metavar="NAME",
+              help="Log each trial to Weights & Biases, as a run in a group named after the study.")  # fmt: skip
 def command(
     proxy: Path,
     data: Path,
@@ -92,6 +95,7 @@ def command(
     eval_iters: int,
     seed: int,
     bf16: bool,
+    wandb_project: str | None,
 ) -> None:
     """Search hyperparameters on PROXY. Stopped at any moment, the same command goes on.
 
@@ -122,6 +126,9 @@ def command(
         if of is None
         else best_of(of, best or 0, study=study, storage=storage, proxy=model, accept_unfinished=accept_unfinished)
     )
+    folder = Path("results") / study
+    if wandb_project is not None:
+        require_wandb()
     meta = check_prefix(data)
     require_vocab(meta, model.vocab_size, data=data, model=proxy)
     if (warning := small_vocabulary_warning(meta.vocab_size, model.vocab_size, data=data)) is not None:
@@ -138,6 +145,9 @@ def command(
             seed=seed,
             eval_iters=eval_iters,
             bf16=bf16,
+            output=None if wandb_project is None else folder / "wandb",
+            wandb_project=wandb_project,
+            wandb_group=study,
         ),
     )
     objective.require_possible(searched.space, source=str(space or "--space"))
@@ -160,7 +170,6 @@ def command(
         objectives, called = [at_rung(objective, rung) for rung in ladder.rungs], rung_names(ladder)
         _show(ladder)
     preload()
-    folder = Path("results") / study
     result = run_sweep(
         spec,
         objectives,

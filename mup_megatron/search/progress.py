@@ -21,7 +21,7 @@ class SweepProgress:
     """A table of rungs on a terminal, one line for each trial elsewhere; on standard error. Starts no thread."""
 
     def __init__(self, total: int, called: Sequence[str]) -> None:
-        """`total`: the number of trials that the sweep is to finish; `called`: what its rungs are, if it has several."""
+        """`total`: how many trials the sweep is to finish; `called`: what its rungs are, if it has a ladder."""
         self._total = total
         self._called = called
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -129,7 +129,7 @@ def spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     ranks = [_ranks(each) for each in (first, second)]
     if any(each.std() == 0 for each in ranks):
         return 0.0
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -131,7 +131,7 @@ def _optimum(shown: Shown) -> _Section:
         return _Section(title, missing=missing)
     head = ("", "best trial", "optimum", "in nine of ten cases", "loss at most 1 % higher", "")
     best = shown.record.best
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for name, basin in shown.fit.basins.items():
         edge = shown.fit.at_edges.get(name)
         rows.append(
@@ -221,7 +221,9 @@ def _rungs(shown: Shown) -> _Section | None:
 
 def _cost(found: Standing, wording: Wording) -> _Section:
     unit = "trials" if found.spent is None else wording.unit
-    rows = [("", "trials", "running", "left", "diverged", "failed", f"{unit} spent", f"{unit} left")]
+    rows: list[tuple[str, ...]] = [
+        ("", "trials", "running", "left", "diverged", "failed", f"{unit} spent", f"{unit} left")
+    ]
     for name, rung in zip(wording.rungs, found.rungs, strict=True):
         spent, ahead = (rung.finished, rung.left) if rung.spent is None else (rung.spent, rung.ahead)
         counts = (rung.finished, rung.running, rung.left, rung.diverged, rung.failed)

@@ -86,7 +86,7 @@ def hyperparameters(shown: Shown) -> bytes:
             _against_loss(all_axes[index], shown, name, top)
             if index % columns == 0:
                 all_axes[index].set_ylabel("loss")
-        marks = [Line2D([], [], color=shown.color(i), marker="o", linestyle="", label=plain(each))
+        marks: list[Any] = [Line2D([], [], color=shown.color(i), marker="o", linestyle="", label=plain(each))
                  for i, each in enumerate(shown.rungs)]  # fmt: skip
         if shown.fit is not None:
             marks.append(Line2D([], [], color="black", label="fit, the others at their optima"))

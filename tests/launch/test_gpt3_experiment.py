@@ -179,7 +179,11 @@ def test_slurm_gets_the_search_over_fidelities_as_one_array(environment: dict[st
         (["--fast"], {}, "--fast: no such option"),
         ([*PAPER, "--stage", "stage1"], {}, "DATA is not set: the prefix of your training data"),
         ([], {"DATA": "/data/text"}, "MEGATRON is not set"),
-        ([*PAPER, "--slurm", "--stage", "stage1"], {"DATA": "/data/text"}, "STORAGE is not set: jobs on several machines"),
+        (
+            [*PAPER, "--slurm", "--stage", "stage1"],
+            {"DATA": "/data/text"},
+            "STORAGE is not set: jobs on several machines",
+        ),
         (
             ["--slurm", "--stage", "search"],
             {"DATA": "/data/text", "STORAGE": "sqlite:///a.db"},

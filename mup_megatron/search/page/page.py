@@ -63,7 +63,7 @@ def report_files(record: StudyRecord, wording: Wording) -> dict[str, str | bytes
     """Returns the page and the pictures of a study, by their files' names. The same study gives the same files."""
     shown = Shown(record, wording.rungs, fitted(record))
     found = standing(record, cost=wording.cost)
-    sections = [
+    answers = [
         _best(shown),
         _optimum(shown),
         _hyperparameters(shown),
@@ -74,14 +74,14 @@ def report_files(record: StudyRecord, wording: Wording) -> dict[str, str | bytes
         _cost(found, wording),
         _history(shown),
     ]
-    sections = [section for section in sections if section is not None]
+    sections = [section for section in answers if section is not None]
     template = Template(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     page = template.substitute(
         title=html.escape(f"Search {record.spec.name}"),
         summary=html.escape(_summary(record, found, wording)),
-        sections="\n".join(_html(section) for section in sections if section is not None),
+        sections="\n".join(map(_html, sections)),
     )
-    drawn = [section.picture for section in sections if section is not None and section.picture is not None]
+    drawn = [section.picture for section in sections if section.picture is not None]
     return {PAGE: page, **{f"{name}.png": content for name, content in drawn}}
 
 

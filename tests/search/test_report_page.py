@@ -74,11 +74,11 @@ def test_rank_correlation_is_spearmans() -> None:
 
 def test_rungs_are_compared_by_candidate() -> None:
     made = study()
-    pairs = compared(made, 0, 2)
-    assert len(pairs) == COUNTS[2]
-    losses = {trial.slot: trial.loss for trial in made.trials}
-    assert all(losses[slot - 120] == lower for slot in losses if slot >= 120 for lower, upper in pairs
-               if upper == losses[slot])  # fmt: skip
+    on = [
+        {trial.slot % 60: trial.loss for trial in made.trials if trial.slot // 60 == rung and trial.loss is not None}
+        for rung in range(3)
+    ]
+    assert sorted(compared(made, 0, 2)) == sorted((on[0][candidate], loss) for candidate, loss in on[2].items())
     found = agreements(made)
     assert [(each.lower, each.upper, each.candidates) for each in found] == [(0, 1, 12), (0, 2, 5), (1, 2, 5)]
     assert all(each.interval[0] <= each.correlation <= each.interval[1] for each in found)
@@ -98,7 +98,8 @@ def test_where_it_diverges_matters_too() -> None:
     def cliff(fractions: list[float], rung: int, draw: random.Random) -> float:
         return math.nan if fractions[0] > 0.15 else 3.0 + draw.gauss(0, 0.1)
 
-    assert importances(study(counts=(200,), loss=cliff))[LR].share > 0.9
+    found = importances(study(counts=(200,), loss=cliff))[LR]
+    assert found.share > 10 * found.by_chance
 
 
 # The page
@@ -206,12 +207,12 @@ def test_all_diverged_or_all_alike_is_a_report_too() -> None:
 
 
 def test_names_are_text_and_not_markup_or_formulas() -> None:
-    hostile = ('<script>alert("1")</script>', r"$\frac{", "a\nb\x1b[31m", "名前" * 40)
+    hostile = ('<script>alert("1")</script>', r"$\frac{$", "a\nb\x1b[31m", "名前" * 40)
     made = study(hostile, counts=(60,), of='"><img src=x onerror=alert(1)>')
     page, tags = read(report_files(made, Wording(["<b>$x$</b>"], "<i>", 1.0)))
     assert "script" not in tags.seen
     assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;" in page
     assert "default-src 'none'" in page
-    assert plain(hostile[1]) == r"\$\frac{"
+    assert plain(hostile[1]) == r"\$\frac{\$"
     assert plain(hostile[2]) == "a?b?[31m"
     assert len(plain(hostile[3])) <= 40

@@ -32,7 +32,7 @@ def whole_trial_cost(study: StudyRecord) -> float:
     """Returns the FLOPs of a trial of the proxy's whole run."""
     context = sweep_context(study, SweepContext, flag="--study")
     proxy, training = model_file(context["proxy"], source=f"study {study.spec.name!r}: proxy"), context["training"]
-    tokens = training["train_iters"] * training["global_batch_size"] * proxy.seq_length
+    tokens: int = training["train_iters"] * training["global_batch_size"] * proxy.seq_length
     return training_flops(proxy).total * tokens
 
 

@@ -37,6 +37,8 @@ EDGE = 0.01
 """As close to a bound is at it."""
 INSIDE = 0.25
 """So far from the edge the loss has to be higher by more than a residual, or the edge does not matter."""
+LARGEST = 1e100
+"""Of losses that have a fit: their squares are numbers too."""
 SWEEPS = 30
 """Of a descent along the coordinates."""
 
@@ -108,6 +110,8 @@ def fit_points(points: Sequence[Point], space: Space) -> Fit | None:
         *lowest[: max(3 * _terms(space), math.ceil(len(lowest) / 3))],
         *(point for point in points if point.rung > 0),
     ]
+    if max(abs(point.loss) for point in used) > LARGEST:
+        return None
     rungs = np.array([point.rung for point in used])
     unit = np.array([[space.ranges[name].fraction(point.parameters[name]) for name in names] for point in used])
     losses = np.array([point.loss for point in used])

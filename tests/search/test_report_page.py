@@ -206,6 +206,14 @@ def test_all_diverged_or_all_alike_is_a_report_too() -> None:
     read(report_files(study(loss=lambda *_: 3.0), WORDING))
 
 
+def test_losses_beyond_all_measure_are_a_report_too() -> None:
+    def huge(fractions: list[float], rung: int, draw: random.Random) -> float:
+        return (draw.random() - 0.5) * 1.7e308 if fractions[1] < 0.5 else 3.0 + fractions[0]
+
+    page, _ = read(report_files(study(counts=(60,), loss=huge), ONE))
+    assert "No fit" in page
+
+
 def test_names_are_text_and_not_markup_or_formulas() -> None:
     hostile = ('<script>alert("1")</script>', r"$\frac{$", "a\nb\x1b[31m", "名前" * 40)
     made = study(hostile, counts=(60,), of='"><img src=x onerror=alert(1)>')
@@ -215,4 +223,4 @@ def test_names_are_text_and_not_markup_or_formulas() -> None:
     assert "default-src 'none'" in page
     assert plain(hostile[1]) == r"\$\frac{\$"
     assert plain(hostile[2]) == "a?b?[31m"
-    assert len(plain(hostile[3])) <= 40
+    assert plain(hostile[3]) == (hostile[3])[:39] + "…"

@@ -13,6 +13,7 @@ from optuna.distributions import FloatDistribution
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import TrialState
 
+from mup_megatron.search.fit import LARGEST
 from mup_megatron.search.study import StudyRecord, Trial
 
 LEAST_FOR_IMPORTANCE = 20
@@ -48,9 +49,9 @@ class Agreement:
 
 
 def ended(record: StudyRecord, rung: int) -> list[tuple[Trial, float]]:
-    """Lists the trials of a rung that have a result, with their losses; infinite where they diverged."""
+    """Lists the trials of a rung that have a result, with their losses; infinite where they diverged, or as good as."""
     return [
-        (trial, math.inf if trial.loss is None else trial.loss)
+        (trial, math.inf if trial.loss is None or abs(trial.loss) > LARGEST else trial.loss)
         for trial in record.trials
         if trial.finished and record.rung_of(trial) == rung
     ]

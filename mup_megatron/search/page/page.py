@@ -126,6 +126,8 @@ def _optimum(shown: Shown) -> _Section:
     title = "Where the optimum is"
     if shown.fit is None:
         needed, there = least_for_fit(shown.record.spec.space), len(_by_loss(shown, 0))
+        if there >= needed and shown.record.best is not None:
+            return _Section(title, missing="No fit: some of the best losses are no sensible numbers.")
         and_whole = "" if len(shown.rungs) == 1 else " and a whole one"
         missing = f"A fit needs {needed} complete trials{_lowest(shown)}{and_whole}. There are {there}."
         return _Section(title, missing=missing)

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from mup_megatron.search.page.analysis import Agreement, Importance, compared, e
 from mup_megatron.search.space import SearchRange
 from mup_megatron.search.standing import Standing
 from mup_megatron.search.study import StudyRecord, Trial
+from mup_megatron.validation import shortened
 
 WHOLE, SHORTEST, NEAREST, GREY = "#c8442b", "#b7c7d8", "#3f5d7c", "#888888"
 """Trials of the last rung, and from which color to which those below are."""
@@ -70,7 +70,7 @@ class Shown:
 def plain(text: str, length: int = 40) -> str:
     """Returns a name as matplotlib shows it as it is: neither a formula nor longer than there is room for."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return textwrap.shorten(shown, length, placeholder="…").replace("$", r"\$") or "?"
+    return shortened(shown, length).replace("$", r"\$") or "?"
 
 
 def hyperparameters(shown: Shown) -> bytes:
@@ -249,7 +249,7 @@ def _contours(axes: Any, fit: Fit, across: tuple[str, SearchRange], up: tuple[st
     lowest = float(losses.min())
     # Closer together near the optimum, where it matters.
     steps = lowest + (float(losses.max()) - lowest) * np.linspace(0, 1, LEVELS)[1:] ** 2
-    axes.contour(x, y, losses, levels=steps, colors=GREY, linewidths=0.8)
+    axes.contour(x, y, losses, levels=np.unique(steps), colors=GREY, linewidths=0.8)
     axes.plot([fit.basins[across[0]].optimum], [fit.basins[up[0]].optimum], "+", color=WHOLE, markersize=12, zorder=4)
 
 

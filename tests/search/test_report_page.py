@@ -13,7 +13,7 @@ import pytest
 
 from mup_megatron.search import Fidelity, Ladder, Rung, StudyRecord, StudySpec, Trial
 from mup_megatron.search.page import Wording, report_files
-from mup_megatron.search.page.analysis import agreements, compared, importances, spearman
+from mup_megatron.search.page.analysis import agreements, compared, importances, interval, spearman
 from mup_megatron.search.page.pictures import plain
 from mup_megatron.search.space import SearchRange, Space
 
@@ -70,6 +70,20 @@ def test_rank_correlation_is_spearmans() -> None:
     expected = pd.DataFrame({"first": first, "second": second}).corr(method="spearman").iloc[0, 1]
     assert spearman(first, second) == pytest.approx(expected, rel=1e-12)
     assert spearman(np.ones(4), np.arange(4.0)) == 0.0
+
+
+@pytest.mark.parametrize("count", [5, 8, 20])
+def test_nine_of_ten_intervals_hold_the_rank_correlation(count: int) -> None:
+    draw, rho = np.random.default_rng(2), 0.8
+    true = 6 / math.pi * math.asin(rho / 2)  # of normal variables with this correlation
+    held = []
+    for _ in range(400):
+        first = draw.normal(size=count)
+        low, high = interval(spearman(first, rho * first + math.sqrt(1 - rho**2) * draw.normal(size=count)), count)
+        held.append(low <= true <= high)
+    assert 0.86 <= np.mean(held) <= 0.98
+    # Perfect order among few proves little.
+    assert interval(1.0, 5)[0] < 0.5
 
 
 def test_rungs_are_compared_by_candidate() -> None:

@@ -111,7 +111,7 @@ def agreements(record: StudyRecord) -> list[Agreement]:
         pairs = compared(record, lower, upper)
         if len(pairs) >= LEAST_FOR_CORRELATION:
             value = spearman(*(np.array(losses) for losses in zip(*pairs, strict=True)))
-            found.append(Agreement(lower, upper, len(pairs), value, _interval(value, len(pairs))))
+            found.append(Agreement(lower, upper, len(pairs), value, interval(value, len(pairs))))
     return found
 
 
@@ -141,8 +141,14 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return middle[inverse]
 
 
-def _interval(correlation: float, count: int) -> tuple[float, float]:
-    """By Fisher's z, with the variance that rank correlations have (Bonett and Wright 2000)."""
-    z = math.atanh(max(-0.999, min(0.999, correlation)))
+def interval(correlation: float, count: int) -> tuple[float, float]:
+    """Returns what holds the rank correlation of so many in nine of ten cases.
+
+    By Fisher's z, with the variance that rank correlations have (Bonett and Wright 2000). Few may all be in the
+    same order although the correlation is not 1: half a step less is taken for it.
+    """
+    most = 1 - 6 / (count * (count**2 - 1))
+    correlation = max(-most, min(most, correlation))
+    z = math.atanh(correlation)
     half = 1.645 * math.sqrt((1 + correlation**2 / 2) / max(1, count - 3))
     return math.tanh(z - half), math.tanh(z + half)

@@ -101,7 +101,7 @@ def _against_loss(axes: Any, shown: Shown, name: str, top: float) -> None:
     bounds = shown.record.spec.space.ranges[name]
     if shown.fit is not None:
         axes.axvspan(*shown.fit.basins[name].interval, color=WHOLE, alpha=0.15, linewidth=0)
-        axes.axvline(shown.fit.basins[name].optimum, color=WHOLE, linewidth=1)
+        axes.axvline(shown.fit.basins[name].optimum, color=WHOLE, linewidth=1.5, clip_on=False)
     for rung in range(len(shown.rungs)):
         _points(axes, shown, rung, lambda trial: trial.parameters[name], top)
         if shown.fit is not None and rung in shown.fit.surface.rungs:
@@ -203,8 +203,8 @@ def importance(found: dict[str, Importance]) -> bytes:
         axes.set_xlabel("share of importance")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
         label = "as much in one of ten cases if losses had nothing to do with it"
-        axes.legend(handles=[Line2D([], [], color=WHOLE, marker="|", linestyle="", markersize=12, label=label)],
-                    frameon=False, loc="lower right", fontsize=8)  # fmt: skip
+        mark = Line2D([], [], color=WHOLE, marker="|", linestyle="", markersize=12, label=label)
+        figure.legend(handles=[mark], frameon=False, loc="outside upper center")
         return png()
 
 

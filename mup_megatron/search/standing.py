@@ -1,4 +1,4 @@
-"""How far a search is: trials, cost and time, on each rung. Pure."""
+"""The standing of a search: trials, cost and time, on each rung. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from mup_megatron.search.study import StudyRecord, Trial
 
 @dataclass(frozen=True)
 class RungStanding:
-    """How far one rung of a search is; of a search without a ladder, all of it."""
+    """The standing of one rung; of a search without a ladder, of all of it."""
 
     complete: int
     diverged: int
@@ -43,7 +43,7 @@ class RungStanding:
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a search is."""
+    """The standing of a search."""
 
     rungs: tuple[RungStanding, ...]
     budget: float | None

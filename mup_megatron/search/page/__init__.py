@@ -1,4 +1,4 @@
-"""What a search has found, as one HTML page and its pictures."""
+"""The report of a search: one HTML page and its pictures."""
 
 from mup_megatron.search.page.page import PAGE, Wording, report_files
 

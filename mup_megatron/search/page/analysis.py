@@ -1,4 +1,4 @@
-"""What the trials of a study say beside their fit: which hyperparameters matter, and how well rungs agree."""
+"""Numbers that the trials of a study give beside their fit: which hyperparameters matter, and how well rungs agree."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ BY_CHANCE = 0.9
 
 @dataclass(frozen=True)
 class Importance:
-    """How much of getting among the best tenth is a hyperparameter's doing, as a share of all of them."""
+    """The share that a hyperparameter has, of all of them, in getting a trial among the best tenth."""
 
     share: float
     by_chance: float
@@ -37,7 +37,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike two rungs rank the candidates that are complete on both."""
+    """The likeness of two rungs' ranks of the candidates that are complete on both."""
 
     lower: int
     upper: int

@@ -34,7 +34,7 @@ BEST = 10
 
 @dataclass(frozen=True)
 class Wording:
-    """What the search itself does not know of its trials."""
+    """The words and costs of trials that the search itself does not know."""
 
     rungs: Sequence[str]
     """What each is called; one where there is no ladder."""

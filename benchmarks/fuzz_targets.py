@@ -126,6 +126,13 @@ TARGETS: dict[str, Target] = {
         binary=True,
         may_change=(),
     ),
+    "sweep report": Target(
+        words=("sweep", "report", "s"),
+        damaged={"results/s.db": "study"},
+        weight=5,
+        binary=True,
+        may_change=("results/s/report/",),
+    ),
     "data from text": Target(
         words=("data", "in.txt", "-o", "made/d", "--tokenizer", "bpe:300"),
         damaged={"in.txt": "text"},

@@ -85,6 +85,19 @@ def test_the_default_space_is_the_papers() -> None:
     assert all(searched.log for searched in DEFAULT_SPACE.ranges.values())
 
 
+def test_the_space_around_published_values_has_them_in_the_middle() -> None:
+    around = load_space(SPACE_FILE.with_name("published_256.yaml"), SEARCHABLE)
+    assert around.ranges.keys() == DEFAULT_SPACE.ranges.keys()
+    published = {
+        "lr": (0.006, 0.006), "init_method_std": (0.05, 0.08, 0.1), "embedding_multiplier": (10.0, 10.0, 12.0),
+        "output_multiplier": (1.0, 1.0), "attention_multiplier": (1.0, 1.0),
+    }  # fmt: skip
+    for name, values in published.items():
+        middle = math.exp(sum(map(math.log, values)) / len(values))
+        assert around.ranges[name].fraction(middle) == pytest.approx(0.5, abs=0.02)
+        assert all(0.25 < around.ranges[name].fraction(value) < 0.75 for value in values)
+
+
 def test_whatever_a_recipe_tunes_can_be_searched() -> None:
     numbers = {key for key, value in dict(GIVEN.hyperparameters).items() if isinstance(value, float)}
     assert set(SEARCHABLE) == numbers

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -17,6 +18,9 @@ from mup_megatron.architectures.cost import parameter_count, training_flops
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.files import write_atomically
+from mup_megatron.search import Ladder, load_space
+from mup_megatron.training.options import TrainingOptions
+from mup_megatron.tuning import SEARCHABLE, ProxyTraining, ladder_for, settings_of
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,67 @@ def formulas(search: Sequence[Job], run: Job, rounded: tuple[float, float] | Non
     return [formula(what, per_token, search, run) for what, per_token in costs.items()]
 
 
+@dataclass(frozen=True)
+class Fidelities:
+    """The search over fidelities: what the sweep of this budget runs."""
+
+    name: str
+    training: ProxyTraining
+    ladder: Ladder
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What is run on each rung."""
+        found = []
+        for rung in self.ladder.rungs:
+            settings, options = settings_of(rung), self.training.options
+            batch = options.global_batch_size
+            tokens = settings.train_iters * batch * self.training.proxy.seq_length
+            found.append(
+                {"trials": rung.trials, "width": settings.hidden_size, "iterations": settings.train_iters,
+                 "global_batch_size": batch, "tokens_per_run": tokens, "flops": rung.cost}
+            )  # fmt: skip
+        return found
+
+
+def read_fidelities(words: tuple[float, Path, Path, int, int]) -> Fidelities:
+    """The search that the command line names. Data are not read: their length costs nothing."""
+    budget, proxy, space, iterations, batch = words
+    options = TrainingOptions(train_iters=iterations, global_batch_size=batch)
+    training = ProxyTraining(
+        proxy=load_model_file(proxy), fixed={}, data=Path("data"), data_sha256=None, options=options
+    )
+    ladder = ladder_for(training, load_space(space, SEARCHABLE), budget, None, source=str(space))
+    return Fidelities(proxy.stem, training, ladder)
+
+
+def print_fidelities(found: Fidelities, run: Job) -> None:
+    """The rungs, on standard output."""
+    console = Console(width=200, highlight=False)
+    console.print("The search over fidelities, which is the default. Each rung has the best of the one before\n")
+    rungs = table("rung", "trials", "width", "iterations", "batch", "tokens per run", "tokens", "FLOPs",
+                  "of the target's")  # fmt: skip
+    for number, row in enumerate(found.rows()):
+        rungs.add_row(
+            str(number), str(row["trials"]), str(row["width"]), f"{row['iterations']:,}", str(row["global_batch_size"]),
+            short(row["tokens_per_run"]), short(row["trials"] * row["tokens_per_run"]), f"{row['flops']:.3g}",
+            f"{row['flops'] / run.flops:.2%}",
+        )  # fmt: skip
+    tokens = sum(row["trials"] * row["tokens_per_run"] for row in found.rows())
+    rungs.add_row("in all", str(found.ladder.trials), "", "", "", "", short(tokens), f"{found.ladder.cost:.3g}",
+                  f"{found.ladder.cost / run.flops:.2%}")  # fmt: skip
+    console.print(rungs)
+    whole = found.ladder.candidates * found.ladder.rungs[-1].fidelity.cost
+    console.print(
+        f"\n{found.ladder.candidates} whole trials of {found.name} would cost {whole:.3g}, "
+        f"{whole / run.flops:.2%} of the target's.\n",
+        soft_wrap=True,
+    )
+
+
 def short(count: float) -> str:
     """A count for people: 4.00 B."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
+        if count >= 0.9995 * size:  # what is 1000 of the next smaller one in three digits
             return f"{count / size:.3g} {letter}"
     return f"{count:g}"
 
@@ -109,7 +170,10 @@ def print_costs(search: Sequence[Job], run: Job, found: Sequence[Formula]) -> No
             str(job.batch), short(job.tokens), short(job.runs * job.tokens), f"{job.flops:.3g}",
             f"{job.flops / run.flops:.2%}",
         )  # fmt: skip
-    console.print("Every job, with its FLOPs (6 for each weight and token, and the attention scores)\n")
+    console.print(
+        "The paper's search, --search paper, and the target, with their FLOPs (6 for each weight and token, and the "
+        "attention scores)\n"
+    )
     console.print(jobs)
 
     console.print(
@@ -149,24 +213,32 @@ def read_jobs(words: Sequence[tuple[str, int, Path, int, int]]) -> list[Job]:
     ]
 
 
-JOB = (str, click.IntRange(1), click.Path(path_type=Path), click.IntRange(1), click.IntRange(1))
+FILE = click.Path(path_type=Path)
+JOB = (str, click.IntRange(1), FILE, click.IntRange(1), click.IntRange(1))
 JOB_WORDS = "STAGE RUNS MODEL.yaml ITERATIONS BATCH"
 
 
 @click.command()
 @click.option("--search", "search_words", type=JOB, multiple=True, required=True, metavar=JOB_WORDS, help="A stage.")
+@click.option(
+    "--fidelities", type=(float, FILE, FILE, click.IntRange(1), click.IntRange(1)), required=True,
+    metavar="BUDGET PROXY.yaml SPACE.yaml ITERATIONS BATCH", help="The search over fidelities.",
+)  # fmt: skip
 @click.option("--target", "target_words", type=JOB, required=True, metavar=JOB_WORDS, help="The run it is for.")
 @click.option("--rounded", type=(float, float), metavar="PROXY TARGET", help="The paper's numbers of parameters.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the same as JSON.")
 def command(
     search_words: Sequence[tuple[str, int, Path, int, int]],
+    fidelities: tuple[float, Path, Path, int, int],
     target_words: tuple[str, int, Path, int, int],
     rounded: tuple[float, float] | None,
     json_file: Path | None,
 ) -> None:
-    """What a search and the run that it is for cost."""
+    """What both searches and the run that they are for cost."""
     search, (run,) = read_jobs(search_words), read_jobs([target_words])
     found = formulas(search, run, rounded)
+    ours = read_fidelities(fidelities)
+    print_fidelities(ours, run)
     print_costs(search, run, found)
     if json_file is not None:
         jobs = [
@@ -177,7 +249,11 @@ def command(
             }
             for job in (*search, run)
         ]  # fmt: skip
-        content = {"jobs": jobs, "formulas": [asdict(row) for row in found]}
+        content = {
+            "fidelities": {"budget": ours.ladder.budget, "rungs": ours.rows()},
+            "jobs": jobs,
+            "formulas": [asdict(row) for row in found],
+        }
         write_atomically(json_file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 

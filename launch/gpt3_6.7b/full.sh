@@ -15,6 +15,11 @@ stage2_tokens=16000000000
 target_tokens=300000000000
 paper_parameters=(40e6 6.7e9) # of proxy and target, as the paper's formula rounds them
 
+# Our own search, over fidelities: as many candidates, each whole trial as long as the paper's first ones
+
+search_budget=4.5e19 # FLOPs, 0.35 % of the target's
+search_tokens=4000000000
+
 # What it leaves unsaid, and was chosen here
 
 sequence_length=2048
@@ -33,12 +38,14 @@ for name in DATA MEGATRON VOCAB_FILE MERGE_FILE; do # jobs begin in other folder
 done
 data=${DATA:-} # prefix of Megatron's .bin and .idx, made with GPT-2's tokenizer
 [ "$dry_run" = no ] || data=${data:-DATA}
-storage=${STORAGE:-} # of both studies; several machines need a database server
+storage=${STORAGE:-} # of the studies; several machines need a database server
 workers=${WORKERS:-1}
 trial_flags=(--bf16 --micro-batch-size "${TRIAL_MICRO_BATCH:-16}")
-stage1_jobs=${STAGE1_JOBS:-64} # of the Slurm array, each on one GPU
+search_jobs=${SEARCH_JOBS:-64} # of the Slurm array, each on one GPU
+stage1_jobs=${STAGE1_JOBS:-64}
 stage2_jobs=${STAGE2_JOBS:-64}
-stage1_time=${STAGE1_TIME:-24:00:00} # must be longer than a trial
+search_time=${SEARCH_TIME:-24:00:00} # must be longer than a trial
+stage1_time=${STAGE1_TIME:-24:00:00}
 stage2_time=${STAGE2_TIME:-48:00:00}
 
 # The target's run is that of launch/gpt3.sh: Megatron-LM's own pretrain_gpt.py, in the layout of launch/layouts.txt.

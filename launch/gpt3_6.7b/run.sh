@@ -4,12 +4,13 @@
 #   launch/gpt3_6.7b/run.sh --dry-run               what would be run, and what it costs; starts nothing
 #   launch/gpt3_6.7b/run.sh --scale tiny            every stage for real, but small: minutes on a CPU
 #   launch/gpt3_6.7b/run.sh --slurm                 hands all stages to Slurm, each waiting for the one before
-#   launch/gpt3_6.7b/run.sh --stage stage1          one stage, here; several calls of it share its trials
+#   launch/gpt3_6.7b/run.sh --stage search          one stage, here; several calls of it share its trials
 #
-# Options: --scale full|tiny, --stage NAME (again for another one), --work DIR (what is written; default
+# Options: --scale full|tiny, --search fidelities|paper (over narrower and shorter trials, the default; or the paper's two
+# stages of random ones), --stage NAME (again for another one), --work DIR (what is written; default
 # results/gpt3_6.7b/SCALE), --accept-unfinished (stage 2 although trials of stage 1 have no result), --slurm, --dry-run.
 #
-# Stages, in their order: prepare stage1 stage2 transfer target evaluate report.
+# Stages, in their order: prepare search transfer target evaluate report; with --search paper stage1 stage2 for search.
 # Stopped at any moment, the same command goes on. README.md says what has to be set for the full scale.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -21,14 +22,14 @@ fail() {
   exit 2
 }
 
-ALL=(prepare stage1 stage2 transfer target evaluate report)
-scale=full work='' stages=() dry_run=no slurm=no accept=()
+scale=full search=fidelities work='' stages=() dry_run=no slurm=no accept=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --scale | --stage | --work)
+    --scale | --search | --stage | --work)
       [ $# -gt 1 ] || fail "$1: its value is missing"
       case $1 in
         --scale) scale=$2 ;;
+        --search) search=$2 ;;
         --stage) stages+=("$2") ;;
         --work) work=$2 ;;
       esac
@@ -46,15 +47,24 @@ while [ $# -gt 0 ]; do
   shift
 done
 [[ $scale = full || $scale = tiny ]] || fail "--scale $scale: choose full or tiny"
+case $search in
+  fidelities) searching=(search) ;;
+  paper) searching=(stage1 stage2) ;;
+  *) fail "--search $search: choose fidelities or paper" ;;
+esac
+[[ $search = paper || ${#accept[@]} -eq 0 ]] || fail "--accept-unfinished: it is about stage 2 of --search paper"
+last=${searching[-1]} # its best trial is the answer
+ALL=(prepare "${searching[@]}" transfer target evaluate report)
 [ ${#stages[@]} -gt 0 ] || stages=("${ALL[@]}")
 for stage in "${stages[@]}"; do
-  [[ " ${ALL[*]} " = *" $stage "* ]] || fail "--stage $stage: choose from ${ALL[*]}"
+  [[ " ${ALL[*]} " = *" $stage "* ]] || fail "--stage $stage: choose from ${ALL[*]} with --search $search"
 done
 
 work=$(realpath -m -- "${work:-$root/results/gpt3_6.7b/$scale}")
 # shellcheck source=full.sh
 source "$here/$scale.sh"
 
+search_iterations=$((search_tokens / (proxy_batch * sequence_length)))
 stage1_iterations=$((stage1_tokens / (proxy_batch * sequence_length)))
 stage2_iterations=$((stage2_tokens / (proxy_batch * sequence_length)))
 target_iterations=$((target_tokens / (target_batch * sequence_length)))
@@ -96,6 +106,13 @@ do_prepare() {
   [[ ! $storage =~ ^(postgresql|mysql|mariadb) ]] || run optuna --quiet study-names --storage "$storage"
 }
 
+do_search() {
+  run mup-megatron sweep "$proxy" --data "$data" --study "$study-search" "${storage_flags[@]}" \
+    --budget "$search_budget" --space "$space" --recipe unsearched.recipe.yaml \
+    --train-iters "$search_iterations" --global-batch-size "$proxy_batch" --eval-iters "$eval_iters" \
+    --workers "$workers" "${trial_flags[@]}"
+}
+
 do_stage1() {
   run mup-megatron sweep "$proxy" --data "$data" --study "$study-stage1" "${storage_flags[@]}" \
     --trials "$stage1_trials" --space "$space" --recipe unsearched.recipe.yaml \
@@ -115,12 +132,12 @@ fingerprint() { # fingerprint RECIPE: the one that its file states
 }
 
 do_transfer() {
-  # If all trials of stage 2 have a result, this is over at once; if a job was lost, it runs what is left.
-  do_stage2
-  run mup-megatron transfer --study "$study-stage2" "${storage_flags[@]}" -o new.recipe.yaml --force
+  # If all trials of the search have a result, this is over at once; if a job was lost, it runs what is left.
+  "do_$last"
+  run mup-megatron transfer --study "$study-$last" "${storage_flags[@]}" -o new.recipe.yaml --force
   if [ "$dry_run" = no ] && [ -e target ] &&
     [ "$(fingerprint new.recipe.yaml)" != "$(fingerprint target.recipe.yaml)" ]; then
-    fail "stage 2 has another best trial than the one that $work/target was begun with. Move target and target.recipe.yaml
+    fail "the search has another best trial than the one that $work/target was begun with. Move target and target.recipe.yaml
 there away to begin again with the new one, $work/new.recipe.yaml, or leave this stage out to go on as before."
   fi
   run mv new.recipe.yaml target.recipe.yaml
@@ -156,29 +173,38 @@ do_evaluate() {
 }
 
 do_report() {
-  run python "$here/report.py" --study "$study-stage1" --study "$study-stage2" "${storage_flags[@]}" \
-    --recipe target.recipe.yaml --target "$target" --log target.log --evaluation evaluation.txt --output .
+  local studies=() name
+  for name in "${searching[@]}"; do
+    studies+=(--study "$study-$name")
+  done
+  run python "$here/report.py" "${studies[@]}" "${storage_flags[@]}" --recipe target.recipe.yaml \
+    --target "$target" --log target.log --evaluation evaluation.txt --output .
+  for name in "${searching[@]}"; do # a page with pictures of each study that there is
+    run mup-megatron sweep report "$study-$name" "${storage_flags[@]}" >&2 || say "  # no report of $study-$name"
+  done
 }
 
 # The stages as Slurm jobs, each waiting for the one before. That one lost worker of many ends badly means nothing: each
 # stage looks itself whether the one before is complete.
 
 hand_to_slurm() { # hand_to_slurm STAGE: sets `job`, the last one; waits for the one that it was
-  local stage=$1 after=() options=() here_it_is=("$here/run.sh" --scale "$scale" --work "$work" "${accept[@]}") wrapped
+  local stage=$1 after=() options=() here_it_is=("$here/run.sh" --scale "$scale" --search "$search" --work "$work") wrapped
   local command=(sbatch --parsable "--job-name=$study-$stage")
+  here_it_is+=("${accept[@]}")
   local one_gpu=(--nodes=1 --ntasks=1 --gpus-per-node=1 --cpus-per-task=8)
   [ -z "$job" ] || after=("--dependency=afterok:$job")
   wrapped="--wrap=$(printf '%q ' "${here_it_is[@]}" --stage "$stage")"
   case $stage in
-    stage1 | stage2)
+    search | stage1 | stage2)
       local jobs=${stage}_jobs limit=${stage}_time
       after=("${after[@]/afterok/afterany}")
       submit "$stage" "${command[@]}" "--array=1-${!jobs}" "${one_gpu[@]}" "--time=${!limit}" \
         "--output=$work/logs/%x-%A_%a.log" "${after[@]}" "$wrapped"
       ;;
     transfer)
+      local limit=${last}_time
       after=("${after[@]/afterok/afterany}")
-      submit "$stage" "${command[@]}" "${one_gpu[@]}" "--time=$stage2_time" "--output=$work/logs/%x-%j.log" \
+      submit "$stage" "${command[@]}" "${one_gpu[@]}" "--time=${!limit}" "--output=$work/logs/%x-%j.log" \
         "${after[@]}" "$wrapped"
       ;;
     target)
@@ -207,6 +233,7 @@ costs() {
   local rounded=()
   [ ${#paper_parameters[@]} -eq 0 ] || rounded=(--rounded "${paper_parameters[@]}")
   python "$here/cost.py" "${rounded[@]}" "$@" \
+    --fidelities "$search_budget" "$proxy" "$space" "$search_iterations" "$proxy_batch" \
     --search "stage 1" "$stage1_trials" "$proxy" "$stage1_iterations" "$proxy_batch" \
     --search "stage 2" "$stage2_trials" "$proxy" "$stage2_iterations" "$proxy_batch" \
     --target "target" 1 "$target" "$target_iterations" "$target_batch"
@@ -236,6 +263,7 @@ main() {
       say "$stage"
       case $stage in
         prepare) do_prepare >&2 ;;
+        search) do_search >&2 ;;
         stage1) do_stage1 >&2 ;;
         stage2) do_stage2 >&2 ;;
         transfer) do_transfer >&2 ;;

@@ -6,6 +6,8 @@
 proxy=$here/tiny/proxy.yaml
 target=$here/tiny/target.yaml
 space=$root/configs/spaces/gpt3_6.7b.yaml
+search_budget=6e10 # little more than the least ladder
+search_tokens=10240
 stage1_trials=6
 stage1_tokens=10240
 stage2_trials=2
@@ -26,8 +28,10 @@ data=$(realpath -m -- "${DATA:-$work/data/text}") # made if it is not there: the
 storage=${STORAGE:-}
 workers=${WORKERS:-2}
 trial_flags=()
+search_jobs=${SEARCH_JOBS:-2}
 stage1_jobs=${STAGE1_JOBS:-2}
 stage2_jobs=${STAGE2_JOBS:-2}
+search_time=${SEARCH_TIME:-00:30:00}
 stage1_time=${STAGE1_TIME:-00:30:00}
 stage2_time=${STAGE2_TIME:-00:30:00}
 

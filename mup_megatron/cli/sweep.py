@@ -1,10 +1,11 @@
 """`sweep`: a search on the proxy."""
 
+import importlib
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 from rich.console import Console
@@ -16,6 +17,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.recipe import load_recipe
 from mup_megatron.search import Ladder, Objectives, StudySpec, default_storage, find_study, load_space, run_sweep
 from mup_megatron.training.data.reading import check_prefix, require_vocab, small_vocabulary_warning
+from mup_megatron.training.logs import require_wandb
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.training.ranks import preload
 from mup_megatron.tuning import (
@@ -27,11 +29,28 @@ from mup_megatron.tuning import (
     best_of,
     fixed_content,
     ladder_for,
+    rung_names,
     settings_of,
 )
 
+WORDS = ("report",)
+"""Words in place of the proxy's file, with a command each, in the module `sweep_WORD` beside this one."""
 
-@click.command()
+
+class _SweepCommand(click.Command):
+    """A search, or what one of the words is about. A file of such a name is written as ./report."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Returns the context of the command that the first word names."""
+        if args and args[0] in WORDS:
+            named: click.Command = importlib.import_module(f"mup_megatron.cli.sweep_{args[0]}").command
+            return named.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command(cls=_SweepCommand)
 @click.argument("proxy", type=FILE, metavar="PROXY.yaml")
 @click.option("--data", type=FILE, required=True, metavar="D", help="Prefix of Megatron's .bin and .idx.")
 @click.option("--trials", type=int, metavar="N", help="Size of the search, all calls together.")
@@ -54,6 +73,8 @@ from mup_megatron.tuning import (
 )
 @click.option("--seed", type=int, default=1234, show_default=True, help="Of the draws, the weights and the data.")
 @click.option("--bf16", is_flag=True)
+@click.option("--wandb-project", metavar="NAME",
+              help="Log each trial to Weights & Biases, as a run in a group named after the study.")  # fmt: skip
 def command(
     proxy: Path,
     data: Path,
@@ -74,6 +95,7 @@ def command(
     eval_iters: int,
     seed: int,
     bf16: bool,
+    wandb_project: str | None,
 ) -> None:
     """Search hyperparameters on PROXY. Stopped at any moment, the same command goes on.
 
@@ -85,6 +107,8 @@ def command(
 
     With --budget FLOPS most trials are of a narrower model and shorter; the best go on to longer ones of a wider model,
     and the last to whole ones of PROXY. What that comes to is shown before the first trial.
+
+    `sweep report STUDY` shows what a search has found, also while it runs: see its --help.
     """
     _require_one_way(trials, budget, best, of)
     for_searches = {"--space": space, "--recipe": recipe_path, "--sampler": sampler}
@@ -102,6 +126,9 @@ def command(
         if of is None
         else best_of(of, best or 0, study=study, storage=storage, proxy=model, accept_unfinished=accept_unfinished)
     )
+    folder = Path("results") / study
+    if wandb_project is not None:
+        require_wandb()
     meta = check_prefix(data)
     require_vocab(meta, model.vocab_size, data=data, model=proxy)
     if (warning := small_vocabulary_warning(meta.vocab_size, model.vocab_size, data=data)) is not None:
@@ -118,6 +145,9 @@ def command(
             seed=seed,
             eval_iters=eval_iters,
             bf16=bf16,
+            output=None if wandb_project is None else folder / "wandb",
+            wandb_project=wandb_project,
+            wandb_group=study,
         ),
     )
     objective.require_possible(searched.space, source=str(space or "--space"))
@@ -131,19 +161,20 @@ def command(
         selection=searched.selection,
     )
     objectives: Objectives = objective
+    called: list[str] = []
     asked = trials or best or 0
     if budget is not None:
         found = find_study(spec.storage, study)
         ladder = ladder_for(objective, spec.space, budget, found, source=str(space or "--space"))
         spec, asked = replace(spec, ladder=ladder), ladder.trials
-        objectives = [at_rung(objective, rung) for rung in ladder.rungs]
+        objectives, called = [at_rung(objective, rung) for rung in ladder.rungs], rung_names(ladder)
         _show(ladder)
     preload()
-    folder = Path("results") / study
     result = run_sweep(
         spec,
         objectives,
         asked,
+        called=called,
         workers=workers,
         csv_file=folder / "trials.csv",
         best_file=folder / "best.json",

@@ -13,7 +13,7 @@ how sure it is.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,6 +37,8 @@ EDGE = 0.01
 """As close to a bound is at it."""
 INSIDE = 0.25
 """So far from the edge the loss has to be higher by more than a residual, or the edge does not matter."""
+LARGEST = 1e100
+"""Of losses that have a fit: their squares are numbers too."""
 SWEEPS = 30
 """Of a descent along the coordinates."""
 
@@ -64,16 +66,18 @@ class Fit:
     residual: float
     """Root mean square of what the fit leaves."""
     trials: int
+    surface: "Surface" = field(compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values."""
-        content = asdict(self)
-        content["basins"] = {
+        """Returns plain values, those that a recipe's provenance has of a fit."""
+        basins = {
             name: {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(basin).items()}
             for name, basin in self.basins.items()
         }
-        content["at_edges"] = {name: ("low", "high")[edge] for name, edge in self.at_edges.items()}
-        return content
+        at_edges = {name: ("low", "high")[edge] for name, edge in self.at_edges.items()}
+        return {
+            "basins": basins, "at_edges": at_edges, "loss": self.loss, "residual": self.residual, "trials": self.trials
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,14 +100,18 @@ def fit_points(points: Sequence[Point], space: Space) -> Fit | None:
     """Returns the fit over the best of these trials; None if there are too few.
 
     Of the lowest rung the best third counts, but at least three trials for each slope and curvature, of which there
-    have to be four; on the others, all.
+    have to be four (`least_for_fit`); on the others, all.
     """
     names = list(space.ranges)
-    least = 1 + 2 * len(names)
     lowest = sorted((point for point in points if point.rung == 0), key=lambda point: point.loss)
-    if len(lowest) < 4 * least:
+    if len(lowest) < least_for_fit(space):
         return None
-    used = [*lowest[: max(3 * least, math.ceil(len(lowest) / 3))], *(point for point in points if point.rung > 0)]
+    used = [
+        *lowest[: max(3 * _terms(space), math.ceil(len(lowest) / 3))],
+        *(point for point in points if point.rung > 0),
+    ]
+    if max(abs(point.loss) for point in used) > LARGEST:
+        return None
     rungs = np.array([point.rung for point in used])
     unit = np.array([[space.ranges[name].fraction(point.parameters[name]) for name in names] for point in used])
     losses = np.array([point.loss for point in used])
@@ -132,7 +140,17 @@ def fit_points(points: Sequence[Point], space: Space) -> Fit | None:
             (value(low[j]), value(high[j])),
             (value(max(0.0, middle[j] - half[j])), value(min(1.0, middle[j] + half[j]))),
         )
-    return Fit(basins, at_edges, loss, residual, len(used))
+    return Fit(basins, at_edges, loss, residual, len(used), Surface(space, model, mean, middle))
+
+
+def least_for_fit(space: Space) -> int:
+    """Returns how many complete trials there have to be on the lowest rung for a fit."""
+    return 4 * _terms(space)
+
+
+def _terms(space: Space) -> int:
+    """Intercept, slopes and curvatures."""
+    return 1 + 2 * len(space.ranges)
 
 
 @dataclass(frozen=True)
@@ -194,10 +212,14 @@ class _Model:
             matrix[j, k] = matrix[k, j] = coefficients[2 * self.size + index]
         return matrix
 
-    def at(self, coefficients: Array, point: Array) -> float:
-        """Returns the loss of a whole trial."""
+    def at(self, coefficients: Array, point: Array, rung: int | None = None) -> float:
+        """Returns the loss of a trial on a rung that there is, by default of a whole one."""
+        place = len(self.rungs) - 1 if rung is None else self.rungs.index(rung)
         slopes, mixed = coefficients[: self.size], self._interactions(coefficients)
-        level = coefficients[self._intercepts][-1]
+        if place < len(self.rungs) - 1:
+            begin = self._intercepts.stop + place * self.size
+            slopes = slopes + coefficients[begin : begin + self.size]
+        level = coefficients[self._intercepts][place]
         return float(level + slopes @ point + self.curvatures(coefficients) @ point**2 + point @ mixed @ point / 2)
 
     def falls_to(self, coefficients: Array, optimum: Array, j: int, edge: int) -> float:
@@ -224,3 +246,25 @@ class _Model:
                 else:
                     point[j] = 1.0 if slope + curved[j] < 0 else 0.0
         return point
+
+
+@dataclass(frozen=True)
+class Surface:
+    """The fitted loss at any place of the space."""
+
+    _space: Space
+    _model: _Model
+    _mean: Array
+    _optimum: Array
+
+    @property
+    def rungs(self) -> Sequence[int]:
+        """Those of which it knows the loss."""
+        return self._model.rungs
+
+    def loss(self, rung: int, fractions: Mapping[str, float]) -> float:
+        """Returns that of a trial on a rung, at these fractions of the space; what is not named is at its optimum."""
+        point = self._optimum.copy()
+        for index, name in enumerate(self._space.ranges):
+            point[index] = fractions.get(name, point[index])
+        return self._model.at(self._mean, point, rung)

@@ -43,6 +43,10 @@ class SearchRange:
             value = self.low + fraction * (self.high - self.low)
         return min(max(value, self.low), self.high)  # rounding must not leave the bounds
 
+    def holds(self, value: float) -> bool:
+        """Says if a value is between the bounds, which a database may have rounded."""
+        return self.low <= value <= self.high or any(math.isclose(value, bound) for bound in (self.low, self.high))
+
     def fraction(self, value: float) -> float:
         """Inverts `at`: returns the part of the distribution that lies below a value of it."""
         if self.log:

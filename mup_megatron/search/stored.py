@@ -313,6 +313,10 @@ def require_sound(trials: Sequence[FrozenTrial], spec: StudySpec, storage: Stora
             raise damaged(storage, spec.name, f"{where}: a hyperparameter is no number")
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and set(trial.params) != set(spec.space.ranges):
             raise damaged(storage, spec.name, f"{where}: its hyperparameters are not those of the space")
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and not all(
+            bounds.holds(trial.params[name]) for name, bounds in spec.space.ranges.items()
+        ):
+            raise damaged(storage, spec.name, f"{where}: a hyperparameter is outside of the space")
         if trial.state == TrialState.COMPLETE and not (
             isinstance(trial.value, float | int) and math.isfinite(trial.value)
         ):

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -30,7 +30,8 @@ from mup_megatron.errors import InputError
 from mup_megatron.json_io import finite
 from mup_megatron.search.claims import Claim, Claims
 from mup_megatron.search.owner import Owner, OwnerWatch
-from mup_megatron.search.report import SweepProgress, write_results
+from mup_megatron.search.progress import SweepProgress
+from mup_megatron.search.report import write_results
 from mup_megatron.search.storage import open_storage
 from mup_megatron.search.stored import open_study
 from mup_megatron.search.study import ATTEMPTS, METRICS, MOST_TRIALS, REASON, SECONDS, StudyRecord, StudySpec, Trial
@@ -84,6 +85,7 @@ def run_sweep(
     objective: Objectives,
     n_trials: int,
     *,
+    called: Sequence[str] = (),
     workers: int = 1,
     launch: Launch = "fork",
     csv_file: Path | None = None,
@@ -105,6 +107,7 @@ def run_sweep(
             a ladder, one for each rung.
         n_trials: the size of the search, all calls together. A larger number than before extends it; a study of the
             best trials of another has as many as were selected, and one with a ladder those of its rungs.
+        called: what to call the rungs of a ladder where progress is shown.
         workers: how many trials to run at a time.
         launch: `fork` runs trials in forks of a process that has imported everything, `spawn` in fresh processes.
         csv_file: gets all trials of the study, kept up to date.
@@ -124,6 +127,7 @@ def run_sweep(
             raise InputError(f"{flag} {value}: must be at most {most}. Give a smaller number.")
     assert spec.selection is None or n_trials == len(spec.selection.candidates)
     assert spec.ladder is None or (n_trials == spec.ladder.trials and not callable(objective))
+    assert spec.ladder is None or len(called) in (0, len(spec.ladder.rungs))
     pool = [Worker(objective, launch, log_folder) for _ in range(min(workers, n_trials))]
     owner = Owner.this_process()
     try:
@@ -131,7 +135,7 @@ def run_sweep(
             _quiet_optuna(),
             _sigterm_as_ctrl_c(),
             open_storage(spec.storage, create=True) as storage,
-            SweepProgress(n_trials) as progress,
+            SweepProgress(n_trials, called) as progress,
         ):
             study, spec = open_study(spec, storage, n_trials)
             claims = Claims(spec, study, storage, n_trials, owner, OwnerWatch(grace_s))
@@ -171,6 +175,8 @@ class _Sweep:
         self._claims.look()
         record = self._claims.record()
         write_results(record, *self._files)
+        if self._progress.has_table:
+            self._progress.show(record)
         given_up = tuple(record.trials[number] for number in self._claims.given_up())
         for trial in given_up:
             self._progress.say(f"trial {trial.number} has no result: {trial.reason}. The same command tries again.")
@@ -197,8 +203,8 @@ class _Sweep:
             if time.monotonic() >= self._next_beat:
                 self._next_beat = time.monotonic() + self._heartbeat_s
                 self._claims.show_alive()
-            if self._progress.has_bar:
-                self._progress.show(self._claims.settled(), len(self._running), self._claims.record().best)
+            if self._progress.has_table:
+                self._progress.show(self._claims.record())
 
     def _start(self, claim: Claim) -> None:
         worker = self._idle.pop()
@@ -250,8 +256,9 @@ class _Sweep:
     def _end(self, claim: Claim, state: TrialState, loss: float | None, attributes: Mapping[str, Any]) -> None:
         trial = self._claims.end(claim, state, loss, attributes)
         if trial is not None:
-            write_results(self._claims.record(), *self._files)
-            self._progress.ended(trial, self._claims.settled())
+            record = self._claims.record()
+            write_results(record, *self._files)
+            self._progress.ended(trial, record, self._claims.settled())
 
 
 @contextlib.contextmanager

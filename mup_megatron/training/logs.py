@@ -3,6 +3,7 @@
 Only the first rank has any of these. What is kept is `record.py`'s matter.
 """
 
+import importlib.util
 import os
 import secrets
 import sys
@@ -96,6 +97,13 @@ def _values(row: TrainingRow) -> str:
     return f"loss {row.loss:.4f} | lr {row.lr:.3e} | grad norm {row.grad_norm:.3f}"
 
 
+def require_wandb() -> None:
+    """Raises InputError if wandb is not installed."""
+    found = importlib.util.find_spec("wandb")
+    if found is None or found.origin is None:  # a folder of its files is no package
+        raise InputError("--wandb-project: wandb is not installed. Install it: pip install 'mup-megatron[wandb]'")
+
+
 class WandB:
     """A run in Weights & Biases. A run that is gone on with goes on there too."""
 
@@ -110,12 +118,9 @@ class WandB:
         Raises:
             InputError: wandb is not installed or refuses.
         """
-        try:
-            import wandb
-        except ImportError:
-            raise InputError(
-                "--wandb-project: wandb is not installed. Install it: pip install 'mup-megatron[wandb]'"
-            ) from None
+        require_wandb()
+        import wandb
+
         name = folder / "wandb_run_id"
         known = read_text(name, remedy="Remove it: the run gets a new name.").strip() if name.exists() else None
         offline = os.environ.get("WANDB_MODE") == "offline"  # where wandb cannot go on, and says so at length
@@ -123,6 +128,7 @@ class WandB:
             self._run: Any = wandb.init(
                 project=options.wandb_project,
                 name=options.wandb_exp_name,
+                group=options.wandb_group,
                 dir=folder,
                 id=known or secrets.token_hex(4),
                 resume=None if offline else "allow",

@@ -59,6 +59,8 @@ class TrainingOptions:
     wandb_project: str | None = None
     """Log to Weights & Biases. `WANDB_MODE=offline` needs no account."""
     wandb_exp_name: str | None = None
+    wandb_group: str | None = None
+    """Of which the run is one there."""
 
     @property
     def saves_where_it_loads(self) -> bool:

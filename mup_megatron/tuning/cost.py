@@ -6,7 +6,7 @@ from typing import Any
 from mup_megatron.architectures.cost import parameter_count, training_flops
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import model_file
-from mup_megatron.search import StudyRecord
+from mup_megatron.search import Ladder, StudyRecord
 from mup_megatron.tuning.context import SweepContext, sweep_context
 from mup_megatron.tuning.fidelities import settings_of
 
@@ -28,13 +28,23 @@ class Target:
         return tokens * training_flops(self.model).total
 
 
-def search_cost(study: StudyRecord, target: Target | None) -> dict[str, Any]:
-    """Returns what a recipe's provenance says of the cost of its search: a trial that has a result counts as whole."""
+def whole_trial_cost(study: StudyRecord) -> float:
+    """Returns the FLOPs of a trial of the proxy's whole run."""
     context = sweep_context(study, SweepContext, flag="--study")
     proxy, training = model_file(context["proxy"], source=f"study {study.spec.name!r}: proxy"), context["training"]
-    tokens = training["train_iters"] * training["global_batch_size"] * proxy.seq_length
+    tokens: int = training["train_iters"] * training["global_batch_size"] * proxy.seq_length
+    return training_flops(proxy).total * tokens
+
+
+def rung_names(ladder: Ladder) -> list[str]:
+    """Returns what the rungs of a ladder of `ladder_for` are called where people read of them."""
+    return [f"width {rung.hidden_size}, {rung.train_iters} steps" for rung in map(settings_of, ladder.rungs)]
+
+
+def search_cost(study: StudyRecord, target: Target | None) -> dict[str, Any]:
+    """Returns what a recipe's provenance says of the cost of its search: a trial that has a result counts as whole."""
     finished = [study.rung_of(trial) for trial in study.trials if trial.finished]
-    whole = training_flops(proxy).total * tokens
+    whole = whole_trial_cost(study)
     spent = study.spent or (len(finished) * whole,)
     cost: dict[str, Any] = {"flops": sum(spent)}
     if study.spec.ladder is not None:

@@ -1,8 +1,10 @@
 """The objective of a search: a training of the proxy, or of a narrower model with the proxy's hyperparameters."""
 
 import itertools
+import multiprocessing
+import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ class ProxyTraining:
     data: Path
     data_sha256: str | None
     options: TrainingOptions
+    """With a project of Weights & Biases each trial is a run there, and `output` is the folder of all of them."""
     narrower: ModelFile | None = None
     """The model that is trained instead of the proxy, by the plan that the proxy's recipe makes for it."""
 
@@ -86,7 +89,8 @@ class ProxyTraining:
         from mup_megatron.megatron.versions import installed
         from mup_megatron.training.train import run_training
 
-        result = run_training(self.model, self.recipe(parameters), self.data, self.options, report=report)
+        options = self._begun()
+        result = run_training(self.model, self.recipe(parameters), self.data, options, report=report)
         return TrialOutcome(
             loss=result.validation_loss,
             diverged=result.status == "diverged",
@@ -98,6 +102,18 @@ class ProxyTraining:
                 "versions": installed(),
             },
         )
+
+    def _begun(self) -> TrainingOptions:
+        """Returns the options of the trial that this process runs; where it is logged, in an empty folder of its own.
+
+        A search names the process of a trial after it (`trial 12`), which is all that a trial knows of itself.
+        """
+        if self.options.wandb_project is None:
+            return self.options
+        assert self.options.output is not None
+        name = multiprocessing.current_process().name.replace(" ", "-")
+        shutil.rmtree(self.options.output / name, ignore_errors=True)  # of an earlier attempt
+        return replace(self.options, output=self.options.output / name, wandb_exp_name=name)
 
 
 def recipe_of(

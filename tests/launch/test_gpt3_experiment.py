@@ -19,6 +19,7 @@ from mup_megatron.recipe import load_recipe
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "launch" / "gpt3_6.7b"
 RUN = HERE / "run.sh"
+PAPER = ("--search", "paper")
 
 
 @pytest.fixture
@@ -78,14 +79,42 @@ def test_the_dry_run_costs_what_the_paper_says(environment: dict[str, str], tmp_
     assert rows["stage 2"][0] == "117"
 
 
+def test_the_dry_run_shows_the_search_over_fidelities_beside_it(environment: dict[str, str], tmp_path: Path) -> None:
+    lines = run(environment, "--dry-run", "--work", tmp_path / "work").stdout.splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith("rung "))
+    *rungs, total = (re.split(r"  +", line) for line in lines[begin + 1 : lines.index("", begin)])
+    # Each width costs per token what that of the proxy would.
+    for _, trials, width, iterations, batch, *_, flops, _ in rungs:
+        h, tokens = int(width), int(iterations.replace(",", "")) * int(batch) * 2048
+        spent = int(trials) * tokens * (32 * (72 * h**2 + 12 * 2048 * h) + 6 * h * 50304)
+        assert float(flops) == pytest.approx(spent, rel=0.01)
+    assert rungs[-1][2:4] == ["256", "7,629"]
+    assert sum(int(row[1]) for row in rungs) == int(total[1])
+    assert int(rungs[0][1]) >= 300, "about as many candidates as the paper's trials"
+    assert float(total[-1].rstrip("%")) <= 0.35
+
+
 def test_the_readme_shows_what_the_dry_run_prints(environment: dict[str, str], tmp_path: Path) -> None:
     out = run(environment, "--dry-run", "--work", tmp_path / "work").stdout
     costs = out[: out.index("\nThe commands")].strip()
     assert f"```\n{costs}\n```" in (HERE / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_stages_are_commands_of_the_papers_sizes(environment: dict[str, str], tmp_path: Path) -> None:
+def test_the_default_is_one_search_with_a_budget(environment: dict[str, str], tmp_path: Path) -> None:
     out = run({**environment, "DATA": "/data/text"}, "--dry-run", "--work", tmp_path / "work").stdout
+    commands = commands_of(out)
+    assert list(commands) == ["prepare", "search", "transfer", "target", "evaluate", "report"]
+    (command,) = commands["search"]
+    assert words_after(command, "--budget") == "4.5e19"
+    assert int(words_after(command, "--train-iters")) == 4e9 // (256 * 2048)
+    assert commands["transfer"][0] == command, "what a lost job has left is run before"
+    study = words_after(command, "--study")
+    assert words_after(commands["transfer"][1], "--study") == study
+    assert [words_after(commands["report"][0], "--study"), commands["report"][1][3]] == [study, study]
+
+
+def test_the_stages_are_commands_of_the_papers_sizes(environment: dict[str, str], tmp_path: Path) -> None:
+    out = run({**environment, "DATA": "/data/text"}, *PAPER, "--dry-run", "--work", tmp_path / "work").stdout
     commands = commands_of(out)
     assert list(commands) == ["prepare", "stage1", "stage2", "transfer", "target", "evaluate", "report"]
     for stage, tokens in (("stage1", 4e9), ("stage2", 16e9)):
@@ -103,7 +132,7 @@ def test_the_stages_are_commands_of_the_papers_sizes(environment: dict[str, str]
 
 def test_slurm_gets_a_chain_of_jobs_that_call_the_script_itself(environment: dict[str, str], tmp_path: Path) -> None:
     settings = {"DATA": "/data/text", "STORAGE": "postgresql://me@db/optuna", "STAGE1_JOBS": "32"}
-    out = run({**environment, **settings}, "--slurm", "--dry-run", "--work", tmp_path / "a folder").stdout
+    out = run({**environment, **settings}, *PAPER, "--slurm", "--dry-run", "--work", tmp_path / "a folder").stdout
     commands = commands_of(out)
     assert commands["prepare"][-1] == ["optuna", "--quiet", "study-names", "--storage", settings["STORAGE"]]
     waits_for = {}
@@ -113,8 +142,8 @@ def test_slurm_gets_a_chain_of_jobs_that_call_the_script_itself(environment: dic
         waits_for[stage] = next((word for word in words if word.startswith("--dependency")), None)
         if stage != "target":
             (wrapped,) = (word.removeprefix("--wrap=") for word in words if word.startswith("--wrap"))
-            assert shlex.split(wrapped)[:7] == [
-                str(RUN), "--scale", "full", "--work", str(tmp_path / "a folder"), "--stage", stage
+            assert shlex.split(wrapped)[:9] == [
+                str(RUN), "--scale", "full", *PAPER, "--work", str(tmp_path / "a folder"), "--stage", stage
             ]  # fmt: skip
     assert waits_for == {
         "stage1": None,
@@ -128,18 +157,35 @@ def test_slurm_gets_a_chain_of_jobs_that_call_the_script_itself(environment: dic
     assert "--nodes=16" in commands["target"][0]
 
 
+def test_slurm_gets_the_search_over_fidelities_as_one_array(environment: dict[str, str], tmp_path: Path) -> None:
+    settings = {"DATA": "/data/text", "STORAGE": "postgresql://me@db/optuna", "SEARCH_JOBS": "8", "SEARCH_TIME": "5:00"}
+    commands = commands_of(run({**environment, **settings}, "--slurm", "--dry-run", "--work", tmp_path).stdout)
+    assert {"--array=1-8", "--time=5:00"} <= set(commands["search"][0])
+    assert {"--dependency=afterany:JOB_OF_search", "--time=5:00"} <= set(commands["transfer"][0])
+    assert "--dependency=singleton,afterok:JOB_OF_transfer" in commands["target"][0]
+
+
 @pytest.mark.parametrize(
     ("words", "settings", "said"),
     [
+        (["--search", "grid"], {}, "--search grid: choose fidelities or paper"),
+        (["--stage", "stage1"], {}, "--stage stage1: choose from prepare search transfer target evaluate report with"),
+        ([*PAPER, "--stage", "search"], {}, "--stage search: choose from prepare stage1"),
+        (["--accept-unfinished"], {}, "--accept-unfinished: it is about stage 2 of --search paper"),
+        (["--stage", "search"], {}, "DATA is not set: the prefix of your training data"),
         (["--scale", "huge"], {}, "--scale huge: choose full or tiny"),
-        (["--stage", "stage3"], {}, "--stage stage3: choose from prepare stage1"),
+        ([*PAPER, "--stage", "stage3"], {}, "--stage stage3: choose from prepare stage1"),
         (["--stage"], {}, "--stage: its value is missing"),
         (["--fast"], {}, "--fast: no such option"),
-        (["--stage", "stage1"], {}, "DATA is not set: the prefix of your training data"),
+        ([*PAPER, "--stage", "stage1"], {}, "DATA is not set: the prefix of your training data"),
         ([], {"DATA": "/data/text"}, "MEGATRON is not set"),
-        (["--slurm", "--stage", "stage1"], {"DATA": "/data/text"}, "STORAGE is not set: jobs on several machines"),
         (
-            ["--slurm", "--stage", "stage1"],
+            [*PAPER, "--slurm", "--stage", "stage1"],
+            {"DATA": "/data/text"},
+            "STORAGE is not set: jobs on several machines",
+        ),
+        (
+            ["--slurm", "--stage", "search"],
             {"DATA": "/data/text", "STORAGE": "sqlite:///a.db"},
             "STORAGE is not set: jobs on several machines",
         ),
@@ -210,7 +256,7 @@ def assert_complete(work: Path) -> dict[str, dict[str, str]]:
 
 def test_all_stages_for_real_killed_on_the_way(environment: dict[str, str], tmp_path: Path, data: Path) -> None:
     environment["DATA"] = str(data)
-    words = ("--scale", "tiny", "--work", tmp_path / "work")
+    words = ("--scale", "tiny", *PAPER, "--work", tmp_path / "work")
     killed(environment, "[1/6] trial", *words)
     done = run(environment, *words)
     assert done.returncode == 0, done.stderr
@@ -218,6 +264,8 @@ def test_all_stages_for_real_killed_on_the_way(environment: dict[str, str], tmp_
     # The answer alone on standard output: the table.
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["stage", "tiny-stage1", "tiny-stage2", "target"]
     assert rows["target"]["recipe"][:12] in done.stdout
+    for stage in ("stage1", "stage2"):
+        assert (tmp_path / "work" / "results" / f"tiny-{stage}" / "report" / "index.html").exists()
     # What Megatron-LM said last is the target's loss.
     log = (tmp_path / "work" / "target.log").read_text()
     (loss,) = re.findall(r"validation loss at iteration 40 on validation set \| lm loss value: (\S+) ", log)
@@ -231,12 +279,32 @@ def test_all_stages_for_real_killed_on_the_way(environment: dict[str, str], tmp_
     assert done.stdout.splitlines()[-1].split()[-2:] == ["1.9800", rows["target"]["recipe"][:12]]
 
 
+def test_the_search_over_fidelities_for_real_killed_on_the_way(
+    environment: dict[str, str], tmp_path: Path, data: Path
+) -> None:
+    environment["DATA"] = str(data)
+    work = tmp_path / "work"
+    words = ("--scale", "tiny", "--work", work, *(w for s in ("prepare", "search", "transfer") for w in ("--stage", s)))
+    killed(environment, "] trial", *words)
+    done = run(environment, *words, "--stage", "report")
+    assert done.returncode == 0, done.stderr
+    study = optuna.load_study(study_name="tiny-search", storage=f"sqlite:///{work}/results/tiny-search.db")
+    assert {trial.state.name for trial in study.trials} <= {"COMPLETE", "PRUNED"}
+    recipe = load_recipe(work / "target.recipe.yaml")
+    assert recipe.provenance["study"] == "tiny-search"
+    assert recipe.hyperparameters.lr == study.trials[recipe.provenance["trial"]].params["lr"]
+    assert len(recipe.provenance["cost"]["rungs"]) > 1
+    assert recipe.provenance["cost"]["flops"] <= 6e10
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["stage", "tiny-search", "target"]
+    assert (work / "results" / "tiny-search" / "report" / "index.html").exists()
+
+
 @pytest.mark.slow
 def test_killed_in_the_targets_run_it_goes_on_from_the_checkpoint(
     environment: dict[str, str], tmp_path: Path, data: Path
 ) -> None:
     environment["DATA"] = str(data)
-    words = ("--scale", "tiny", "--work", tmp_path / "work")
+    words = ("--scale", "tiny", *PAPER, "--work", tmp_path / "work")
     killed(environment, "successfully saved checkpoint from iteration      20", *words)
     done = run(environment, *words, "--stage", "target", "--stage", "report")
     assert done.returncode == 0, done.stderr

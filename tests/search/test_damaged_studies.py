@@ -94,6 +94,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "a kind of loss unknown": _sql("UPDATE trial_values SET value_type = 'x'"),
     "a hyperparameter missing": _sql("DELETE FROM trial_params WHERE param_name = 'lr'"),
     "a hyperparameter of text": _sql("UPDATE trial_params SET param_value = 'x' WHERE param_name = 'lr'"),
+    "a hyperparameter outside of the space": _sql("UPDATE trial_params SET param_value = -1 WHERE param_name = 'lr'"),
     "no distribution": _sql("UPDATE trial_params SET distribution_json = '{}' WHERE param_name = 'lr'"),
     "another hyperparameter": _sql("UPDATE trial_params SET param_name = 'x' WHERE param_name = 'lr'"),
     "a trial missing": _sql("DELETE FROM trials WHERE number = 0"),

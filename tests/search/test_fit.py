@@ -119,3 +119,21 @@ def test_it_is_the_same_each_time_and_is_json() -> None:
     assert content["basins"]["lr"]["interval"] == list(fit.basins["lr"].interval)
     assert content["at_edges"] == {}
     assert made(trials((1.3, 0.5), 5)).to_json()["at_edges"] == {"lr": "high"}
+
+
+def test_the_surface_is_the_loss_of_each_rung_where_that_is_quadratic() -> None:
+    draw = random.Random(1)
+    points = []
+    for rung, count in ((0, 120), (1, 40)):
+        for _ in range(count):
+            u = [draw.random() for _ in SPACE.ranges]
+            loss = 3.0 - rung + (u[0] - 0.4) ** 2 + 2 * (u[1] - 0.6) ** 2 + u[2] ** 2 + 0.1 * (1 - rung) * u[0]
+            values = {name: SPACE.ranges[name].at(x) for name, x in zip(SPACE.ranges, u, strict=True)}
+            points.append(Point(rung, values, loss))
+    fit = made(points)
+    assert fit.surface.rungs == [0, 1]
+    for rung, lr, std in ((0, 0.2, 0.9), (1, 0.2, 0.9), (1, 1.0, 0.0)):
+        # The third is left at its optimum, the lower edge.
+        expected = 3.0 - rung + (lr - 0.4) ** 2 + 2 * (std - 0.6) ** 2 + 0.1 * (1 - rung) * lr
+        assert fit.surface.loss(rung, {"lr": lr, "std": std}) == pytest.approx(expected, abs=1e-3)
+    assert fit.surface.loss(1, {}) == fit.loss

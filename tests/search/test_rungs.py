@@ -5,6 +5,7 @@ import io
 import json
 import math
 import multiprocessing
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -115,6 +116,25 @@ def test_each_rung_has_the_best_of_the_one_below(spec: StudySpec, workers: int) 
         LADDER.place(trial.slot) for trial in record.trials
     ]
     assert json.loads(best_json(record))["ladder"] == LADDER.to_json()
+
+
+def test_a_terminal_shows_a_table_of_the_rungs_to_the_end(
+    spec: StudySpec, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which rich takes for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    run_sweep(spec, BOWLS, N, called=["low", "middle", "high"])
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capfd.readouterr().err).replace("\r", "\n").splitlines()
+    last = [line.split() for line in shown if line.strip()][-4:]
+    best = min(loss for loss in expected()[2].values() if loss is not None)
+    diverged = sum(loss is None for loss in expected()[0].values())
+    assert last[0][0] == "low"
+    assert last[0][2:6] == [str(COUNTS[0]), "0", "0", str(diverged)]
+    assert last[2][0] == "high"
+    assert last[2][2:7] == ["2", "0", "0", "0", f"{best:.4f}"]
+    assert last[3][:5] == ["63", "of", "100", "FLOPs", "spent,"]
+    # Trials that are complete have no lines of their own.
+    assert sum(line.startswith("[") for line in shown) == diverged
 
 
 def test_without_a_whole_trial_there_is_no_best(spec: StudySpec) -> None:

@@ -29,6 +29,18 @@ def records(log: bytes) -> Iterator[bytes]:
             parts = b""
 
 
+def place_of(file: Path) -> tuple[str, str, str]:
+    """The run's project, group and name."""
+    from wandb.proto import wandb_internal_pb2
+
+    for data in records(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("run"):
+            return record.run.project, record.run.run_group, record.run.display_name
+    raise AssertionError(f"{file}: no run")
+
+
 def read_back(file: Path) -> tuple[dict[str, Any], dict[str, dict[int, float]]]:
     """The run's configuration; and of every key its values by step."""
     from wandb.proto import wandb_internal_pb2

@@ -123,9 +123,9 @@ class Keep:
         return min(candidates, max(self.least, math.ceil(self.share * candidates)))
 
 
-WHOLE = Keep(1 / 60, 3)
+WHOLE = Keep(1 / 80, 3)
 """On the last rung: the seeds of two trials can exchange them, so there is more than one."""
-BETWEEN = Keep(1 / 18, 5)
+BETWEEN = Keep(1 / 8, 5)
 """On each rung between the first and the last."""
 LEAST_CANDIDATES = 10
 """With fewer a random search of whole trials does as well."""

@@ -1,5 +1,7 @@
 """Hybrid models: what is stated of them against the live model, their proxies, and how a GPT's recipe meets them."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from support.processes import run_ranks
 from support.shapes import MAMBA, gpt, hybrid, recipe_for
 from support.stock import Layout
 
-from mup_megatron.architectures.hybrid import HYBRID, HybridFile
+from mup_megatron.architectures.hybrid import HYBRID, HybridFile, require_release
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.proxy import Search, choose_proxy
 from mup_megatron.architectures.registry import architecture_of, load_model_file, model_file, shapes_of
@@ -18,6 +20,21 @@ from mup_megatron.megatron.versions import core_version
 from mup_megatron.recipe import PerParameter
 
 Shapes = dict[str, tuple[int, ...]]
+FURTHER: dict[str, Any] = {
+    "position_embedding_type": "rope",
+    "untie_embeddings_and_output_weights": True,  # Megatron cannot save tied ones on several stages
+}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "moe_ffn_hidden_size": 16, "add_bias_linear": False}
+LATENT: dict[str, Any] = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_head_dim": 6,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 8,
+    "kv_channels": None,
+    "position_embedding_type": "none",
+}
 
 MODELS: dict[str, HybridFile] = {
     "as a GPT": hybrid(gpt()),
@@ -39,18 +56,39 @@ MODELS: dict[str, HybridFile] = {
     "Mamba, own heads, RMSNorm, untied": hybrid(
         gpt(normalization="RMSNorm", untie_embeddings_and_output_weights=True), "MM*M", **MAMBA, mamba_num_heads=6
     ),
+    "multi-token prediction": hybrid(gpt(**FURTHER), "*-*-/*-/*-"),
+    "multi-token prediction of kinds that the stack has not": hybrid(
+        gpt(**FURTHER, normalization="RMSNorm"), "**/M-E", **MAMBA, **EXPERTS
+    ),
+    "latent attention": hybrid(gpt(**LATENT), "+-+-"),
+    "latent attention with all else": hybrid(
+        gpt(**FURTHER | LATENT, swiglu=True), "+ME-/+-", **MAMBA, **EXPERTS | {"q_lora_rank": None}
+    ),
 }
+
+
+def _is_known(model: HybridFile) -> bool:
+    """Whether the installed release has all of its pattern."""
+    try:
+        require_release(model.hybrid_layer_pattern, core_version()[:2])
+    except InputError:
+        return False
+    return True
+
+
 LAYOUTS: dict[str, tuple[Layout, bool]] = {
     "TP1": (Layout(), False),
     "TP2": (Layout(tp=2), False),
     "PP2, split evenly": (Layout(pp=2), False),
     "PP2, as the pattern says": (Layout(pp=2), True),
+    "EP2": (Layout(dp=2, ep=2), False),
 }
 
 
 def _parted(model: HybridFile) -> HybridFile:
     """The same with stages of one layer and of three."""
-    return model.model_copy(update={"hybrid_layer_pattern": f"{model.letters[:1]}|{model.letters[1:]}"})
+    pattern = replace(model.pattern, stages=(model.letters[:1], model.letters[1:]))
+    return model.model_copy(update={"hybrid_layer_pattern": str(pattern)})
 
 
 def live_shapes(models: list[HybridFile], layout: Layout) -> list[Shapes]:
@@ -83,16 +121,20 @@ def test_names_and_shapes_are_those_of_the_live_model(layout: str) -> None:
     how, parted = LAYOUTS[layout]
     if parted and core_version() < (0, 17, 0):
         pytest.skip("megatron-core 0.16 splits evenly")
-    models = [_parted(model) if parted else model for model in MODELS.values()]
+    known = [model for model in MODELS.values() if _is_known(model) and (how.ep == 1 or model.num_experts)]
+    models = [_parted(model) if parted else model for model in known]
     ranks = run_ranks(live_shapes, how.world_size, models, how)
     for index, model in enumerate(models):
         live = {name: shape for rank in ranks for name, shape in rank[index].items()}
         _, stated = shapes_of(model, model)
-        expected = {tensor.name: tensor.shape for tensor in stated.tensors}
-        vocabulary = model.padded_vocab_size(how.tp)
-        expected |= {
-            tensor.name: (vocabulary, *tensor.shape[1:]) for tensor in stated.tensors if tensor.padded_to is not None
-        }
+        expected: Shapes = {}
+        for tensor in stated.tensors:
+            shape = tensor.shape
+            if tensor.padded_to is not None:
+                shape = (model.padded_vocab_size(how.tp), *shape[1:])
+            # All experts of a layer are saved as one tensor.
+            name, one_of_many = re.subn(r"\.local_experts\.\d+\.", ".experts.", tensor.name)
+            expected[name] = (model.num_experts or 0, *shape) if one_of_many else shape
         assert live == expected
 
 
@@ -179,8 +221,21 @@ SIZES = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100, "seq_le
         ({"hybrid_layer_pattern": "*-", "num_experts": 4}, "num_experts belongs to layers E of hybrid_layer_pattern"),
         ({"hybrid_layer_pattern": "*G"}, "'G' is a layer of gated delta net"),
         ({"hybrid_layer_pattern": "*D"}, "'D' is a layer of sparse attention"),
-        ({"hybrid_layer_pattern": "+-"}, "'+' is a layer of latent attention"),
-        ({"hybrid_layer_pattern": "*-/*-"}, "'/' is a layer of multi-token prediction"),
+        ({"hybrid_layer_pattern": "*-/*D"}, "'D' is a layer of sparse attention"),
+        ({"hybrid_layer_pattern": "+-/*-"}, "a model of Megatron's has '*' or '+', not both"),
+        ({"hybrid_layer_pattern": "+-", "multi_latent_attention": False}, "hybrid_layer_pattern has a layer +"),
+        ({"hybrid_layer_pattern": "*-", "multi_latent_attention": True}, "hybrid_layer_pattern has no layer +"),
+        ({"hybrid_layer_pattern": "*-", "kv_lora_rank": 8}, "without multi_latent_attention Megatron does not read it"),
+        ({"hybrid_layer_pattern": "+-", "qk_layernorm": True}, "attention has no norms of queries and keys"),
+        ({"hybrid_layer_pattern": "*-", "mtp_num_layers": 1}, "says these layers, behind '/', and has none"),
+        (
+            {"hybrid_layer_pattern": "*-/*-", "mtp_num_layers": 2, "position_embedding_type": "none"},
+            "mtp_num_layers 2, and hybrid_layer_pattern has 1",
+        ),
+        ({"hybrid_layer_pattern": "*-/*-/-*"}, "all layers of multi-token prediction have to be alike"),
+        ({"hybrid_layer_pattern": "*-/*|-"}, "a '|' behind a '/'"),
+        ({"hybrid_layer_pattern": "*-/"}, "no layer behind a '/'"),
+        ({"hybrid_layer_pattern": "/*-"}, "a pipeline stage has no layer"),
         ({"hybrid_layer_pattern": "*x"}, "'x' is no letter of a layer"),
         ({"hybrid_layer_pattern": "*||-"}, "a pipeline stage has no layer"),
         ({"hybrid_layer_pattern": "*-", "num_layers": 3}, "num_layers 3, and hybrid_layer_pattern has 2"),

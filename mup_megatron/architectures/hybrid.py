@@ -172,13 +172,13 @@ _STOCK_SPECS = {
 """The first release that has a spec → its name."""
 
 
-def require_release(pattern: str, release: Release) -> None:
-    """Raises InputError unless that release has all that a pattern says."""
+def require_release(pattern: str, release: Release, *, name: str = _KEY) -> None:
+    """Raises InputError unless that release has all that a pattern says; `name` is of what says it."""
     for sign, (since, what) in _NEWER.items():
         if sign in pattern and release < since:
             here, first = (".".join(map(str, numbers)) for numbers in (release, since))
             raise InputError(
-                f"{_KEY} {brief(pattern, 60)}: Megatron-Core {here} has no {what} in a pattern. Take {first} or later."
+                f"{name} {brief(pattern, 60)}: Megatron-Core {here} has no {what} in a pattern. Take {first} or later."
             )
 
 
@@ -207,7 +207,7 @@ class HybridCommandLine(CommandLine):
         if _OLDER_PATTERN.found(values) not in (None, pattern):
             raise InputError(f"{_OLDER_PATTERN.name} beside {flag}: Megatron takes one of them. Drop one.")
         if release is not None:
-            require_release(pattern, release)
+            require_release(pattern, release, name=flag)
         if layers not in (None, count):
             if flag == _OLDER_PATTERN.name and older:
                 raise InputError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import planned, stock
 from support.processes import run_ranks
 from support.shapes import MAMBA, gpt, hybrid, recipe_for
@@ -138,10 +139,31 @@ def test_names_and_shapes_are_those_of_the_live_model(layout: str) -> None:
         assert live == expected
 
 
-def test_a_gpts_recipe_gives_each_parameter_what_it_gives_the_gpts() -> None:
+AS_GPTS: dict[str, tuple[dict[str, Any], str]] = {
+    "attention": ({}, "*-*-"),
+    "multi-token prediction": ({"mtp_num_layers": 2, "position_embedding_type": "rope"}, "*-*-/*-/*-"),
+    "latent attention with experts": (
+        {**LATENT, **EXPERTS, "moe_layer_freq": [0, 1], "mtp_num_layers": 1},
+        "+-+E/+E",
+    ),
+}
+"""Keys of a GPT → the pattern that is equal to it."""
+
+
+def _as_hybrid(model: ModelFile, pattern: str) -> HybridFile:
+    return hybrid(model, pattern, moe_layer_freq=1)
+
+
+@pytest.mark.parametrize("kind", AS_GPTS)
+def test_a_gpts_recipe_gives_each_parameter_what_it_gives_the_gpts(kind: str) -> None:
     """And the reverse; a pattern of `per_parameter` means the names of the base."""
-    target = gpt(4)
-    plans = [recipe_for(base).plan(model) for base in (gpt(), hybrid(gpt())) for model in (target, hybrid(target))]
+    changes, pattern = AS_GPTS[kind]
+    base, target = gpt(**changes), gpt(4, **changes)
+    plans = [
+        recipe_for(tuned).plan(model)
+        for tuned in (base, _as_hybrid(base, pattern))
+        for model in (target, _as_hybrid(target, pattern))
+    ]
     for plan in plans:
         assert sum(stack.depth for stack in plan.stacks.values()) == 4
         assert [_without_name(entry) for entry in plan.entries] == [_without_name(entry) for entry in plans[0].entries]
@@ -149,6 +171,38 @@ def test_a_gpts_recipe_gives_each_parameter_what_it_gives_the_gpts() -> None:
 
 def _without_name(entry: Any) -> tuple[Any, ...]:
     return (entry.role, entry.shape, entry.init_std, entry.multiplier, entry.lr, entry.eps, entry.weight_decay)
+
+
+def live_runs(kind: str) -> list[list[float]]:
+    """In a rank: losses of a target with its plan, as a GPT and as the equal hybrid model, from the same weights."""
+    changes, pattern = AS_GPTS[kind]
+    tuned, target = recipe_for(gpt(**changes), lr=0.01), gpt(4, **changes)
+    found: list[list[float]] = []
+    weights: list[torch.Tensor] = []
+
+    def alike(chunks: list[Any]) -> None:
+        """Their parameters are the same, in the same order but for those of experts."""
+        own = [parameter.detach() for parameter in chunks[0].parameters()]
+        weights[:] = weights or [parameter.clone() for parameter in own]
+        for parameter, value in zip(own, weights, strict=True):
+            parameter.copy_(value)
+
+    for model in (target, _as_hybrid(target, pattern)):
+        run = planned.prepare(tuned, model, Layout(), edit=alike, initialize=False)
+        found.append(stock.train(run, 5))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["multi-token prediction", "latent attention with experts"])
+def test_as_either_of_them_it_learns_the_same(kind: str) -> None:
+    """Megatron's own GPT says what multi-token prediction and latent attention of a pattern compute."""
+    try:
+        require_release(AS_GPTS[kind][1], core_version()[:2])
+    except InputError:
+        pytest.skip("no such pattern in this megatron-core")
+    [[as_gpt, as_hybrid]] = run_ranks(live_runs, 1, kind)
+    assert as_hybrid == pytest.approx(as_gpt, abs=1e-6)
+    assert as_gpt[-1] < as_gpt[0] - 0.05
 
 
 @pytest.mark.parametrize("pattern", ["*-*", "-*-*", "**--"])

@@ -14,6 +14,7 @@ from support.stock import Layout
 
 from mup_megatron.architectures.hybrid import HYBRID, HybridFile, require_release
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.pattern import Pattern
 from mup_megatron.architectures.proxy import Search, choose_proxy
 from mup_megatron.architectures.registry import architecture_of, load_model_file, model_file, shapes_of
 from mup_megatron.errors import InputError
@@ -215,7 +216,7 @@ def test_a_gpts_recipe_is_none_for_another_pattern(pattern: str) -> None:
 
 
 def _proxy(pattern: str, *, trials: int) -> ModelFile:
-    target = hybrid(gpt(32, vocab_size=512), pattern)
+    target = hybrid(gpt(32, vocab_size=512, position_embedding_type="none"), pattern)
     return choose_proxy(target, Search(trials=trials, trial_tokens=1.0, target_tokens=100.0), width=64).model
 
 
@@ -226,6 +227,7 @@ def _proxy(pattern: str, *, trials: int) -> ModelFile:
         ("*-**--" * 4, 10**6, "*-**--" * 2),
         ("*-" * 16, 10**6, "*-" * 4),
         ("*-|*-|*-|*-|*-|*-", 10**6, "*-" * 4),
+        ("*-|*-|*-|*-|*-|*-/-*/-*", 10**6, "*-" * 4),
         ("*--", 10**6, "*--"),
     ],
 )
@@ -235,6 +237,7 @@ def test_a_proxy_has_whole_periods_and_no_fewer_branches_than_four_layers_of_a_g
     proxy = _proxy(pattern, trials=trials)
     assert isinstance(proxy, HybridFile)
     assert (proxy.letters, proxy.num_layers) == (letters, len(letters))
+    assert proxy.pattern.further == Pattern.of(pattern).further
 
 
 @pytest.mark.parametrize(("width", "heads", "groups"), [(256, 8, 8), (512, 16, 8), (128, 4, 4)])
@@ -314,6 +317,23 @@ def test_a_layers_number_that_means_another_kind_at_the_base_is_refused() -> Non
     with pytest.raises(InputError, match=r"'decoder.layers.1.\*': it does not match the same at the base"):
         own.plan(hybrid(gpt(), "**--"))
     assert own.plan(hybrid(gpt(), "*-*-")).entries
+
+
+@pytest.mark.parametrize(
+    ("base", "target", "said"),
+    [
+        ("*-/*-", "*-*-/-*", r"behind '/' the recipe's base has \*- and the target -\*\. Tune a base"),
+        ("*-/*-", "*-*-/*-/*-", "mtp_num_layers is 1 in the recipe's base but 2 in the target"),
+        ("*-", "*-*-/*-", "mtp_num_layers is None in the recipe's base but 1 in the target"),
+    ],
+)
+def test_a_base_that_predicts_otherwise_is_refused(base: str, target: str, said: str) -> None:
+    """The stack may be deeper; what predicts further tokens may not."""
+    own = {"position_embedding_type": "rope"}
+    with pytest.raises(InputError, match=said):
+        recipe_for(hybrid(gpt(**own), base)).plan(hybrid(gpt(4, **own), target))
+    deeper = f"*-*-*-/{base.partition('/')[2]}".rstrip("/")
+    assert recipe_for(hybrid(gpt(**own), base)).plan(hybrid(gpt(4, **own), deeper)).depth == 6
 
 
 def test_a_base_without_a_kind_of_layer_or_with_one_more_is_refused() -> None:

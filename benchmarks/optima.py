@@ -6,7 +6,7 @@ Tables:
 
     experts    a GPT with experts that grow with width or stay, over widths 128 to 512, with μP and in standard
                parametrization
-    latent     the same of latent attention, whose ranks grow or stay
+    latent     the same of latent attention, whose ranks grow or stay, with the defaults of a recipe at the base
     choices    at one width: other numbers of experts, of those that see a token, and sizes of one
     depth      at width 64 over 2 to 16 layers: without a rule of depth, and by CompleteP with α = 1 and ½
     muon       a GPT that Muon trains, over widths 64 to 256: two scale modes with μP, μP that leaves Muon's matrices
@@ -39,6 +39,9 @@ from mup_megatron.recipe import Hyperparameters, Parametrization, PerParameter, 
 from mup_megatron.training.options import TrainingOptions
 
 LEARNING_RATE = 2.0**-7
+TUNED = {"init_method_std": 0.06, "embedding_multiplier": 4.0, "output_multiplier": 4.0}
+"""Of the base, as the quickstart's search finds them, roughly. With defaults hardly anything is learnt in so few steps
+but how frequent words are, and where the best learning rate is says little."""
 RATES = 5
 BATCH = 8
 GPT: dict[str, Any] = {
@@ -70,16 +73,19 @@ class Row:
     """Muon's; None where Adam steps everything."""
     alone: bool = False
     """Whether Muon's matrices keep the base's learning rate at every width."""
+    tuned: bool = True
+    """Whether its base has the values of TUNED, else the defaults."""
 
     def recipe(self, column: str) -> Recipe:
         """Returns the recipe of the base for a column, at the middle of its learning rates."""
-        own = {} if self.scale_mode is None else {"muon_scale_mode": self.scale_mode}
+        values: dict[str, Any] = {**TUNED} if self.tuned else {}
+        values |= {} if self.scale_mode is None else {"muon_scale_mode": self.scale_mode}
         growth = self.targets[column].hidden_size / self.base.hidden_size
         undone = [PerParameter(match=pattern, lr_mult=growth**0.5) for pattern in MATRICES] if self.alone else []
         return Recipe(
             base=self.base,
             hyperparameters=Hyperparameters.model_validate(
-                {"lr": LEARNING_RATE, "min_lr": LEARNING_RATE / 10, "weight_decay": 0.01, **own}
+                {"lr": LEARNING_RATE, "min_lr": LEARNING_RATE / 10, "weight_decay": 0.01, **values}
             ),
             schedule=Schedule(lr_decay_style="linear", lr_warmup_fraction=0.1),
             parametrization=Parametrization.model_validate(
@@ -137,9 +143,11 @@ def _over_depths(name: str, alpha: float | None) -> Row:
     return Row(name, deep(DEPTHS[0]), {f"L {layers}": deep(layers) for layers in DEPTHS}, alpha=alpha)
 
 
-def _over_widths(name: str, model: Callable[[int], ModelFile], rules: Sequence[str] = tuple(RULES)) -> list[Row]:
+def _over_widths(
+    name: str, model: Callable[[int], ModelFile], rules: Sequence[str] = tuple(RULES), *, tuned: bool = True
+) -> list[Row]:
     targets = {f"{width}": model(width) for width in WIDTHS}
-    return [Row(f"{name}, {RULES[rule]}", model(WIDTHS[0]), targets, rule) for rule in rules]
+    return [Row(f"{name}, {RULES[rule]}", model(WIDTHS[0]), targets, rule, tuned=tuned) for rule in rules]
 
 
 def _with_muon(name: str, mode: str, rule: str = "mup", *, alone: bool = False) -> Row:
@@ -153,8 +161,8 @@ TABLES: dict[str, Callable[[], Sequence[Row]]] = {
         *_over_widths("experts of 128", lambda width: experts(width, size=128), ["mup"]),
     ],
     "latent": lambda: [
-        *_over_widths("ranks grow", lambda width: latent(width, rank=width // 2)),
-        *_over_widths("ranks of 64", lambda width: latent(width, rank=64), ["mup"]),
+        *_over_widths("ranks grow", lambda width: latent(width, rank=width // 2), tuned=False),
+        *_over_widths("ranks of 64", lambda width: latent(width, rank=64), ["mup"], tuned=False),
     ],
     "choices": lambda: [
         Row(

@@ -336,14 +336,9 @@ class Hybrid(Decoder):
         return super().shapes(base, target, of_base)
 
     def taken_from(self, other: Architecture, model: ModelFile) -> ModelFile | None:
-        """Returns a GPT as the pattern `*-*-…` of twice as many layers, with `E` where it has experts.
-
-        Latent attention is `+`, and has no norms of latents in a hybrid model.
-        """
+        """Returns a GPT as the pattern `*-*-…` of twice as many layers, with `E` for experts, `+` for latent attention."""
         if other is not GPT:
             return super().taken_from(other, model)
-        if model.multi_latent_attention and model.qk_layernorm:
-            return None
         attention = "+" if model.multi_latent_attention else "*"
         layers = [attention + ("E" if model.has_experts(layer) else "-") for layer in range(model.num_layers)]
         pattern = Pattern(("".join(layers),), (layers[-1],) * (model.mtp_num_layers or 0))

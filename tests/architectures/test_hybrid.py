@@ -253,6 +253,11 @@ def test_a_proxy_of_nemotron_h_keeps_what_belongs_to_a_head(width: int, heads: i
     assert recipe_for(proxy).plan(target)["decoder.layers.0.mixer.out_proj.weight"].width_ratio == 4096 / width
 
 
+def test_sizes_of_layers_that_only_predict_further_tokens_follow_the_width() -> None:
+    sizes = {size.key for size in HYBRID.sizes(MODELS["multi-token prediction of kinds that the stack has not"])}
+    assert {"mamba_num_heads", "moe_ffn_hidden_size", "ffn_hidden_size"} <= sizes
+
+
 def test_a_state_that_grows_is_remarked() -> None:
     base, target = (hybrid(gpt(), "*-M-", **MAMBA | {"mamba_state_dim": size}) for size in (8, 16))
     [said] = HYBRID.remarks(base, target)

@@ -336,7 +336,7 @@ class Hybrid(Decoder):
         return super().shapes(base, target, of_base)
 
     def taken_from(self, other: Architecture, model: ModelFile) -> ModelFile | None:
-        """Returns a GPT as the pattern `*-*-…` of twice as many layers, with `E` for experts, `+` for latent attention."""
+        """Returns a GPT as the pattern `*-*-…` of twice as many layers: `E` are experts, `+` latent attention."""
         if other is not GPT:
             return super().taken_from(other, model)
         attention = "+" if model.multi_latent_attention else "*"

@@ -4,6 +4,7 @@ The rules are `theory/horizon.py`'s. Here are the keys `training` and `horizon` 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -109,8 +110,9 @@ class Horizon(Strict):
             return theory.Factors()
         if rule.decays and not decays:
             raise theory.PlanError(
-                f"the rule {self.rule} is a fit to schedules that decay over the whole run, and the recipe's is "
-                "another. Write lr_decay_style: linear or cosine, or choose another rule, as steps."
+                f"the rule {self.rule} is a fit to schedules that decay over the whole run, and the recipe's does not. "
+                "Give it lr_decay_style linear or cosine, lr_decay_fraction 1 and a min_lr of lr/2 at most, or choose "
+                "another rule, as steps."
             )
         ratios = self.ratios(tuning)
         return rule.factors(ratios.inverse if back else ratios, optimizers)
@@ -135,23 +137,34 @@ class Horizon(Strict):
         base, moved = ({key: pair[index] for key, pair in moves.items()} for index in (0, 1))
         return own | {"base": base, "moved": moved}
 
-    def require_not_moved(
-        self, values: Mapping[str, float], tuned: Mapping[str, object], factors: theory.Factors
-    ) -> None:
-        """Raises PlanError for values that the rule would be applied to a second time.
+    def require_as_tuned(self, values: Mapping[str, float], tuning: Training, noted: Mapping[str, object]) -> None:
+        """Raises PlanError for what somebody has changed so that values would be moved twice, or from another run.
 
         Args:
             values: of a recipe, before they are moved.
-            tuned: as they were tuned, if `transfer` left a note of it.
-            factors: of the rule.
+            tuning: the run at which they were tuned.
+            noted: what `transfer` has noted of both, as `tuned` and `tuned_in`.
         """
-        noted = {key: value for key, value in tuned.items() if isinstance(value, float) and key in values}
-        for key, moved in factors.moved(noted).items():
-            if moved != noted[key] and abs(values[key] - moved) <= _COPIED * abs(moved - noted[key]):
-                raise theory.PlanError(
-                    f"hyperparameters.{key} {values[key]:g} is what {self.rule} makes of the tuned {noted[key]:g}, "
-                    f"and would be moved twice. Write {noted[key]:g}, or take horizon out."
-                )
+        if not self.made_rule.moves:
+            return
+        before, run = (_mapping(noted.get(key)) for key in ("tuned", "tuned_in"))
+        tuned = {key: value for key, value in before.items() if isinstance(value, float) and key in values}
+        of_each = _every_move(tuned, self.made_rule, self.ratios(tuning))
+        for key in (key for key, moved in of_each[self.rule].items() if moved != tuned[key]):
+            for name, moves in of_each.items():
+                if moves[key] != tuned[key] and abs(values[key] - moves[key]) <= _COPIED * abs(moves[key] - tuned[key]):
+                    again = "moved twice" if name == self.rule else f"moved by {self.rule} besides"
+                    raise theory.PlanError(
+                        f"hyperparameters.{key} {values[key]:g} is what {name} makes of the tuned {tuned[key]:g}, and "
+                        f"would be {again}. Write {tuned[key]:g}, or take horizon out."
+                    )
+        if tuned and all(values[key] == value for key, value in tuned.items()):
+            for key, value in tuning.model_dump().items():
+                if key in run and run[key] != value:
+                    raise theory.PlanError(
+                        f"training.{key} is {value}, and these values were tuned at {run[key]}, from which they are "
+                        f"moved. Write {run[key]}; the target's run stands in horizon."
+                    )
 
     def run_problems(
         self, tuning: Training, *, batch: int | None, tokens: int | None, seq_length: int | None
@@ -169,3 +182,18 @@ class Horizon(Strict):
         within = self.batch * (seq_length or length or 1)
         if tokens is not None and abs(tokens - self.tokens) >= within:
             yield f"horizon.tokens: {moved} {self.tokens} tokens, and this run has {tokens}. {remedy}"
+
+
+def _mapping(noted: object) -> Mapping[str, object]:
+    return noted if isinstance(noted, Mapping) else {}
+
+
+def _every_move(
+    tuned: Mapping[str, float], own: theory.HorizonRule, ratios: theory.Ratios
+) -> dict[str, dict[str, float]]:
+    """Returns what each rule makes of tuned values, a recipe's own first; nothing of another that cannot."""
+    found = {own.name: own.at(ratios).moved(tuned)}
+    for name, rule in theory.HORIZON_RULES.items():
+        with suppress(theory.PlanError):
+            found.setdefault(name, rule.at(ratios).moved(tuned))
+    return found

@@ -6,6 +6,7 @@ values (`search/`).
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -102,6 +103,8 @@ def _changed(h: Hyperparameters, factors: theory.Factors, values: Mapping[str, f
 
 
 _DECAYING = ("linear", "cosine")
+_DECAYED = 0.5
+"""The floor of a schedule that decays, relative to its peak, at most."""
 
 
 class Recipe(Strict):
@@ -130,9 +133,7 @@ class Recipe(Strict):
         if self.horizon is not None:
             try:
                 _ = self.moved
-                tuned = self.provenance.get("tuned")
-                if isinstance(tuned, Mapping):
-                    self.horizon.require_not_moved(self.hyperparameters.model_dump(), tuned, self.factors)
+                self.horizon.require_as_tuned(self.hyperparameters.model_dump(), self.training, self.provenance)
             except theory.PlanError as error:
                 raise ValueError(f"horizon: {error}") from None
         return self
@@ -146,7 +147,9 @@ class Recipe(Strict):
         if self.horizon is None:
             return theory.Factors()
         optimizers = [theory.optimizers()[name] for name in self.optimizers]
-        decays = self.schedule.lr_decay_style in _DECAYING and self.schedule.lr_decay_fraction <= 1.0
+        h, schedule = self.hyperparameters, self.schedule
+        falls = h.min_lr <= _DECAYED * h.lr or math.isclose(h.min_lr, _DECAYED * h.lr)
+        decays = schedule.lr_decay_style in _DECAYING and schedule.lr_decay_fraction <= 1.0 and falls
         return self.horizon.factors(self.training, optimizers, decays=decays, back=back)
 
     @property

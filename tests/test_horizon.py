@@ -146,6 +146,11 @@ def test_a_rules_own_exponent_is_written_out() -> None:
             {"schedule": {"lr_decay_fraction": 2.0}},
             "the rule tokens is a fit to schedules that decay over the whole run",
         ),
+        (
+            {"rule": "tokens", "tokens": 1e9, "batch": 8},
+            {"hyperparameters": {**TUNED, "min_lr": 0.003}},
+            "and the recipe's does not. Give it lr_decay_style linear or cosine, lr_decay_fraction 1 and a min_lr of",
+        ),
     ],
 )
 def test_what_a_rule_needs_is_asked_for_and_what_it_does_not_know_refused(
@@ -184,6 +189,22 @@ def test_values_that_were_moved_already_are_noticed(key: str, value: float, said
     near = {"tuned": {"adam_beta2": 0.999}}
     assert a_recipe(hyperparameters={**TUNED, "adam_beta2": 0.999}, provenance=near).moves
     assert a_recipe(hyperparameters={**TUNED, "lr": 0.003}, provenance=noted).moves
+
+
+def test_what_a_recipe_says_of_its_tuning_is_held_against_what_was_noted() -> None:
+    noted = {"tuned": {"lr": 0.004, "weight_decay": 0.1}, "tuned_in": TUNING}
+    # Another rule moves the same values, by itself.
+    assert a_recipe({**LONGER, "rule": "timescale"}, provenance=noted).moved.weight_decay == pytest.approx(0.1 / 4)
+    by_both = {**TUNED, "weight_decay": 0.05}
+    said = refused({**LONGER, "rule": "timescale"}, hyperparameters=by_both, provenance=noted)
+    assert "weight_decay 0.05 is what steps makes of the tuned 0.1, and would be moved by timescale besides" in said
+    # What the rule leaves alone is moved once.
+    assert a_recipe({**LONGER, "rule": "timescale"}, hyperparameters={**TUNED, "lr": 0.002}, provenance=noted).moves
+    said = refused(training={**TUNING, "train_iters": 800}, provenance=noted)
+    assert "training.train_iters is 800, and these values were tuned at 200, from which they are moved" in said
+    another = {"training": {**TUNING, "train_iters": 800}, "hyperparameters": {**TUNED, "lr": 0.003}}
+    assert a_recipe(**another, provenance=noted).moved.lr == 0.003
+    assert a_recipe({**LONGER, "rule": "none"}, training={}, provenance=noted).moved.lr == 0.004
 
 
 def test_another_run_is_told_with_both_numbers() -> None:

@@ -16,7 +16,7 @@ from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.mutants import Mutant
 from mup_megatron.check.run_modules import check_modules
 from mup_megatron.check.subjects.modules import ModuleTrainee
-from mup_megatron.check.subjects.scripts import Task, prepare_by_plan, warm_up_and_decay
+from mup_megatron.check.subjects.scripts import Task, prepare_by_plan, trained_by, warm_up_and_decay
 from mup_megatron.check.verdict.verdict import Verdict
 from mup_megatron.huggingface import plan_for
 from mup_megatron.modules import module_base, plan_for_module
@@ -88,11 +88,13 @@ class Modules:
             plan = plan_for(copy.deepcopy(model), recipe)  # type: ignore[arg-type]
         task = Task(plan=plan, recipe=recipe, width=width, seed=0, steps=STEPS)
         prepared = self.prepare(model, task)
-        optimizer, scheduler = prepared if isinstance(prepared, tuple) else (prepared, None)
-        if scheduler is None:
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step, STEPS))
+        optimizers, schedulers = trained_by(prepared)
+        if schedulers is None:
+            schedulers = [
+                torch.optim.lr_scheduler.LambdaLR(each, lambda step: self.schedule(step, STEPS)) for each in optimizers
+            ]
         trainee = ModuleTrainee(
-            model, optimizer, recipe, width=width, batch=self.batch, loss=self.loss, scheduler=scheduler
+            model, optimizers, recipe, plan, width=width, batch=self.batch, loss=self.loss, schedulers=schedulers
         )
         for step in range(STEPS):
             trainee.step(step)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.measure.measurements import Grouped, MeasuredRun, Measurements, Report, RunProtocol
 from mup_megatron.check.measure.measuring import measure
 from mup_megatron.check.measure.workers import WorkerJob, run_jobs
-from mup_megatron.check.reference.modules import carry_out, optimizer_for
+from mup_megatron.check.reference.modules import carry_out, optimizers_for
 from mup_megatron.check.subjects.modules import Batch, EngineTrainee, Loss, ModuleTrainee
-from mup_megatron.check.subjects.scripts import Factory, Prepare, Schedule, Task, bare_model
+from mup_megatron.check.subjects.scripts import Factory, Prepare, Schedule, Task, bare_model, is_engine, trained_by
 from mup_megatron.check.subjects.sight import blocks, copying
 from mup_megatron.check.transfer import at_rate, transfer_section
 from mup_megatron.check.verdict.bounds import Known
@@ -123,10 +124,10 @@ class ModuleFamily:
         prepared = prepare(model, task)
         trainee = whole._trainee(model, prepared, task)
         groups: dict[str, Grouped] = {}
-        if isinstance(prepared, torch.optim.Optimizer):
+        if not (is_engine(prepared) or isinstance(prepared, tuple)):
             # With a scheduler of the script's own, or an engine, what a group holds need not be its peak.
             names = {id(parameter): name for name, parameter in model.named_parameters()}
-            for group in prepared.param_groups:
+            for group in chain.from_iterable(each.param_groups for each in trained_by(prepared)[0]):
                 values = Grouped(
                     lr=group.get("initial_lr", group["lr"]),
                     min_lr=None,
@@ -216,7 +217,7 @@ class ModuleFamily:
             model = bare_model(self.factory, width, seed=own_seed)
             carry_out(model, plans[width], seed=own_seed)
             task = Task(plan=plans[width], recipe=recipe, width=width, seed=seed, steps=protocol.steps)
-            trainee = self._trainee(model, optimizer_for(model, recipe, plans[width]), task, alone=True)
+            trainee = self._trainee(model, optimizers_for(model, recipe, plans[width]), task, alone=True)
             return measure(trainee, protocol, width=width, seed=seed)
 
         jobs = [WorkerJob(width, partial(trained, width, seed)) for width in widths for seed in seeds]
@@ -226,19 +227,23 @@ class ModuleFamily:
     def _trainee(
         self, model: nn.Module, prepared: Any, task: Task, *, alone: bool = False
     ) -> ModuleTrainee | EngineTrainee:
-        if hasattr(prepared, "backward") and hasattr(prepared, "module"):
+        if is_engine(prepared):
             return EngineTrainee(prepared, task.recipe, width=task.width, batch=self.batch, loss=self.loss)
-        optimizer, scheduler = prepared if isinstance(prepared, tuple) else (prepared, None)
-        if scheduler is None and optimizer is not None:
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step, task.steps))
+        optimizers, schedulers = trained_by(prepared)
+        if schedulers is None:
+            schedulers = [
+                torch.optim.lr_scheduler.LambdaLR(each, lambda step: self.schedule(step, task.steps))
+                for each in optimizers
+            ]
         return ModuleTrainee(
             model,
-            optimizer,
+            optimizers,
             task.recipe,
+            task.plan,
             width=task.width,
             batch=self.batch,
             loss=self.loss,
-            scheduler=scheduler,
+            schedulers=schedulers,
             alone=alone,
         )
 

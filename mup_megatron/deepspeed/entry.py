@@ -248,9 +248,10 @@ def optimizer_params(name: str | None, params: Mapping[str, Any] | None, recipe:
             '"optimizer.params.adam_w_mode": false adds weight decay to the gradient, which the recipe\'s decoupled '
             "weight_decay does not mean. Remove it."
         )
-    for key, why in own.refused.items():
-        if given.get(key):
-            raise InputError(f'"optimizer.params.{key}": {why}. Remove it.')
+    there = {key: why for key, why in own.refused.items() if given.get(key) is not None}
+    on = {key: why for key, why in own.switches.items() if given.get(key)}
+    for key, why in (there | on).items():
+        raise InputError(f'"optimizer.params.{key}": {why}. Remove it.')
     for key in _OTHER_RULES:
         if given.get(key):
             raise InputError(f'"optimizer.params.{key}": the recipe was made for {name} without it. Remove it.')

@@ -33,7 +33,9 @@ class DeepSpeedOptimizer:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Hyperparameters of a recipe that have to have these values, because DeepSpeed's has no others."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Params of a configuration under which its steps are not those that the rules are for → why."""
+    """Params of a configuration that are not to be there, whatever they say → why."""
+    switches: Mapping[str, str] = field(default_factory=dict)
+    """Those that are not to be on → why."""
     goes_everywhere: bool = True
     """Whether it goes with fp16, offloading, pipelines, and clipping under ZeRO."""
 
@@ -82,8 +84,10 @@ register(
         refused={
             "muon_lr": "the recipe has one lr, and the plan says what follows for each parameter",
             "adam_lr": "the recipe has one lr, and the plan says what follows for each parameter",
-            "per_head_muon": "the plan's rates are for whole matrices",
+            "nesterov": "DeepSpeed does not read it for Muon, whose momentum is Nesterov's always",
+            "ns_steps": "DeepSpeed does not read it for Muon, which has 5 iterations always",
         },
+        switches={"per_head_muon": "the plan's rates are for whole matrices"},
         goes_everywhere=False,
     ),
 )

@@ -7,14 +7,14 @@ family, add its line: what stands behind the layer's number in the name of each 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
 
 from mup_megatron.errors import InputError
-from mup_megatron.modules.names import named_modules
+from mup_megatron.modules.names import named_modules, named_parameters
 from mup_megatron.modules.shapes import MetaModule
 from mup_megatron.recipe import ModuleParameter
 from mup_megatron.theory import BRANCH, Acts, ModelShape, Place, Stack, family_of
@@ -55,6 +55,12 @@ class Branches:
     writers: Mapping[str, str]
     """Name of what writes a branch → its stack."""
     stock: float
+    apart: frozenset[str]
+    """What not every layer has, such as T5's table of relative positions, by the names that all layers share."""
+
+    def beside(self, other: "Branches | None") -> "Branches":
+        """Returns them with what another depth of the model shows to be apart: in a stack of one layer nothing does."""
+        return self if other is None else replace(self, apart=self.apart | other.apart)
 
 
 def branches_of(model: torch.nn.Module, config: PretrainedConfig) -> Branches:
@@ -88,7 +94,10 @@ def branches_of(model: torch.nn.Module, config: PretrainedConfig) -> Branches:
                     f"{config.model_type}. {remedy}"
                 )
             stacks[name] = Stack(len(module), counts.pop())
-    return Branches(stacks, {name: match[1] for name, match in found.items()}, family.stock(config))
+    names = [(stack, name) for name, _ in named_parameters(model) if (stack := _stack_of(name, stacks))]
+    counts_of = Counter((stack, family_of(name)) for stack, name in names)
+    apart = frozenset(name for (stack, name), count in counts_of.items() if count % stacks[stack].layers)
+    return Branches(stacks, {name: match[1] for name, match in found.items()}, family.stock(config), apart)
 
 
 def with_branches(shape: ModelShape, own: Branches, depths: Branches | None = None) -> ModelShape:
@@ -100,12 +109,11 @@ def with_branches(shape: ModelShape, own: Branches, depths: Branches | None = No
         depths: of the model whose depth and factor the shape is to have, where that is another: the base's own.
     """
     depths = depths or own
-    counts = Counter((stack, family_of(t.name)) for t in shape.tensors if (stack := _stack_of(t.name, own)))
     tensors = []
     for tensor in shape.tensors:
-        stack = _stack_of(tensor.name, own)
-        # What one layer alone has, such as T5's table of relative positions, is as much at any depth.
-        deepens = bool(stack) and counts[stack, family_of(tensor.name)] % own.stacks[stack].layers == 0
+        stack = _stack_of(tensor.name, own.stacks)
+        # What not every layer has is as much at any depth.
+        deepens = bool(stack) and family_of(tensor.name) not in own.apart
         tensors.append(replace(tensor, stack=stack, deepens=deepens))
     places = [
         Place(name, Acts.OUTPUT, BRANCH, stack=stack, stock=depths.stock if depths.stock != 1.0 else None)
@@ -138,5 +146,5 @@ def drawn_at_own_depth(
     return found
 
 
-def _stack_of(name: str, branches: Branches) -> str:
-    return next((stack for stack in branches.stacks if name.startswith(f"{stack}.")), "")
+def _stack_of(name: str, stacks: Iterable[str]) -> str:
+    return next((stack for stack in stacks if name.startswith(f"{stack}.")), "")

@@ -102,7 +102,7 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
         parameters = drawn_at_own_depth(parameters, at_own_depth, init_scale=scale)
     base_shape, shape = model_shapes(built, parameters, facts)
     if recipe.multiplies_branches:
-        branches = branches_of(built.module, config)
+        branches = branches_of(built.module, config).beside(base_branches)
         base_shape, shape = with_branches(base_shape, branches, base_branches), with_branches(shape, branches)
     plan = recipe.plan_for_shapes(
         _as_seen(base_shape, base_pass, share=configs.share_of_tokens(at_base)),

@@ -32,6 +32,8 @@ class TorchOptimizer:
     there it cannot do."""
     problem: Callable[[Hyperparameters], str | None] = lambda _: None
     """Why it cannot train with a recipe's values; None where it can."""
+    dtype: torch.dtype | None = None
+    """In which `kind` multiplies matrices; None for that of the weights."""
     rounding: float = 1e-6
     """What another implementation of it may differ by after a few steps of about 0.01."""
     coupled: type[torch.optim.Optimizer] | None = None
@@ -114,7 +116,7 @@ if hasattr(torch.optim, "Muon"):  # since 2.9
             },
             of_scale={mode: {"adjust_lr_fn": name} for mode, (name, _) in _TORCHS_SCALES.items()},
             problem=_muon_problem,
-            # It multiplies matrices in bf16.
+            dtype=torch.bfloat16,
             rounding=1e-3,
             fitting="torch.optim.Muon for the groups whose `optimizer` is muon",
         ),

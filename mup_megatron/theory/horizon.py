@@ -169,6 +169,10 @@ class HorizonRule:
                     f"the rule {self.name} is for the same {what}, and the target's is {ratio:.4g} times the tuning's. "
                     f"Choose another rule, as steps, or the same {what}."
                 )
+        return self.at(r)
+
+    def at(self, r: Ratios) -> Factors:
+        """Returns the same without asking whether it is known for them."""
         return Factors(lr=self.lr(r), weight_decay=self.weight_decay(r), eps=self.eps(r), forgetting=self.forgetting(r))
 
 

@@ -91,7 +91,7 @@ def transferred(
                         }
                     }
                 ),
-                **({} if to is None else {"tuned": {key: before for key, (before, _) in moved.moves.items()}}),
+                **({} if to is None else _as_tuned(moved)),
                 **({} if fit is None else {"fitted": fit.to_json()}),
                 **({} if study.spec.ladder is None and target is None else {"cost": search_cost(study, target)}),
                 "data": context["data"],
@@ -101,3 +101,9 @@ def transferred(
         },
         source=source,
     )
+
+
+def _as_tuned(moved: Recipe) -> dict[str, Any]:
+    """Returns what a recipe's horizon starts from, by which somebody's changes are noticed."""
+    values = {key: before for key, (before, _) in moved.moves.items()}
+    return {"tuned": values, "tuned_in": moved.training.model_dump()}

@@ -29,7 +29,7 @@ from mup_megatron.check.subjects.scripts import Task, prepare_by_plan
 from mup_megatron.check.subjects.sight import Sight
 from mup_megatron.check.verdict.verdict import CheckOutcome, Verdict
 from mup_megatron.errors import InputError
-from mup_megatron.modules import apply_plan, module_base, param_groups
+from mup_megatron.modules import apply_plan, module_base, param_groups, plan_for_module
 from mup_megatron.recipe import Recipe
 
 
@@ -412,7 +412,9 @@ def test_two_widths_are_refused() -> None:
 
 def test_every_layer_and_block_and_the_logits_are_seen() -> None:
     net = Net(32, mixes=True)
-    trainee = ModuleTrainee(net, None, recipe_for(mixes=True), width=32, batch=small_nets.batch, loss=small_nets.loss)
+    own = recipe_for(mixes=True)
+    plan = plan_for_module(lambda: Net(32, mixes=True), own)
+    trainee = ModuleTrainee(net, [], own, plan, width=32, batch=small_nets.batch, loss=small_nets.loss)
     seen = [name for name, _, _ in trainee.modules()]
     layers = [f"blocks.{i}.{name}" for i in range(2) for name in ("norm", "up", "down", "mixer.q", "mixer.o")]
     assert set(seen) > {"embedding", "blocks.0", "blocks.1", "norm", "readout", *layers}

@@ -227,6 +227,26 @@ def test_a_configuration_names_it(tmp_path: Path) -> None:
         ({}, {"optimizer": {"type": "Muon", "params": {"per_head_muon": True}}}, "for whole matrices. Remove it"),
         (
             {},
+            {"optimizer": {"type": "Muon", "params": {"muon_lr": 0}}},
+            r'"optimizer.params.muon_lr": the recipe has one',
+        ),
+        (
+            {},
+            {"optimizer": {"type": "Muon", "params": {"nesterov": True}}},
+            r'"optimizer.params.nesterov": .*Nesterov\'s always. Remove it',
+        ),
+        (
+            {},
+            {"optimizer": {"type": "Muon", "params": {"nesterov": False}}},
+            r'"optimizer.params.nesterov": DeepSpeed does not read it',
+        ),
+        (
+            {},
+            {"optimizer": {"type": "Muon", "params": {"ns_steps": 7}}},
+            r'"optimizer.params.ns_steps": .* 5 iterations always',
+        ),
+        (
+            {},
             {"optimizer": {"type": "Muon", "params": {"adam_w_mode": False}}},
             r'"optimizer.params.adam_w_mode": .* weight decay to the gradient',
         ),

@@ -84,6 +84,15 @@ def test_what_layers_get(family: str) -> None:
     assert {each.ratio for each in plans[0].deepened.values()} == {2.0}
 
 
+@pytest.mark.parametrize("layers", [(1, 4), (4, 1)])
+def test_a_table_that_one_layer_has_is_in_no_branch(layers: tuple[int, int]) -> None:
+    """T5's relative positions, which the first layer holds for all: in a stack of one layer it looks as if each had."""
+    base, target = (config("t5", width, n=n) for width, n in zip((BASE, TARGET), layers, strict=True))
+    plan = plan_for(built("t5", target), tuned(base, 0.5))
+    ratios = {"relative_attention_bias" in e.name: e.depth_ratio for e in plan.entries if ".block.0." in e.name}
+    assert ratios == {True: 1.0, False: layers[1] / layers[0]}
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_base_is_the_librarys(family: str) -> None:
     own = config(family, BASE, n=2)

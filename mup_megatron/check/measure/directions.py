@@ -16,19 +16,16 @@ from fractions import Fraction
 from itertools import chain, cycle, islice, repeat
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import shapes_of
+from mup_megatron.check.measure.optimizers import Handling, Split
 from mup_megatron.check.measure.replay import Fitted, Sums, fitted_pair, gram
 from mup_megatron.recipe import Hyperparameters
 from mup_megatron.theory import SCALE_MODES
-
-Split = tuple[int, ...]
-"""The rows of a matrix's parts that follow each other, over and over: those of queries, keys and values of a group.
-Empty for a matrix that is orthogonalised as one.
-"""
 
 _STEEP = (3.4445, -4.7750, 2.0315)
 COEFFICIENTS: Mapping[str, tuple[tuple[float, float, float], ...]] = {
@@ -76,15 +73,25 @@ def splits_of(model: ModelFile) -> dict[str, Split]:
     return {tensor.name: tuple(part.rows // tensor.runs for part in tensor.parts) for tensor in tensors}
 
 
-def orthogonalised(matrix: Tensor, *, coefficients: str, iterations: int) -> Tensor:
-    """Returns a matrix with the same singular vectors, and singular values of about 1."""
-    x: Tensor = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
+def orthogonalised(matrix: Tensor, *, coefficients: str, iterations: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns a matrix with the same singular vectors, and singular values of about 1.
+
+    Args:
+        matrix: one, or a batch of them.
+        coefficients: `muon_coefficient_type`.
+        iterations: how many.
+        dtype: in which matrices are multiplied; by default in their own.
+    """
+    x = matrix.to(dtype or matrix.dtype)
+    x = x.mT if matrix.shape[-2] > matrix.shape[-1] else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    # In bf16 it matters where a sum is rounded: what is as good as 0 in a gradient comes out as large as the rest.
+    added = torch.addmm if x.dim() == 2 else torch.baddbmm
     own = COEFFICIENTS[coefficients]
     for a, b, c in islice(chain(own, repeat(own[-1])) if coefficients in _LAST_REPEATS else cycle(own), iterations):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
+        x = added(x, added(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.mT if matrix.shape[-2] > matrix.shape[-1] else x).to(matrix.dtype)
 
 
 class Direction(Protocol):
@@ -95,10 +102,16 @@ class Direction(Protocol):
 
 
 class MuonDirection:
-    """Muon's, of a whole matrix."""
+    """Muon's, of a whole matrix.
 
-    def __init__(self, h: Hyperparameters, split: Split) -> None:
-        self._h, self._split = h, split
+    Args:
+        h: of the recipe.
+        split: of the matrix.
+        dtype: in which it multiplies matrices; by default in that of gradients.
+    """
+
+    def __init__(self, h: Hyperparameters, split: Split, dtype: torch.dtype | None = None) -> None:
+        self._h, self._split, self._dtype = h, split, dtype
         self._momentum: Tensor | None = None
 
     def __call__(self, gradient: Tensor) -> Tensor:
@@ -120,7 +133,8 @@ class MuonDirection:
         h = self._h
         rows, columns = map(Fraction, matrix.shape[-2:])
         scale = math.sqrt(SCALE_MODES[h.muon_scale_mode](rows, columns)) * h.muon_extra_scale_factor
-        return scale * orthogonalised(matrix, coefficients=h.muon_coefficient_type, iterations=h.muon_num_ns_steps)
+        kind, iterations = h.muon_coefficient_type, h.muon_num_ns_steps
+        return scale * orthogonalised(matrix, coefficients=kind, iterations=iterations, dtype=self._dtype)
 
 
 class LionDirection:
@@ -143,12 +157,12 @@ class Directed(torch.optim.Optimizer):
     """Steps in directions, with a group for each tensor, and decoupled weight decay.
 
     Args:
-        groups: with `lr` and `weight_decay`; a matrix in parts has its `split`.
-        make: a new direction for one tensor.
+        groups: with `lr` and `weight_decay`; each may say how its tensor is taken (`handling`).
+        make: a new direction for one tensor, given that.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], make: Callable[[Split], Direction]) -> None:
-        super().__init__(groups, {"split": ()})
+    def __init__(self, groups: Iterable[dict[str, Any]], make: Callable[[Handling], Direction]) -> None:
+        super().__init__(groups, {"handling": Handling()})
         self._make = make
 
     @torch.no_grad()
@@ -160,7 +174,7 @@ class Directed(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 if "direction" not in (state := self.state[parameter]):
-                    state["direction"] = self._make(group["split"])
+                    state["direction"] = self._make(group["handling"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(state["direction"](parameter.grad), alpha=-group["lr"])
 
@@ -169,24 +183,24 @@ class DirectionReplay:
     """For an optimizer that steps in directions.
 
     Args:
-        direction: a new one.
+        directions: new ones, of which that one counts that explains most: they differ in how they round.
         whole: see `Replay`.
     """
 
-    def __init__(self, direction: Direction, *, whole: bool) -> None:
-        self._direction, self.whole = direction, whole
-        self._now: Tensor | None = None
+    def __init__(self, *directions: Direction, whole: bool) -> None:
+        self._directions, self.whole = directions, whole
+        self._now: tuple[Tensor, ...] = ()
 
     def observe(self, gradient: Tensor, before: Tensor) -> None:
         """Takes in a step's gradient, as the optimizer saw it, and the weight before the step."""
-        self._now = self._direction(gradient)
+        self._now = tuple(direction(gradient) for direction in self._directions)
 
     def sums(self, before: Tensor, moved: Tensor) -> Sums:
-        """The step's normal equations: of d, w and Δw."""
-        assert self._now is not None
-        return gram([x.double() for x in (self._now, before, moved)])
+        """The step's normal equations with each direction: of d, w and Δw."""
+        w, d = before.double(), moved.double()
+        return np.stack([gram([now.double(), w, d]) for now in self._now])
 
     @staticmethod
     def fitted(sums: Sums) -> Fitted:
         """Solves the equations."""
-        return fitted_pair(sums)
+        return min((fitted_pair(each) for each in sums), key=lambda fitted: fitted.unexplained)

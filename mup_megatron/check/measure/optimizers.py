@@ -18,14 +18,20 @@ from mup_megatron.errors import InputError
 from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Optimizer, Plan, PlanEntry, optimizers
 
-__all__ = ["CHECKED_OPTIMIZERS", "CheckedOptimizer", "register"]
+__all__ = ["CHECKED_OPTIMIZERS", "CheckedOptimizer", "Handling", "Split", "register"]
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from mup_megatron.check.measure.directions import Split
+    _Made = Callable[[Iterable[dict[str, Any]], Hyperparameters], torch.optim.Optimizer]
+
     from mup_megatron.check.measure.replay import Replay
+
+Split = tuple[int, ...]
+"""The rows of a matrix's parts that follow each other, over and over: those of queries, keys and values of a group.
+Empty for a matrix that is orthogonalised as one.
+"""
 
 DECAY = 0.4
 """How much weight decay alone shrinks a weight over the run, at least: so much that a wrong one shows."""
@@ -59,13 +65,25 @@ _ADAM_IN_WORDS: Mapping[Quantity, Mapping[str, str]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Handling:
+    """The way in which an optimizer of matrices takes a tensor."""
+
+    split: Split = ()
+    dtype: "torch.dtype | None" = None
+    """In which it multiplies matrices; None for that of gradients."""
+
+
+_AS_IT_IS = Handling()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedOptimizer:
     """An optimizer as a check sees it, beside its rules."""
 
-    replay: "Callable[[Hyperparameters, Split], Replay]"
-    """Makes a new replay of one tensor's state; given how its rows divide, if they do."""
-    made: "Callable[[Iterable[dict[str, Any]], Hyperparameters], torch.optim.Optimizer] | None" = None
+    replay: "Callable[[Hyperparameters, Handling], Replay]"
+    """Makes a new replay of one tensor's state; given how that is taken."""
+    made: "_Made | None" = None
     """Makes the optimizer of correct runs of groups of one tensor each; None where that is torch's own."""
     damping: Callable[[Hyperparameters], float] = lambda _: 1.0
     """How much shorter a first step is than what repeated ones add up to: 1 - μ with a momentum that is no mean."""
@@ -75,25 +93,27 @@ class CheckedOptimizer:
     """Quantity and kind of parameter → what the rules give it, for people."""
 
 
-def _adam_replay(h: Hyperparameters, _: "Split") -> "Replay":
+def _adam_replay(h: Hyperparameters, _: Handling) -> "Replay":
     from mup_megatron.check.measure.replay import AdamReplay
 
     return AdamReplay(h.adam_beta1, h.adam_beta2)
 
 
-def _sgd_replay(h: Hyperparameters, _: "Split") -> "Replay":
+def _sgd_replay(h: Hyperparameters, _: Handling) -> "Replay":
     from mup_megatron.check.measure.replay import SGDReplay
 
     return SGDReplay(h.sgd_momentum)
 
 
-def _muon_replay(h: Hyperparameters, split: "Split") -> "Replay":
+def _muon_replay(h: Hyperparameters, handling: Handling) -> "Replay":
     from mup_megatron.check.measure.directions import DirectionReplay, MuonDirection
 
-    return DirectionReplay(MuonDirection(h, split), whole=True)
+    # Where a framework's own rounds, somebody's may not.
+    dtypes = dict.fromkeys((handling.dtype, None))
+    return DirectionReplay(*(MuonDirection(h, handling.split, dtype) for dtype in dtypes), whole=True)
 
 
-def _lion_replay(h: Hyperparameters, _: "Split") -> "Replay":
+def _lion_replay(h: Hyperparameters, _: Handling) -> "Replay":
     from mup_megatron.check.measure.directions import DirectionReplay, LionDirection
 
     return DirectionReplay(LionDirection(h), whole=False)
@@ -102,7 +122,7 @@ def _lion_replay(h: Hyperparameters, _: "Split") -> "Replay":
 def _muon(groups: Iterable[dict[str, Any]], h: Hyperparameters) -> "torch.optim.Optimizer":
     from mup_megatron.check.measure.directions import Directed, MuonDirection
 
-    return Directed(groups, lambda split: MuonDirection(h, split))
+    return Directed(groups, lambda handling: MuonDirection(h, handling.split, handling.dtype))
 
 
 def _lion(groups: Iterable[dict[str, Any]], h: Hyperparameters) -> "torch.optim.Optimizer":
@@ -135,54 +155,82 @@ def rule_in_words(recipe: Recipe, quantity: Quantity, kind: str) -> str:
     return _checked(recipe).in_words.get(quantity, {}).get(kind, "the plan's")
 
 
-def torch_optimizer(groups: Iterable[dict[str, Any]], recipe: Recipe) -> "torch.optim.Optimizer":
-    """Builds the recipe's optimizer as torch has it, with these parameter groups.
+def torch_optimizers(groups: Iterable[dict[str, Any]], recipe: Recipe) -> "list[torch.optim.Optimizer]":
+    """Builds the recipe's optimizers as torch has them, each with its parameter groups: those that step anything.
+
+    Args:
+        groups: where the recipe has several optimizers, each says which `optimizer` it is for.
+        recipe: of the check.
 
     Raises:
-        InputError: the recipe's leaves some tensors to another.
+        InputError: torch has not the recipe's.
     """
     from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 
-    first, *others = recipe.optimizers
-    if others:
-        raise InputError(
-            f"parametrization.optimizer: the recipe's is {first}, which leaves some tensors to {' and '.join(others)}, "
-            "and a check of torch modules reads one optimizer. Take a recipe whose optimizer steps all; "
-            "check_optimizer looks at both."
-        )
-    return TORCH_OPTIMIZERS[first].made(groups, recipe.moved)
+    return _built(groups, recipe, lambda name: TORCH_OPTIMIZERS[name].made)
 
 
 def correct_optimizers(groups: Iterable[dict[str, Any]], recipe: Recipe) -> "list[torch.optim.Optimizer]":
     """Builds what trains a correct run: one for each of the recipe's optimizers that steps anything.
 
     Args:
-        groups: of one tensor each, that say which `optimizer` steps it.
+        groups: of one tensor each, that say which `optimizer` steps it, and may say its `handling`.
         recipe: of the check.
     """
     from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 
-    found, every = [], list(groups)
-    for name in recipe.optimizers:
-        made = CHECKED_OPTIMIZERS[name].made or TORCH_OPTIMIZERS[name].made
-        if own := [group for group in every if group["optimizer"] == name]:
-            found.append(made(own, recipe.moved))
-    return found
+    return _built(groups, recipe, lambda name: CHECKED_OPTIMIZERS[name].made or TORCH_OPTIMIZERS[name].made)
 
 
-def replay_for(recipe: Recipe, optimizer: str | None = None, split: "Split" = ()) -> "Replay":
+def _built(
+    groups: Iterable[dict[str, Any]], recipe: Recipe, maker: "Callable[[str], _Made]"
+) -> "list[torch.optim.Optimizer]":
+    of_each: dict[str, list[dict[str, Any]]] = {name: [] for name in recipe.optimizers}
+    for group in groups:
+        of_each[group.get("optimizer", recipe.optimizers[0])].append(group)
+    made = {name: maker(name) for name in of_each}
+    return [made[name](own, recipe.moved) for name, own in of_each.items() if own]
+
+
+def of_torch(optimizer: str) -> Handling:
+    """Returns how torch's own optimizer takes a tensor.
+
+    Raises:
+        InputError: torch has none of this name.
+    """
+    from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
+
+    return Handling(dtype=TORCH_OPTIMIZERS[optimizer].dtype)
+
+
+def require_one_optimizer(recipe: Recipe) -> None:
+    """Raises for a recipe of which a DeepSpeed engine's steps cannot be read.
+
+    Raises:
+        InputError: its optimizer leaves some tensors to another.
+    """
+    first, *others = recipe.optimizers
+    if others:
+        raise InputError(
+            f"parametrization.optimizer: the recipe's is {first}, which leaves some tensors to {' and '.join(others)}, "
+            "and a check of an engine of DeepSpeed's reads one optimizer. Check without --deepspeed: the engine "
+            "compares its groups with the plan as it starts."
+        )
+
+
+def replay_for(recipe: Recipe, optimizer: str | None = None, handling: Handling = _AS_IT_IS) -> "Replay":
     """Returns a new replay of one tensor's state.
 
     Args:
         recipe: of the check.
         optimizer: which of the recipe's steps it; None where one steps all.
-        split: how the tensor's rows divide, if they do.
+        handling: how that takes it.
 
     Raises:
         InputError: none is known of it.
     """
     known = CHECKED_OPTIMIZERS.only(recipe.optimizers) if optimizer is None else CHECKED_OPTIMIZERS[optimizer]
-    return known.replay(recipe.moved, split)
+    return known.replay(recipe.moved, handling)
 
 
 def clip(model: "nn.Module", most: float) -> float:

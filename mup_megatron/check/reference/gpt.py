@@ -20,7 +20,7 @@ from mup_megatron.check.measure import batches
 from mup_megatron.check.measure.directions import splits_of
 from mup_megatron.check.measure.measurements import Quantity
 from mup_megatron.check.measure.names import watched_modules
-from mup_megatron.check.measure.optimizers import clip, correct_optimizers, replay_for
+from mup_megatron.check.measure.optimizers import Handling, clip, correct_optimizers, replay_for
 from mup_megatron.check.measure.replay import Replay
 from mup_megatron.check.measure.trainee import At
 from mup_megatron.check.reference.modules import groups_of, multiply
@@ -51,10 +51,7 @@ class Reference:
             self._model = planned_model(plan, model, dtype=torch.float32)
         draw_weights(self._model, {e.name: e.init_std for e in plan.entries if e.init_std is not None}, seed)
         self._splits = splits_of(model)
-        groups = [
-            {**group, "optimizer": plan[group["name"]].optimizer, "split": self._splits.get(group["name"], ())}
-            for group in groups_of(self._model, plan)
-        ]
+        groups = groups_of(self._model, plan, lambda entry: Handling(self._splits.get(entry.name, ())))
         self._optimizers = correct_optimizers(groups, recipe)
         self._norm: float | None = None
 
@@ -72,7 +69,7 @@ class Reference:
 
     def replay(self, name: str) -> Replay | None:
         """Returns a replay of the optimizer that the plan gives a tensor."""
-        return replay_for(self._recipe, self._plan[name].optimizer, self._splits.get(name, ()))
+        return replay_for(self._recipe, self._plan[name].optimizer, Handling(self._splits.get(name, ())))
 
     def forward(self) -> None:
         """Does the forward pass on the batch for comparisons."""

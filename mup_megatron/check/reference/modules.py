@@ -1,19 +1,21 @@
 """A plan carried out by hand on a torch module, beside the adapters: what a live one is compared with.
 
 It shares the model's own code with what is checked, and the plan, and nothing else: weights are drawn anew, multipliers
-are hooks of its own, every parameter has a group of its own in torch's optimizer.
+are hooks of its own, every parameter has a group of its own in torch's optimizer, or in
+what orthogonalises beside it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from mup_megatron.check.entries import is_embedding, is_vector
-from mup_megatron.check.measure.optimizers import torch_optimizer
+from mup_megatron.check.measure.optimizers import Handling, correct_optimizers, of_torch
 from mup_megatron.modules.attention import attention_modules, scale_attribute
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import BRANCH, Plan
+from mup_megatron.theory import BRANCH, Plan, PlanEntry
 
 
 def carry_out(model: nn.Module, plan: Plan, *, seed: int) -> None:
@@ -79,17 +81,25 @@ def _multiply_output(module: nn.Module, factor: float) -> None:
     module.register_forward_hook(lambda _module, _args, output: factor * output)
 
 
-def optimizer_for(model: nn.Module, recipe: Recipe, plan: Plan) -> torch.optim.Optimizer | None:
-    """Torch's, with a group for each parameter that is trained; None where there is none."""
-    groups = groups_of(model, plan)
-    return torch_optimizer(groups, recipe) if groups else None
+def optimizers_for(model: nn.Module, recipe: Recipe, plan: Plan) -> list[torch.optim.Optimizer]:
+    """Returns those that train a correct run, with a group for each parameter that is trained."""
+    return correct_optimizers(groups_of(model, plan, lambda entry: of_torch(entry.optimizer)), recipe)
 
 
-def groups_of(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
-    """Returns a group for each parameter that is trained."""
-    return [
-        {"params": [p], "name": name, "lr": plan[name].lr, "weight_decay": plan[name].weight_decay}
-        | ({} if plan[name].eps is None else {"eps": plan[name].eps})
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    ]
+def groups_of(model: nn.Module, plan: Plan, handling: Callable[[PlanEntry], Handling]) -> list[dict[str, Any]]:
+    """Returns a group for each parameter that is trained, as `correct_optimizers` takes them.
+
+    Args:
+        model: that is trained.
+        plan: for it.
+        handling: how a parameter is taken.
+    """
+    found = []
+    for name, parameter in model.named_parameters():
+        entry = plan[name]
+        if parameter.requires_grad:
+            values = {"lr": entry.lr, "weight_decay": entry.weight_decay}
+            own = values if entry.eps is None else {**values, "eps": entry.eps}
+            said = {"name": name, "optimizer": entry.optimizer, "handling": handling(entry)}
+            found.append({"params": [parameter], **said, **own})
+    return found

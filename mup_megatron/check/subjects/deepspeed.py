@@ -11,6 +11,7 @@ from torch import distributed, nn
 
 from mup_megatron.check.family.stress import FLOOR
 from mup_megatron.check.measure import levels
+from mup_megatron.check.measure.optimizers import require_one_optimizer
 from mup_megatron.check.subjects.scripts import Task
 from mup_megatron.errors import InputError
 from mup_megatron.json_io import read_json
@@ -29,11 +30,13 @@ def fitting_configuration(path: Path, recipe: Recipe, plan: Plan) -> dict[str, A
     """Returns the content of a DeepSpeed configuration, which has to fit the recipe as it is.
 
     Raises:
-        InputError: it is no JSON object, has no "mup" entry, or says something else than the recipe.
+        InputError: it is no JSON object, has no "mup" entry, or says something else than the recipe; or the recipe
+            needs several optimizers.
     """
     from mup_megatron.deepspeed import entry
     from mup_megatron.deepspeed.config import require_fitting_scheduler
 
+    require_one_optimizer(recipe)
     content = read_json(path)
     typed = entry.configuration(content, source=str(path))
     assert isinstance(content, dict)

@@ -17,7 +17,7 @@ from mup_megatron.check.measure import batches, measurements
 from mup_megatron.check.measure.directions import splits_of
 from mup_megatron.check.measure.measurements import Grouped, Quantity
 from mup_megatron.check.measure.names import watched_modules
-from mup_megatron.check.measure.optimizers import replay_for
+from mup_megatron.check.measure.optimizers import Handling, replay_for
 from mup_megatron.check.measure.replay import Replay
 from mup_megatron.check.measure.trainee import At
 from mup_megatron.collectives import gathered
@@ -99,7 +99,7 @@ class MegatronTrainee:
 
     def replay(self, name: str) -> Replay | None:
         """Returns a replay of the optimizer that the right plan gives a tensor."""
-        return replay_for(self._recipe, self._plan[name].optimizer, self._splits.get(name, ()))
+        return replay_for(self._recipe, self._plan[name].optimizer, Handling(self._splits.get(name, ())))
 
     def forward(self) -> None:
         """Does the forward pass on the batch for comparisons."""

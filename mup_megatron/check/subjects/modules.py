@@ -1,7 +1,7 @@
 """Any torch module in training, one step at a time: with an optimizer of torch, or in a DeepSpeed engine."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -10,13 +10,14 @@ from torch import Tensor, distributed, nn
 
 from mup_megatron.check.measure import batches
 from mup_megatron.check.measure.measurements import Quantity
-from mup_megatron.check.measure.optimizers import clip, replay_for
+from mup_megatron.check.measure.optimizers import clip, of_torch, replay_for, require_one_optimizer
 from mup_megatron.check.measure.replay import Replay
 from mup_megatron.check.measure.trainee import At
 from mup_megatron.check.subjects.sight import Sight
 from mup_megatron.collectives import gathered
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Recipe
+from mup_megatron.theory import Plan
 from mup_megatron.training.ranks import world_size
 
 Batch = Callable[[int, int], Any]
@@ -94,33 +95,36 @@ class _Watched:
 
 
 class ModuleTrainee(_Watched):
-    """A module with a torch optimizer; a `Trainee`. One process, or several that do the same.
+    """A module with optimizers of torch; a `Trainee`. One process, or several that do the same.
 
     Args:
         model: in training mode.
-        optimizer: None trains nothing.
-        recipe: of the check; says which optimizer it should be, and where gradients are clipped.
+        optimizers: without any, nothing is trained.
+        recipe: of the check; says where gradients are clipped.
+        plan: for the model; says which optimizer should step a parameter.
         width: of the model.
         batch: gives batches.
         loss: gives the loss of one.
-        scheduler: stepped after the optimizer.
+        schedulers: stepped after the optimizers.
         alone: the other ranks, if there are any, do something else meanwhile.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
+        optimizers: Sequence[torch.optim.Optimizer],
         recipe: Recipe,
+        plan: Plan,
         *,
         width: int,
         batch: Batch,
         loss: Loss,
-        scheduler: Any = None,
+        schedulers: Sequence[Any] = (),
         alone: bool = False,
     ) -> None:
         super().__init__(model, model, recipe, loss)
-        self._optimizer, self._scheduler, self._alone = optimizer, scheduler, alone
+        self._optimizers, self._schedulers, self._alone = optimizers, schedulers, alone
+        self._plan = plan
         self._width, self._batch = width, batch
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
@@ -131,9 +135,12 @@ class ModuleTrainee(_Watched):
         """Returns a gradient as clipped; 0 for what is not trained."""
         return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
-    def replay(self, _name: str) -> Replay | None:
-        """Returns a replay of the recipe's optimizer, whatever this one is."""
-        return None if self._optimizer is None else replay_for(self._recipe)
+    def replay(self, name: str) -> Replay | None:
+        """Returns a replay of the optimizer that the plan gives a tensor, whatever this one is."""
+        if not self._optimizers or name not in self._plan.by_name:
+            return None
+        own = self._plan[name].optimizer
+        return replay_for(self._recipe, own, of_torch(own))
 
     def evaluate(self) -> bool:
         """Does the forward pass in evaluation mode; of the correct side that is not asked, which shares the code."""
@@ -150,10 +157,8 @@ class ModuleTrainee(_Watched):
         if loss.requires_grad:
             loss.backward()
         self._norm = clip(self._model, self._recipe.moved.clip_grad)
-        if self._optimizer is not None:
-            self._optimizer.step()
-        if self._scheduler is not None:
-            self._scheduler.step()
+        for each in (*self._optimizers, *self._schedulers):
+            each.step()
         return float(loss.detach())
 
     def gathered(self, value: Any) -> list[Any]:
@@ -179,6 +184,7 @@ class EngineTrainee(_Watched):
     """
 
     def __init__(self, engine: Any, recipe: Recipe, *, width: int, batch: Batch, loss: Loss) -> None:
+        require_one_optimizer(recipe)
         super().__init__(engine.module, engine, recipe, loss)
         self._engine, self._width, self._batch = engine, width, batch
         self._live: dict[str, nn.Parameter] = dict(engine.module.named_parameters())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mup_megatron.check.family.sizes import SEQUENCE, VOCABULARY
 from mup_megatron.check.family.stress import FLOOR
 from mup_megatron.check.measure import batches, levels
-from mup_megatron.check.measure.optimizers import torch_optimizer
+from mup_megatron.check.measure.optimizers import torch_optimizers
 from mup_megatron.check.subjects.modules import Batch
 from mup_megatron.errors import InputError
 from mup_megatron.modules import apply_plan, param_groups
@@ -38,14 +38,31 @@ class Task:
 
 Prepare = Callable[[nn.Module, Task], Any]
 """What a script makes of a bare model: it applies the plan and returns an optimizer, (optimizer, scheduler), or a
-DeepSpeed engine; None where there is nothing to train."""
+DeepSpeed engine; None where there is nothing to train. In place of an optimizer and a scheduler there may be lists."""
 
 
-def prepare_by_plan(model: nn.Module, task: Task) -> torch.optim.Optimizer | None:
-    """Makes of a model what `mup_megatron.modules` does, and returns its optimizer."""
+def prepare_by_plan(model: nn.Module, task: Task) -> Any:
+    """Makes of a model what `mup_megatron.modules` does, and returns its optimizer, or the list of them if there are
+    several; None where there is nothing to train.
+    """
     apply_plan(model, task.plan)
-    groups = param_groups(model.named_parameters(), task.plan)
-    return torch_optimizer(groups, task.recipe) if groups else None
+    made = torch_optimizers(param_groups(model.named_parameters(), task.plan), task.recipe)
+    return made if len(made) > 1 else next(iter(made), None)
+
+
+def is_engine(prepared: Any) -> bool:
+    """Returns whether a script has returned DeepSpeed's engine."""
+    return hasattr(prepared, "backward") and hasattr(prepared, "module")
+
+
+def trained_by(prepared: Any) -> tuple[list[torch.optim.Optimizer], list[Any] | None]:
+    """Returns the optimizers and the schedulers in what a script has returned, no engine; None without schedulers."""
+    optimizers, schedulers = prepared if isinstance(prepared, tuple) else (prepared, None)
+    return _listed(optimizers), None if schedulers is None else _listed(schedulers)
+
+
+def _listed(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
 
 
 def warm_up_and_decay(step: int, steps: int) -> float:

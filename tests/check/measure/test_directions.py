@@ -16,10 +16,10 @@ from mup_megatron.check.measure.directions import (
     DirectionReplay,
     LionDirection,
     MuonDirection,
-    Split,
     orthogonalised,
     splits_of,
 )
+from mup_megatron.check.measure.optimizers import Handling, Split
 from mup_megatron.check.measure.replay import AdamReplay, Fitted
 from mup_megatron.recipe import Hyperparameters
 
@@ -99,8 +99,8 @@ def weight() -> torch.nn.Parameter:
 
 def stepped(kind: str, h: Hyperparameters, *, split: Split = (), lr: float = 0.01, decay: float = 0.5) -> Directed:
     make, _ = KINDS[kind]
-    group = {"params": [weight()], "lr": lr, "weight_decay": decay, "split": split}
-    return Directed([group], lambda own: make(h, own))
+    group = {"params": [weight()], "lr": lr, "weight_decay": decay, "handling": Handling(split)}
+    return Directed([group], lambda own: make(h, own.split))
 
 
 def replay_of(kind: str, h: Hyperparameters, split: Split = ()) -> DirectionReplay:

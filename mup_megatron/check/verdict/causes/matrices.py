@@ -7,8 +7,8 @@ from mup_megatron.check.entries import is_embedding, is_hidden, is_matrix
 from mup_megatron.check.measure.measurements import FROM_STEPS, Quantity
 from mup_megatron.check.verdict.causes.at_width import AtWidth
 from mup_megatron.check.verdict.causes.hypothesis import Hypothesis, LogFactor, absorbing, log_of, of_weights
-from mup_megatron.check.verdict.causes.observed import Observation
-from mup_megatron.theory import PlanEntry
+from mup_megatron.check.verdict.causes.observed import GONE, Observation
+from mup_megatron.theory import PlanEntry, optimizers
 
 
 def matrices(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
@@ -55,18 +55,27 @@ def matrices(at: Mapping[int, AtWidth]) -> list[Hypothesis]:
 
 
 def routing(at: Mapping[int, AtWidth], observed: Sequence[Observation]) -> list[Hypothesis]:
-    """Some tensors of one of several optimizers move otherwise than its others do."""
+    """Some tensors of one of several optimizers move otherwise than its others do, or none of its tensors moves."""
     plan = next(iter(at.values())).plan
     if len(plan.optimizers) == 1:
         return []
     found = []
     for optimizer in plan.optimizers:
-        seen = [o for o in observed if o.key.quantity is Quantity.UNEXPLAINED]
-        of_it = [o for o in seen if o.key.name in plan.by_name and plan[o.key.name].optimizer == optimizer]
+        title = optimizers()[optimizer].title
+        own = [o for o in observed if o.key.name in plan.by_name and plan[o.key.name].optimizer == optimizer]
+        rates = [o for o in own if o.key.quantity is Quantity.LEARNING_RATE]
+        still = dict.fromkeys(o.key.name for o in rates if o.deviation < GONE)
+        if still and len(still) == len({o.key.name for o in rates}):
+            sentence = (
+                f"nothing that {title} is to step moves in training. Hand over each of the recipe's optimizers, and "
+                "step each."
+            )
+            found.append(Hypothesis("not-trained", sentence, absorbing(still, FROM_STEPS), prior=0.985))
+        of_it = [o for o in own if o.key.quantity is Quantity.UNEXPLAINED]
         off = dict.fromkeys(o.key.name for o in of_it if o.deviation != 0)
         if not off or len(off) == len({o.key.name for o in of_it}):
             continue
-        first, title = next(iter(off)), plan[next(iter(off))].rules.title
+        first = next(iter(off))
         sentence = (
             f"{first}: the recipe has {title} for it, whose steps others have and this one has not. Look for what "
             "gives it to another optimizer, as is_embedding_or_output_parameter does in Megatron, or what takes its "

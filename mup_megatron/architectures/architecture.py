@@ -252,7 +252,8 @@ class Architecture(ABC):
 
     def sizes(self, model: ModelFile) -> Sequence[Size]:
         """Returns the sizes of a model's families that it has, each once."""
-        found = {size.key: size for _, family in self._in_stacks(model) for size in family.sizes}
+        own = [each for each in self.families(model) if isinstance(each, Family)]
+        found = {size.key: size for family in own for size in family.sizes}
         return [size for size in found.values() if size.of(model) is not None]
 
     def widths(self, model: ModelFile) -> Sequence[Size]:

@@ -1,11 +1,11 @@
 """A language model of one stack, whose readout gives each token's successor."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from mup_megatron.architectures.architecture import Architecture, Layers, layer_measured
-from mup_megatron.architectures.families import MTP, Block
+from mup_megatron.architectures.families import MTP, Block, Family
 from mup_megatron.architectures.measured import BIAS, CONTEXT, STREAM, Measured, inside
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import MTP_INNER, mtp_layer
@@ -30,12 +30,20 @@ class Decoder(Architecture):
         """Returns what one of its families says of it."""
         return next(filter(None, (each.native_problem for each in self.families(model))), None)
 
+    def further_layers(self, model: ModelFile) -> Mapping[str, Sequence[Family]]:
+        """Returns what is within each layer of multi-token prediction, in order: name there → families.
+
+        Asked of models that have some; by default there is one, of the families of the stack's last.
+        """
+        return {MTP_INNER: self.layers(model)[-1]}
+
     def _further(self, model: ModelFile) -> Iterator[tuple[str, Block]]:
-        """Yields the layers of multi-token prediction, each of the families of the stack's last one."""
+        """Yields the layers of multi-token prediction, each followed by the families within."""
         for index in range(model.mtp_num_layers or 0):
             yield mtp_layer(index), MTP
-            for family in self.layers(model)[-1]:
-                yield f"{mtp_layer(index)}.{MTP_INNER}", family
+            for name, families in self.further_layers(model).items():
+                for family in families:
+                    yield f"{mtp_layer(index)}.{name}", family
 
     def _heads_measured(self, model: ModelFile, final: str) -> Iterator[Measured]:
         """The layers of multi-token prediction, of which the first reads what the stack gives; then the readout."""
@@ -44,8 +52,12 @@ class Decoder(Architecture):
             layer = mtp_layer(index)
             own = [each.among({STREAM: [stream]}) for each in MTP.measured(model, layer)]
             yield from own
-            inner, at = f"{layer}.{MTP_INNER}", {STREAM: [own[-1].module], BIAS: (), CONTEXT: ()}
-            yield from layer_measured(model, inner, self.layers(model)[-1], at)
-            stream = f"{layer}.final_layernorm"
-            yield inside(stream, "Residual stream", inner)
+            stream = own[-1].module
+            for name, families in self.further_layers(model).items():
+                inner = f"{layer}.{name}"
+                yield from layer_measured(model, inner, families, {STREAM: [stream], BIAS: (), CONTEXT: ()})
+                stream = inner
+            normed = f"{layer}.final_layernorm"
+            yield inside(normed, "Residual stream", stream)
+            stream = normed
         yield from super()._heads_measured(model, final)

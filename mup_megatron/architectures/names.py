@@ -7,7 +7,9 @@ WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 POSITION_EMBEDDINGS = "embedding.position_embeddings.weight"
 READOUT_WEIGHT = "output_layer.weight"
 MTP_INNER = "transformer_layer"
-"""The layer within a layer of multi-token prediction, as checkpoints call it."""
+"""The layer within a GPT's layer of multi-token prediction, as checkpoints call it."""
+MTP_STACK = "mtp_model_layer.layers"
+"""The layers within a hybrid model's."""
 _LAYER = re.compile(r"^(\w+)\.layers\.(\d+)\.(.+)$")
 _MTP_INNER = re.compile(r"^(mtp\.layers\.\d+)\.mtp_model_layer\.(?!layers\.)")
 _EXPERT = re.compile(

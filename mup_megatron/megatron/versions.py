@@ -196,6 +196,10 @@ class HybridClasses:
     """Whether the model takes a virtual pipeline stage, and `|` in its pattern."""
     specs: str
     """The module that has the stock spec."""
+    submodules_key: str | None
+    """What a layer of multi-token prediction calls the kinds of layers within; None where a pattern has none."""
+    latent: bool
+    """Whether latent attention is one of these kinds."""
 
     def stock_spec(self) -> Any:
         """Returns the spec that ships, of Transformer Engine's layers."""
@@ -209,20 +213,28 @@ def hybrid_classes() -> HybridClasses:
     if version >= (0, 18):
         model: Any = importlib.import_module("megatron.core.models.hybrid.hybrid_model").HybridModel
         block: Any = importlib.import_module("megatron.core.models.hybrid.hybrid_block")
-        specs = "megatron.core.models.hybrid.hybrid_layer_specs"
         return HybridClasses(
             model,
             block.HybridStack,
             block.HybridStackSubmodules,
-            "hybrid_stack_spec",
-            "hybrid_layer_pattern",
-            True,
-            specs,
+            spec_key="hybrid_stack_spec",
+            pattern_key="hybrid_layer_pattern",
+            builds_stages=True,
+            specs="megatron.core.models.hybrid.hybrid_layer_specs",
+            submodules_key="hybrid_submodules",
+            latent=version >= (0, 19),
         )
     model = importlib.import_module("megatron.core.models.mamba.mamba_model").MambaModel
     block = importlib.import_module("megatron.core.ssm.mamba_block")
-    pattern, stages = ("hybrid_layer_pattern", True) if version == (0, 17) else ("hybrid_override_pattern", False)
-    specs = "megatron.core.models.mamba.mamba_layer_specs"
+    newer = version == (0, 17)
     return HybridClasses(
-        model, block.MambaStack, block.MambaStackSubmodules, "mamba_stack_spec", pattern, stages, specs
+        model,
+        block.MambaStack,
+        block.MambaStackSubmodules,
+        spec_key="mamba_stack_spec",
+        pattern_key="hybrid_layer_pattern" if newer else "hybrid_override_pattern",
+        builds_stages=newer,
+        specs="megatron.core.models.mamba.mamba_layer_specs",
+        submodules_key="mamba_submodules" if newer else None,
+        latent=False,
     )

@@ -326,11 +326,11 @@ SIZES = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_si
         ),
         (
             {"multi_latent_attention": True, "hybrid_layer_pattern": "*-"},
-            "multi_latent_attention: not supported yet in",
+            "multi_latent_attention: hybrid_layer_pattern has no layer +",
         ),
         (
             {"mtp_num_layers": 1, "position_embedding_type": "rope", "hybrid_layer_pattern": "*-"},
-            "mtp_num_layers: not supported yet in a hybrid model",
+            "mtp_num_layers: hybrid_layer_pattern says these layers, behind '/', and has none",
         ),
     ],
 )

@@ -10,6 +10,7 @@ from support.shapes import batch, encoder, gpt, hybrid
 from torch import Tensor, nn
 
 from mup_megatron.architectures import registry
+from mup_megatron.architectures.decoder import Decoder
 from mup_megatron.architectures.measured import Kind, Measured
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.plain.model import plain_model
@@ -30,6 +31,7 @@ MODELS = {
     "hybrid": hybrid(gpt(), "--*-*"),
     "hybrid, untied": hybrid(gpt(**UNTIED), "*-"),
     "GPT with multi-token prediction": gpt(mtp_num_layers=2, position_embedding_type="rope"),
+    "hybrid with multi-token prediction": hybrid(gpt(position_embedding_type="rope"), "-*/*--/*--"),
     "BERT": encoder("bert"),
     "BERT without a binary head, untied": encoder("bert", bert_binary_head=False, **UNTIED_ENCODER),
     "T5": encoder("t5", decoder_num_layers=3),
@@ -108,7 +110,9 @@ def test_each_layer_adds_its_branches_to_the_stream(model: ModelFile) -> None:
     branches = [name for name, each in of.items() if each.kind is Kind.BRANCH]
     read_by_layers = [read for each in of.values() if each.kind is Kind.STREAM for read in each.reads]
     assert [read for read in read_by_layers if read in branches] == branches
-    further = (model.mtp_num_layers or 0) * len([*architecture_of(model).stacks(model).values()][-1][-1])
+    own = architecture_of(model)
+    within = own.further_layers(model).values() if isinstance(own, Decoder) and model.mtp_num_layers else []
+    further = (model.mtp_num_layers or 0) * sum(len(families) for families in within)
     assert len(branches) == registry.depth_of(model) + further
 
 

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 from support import planned
 from support.processes import run_ranks
-from support.shapes import gpt
+from support.shapes import gpt, hybrid
 from support.stock import Layout, Run
 
+from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
+from mup_megatron.megatron.versions import core_version
+from mup_megatron.recipe import Recipe
 
 MODEL: dict[str, Any] = {
     "multi_latent_attention": True,
@@ -100,14 +103,35 @@ MISTAKES: dict[str, tuple[Callable[[Run], None] | None, tuple[str, ...]]] = {
 }
 
 
-def _said() -> tuple[dict[str, str | None], list[float | None]]:
+IN_A_PATTERN: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "in multi-token prediction alone": (
+        "mtp.layers.0.mtp_model_layer.layers.0.self_attention.core_attention: softmax scale",
+    ),
+    "set and ignored": (
+        "decoder.layers.0.self_attention.core_attention: softmax scale",
+        "has the right softmax_scale and computes with another",
+    ),
+}
+"""Some of them in the equal hybrid model, whose latents have no norms."""
+
+
+def _said() -> tuple[dict[str, str | None], list[float | None], dict[str, str | None]]:
+    base, target = (hybrid(model, "+-+-/+-", qk_layernorm=False) for model in (BASE, TARGET))
+    in_a_pattern = RECIPE.model_copy(update={"base": base})
+    known = core_version() >= (0, 19, 0)
+    return *_said_of(RECIPE, TARGET, [*MISTAKES]), _said_of(in_a_pattern, target, [*IN_A_PATTERN])[0] if known else {}
+
+
+def _said_of(recipe: Recipe, target: ModelFile, cases: list[str]) -> tuple[dict[str, str | None], list[float | None]]:
     from mup_megatron.megatron.guard import require_as_planned
     from mup_megatron.megatron.guard.forward import _measured
 
-    plan = RECIPE.plan(TARGET)
+    plan = recipe.plan(target)
     said: dict[str, str | None] = {}
-    for case, (mistake, _) in MISTAKES.items():
-        run = planned.prepare(RECIPE, TARGET, Layout())
+    for case in cases:
+        mistake, _ = MISTAKES[case]
+        run = planned.prepare(recipe, target, Layout())
         if mistake is None:
             measured = [_measured(part.core_attention, part, plan.softmax_scale) for part in _attentions(run)]
         else:
@@ -121,7 +145,7 @@ def _said() -> tuple[dict[str, str | None], list[float | None]]:
 
 
 @pytest.fixture(scope="module")
-def said() -> tuple[dict[str, str | None], list[float | None]]:
+def said() -> tuple[dict[str, str | None], list[float | None], dict[str, str | None]]:
     [found] = run_ranks(_said, 1)
     return found
 
@@ -139,3 +163,14 @@ def test_each_mistake_is_named(case: str, said: Any) -> None:
     else:
         assert said[0][case] is not None
         assert all(word in said[0][case] for word in words), said[0][case]
+
+
+@pytest.mark.parametrize("case", IN_A_PATTERN)
+def test_it_is_in_a_hybrid_pattern_too(case: str, said: Any) -> None:
+    if not said[2]:
+        pytest.skip("no latent attention in a pattern of this megatron-core")
+    if not IN_A_PATTERN[case]:
+        assert said[2][case] is None
+    else:
+        assert said[2][case] is not None
+        assert all(word in said[2][case] for word in IN_A_PATTERN[case]), said[2][case]

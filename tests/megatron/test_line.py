@@ -102,6 +102,8 @@ LOCAL = "--spec mup_megatron.megatron.builders.hybrid local_stack_spec"
 STOCK = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec"
 OLD_STOCK = "--spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec"
 SMALL = {"mamba_head_dim": 16, "mamba_num_groups": 2, "mamba_state_dim": 8}
+FURTHER = "--mtp-num-layers 2 --position-embedding-type none"
+AHEAD = {"mtp_num_layers": 2, "position_embedding_type": "none"}
 SMALL_MAMBA = "--mamba-head-dim 16 --mamba-num-groups 2 --mamba-state-dim 8 --disable-mamba-mem-eff-path"
 PLAIN = HybridFile(
     hybrid_layer_pattern="*-*-",
@@ -134,10 +136,39 @@ PLAIN = HybridFile(
             f"{OLD_STOCK} --hybrid-attention-ratio 0.25 {SMALL_MAMBA} --mamba-num-heads 4",
             {"hybrid_layer_pattern": "MM*M", **SMALL, "mamba_num_heads": 4},
         ),
+        (
+            "pretrain_hybrid.py",
+            f"--hybrid-layer-pattern M-|M*/M*/M* {SMALL_MAMBA} {FURTHER} --mtp-loss-scaling-factor 0.3",
+            {"hybrid_layer_pattern": "M-|M*/M*/M*", **SMALL, **AHEAD, "mtp_loss_scaling_factor": 0.3},
+        ),
+        (
+            "pretrain_hybrid.py",
+            "--hybrid-layer-pattern +-+- --kv-lora-rank 16",
+            {"hybrid_layer_pattern": "+-+-", "multi_latent_attention": True, "kv_lora_rank": 16},
+        ),
     ],
 )
 def test_lines_of_a_hybrid_model_are_model_files(script: str, flags: str, keys: dict[str, Any]) -> None:
     assert read(flags, script=script).model() == PLAIN.model_copy(update=keys)
+
+
+def test_a_pattern_decides_how_many_tokens_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else the line says, and in the releases that have it: else it is refused by the release's name."""
+    hybrid = {"script": "pretrain_hybrid.py"}
+    line = read("--hybrid-layer-pattern *-*-/*-/*- --mtp-num-layers 1 --position-embedding-type none", **hybrid)
+    assert line.remarks == ("--mtp-num-layers 1: Megatron takes those of --hybrid-layer-pattern, 2.",)
+    assert line.model().mtp_num_layers == 2
+    for release, pattern, said in (
+        (
+            (0, 16, 1),
+            "*-*-/*-",
+            r"--hybrid-layer-pattern \*-\*-/\*-: Megatron-Core 0\.16 has no multi-token prediction .* Take 0\.17",
+        ),
+        ((0, 18, 2), "+-+-", r"Megatron-Core 0\.18 has no latent attention \('\+'\) in a pattern\. Take 0\.19"),
+    ):
+        monkeypatch.setattr(versions, "core_version", lambda release=release: release)
+        with pytest.raises(InputError, match=said):
+            read(f"--hybrid-layer-pattern {pattern} --position-embedding-type none", **hybrid).model()
 
 
 def test_a_launch_scripts_pattern_is_read_as_a_shell_reads_it(tmp_path: Path) -> None:
@@ -168,16 +199,22 @@ def test_the_number_of_layers_beside_a_pattern_is_what_the_release_makes_of_it(m
 
 @pytest.mark.parametrize("release", [(0, 16), (0, 17), (0, 18), (0, 19)])
 @pytest.mark.parametrize("impl", ["local", "transformer_engine"])
-@pytest.mark.parametrize("pattern", ["*-*-", "*-|*-", "-*", "M-M*"])
+@pytest.mark.parametrize("pattern", ["*-*-", "*-|*-", "-*", "M-M*", "*-|*-/-/-", "+-M/+"])
 def test_what_args_writes_for_a_release_is_read_back(
     monkeypatch: pytest.MonkeyPatch, release: tuple[int, int], impl: str, pattern: str
 ) -> None:
     monkeypatch.setattr(versions, "core_version", lambda: (*release, 0))
     content = {**dict(PLAIN), "transformer_impl": impl, "hybrid_layer_pattern": pattern}
     content |= SMALL if "M" in pattern else {}
-    model = HybridFile(**content | {"num_layers": len(pattern.replace("|", ""))})
-    words = write_flags(model, release=release)
+    content |= {"position_embedding_type": "none"} if "/" in pattern else {}
+    content |= {"multi_latent_attention": True, "kv_lora_rank": 16} if "+" in pattern else {}
+    model = HybridFile(**content | {"num_layers": len(pattern.partition("/")[0].replace("|", ""))})
     older = release < (0, 17)
+    if ("+" in pattern and release < (0, 19)) or ("/" in pattern and older):
+        with pytest.raises(InputError, match=f"hybrid_layer_pattern .*: Megatron-Core 0.{release[1]} has no"):
+            write_flags(model, release=release)
+        return
+    words = write_flags(model, release=release)
     assert ("--is-hybrid-model" in words, "--hybrid-override-pattern" in words) == (older, older)
     expected = model.letters if older else pattern
     line = read_line(["pretrain_mamba.py", *words])

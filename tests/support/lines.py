@@ -182,6 +182,26 @@ REFUSED = {
         "--mamba-num-groups 8 does not divide the 12 heads of a Mamba layer",
         "pretrain_hybrid.py",
     ),
+    "further tokens, of which the pattern says nothing": Refused(
+        "--hybrid-layer-pattern *-*- --mtp-num-layers 1 --position-embedding-type rope",
+        "--mtp-num-layers: --hybrid-layer-pattern says these layers, behind '/', and has none",
+        "pretrain_hybrid.py",
+    ),
+    "further tokens, as was said before": Refused(
+        "--hybrid-layer-pattern *-*- --mtp-num-layers 1 --mtp-hybrid-override-pattern *-",
+        "--mtp-hybrid-override-pattern: it is the older form of what is behind '/' in --hybrid-layer-pattern",
+        "pretrain_hybrid.py",
+    ),
+    "latent attention, of which the pattern has none": Refused(
+        "--hybrid-layer-pattern *-*- --multi-latent-attention",
+        "--multi-latent-attention: --hybrid-layer-pattern has no layer +",
+        "pretrain_hybrid.py",
+    ),
+    "two kinds of attention": Refused(
+        "--hybrid-layer-pattern *-+-",
+        "--hybrid-layer-pattern: a model of Megatron's has '*' or '+'",
+        "pretrain_hybrid.py",
+    ),
     "shares beside another pattern": Refused(
         "--hybrid-attention-ratio 0.5 --hybrid-override-pattern *-*-",
         "--hybrid-attention-ratio beside --hybrid-override-pattern, whose layers are others",

@@ -1,4 +1,7 @@
-"""A hybrid model with Mamba layers and experts: one run on every layout, and nothing at the base."""
+"""Hybrid models with Mamba layers and experts: one run on every layout, and nothing at the base.
+
+One of them has latent attention and multi-token prediction too, of the releases that have them in a pattern.
+"""
 
 from typing import Any
 
@@ -11,12 +14,30 @@ from support.stock import Layout
 
 from mup_megatron.architectures.hybrid import HybridFile
 from mup_megatron.errors import InputError
+from mup_megatron.megatron.versions import core_version
 
 PATTERN = "*-ME"
 UNTIED: dict[str, Any] = {"untie_embeddings_and_output_weights": True, "vocab_size": 64}  # padded alike at TP2
 EXPERTS = {"num_experts": 8, "moe_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 16}
 BASE, TARGET = (hybrid(gpt(width, **UNTIED, add_bias_linear=False), PATTERN, **MAMBA, **EXPERTS) for width in (1, 4))
 RECIPE = recipe_for(BASE, lr=0.01, clip_grad=0.5, adam_eps=1e-5)
+FURTHER = "+M|-E/+E/+E"
+LATENT: dict[str, Any] = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 6,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 8,
+    "kv_channels": None,
+    "position_embedding_type": "none",
+    "mtp_loss_scaling_factor": 0.3,
+}
+LATENT_BASE, LATENT_TARGET = (
+    hybrid(gpt(width, **UNTIED, add_bias_linear=False), FURTHER, **MAMBA, **EXPERTS, **LATENT) for width in (1, 4)
+)
+MODELS = {PATTERN: (BASE, TARGET), FURTHER: (LATENT_BASE, LATENT_TARGET)}
+"""Pattern → base, and a target of four times its width."""
 ONE = Layout()
 LAYOUTS = {
     "TP2, sequence parallel": Layout(tp=2, sequence_parallel=True),
@@ -27,38 +48,39 @@ LAYOUTS = {
 STEPS = 10
 
 
-def _run(layout: Layout, *, plug_in: bool = True) -> stock.Run:
-    return planned.prepare(RECIPE, TARGET, layout, same_weights=True, plug_in=plug_in)
-
-
-def losses(layout: Layout, runs: tuple[bool, ...] = (True,)) -> list[list[float]]:
+def losses(pattern: str, layout: Layout, runs: tuple[bool, ...] = (True,)) -> list[list[float]]:
     """In a rank: with the plug-in, and without; and what the guard says of it all on the way."""
     from mup_megatron.megatron.guard import require_as_planned
 
+    base, target = MODELS[pattern]
+    tuned = RECIPE.model_copy(update={"base": base})
     found = []
     for plug_in in runs:
-        run = _run(layout, plug_in=plug_in)
+        run = planned.prepare(tuned, target, layout, same_weights=True, plug_in=plug_in)
         if plug_in:
-            require_as_planned(run.chunks, RECIPE.plan(TARGET), run.optimizer, run.scheduler, weights=False)
+            require_as_planned(run.chunks, tuned.plan(target), run.optimizer, run.scheduler, weights=False)
         found.append(stock.train(run, STEPS))
     return found
 
 
-@pytest.fixture(scope="module")
-def on_one_process() -> list[list[float]]:
-    found: list[list[float]] = run_ranks(losses, 1, ONE, (True, False))[0]
-    return found
+@pytest.fixture(scope="module", params=MODELS)
+def on_one_process(request: pytest.FixtureRequest) -> tuple[str, list[list[float]]]:
+    """A pattern, and the losses of its model."""
+    if request.param == FURTHER and core_version() < (0, 19, 0):
+        pytest.skip("no latent attention in a pattern of this megatron-core")
+    return request.param, run_ranks(losses, 1, request.param, ONE, (True, False))[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_are_those_of_one_process(layout: str, on_one_process: list[list[float]]) -> None:
+def test_losses_are_those_of_one_process(layout: str, on_one_process: tuple[str, list[list[float]]]) -> None:
+    pattern, expected = on_one_process
     how = LAYOUTS[layout]
-    for [found] in run_ranks(losses, how.world_size, how):
-        assert found == pytest.approx(on_one_process[0], abs=1e-5)
+    for [found] in run_ranks(losses, how.world_size, pattern, how):
+        assert found == pytest.approx(expected[0], abs=1e-5)
 
 
-def test_the_plan_acts(on_one_process: list[list[float]]) -> None:
-    with_plan, without = on_one_process
+def test_the_plan_acts(on_one_process: tuple[str, list[list[float]]]) -> None:
+    _, (with_plan, without) = on_one_process
     assert max(abs(one - other) for one, other in zip(with_plan, without, strict=True)) > 0.01
     assert with_plan[-1] < with_plan[0] - 0.1
 
@@ -92,19 +114,22 @@ def test_each_tensor_gets_what_its_own_sides_say() -> None:
 # ---- what must not happen --------------------------------------------------------------------------------------------
 
 
-def stock_and_planned() -> list[tuple[list[float], dict[str, torch.Tensor]]]:
+def stock_and_planned(base: HybridFile) -> list[tuple[list[float], dict[str, torch.Tensor]]]:
     """In a rank: the base's model as Megatron draws and trains it, without and with the plug-in."""
-    tuned = planned.recipe(BASE)
+    tuned = planned.recipe(base)
     found = []
     for plug_in in (False, True):
-        run = planned.prepare(tuned, BASE, ONE, plug_in=plug_in)
+        run = planned.prepare(tuned, base, ONE, plug_in=plug_in)
         trained = stock.train(run, 3)
         found.append((trained, {name: p.detach() for name, p in run.chunks[0].module.named_parameters()}))
     return found
 
 
-def test_at_the_base_the_run_is_bitwise_the_stock_one() -> None:
-    [[without, with_plan]] = run_ranks(stock_and_planned, 1)
+@pytest.mark.parametrize("pattern", MODELS)
+def test_at_the_base_the_run_is_bitwise_the_stock_one(pattern: str) -> None:
+    if pattern == FURTHER and core_version() < (0, 19, 0):
+        pytest.skip("no latent attention in a pattern of this megatron-core")
+    [[without, with_plan]] = run_ranks(stock_and_planned, 1, MODELS[pattern][0])
     assert without[0] == with_plan[0]
     assert all(value.equal(with_plan[1][name]) for name, value in without[1].items())
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from mup_megatron.architectures.decoder import STACK
+from mup_megatron.architectures.decoder import STACK, Decoder
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.plain.common import cross_entropy, with_loss
 from mup_megatron.architectures.plain.model import PlainModel
@@ -45,9 +45,14 @@ class PlainDecoder(PlainModel):
         self.decoder = PlainStack(model, STACK, scale)
         self.mtp_weight = model.mtp_loss_scaling_factor
         if model.mtp_num_layers is not None:
-            families = architecture_of(model).stacks(model)[STACK][-1]
+            own = architecture_of(model)
+            assert isinstance(own, Decoder)
+            within = own.further_layers(model).items()
             self.mtp = PlainMtp(
-                [PlainMtpLayer(model, Layer(model, families, scale)) for _ in range(model.mtp_num_layers)]
+                [
+                    PlainMtpLayer(model, {name: Layer(model, families, scale) for name, families in within})
+                    for _ in range(model.mtp_num_layers)
+                ]
             )
         if make_readout is None:
             self.output_layer = readout(model, self.embedding, output_multiplier)

@@ -113,7 +113,8 @@ _REFUSED = (
         Flag("--mla-down-proj-fusion", "mla_down_proj_fusion", False),
     ),
     *_refused(
-        "multi-token prediction in a hybrid model is not supported yet. Choose a model without.",
+        "it is the older form of what is behind '/' in --hybrid-layer-pattern. Write it there, once for each of "
+        "--mtp-num-layers: M*M*/MM/MM.",
         Flag("--mtp-hybrid-override-pattern", "mtp_hybrid_override_pattern", None, str),
     ),
     *_refused(

@@ -8,6 +8,7 @@ from support import shapes
 from support.lm_recipes import WIDTH, a_recipe, line, recipe_file
 from support.lm_runs import SCRIPT, Finished, hybrid, run_script
 
+from mup_megatron.megatron.versions import core_version
 from mup_megatron.recipe import save_recipe
 
 pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megatron.training in its wheel")
@@ -15,6 +16,14 @@ pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megat
 MISTAKEN = Path(__file__).parents[2] / "support" / "lm_mistakes.py"
 ROUNDING = 1e-5
 """Absolute, of a loss of about 6 after a few steps in fp32."""
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 12,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 16,
+    "position_embedding_type": "none",
+}
 ITERATIONS: dict[str, Any] = {"train_iters": 6, "use_distributed_optimizer": True}
 
 
@@ -69,13 +78,21 @@ def test_it_goes_on_in_other_layouts(tmp_path: Path) -> None:
     assert trained("one", load="pipeline").losses == pytest.approx({i: whole[i] for i in (5, 6)}, abs=ROUNDING)
 
 
-def test_mamba_layers_train_and_go_on_in_another_layout(tmp_path: Path) -> None:
-    """From TP2 to one process, in which rows of z, x, B, C and dt lie otherwise; with a recipe of a narrower model."""
+@pytest.mark.parametrize("pattern", ["*-M-", "+-M-/M+"])
+def test_mamba_layers_train_and_go_on_in_another_layout(pattern: str, tmp_path: Path) -> None:
+    """From TP2 to one process, in which rows of z, x, B, C and dt lie otherwise; with a recipe of a narrower model.
+
+    Latent attention and multi-token prediction are said by the pattern alone.
+    """
+    latent = "+" in pattern
+    if latent and core_version() < (0, 19, 0):
+        pytest.skip("no latent attention in a pattern of this megatron-core")
     path = tmp_path / "mamba.recipe.yaml"
     tuned = a_recipe()
-    base = shapes.hybrid(tuned.megatron_base, "*-M-", **shapes.MAMBA)
+    more = shapes.MAMBA | (LATENT if latent else {})
+    base = shapes.hybrid(tuned.megatron_base, pattern, **more, multi_latent_attention=latent)
     save_recipe(tuned.model_copy(update={"base": base}), path)
-    own = hybrid("*-M-") | shapes.MAMBA | {"ckpt_format": "torch_dist", "dist_ckpt_optim_fully_reshardable": True}
+    own = hybrid(pattern) | more | {"ckpt_format": "torch_dist", "dist_ckpt_optim_fully_reshardable": True}
     own |= {"train_iters": 4, "save": tmp_path / "checkpoints", "save_interval": 2, "mup_recipe": path}
     words = line(**own, tensor_model_parallel_size=2, sequence_parallel=True)
     first = run(tmp_path / "first", words, 2).require_success()

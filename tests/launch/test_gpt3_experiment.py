@@ -105,7 +105,7 @@ def test_the_default_is_one_search_with_a_budget(environment: dict[str, str], tm
     commands = commands_of(out)
     assert list(commands) == ["prepare", "search", "transfer", "target", "evaluate", "report"]
     (command,) = commands["search"]
-    assert words_after(command, "--budget") == "4.5e19"
+    assert words_after(command, "--budget") == "3e19"
     assert int(words_after(command, "--train-iters")) == 4e9 // (256 * 2048)
     assert commands["transfer"][0] == command, "what a lost job has left is run before"
     study = words_after(command, "--study")

@@ -168,8 +168,8 @@ class Experts(Family):
             return
         yield (
             f"Base and target differ in {', '.join(differ)}. Measured at hidden_size 128, from E8 k2 ffn 128 to E32 k8 "
-            "ffn 32: the best learning rate moves by at most a quarter of an octave. What layers of experts give at the "
-            "start changes with k, and with num_experts where the softmax is over all of them."
+            "ffn 32: the best learning rate moves by at most a quarter of an octave. What layers of experts give at "
+            "the start changes with k, and with num_experts where the softmax is over all of them."
         )
         share = (target.moe_router_topk / target.num_experts) / (base.moe_router_topk / base.num_experts)
         if share != 1.0:

@@ -148,6 +148,7 @@ def command(
         csv_file=folder / "trials.csv",
         best_file=folder / "best.json",
         log_folder=folder / "logs",
+        state_folder=folder / "checkpoints",
     )
     if result.best is None:
         remedy = (

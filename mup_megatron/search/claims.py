@@ -21,6 +21,7 @@ from mup_megatron.search.study import (
     OWNER,
     REASON,
     RETRY_OF,
+    SECONDS,
     SIZE,
     SLOT,
     SOURCE,
@@ -44,6 +45,8 @@ class Claim:
     rung: int
     attempts: int
     """How often it has crashed."""
+    seconds: float
+    """How long it has run before, as far as it was stopped in order."""
 
 
 @dataclass
@@ -128,7 +131,7 @@ class Claims:
                 continue
             trial = next(trial for trial in trials if trial.state != TrialState.FAIL)
             if self._take_over(trial):
-                return self._claim(trial, slot, attempts=trial.user_attrs.get(ATTEMPTS, 0))
+                return self._claim(trial, slot)
         for slot in sorted(self._to_retry):
             self._to_retry.remove(slot)
             if _failed(self._slots[slot]):
@@ -169,11 +172,12 @@ class Claims:
             self._backend.set_trial_user_attr(trial_id, REASON, "not run: another process has begun this slot")
             self._backend.set_trial_state_values(trial_id, TrialState.FAIL)
             return None
-        return self._claim(trial, slot, attempts=0)
+        return self._claim(trial, slot)
 
-    def _claim(self, trial: FrozenTrial, slot: int, *, attempts: int) -> Claim:
+    def _claim(self, trial: FrozenTrial, slot: int) -> Claim:
         rung = 0 if self.spec.ladder is None else self.spec.ladder.place(slot)[0]
-        return Claim(trial._trial_id, trial.number, slot, rung, attempts)
+        attempts, seconds = trial.user_attrs.get(ATTEMPTS, 0), trial.user_attrs.get(SECONDS, 0.0)
+        return Claim(trial._trial_id, trial.number, slot, rung, attempts, seconds)
 
     def _own(self, trial_id: int) -> None:
         self._backend.set_trial_user_attr(trial_id, OWNER, self.owner.record(self._beat))

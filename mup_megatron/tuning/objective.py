@@ -9,9 +9,10 @@ from typing import Any
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Hyperparameters, Recipe, recipe
-from mup_megatron.search import ReportFn, Space, TrialOutcome
+from mup_megatron.search import Interruption, ReportFn, Space, TrialOutcome
 from mup_megatron.search.space import SearchRange
 from mup_megatron.training.options import TrainingOptions, require_possible
+from mup_megatron.training.train import Stop, Stopped, run_training
 from mup_megatron.validation import plain
 
 SEARCHABLE = tuple(
@@ -83,10 +84,21 @@ class ProxyTraining:
 
     def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         """Runs one trial, in a process of its own."""
-        from mup_megatron.megatron.versions import installed
-        from mup_megatron.training.train import run_training
+        return self._run(parameters, report, None)
 
-        result = run_training(self.model, self.recipe(parameters), self.data, self.options, report=report)
+    def resume(
+        self, parameters: Mapping[str, float], report: ReportFn, interruption: Interruption
+    ) -> TrialOutcome | None:
+        """Runs one trial, which can be stopped; its checkpoint is bitwise what an undisturbed trial has there."""
+        try:
+            return self._run(parameters, report, Stop(interruption.folder, interruption.requested))
+        except Stopped:
+            return None
+
+    def _run(self, parameters: Mapping[str, float], report: ReportFn, stop: Stop | None) -> TrialOutcome:
+        from mup_megatron.megatron.versions import installed
+
+        result = run_training(self.model, self.recipe(parameters), self.data, self.options, report=report, stop=stop)
         return TrialOutcome(
             loss=result.validation_loss,
             diverged=result.status == "diverged",

@@ -93,10 +93,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         # What commands read and write themselves has a message of its own; what is left has at least a name.
         code = _complain(_refused_by_system(error), BAD_INPUT, debug=debug)
-    except Terminated:
-        code = _complain("terminated", 128 + signal.SIGTERM, debug=debug)
-    except (click.Abort, KeyboardInterrupt):
-        code = _complain("interrupted", 130, debug=debug)
+    except (click.Abort, KeyboardInterrupt) as error:  # click makes the first of the second
+        if isinstance(error.__cause__ or error, Terminated):
+            code = _complain("terminated", 128 + signal.SIGTERM, debug=debug)
+        else:
+            code = _complain("interrupted", 130, debug=debug)
     sys.exit(code if isinstance(code, int) else 0)
 
 

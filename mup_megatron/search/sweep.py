@@ -29,6 +29,7 @@ from mup_megatron.json_io import finite
 from mup_megatron.search.claims import Claim, Claims
 from mup_megatron.search.objective import Objectives, TrialOutcome
 from mup_megatron.search.owner import Owner, OwnerWatch
+from mup_megatron.search.patience import Patience
 from mup_megatron.search.report import SweepProgress, write_results
 from mup_megatron.search.states import States
 from mup_megatron.search.stopping import Stop
@@ -95,6 +96,7 @@ def run_sweep(
     state_folder: Path | None = None,
     heartbeat_s: float = 10.0,
     grace_s: float = 60.0,
+    away_s: float = 600.0,
 ) -> SweepResult:
     """Runs trials until the study holds `n_trials` finished ones, counting those it has already.
 
@@ -118,6 +120,7 @@ def run_sweep(
         state_folder: gets the state of trials that are stopped, until they end; None: they begin again.
         heartbeat_s: how often this call shows other machines that it is alive.
         grace_s: how long another machine may show nothing before its trials are run again here.
+        away_s: how long a storage on a server may be away before this call ends.
 
     Raises:
         InputError: the storage cannot be used, the study was made with another space or context, a file cannot be
@@ -136,8 +139,8 @@ def run_sweep(
         with (
             _quiet_optuna(),
             Stop().listening() as stop,
-            open_storage(spec.storage, create=True) as storage,
             SweepProgress(n_trials) as progress,
+            open_storage(spec.storage, create=True, patience=Patience(away_s, stop.sleep, progress.say)) as storage,
         ):
             study, spec = open_study(spec, storage, n_trials)
             claims = Claims(spec, study, storage, n_trials, owner, OwnerWatch(grace_s))

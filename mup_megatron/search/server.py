@@ -4,6 +4,7 @@ Whoever reaches its port can read and change every study: it asks for no name an
 """
 
 import contextlib
+import socket
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,6 +53,7 @@ def serve(url: str, host: str, port: int, *, say: Callable[[str], None]) -> None
         kind = ""
     if kind in ("journal", "grpc"):
         raise InputError(f"--storage {url}: only databases can be served. Give it to the searches as it is.")
+    _require_free(host, port)
     with open_storage(url, create=True) as storage, warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         # Optuna numbers trials by reading and then writing, which two threads must not do at once on SQLite.
@@ -60,9 +62,15 @@ def serve(url: str, host: str, port: int, *, say: Callable[[str], None]) -> None
         with threads or contextlib.nullcontext():
             try:
                 optuna.storages.run_grpc_proxy_server(storage.backend, host=host, port=port, thread_pool=threads)
-            except RuntimeError as error:
-                raise InputError(f"--port {port}: cannot be listened at ({error}). Choose another.") from None
             except (ImportError, AttributeError) as error:
                 raise InputError(
                     f"a server needs grpcio ({error}). Install it: pip install 'mup-megatron[grpc]'"
                 ) from None
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raises InputError if the port cannot be listened at. gRPC itself would share it with another server."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--port {port}: cannot be listened at on {host} ({error}). Choose another.") from None

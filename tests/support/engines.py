@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.blocking import LIMIT_S
+from support.blocking import LIMIT_S, wait_until_dead
 
 from mup_megatron.search.server import serve
 
@@ -94,10 +94,11 @@ class Postgres:
         """Ends it without its saying good-bye to anybody."""
         process = psutil.Process(self._server.get_pid())
         process.send_signal(signal.SIGQUIT)
-        psutil.wait_procs([process], LIMIT_S)
+        wait_until_dead([process])
 
     def start(self) -> None:
         """Starts it again."""
+        (self._server.pgdata / "postmaster.pid").unlink(missing_ok=True)  # the package takes a zombie for alive
         self._server.ensure_postgres_running()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What runs a trial, and what comes of it. Knows nothing of processes, studies or Optuna."""
+"""Objectives, which run trials, and the outcomes of these. Knows nothing of processes, studies or Optuna."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +41,7 @@ Objectives: TypeAlias = Objective | Sequence[Objective]
 
 @dataclass(frozen=True)
 class Interruption:
-    """What a trial that can go on elsewhere has to know."""
+    """Tells a trial that can go on elsewhere where to keep its state, and when to leave."""
 
     folder: Path
     """Where it keeps its state; it need not exist. What is in it was left by this trial."""

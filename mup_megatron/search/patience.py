@@ -28,9 +28,10 @@ def _wait(seconds: float) -> bool:
 
 @dataclass
 class Patience:
-    """How long a storage may be away, and what is done meanwhile."""
+    """Waits for a storage that is away, up to a limit."""
 
     seconds: float = 0.0
+    """How long it may be away."""
     sleep: Callable[[float], bool] = _wait
     """Waits so long; False: not to be patient any longer."""
     say: Callable[[str], None] = field(default=lambda text: None)

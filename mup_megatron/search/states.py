@@ -1,4 +1,4 @@
-"""Where trials that were stopped keep their state: a folder for each, beside the study's results."""
+"""The states of trials that were stopped: a folder for each, beside the study's results."""
 
 import shutil
 from collections.abc import Iterable

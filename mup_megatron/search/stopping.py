@@ -15,7 +15,7 @@ AT_MOST_S = 9.0
 
 
 class Stop:
-    """Whether this process was told to stop. A second Ctrl-C ends it where it stands.
+    """Tells if this process was told to stop. A second Ctrl-C ends it where it stands.
 
     It can be waited for beside connections, as `multiprocessing.connection.wait` does.
     """

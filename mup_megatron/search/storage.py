@@ -79,7 +79,7 @@ class Storage:
         return self.file is not None
 
     def settle(self) -> None:
-        """Where `lock` does nothing: waits for those who write the same at the same moment. The last one counts."""
+        """Waits, if `lock` does nothing, for those who write the same at the same moment. The last one counts."""
         if not self.excludes:
             time.sleep(SETTLE_S)
 

@@ -172,7 +172,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class _Setting:
-    """What all trials of a worker have in common."""
+    """The settings that all trials of a worker have in common."""
 
     objective: Objectives
     launch: Launch

@@ -63,7 +63,7 @@ class StandIn(ModuleType):
 def test_each_task_is_a_command_and_a_mistake_is_told(gpus: int, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
     ray, said = StandIn(gpus), list[str]()
     monkeypatch.setitem(sys.modules, "ray", ray)
-    run_on_ray(["recipe", "--base", "base.yaml", "--lr", "0.01", "-o", "made.yaml"], 2, say=said.append)
+    run_on_ray(["recipe", "--base", "base.yaml", "--lr", "0.01", "-o", "made.yaml", "--force"], 2, say=said.append)
     assert (here / "made.yaml").exists()
     assert len(ray.tasks) == 2
     assert ray.options == {"num_cpus": 1, "num_gpus": min(gpus, 1), "max_retries": -1}

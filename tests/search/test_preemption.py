@@ -16,14 +16,16 @@ import pytest
 from support.blocking import LIMIT_S, own_children, wait_until_dead
 
 from mup_megatron.errors import InputError, Terminated
-from mup_megatron.search import Interruption, ReportFn, StudySpec, TrialOutcome, run_sweep
+from mup_megatron.search import Interruption, ReportFn, StudySpec, TrialOutcome, run_sweep, stopping
 from mup_megatron.search import sweep as sweep_module
+from mup_megatron.search.claims import Claims
 from mup_megatron.search.space import SearchRange, Space
 
 # pytest-xdist runs a thread beside the tests, and Python warns of every fork then.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 SPACE = Space({"x": SearchRange(0.0, 1.0, log=False)})
+REAL_LIMITS = sweep_module.INTERRUPT_S, stopping.AT_MOST_S
 STEPS = 6
 STOP_AT = 3
 
@@ -220,6 +222,24 @@ def test_a_trial_that_does_not_answer_or_cannot_keep_its_state_begins_again(
         assert [(trial.state.name, trial.user_attrs.get("attempts")) for trial in trials(spec)] == [("WAITING", None)]
     assert run(spec, Counting(tmp_path), 1, tmp_path) == 0
     assert_as_undisturbed(spec, 1)
+
+
+def test_there_is_a_limit_to_how_long_it_takes_to_stop(
+    spec: StudySpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here a storage hangs. Ten seconds is what a batch system may grant."""
+
+    def hang(self: Claims) -> None:
+        while True:
+            signal.pause()
+
+    assert REAL_LIMITS[0] < REAL_LIMITS[1] < 10
+    monkeypatch.setattr(stopping, "AT_MOST_S", 0.5)
+    monkeypatch.setattr(Claims, "put_back", hang)
+    assert run(spec, Counting(tmp_path, TOLD["the command"]), 1, tmp_path) == 143
+    monkeypatch.undo()
+    assert run(spec, Counting(tmp_path), 1, tmp_path) == 0
+    assert [trial.value for trial in trials(spec)] == [SPACE.sample(3, 0)["x"] + STEPS]
 
 
 def test_states_are_kept_when_the_search_ends_with_an_error(spec: StudySpec, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from mup_megatron.search.patience import Patience
 from mup_megatron.search.report import SweepProgress, write_results
 from mup_megatron.search.states import States
 from mup_megatron.search.stopping import Stop
-from mup_megatron.search.storage import open_storage
+from mup_megatron.search.storage import FAILURES, open_storage
 from mup_megatron.search.stored import open_study
 from mup_megatron.search.study import ATTEMPTS, METRICS, MOST_TRIALS, REASON, SECONDS, StudyRecord, StudySpec, Trial
 from mup_megatron.search.worker import (
@@ -213,7 +213,7 @@ class _Sweep:
             for connection in ready:
                 assert isinstance(connection, Connection)
                 # What is wrong with one trial, or with the storage, has been said or will be by the next call.
-                with contextlib.suppress(InputError):
+                with contextlib.suppress(InputError, *FAILURES):
                     self._handle(connection)
 
     def _work(self, n_trials: int) -> None:

@@ -100,7 +100,9 @@ class Weather:
         """Starts commands that have ended before the study was complete; returns whether none runs any more."""
         for place, command in enumerate(self._commands):
             if command is None or command.exitcode not in (None, 0):
-                assert command is None or command.exitcode in (-signal.SIGKILL, 128 + signal.SIGTERM, 1)
+                # Told to end before it listens, a process ends by the signal.
+                known = (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 1)
+                assert command is None or command.exitcode in known
                 started = multiprocessing.get_context("fork").Process(target=self._search)
                 started.start()
                 self._commands[place] = started

@@ -242,6 +242,21 @@ def test_there_is_a_limit_to_how_long_it_takes_to_stop(
     assert [trial.value for trial in trials(spec)] == [SPACE.sample(3, 0)["x"] + STEPS]
 
 
+def test_a_storage_that_is_away_meanwhile_changes_nothing(
+    spec: StudySpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(self: Claims, *args: object) -> None:
+        raise optuna.exceptions.StorageInternalError("no route")
+
+    monkeypatch.setattr(Claims, "end", away)
+    objective = Counting(tmp_path, TOLD["the command"])
+    assert run(spec, objective, 1, tmp_path) == 143
+    monkeypatch.undo()
+    assert run(spec, objective, 1, tmp_path) == 0
+    assert objective.steps() == [*range(STEPS)]
+    assert_as_undisturbed(spec, 1)
+
+
 def test_states_are_kept_when_the_search_ends_with_an_error(spec: StudySpec, tmp_path: Path) -> None:
     """What a user did wrong ends the search; the other trials need not begin again."""
 

@@ -7,7 +7,7 @@ PYTEST ?=
 
 STAMP := $(VENV)/.complete
 RUN := $(VENV)/bin
-PACKAGES := .[megatron,muon,deepspeed,hf,wandb,dev]
+PACKAGES := .[megatron,muon,deepspeed,hf,wandb,grpc,postgresql,dev]
 
 # A PYTHON that is asked for and is not the one the environment stands on makes it stale.
 ifneq ($(PYTHON),)

@@ -31,7 +31,7 @@ GROUND = {
 """Errors, what raises them for files and on all ranks, and what tells them: whoever may import `errors` may import all
 of these."""
 
-IMPORT_TO_DISTRIBUTION = {"megatron": "megatron-core", "ruamel": "ruamel.yaml", "yaml": "PyYAML"}
+IMPORT_TO_DISTRIBUTION = {"grpc": "grpcio", "megatron": "megatron-core", "ruamel": "ruamel.yaml", "yaml": "PyYAML"}
 
 
 # Who imports whom
@@ -201,7 +201,7 @@ def test_pins_fit_every_machine(path: Path) -> None:
 @pytest.mark.parametrize("path", CONSTRAINTS, ids=lambda path: path.stem)
 def test_pins_lie_in_the_declared_ranges(path: Path) -> None:
     pinned = pins(path)
-    for requirement in requirements("megatron", "deepspeed", "hf", "wandb", "dev"):
+    for requirement in requirements("megatron", "deepspeed", "hf", "wandb", "grpc", "postgresql", "dev"):
         if requirement.name != "triton":
             assert Version(pinned[canonicalize_name(requirement.name)]) in requirement.specifier, str(requirement)
 

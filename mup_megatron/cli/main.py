@@ -1,11 +1,13 @@
 """`mup-megatron`: finds the command, and turns what users did wrong into one sentence and an exit code.
 
-Exit codes: 0 done, 1 the answer is no, 2 bad input. Commands are thin modules beside this one, imported when called.
+Exit codes: 0 done, 1 the answer is no, 2 bad input; 130 Ctrl-C, 143 SIGTERM. Commands are thin modules beside this one,
+imported when called.
 """
 
 import errno
 import importlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -14,7 +16,7 @@ from collections.abc import Sequence
 import click
 
 from mup_megatron import __version__
-from mup_megatron.errors import InputError
+from mup_megatron.errors import InputError, Terminated
 from mup_megatron.messages import BAD_INPUT, is_first
 from mup_megatron.validation import shortened
 
@@ -91,8 +93,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         # What commands read and write themselves has a message of its own; what is left has at least a name.
         code = _complain(_refused_by_system(error), BAD_INPUT, debug=debug)
-    except (click.Abort, KeyboardInterrupt):
-        code = _complain("interrupted", 130, debug=debug)
+    except (click.Abort, KeyboardInterrupt) as error:  # click makes the first of the second
+        if isinstance(error.__cause__ or error, Terminated):
+            code = _complain("terminated", 128 + signal.SIGTERM, debug=debug)
+        else:
+            code = _complain("interrupted", 130, debug=debug)
     sys.exit(code if isinstance(code, int) else 0)
 
 

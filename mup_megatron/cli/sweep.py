@@ -32,9 +32,13 @@ from mup_megatron.tuning import (
     rung_names,
     settings_of,
 )
+from mup_megatron.tuning.memory import free_gpu_memory, free_memory, remark_on_memory
 
-WORDS = ("report",)
+WORDS = ("report", "serve")
 """Words in place of the proxy's file, with a command each, in the module `sweep_WORD` beside this one."""
+
+_GIVEN = "mup_megatron.sweep"
+"""Where a context has the words that it was made of."""
 
 
 class _SweepCommand(click.Command):
@@ -47,7 +51,10 @@ class _SweepCommand(click.Command):
         if args and args[0] in WORDS:
             named: click.Command = importlib.import_module(f"mup_megatron.cli.sweep_{args[0]}").command
             return named.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
-        return super().make_context(info_name, args, parent, **extra)
+        words = list(args)
+        context = super().make_context(info_name, args, parent, **extra)
+        context.meta[_GIVEN] = words
+        return context
 
 
 @click.command(cls=_SweepCommand)
@@ -60,11 +67,16 @@ class _SweepCommand(click.Command):
 @click.option("--of", metavar="NAME", help="… which is this one, in the same --storage.")
 @click.option("--accept-unfinished", is_flag=True, help="Although trials of that study have no result yet.")
 @click.option("--study", required=True, metavar="NAME")
-@click.option("--storage", metavar="URL", help="Any storage of Optuna's. [default: sqlite:///results/NAME.db]")
+@click.option(
+    "--storage",
+    metavar="URL",
+    help="sqlite:///FILE, journal:///FILE, grpc://HOST:PORT or a database. [default: sqlite:///results/NAME.db]",
+)
 @click.option("--space", type=FILE, metavar="FILE", help="What is searched. [default: as TP5 for GPT-3]")
 @click.option("--recipe", "recipe_path", type=FILE, metavar="R", help="Values of what is not searched.")
 @click.option("--sampler", type=click.Choice(["random", "tpe"]), help="[default: random]")
 @click.option("--workers", type=int, default=1, show_default=True, help="Trials at a time on this machine.")
+@click.option("--ray", is_flag=True, help="So many trials at a time on a Ray cluster instead.")
 @click.option("--train-iters", type=int, default=1000, show_default=True)
 @click.option("--global-batch-size", type=int, default=32, show_default=True)
 @click.option("--micro-batch-size", type=int, default=None)
@@ -89,6 +101,7 @@ def command(
     recipe_path: Path | None,
     sampler: Literal["random", "tpe"] | None,
     workers: int,
+    ray: bool,
     train_iters: int,
     global_batch_size: int,
     micro_batch_size: int | None,
@@ -109,6 +122,7 @@ def command(
     and the last to whole ones of PROXY. What that comes to is shown before the first trial.
 
     `sweep report STUDY` shows what a search has found, also while it runs: see its --help.
+    `sweep serve` is a storage for searches on many machines: see its --help.
     """
     _require_one_way(trials, budget, best, of)
     for_searches = {"--space": space, "--recipe": recipe_path, "--sampler": sampler}
@@ -169,7 +183,12 @@ def command(
         spec, asked = replace(spec, ladder=ladder), ladder.trials
         objectives, called = [at_rung(objective, rung) for rung in ladder.rungs], rung_names(ladder)
         _show(ladder)
-    preload()
+    if ray:
+        _run_on_ray(spec.storage, workers)
+    on_cpu = preload()
+    free = free_memory if on_cpu else free_gpu_memory
+    if (remark := remark_on_memory(model, objective.options, workers, free=free)) is not None:
+        click.echo(remark, err=True)
     result = run_sweep(
         spec,
         objectives,
@@ -179,6 +198,7 @@ def command(
         csv_file=folder / "trials.csv",
         best_file=folder / "best.json",
         log_folder=folder / "logs",
+        state_folder=folder / "checkpoints",
     )
     if result.best is None:
         remedy = (
@@ -203,6 +223,16 @@ def _require_one_way(trials: int | None, budget: float | None, best: int | None,
             "How many trials? Either --trials N for a search, or --best N --of NAME for those of another. "
             "With --budget FLOPS the search decides it itself."
         )
+
+
+def _run_on_ray(storage: str, workers: int) -> None:
+    """Has a Ray cluster run the study; what is left to this command then is to tell what came of it."""
+    from mup_megatron.search.ray_tasks import run_on_ray
+
+    words = [word for word in click.get_current_context().meta[_GIVEN] if word != "--ray"]
+    if storage.startswith("sqlite"):
+        raise InputError("--ray: SQLite is for one machine. Give a --storage that all machines of the cluster reach.")
+    run_on_ray(["sweep", *words, "--workers", "1"], workers, say=lambda text: click.echo(text, err=True))
 
 
 def _show(ladder: Ladder) -> None:

@@ -21,6 +21,7 @@ from mup_megatron.search.study import (
     OWNER,
     REASON,
     RETRY_OF,
+    SECONDS,
     SIZE,
     SLOT,
     SOURCE,
@@ -44,6 +45,8 @@ class Claim:
     rung: int
     attempts: int
     """How often it has crashed."""
+    seconds: float
+    """How long it has run before, as far as it was stopped in order."""
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Claims:
         self._size = int(self.study.user_attrs[SIZE])
         self._study_id = self._backend.get_study_id_from_name(self.spec.name)
         self._beat = 0
+        self._outages = self.storage.patience.outages
         self._held: dict[int, Claim] = {}
         """Number → the claims that have not ended."""
         self._to_retry: set[int] = set()
@@ -77,6 +81,9 @@ class Claims:
     def look(self) -> None:
         """Reads the study. Between two looks this call works with what it saw."""
         self._trials = self.study.get_trials(deepcopy=False)
+        if self._outages != self.storage.patience.outages:
+            self._outages = self.storage.patience.outages
+            self.watch.begin_again()
         self._slots: dict[int, list[FrozenTrial]] = {}
         for trial, slot in zip(self._trials, slots_of(self._trials), strict=True):
             self._slots.setdefault(slot, []).append(trial)
@@ -128,7 +135,7 @@ class Claims:
                 continue
             trial = next(trial for trial in trials if trial.state != TrialState.FAIL)
             if self._take_over(trial):
-                return self._claim(trial, slot, attempts=trial.user_attrs.get(ATTEMPTS, 0))
+                return self._claim(trial, slot)
         for slot in sorted(self._to_retry):
             self._to_retry.remove(slot)
             if _failed(self._slots[slot]):
@@ -142,14 +149,32 @@ class Claims:
                 # The owner first: a running trial without one could be nobody's for ever.
                 self._own(trial._trial_id)
                 return self._backend.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
-            if trial.number in self._held:
+            if trial.number in self._held or not self._is_orphan(trial):
                 return False
-            if not self.watch.is_dead(trial.number, trial.user_attrs.get(OWNER)):
-                return False
+            if self.storage.excludes:
+                self._own(trial._trial_id)
+                return True
+            if self._backend.get_trial(trial._trial_id).user_attrs.get(OWNER) != trial.user_attrs.get(OWNER):
+                return False  # another has just taken it
             self._own(trial._trial_id)
-            return True
+            self.storage.settle()  # of those that take it together, the last to write has it
+            return self._is_own(trial._trial_id)
         except UpdateFinishedTrialError:
             return False
+
+    def _is_orphan(self, trial: FrozenTrial) -> bool:
+        """Says if nobody runs a running trial any more."""
+        owner = trial.user_attrs.get(OWNER)
+        if owner is not None and owner["token"] == self.owner.token:
+            # This call does not know of it: the storage went away when it was created or taken. Or another call has it
+            # and has not shown so yet, both having taken it at once.
+            return self.watch.stands_still(trial.number, owner)
+        return self.watch.is_dead(trial.number, owner)
+
+    def _is_own(self, trial_id: int) -> bool:
+        """Says if the storage has this call as the owner of a trial."""
+        owner = self._backend.get_trial(trial_id).user_attrs.get(OWNER)
+        return owner is not None and owner["token"] == self.owner.token
 
     def _create(self, attributes: Mapping[str, Any]) -> Claim | None:
         """Makes a trial, for the next slot unless attributes say one; None if a call elsewhere has been faster."""
@@ -169,11 +194,12 @@ class Claims:
             self._backend.set_trial_user_attr(trial_id, REASON, "not run: another process has begun this slot")
             self._backend.set_trial_state_values(trial_id, TrialState.FAIL)
             return None
-        return self._claim(trial, slot, attempts=0)
+        return self._claim(trial, slot)
 
-    def _claim(self, trial: FrozenTrial, slot: int, *, attempts: int) -> Claim:
+    def _claim(self, trial: FrozenTrial, slot: int) -> Claim:
         rung = 0 if self.spec.ladder is None else self.spec.ladder.place(slot)[0]
-        return Claim(trial._trial_id, trial.number, slot, rung, attempts)
+        attempts, seconds = trial.user_attrs.get(ATTEMPTS, 0), trial.user_attrs.get(SECONDS, 0.0)
+        return Claim(trial._trial_id, trial.number, slot, rung, attempts, seconds)
 
     def _own(self, trial_id: int) -> None:
         self._backend.set_trial_user_attr(trial_id, OWNER, self.owner.record(self._beat))
@@ -212,7 +238,7 @@ class Claims:
                 for key, value in attributes.items():
                     self._backend.set_trial_user_attr(claim.trial_id, key, value)
                 if state == TrialState.WAITING:
-                    self._backend.set_trial_state_values(claim.trial_id, state)
+                    self._wait_for_next(claim)
                 else:
                     self.study.tell(claim.number, loss, state, skip_if_finished=True)
             except UpdateFinishedTrialError:
@@ -236,9 +262,12 @@ class Claims:
         # If the storage is what failed, the next call finds them as orphans.
         with contextlib.suppress(UpdateFinishedTrialError, *FAILURES), self.storage.lock():
             for claim in self._held.values():
-                trial = self._backend.get_trial(claim.trial_id)
-                if trial.user_attrs[OWNER]["token"] == self.owner.token and not trial.state.is_finished():
-                    self._backend.set_trial_state_values(claim.trial_id, TrialState.WAITING)
+                self._wait_for_next(claim)
+
+    def _wait_for_next(self, claim: Claim) -> None:
+        """Lets a trial be taken by anybody; unless another, for whom this call seemed dead, has it already."""
+        if self._is_own(claim.trial_id):
+            self._backend.set_trial_state_values(claim.trial_id, TrialState.WAITING)
 
 
 def _finished(trials: list[FrozenTrial]) -> bool:

@@ -6,16 +6,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from mup_megatron.errors import InputError
-from mup_megatron.search.worker import (
-    Crashed,
-    Finished,
-    Objective,
-    Refused,
-    TrialJob,
-    TrialOutcome,
-    Worker,
-    WorkerDiedError,
-)
+from mup_megatron.search.objective import Objective, TrialOutcome
+from mup_megatron.search.worker import Crashed, Finished, Refused, TrialJob, Worker, WorkerDiedError
 
 
 def run_jobs(

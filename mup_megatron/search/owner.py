@@ -36,7 +36,12 @@ def this_machine() -> str:
 
 def _started(process: psutil.Process) -> float:
     """Seconds from the machine's start to the process's: a number that does not move when the clock is set."""
-    return float(process.create_time() - psutil.boot_time())
+    status = Path(f"/proc/{process.pid}/stat")
+    if not status.exists():
+        return float(process.create_time() - psutil.boot_time())
+    # psutil adds the time of the machine's start, and some releases remember that from before the clock was set.
+    after_name = status.read_text().rpartition(")")[2].split()
+    return int(after_name[19]) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,10 @@ class OwnerWatch:
         """Says if the owner of the running trial number `trial` is dead, given what the trial has stored of it."""
         if record is not None and record["machine"] == self._machine:
             return not _is_alive_here(record)
+        return self.stands_still(trial, record)
+
+    def stands_still(self, trial: int, record: Mapping[str, Any] | None) -> bool:
+        """Says if what a trial has stored of its owner has been the same for too long."""
         now = time.monotonic()
         mark = (record["token"], record["beat"]) if record is not None else None
         seen, since = self._last_change.get(trial, (None, now))
@@ -85,6 +94,10 @@ class OwnerWatch:
             self._last_change[trial] = (mark, now)
             return False
         return now - since > self._grace_s
+
+    def begin_again(self) -> None:
+        """Counts no time before now: while the storage is away, nobody can show anything."""
+        self._last_change.clear()
 
 
 def _is_alive_here(record: Mapping[str, Any]) -> bool:
@@ -95,5 +108,5 @@ def _is_alive_here(record: Mapping[str, Any]) -> bool:
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
         return abs(_started(process) - float(record["started"])) < SAME_START_S
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
         return False

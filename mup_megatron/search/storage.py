@@ -1,45 +1,70 @@
-"""Opening the database of a study without harm to what is there. Not the study: see `study.py`."""
+"""Opening the storage of a study, of whichever kind, without harm to what is there. Not the study: see `study.py`.
+
+sqlite:///FILE               a file on this machine
+journal:///FILE              Optuna's journal, which several machines may share on a network's file system
+grpc://HOST:PORT             a server of `mup-megatron sweep serve`, or another of Optuna's gRPC proxies
+postgresql://…, mysql://…    a database server, as SQLAlchemy spells it
+"""
 
 import contextlib
-import fcntl
-import os
+import importlib.util
 import re
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import optuna
 import sqlalchemy
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial
 
 from mup_megatron.errors import InputError
+from mup_megatron.search.database_file import (
+    LOCK_TIMEOUT_S,
+    JournalLock,
+    locked_folder,
+    require_journal,
+    require_sqlite,
+)
+from mup_megatron.search.patience import Patience
 from mup_megatron.validation import brief
 
 FAILURES = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error)
 """What Optuna raises when the database fails: the disk is full, the server is gone."""
 
-_TABLES = {
-    *("studies", "study_directions", "study_system_attributes", "study_user_attributes", "trial_intermediate_values"),
-    *("trial_params", "trial_system_attributes", "trial_user_attributes", "trial_values", "trials", "version_info"),
-}
-"""Optuna makes those that are missing, empty: so it must not see a database that has lost some."""
+GRPC_PORT = 13000
+"""Optuna's own."""
 
-LOCK_TIMEOUT_S = 60
-"""How long a write waits for other processes' writes to the same SQLite file."""
+ANSWERS_S = 20.0
+"""How long a gRPC server may take to answer at first."""
+
+SETTLE_S = 0.25
+"""Longer than between reading that something is not there, and writing it."""
+
+_PASSING = frozenset({"UNAVAILABLE", "UNKNOWN", "INTERNAL", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"})
+"""Codes of gRPC for a server that is away, or whose database is."""
+
+_Backends: TypeAlias = tuple[BaseStorage, BaseStorage]
+"""What studies are loaded from, and the same without the cache in front of it, where there is one."""
 
 
 @dataclass(frozen=True)
 class Storage:
     """An open Optuna storage."""
 
-    backend: optuna.storages.BaseStorage
-    """What studies are loaded from: Optuna's cache in front of the database."""
-    database: optuna.storages.RDBStorage
+    backend: BaseStorage
+    """What studies are loaded from: where there is one, Optuna's cache in front of the database."""
+    database: BaseStorage
+    """The same without the cache; a gRPC server's alone is always seen through one."""
     label: str
     """Its URL without the password, for messages."""
     file: Path | None
     """Of a SQLite storage, the file."""
+    patience: Patience
+    """What is done when it is away."""
 
     def stored_trials(self, study: str) -> list[FrozenTrial]:
         """Returns all trials of a study, in the order of creation, as the database has them.
@@ -48,17 +73,27 @@ class Storage:
         """
         return self.database.get_all_trials(self.database.get_study_id_from_name(study), deepcopy=False)
 
+    @property
+    def excludes(self) -> bool:
+        """True if `lock` keeps others out."""
+        return self.file is not None
+
+    def settle(self) -> None:
+        """Waits, if `lock` does nothing, for those who write the same at the same moment. The last one counts."""
+        if not self.excludes:
+            time.sleep(SETTLE_S)
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Excludes every other process that uses this lock on the same SQLite file; the system frees it at death.
 
-        SQLite has no row locks, so Optuna's read-then-write steps are not atomic on it. On a database server they are,
-        and this does nothing.
+        SQLite has no row locks, so Optuna's read-then-write steps are not atomic on it. Elsewhere they are, and this
+        does nothing.
         """
         if self.file is None:
             yield
         else:
-            with _locked(self.file.parent):
+            with locked_folder(self.file.parent):
                 yield
 
 
@@ -74,41 +109,49 @@ def default_storage(name: str, folder: Path = Path("results")) -> str:
 
 
 def is_there(url: str) -> bool:
-    """Says if a storage exists: of SQLite the file, of a database server always."""
-    try:
-        file = _sqlite_file(sqlalchemy.make_url(url))
-    except sqlalchemy.exc.ArgumentError:
-        raise _no_url(url) from None
+    """Says if a storage exists: of SQLite and of a journal the file, of a server always."""
+    parsed = _parsed(url)
+    file = _journal_file(parsed) if parsed.drivername == "journal" else _sqlite_file(parsed)
     return file is None or file.exists()
 
 
 @contextlib.contextmanager
-def open_storage(url: str, *, create: bool) -> Iterator[Storage]:
+def open_storage(url: str, *, create: bool, patience: Patience | None = None) -> Iterator[Storage]:
     """Opens an Optuna storage, and closes its connections at the end: a process forked later must not have them.
 
     A failure of the database while the storage is open (disk full, server gone) becomes an InputError.
 
     Args:
-        url: as Optuna takes it, for example `sqlite:///results/study.db`.
-        create: whether a SQLite file, and its folder, may be created.
+        url: as at the head of this module.
+        create: whether a file, and its folder, may be created.
+        patience: with a storage that is away for a while; by default none. A SQLite file is never waited for.
 
     Raises:
         InputError: the URL is none, the file is missing, damaged or not Optuna's, the server refuses. Nothing that was
             there has been changed then.
     """
-    try:
-        parsed = sqlalchemy.make_url(url)
-    except sqlalchemy.exc.ArgumentError:
-        raise _no_url(url) from None
+    parsed, patience = _parsed(url), patience or Patience()
     label = parsed.render_as_string(hide_password=True)
-    file = _sqlite_file(parsed)
+    kinds: dict[str, Callable[[], contextlib.AbstractContextManager[_Backends]]] = {
+        "journal": lambda: _journal(_journal_file(parsed), create, patience),
+        "grpc": lambda: _grpc(parsed, label, patience),
+    }
+    opened = kinds.get(parsed.drivername, lambda: _database(url, parsed, label, create, patience))
+    with _storage_errors(label), opened() as (backend, database):
+        yield Storage(backend, database, label, _sqlite_file(parsed), patience)
+
+
+@contextlib.contextmanager
+def _database(url: str, parsed: sqlalchemy.URL, label: str, create: bool, patience: Patience) -> Iterator[_Backends]:
+    file, options = _sqlite_file(parsed), {"pool_pre_ping": True}
     if file is not None:
-        _prepare(file, create)
-    options = {"connect_args": {"timeout": LOCK_TIMEOUT_S}} if parsed.get_backend_name() == "sqlite" else None
+        require_sqlite(file, create=create)
+    if parsed.get_backend_name() == "sqlite":
+        options = {"connect_args": {"timeout": LOCK_TIMEOUT_S}}  # type: ignore[dict-item]
     # Creating tables is several steps, so two processes at once would trip over each other.
-    with _locked(file.parent) if file is not None else contextlib.nullcontext(), _storage_errors(label):
+    with locked_folder(file.parent) if file is not None else contextlib.nullcontext():
         try:
-            backend = optuna.storages.RDBStorage(url, options)
+            storage = RDBStorage(url, options)
         except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
             raise InputError(f"--storage {label}: no driver ({error}). Install it, or choose another.") from None
         except (KeyError, IndexError, ValueError) as error:  # Optuna fills in {…} templates
@@ -117,12 +160,65 @@ def open_storage(url: str, *, create: bool) -> Iterator[Storage]:
             raise InputError(f"--storage {label}: {brief(error)}") from None
         except AssertionError:
             raise InputError(f"--storage {label}: damaged. Restore it, or choose another place.") from None
+    if parsed.get_backend_name() != "sqlite":
+        patience.have_with(storage, _away_from_database)
     try:
-        with _storage_errors(label):
-            yield Storage(optuna.storages.get_storage(backend), backend, label, file)
+        yield optuna.storages.get_storage(storage), storage
     finally:
-        backend.remove_session()
-        backend.engine.dispose()
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _away_from_database(error: Exception) -> str | None:
+    cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+    lost = isinstance(cause, sqlalchemy.exc.DBAPIError) and cause.connection_invalidated
+    if lost or isinstance(cause, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError):
+        return brief(getattr(cause, "orig", None) or cause)
+    return None
+
+
+@contextlib.contextmanager
+def _journal(file: Path, create: bool, patience: Patience) -> Iterator[_Backends]:
+    require_journal(file, create=create)
+    try:
+        lines = optuna.storages.journal.JournalFileBackend(str(file), lock_obj=JournalLock(file))
+        storage = optuna.storages.JournalStorage(lines)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be opened ({error.strerror}). Choose another place with --storage.") from None
+    except Exception as error:  # whatever json and Optuna's reading of entries raise
+        raise InputError(f"{file}: damaged ({brief(error)}). Restore it, or choose another with --storage.") from None
+    patience.have_with(storage, lambda error: brief(error) if isinstance(error, OSError) else None)
+    yield storage, storage
+
+
+@contextlib.contextmanager
+def _grpc(parsed: sqlalchemy.URL, label: str, patience: Patience) -> Iterator[_Backends]:
+    if not parsed.host or parsed.database or parsed.username:
+        raise InputError(f"--storage {label}: write grpc://HOST:PORT, as `mup-megatron sweep serve` shows it.")
+    if importlib.util.find_spec("grpc") is None:
+        raise InputError(f"--storage {label}: needs grpcio. Install it: pip install 'mup-megatron[grpc]'")
+    import grpc
+
+    def away(error: Exception) -> str | None:
+        if not isinstance(error, grpc.RpcError):
+            return None
+        code, details = error.code().name, error.details()
+        return f"{code}: {brief(details)}" if code in _PASSING else None
+
+    storage = optuna.storages.GrpcStorageProxy(host=parsed.host, port=parsed.port or GRPC_PORT)
+    try:
+        try:
+            storage.wait_server_ready(timeout=ANSWERS_S)
+        except ConnectionError:
+            raise InputError(
+                f"--storage {label}: no server answers. Start one there with `mup-megatron sweep serve`."
+            ) from None
+        patience.have_with(storage, away)
+        yield storage, storage
+    except grpc.RpcError as error:
+        raise InputError(f"--storage {label}: no server of Optuna's storages ({brief(error.details())}).") from error
+    finally:
+        storage.close()
 
 
 @contextlib.contextmanager
@@ -132,7 +228,7 @@ def _storage_errors(label: str) -> Iterator[None]:
         yield
     except FAILURES as error:
         cause: BaseException = error
-        while cause.__cause__ is not None:
+        while isinstance(cause.__cause__, FAILURES):
             cause = cause.__cause__
         reason = brief(getattr(cause, "orig", None) or cause) or type(cause).__name__
         raise InputError(
@@ -141,74 +237,31 @@ def _storage_errors(label: str) -> Iterator[None]:
         ) from error
 
 
-def _no_url(url: str) -> InputError:
-    return InputError(f"--storage {url!r}: not a URL. Write one such as sqlite:///results/study.db.")
+def _parsed(url: str) -> sqlalchemy.URL:
+    try:
+        return sqlalchemy.make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        raise InputError(
+            f"--storage {url!r}: not a URL. Write one such as sqlite:///results/study.db, journal:///FILE, "
+            "grpc://HOST:PORT or postgresql://…"
+        ) from None
 
 
 def _sqlite_file(url: sqlalchemy.URL) -> Path | None:
     """Returns the file of a SQLite URL; None for other databases and for those without an ordinary file."""
-    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
+    if (
+        url.drivername in ("journal", "grpc")
+        or url.get_backend_name() != "sqlite"
+        or url.database in (None, "", ":memory:")
+    ):
         return None
     assert url.database is not None
     return None if url.database.startswith("file:") else Path(url.database)
 
 
-def _prepare(file: Path, create: bool) -> None:
-    """Makes sure that `file` is a sound SQLite file of Optuna, or that there is none and its folder exists."""
-    if not file.exists():
-        if not create:
-            raise InputError(f"{file}: no such file. Check --study and --storage.")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"{file}: its folder cannot be made ({error.strerror}). Choose another place with --storage."
-            ) from None
-    elif not file.is_file():
-        raise InputError(f"{file}: not a file. Choose another place with --storage.")
-    place = file if file.exists() else file.parent
-    if create and not os.access(place, os.W_OK):
-        raise InputError(f"{place}: not writable. Change its permissions, or choose another place with --storage.")
-    if file.exists():
-        _check_sqlite(file, create)
-
-
-def _check_sqlite(file: Path, create: bool) -> None:
-    try:
-        # Not read-only: what a killed process left half written is rolled back on opening, by SQLite itself.
-        with contextlib.closing(
-            sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=LOCK_TIMEOUT_S)
-        ) as db:
-            sound = [row[0] for row in db.execute("PRAGMA quick_check")]
-            tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            held = "studies" not in tables or db.execute("SELECT 1 FROM studies").fetchone() is not None
-    except (sqlite3.Error, ValueError, OverflowError) as error:  # text that is not UTF-8 among the latter
-        raise InputError(
-            f"{file}: not a sound SQLite file ({brief(error)}). Restore it, or choose another place with --storage."
-        ) from None
-    if sound != ["ok"]:
-        raise InputError(f"{file}: damaged ({brief(sound[0])}). Restore it, or choose another place with --storage.")
-    if not tables and not create:
-        raise InputError(f"{file}: empty, so there is no study in it. Check --study and --storage.")
-    # Optuna's tables may be incomplete when a process was killed while it made them; these come first.
-    if tables and not tables & {"studies", "version_info"}:
-        raise InputError(f"{file}: another program's database. Choose another place with --storage.")
-    if tables and (held or not create) and (lost := sorted(_TABLES - tables)):
-        raise InputError(f"{file}: damaged (it has no table {lost[0]}). Restore it, or choose another with --storage.")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    # On the folder and not the file: SQLite's own locks vanish when a second handle on its file is closed.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:
-            raise InputError(
-                f"{folder}: a file system without locks ({error.strerror}), which SQLite needs. Choose a local folder, "
-                "or a database server, with --storage."
-            ) from None
-        yield
-    finally:
-        os.close(handle)
+def _journal_file(url: sqlalchemy.URL) -> Path:
+    """Returns the file of a journal's URL."""
+    if url.host or not url.database:
+        shown = url.render_as_string(hide_password=True)
+        raise InputError(f"--storage {shown}: write journal:///FILE, with a fourth / before a path from the root.")
+    return Path(url.database)

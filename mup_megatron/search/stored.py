@@ -101,6 +101,7 @@ def open_study(spec: StudySpec, storage: Storage, n_trials: int) -> tuple[optuna
                     f"{storage.label}: study {spec.name!r} was not made by a sweep. Choose another name with --study."
                 )
             study.set_user_attr(SPEC, spec.recorded())
+            storage.settle()
         # Read back, for on a database server another call may have written at the same time.
         attributes = study.user_attrs
         found = spec_of(attributes[SPEC], storage, name=spec.name, storage_url=spec.storage)

@@ -12,8 +12,6 @@ together, none is ever run.
 """
 
 import contextlib
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,24 +24,27 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
-from mup_megatron.errors import InputError
+from mup_megatron.errors import InputError, Terminated
 from mup_megatron.json_io import finite
 from mup_megatron.search.claims import Claim, Claims
+from mup_megatron.search.objective import Objectives, TrialOutcome
 from mup_megatron.search.owner import Owner, OwnerWatch
+from mup_megatron.search.patience import Patience
 from mup_megatron.search.progress import SweepProgress
 from mup_megatron.search.report import write_results
-from mup_megatron.search.storage import open_storage
+from mup_megatron.search.states import States
+from mup_megatron.search.stopping import Stop
+from mup_megatron.search.storage import FAILURES, open_storage
 from mup_megatron.search.stored import open_study
 from mup_megatron.search.study import ATTEMPTS, METRICS, MOST_TRIALS, REASON, SECONDS, StudyRecord, StudySpec, Trial
 from mup_megatron.search.worker import (
     Crashed,
     Finished,
+    Interrupted,
     Launch,
-    Objectives,
     Refused,
     Report,
     TrialJob,
-    TrialOutcome,
     Worker,
     WorkerDiedError,
 )
@@ -53,6 +54,9 @@ MAX_ATTEMPTS = 2
 
 MOST_WORKERS = 1024
 """Of one call: each is a process, with one more for the trial that it runs."""
+
+INTERRUPT_S = 7.0
+"""How long trials may take to keep their state when the sweep is to stop."""
 
 POLL_S = 1.0
 """How often to look for something to do while others run the last trials."""
@@ -91,14 +95,17 @@ def run_sweep(
     csv_file: Path | None = None,
     best_file: Path | None = None,
     log_folder: Path | None = None,
+    state_folder: Path | None = None,
     heartbeat_s: float = 10.0,
     grace_s: float = 60.0,
+    away_s: float = 600.0,
 ) -> SweepResult:
     """Runs trials until the study holds `n_trials` finished ones, counting those it has already.
 
     A diverged trial is a finished one. A crashed trial is run a second time, then given up; a later call tries again.
     An InputError in a trial ends the sweep, for what the user gave is wrong for every trial. On Ctrl-C or SIGTERM
-    running trials are put back, and KeyboardInterrupt leaves this function.
+    running trials are put back, and KeyboardInterrupt or Terminated leaves this function. A `Resumable` objective's
+    trials keep their state first, and go on from it wherever they are run next with the same `state_folder`.
 
     Args:
         spec: the study, made if it does not exist. One that exists keeps the trials that were selected for it.
@@ -113,8 +120,10 @@ def run_sweep(
         csv_file: gets all trials of the study, kept up to date.
         best_file: gets the best trial as JSON, kept up to date.
         log_folder: gets what trials print, a file for each; None sends it to standard error.
+        state_folder: gets the state of trials that are stopped, until they end; None: they begin again.
         heartbeat_s: how often this call shows other machines that it is alive.
         grace_s: how long another machine may show nothing before its trials are run again here.
+        away_s: how long a storage on a server may be away before this call ends.
 
     Raises:
         InputError: the storage cannot be used, the study was made with another space or context, a file cannot be
@@ -128,18 +137,19 @@ def run_sweep(
     assert spec.selection is None or n_trials == len(spec.selection.candidates)
     assert spec.ladder is None or (n_trials == spec.ladder.trials and not callable(objective))
     assert spec.ladder is None or len(called) in (0, len(spec.ladder.rungs))
-    pool = [Worker(objective, launch, log_folder) for _ in range(min(workers, n_trials))]
+    pool = [Worker(objective, launch, log_folder, state_folder) for _ in range(min(workers, n_trials))]
     owner = Owner.this_process()
     try:
         with (
             _quiet_optuna(),
-            _sigterm_as_ctrl_c(),
-            open_storage(spec.storage, create=True) as storage,
+            Stop().listening() as stop,
             SweepProgress(n_trials, called) as progress,
+            open_storage(spec.storage, create=True, patience=Patience(away_s, stop.sleep, progress.say)) as storage,
         ):
             study, spec = open_study(spec, storage, n_trials)
             claims = Claims(spec, study, storage, n_trials, owner, OwnerWatch(grace_s))
-            sweep = _Sweep(claims, pool, progress, heartbeat_s=heartbeat_s, files=(csv_file, best_file))
+            files, states = (csv_file, best_file), States(state_folder)
+            sweep = _Sweep(claims, pool, progress, stop, states, heartbeat_s=heartbeat_s, files=files)
             return sweep.run(n_trials)
     finally:
         owner.retire()
@@ -151,15 +161,27 @@ class _Sweep:
     """One call's share of a study: its workers, each with a trial that was claimed for it."""
 
     def __init__(
-        self, claims: Claims, pool: list[Worker], progress: SweepProgress, *, heartbeat_s: float, files: _Files
+        self,
+        claims: Claims,
+        pool: list[Worker],
+        progress: SweepProgress,
+        stop: Stop,
+        states: States,
+        *,
+        heartbeat_s: float,
+        files: _Files,
     ) -> None:
         self._claims = claims
         self._progress = progress
+        self._stop = stop
+        self._states = states
         self._heartbeat_s = heartbeat_s
         self._files = files
         self._idle = list(pool)
         self._running: dict[Connection, tuple[Worker, Claim]] = {}
         self._next_beat = 0.0
+        self._terminated = False
+        """Whether a worker left because it was told to."""
 
     def run(self, n_trials: int) -> SweepResult:
         """Works until every slot has a result or is given up."""
@@ -169,6 +191,7 @@ class _Sweep:
             self._progress.say("Stopped. The same command goes on.")
             raise
         finally:
+            self._interrupt()
             for worker, _ in self._running.values():
                 worker.close()
             self._claims.put_back()
@@ -177,14 +200,33 @@ class _Sweep:
         write_results(record, *self._files)
         if self._progress.has_table:
             self._progress.show(record)
+        self._states.forget(trial.number for trial in record.trials if trial.finished)
         given_up = tuple(record.trials[number] for number in self._claims.given_up())
         for trial in given_up:
             self._progress.say(f"trial {trial.number} has no result: {trial.reason}. The same command tries again.")
         return SweepResult(record, given_up)
 
+    def _interrupt(self) -> None:
+        """Lets the trials that run keep their state, if they can, for as long as there is time."""
+        deadline = time.monotonic() + INTERRUPT_S
+        for worker, _ in self._running.values():
+            if worker.resumable:
+                worker.interrupt()
+        while waited := [connection for connection, (worker, _) in self._running.items() if worker.resumable]:
+            ready = wait(waited, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                return
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                # What is wrong with one trial, or with the storage, has been said or will be by the next call.
+                with contextlib.suppress(InputError, *FAILURES):
+                    self._handle(connection)
+
     def _work(self, n_trials: int) -> None:
         next_look = 0.0
         while True:
+            if self._stop.requested:
+                raise self._stop.error()
             if self._idle and time.monotonic() >= next_look:
                 while self._idle and (claim := self._claims.take()) is not None:
                     self._start(claim)
@@ -192,13 +234,15 @@ class _Sweep:
                     return
                 next_look = time.monotonic() + POLL_S
             if not self._idle and not self._running:
+                if self._terminated:
+                    raise Terminated
                 raise InputError(
                     f"study {self._claims.record().spec.name!r}: all worker processes were killed; the system may have "
                     "run out of memory. Give the same command again, with fewer --workers."
                 )
-            for connection in wait(list(self._running), timeout=0.0 if next_look == 0.0 and self._idle else POLL_S):
-                assert isinstance(connection, Connection)
-                if self._handle(connection):
+            waited: list[Connection | int] = [*self._running, self._stop.fileno()]
+            for connection in wait(waited, timeout=0.0 if next_look == 0.0 and self._idle else POLL_S):
+                if isinstance(connection, Connection) and self._handle(connection):
                     next_look = 0.0
             if time.monotonic() >= self._next_beat:
                 self._next_beat = time.monotonic() + self._heartbeat_s
@@ -219,8 +263,12 @@ class _Sweep:
         try:
             message = worker.receive()
         except WorkerDiedError:
-            self._crashed(claim, "its worker process was killed")
             del self._running[connection]
+            if worker.was_terminated():
+                self._terminated = True
+                self._end(claim, TrialState.WAITING, None, {})
+            else:
+                self._crashed(claim, "its worker process was killed")
             return True
         match message:
             case Report(step, value):
@@ -228,8 +276,10 @@ class _Sweep:
                 return False
             case Refused(text):
                 raise InputError(text)
+            case Interrupted(seconds):
+                self._end(claim, TrialState.WAITING, None, {SECONDS: claim.seconds + seconds})
             case Finished(outcome, seconds):
-                self._finish(claim, outcome, seconds)
+                self._finish(claim, outcome, claim.seconds + seconds)
             case Crashed(reason):
                 self._crashed(claim, reason)
         del self._running[connection]
@@ -247,6 +297,7 @@ class _Sweep:
 
     def _crashed(self, claim: Claim, reason: str) -> None:
         """Puts a crashed trial back, or gives it up."""
+        self._states.forget([claim.number])  # it may be what the trial crashes of
         attempts = claim.attempts + 1
         attributes = {ATTEMPTS: attempts, REASON: reason}
         if attempts < MAX_ATTEMPTS:
@@ -256,6 +307,7 @@ class _Sweep:
     def _end(self, claim: Claim, state: TrialState, loss: float | None, attributes: Mapping[str, Any]) -> None:
         trial = self._claims.end(claim, state, loss, attributes)
         if trial is not None:
+            self._states.forget([claim.number])
             record = self._claims.record()
             write_results(record, *self._files)
             self._progress.ended(trial, record, self._claims.settled())
@@ -272,16 +324,3 @@ def _quiet_optuna() -> Iterator[None]:
             yield
     finally:
         optuna.logging.set_verbosity(before)
-
-
-@contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Batch systems end a job with SIGTERM; it is to stop as cleanly as Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets only the main thread handle signals
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

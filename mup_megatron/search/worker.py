@@ -7,26 +7,30 @@ wait. So every trial begins in a process that has all modules imported, a single
 process uses. Each of the three dies with the one above it, also by `kill -9` (on Linux).
 
 What a trial starts on its own (data loader processes, torchrun) is the trial's to end.
+
+SIGTERM, to a worker or to a trial, is a request: a trial that can go on elsewhere keeps its state and leaves, and a
+worker that was told itself leaves after it. A trial that cannot is left alone, for the process above to end.
 """
 
+import contextlib
 import ctypes
-import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from types import FrameType
+from typing import Literal, TypeAlias, cast
 
 from mup_megatron.errors import InputError
-
-ReportFn: TypeAlias = Callable[[int, float], None]
-"""`report(step, loss)`: an intermediate value. Each costs a write to the storage: report tens, not thousands."""
+from mup_megatron.search.objective import Interruption, Objectives, ReportFn, Resumable, TrialOutcome, can_resume
+from mup_megatron.search.states import States
 
 Launch: TypeAlias = Literal["fork", "spawn"]
 """The way a trial's process begins: forked from one that has imported everything, or fresh, importing it all again."""
@@ -34,34 +38,8 @@ Launch: TypeAlias = Literal["fork", "spawn"]
 LEAVE_S = 10.0
 """How long a trial that has given its result may take to leave before it is killed."""
 
-
-@dataclass(frozen=True)
-class TrialOutcome:
-    """The outcome of a trial."""
-
-    loss: float | None
-    """What the search minimises. None, NaN or infinite: the trial diverged."""
-    diverged: bool = False
-    """Whether the trial says that it diverged. Its loss is not used then."""
-    reason: str | None = None
-    """Why it diverged, for people."""
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    """Anything else worth keeping, as JSON would hold it."""
-
-    def checked(self) -> "TrialOutcome":
-        """Returns the same outcome, diverged if its loss is no finite number, and with a reason if it diverged."""
-        if self.diverged:
-            return TrialOutcome(None, True, self.reason or "diverged", self.metrics)
-        if self.loss is None or not math.isfinite(self.loss):
-            return TrialOutcome(None, True, self.reason or f"the loss is {self.loss}", self.metrics)
-        return self
-
-
-Objective: TypeAlias = Callable[[Mapping[str, float], ReportFn], TrialOutcome]
-"""Runs one trial with the given hyperparameters. A forked trial may be any callable; a spawned one must pickle."""
-
-Objectives: TypeAlias = Objective | Sequence[Objective]
-"""An objective for every trial, or one for each rung of a ladder."""
+TERMINATED = 128 + signal.SIGTERM
+"""The exit code of a worker that was told to leave."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +82,14 @@ class Refused:
     message: str
 
 
-Result: TypeAlias = Finished | Crashed | Refused
+@dataclass(frozen=True)
+class Interrupted:
+    """The trial left as requested, after so many seconds. If it kept its state it goes on from there."""
+
+    seconds: float
+
+
+Result: TypeAlias = Finished | Crashed | Refused | Interrupted
 Message: TypeAlias = Report | Result
 
 
@@ -115,19 +100,28 @@ class WorkerDiedError(Exception):
 class Worker:
     """A process that runs one trial after the other: for each, any number of `Report`s, then exactly one `Result`."""
 
-    def __init__(self, objective: Objectives, launch: Launch = "fork", log_folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        objective: Objectives,
+        launch: Launch = "fork",
+        log_folder: Path | None = None,
+        state_folder: Path | None = None,
+    ) -> None:
         """Forks the worker. Call before this process opens a storage or starts a thread.
 
         Args:
             objective: runs one trial; of several, the one that a job names.
             launch: how each trial's process begins.
             log_folder: receives what each trial prints, as `trial-00000.log`; None sends it to standard error.
+            state_folder: receives the state of each trial that is interrupted, as `trial-00000`; None: no trial of this
+                worker can be.
         """
         context = multiprocessing.get_context("fork")
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, objective, launch, log_folder, os.getpid()), name="trial worker"
-        )
+        self.resumable = state_folder is not None and can_resume(objective)
+        """Whether SIGTERM has a trial keep its state."""
+        setting = _Setting(objective, launch, log_folder, state_folder if self.resumable else None)
+        self._process = context.Process(target=_serve, args=(theirs, setting, os.getpid()), name="trial worker")
         self._process.start()
         # Only the worker may hold its end, or its death would not be seen here.
         theirs.close()
@@ -155,6 +149,17 @@ class Worker:
             raise WorkerDiedError from error
         return message
 
+    def interrupt(self) -> None:
+        """Has the worker leave, and the trial that it runs keep its state first. Needs `resumable`."""
+        assert self.resumable
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid or 0, signal.SIGTERM)
+
+    def was_terminated(self) -> bool:
+        """Says if a worker that is gone, or is about to be, left because it was told to."""
+        self._process.join(LEAVE_S)
+        return self._process.exitcode in (TERMINATED, -signal.SIGTERM)
+
     def close(self) -> None:
         """Ends the worker and the trial that it runs, and waits until the worker is gone. May be called again."""
         if self.connection.closed:
@@ -165,32 +170,79 @@ class Worker:
         self.connection.close()
 
 
-def _serve(connection: Connection, objective: Objectives, launch: Launch, log_folder: Path | None, parent: int) -> None:
+@dataclass(frozen=True)
+class _Setting:
+    """The settings that all trials of a worker have in common."""
+
+    objective: Objectives
+    launch: Launch
+    log_folder: Path | None
+    state_folder: Path | None
+
+
+class _Requests:
+    """SIGTERM to a worker: handed on to the trial that runs, after which the worker leaves; without one it leaves."""
+
+    def __init__(self) -> None:
+        self.told = False
+        self._busy = False
+        self._trial: int | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Acts on the signal."""
+        self.told = True
+        if not self._busy:
+            sys.exit(TERMINATED)
+        if self._trial is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._trial, number)
+
+    @contextlib.contextmanager
+    def during(self) -> Iterator[None]:
+        """For the time of a job."""
+        self._busy = True
+        yield
+        self._busy, self._trial = False, None
+        if self.told:
+            sys.exit(TERMINATED)
+
+    def start(self, process: multiprocessing.process.BaseProcess) -> None:
+        """Starts the trial's process. A signal in between waits until both can handle it."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            process.start()
+            self._trial = process.pid
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _serve(connection: Connection, setting: _Setting, parent: int) -> None:
     """The worker's life: runs jobs until the other end hangs up."""
     _die_with(parent)
-    # Ctrl-C and a batch system's SIGTERM reach every process. The one above decides what they mean.
+    # Ctrl-C and a batch system's SIGTERM reach every process. The one above decides what they mean, unless a trial can
+    # keep its state: then there is no time to lose.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    requests = _Requests()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if setting.state_folder is None else requests.handle)
     while True:
         try:
             job: TrialJob = connection.recv()
         except EOFError:
             return
-        connection.send(_run(job, objective, launch, log_folder, connection.send))
+        with requests.during():
+            connection.send(_run(job, setting, requests, connection.send))
 
 
-def _run(
-    job: TrialJob, objective: Objectives, launch: Launch, log_folder: Path | None, send: Callable[[Message], None]
-) -> Result:
+def _run(job: TrialJob, setting: _Setting, requests: _Requests, send: Callable[[Message], None]) -> Result:
     """Runs one trial in a process of its own; passes its reports on, whole, and tells what became of it."""
-    context = multiprocessing.get_context(launch)
+    context = multiprocessing.get_context(setting.launch)
     ours, theirs = context.Pipe(duplex=False)
     # context.Process exists for every start method; the stubs' common base class does not say so.
     process = context.Process(  # type: ignore[attr-defined]
-        target=_trial, args=(theirs, objective, job, log_folder, os.getpid()), name=f"trial {job.number}"
+        target=_trial, args=(theirs, job, setting, os.getpid()), name=f"trial {job.number}"
     )
     try:
-        process.start()
+        requests.start(process)
     except OSError as error:
         ours.close()
         theirs.close()
@@ -231,30 +283,73 @@ def _why_it_ended(exit_code: int) -> str:
     return f"the trial's process was killed by {name}{memory}"
 
 
-def _trial(connection: Connection, objective: Objectives, job: TrialJob, log_folder: Path | None, parent: int) -> None:
+def _trial(connection: Connection, job: TrialJob, setting: _Setting, parent: int) -> None:
     """The trial's life, in its own process."""
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Not ignored here: what a trial starts inherits it, and must be able to be terminated.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    requested = _until_sigterm() if setting.state_folder is not None else None
+    if requested is None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     started = time.perf_counter()
 
     def report(step: int, loss: float) -> None:
         connection.send(Report(int(step), float(loss)))
 
     result: Result
+    outcome: TrialOutcome | None
     try:
-        _redirect_output(job.number, log_folder)
-        run = objective if callable(objective) else objective[job.rung]
-        outcome = run(job.parameters, report)
-    except InputError as error:
-        result = Refused(str(error))
+        _redirect_output(job.number, setting.log_folder)
+        run = setting.objective if callable(setting.objective) else setting.objective[job.rung]
+        if requested is None or setting.state_folder is None:
+            outcome = run(job.parameters, report)
+        else:
+            interruption = Interruption(States(setting.state_folder).of(job.number), requested)
+            outcome = _resumed(cast(Resumable, run), job.parameters, report, interruption)
     except Exception as error:  # whatever a trial raises is the trial's result
-        traceback.print_exc()
-        result = Crashed(f"{type(error).__name__}: {error}".strip())
+        if requested is not None and requested():
+            traceback.print_exc()  # there was no time, or no place, to keep its state: it begins again
+            result = Interrupted(time.perf_counter() - started)
+        elif isinstance(error, InputError):
+            result = Refused(str(error))
+        else:
+            traceback.print_exc()
+            result = Crashed(f"{type(error).__name__}: {error}".strip())
     else:
-        result = Finished(outcome.checked(), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        result = Interrupted(seconds) if outcome is None else Finished(outcome.checked(), seconds)
     connection.send(result)
+
+
+def _resumed(
+    run: Resumable, parameters: Mapping[str, float], report: ReportFn, interruption: Interruption
+) -> TrialOutcome | None:
+    """Runs a trial; from its beginning if the state that was left of it is of no use."""
+    left = interruption.folder.exists()
+    try:
+        return run.resume(parameters, report, interruption)
+    except InputError as error:
+        if not left or interruption.requested():
+            raise
+        print(f"what was kept of this trial cannot be used, so it begins again: {error}", file=sys.stderr)
+        shutil.rmtree(interruption.folder, ignore_errors=True)
+        return run.resume(parameters, report, interruption)
+
+
+def _until_sigterm() -> Callable[[], bool]:
+    """Returns what says if this process was sent SIGTERM. Processes that it forks are terminated by it as ever."""
+    own, requested = os.getpid(), False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal requested
+        requested = True
+        if os.getpid() != own:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, handle)
+    return lambda: requested
 
 
 def _redirect_output(number: int, log_folder: Path | None) -> None:

@@ -118,6 +118,13 @@ def save(root: Path, iteration: int, built: Built, extras: Mapping[str, str]) ->
     on_first_rank(lambda: _publish(root, staged, iteration, checked))
 
 
+def remove_others(root: Path, iteration: int) -> None:
+    """Removes the checkpoints of other iterations, which nobody goes on from any more."""
+    for folder in root.glob("iter_*"):
+        if folder.name != _name(iteration):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _staging_folder(root: Path, iteration: int) -> Path:
     staged = root / f"{_STAGING}{_name(iteration)}"
     try:

@@ -24,6 +24,7 @@ _SLOW_IMPORTS = (
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.datasets.gpt_dataset",
     "megatron.core.pipeline_parallel",
+    "mup_megatron.training.checkpoint",
     "mup_megatron.training.loop",
 )
 

@@ -31,6 +31,20 @@ if TYPE_CHECKING:
 Report = Callable[[int, float], None]
 
 
+@dataclass(frozen=True)
+class Stop:
+    """A way to stop a run, which goes on when the same is started again."""
+
+    folder: Path
+    """Where its state is kept; it need not exist."""
+    requested: Callable[[], bool]
+    """True once the run is to stop; asked between iterations."""
+
+
+class Stopped(Exception):
+    """The run has stopped as requested, and kept its state."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
     """The result of a run; the same on every rank."""
@@ -58,6 +72,7 @@ def run_training(
     options: TrainingOptions,
     *,
     report: Report | None = None,
+    stop: Stop | None = None,
     show: bool = False,
 ) -> TrainingResult:
     """Trains `model` with `recipe` on the data at the prefix `data`. Collective under torchrun.
@@ -72,11 +87,14 @@ def run_training(
         options: all else.
         report: called on the first rank with iteration (from 1) and its loss, at every `log_interval`-th
             iteration and at the one that completes the run; whatever it raises ends the run.
+        stop: stops a run of one process that neither saves nor loads otherwise, and has it go on from there.
         show: progress on standard error.
 
     Raises:
         InputError: the run is not possible, on every rank and before anything is written; or the disk is full.
+        Stopped: it was told to stop.
     """
+    assert stop is None or (options.save is None and options.load is None and ranks.world_size() == 1)
     require_possible(model, recipe, options, ranks.world_size())
     ranks.enable_cpu()
     with ranks.joined(
@@ -87,11 +105,18 @@ def run_training(
         experts=options.expert_model_parallel_size,
         tensor_of_experts=options.expert_tensor_parallel_size,
     ):
-        return _run(model, recipe, data, options, report, show=show)
+        return _run(model, recipe, data, options, report, stop, show=show)
 
 
 def _run(
-    model: ModelFile, recipe: Recipe, data: Path, options: TrainingOptions, report: Report | None, *, show: bool
+    model: ModelFile,
+    recipe: Recipe,
+    data: Path,
+    options: TrainingOptions,
+    report: Report | None,
+    stop: Stop | None,
+    *,
+    show: bool,
 ) -> TrainingResult:
     # These import Megatron, which has to come after the CPU runtime.
     from mup_megatron.training.build import available_model, build
@@ -108,7 +133,7 @@ def _run(
     for sentence in filter(None, [warning, *remarks_on(recipe.megatron_base, model)] if show else []):
         if ranks.is_first():
             print(sentence, file=sys.stderr)
-    found = _checkpoint(options)
+    found = _checkpoint(options, stop)
     record = Record() if found is None else _record(found, identity, recipe, plan, options)
     if options.output is not None:
         output = options.output
@@ -125,9 +150,8 @@ def _run(
     built = build(model, recipe, plan, options, initialize=found is None)
     if found is not None:
         restore(found, built)
-    run = _TrainingRun(
-        model, recipe, data, options, plan, identity, batch_sizes(options, ranks.world_size()), record, report
-    )
+    sizes = batch_sizes(options, ranks.world_size())
+    run = _TrainingRun(model, recipe, data, options, plan, identity, sizes, record, report, stop)
     run.open(show=show)
     if model is not asked:
         record.say("No GPU, so no Transformer Engine: the model is built with transformer_impl local.")
@@ -152,7 +176,7 @@ def _require_vocabulary(model: ModelFile, identity: "Identity", data: Path) -> N
         )
 
 
-def _checkpoint(options: TrainingOptions) -> "Found | None":
+def _checkpoint(options: TrainingOptions, stop: Stop | None) -> "Found | None":
     """Returns the checkpoint to go on from, if there is one. Collective.
 
     Raises:
@@ -163,6 +187,8 @@ def _checkpoint(options: TrainingOptions) -> "Found | None":
 
     save, load = options.save, options.load
     same = options.saves_where_it_loads
+    if stop is not None:
+        load, same = stop.folder, True
 
     def choose() -> int | None:
         if save is not None and not same and checkpoint.latest(save) is not None:
@@ -213,6 +239,7 @@ class _TrainingRun:
     sizes: BatchSizes
     record: "Record"
     report: Report | None
+    stop: Stop | None
 
     def open(self, *, show: bool) -> None:
         """Files and logs, on the first rank. Collective; raises InputError on every rank."""
@@ -249,8 +276,9 @@ class _TrainingRun:
         options, rows = self.options, self.record.rows
         started = time.perf_counter()
         reason = None
-        saved = len(rows)
+        saved = begun = len(rows)
         while reason is None and len(rows) < options.train_iters:
+            self._stop_as_requested(built, begun)
             self._iteration(built, train_data)
             reason = divergence(rows)
             done = len(rows)
@@ -259,13 +287,14 @@ class _TrainingRun:
             if options.eval_interval is not None and done % options.eval_interval == 0:
                 self._validate(built, valid_data)
             if options.save_interval is not None and done % options.save_interval == 0:
-                self._save(built)
+                self._save(built, options.save)
                 saved = done
         validation = None
         if reason is None:
+            self._stop_as_requested(built, begun)
             validation = self._validate(built, valid_data)
             if options.save is not None and (saved < len(rows) or not options.saves_where_it_loads):
-                self._save(built)
+                self._save(built, options.save)
         result = TrainingResult(
             status="complete" if reason is None else "diverged",
             reason=reason,
@@ -311,12 +340,23 @@ class _TrainingRun:
         self.record.add_validation(ValidationRow(done, loss))
         return loss
 
-    def _save(self, built: "Built") -> None:
+    def _stop_as_requested(self, built: "Built", begun: int) -> None:
+        """Keeps the state and raises Stopped, if the run is to stop. It is kept already if no iteration was done."""
+        if self.stop is None or not self.stop.requested():
+            return
+        if len(self.record.rows) > begun:
+            from mup_megatron.training import checkpoint
+
+            self._save(built, self.stop.folder)
+            checkpoint.remove_others(self.stop.folder, len(self.record.rows))
+        raise Stopped
+
+    def _save(self, built: "Built", folder: Path | None) -> None:
         from mup_megatron.training import checkpoint
 
-        assert self.options.save is not None
+        assert folder is not None
         done = len(self.record.rows)
-        checkpoint.save(self.options.save, done, built, {**self._texts(), **self.record.texts()})
+        checkpoint.save(folder, done, built, {**self._texts(), **self.record.texts()})
 
     def _stop_if_a_rank_has_to(self) -> None:
         """Raises InputError on every rank if one could not write what it had to. Collective."""

@@ -11,9 +11,10 @@ from typing import Any
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import Hyperparameters, Recipe, recipe
-from mup_megatron.search import ReportFn, Space, TrialOutcome
+from mup_megatron.search import Interruption, ReportFn, Space, TrialOutcome
 from mup_megatron.search.space import SearchRange
 from mup_megatron.training.options import TrainingOptions, require_possible
+from mup_megatron.training.train import Stop, Stopped, run_training
 from mup_megatron.validation import plain
 
 SEARCHABLE = tuple(
@@ -86,11 +87,22 @@ class ProxyTraining:
 
     def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         """Runs one trial, in a process of its own."""
-        from mup_megatron.megatron.versions import installed
-        from mup_megatron.training.train import run_training
+        return self._run(parameters, report, None)
 
-        options = self._begun()
-        result = run_training(self.model, self.recipe(parameters), self.data, options, report=report)
+    def resume(
+        self, parameters: Mapping[str, float], report: ReportFn, interruption: Interruption
+    ) -> TrialOutcome | None:
+        """Runs one trial, which can be stopped; its checkpoint is bitwise what an undisturbed trial has there."""
+        try:
+            return self._run(parameters, report, Stop(interruption.folder, interruption.requested))
+        except Stopped:
+            return None
+
+    def _run(self, parameters: Mapping[str, float], report: ReportFn, stop: Stop | None) -> TrialOutcome:
+        from mup_megatron.megatron.versions import installed
+
+        options = self._begun(goes_on=stop is not None and stop.folder.is_dir())
+        result = run_training(self.model, self.recipe(parameters), self.data, options, report=report, stop=stop)
         return TrialOutcome(
             loss=result.validation_loss,
             diverged=result.status == "diverged",
@@ -103,16 +115,18 @@ class ProxyTraining:
             },
         )
 
-    def _begun(self) -> TrainingOptions:
-        """Returns the options of the trial that this process runs; where it is logged, in an empty folder of its own.
+    def _begun(self, *, goes_on: bool) -> TrainingOptions:
+        """Returns the options of the trial that this process runs; where it is logged, in a folder of its own.
 
-        A search names the process of a trial after it (`trial 12`), which is all that a trial knows of itself.
+        A search names the process of a trial after it (`trial 12`), which is all that a trial knows of itself. What an
+        earlier attempt has logged is removed, unless this one goes on from its state.
         """
         if self.options.wandb_project is None:
             return self.options
         assert self.options.output is not None
         name = multiprocessing.current_process().name.replace(" ", "-")
-        shutil.rmtree(self.options.output / name, ignore_errors=True)  # of an earlier attempt
+        if not goes_on:
+            shutil.rmtree(self.options.output / name, ignore_errors=True)
         return replace(self.options, output=self.options.output / name, wandb_exp_name=name)
 
 

@@ -9,11 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 
-from mup_megatron.search import ReportFn, TrialOutcome
+from mup_megatron.search import ReportFn, TrialOutcome, stopping, sweep
 
 LIMIT_S = 120
 """Longer than anything here takes on a busy machine; only a fault reaches it."""
+
+
+def give_time_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets searches take longer to stop than batch systems would, because no test depends on how fast a machine is."""
+    monkeypatch.setattr(stopping, "AT_MOST_S", LIMIT_S)
+    monkeypatch.setattr(sweep, "INTERRUPT_S", LIMIT_S / 2)
 
 
 @dataclass(frozen=True)

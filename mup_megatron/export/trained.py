@@ -77,9 +77,7 @@ def open_trained(path: Path, recipe: Recipe, *, recipe_source: str) -> Source:
         )
     model = model_file(run.get("model"), source=f"{inside / record.RUN}: model")
     plan = recipe.plan(model)
-    record.require_same_run(
-        found.extras, run, recipe, plan, folder=inside, checkpoint=found.folder, remedy=found.remedy
-    )
+    record.require_same_plan(found.extras, recipe, plan, folder=inside, remedy=found.remedy)
     weights = StoredWeights(found.folder, found.metadata, remedy=found.remedy)
     return Source(model=model, plan=plan, weights=weights, described=str(found.folder))
 

@@ -32,7 +32,7 @@ Rows = tuple[range, ...]
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """What becomes of a tensor: its rows are multiplied, and shifted where a gain is stored as its distance from 1."""
+    """A change of a tensor: rows are multiplied, and shifted where a gain is stored as its distance from 1."""
 
     tensor: str
     factor: float

@@ -40,7 +40,7 @@ class StoredWeights:
 
     @cached_property
     def stored(self) -> Mapping[str, Stored]:
-        """What there is, by global name."""
+        """Everything that there is, by global name."""
         found = {}
         for name, place in self._places.items():
             entry = self._metadata.state_dict_metadata[place.key]
@@ -70,10 +70,12 @@ def open_trained(path: Path, recipe: Recipe, *, recipe_source: str) -> Source:
         found = checkpoint.find(root, iteration, extras=record.CHECKPOINTED)
     inside = found.folder / checkpoint.EXTRAS
     run = identity.from_text(found.extras[record.RUN], source=str(inside / record.RUN), remedy=found.remedy)
-    if run.get("fingerprint") != recipe.fingerprint:
+    if not isinstance(run.get("fingerprint"), str):
+        raise InputError(f"{inside / record.RUN}: says no recipe's fingerprint. {found.remedy}")
+    if run["fingerprint"] != recipe.fingerprint:
         raise InputError(
-            f"{recipe_source}: its fingerprint is {recipe.fingerprint[:16]}…, and {found.folder} was trained with "
-            f"another recipe. Give that one; it is {inside / record.RECIPE}."
+            f"{recipe_source}: its fingerprint is {recipe.fingerprint[:12]}…, and {found.folder} was trained with "
+            f"another recipe, {run['fingerprint'][:12]}…. Give {checkpoint.EXTRAS}/{record.RECIPE} of that folder."
         )
     model = model_file(run.get("model"), source=f"{inside / record.RUN}: model")
     plan = recipe.plan(model)

@@ -32,7 +32,7 @@ class Weights(Protocol):
 
     @property
     def stored(self) -> Mapping[str, Stored]:
-        """What there is, by global name."""
+        """Everything that there is, by global name."""
         ...
 
     def read(self, name: str) -> torch.Tensor:

@@ -12,7 +12,6 @@ from mup_megatron.theory import Plan
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.validation import plain
 
-
 LIVE = [name for name, kind in KINDS.items() if "apply_layernorm_1p" not in kind.keys]
 """Kinds of which Megatron has local layers: it has no such norm."""
 
@@ -82,6 +81,7 @@ def save_again(folder: Path, name: str, to: Path, layout: dict[str, Any]) -> Non
         virtual_stages=None,
         seed=7,
         experts=layout.get("expert_model_parallel_size", 1),
+        tensor_of_experts=layout.get("expert_tensor_parallel_size"),
     ):
         built = build(model, recipe, plan, _options(**layout), initialize=False)
         found = checkpoint.find(folder, 1, extras=["run.json"])

@@ -1,4 +1,4 @@
-"""Where Megatron keeps the parts of a GPT's layer, and which rows of its fused tensors are what.
+"""The places of a GPT's parts in Megatron, and which rows of its fused tensors are what.
 
 Names are those of the plan, which follow `transformer_impl`: Transformer Engine fuses a norm into what follows it.
 """

@@ -1,5 +1,6 @@
 """An architecture of transformers: which models it can be, its configuration, and where each of its tensors is from."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class Target(ABC):
 
     def softmax_scale(self, model: ModelFile) -> float:
         """Returns what its attention multiplies logits by, if its configuration says nothing else."""
-        return float(model.head_size**-0.5)
+        return 1.0 / math.sqrt(model.head_size)
 
     def carried(self, plan: Plan) -> Carried:
         """Returns the multipliers of a plan that its configuration has keys for."""

@@ -4,6 +4,7 @@ The folder is written under another name and renamed once it is whole, so that n
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -81,10 +82,16 @@ def export(
     carried, todo = folds_for(target, source.model, source.plan)
     dtype = dtype or source.weights.stored[source.plan.entries[0].name].dtype
     pieces = {piece.name: piece for piece in target.pieces(source.model)}
-    written = [shards.Written(piece.name, piece.shape, dtype) for piece in pieces.values()]
+    written = [
+        shards.Written(each.name, each.shape, torch.float32 if each.single_precision else dtype)
+        for each in pieces.values()
+    ]
+    types = {each.name: each.dtype for each in written}
     reader = _Reader(source, todo)
     with _staged(to, source) as folder:
-        files = shards.write(folder, shards.split(written, largest), lambda name: reader.piece(pieces[name], dtype))
+        files = shards.write(
+            folder, shards.split(written, largest), lambda name: reader.piece(pieces[name], types[name])
+        )
         done = Exported(
             to=to,
             architecture=target.name,
@@ -92,7 +99,7 @@ def export(
             folded=tuple(dict.fromkeys(each.tensor for each in todo)),
             left_out=("layers of multi-token prediction",) if source.model.mtp_num_layers else (),
             files=files,
-            parameters=sum(each.size for each in written) // dtype.itemsize,
+            parameters=sum(math.prod(each.shape) for each in written),
             size=sum(each.size for each in written),
         )
         _write_json(folder / "config.json", config(target, source, carried, dtype, tokenizer))
@@ -188,8 +195,8 @@ def _staged(to: Path, source: Source) -> Iterator[Path]:
         _sync(to.parent)
     except OSError as error:
         raise InputError(
-            f"--to {to}: cannot be written ({error.strerror}); {source.described} is unchanged. Free some space or "
-            "choose another place."
+            f"--to {to}: cannot be written ({error.strerror or error}); {source.described} is unchanged. Free some "
+            "space or choose another place."
         ) from None
     finally:
         if staged is not None:

@@ -53,6 +53,7 @@ def folds(plan: Plan, tensors: Collection[Tensor], *, carried: Collection[str], 
     Raises:
         InputError: a multiplier cannot be folded exactly; names it.
     """
+    assert all(entry.folded == 1.0 for entry in plan.entries), "the plan's weights are folded already"
     try:
         folded = plan if BRANCH in carried else fold_branches(plan)
         of_rows: list[Fold] = []

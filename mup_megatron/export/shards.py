@@ -3,6 +3,7 @@
 A file is the length of its header (8 bytes), the header in JSON, and the tensors one after the other.
 """
 
+import errno
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +66,7 @@ def write(folder: Path, shards: Sequence[Sequence[Written]], read: Callable[[str
     names = single if count == 1 else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     for name, tensors in zip(names, shards, strict=True):
         _write_file(folder / name, tensors, read)
+        _require_written(folder / name, tensors)
     if count > 1:
         of_file = {tensor.name: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
         total = sum(tensor.size for tensors in shards for tensor in tensors)
@@ -73,14 +75,28 @@ def write(folder: Path, shards: Sequence[Sequence[Written]], read: Callable[[str
     return names
 
 
-def _write_file(path: Path, tensors: Sequence[Written], read: Callable[[str], torch.Tensor]) -> None:
+def _require_written(path: Path, tensors: Sequence[Written]) -> None:
+    """Raises OSError unless a file is as long as its header says, and says what it should."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        told = stream.read(length)
+    size = 8 + length + sum(each.size for each in tensors)
+    if told != _header(tensors) or path.stat().st_size != size:
+        raise OSError(errno.EIO, f"{path.name} is not what was written")
+
+
+def _header(tensors: Sequence[Written]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for each in tensors:
         start, end = end, end + each.size
         header[each.name] = {"dtype": _TYPES[each.dtype], "shape": list(each.shape), "data_offsets": [start, end]}
     told = json.dumps(header, separators=(",", ":")).encode()
-    told += b" " * (-len(told) % _ALIGNED)
+    return told + b" " * (-len(told) % _ALIGNED)
+
+
+def _write_file(path: Path, tensors: Sequence[Written], read: Callable[[str], torch.Tensor]) -> None:
+    told = _header(tensors)
     with path.open("wb") as stream:
         stream.write(len(told).to_bytes(8, "little"))
         stream.write(told)

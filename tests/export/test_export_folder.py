@@ -103,6 +103,33 @@ def test_weights_are_stored_as_asked(model: Trained, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "as trained" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_what_chooses_experts_keeps_its_precision(tmp_path: Path) -> None:
+    experts = trained(KINDS["deepseek_v3"])
+    export(experts.source(), tmp_path / "out", dtype=torch.bfloat16)
+    with (tmp_path / "out" / "model.safetensors").open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    types = {name: told["dtype"] for name, told in header.items() if name != "__metadata__"}
+    single = {name for name, dtype in types.items() if dtype == "F32"}
+    assert single == {name for name in types if name.endswith("e_score_correction_bias")}
+    assert len(single) == 2
+    assert set(types.values()) == {"F32", "BF16"}
+
+
+def test_a_file_that_is_not_what_was_written_is_told(
+    model: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = shards._write_file
+
+    def lossy(path: Path, *given: Any) -> None:
+        write(path, *given)
+        os.truncate(path, path.stat().st_size - 1)
+
+    monkeypatch.setattr(shards, "_write_file", lossy)
+    with pytest.raises(InputError, match="is not what was written"):
+        export(model.source(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 class Failing:
     """Weights of which one cannot be read."""
 
@@ -245,6 +272,11 @@ def _with(name: str, **changes: Any) -> Kind:
         (KINDS["llama"], "bloom", ["bloom: not known", "llama, qwen3, gpt2, mixtral, deepseek_v3, granite"]),
         (_with("llama", position_embedding_type="none"), None, ["no architecture has all", "lacks position_embedding"]),
         (_with("llama", rotary_percent=0.5), "llama", ["it has no rotary_percent 0.5", "No other that is known"]),
+        (
+            _with("deepseek_v3", moe_router_load_balancing_type="sinkhorn"),
+            "deepseek_v3",
+            ["it has no moe_router_load_balancing_type sinkhorn"],
+        ),
         (_with("mixtral", moe_router_pre_softmax=True), "mixtral", ["it has no moe_router_pre_softmax true"]),
         (_with("deepseek_v3", q_lora_rank=None, qk_layernorm=False), "deepseek_v3", ["it has no qk_layernorm false"]),
         (

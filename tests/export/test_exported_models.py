@@ -58,6 +58,12 @@ def test_it_generates_the_same_tokens_with_a_cache_and_without(
         assert torch.equal(given, greedy), cached
 
 
+def test_the_weight_of_a_single_expert_is_left_as_it_is(tmp_path: Path) -> None:
+    model = trained(dataclasses.replace(KINDS["deepseek_v3"], keys={**KINDS["deepseek_v3"].keys, "moe_router_topk": 1}))
+    export(model.source(), tmp_path / "out")
+    assert deviation(model, loaded(tmp_path / "out")) < EXACT
+
+
 def test_weights_stay_as_they_were_where_the_configuration_has_the_multipliers(
     models: dict[str, tuple[Trained, Exported]],
 ) -> None:

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.export.architectures import layers
 from mup_megatron.export.architectures.llama import GATED, LlamaLike
+from mup_megatron.export.architectures.mixtral import unlike_routing
 from mup_megatron.export.architectures.target import Piece
 from mup_megatron.export.folds import Fold
 
@@ -54,8 +56,7 @@ class DeepseekV3(LlamaLike):
         if model.moe_router_group_topk is not None and model.moe_router_topk // model.moe_router_group_topk != 2:
             # A group counts by as many of its experts, and there always by its best two.
             yield f"moe_router_topk {model.moe_router_topk} of moe_router_group_topk {model.moe_router_group_topk}"
-        if model.moe_router_topk == 1:
-            yield "moe_router_topk 1, whose weight Megatron leaves as it is"
+        yield from unlike_routing(model)
 
     def softmax_scale(self, model: ModelFile) -> float:
         """Returns 1/√(head size), with YaRN's own factor where it uses YaRN."""
@@ -95,7 +96,7 @@ class DeepseekV3(LlamaLike):
             "num_experts_per_tok": model.moe_router_topk,
             "n_group": model.moe_router_num_groups if grouped else 1,
             "topk_group": model.moe_router_group_topk if grouped else 1,
-            "norm_topk_prob": True,
+            "norm_topk_prob": model.moe_router_topk > 1,
             "routed_scaling_factor": 1.0 if factor is None else factor,
             "scoring_func": "sigmoid",
             "topk_method": "noaux_tc",
@@ -135,7 +136,9 @@ class DeepseekV3(LlamaLike):
         yield layers.matrix(f"{name}.gate.weight", model.num_experts, hidden, f"{own}.router.weight")
         biased = model.moe_router_enable_expert_bias
         bias = f"{name}.gate.e_score_correction_bias"
-        yield layers.vector(bias, model.num_experts, f"{own}.router.expert_bias", trained=biased)
+        yield replace(
+            layers.vector(bias, model.num_experts, f"{own}.router.expert_bias", trained=biased), single_precision=True
+        )
         for which in range(model.num_experts):
             fc1, fc2 = (layers.expert(model, index, which, f"linear_{each}") for each in ("fc1", "fc2"))
             yield from layers.gated(f"{name}.experts.{which}", GATED, model.expert_ffn_size, hidden, fc1, fc2)

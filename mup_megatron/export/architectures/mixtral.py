@@ -37,8 +37,7 @@ class Mixtral(LlamaLike):
             yield "an MLP in place of experts"
         elif not all(map(model.has_experts, range(model.num_layers))):
             yield "layers without experts (moe_layer_freq)"
-        elif "sinkhorn" in _listed(model.moe_router_load_balancing_type):
-            yield "moe_router_load_balancing_type sinkhorn"
+        yield from unlike_routing(model)
 
     def config(self, model: ModelFile) -> dict[str, Any]:
         """Returns Llama's keys that it has, and its experts'."""
@@ -65,8 +64,11 @@ class Mixtral(LlamaLike):
             )
 
 
-def _listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else value
+def unlike_routing(model: ModelFile) -> Iterator[str]:
+    """Yields a way of choosing experts that no architecture of transformers has."""
+    kinds = model.moe_router_load_balancing_type
+    if model.num_experts is not None and "sinkhorn" in ((kinds,) if isinstance(kinds, str) else kinds):
+        yield "moe_router_load_balancing_type sinkhorn"
 
 
 MIXTRAL = Mixtral()

@@ -28,6 +28,8 @@ class Piece:
     """Whether it is stored as [in, out]."""
     shift: float = 0.0
     """What is added: 1 for a gain that is trained as its distance from 1."""
+    single_precision: bool = False
+    """Whether it is kept so, whatever the weights are stored in: what chooses experts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ _EXPERTS = re.compile(r"\.experts\.experts\.(linear_fc[12])\.(weight|bias)$")
 _NORMS = (
     ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
     ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
+    ("self_attention.linear_q_up_proj.layer_norm_", "self_attention.q_layernorm."),
+    ("self_attention.linear_kv_up_proj.layer_norm_", "self_attention.kv_layernorm."),
 )
 """Fused into what follows → a module of its own; the first is also what such a module is stored as."""
 

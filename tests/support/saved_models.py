@@ -34,10 +34,11 @@ def _texts(model: ModelFile, plan: Plan, recipe: Any) -> dict[str, str]:
 
 def save_live(folder: Path) -> dict[str, torch.Tensor]:
     """Builds, draws and saves a model of every kind, in `folder`/NUMBER; returns its live logits by kind."""
-    return {name: _saved(folder / str(number), name) for number, name in enumerate(LIVE)}
+    return {name: save_one(folder / str(number), name) for number, name in enumerate(LIVE)}
 
 
-def _saved(folder: Path, name: str) -> torch.Tensor:
+def save_one(folder: Path, name: str) -> torch.Tensor:
+    """Builds, draws and saves a model; returns its live logits."""
     from mup_megatron.megatron.names import named_parameters
     from mup_megatron.training import checkpoint, ranks
     from mup_megatron.training.build import build

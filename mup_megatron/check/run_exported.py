@@ -40,6 +40,8 @@ class Compared:
     bound: float
     differences: dict[str, Sequence[Difference]]
     """By the implementation of attention: before the layers, after each, and of the logits, which come last."""
+    generated: int
+    """Tokens."""
     alike_with_cache: bool
 
     @property
@@ -57,7 +59,7 @@ class Compared:
                 line += f", more than {self.bound:g}; it begins {begins.where}, with {begins.size:.2g}"
             lines.append(line)
         kept = "the same" if self.alike_with_cache else "NOT the same"
-        return "\n".join([*lines, f"generate: {_GENERATED} tokens are {kept} with a cache and without"])
+        return "\n".join([*lines, f"generate: {self.generated} tokens are {kept} with a cache and without"])
 
 
 def check_exported(folder: Path, source: Source, recipe: Recipe) -> Compared:
@@ -73,28 +75,32 @@ def check_exported(folder: Path, source: Source, recipe: Recipe) -> Compared:
     """
     model = source.model.model_copy(update={"transformer_impl": "local", "mtp_num_layers": None})
     local = replace(source, model=model, plan=recipe.plan(model))
-    given = batches.tokens(model.vocab_size, min(model.seq_length, _LONGEST), _SEQUENCES, seed=1, step=0)
+    length = min(model.seq_length, _LONGEST)
+    given = batches.tokens(model.vocab_size, length, _SEQUENCES, seed=1, step=0)[:, :length]
     wanted = _trained(local, given)
     differences: dict[str, Sequence[Difference]] = {}
     for attention in ATTENTIONS:
         stock = _loaded(folder, attention)
         differences[attention] = [*_compared(wanted, _stock(stock, given))]
-    begun = given[:, : given.shape[1] // 2]
+    begun = given[:, : -(-length // 2)]
+    more = min(_GENERATED, model.positions - begun.shape[1])
     generated = [
         stock.generate(
             begun,
             attention_mask=torch.ones_like(begun),
-            min_new_tokens=_GENERATED,
-            max_new_tokens=_GENERATED,
+            min_new_tokens=more,
+            max_new_tokens=more,
             do_sample=False,
             use_cache=cached,
         )
         for cached in (True, False)
+        if more
     ]
     stored = source.weights.stored[source.plan.entries[0].name].dtype
     written = _written_dtype(stock)
     bound = max(BOUNDS.get(each, BOUNDS[torch.float32]) for each in (stored, written))
-    return Compared(bound=bound, differences=differences, alike_with_cache=bool(torch.equal(*generated)))
+    alike = more == 0 or torch.equal(*generated)
+    return Compared(bound=bound, differences=differences, generated=more, alike_with_cache=alike)
 
 
 _Streams = list[tuple[str, torch.Tensor]]

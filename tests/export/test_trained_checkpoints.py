@@ -15,9 +15,11 @@ from fuzz_mutators import CANARY, RunsCode, agree_with_files
 from support.exported import KINDS, loaded, models, recipe_of, tokens
 from support.processes import run_ranks
 from support.saved_models import LIVE, save_again, save_live
-from support.training_runs import Finished, command_line
+from support.shapes import recipe_for
+from support.training_runs import Finished, base, command_line, make_text, target
 
 from mup_megatron.recipe import save_recipe
+from mup_megatron.yaml_io import dump_yaml
 
 EXACT = 1e-5
 
@@ -206,3 +208,34 @@ def test_the_answer_names_what_the_configuration_says(
     said = saved[2]["granite"].stdout
     assert "granite, " in said
     assert "embedding_multiplier 3, attention_multiplier 0.565685, logits_scaling 2.35294" in said
+
+
+def _from_data_to_generate(folder: Path) -> list[Finished]:
+    """A run of the commands themselves, in this rank."""
+    os.chdir(folder)
+    make_text(folder)
+    Path("m.yaml").write_text(dump_yaml(target(position_embedding_type="learned_absolute").model_dump(mode="json")))
+    save_recipe(recipe_for(base(), lr=0.01), Path("r.yaml"))
+    recipe = ["--recipe", "r.yaml"]
+    return [
+        command_line(
+            "train", "m.yaml", *recipe, "--data", "text", "--save", "ck", "--output", "out",
+            "--data-cache-path", "cache",
+            "--train-iters", "3", "--global-batch-size", "4", "--eval-iters", "0",
+        ),
+        command_line("export", "ck", *recipe, "--to", "hf", "--tokenizer", "text.tokenizer.json"),
+        command_line("check", "--exported", "hf", "--against", "ck", *recipe),
+    ]  # fmt: skip
+
+
+def test_what_the_commands_make_of_text_speaks(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    trained, exported, checked = run_ranks(_from_data_to_generate, 1, tmp_path)[0]
+    assert (trained.code, exported.code, checked.code) == (0, 0, 0), (trained, exported, checked)
+    assert exported.stdout.startswith("hf: gpt2, 85,248 parameters, ")
+    model, tokenizer = loaded(tmp_path / "hf"), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    given = tokenizer("12 squared", return_tensors="pt")
+    said = model.generate(**given, min_new_tokens=2, max_new_tokens=2, do_sample=False)
+    assert tokenizer.decode(said[0]).startswith("12 squared")
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id is not None

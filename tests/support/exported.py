@@ -64,7 +64,7 @@ KINDS: dict[str, Kind] = {
     "mixtral": Kind("mixtral", {**_LLAMA, **_EXPERTS}, {"moe_ffn_hidden_size": 32}),
     "deepseek_v3": Kind(
         "deepseek_v3",
-        {**_LLAMA, **_EXPERTS, **_LATENT, "moe_layer_freq": (0, 1)},
+        {**_LLAMA, **_EXPERTS, **_LATENT, "moe_layer_freq": (0, 1), "norm_epsilon": 1e-2},
         {"moe_ffn_hidden_size": 32, "moe_shared_expert_intermediate_size": 64},
     ),
     "deepseek_v3 with YaRN": Kind(

@@ -47,7 +47,7 @@ def _widths(_: click.Context, param: click.Parameter, value: str | None) -> tupl
 
 
 @click.command()
-@click.argument("target", type=FILE, metavar="TARGET.yaml")
+@click.argument("target", type=FILE, metavar="TARGET.yaml", required=False)
 @click.argument("rest_of_line", nargs=-1, type=click.UNPROCESSED, metavar="| -- LAUNCH LINE")
 @recipe_option
 @click.option(
@@ -82,11 +82,13 @@ def _widths(_: click.Context, param: click.Parameter, value: str | None) -> tupl
 @click.option("--mutant", "mutant_name", metavar="NAME", help="Make a deliberate mistake, to see what it looks like.")
 @click.option("--processes", type=COUNT, help="Models that train at once. [default: as many as there are cores]")
 @click.option("--fresh", is_flag=True, help="Measure the reference anew; neither use nor keep a cached one.")
+@click.option("--exported", type=FILE, metavar="DIR", help="Compare what `export` made with --against, its CHECKPOINT.")
+@click.option("--against", type=FILE, metavar="CHECKPOINT", help="As `export` was given it.")
 @click.pass_context
 def command(
     context: click.Context,
     /,
-    target: Path,
+    target: Path | None,
     rest_of_line: tuple[str, ...],
     recipe_path: Path,
     level: str,
@@ -102,6 +104,8 @@ def command(
     mutant_name: str | None,
     processes: int | None,
     fresh: bool,
+    exported: Path | None,
+    against: Path | None,
 ) -> None:
     """Say whether TARGET with a recipe will train as μP promises, before its run is paid for.
 
@@ -112,8 +116,14 @@ def command(
     and compared with a correct reference. Less than a minute on two cores. In the layout of the run to come:
     torchrun --nproc-per-node 2 -m mup_megatron check TARGET.yaml …
 
+    After the run, in place of a TARGET: mup-megatron check --exported DIR --against CHECKPOINT --recipe R
+
     Exit code 0: pass. 1: fail. 2: bad input, or no verdict, with what to change.
     """
+    if exported is not None or against is not None:
+        context.exit(0 if _of_export(exported, against, target, recipe_path) else FAILED)
+    if target is None:
+        raise click.MissingParameter(ctx=context, param=context.command.params[0])
     chosen: dict[str, Any] = {"widths": widths, "first_seed": seed}
     if seeds is not None:
         chosen["seeds"] = seeds
@@ -190,6 +200,25 @@ def _of_launch_line(words: list[str], recipe: Recipe, *, fresh: bool) -> Callabl
 
     references = None if fresh else FOLDER
     return lambda level, **more: check_launch_line(words, recipe, level=Level(level), references=references, **more)
+
+
+def _of_export(exported: Path | None, against: Path | None, target: Path | None, recipe_path: Path) -> bool:
+    """Says whether an exported model is the trained one; returns it too."""
+    if exported is None or against is None or target is not None:
+        raise InputError(
+            "--exported DIR and --against CHECKPOINT go together, and without a TARGET. Give the two alone."
+        )
+    from mup_megatron.training import ranks
+
+    recipe = load_recipe(recipe_path)
+    ranks.enable_cpu()
+    # These import Megatron, which has to come after the CPU runtime.
+    from mup_megatron.check.run_exported import check_exported
+    from mup_megatron.export.trained import open_trained
+
+    compared = check_exported(exported, open_trained(against, recipe, recipe_source=str(recipe_path)), recipe)
+    click.echo(f"{exported}: {'pass' if compared.passed else 'fail'}\n{compared.told()}")
+    return compared.passed
 
 
 def _require_default(given: Mapping[str, Any], what: str) -> None:

@@ -30,6 +30,7 @@ COMMANDS = {
     "transfer": "the best trial of a study as a recipe",
     "check": "a verdict on a target and its recipe before the run is paid for",
     "train": "train a target on Megatron-Core with a recipe",
+    "export": "a trained model as one of transformers, which stock software computes rightly",
     "args": "a model file and a recipe as Megatron-LM's flags",
     "model": "Megatron-LM's flags, or a launch script, as a model file",
     "ds-config": "a DeepSpeed configuration for a recipe, or whether one goes with it",

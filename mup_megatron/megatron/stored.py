@@ -11,7 +11,7 @@ import contextlib
 import copy
 import io
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +92,58 @@ def require_plain_objects(folder: Path, metadata: Metadata, *, remedy: str) -> N
     """
     for key, info in metadata.storage_data.items():
         if isinstance(metadata.state_dict_metadata.get(key.fqn), BytesStorageMetadata):
-            path = folder / info.relative_path
-            try:
-                with path.open("rb") as stream:
-                    stream.seek(info.offset)
-                    data = stream.read(info.length)
-            except OSError as error:
-                raise InputError(f"{path}: cannot be read ({error.strerror}). {remedy}") from None
-            read_torch(io.BytesIO(data), source=f"{path}: {brief(key.fqn, 60)}", remedy=remedy)
+            _object(folder, info, key.fqn, remedy=remedy)
+
+
+def read_tensor(folder: Path, metadata: Metadata, key: str, *, remedy: str, at: Sequence[int] = ()) -> torch.Tensor:
+    """Returns a tensor of a checkpoint, whole, whoever held which part of it.
+
+    Args:
+        folder: the checkpoint's.
+        metadata: as `read_metadata` returned it.
+        key: the tensor's.
+        remedy: what to do about a damaged one, as a sentence.
+        at: indices of its first dimensions, of which the rest is returned; only that is read.
+
+    Raises:
+        InputError: a part of it is damaged, or holds what may run code.
+    """
+    entry = metadata.state_dict_metadata[key]
+    assert isinstance(entry, TensorStorageMetadata)
+    whole = torch.empty(tuple(entry.size)[len(at) :], dtype=entry.properties.dtype)
+    for chunk in entry.chunks:
+        ends = [first + length for first, length in zip(chunk.offsets, chunk.sizes, strict=True)]
+        if any(not first <= index < end for index, first, end in zip(at, chunk.offsets, ends, strict=False)):
+            continue
+        part = _part(folder, metadata, key, chunk, entry.properties.dtype, remedy=remedy)
+        inside = tuple(index - first for index, first in zip(at, chunk.offsets, strict=False))
+        box = tuple(slice(first, end) for first, end in zip(chunk.offsets[len(at) :], ends[len(at) :], strict=True))
+        whole[box] = part[inside]
+    return whole
+
+
+def _part(
+    folder: Path, metadata: Metadata, key: str, chunk: ChunkStorageMetadata, dtype: torch.dtype, *, remedy: str
+) -> torch.Tensor:
+    info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+    found = _object(folder, info, key, remedy=remedy)
+    if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (chunk.sizes, dtype):
+        raise InputError(
+            f"{folder / info.relative_path}: {brief(key, 60)} is not the tensor that {METADATA} says. {remedy}"
+        )
+    return found
+
+
+def _object(folder: Path, info: Any, key: str, *, remedy: str) -> Any:
+    """Returns what is stored at a place, tensors and plain values alone."""
+    path = folder / info.relative_path
+    try:
+        with path.open("rb") as stream:
+            stream.seek(info.offset)
+            data = stream.read(info.length)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). {remedy}") from None
+    return read_torch(io.BytesIO(data), source=f"{path}: {brief(key, 60)}", remedy=remedy)
 
 
 @contextlib.contextmanager

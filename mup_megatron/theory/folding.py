@@ -39,21 +39,26 @@ def fold(plan: Plan, names: Collection[str] | None = None) -> Plan:
     return replace(plan, entries=entries, output_multiplier=output)
 
 
-def fold_attention(plan: Plan) -> Plan:
-    """Returns the plan with attention's scale moved into gain and bias of the query norm, the stock one in its place.
+def fold_attention(plan: Plan, *, scale: float | None = None) -> Plan:
+    """Returns the plan with attention's scale moved into gain and bias of the query norm, another one in its place.
+
+    Args:
+        plan: of a model with query norms.
+        scale: what attention goes on to use; None for what it uses by itself.
 
     Raises:
         PlanError: there is no query norm. The scale could only go into the query rows of the fused `linear_qkv`, which
             would need a learning rate of their own.
     """
-    theta = plan.softmax_scale / plan.own_softmax_scale
+    left = plan.own_softmax_scale if scale is None else scale
+    theta = plan.softmax_scale / left
     if not plan.query_norms:
         raise PlanError(
             "The attention scale cannot be folded: without a query norm it belongs to a part of linear_qkv.weight. "
             "Keep it as softmax_scale, or use qk_layernorm."
         )
     entries = tuple(moved(e, theta if e.name in plan.query_norms else 1.0) for e in plan.entries)
-    return replace(plan, entries=entries, softmax_scale=plan.own_softmax_scale)
+    return replace(plan, entries=entries, softmax_scale=left)
 
 
 def fold_branches(plan: Plan) -> Plan:

@@ -79,6 +79,11 @@ def require_same_run(
         source=f"--load {checkpoint}",
         remedy="Go on with the command that the run began with, or begin a new one without --load.",
     )
+    require_same_plan(texts, recipe, plan, folder=folder, remedy=remedy)
+
+
+def require_same_plan(texts: Mapping[str, str], recipe: Recipe, plan: Plan, *, folder: Path, remedy: str) -> None:
+    """Raises InputError unless recipe and plan of a checkpoint are these; its arguments are `require_same_run`'s."""
     source = str(folder / RECIPE)
     found = make_recipe(parse_yaml(texts[RECIPE], source=source), source=source)
     if found.fingerprint != recipe.fingerprint:

@@ -1,0 +1,228 @@
+"""A trained model → a folder that stock transformers loads: configuration, weights in shards, tokenizer.
+
+The folder is written under another name and renamed once it is whole, so that nothing is ever half there.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mup_megatron.errors import InputError
+from mup_megatron.export import shards
+from mup_megatron.export.architectures.registry import choose, folds_for
+from mup_megatron.export.architectures.target import Carried, Piece, Target
+from mup_megatron.export.folds import Fold, folded
+from mup_megatron.export.tokenizers import Tokenizer
+from mup_megatron.export.weights import Source
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+LARGEST = 5 * 10**9
+"""Bytes of a file of weights, unless told otherwise."""
+RECORD = "mup_megatron.json"
+"""The file that says what was exported and how; transformers does not read it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An export that is done."""
+
+    to: Path
+    architecture: str
+    carried: Mapping[str, float]
+    """The multipliers that the configuration says, by its keys."""
+    folded: Sequence[str]
+    """The tensors that were multiplied."""
+    left_out: Sequence[str]
+    """What is not part of the model any more, in words."""
+    files: Sequence[str]
+    parameters: int
+    size: int
+    """Bytes of all weights."""
+
+
+def export(
+    source: Source,
+    to: Path,
+    *,
+    architecture: str | None = None,
+    largest: int = LARGEST,
+    dtype: torch.dtype | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Exported:
+    """Writes a trained model as one of transformers.
+
+    Args:
+        source: the model.
+        to: a folder that is not there yet, or empty.
+        architecture: None for the one that leaves most weights as they are.
+        largest: bytes of a file of weights.
+        dtype: of the weights; None for that which they were trained in.
+        tokenizer: goes with it.
+
+    Raises:
+        InputError: no architecture has what the model has, a weight is missing or damaged, or the disk is full.
+    """
+    _require_free(to)
+    source.require_whole()
+    target = choose(source.model, source.plan, architecture)
+    carried, todo = folds_for(target, source.model, source.plan)
+    dtype = dtype or source.weights.stored[source.plan.entries[0].name].dtype
+    pieces = {piece.name: piece for piece in target.pieces(source.model)}
+    written = [
+        shards.Written(each.name, each.shape, torch.float32 if each.single_precision else dtype)
+        for each in pieces.values()
+    ]
+    types = {each.name: each.dtype for each in written}
+    reader = _Reader(source, todo)
+    with _staged(to, source) as folder:
+        files = shards.write(
+            folder, shards.split(written, largest), lambda name: reader.piece(pieces[name], types[name])
+        )
+        done = Exported(
+            to=to,
+            architecture=target.name,
+            carried=carried.keys,
+            folded=tuple(dict.fromkeys(each.tensor for each in todo)),
+            left_out=("layers of multi-token prediction",) if source.model.mtp_num_layers else (),
+            files=files,
+            parameters=sum(math.prod(each.shape) for each in written),
+            size=sum(each.size for each in written),
+        )
+        _write_json(folder / "config.json", config(target, source, carried, dtype, tokenizer))
+        _write_json(folder / "generation_config.json", _special(tokenizer))
+        _write_json(folder / RECORD, _record(source, done, todo))
+        if tokenizer is not None:
+            tokenizer.write(folder)
+    return done
+
+
+def config(
+    target: Target, source: Source, carried: Carried, dtype: torch.dtype, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """Returns the content of `config.json`."""
+    model = source.model
+    return {
+        "architectures": [target.model_class],
+        "model_type": target.name,
+        "vocab_size": model.vocab_size,
+        "tie_word_embeddings": model.tied,
+        "initializer_range": model.init_method_std,
+        **target.config(model),
+        **carried.keys,
+        **_special(tokenizer),
+        "dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+    }
+
+
+def _special(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """Returns the special tokens; the defaults of architectures are those of their authors' tokenizers."""
+    known = {} if tokenizer is None else tokenizer.special_ids
+    return {key: known.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+class _Reader:
+    """Reads pieces of a source with their folds; several pieces of one tensor, one after the other, once."""
+
+    def __init__(self, source: Source, todo: Sequence[Fold]) -> None:
+        self._weights = source.weights
+        self._folds: dict[str, list[Fold]] = {}
+        for each in todo:
+            self._folds.setdefault(each.tensor, []).append(each)
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def piece(self, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
+        if piece.source is None:
+            return torch.zeros(piece.shape, dtype=dtype)
+        found = self._whole(piece.source)
+        if piece.rows is not None:
+            parts = [found[rows.start : rows.stop] for rows in piece.rows]
+            found = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if piece.transposed:
+            found = found.t()
+        if piece.shift:
+            found = found.to(torch.promote_types(found.dtype, torch.float32)) + piece.shift
+        return found.to(dtype)
+
+    def _whole(self, name: str) -> torch.Tensor:
+        if self._last is None or self._last[0] != name:
+            self._last = None  # two whole tensors at a time would be one too many
+            self._last = name, folded(self._weights.read(name), self._folds.get(name, ()))
+        return self._last[1]
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def _require_free(to: Path) -> None:
+    try:
+        there = to.exists() and not (to.is_dir() and not any(to.iterdir()))
+    except OSError as error:
+        raise InputError(f"--to {to}: not a usable place ({error.strerror}). Choose another.") from None
+    if there:
+        raise InputError(f"--to {to}: exists already. Choose another folder, or remove it.")
+
+
+@contextmanager
+def _staged(to: Path, source: Source) -> Iterator[Path]:
+    """A folder that becomes `to` at the end, and is gone if there is none."""
+    staged: Path | None = None
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
+        yield staged
+        umask = os.umask(0)
+        os.umask(umask)
+        staged.chmod(0o777 & ~umask)
+        for folder in (staged, to.parent):
+            _sync(folder)
+        staged.rename(to)
+        staged = None
+        _sync(to.parent)
+    except OSError as error:
+        raise InputError(
+            f"--to {to}: cannot be written ({error.strerror or error}); {source.described} is unchanged. Free some "
+            "space or choose another place."
+        ) from None
+    finally:
+        if staged is not None:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _record(source: Source, done: Exported, todo: Sequence[Fold]) -> dict[str, Any]:
+    return {
+        "fingerprint": source.plan.fingerprint,
+        "checkpoint": source.described,
+        "architecture": done.architecture,
+        "multipliers": dict(done.carried),
+        "folded": {
+            each.tensor: {"factor": each.factor, **({"offset": each.offset} if each.offset else {})} for each in todo
+        },
+        "left_out": list(done.left_out),
+    }

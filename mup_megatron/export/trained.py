@@ -1,0 +1,100 @@
+"""Checkpoints of `mup-megatron train`, whatever layout the run had. Reading one runs no code.
+
+Importing it imports Megatron: the CPU runtime has to come before.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from mup_megatron.architectures.registry import model_file
+from mup_megatron.errors import InputError
+from mup_megatron.export.weights import Source, Stored
+from mup_megatron.megatron import stored
+from mup_megatron.megatron.stored_names import Location, places
+from mup_megatron.recipe import Recipe
+from mup_megatron.training import checkpoint, identity, ranks, record
+
+_FOLDER = re.compile(r"iter_(\d{7,})")
+
+
+class StoredWeights:
+    """The model's tensors in torch's distributed format, as Megatron writes them."""
+
+    def __init__(self, folder: Path, metadata: Metadata, *, remedy: str) -> None:
+        """Reads nothing yet."""
+        self._folder, self._metadata, self._remedy = folder, metadata, remedy
+
+    @cached_property
+    def _places(self) -> Mapping[str, Location]:
+        shapes = {
+            key: tuple(entry.size)
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        return places(shapes)
+
+    @cached_property
+    def stored(self) -> Mapping[str, Stored]:
+        """Everything that there is, by global name."""
+        found = {}
+        for name, place in self._places.items():
+            entry = self._metadata.state_dict_metadata[place.key]
+            assert isinstance(entry, TensorStorageMetadata)
+            found[name] = Stored(tuple(entry.size)[len(place.at) :], entry.properties.dtype)
+        return found
+
+    def read(self, name: str) -> torch.Tensor:
+        """Returns a tensor, put together from its parts."""
+        place = self._places[name]
+        return stored.read_tensor(self._folder, self._metadata, place.key, at=place.at, remedy=self._remedy)
+
+
+def open_trained(path: Path, recipe: Recipe, *, recipe_source: str) -> Source:
+    """Returns the trained model in a checkpoint, whose files have been looked at and whose weights are not read yet.
+
+    Args:
+        path: the folder of a run's checkpoints, whose last one is meant; or that of one checkpoint.
+        recipe: the run's.
+        recipe_source: what the recipe is called in messages.
+
+    Raises:
+        InputError: there is none, it is damaged, or it is of another recipe; names the file.
+    """
+    root, iteration = _chosen(path)
+    with ranks.process_group("gloo"):
+        found = checkpoint.find(root, iteration, extras=record.CHECKPOINTED)
+    inside = found.folder / checkpoint.EXTRAS
+    run = identity.from_text(found.extras[record.RUN], source=str(inside / record.RUN), remedy=found.remedy)
+    if not isinstance(run.get("fingerprint"), str):
+        raise InputError(f"{inside / record.RUN}: says no recipe's fingerprint. {found.remedy}")
+    if run["fingerprint"] != recipe.fingerprint:
+        raise InputError(
+            f"{recipe_source}: its fingerprint is {recipe.fingerprint[:12]}…, and {found.folder} was trained with "
+            f"another recipe, {run['fingerprint'][:12]}…. Give {checkpoint.EXTRAS}/{record.RECIPE} of that folder."
+        )
+    model = model_file(run.get("model"), source=f"{inside / record.RUN}: model")
+    plan = recipe.plan(model)
+    record.require_same_plan(found.extras, recipe, plan, folder=inside, remedy=found.remedy)
+    weights = StoredWeights(found.folder, found.metadata, remedy=found.remedy)
+    return Source(model=model, plan=plan, weights=weights, described=str(found.folder))
+
+
+def _chosen(path: Path) -> tuple[Path, int]:
+    """Returns the folder of a run's checkpoints, and the iteration of the one that is meant."""
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder. Give the --save folder of `mup-megatron train`.")
+    one = _FOLDER.fullmatch(path.resolve().name)
+    if one is not None:
+        return path.resolve().parent, int(one[1])
+    iteration = checkpoint.latest(path)
+    if iteration is None:
+        raise InputError(
+            f"{path}: no checkpoint there ({checkpoint.TRACKER} is missing). Give the --save folder of `mup-megatron "
+            "train`; other checkpoints cannot be exported yet."
+        )
+    return path, iteration

@@ -1,0 +1,96 @@
+"""`check --exported`: what was exported passes, and a mistake in it is told with the place where it begins."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from support.exported import KINDS, models, recipe_of
+from support.processes import run_ranks
+from support.saved_models import save_one
+from support.training_runs import Finished, command_line
+
+from mup_megatron.recipe import save_recipe
+
+MISTAKES: Mapping[str, Mapping[str, float | str]] = {
+    "embedding": {"embedding_multiplier": 1.0},
+    "attention": {"attention_multiplier": 8**-0.5},
+    "branches": {"residual_multiplier": 1.0},
+    "readout": {"logits_scaling": 1.0},
+}
+"""Changes of an exported Granite's configuration."""
+_CHECKED = ("gpt2", "llama with biases", "granite", "deepseek_v3")
+
+
+def _checked(folder: Path) -> dict[str, Finished]:
+    """What the command says, in this rank, of exports that are right and of those with mistakes."""
+    os.chdir(folder)
+    found = {}
+    for name in _CHECKED:
+        save_recipe(recipe_of(models(KINDS[name])[0]), Path(f"{name}.yaml"))
+        save_one(folder / f"ck {name}", name)
+        own = ["--recipe", f"{name}.yaml"]
+        made = command_line("export", f"ck {name}", *own, "--to", f"hf {name}")
+        assert made.code == 0, made
+        found[name] = command_line("check", "--exported", f"hf {name}", "--against", f"ck {name}", *own)
+    config = folder / "hf granite" / "config.json"
+    right = config.read_text()
+    against = ["--against", "ck granite", "--recipe", "granite.yaml"]
+    for mistake, changes in MISTAKES.items():
+        config.write_text(json.dumps({**json.loads(right), **changes}))
+        found[mistake] = command_line("check", "--exported", "hf granite", *against)
+    config.write_text(right)
+    config.write_text(json.dumps({**json.loads(right), "num_hidden_layers": 2}))
+    found["another model"] = command_line("check", "--exported", "hf granite", *against)
+    config.write_text(right)
+    found["no folder"] = command_line("check", "--exported", "none", *against)
+    found["alone"] = command_line("check", "--exported", "hf granite", "--recipe", "granite.yaml")
+    found["no target"] = command_line("check", "--recipe", "granite.yaml")
+    config.write_text("{")
+    found["damaged"] = command_line("check", "--exported", "hf granite", *against)
+    return found
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    found: dict[str, Finished] = run_ranks(_checked, 1, tmp_path_factory.mktemp("checked"))[0]
+    return found
+
+
+@pytest.mark.parametrize("name", _CHECKED)
+def test_what_was_exported_passes(said: dict[str, Finished], name: str) -> None:
+    assert said[name].code == 0, said[name]
+    assert said[name].stdout.startswith(f"hf {name}: pass\neager: logits differ by at most ")
+    assert "sdpa: logits differ by at most" in said[name].stdout
+    assert "generate: 16 tokens are the same with a cache and without" in said[name].stdout
+
+
+@pytest.mark.parametrize(
+    ("mistake", "where"),
+    {
+        "embedding": "it begins before the first layer (embedding)",
+        "attention": "it begins in layer 0",
+        "branches": "it begins in layer 0",
+        "readout": "it begins behind the layers (final norm or head)",
+    }.items(),
+)
+def test_a_mistake_is_told_with_the_place_where_it_begins(said: dict[str, Finished], mistake: str, where: str) -> None:
+    assert said[mistake].code == 1, said[mistake]
+    assert said[mistake].stdout.startswith("hf granite: fail\n")
+    assert where in said[mistake].stdout
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    {
+        "another model": "its layers or sizes are not those of the checkpoint",
+        "no folder": "--exported none: no config.json there",
+        "alone": "--exported DIR and --against CHECKPOINT go together",
+        "no target": "Missing argument 'TARGET.yaml'",
+        "damaged": "transformers cannot load it",
+    }.items(),
+)
+def test_what_cannot_be_compared_is_refused(said: dict[str, Finished], what: str, words: str) -> None:
+    assert (said[what].code, said[what].stdout) == (2, "")
+    assert words in said[what].stderr

@@ -1,0 +1,56 @@
+"""Names of what Megatron stores, as plans have them."""
+
+import pytest
+
+from mup_megatron.megatron.stored_names import Location, places
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "found"),
+    [
+        ("output_layer.weight", (8, 4), {"output_layer.weight": ()}),
+        ("decoder.final_layernorm.weight", (4,), {"decoder.final_layernorm.weight": ()}),
+        ("decoder.layers.3.mlp.linear_fc2.weight", (4, 8), {"decoder.layers.3.mlp.linear_fc2.weight": ()}),
+        (
+            "decoder.layers.mlp.linear_fc2.bias",
+            (2, 4),
+            {"decoder.layers.0.mlp.linear_fc2.bias": (0,), "decoder.layers.1.mlp.linear_fc2.bias": (1,)},
+        ),
+        (
+            "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+            (1, 4),
+            {
+                "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": (0,),
+                "decoder.layers.0.input_layernorm.weight": (0,),
+            },
+        ),
+        (
+            "decoder.layers.1.mlp.experts.experts.linear_fc1.weight",
+            (2, 4, 4),
+            {
+                "decoder.layers.1.mlp.experts.local_experts.0.linear_fc1.weight": (0,),
+                "decoder.layers.1.mlp.experts.local_experts.1.linear_fc1.weight": (1,),
+                "decoder.layers.1.mlp.experts.linear_fc1.weight0": (0,),
+                "decoder.layers.1.mlp.experts.linear_fc1.weight1": (1,),
+            },
+        ),
+        (
+            "decoder.layers.mlp.experts.experts.linear_fc2.weight",
+            (2, 1, 4, 4),
+            {
+                "decoder.layers.0.mlp.experts.local_experts.0.linear_fc2.weight": (0, 0),
+                "decoder.layers.0.mlp.experts.linear_fc2.weight0": (0, 0),
+                "decoder.layers.1.mlp.experts.local_experts.0.linear_fc2.weight": (1, 0),
+                "decoder.layers.1.mlp.experts.linear_fc2.weight0": (1, 0),
+            },
+        ),
+    ],
+)
+def test_a_stored_tensor_is_of_each_layer_and_expert_by_every_name_that_a_plan_has(
+    key: str, shape: tuple[int, ...], found: dict[str, tuple[int, ...]]
+) -> None:
+    assert places({key: shape}) == {name: Location(key, at) for name, at in found.items()}
+
+
+def test_a_tensor_with_fewer_dimensions_than_its_key_says_is_passed_over() -> None:
+    assert places({"decoder.layers.mlp.experts.experts.linear_fc2.weight": (2,)}) == {}

@@ -352,7 +352,7 @@ def test_a_trial_trains_the_model_of_its_rung_for_its_steps(monkeypatch: pytest.
             validation_loss=1.0, status="complete", reason=None, train_loss=1.0, iterations=1, tokens=1
         )
 
-    monkeypatch.setattr("mup_megatron.training.train.run_training", run_training)
+    monkeypatch.setattr("mup_megatron.tuning.objective.run_training", run_training)
     for rung in ladder.rungs:
         at_rung(training, rung)({"lr": 0.01}, lambda step, loss: None)
     assert seen == [(32, 128, 5), (32, 128, 20), (128, 128, 40)]

@@ -8,7 +8,7 @@ Tables:
                parametrization
     latent     the same of latent attention, whose ranks grow or stay, with the defaults of a recipe at the base
     choices    at one width: other numbers of experts, of those that see a token, and sizes of one
-    depth      at width 64 over 2 to 16 layers: without a rule of depth, and by CompleteP with α = 1 and ½; with Muon too
+    depth      at width 64 over 2 to 16 layers: no rule of depth, and CompleteP with α = 1 and ½; two of them with Muon
     muon       a GPT that Muon trains, over widths 64 to 256: two scale modes with μP, μP that leaves Muon's matrices
                alone, as Megatron's own does, and standard parametrization
 

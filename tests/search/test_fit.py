@@ -77,7 +77,7 @@ def test_nine_of_ten_intervals_hold_the_optimum_and_are_narrow(rungs: Sequence[t
 
 
 def test_no_optimum_is_where_no_good_trial_is() -> None:
-    """A plateau behind a wall, as very short trials have it over their learning rate: nothing bends the fit up there."""
+    """A plateau behind a wall, as very short trials have it over their rate: nothing bends the fit up there."""
     draw = random.Random(0)
     points = []
     for number in range(120):

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-__all__ = ["Location", "places"]
+__all__ = ["Location", "places", "separate"]
 
 _STACKED = re.compile(r"^(\w+\.layers)\.(?!\d+\.)(.+)$")
+_GROUPED = re.compile(r"\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
 _EXPERTS = re.compile(r"\.experts\.experts\.(linear_fc[12])\.(weight|bias)$")
 _NORMS = (
     ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
@@ -46,6 +47,13 @@ def places(shapes: Mapping[str, Sequence[int]]) -> Mapping[str, Location]:
             for own in _also(name):
                 found.setdefault(own, Location(key, at))
     return found
+
+
+def separate(name: str) -> str:
+    """Returns what a parameter is called where each norm and each expert is a module of its own."""
+    for fused, own in _NORMS:
+        name = name.replace(f".{fused}", f".{own}")
+    return _GROUPED.sub(r".experts.local_experts.\3.\1.\2", name)
 
 
 def _single(key: str, shape: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 
 __all__ = ["Location", "places", "separate"]
 
@@ -25,6 +26,9 @@ _NORMS = (
     ("self_attention.linear_kv_up_proj.layer_norm_", "self_attention.kv_layernorm."),
 )
 """Fused into what follows → a module of its own; the first is also what such a module is stored as."""
+
+_MOST = 10**5
+"""Layers times experts that one stored tensor is of: no model has more, but a forged shape may say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ def _single(key: str, shape: Sequence[int]) -> Iterator[tuple[str, tuple[int, ..
     """Yields what a stored tensor holds, one of each layer and of each expert."""
     layers, experts = _STACKED.match(key), _EXPERTS.search(key)
     cut = (layers is not None) + (experts is not None)
-    if len(shape) < cut:
+    if len(shape) < cut or prod(max(1, length) for length in shape[:cut]) > _MOST:
         return
     for at in product(*map(range, shape[:cut])):
         name = key if layers is None else f"{layers[1]}.{at[0]}.{layers[2]}"

@@ -52,8 +52,9 @@ def test_a_stored_tensor_is_of_each_layer_and_expert_by_every_name_that_a_plan_h
     assert places({key: shape}) == {name: Location(key, at) for name, at in found.items()}
 
 
-def test_a_tensor_with_fewer_dimensions_than_its_key_says_is_passed_over() -> None:
-    assert places({"decoder.layers.mlp.experts.experts.linear_fc2.weight": (2,)}) == {}
+@pytest.mark.parametrize("shape", [(2,), (10**12, 0), (10**4, 10**4, 4)], ids=["too few", "forged", "too many"])
+def test_a_tensor_whose_first_dimensions_are_no_layers_and_experts_is_passed_over(shape: tuple[int, ...]) -> None:
+    assert places({"decoder.layers.mlp.experts.experts.linear_fc2.weight": shape}) == {}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`check --exported`: what was exported passes, and a mistake in it is told with the place where it begins."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -7,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.exported import KINDS, drawn, models, recipe_of
+import torch
+from support.exported import KINDS, Weights, drawn, models, recipe_of
 from support.processes import run_ranks
 from support.saved_models import save_one
 from support.training_runs import Finished, command_line
@@ -129,6 +131,20 @@ def test_the_plan_that_was_trained_is_what_counts(
     exported = export(source, tmp_path / "out")
     compared = check_exported(exported.to, source)
     assert compared.passed, compared.told()
+
+
+def test_what_was_trained_in_half_precision_and_is_exported_in_single_is_held_to_single(tmp_path: Path) -> None:
+    base, model = models(KINDS["llama"])
+    source = drawn(model, recipe_of(base).plan(model))
+    held = {name: source.weights.read(name).bfloat16() for name in source.weights.stored}
+    source = dataclasses.replace(source, weights=Weights(held))
+    single, half = (
+        check_exported(export(source, tmp_path / str(dtype), dtype=dtype).to, source) for dtype in (torch.float32, None)
+    )
+    assert (single.bound, half.bound) == (1e-4, 5e-2)
+    assert single.passed, single.told()
+    assert half.passed, half.told()
+    assert half.differences["eager"][-1].size > 10 * single.bound
 
 
 def test_what_cannot_be_exported_has_nothing_to_compare(tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ def mtp_layer(index: int) -> str:
     return f"mtp.layers.{index}"
 
 
+def is_of_mtp(name: str) -> bool:
+    """Returns whether a parameter or module is of multi-token prediction."""
+    return name.startswith("mtp.")
+
+
 def global_name(
     local_name: str, layers: Mapping[str, Sequence[int]], *, tied: bool, experts: Sequence[int] | None = None
 ) -> str:

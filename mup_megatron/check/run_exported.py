@@ -10,15 +10,20 @@ from typing import Any
 
 import torch
 
+from mup_megatron.architectures.names import is_of_mtp
 from mup_megatron.check.measure import batches
 from mup_megatron.check.reference.gpt import planned_model
 from mup_megatron.errors import InputError
+from mup_megatron.export.architectures.registry import choose, targets
 from mup_megatron.export.weights import Source
-from mup_megatron.recipe import Recipe
+from mup_megatron.megatron.stored_names import separate
+from mup_megatron.theory import Plan, PlanEntry
 from mup_megatron.validation import brief
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Of a difference, relative to the standard deviation of what is compared, by the type in which weights are stored."""
+"""Of a difference, relative to the standard deviation of what is compared, by the type of the export's weights.
+
+That of the trained ones does not matter: they are what they are, and both models are computed in single precision."""
 ATTENTIONS = ("eager", "sdpa")
 _GENERATED = 16
 _LONGEST = 64
@@ -62,22 +67,22 @@ class Compared:
         return "\n".join([*lines, f"generate: {self.generated} tokens are {kept} with a cache and without"])
 
 
-def check_exported(folder: Path, source: Source, recipe: Recipe) -> Compared:
+def check_exported(folder: Path, source: Source) -> Compared:
     """Compares an exported model with the one that it was exported from.
 
     Args:
         folder: of the export.
         source: the trained model.
-        recipe: its.
 
     Raises:
-        InputError: transformers cannot load the folder.
+        InputError: the folder is none of an export, transformers cannot load it, or nothing can be exported of the
+            trained model.
     """
-    model = source.model.model_copy(update={"transformer_impl": "local", "mtp_num_layers": None})
-    local = replace(source, model=model, plan=recipe.plan(model))
+    model = source.model
+    choose(model, source.plan)
     length = min(model.seq_length, _LONGEST)
     given = batches.tokens(model.vocab_size, length, _SEQUENCES, seed=1, step=0)[:, :length]
-    wanted = _trained(local, given)
+    wanted = _trained(source, given)
     differences: dict[str, Sequence[Difference]] = {}
     for attention in ATTENTIONS:
         stock = _loaded(folder, attention)
@@ -96,9 +101,7 @@ def check_exported(folder: Path, source: Source, recipe: Recipe) -> Compared:
         for cached in (True, False)
         if more
     ]
-    stored = source.weights.stored[source.plan.entries[0].name].dtype
-    written = _written_dtype(stock)
-    bound = max(BOUNDS.get(each, BOUNDS[torch.float32]) for each in (stored, written))
+    bound = BOUNDS.get(_written_dtype(stock), BOUNDS[torch.float32])
     alike = more == 0 or torch.equal(*generated)
     return Compared(bound=bound, differences=differences, generated=more, alike_with_cache=alike)
 
@@ -109,19 +112,37 @@ _Streams = list[tuple[str, torch.Tensor]]
 def _trained(source: Source, given: torch.Tensor) -> _Streams:
     """Returns what enters the first layer of the trained model, what each layer gives, and the logits."""
     source.require_whole()
-    live = planned_model(source.plan, source.model, dtype=torch.float32)
+    model, plan = source.model.model_copy(update={"mtp_num_layers": None}), _plain(source.plan)
+    live = planned_model(plan, model, dtype=torch.float32)
     with torch.no_grad():
-        for entry in source.plan.entries:
-            if entry.name in source.weights.stored:
-                own, trained = live.get_parameter(entry.name), source.weights.read(entry.name)
-                rows = min(len(own), len(trained))  # a vocabulary is padded as the run's layout had it
-                own[:rows].copy_(trained[:rows])
+        for trained, entry in zip(_left(source.plan), plan.entries, strict=True):
+            own, weight = live.get_parameter(entry.name), source.weights.read(trained.name)
+            rows = min(len(own), len(weight))  # a vocabulary is padded as the run's layout had it
+            own[:rows].copy_(weight[:rows])
         for name, buffer in live.named_buffers():
             if name in source.weights.stored:
                 buffer.copy_(source.weights.read(name))
-    (stack,) = source.plan.stacks  # of a GPT, as all that can be exported are
+    (stack,) = plan.stacks  # of a GPT, as all that can be exported are
     layers: Any = live.get_submodule(f"{stack}.layers")
-    return _streams(lambda: live(given)[..., : source.model.vocab_size], [*layers])
+    return _streams(lambda: live(given)[..., : model.vocab_size], [*layers])
+
+
+def _plain(plan: Plan) -> Plan:
+    """Returns the plan of a trained model by the names of a plain one, without multi-token prediction.
+
+    A plan that is made anew for the plain model's names would be another one: an override finds a parameter by its
+    name, and what is folded into the weight in a grouped matrix is not in one of its own.
+    """
+    return replace(
+        plan,
+        entries=tuple(replace(entry, name=separate(entry.name)) for entry in _left(plan)),
+        places=tuple(place for place in plan.places if not is_of_mtp(place.module)),
+    )
+
+
+def _left(plan: Plan) -> Sequence[PlanEntry]:
+    """Returns the parameters that an export has a place for."""
+    return [entry for entry in plan.entries if not is_of_mtp(entry.name)]
 
 
 def _stock(stock: Any, given: torch.Tensor) -> _Streams:
@@ -169,12 +190,22 @@ def _loaded(folder: Path, attention: str) -> Any:
         raise InputError(f"--exported {folder}: no config.json there. Give the --to folder of `mup-megatron export`.")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation=attention, dtype=torch.float32, local_files_only=True
+            folder,
+            attn_implementation=attention,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # transformers raises whatever it likes for a folder that is damaged
         raise InputError(
             f"--exported {folder}: transformers cannot load it ({brief(error)}). Export the checkpoint again."
         ) from None
+    if model.config.model_type not in targets():
+        raise InputError(
+            f"--exported {folder}: a model of type {model.config.model_type}, and exports are {', '.join(targets())}. "
+            "Give the --to folder of `mup-megatron export`."
+        )
     model.train(False)
     return model
 

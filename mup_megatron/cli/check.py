@@ -216,7 +216,7 @@ def _of_export(exported: Path | None, against: Path | None, target: Path | None,
     from mup_megatron.check.run_exported import check_exported
     from mup_megatron.export.trained import open_trained
 
-    compared = check_exported(exported, open_trained(against, recipe, recipe_source=str(recipe_path)), recipe)
+    compared = check_exported(exported, open_trained(against, recipe, recipe_source=str(recipe_path)))
     click.echo(f"{exported}: {'pass' if compared.passed else 'fail'}\n{compared.told()}")
     return compared.passed
 

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mup_megatron.architectures.names import is_of_mtp
 from mup_megatron.errors import InputError
 from mup_megatron.export import shards
 from mup_megatron.export.architectures.registry import choose, folds_for
@@ -76,12 +77,17 @@ def export(
     Raises:
         InputError: no architecture has what the model has, a weight is missing or damaged, or the disk is full.
     """
-    _require_free(to)
+    _require_free(to, source)
     source.require_whole()
+    if tokenizer is not None:
+        tokenizer.require_within(source.model.vocab_size)
     target = choose(source.model, source.plan, architecture)
-    carried, todo = folds_for(target, source.model, source.plan)
+    carried, of_plan = folds_for(target, source.model, source.plan)
     dtype = dtype or source.weights.stored[source.plan.entries[0].name].dtype
     pieces = {piece.name: piece for piece in target.pieces(source.model)}
+    used = {piece.source for piece in pieces.values()}
+    _require_all_used(source, target, used)
+    todo = [each for each in of_plan if each.tensor in used]
     written = [
         shards.Written(each.name, each.shape, torch.float32 if each.single_precision else dtype)
         for each in pieces.values()
@@ -135,11 +141,18 @@ def _special(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     return {key: known.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
+def _require_all_used(source: Source, target: Target, used: Collection[str | None]) -> None:
+    """Raises InputError if an architecture would leave out a parameter: the model would run, and answer otherwise."""
+    lost = next((e.name for e in source.plan.entries if e.name not in used and not is_of_mtp(e.name)), None)
+    if lost is not None:
+        raise InputError(f"{source.described}: {target.name} has no place for {lost}, and without it is another model.")
+
+
 class _Reader:
     """Reads pieces of a source with their folds; several pieces of one tensor, one after the other, once."""
 
     def __init__(self, source: Source, todo: Sequence[Fold]) -> None:
-        self._weights = source.weights
+        self._source, self._weights = source, source.weights
         self._folds: dict[str, list[Fold]] = {}
         for each in todo:
             self._folds.setdefault(each.tensor, []).append(each)
@@ -156,7 +169,18 @@ class _Reader:
             found = found.t()
         if piece.shift:
             found = found.to(torch.promote_types(found.dtype, torch.float32)) + piece.shift
-        return found.to(dtype)
+        made = found.to(dtype)
+        if not _finite(made):
+            if not _finite(found):
+                raise InputError(
+                    f"{self._source.described}: {piece.source} holds infinities or what is no number. Export a "
+                    "checkpoint from before the run diverged."
+                )
+            raise InputError(
+                f"{piece.source}: has values that are too large for {str(dtype).removeprefix('torch.')}. Choose "
+                "--dtype bfloat16 or float32."
+            )
+        return made
 
     def _whole(self, name: str) -> torch.Tensor:
         if self._last is None or self._last[0] != name:
@@ -165,16 +189,23 @@ class _Reader:
         return self._last[1]
 
 
+def _finite(tensor: torch.Tensor) -> bool:
+    return all(math.isfinite(each) for each in tensor.aminmax())
+
+
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def _require_free(to: Path) -> None:
+def _require_free(to: Path, source: Source) -> None:
     try:
-        there = to.exists() and not (to.is_dir() and not any(to.iterdir()))
+        there = os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir()))
+        inside = source.folder is not None and to.resolve().is_relative_to(source.folder.resolve())
     except OSError as error:
         raise InputError(f"--to {to}: not a usable place ({error.strerror}). Choose another.") from None
     if there:
         raise InputError(f"--to {to}: exists already. Choose another folder, or remove it.")
+    if inside:
+        raise InputError(f"--to {to}: within the checkpoint {source.folder}, which is left as it is. Choose another.")
 
 
 @contextmanager
@@ -221,8 +252,14 @@ def _record(source: Source, done: Exported, todo: Sequence[Fold]) -> dict[str, A
         "checkpoint": source.described,
         "architecture": done.architecture,
         "multipliers": dict(done.carried),
-        "folded": {
-            each.tensor: {"factor": each.factor, **({"offset": each.offset} if each.offset else {})} for each in todo
-        },
+        "folded": [
+            {
+                "tensor": each.tensor,
+                "factor": each.factor,
+                **({"offset": each.offset} if each.offset else {}),
+                **({"rows": [[rows.start, rows.stop] for rows in each.rows]} if each.rows is not None else {}),
+            }
+            for each in todo
+        ],
         "left_out": list(done.left_out),
     }

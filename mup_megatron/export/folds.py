@@ -57,8 +57,8 @@ def folds(plan: Plan, tensors: Collection[Tensor], *, carried: Collection[str], 
     try:
         folded = plan if BRANCH in carried else fold_branches(plan)
         of_rows: list[Fold] = []
+        _require_one_scale(plan)
         if SOFTMAX not in carried:
-            _require_one_scale(plan)
             if plan.query_norms:
                 folded = fold_attention(folded, scale=softmax_scale)
             elif plan.softmax_scale != softmax_scale:

@@ -81,7 +81,7 @@ def open_trained(path: Path, recipe: Recipe, *, recipe_source: str) -> Source:
     plan = recipe.plan(model)
     record.require_same_plan(found.extras, recipe, plan, folder=inside, remedy=found.remedy)
     weights = StoredWeights(found.folder, found.metadata, remedy=found.remedy)
-    return Source(model=model, plan=plan, weights=weights, described=str(found.folder))
+    return Source(model=model, plan=plan, weights=weights, described=str(found.folder), folder=found.folder)
 
 
 def _chosen(path: Path) -> tuple[Path, int]:

@@ -5,6 +5,7 @@ Whoever reads a kind of checkpoint makes a `Source` of it; all else in this pack
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -53,6 +54,8 @@ class Source:
     weights: Weights
     described: str
     """The checkpoint, for messages and for what is written."""
+    folder: Path | None = None
+    """Where it lies, if it does; nothing is written in there."""
 
     def require_whole(self) -> None:
         """Raises InputError unless every parameter of the plan is there in its shape, a vocabulary padded or not."""

@@ -12,10 +12,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 
-__all__ = ["Location", "places"]
+__all__ = ["Location", "places", "separate"]
 
 _STACKED = re.compile(r"^(\w+\.layers)\.(?!\d+\.)(.+)$")
+_GROUPED = re.compile(r"\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
 _EXPERTS = re.compile(r"\.experts\.experts\.(linear_fc[12])\.(weight|bias)$")
 _NORMS = (
     ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
@@ -24,6 +26,9 @@ _NORMS = (
     ("self_attention.linear_kv_up_proj.layer_norm_", "self_attention.kv_layernorm."),
 )
 """Fused into what follows → a module of its own; the first is also what such a module is stored as."""
+
+_MOST = 10**5
+"""Layers times experts that one stored tensor is of: no model has more, but a forged shape may say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +53,18 @@ def places(shapes: Mapping[str, Sequence[int]]) -> Mapping[str, Location]:
     return found
 
 
+def separate(name: str) -> str:
+    """Returns what a parameter is called where each norm and each expert is a module of its own."""
+    for fused, own in _NORMS:
+        name = name.replace(f".{fused}", f".{own}")
+    return _GROUPED.sub(r".experts.local_experts.\3.\1.\2", name)
+
+
 def _single(key: str, shape: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yields what a stored tensor holds, one of each layer and of each expert."""
     layers, experts = _STACKED.match(key), _EXPERTS.search(key)
     cut = (layers is not None) + (experts is not None)
-    if len(shape) < cut:
+    if len(shape) < cut or prod(max(1, length) for length in shape[:cut]) > _MOST:
         return
     for at in product(*map(range, shape[:cut])):
         name = key if layers is None else f"{layers[1]}.{at[0]}.{layers[2]}"

@@ -1,5 +1,6 @@
 """The folder that an export makes: whole or not there, in shards, with a tokenizer; and what is refused."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -11,15 +12,29 @@ from typing import Any
 
 import pytest
 import torch
-from support.exported import KINDS, Kind, Trained, Weights, deviation, loaded, models, tokens, trained
+from support.exported import (
+    KINDS,
+    Kind,
+    Trained,
+    Weights,
+    deviation,
+    drawn,
+    loaded,
+    models,
+    recipe_of,
+    tokens,
+    trained,
+)
 from support.shapes import gpt
 
 from mup_megatron.errors import InputError
 from mup_megatron.export import shards
+from mup_megatron.export.architectures.llama import LLAMA
 from mup_megatron.export.architectures.registry import choose, targets
 from mup_megatron.export.export import export
 from mup_megatron.export.tokenizers import read_tokenizer
 from mup_megatron.export.weights import Source
+from mup_megatron.recipe import PerParameter
 
 ROOT = Path(__file__).parents[2]
 
@@ -189,6 +204,72 @@ def test_what_is_there_is_not_replaced(model: Trained, tmp_path: Path, there: st
         export(model.source(), to)
 
 
+def test_a_link_to_nowhere_is_told_before_anything_is_written(model: Trained, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="exists already"):
+        export(model.source(), tmp_path / "out")
+
+
+def test_nothing_is_written_into_the_checkpoint(model: Trained, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "ck" / "iter_0000001"
+    checkpoint.mkdir(parents=True)
+    source = dataclasses.replace(model.source(), folder=checkpoint)
+    (tmp_path / "link").symlink_to(checkpoint)
+    for to in (checkpoint, checkpoint / "mup" / "out", tmp_path / "link" / "out"):
+        with pytest.raises(InputError, match="within the checkpoint"):
+            export(source, to)
+    assert list(checkpoint.iterdir()) == []
+    export(source, tmp_path / "ck" / "out")
+
+
+def test_the_record_has_every_fold_of_what_is_there(tmp_path: Path) -> None:
+    keys = {**KINDS["llama"].keys, "mtp_num_layers": 1}
+    base, target = models(Kind("llama", keys, KINDS["llama"].wider))
+    own = (PerParameter(match="decoder.*.linear_qkv.weight", multiplier=1.5),)
+    plan = recipe_of(base).model_copy(update={"per_parameter": own}).plan(target)
+    exported = export(drawn(target, plan), tmp_path / "out", architecture="llama")
+    record = json.loads((tmp_path / "out" / "mup_megatron.json").read_text())
+    of_queries = [
+        each for each in record["folded"] if each["tensor"].endswith("layers.0.self_attention.linear_qkv.weight")
+    ]
+    assert [(each["factor"], "rows" in each) for each in of_queries] == [(1.5, False), (1.6, True)]
+    assert of_queries[1]["rows"][0] == [0, 16]
+    assert [name for name in exported.folded if name.startswith("mtp.")] == []
+
+
+def test_a_parameter_without_a_place_is_refused(
+    model: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = LLAMA.pieces
+    monkeypatch.setattr(
+        "mup_megatron.export.architectures.llama.Llama.pieces",
+        lambda _, given: (piece for piece in pieces(given) if not piece.name.endswith("layers.1.mlp.down_proj.weight")),
+    )
+    with pytest.raises(InputError, match=r"llama has no place for decoder\.layers\.1\.mlp\.linear_fc2\.weight"):
+        export(model.source(), tmp_path / "out", architecture="llama")
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "words"),
+    [
+        (1e5, torch.float16, "norm.weight: has values that are too large for float16. Choose --dtype bfloat16"),
+        (float("nan"), None, "runs/ck: .*norm.weight holds infinities or what is no number"),
+        (float("inf"), torch.float16, "runs/ck: .*norm.weight holds infinities or what is no number"),
+    ],
+)
+def test_what_is_no_finite_number_is_refused(
+    model: Trained, tmp_path: Path, value: float, dtype: torch.dtype | None, words: str
+) -> None:
+    source = model.source()
+    held = {name: source.weights.read(name) for name in source.weights.stored}
+    held["decoder.final_layernorm.weight"] = held["decoder.final_layernorm.weight"].clone()
+    held["decoder.final_layernorm.weight"][7] = value
+    wrong = dataclasses.replace(source, weights=Weights(held))
+    with pytest.raises(InputError, match=words):
+        export(wrong, tmp_path / "out", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_empty_folder_is_filled(model: Trained, tmp_path: Path) -> None:
     export(model.source(), tmp_path / "sub" / "out")
     (tmp_path / "empty").mkdir()
@@ -249,6 +330,34 @@ def test_a_tokenizer_goes_with_it_and_its_special_tokens_are_the_models(model: T
         assert (own.eos_token_id, loaded(tmp_path / name).generation_config.eos_token_id) == (end, end)
 
 
+def test_special_tokens_may_be_in_a_file_of_their_own_and_in_the_vocabulary_itself(tmp_path: Path) -> None:
+    tokenizer_file(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<pad>", "bos_token": "?"}))
+    assert read_tokenizer(tmp_path).special_ids == {"eos_token_id": 4, "bos_token_id": 2}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", {"model": {"vocab": {"one": 0, "two": 45}}}),
+        ("tokenizer.json", {"model": {"vocab": [["piece", 0.0]] * 46}}),
+        ("tokenizer.json", {"model": {"vocab": {}}, "added_tokens": [{"content": "<end>", "id": 45}]}),
+        ("vocab.json", {"one": 45}),
+    ],
+    ids=["a vocabulary", "a list", "an added token", "vocab.json"],
+)
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(
+    model: Trained, tmp_path: Path, file: str, content: dict[str, Any]
+) -> None:
+    (tmp_path / file).write_text(json.dumps(content))
+    tokenizer = read_tokenizer(tmp_path)
+    with pytest.raises(InputError, match=r"--tokenizer: its tokens have numbers up to 45, and the model.*is 45\."):
+        export(model.source(), tmp_path / "out", tokenizer=tokenizer)
+    assert not (tmp_path / "out").exists()
+    tokenizer.require_within(46)
+
+
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--tokenizer .*: no tokenizer\.json"):
         read_tokenizer(tmp_path)
@@ -290,8 +399,6 @@ def test_what_an_architecture_has_not_is_refused_with_those_that_have_it(
     kind: Kind, architecture: str | None, words: list[str]
 ) -> None:
     base, target = models(kind)
-    from support.exported import recipe_of
-
     with pytest.raises(InputError) as refused:
         choose(target, recipe_of(base).plan(target), architecture)
     assert [word for word in words if word not in str(refused.value)] == [], str(refused.value)

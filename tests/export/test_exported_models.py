@@ -13,6 +13,7 @@ from mup_megatron.architectures.plain.decoder import PlainDecoder
 from mup_megatron.architectures.registry import shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.export.architectures import registry
+from mup_megatron.export.architectures.granite import GRANITE
 from mup_megatron.export.architectures.llama import LLAMA
 from mup_megatron.export.export import Exported, export
 from mup_megatron.export.folds import Fold, folded, folds
@@ -162,3 +163,5 @@ def test_attentions_of_several_scales_are_refused() -> None:
     plan = dataclasses.replace(model.plan, places=tuple(places))
     with pytest.raises(InputError, match="several softmax scales"):
         registry.folds_for(LLAMA, model.model, plan)
+    with pytest.raises(InputError, match="several softmax scales"):
+        registry.folds_for(GRANITE, model.model, plan)

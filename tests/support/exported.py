@@ -159,6 +159,17 @@ def trained(kind: Kind, dtype: torch.dtype = torch.float64) -> Trained:
     return Trained(model, plan, live)
 
 
+def drawn(model: ModelFile, plan: Plan) -> Source:
+    """A trained model of which there are the weights alone, by the names of its plan."""
+    generator = torch.Generator().manual_seed(3)
+    held = {}
+    for entry in plan.entries:
+        noise = torch.randn(entry.shape, generator=generator)
+        constant = entry.init_value or 0.0
+        held[entry.name] = constant + 0.2 * noise if entry.init_std is None else 2.0 * entry.init_std * noise
+    return Source(model=model, plan=plan, weights=Weights(held), described="runs/ck")
+
+
 def tokens(model: ModelFile) -> torch.Tensor:
     """Two sequences, of the tokens that there are."""
     generator = torch.Generator().manual_seed(5)

@@ -15,7 +15,7 @@ from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.options import FILE, FiniteFloat
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import load_recipe
-from mup_megatron.search import Ladder, Objectives, StudySpec, default_storage, find_study, load_space, run_sweep
+from mup_megatron.search import Ladder, Objectives, StudySpec, default_storage, find_study, load_space, run_sweep, shown
 from mup_megatron.training.data.reading import check_prefix, require_vocab, small_vocabulary_warning
 from mup_megatron.training.logs import require_wandb
 from mup_megatron.training.options import TrainingOptions
@@ -213,7 +213,7 @@ def command(
         click.echo(f"  {name}: {value:.6g}")
     if budget is not None:
         click.echo(f"{sum(result.record.spent):.3g} of {budget:.3g} FLOPs spent", err=True)
-    click.echo(f"All trials: {folder / 'trials.csv'} and {spec.storage}", err=True)
+    click.echo(f"All trials: {folder / 'trials.csv'} and {shown(spec.storage)}", err=True)
 
 
 def _require_one_way(trials: int | None, budget: float | None, best: int | None, of: str | None) -> None:

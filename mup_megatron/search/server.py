@@ -15,7 +15,7 @@ import sqlalchemy
 from optuna.exceptions import ExperimentalWarning
 
 from mup_megatron.errors import InputError
-from mup_megatron.search.storage import Storage, open_storage
+from mup_megatron.search.storage import Storage, open_storage, shown
 
 THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -52,7 +52,7 @@ def serve(url: str, host: str, port: int, *, say: Callable[[str], None]) -> None
     except (sqlalchemy.exc.ArgumentError, ValueError):
         kind = ""
     if kind in ("journal", "grpc"):
-        raise InputError(f"--storage {url}: only databases can be served. Give it to the searches as it is.")
+        raise InputError(f"--storage {shown(url)}: only databases can be served. Give it to the searches as it is.")
     _require_free(host, port)
     with open_storage(url, create=True) as storage, warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)

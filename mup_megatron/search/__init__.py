@@ -3,6 +3,7 @@
 from mup_megatron.search.fit import Basin, Fit, fitted
 from mup_megatron.search.ladder import Fidelity, Ladder, Rung, choose_ladder
 from mup_megatron.search.objective import Interruption, Objective, Objectives, ReportFn, Resumable, TrialOutcome
+from mup_megatron.search.results import write_results
 from mup_megatron.search.selection import Selection
 from mup_megatron.search.space import Space, load_space
 from mup_megatron.search.storage import default_storage, shown
@@ -39,4 +40,5 @@ __all__ = [
     "read_study",
     "run_sweep",
     "shown",
+    "write_results",
 ]

@@ -12,12 +12,11 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mup_megatron.errors import InputError
-from mup_megatron.search.ladder import Ladder
+from mup_megatron.search.ladder import MOST_TRIALS, Ladder
 from mup_megatron.search.selection import Selection
 from mup_megatron.search.space import Space
 from mup_megatron.search.storage import FAILURES, Storage, is_there, open_storage
 from mup_megatron.search.study import (
-    MOST_TRIALS,
     RETRY_OF,
     SIZE,
     SLOT,

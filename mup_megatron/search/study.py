@@ -34,9 +34,6 @@ Sampler: TypeAlias = Literal["random", "tpe", "best"]
 """Where hyperparameters come from: the space alone, the space and earlier trials, or the best of another study."""
 State: TypeAlias = Literal["complete", "diverged", "failed", "running", "waiting"]
 
-MOST_TRIALS = 1_000_000
-"""Of a study. Every look at it goes through all of them."""
-
 SPEC = "sweep"
 SIZE = "size"
 SOURCE = "source"

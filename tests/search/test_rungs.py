@@ -29,7 +29,7 @@ from mup_megatron.search import (
     read_study,
     run_sweep,
 )
-from mup_megatron.search.report import best_json, trials_csv
+from mup_megatron.search.results import best_json, trials_csv
 from mup_megatron.search.space import SearchRange, Space
 from mup_megatron.search.storage import open_storage
 

@@ -1,6 +1,7 @@
 """A study in its storage: made or found, read, and held against what a sweep records. Running it is `sweep.py`."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +34,9 @@ from mup_megatron.validation import Strict, brief, is_text, listed
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 SHOWN_DIFFERENCES = 5
+
+LARGEST_COST = 1e300
+"""Of a ladder: so many times as much is a number too."""
 
 SHOWN_ENTRIES = 10
 """A list that is longer is not written out where it differs."""
@@ -168,7 +172,7 @@ class _Range(Strict):
 
     @model_validator(mode="after")
     def _possible(self) -> "_Range":
-        if self.low >= self.high or (self.log and self.low <= 0):
+        if self.low >= self.high or (self.log and self.low <= 0) or not math.isfinite(self.high - self.low):
             raise ValueError("no range of numbers")
         return self
 
@@ -201,6 +205,14 @@ class _Ladder(Strict):
     budget: Annotated[float, Field(gt=0)]
     rungs: Annotated[list[_Rung], Field(min_length=1)]
 
+    @model_validator(mode="after")
+    def _possible(self) -> "_Ladder":
+        if sum(rung.cost * rung.trials for rung in self.rungs) > LARGEST_COST:
+            raise ValueError("costs beyond all measure")
+        if any(above.trials > below.trials for below, above in itertools.pairwise(self.rungs)):
+            raise ValueError("more trials on a rung than on the one below")
+        return self
+
 
 class _Recorded(Strict):
     """The study's attribute SPEC."""
@@ -208,7 +220,7 @@ class _Recorded(Strict):
     version: Literal[1]
     seed: int
     sampler: Sampler
-    space: dict[str, _Range]
+    space: Annotated[dict[str, _Range], Field(min_length=1)]
     context: dict[str, Any]
     selection: _Selected | None = None
     ladder: _Ladder | None = None

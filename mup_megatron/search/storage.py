@@ -117,6 +117,11 @@ def shown(url: str) -> str:
     return re.sub(r"(pass\w*=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
 
 
+def in_address(host: str) -> str:
+    """Returns a host as it is written before a colon and a port."""
+    return f"[{host}]" if ":" in host else host
+
+
 def is_there(url: str) -> bool:
     """Says if a storage exists: of SQLite and of a journal the file, of a server always."""
     parsed = _parsed(url)
@@ -214,7 +219,7 @@ def _grpc(parsed: sqlalchemy.URL, label: str, patience: Patience) -> Iterator[_B
         code, details = error.code().name, error.details()
         return f"{code}: {brief(details)}" if code in _PASSING else None
 
-    storage = optuna.storages.GrpcStorageProxy(host=parsed.host, port=parsed.port or GRPC_PORT)
+    storage = optuna.storages.GrpcStorageProxy(host=in_address(parsed.host), port=parsed.port or GRPC_PORT)
     try:
         try:
             storage.wait_server_ready(timeout=ANSWERS_S)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mup_megatron.errors import InputError
 from mup_megatron.search.ladder import MOST_TRIALS, Ladder
 from mup_megatron.search.selection import Selection
-from mup_megatron.search.space import Space
+from mup_megatron.search.space import LARGEST_BOUND, Space
 from mup_megatron.search.storage import FAILURES, Storage, is_there, open_storage
 from mup_megatron.search.study import (
     RETRY_OF,
@@ -172,8 +172,10 @@ class _Range(Strict):
 
     @model_validator(mode="after")
     def _possible(self) -> "_Range":
-        if self.low >= self.high or (self.log and self.low <= 0) or not math.isfinite(self.high - self.low):
+        if self.low >= self.high or (self.log and self.low <= 0):
             raise ValueError("no range of numbers")
+        if max(abs(self.low), abs(self.high)) > LARGEST_BOUND:
+            raise ValueError("bounds beyond all measure")
         return self
 
 

@@ -88,7 +88,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "a space of text": _attribute(lambda content: content.update(space="lr")),
     "bounds of text": _attribute(lambda content: content["space"]["lr"].update(low="a")),
     "bounds the wrong way round": _attribute(lambda content: content["space"]["lr"].update(low=1.0)),
-    "bounds too far apart": _attribute(lambda content: content["space"]["scale"].update(low=-1.5e308, high=1.5e308)),
+    "bounds too far apart": _attribute(lambda content: content["space"]["scale"].update(high=1.5e308)),
     "an empty space": _both(_sql("DELETE FROM trial_params"), _attribute(lambda content: content.update(space={}))),
     "another sampler": _attribute(lambda content: content.update(sampler="grid")),
     "the best of nothing": _attribute(lambda content: content.update(sampler="best")),

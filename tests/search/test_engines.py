@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import select
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -312,6 +313,25 @@ def test_no_server_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             read_study("grpc://localhost:1", "search")
 
     ended(in_process(look))
+
+
+def test_a_server_listens_at_an_address_of_ipv6_too(tmp_path: Path) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    port, (ours, theirs) = free_port(), multiprocessing.Pipe()
+    url = f"grpc://[::1]:{port}"
+
+    def look() -> None:
+        with pytest.raises(InputError, match="no study 'search' in it"):
+            read_study(url, "search")
+
+    server = in_process(lambda: serve(f"sqlite:///{tmp_path}/served.db", "::1", port, say=theirs.send))
+    try:
+        assert ours.recv().endswith(f" is served at {url}")
+        ended(in_process(look))
+    finally:
+        server.kill()
+        server.join()
 
 
 # A journal

@@ -142,6 +142,7 @@ def run_sweep(
             Stop().listening() as stop,
             SweepProgress(n_trials, called) as progress,
             open_storage(spec.storage, create=True, patience=Patience(away_s, stop.sleep, progress.say)) as storage,
+            _stopped_in_order(stop),
         ):
             study, spec = open_study(spec, storage, n_trials)
             claims = Claims(spec, study, storage, n_trials, owner, OwnerWatch(grace_s))
@@ -308,6 +309,17 @@ class _Sweep:
             record = self._claims.record()
             write_results(record, *self._files)
             self._progress.ended(trial, record, self._claims.settled())
+
+
+@contextlib.contextmanager
+def _stopped_in_order(stop: Stop) -> Iterator[None]:
+    """Once a sweep was told to stop nobody waits for a storage that is away, and that is not why it ends."""
+    try:
+        yield
+    except FAILURES:
+        if not stop.requested:
+            raise
+        raise stop.error() from None
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """What searches cost and find, replayed on a recorded table of random trials at several widths and lengths.
 
     python benchmarks/search_replay.py record [--trials 350] [--seeds common|own] [-o results/search_replay]
-    python benchmarks/search_replay.py replay results/search_replay/common.jsonl [--samples 200]
+    python benchmarks/search_replay.py replay TABLE... [--samples 200] [-o PICTURE.png]
 
 `record` trains every trial of the paper's space (mup_megatron.tuning.DEFAULT_SPACE) at every width and length, by the
 plans that a recipe at the largest width makes. Stopped at any moment, the same command goes on; finished runs are lines
@@ -10,6 +10,8 @@ standard deviations, learning rates, ε, weight decays and multipliers, the reci
 trials are trained side by side as one batch of matrices, which is many times faster than one after the other. With
 `--seeds common` all trials have the same weights (but for their scale) and batches, with `--seeds own` each its own,
 and other ones on every rung.
+
+Its tables are in `benchmarks/tables/`.
 
 `replay` draws samples of these trials and lets searches loose on each: random, Optuna's TPE (which gets the nearest
 trial of the sample that it has not had), Optuna's successive halving and Hyperband on steps alone, and the ladder of
@@ -434,8 +436,17 @@ def _called(places: Sequence[Place]) -> str:
     return ", ".join(f"{width}×{steps}" for width, steps in places)
 
 
-def replay(table: Table, samples: int, size: int | None, chosen: Iterator[tuple[str, Method]]) -> None:
-    """Prints cost and regret of every method over samples of the table."""
+@dataclass(frozen=True)
+class Replayed:
+    """What a method has come to over all samples: of each its cost, in whole trials of the sample, and its regret."""
+
+    name: str
+    costs: Sequence[float]
+    regrets: Sequence[float]
+
+
+def replay(table: Table, samples: int, size: int | None, chosen: Iterator[tuple[str, Method]]) -> Sequence[Replayed]:
+    """Prints and returns cost and regret of every method over samples of the table."""
     count = len(table.losses[WHOLE])
     size = size or max(2, round(0.8 * count))
     print(f"{count} trials, {samples} samples of {size}\n")
@@ -446,6 +457,7 @@ def replay(table: Table, samples: int, size: int | None, chosen: Iterator[tuple[
         print(f"| {place[0]}×{place[1]} | {spearman(losses, table.losses[WHOLE]):.3f} | {rank} |")
     heads = ("cost, median", "90 %", "regret, median", "90 %", "within 0.5 %", "within 1 %")
     print(f"\n| search | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
+    found = []
     for name, method in chosen:
         costs, regrets = [], []
         for number in range(samples):
@@ -461,6 +473,33 @@ def replay(table: Table, samples: int, size: int | None, chosen: Iterator[tuple[
             *(f"{sum(regret <= most for regret in regrets) / samples:.0%}" for most in (0.005, 0.01)),
         ]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        found.append(Replayed(name, costs, regrets))
+    return found
+
+
+def picture(tables: Mapping[str, Sequence[Replayed]]) -> bytes:
+    """Returns a PNG: what each search costs and how far from the best it ends, a panel for each table."""
+    import io
+
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(6.4 * len(tables), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    for panel, (called, found) in zip(panels, tables.items(), strict=True):
+        for number, each in enumerate(found):
+            middle, high = 100 * median(each.regrets), 100 * _ninetieth(each.regrets)
+            panel.plot([100 * median(each.costs)] * 2, [middle, high], color=f"C{number}", alpha=0.4)
+            panel.plot(100 * median(each.costs), middle, "o", color=f"C{number}", label=each.name)
+        panel.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
+        panel.axvline(5, color="black", linewidth=0.8, linestyle=":")
+        panel.set_xscale("log")
+        panel.set_xlabel("cost, % of all whole trials")
+        panel.set_title(called)
+    panels[0].set_ylabel("loss above the sample's best, %: median to 90 %")
+    panels[0].legend(fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
 
 
 def _ninetieth(values: Sequence[float]) -> float:
@@ -499,6 +538,7 @@ def main() -> None:
     replaying.add_argument("tables", type=Path, nargs="+", metavar="TABLE")
     replaying.add_argument("--samples", type=int, default=200)
     replaying.add_argument("--size", type=int, help="Trials of a sample. [default: four fifths of them]")
+    replaying.add_argument("-o", "--output", type=Path, metavar="PNG", help="Where to draw it.")
     arguments = parser.parse_args()
     if arguments.command == "record":
         file = arguments.output / f"{arguments.seeds}.jsonl"
@@ -509,10 +549,13 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     tables = [Table.read(file) for file in arguments.tables]
+    found = {}
     for file, table in zip(arguments.tables, tables, strict=True):
         print(f"## {file.name}\n")
-        replay(table, arguments.samples, arguments.size, methods())
+        found[file.name] = replay(table, arguments.samples, arguments.size, methods())
         print()
+    if arguments.output is not None:
+        arguments.output.write_bytes(picture(found))
     if len(tables) > 1:
         print(seed_noise(tables))
 

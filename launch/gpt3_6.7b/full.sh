@@ -17,7 +17,7 @@ paper_parameters=(40e6 6.7e9) # of proxy and target, as the paper's formula roun
 
 # Our own search, over fidelities: as many candidates, each whole trial as long as the paper's first ones
 
-search_budget=3e19 # FLOPs, 0.23 % of the target's
+search_budget=3.6e19 # FLOPs, 0.28 % of the target's
 search_tokens=4000000000
 
 # What it leaves unsaid, and was chosen here

@@ -6,7 +6,7 @@
 proxy=$here/tiny/proxy.yaml
 target=$here/tiny/target.yaml
 space=$root/configs/spaces/gpt3_6.7b.yaml
-search_budget=4.9e10 # little more than the least ladder
+search_budget=7e10 # little more than the least ladder
 search_tokens=10240
 stage1_trials=6
 stage1_tokens=10240

@@ -6,8 +6,8 @@ In coordinates in which the space is a unit cube (logarithms where it is searche
 
 All rungs of a ladder share the curvatures; what a shorter or narrower run prefers may lie elsewhere, so each has its
 own shift of the slopes. Shifts and interactions have a normal prior, everything else is free. From the posterior come
-draws of the coefficients, from each draw the lowest point in the cube: their middle is the optimum, their spread says
-how sure it is.
+draws of the coefficients, from each draw the lowest point of the cube as far as the fitted trials reach: their middle
+is the optimum, their spread says how sure it is. Where no good trial is, a quadratic says nothing.
 """
 
 import itertools
@@ -35,6 +35,8 @@ SHIFT = 0.1
 """By how much of the space's width optima of different rungs lie apart: the width of the prior."""
 EDGE = 0.01
 """As close to a bound is at it."""
+BEYOND = 0.1
+"""By how much of the space's width an optimum may lie beyond all fitted trials."""
 INSIDE = 0.25
 """So far from the edge the loss has to be higher by more than a residual, or the edge does not matter."""
 LARGEST = 1e100
@@ -118,9 +120,10 @@ def fit_points(points: Sequence[Point], space: Space) -> Fit | None:
     best = unit[min(range(len(used)), key=lambda i: (-rungs[i], losses[i]))]
     model = _Model(len(names), sorted({point.rung for point in used}))
     draws, residual = model.posterior(unit, rungs, losses)
-    optima = np.array([model.lowest(draw, best) for draw in draws])
+    reach = np.clip([unit.min(axis=0) - BEYOND, unit.max(axis=0) + BEYOND], 0.0, 1.0)
+    optima = np.array([model.lowest(draw, best, reach) for draw in draws])
     mean = draws.mean(axis=0)
-    middle = model.lowest(mean, best)
+    middle = model.lowest(mean, best, reach)
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(optima, [tail, 1 - tail], axis=0)
     loss = model.at(mean, middle)
@@ -140,7 +143,7 @@ def fit_points(points: Sequence[Point], space: Space) -> Fit | None:
             (value(low[j]), value(high[j])),
             (value(max(0.0, middle[j] - half[j])), value(min(1.0, middle[j] + half[j]))),
         )
-    return Fit(basins, at_edges, loss, residual, len(used), Surface(space, model, mean, middle))
+    return Fit(basins, at_edges, loss, residual, len(used), Surface(space, model, mean, middle, reach))
 
 
 def least_for_fit(space: Space) -> int:
@@ -230,21 +233,22 @@ class _Model:
         inside[j] = abs(edge - INSIDE)
         return self.at(coefficients, inside) - self.at(coefficients, optimum)
 
-    def lowest(self, coefficients: Array, start: Array) -> Array:
-        """Returns the lowest point in the cube that a descent along the coordinates finds."""
+    def lowest(self, coefficients: Array, start: Array, reach: Array) -> Array:
+        """Returns the lowest point between two corners that a descent along the coordinates finds."""
         slopes, curved, mixed = (
             coefficients[: self.size],
             self.curvatures(coefficients),
             self._interactions(coefficients),
         )
+        low, high = reach
         point = np.array(start)
         for _ in range(SWEEPS):
             for j in range(self.size):
                 slope = slopes[j] + mixed[j] @ point
                 if curved[j] > 0:
-                    point[j] = min(max(-slope / (2 * curved[j]), 0.0), 1.0)
+                    point[j] = min(max(-slope / (2 * curved[j]), low[j]), high[j])
                 else:
-                    point[j] = 1.0 if slope + curved[j] < 0 else 0.0
+                    point[j] = high[j] if slope + curved[j] * (low[j] + high[j]) < 0 else low[j]
         return point
 
 
@@ -256,11 +260,17 @@ class Surface:
     _model: _Model
     _mean: Array
     _optimum: Array
+    _reach: Array
 
     @property
     def rungs(self) -> Sequence[int]:
         """Those of which it knows the loss."""
         return self._model.rungs
+
+    def reach(self, name: str) -> tuple[float, float]:
+        """Returns the fractions of the space between which there were trials to fit."""
+        low, high = self._reach[:, list(self._space.ranges).index(name)]
+        return float(low), float(high)
 
     def loss(self, rung: int, fractions: Mapping[str, float]) -> float:
         """Returns that of a trial on a rung, at these fractions of the space; what is not named is at its optimum."""

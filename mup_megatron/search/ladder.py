@@ -114,22 +114,10 @@ class Ladder:
         return cls(content["budget"], tuple(rungs))
 
 
-@dataclass(frozen=True)
-class Keep:
-    """The number of a search's candidates that are still on a rung."""
-
-    share: float
-    least: int
-
-    def of(self, candidates: int) -> int:
-        """Returns the number, of so many on the lowest rung."""
-        return min(candidates, max(self.least, math.ceil(self.share * candidates)))
-
-
-WHOLE = Keep(1 / 80, 3)
-"""On the last rung: the seeds of two trials can exchange them, so there is more than one."""
-BETWEEN = Keep(1 / 8, 5)
-"""On each rung between the first and the last."""
+FROM_THE_LOWEST, FROM_ANOTHER = 10, 3
+"""One of so many candidates goes on from the lowest rung, and from each rung above it."""
+LEAST_TRIALS, LEAST_WHOLE = 5, 3
+"""On a rung above the lowest, and on the last: the seeds of two trials can exchange them, so there is more than one."""
 LEAST_CANDIDATES = 10
 """With fewer a random search of whole trials does as well."""
 
@@ -168,7 +156,10 @@ def choose_ladder(fidelities: Sequence[Fidelity], budget: float) -> Ladder:
 
 def ladder_of(fidelities: Sequence[Fidelity], candidates: int, budget: float) -> Ladder:
     """Returns the ladder of so many candidates, whatever it costs."""
-    counts = [candidates, *(BETWEEN.of(candidates) for _ in fidelities[1:-1])]
-    if len(fidelities) > 1:
-        counts.append(WHOLE.of(candidates))
+    last = len(fidelities) - 1
+    counts = [candidates]
+    for number in range(1, len(fidelities)):
+        share = FROM_THE_LOWEST * FROM_ANOTHER ** (number - 1)
+        least = LEAST_WHOLE if number == last else LEAST_TRIALS
+        counts.append(min(candidates, max(least, math.ceil(candidates / share))))
     return Ladder(budget, tuple(Rung(each, count) for each, count in zip(fidelities, counts, strict=True)))

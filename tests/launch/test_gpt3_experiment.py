@@ -91,7 +91,7 @@ def test_the_dry_run_shows_the_search_over_fidelities_beside_it(environment: dic
     assert rungs[-1][2:4] == ["256", "7,629"]
     assert sum(int(row[1]) for row in rungs) == int(total[1])
     assert int(rungs[0][1]) >= 300, "about as many candidates as the paper's trials"
-    assert float(total[-1].rstrip("%")) <= 0.25
+    assert float(total[-1].rstrip("%")) <= 0.3
 
 
 def test_the_readme_shows_what_the_dry_run_prints(environment: dict[str, str], tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_the_default_is_one_search_with_a_budget(environment: dict[str, str], tm
     commands = commands_of(out)
     assert list(commands) == ["prepare", "search", "transfer", "target", "evaluate", "report"]
     (command,) = commands["search"]
-    assert words_after(command, "--budget") == "3e19"
+    assert words_after(command, "--budget") == "3.6e19"
     assert int(words_after(command, "--train-iters")) == 4e9 // (256 * 2048)
     assert commands["transfer"][0] == command, "what a lost job has left is run before"
     study = words_after(command, "--study")

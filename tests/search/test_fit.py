@@ -76,6 +76,21 @@ def test_nine_of_ten_intervals_hold_the_optimum_and_are_narrow(rungs: Sequence[t
     assert sum(held) / len(held) >= 0.8
 
 
+def test_no_optimum_is_where_no_good_trial_is() -> None:
+    """A plateau behind a wall, as very short trials have it over their rate: nothing bends the fit up there."""
+    draw = random.Random(0)
+    points = []
+    for number in range(120):
+        values = SPACE.sample(0, number)
+        u = SPACE.ranges["lr"].fraction(values["lr"])
+        points.append(Point(0, values, (4.0 if u < 0.5 else 3.0 + 0.2 * (u - 0.5) * (1.5 - u)) + draw.gauss(0, 1e-3)))
+    fit = made(points)
+    low, middle, _ = places(fit, "lr")
+    assert 0.4 <= low <= middle <= 0.6
+    assert fit.surface.reach("lr") == pytest.approx((0.4, 0.9), abs=0.11)
+    assert "lr" not in fit.at_edges
+
+
 def test_a_whole_trials_optimum_is_not_that_of_the_shorter_ones() -> None:
     errors = []
     for seed in range(8):

@@ -105,7 +105,7 @@ def _against_loss(axes: Any, shown: Shown, name: str, top: float) -> None:
     for rung in range(len(shown.rungs)):
         _points(axes, shown, rung, lambda trial: trial.parameters[name], top)
         if shown.fit is not None and rung in shown.fit.surface.rungs:
-            fractions = np.linspace(0, 1, PLACES)
+            fractions = np.linspace(*shown.fit.surface.reach(name), PLACES)
             losses = [shown.fit.surface.loss(rung, {name: fraction}) for fraction in fractions]
             seen = [loss if loss <= top else math.nan for loss in losses]
             axes.plot([bounds.at(fraction) for fraction in fractions], seen, color="black", linewidth=1)

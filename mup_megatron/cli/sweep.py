@@ -28,6 +28,7 @@ from mup_megatron.search import (
     shown,
     write_results,
 )
+from mup_megatron.search.standing import standing
 from mup_megatron.training.data.reading import check_prefix, require_vocab, small_vocabulary_warning
 from mup_megatron.training.logs import require_wandb
 from mup_megatron.training.options import TrainingOptions
@@ -226,7 +227,7 @@ def command(
     for name, value in record.best.parameters.items():
         click.echo(f"  {name}: {value:.6g}")
     if budget is not None:
-        click.echo(f"{sum(record.spent):.3g} of {budget:.3g} FLOPs spent", err=True)
+        click.echo(f"{standing(record).spent:.3g} of {budget:.3g} FLOPs spent", err=True)
     click.echo(f"All trials: {csv_file} and {shown(spec.storage)}", err=True)
 
 

@@ -149,14 +149,6 @@ class StudyRecord:
         """Returns the rung that a trial of this study is on; 0 without a ladder."""
         return 0 if self.spec.ladder is None else self.spec.ladder.place(trial.slot)[0]
 
-    @property
-    def spent(self) -> tuple[float, ...]:
-        """The cost of the trials with a result on each rung of the ladder, in the budget's unit; empty without one."""
-        if self.spec.ladder is None:
-            return ()
-        finished = Counter(self.rung_of(trial) for trial in self.trials if trial.finished)
-        return tuple(finished[number] * rung.fidelity.cost for number, rung in enumerate(self.spec.ladder.rungs))
-
     def require_best(self) -> Trial:
         """Returns the best trial; raises InputError if none is complete."""
         if self.best is None:

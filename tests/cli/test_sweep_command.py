@@ -200,7 +200,7 @@ def test_a_budget_is_spent_on_narrower_and_shorter_trials_first(run: Command, he
 
     # Another budget is another search.
     for words, said in (
-        (("--budget", "1e12"), "ladder.budget was"),
+        (("--budget", "1e11"), "ladder.budget was"),
         (("--trials", "3"), "ladder is missing now"),
         (("--budget", needed[1], "--train-iters", "3"), "context.training.train_iters was 4 and is 3"),
     ):

@@ -15,7 +15,20 @@ from mup_megatron.architectures.registry import load_model_file
 from mup_megatron.cli.options import FILE, FiniteFloat
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import load_recipe
-from mup_megatron.search import Ladder, Objectives, StudySpec, default_storage, find_study, load_space, run_sweep
+from mup_megatron.search import (
+    Ladder,
+    Objectives,
+    StudyRecord,
+    StudySpec,
+    default_storage,
+    find_study,
+    load_space,
+    read_study,
+    run_sweep,
+    shown,
+    write_results,
+)
+from mup_megatron.search.standing import standing
 from mup_megatron.training.data.reading import check_prefix, require_vocab, small_vocabulary_warning
 from mup_megatron.training.logs import require_wandb
 from mup_megatron.training.options import TrainingOptions
@@ -183,37 +196,39 @@ def command(
         spec, asked = replace(spec, ladder=ladder), ladder.trials
         objectives, called = [at_rung(objective, rung) for rung in ladder.rungs], rung_names(ladder)
         _show(ladder)
+    csv_file, best_file = folder / "trials.csv", folder / "best.json"
     if ray:
-        _run_on_ray(spec.storage, workers)
-    on_cpu = preload()
-    free = free_memory if on_cpu else free_gpu_memory
-    if (remark := remark_on_memory(model, objective.options, workers, free=free)) is not None:
-        click.echo(remark, err=True)
-    result = run_sweep(
-        spec,
-        objectives,
-        asked,
-        called=called,
-        workers=workers,
-        csv_file=folder / "trials.csv",
-        best_file=folder / "best.json",
-        log_folder=folder / "logs",
-        state_folder=folder / "checkpoints",
-    )
-    if result.best is None:
+        record = _run_on_ray(spec, workers)
+        write_results(record, csv_file, best_file)
+    else:
+        free = free_memory if preload() else free_gpu_memory
+        if (remark := remark_on_memory(model, objective.options, workers, free=free)) is not None:
+            click.echo(remark, err=True)
+        record = run_sweep(
+            spec,
+            objectives,
+            asked,
+            called=called,
+            workers=workers,
+            csv_file=csv_file,
+            best_file=best_file,
+            log_folder=folder / "logs",
+            state_folder=folder / "checkpoints",
+        ).record
+    if record.best is None:
         remedy = (
             f"Their logs are in {folder / 'logs'}."
-            if result.given_up
+            if "failed" in record.unfinished
             else "Lower the learning rates of the space, under another --study."
         )
         click.echo(f"No trial is complete: all diverged or failed. {remedy}", err=True)
         sys.exit(1)
-    click.echo(f"best: trial {result.best.number}, loss {result.best.loss:.6g}")
-    for name, value in result.best.parameters.items():
+    click.echo(f"best: trial {record.best.number}, loss {record.best.loss:.6g}")
+    for name, value in record.best.parameters.items():
         click.echo(f"  {name}: {value:.6g}")
     if budget is not None:
-        click.echo(f"{sum(result.record.spent):.3g} of {budget:.3g} FLOPs spent", err=True)
-    click.echo(f"All trials: {folder / 'trials.csv'} and {spec.storage}", err=True)
+        click.echo(f"{standing(record).spent:.3g} of {budget:.3g} FLOPs spent", err=True)
+    click.echo(f"All trials: {csv_file} and {shown(spec.storage)}", err=True)
 
 
 def _require_one_way(trials: int | None, budget: float | None, best: int | None, of: str | None) -> None:
@@ -225,14 +240,19 @@ def _require_one_way(trials: int | None, budget: float | None, best: int | None,
         )
 
 
-def _run_on_ray(storage: str, workers: int) -> None:
-    """Has a Ray cluster run the study; what is left to this command then is to tell what came of it."""
+def _run_on_ray(spec: StudySpec, workers: int) -> StudyRecord:
+    """Has a Ray cluster run the study, and returns it. This machine need not be able to run a trial."""
     from mup_megatron.search.ray_tasks import run_on_ray
 
     words = [word for word in click.get_current_context().meta[_GIVEN] if word != "--ray"]
-    if storage.startswith("sqlite"):
+    if spec.storage.startswith("sqlite"):
         raise InputError("--ray: SQLite is for one machine. Give a --storage that all machines of the cluster reach.")
     run_on_ray(["sweep", *words, "--workers", "1"], workers, say=lambda text: click.echo(text, err=True))
+    record = read_study(spec.storage, spec.name)
+    if record.unfinished:
+        missing = ", ".join(f"{count} {state}" for state, count in record.unfinished.items())
+        click.echo(f"Trials without a result: {missing}. The same command tries again.", err=True)
+    return record
 
 
 def _show(ladder: Ladder) -> None:

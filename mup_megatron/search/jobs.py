@@ -7,7 +7,16 @@ from pathlib import Path
 
 from mup_megatron.errors import InputError
 from mup_megatron.search.objective import Objective, TrialOutcome
-from mup_megatron.search.worker import Crashed, Finished, Refused, TrialJob, Worker, WorkerDiedError
+from mup_megatron.search.worker import (
+    MOST_WORKERS,
+    Crashed,
+    Finished,
+    Refused,
+    TrialJob,
+    Worker,
+    WorkerDiedError,
+    require_count,
+)
 
 
 def run_jobs(
@@ -31,8 +40,7 @@ def run_jobs(
         InputError: a job refused its input.
         RuntimeError: a job crashed.
     """
-    if workers < 1:
-        raise InputError(f"--workers {workers}: must be at least 1.")
+    require_count("--workers", workers, MOST_WORKERS)
     waiting = list(reversed(jobs))
     pool = [Worker(objective, log_folder=log_folder) for _ in range(min(workers, len(jobs)))]
     try:

@@ -16,6 +16,9 @@ from typing import Any
 
 from mup_megatron.errors import InputError
 
+MOST_TRIALS = 1_000_000
+"""Of a study, with a ladder or without. Every look at it goes through all of them."""
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -127,10 +130,10 @@ def choose_ladder(fidelities: Sequence[Fidelity], budget: float) -> Ladder:
         budget: what all trials may cost.
 
     Raises:
-        InputError: it is too small for a ladder.
+        InputError: it is too small for a ladder, or enough for more trials than a study can have.
     """
     low, high = 0, 1
-    while ladder_of(fidelities, high, budget).cost <= budget:
+    while high <= MOST_TRIALS and ladder_of(fidelities, high, budget).cost <= budget:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
@@ -142,7 +145,13 @@ def choose_ladder(fidelities: Sequence[Fidelity], budget: float) -> Ladder:
             f"--budget {budget:g}: too small, the least ladder of this proxy costs {needed:.3g} and one whole trial "
             f"{fidelities[-1].cost:.3g} FLOPs. Raise it, or tune with fewer --train-iters."
         )
-    return ladder_of(fidelities, low, budget)
+    chosen = ladder_of(fidelities, low, budget)
+    if chosen.trials > MOST_TRIALS:
+        raise InputError(
+            f"--budget {budget:g}: enough for more than the {MOST_TRIALS} trials that a study may have. A whole trial "
+            f"costs {fidelities[-1].cost:.3g} FLOPs. Lower it."
+        )
+    return chosen
 
 
 def ladder_of(fidelities: Sequence[Fidelity], candidates: int, budget: float) -> Ladder:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mup_megatron.errors import InputError
+from mup_megatron.search.worker import MOST_WORKERS, require_count
 
 _KEPT = 2000
 """Characters of what a command said last."""
@@ -26,6 +27,7 @@ def run_on_ray(words: Sequence[str], tasks: int, *, say: Callable[[str], None]) 
     Raises:
         InputError: Ray is missing, or a command ended with an error.
     """
+    require_count("--workers", tasks, MOST_WORKERS)
     try:
         import ray
     except ImportError:

@@ -15,7 +15,7 @@ import sqlalchemy
 from optuna.exceptions import ExperimentalWarning
 
 from mup_megatron.errors import InputError
-from mup_megatron.search.storage import Storage, open_storage
+from mup_megatron.search.storage import Storage, in_address, open_storage, shown
 
 THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -52,16 +52,18 @@ def serve(url: str, host: str, port: int, *, say: Callable[[str], None]) -> None
     except (sqlalchemy.exc.ArgumentError, ValueError):
         kind = ""
     if kind in ("journal", "grpc"):
-        raise InputError(f"--storage {url}: only databases can be served. Give it to the searches as it is.")
+        raise InputError(f"--storage {shown(url)}: only databases can be served. Give it to the searches as it is.")
     _require_free(host, port)
     with open_storage(url, create=True) as storage, warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         # Optuna numbers trials by reading and then writing, which two threads must not do at once on SQLite.
         threads = _OneAtATime(storage) if storage.excludes else None
-        say(f"{storage.label} is served at grpc://{host}:{port}")
+        say(f"{storage.label} is served at grpc://{in_address(host)}:{port}")
         with threads or contextlib.nullcontext():
             try:
-                optuna.storages.run_grpc_proxy_server(storage.backend, host=host, port=port, thread_pool=threads)
+                optuna.storages.run_grpc_proxy_server(
+                    storage.backend, host=in_address(host), port=port, thread_pool=threads
+                )
             except (ImportError, AttributeError) as error:
                 raise InputError(
                     f"a server needs grpcio ({error}). Install it: pip install 'mup-megatron[grpc]'"

@@ -26,6 +26,9 @@ from mup_megatron.errors import InputError
 from mup_megatron.validation import Strict, validated
 from mup_megatron.yaml_io import read_yaml
 
+LARGEST_BOUND = 1e100
+"""Of a space. Not far beyond, the width of a range is no number any more, and pictures of it cannot be drawn."""
+
 
 @dataclass(frozen=True)
 class SearchRange:
@@ -99,7 +102,9 @@ class _Entry(Strict):
             values = self._bounds()
         except OverflowError:
             values = (0.0, math.inf)
-        if self.base is not None and not (0 < values[0] < values[1] < math.inf):
+        if self.base is None and max(map(abs, values)) > LARGEST_BOUND:
+            raise ValueError(f"has a bound beyond {LARGEST_BOUND:g}. Choose a narrower range.")
+        if self.base is not None and not (0 < values[0] < values[1] <= LARGEST_BOUND):
             raise ValueError(
                 f"{self.base:g}^{self.low:g} to {self.base:g}^{self.high:g} is no range of ordinary numbers. "
                 "With base the bounds are exponents."

@@ -108,6 +108,20 @@ def default_storage(name: str, folder: Path = Path("results")) -> str:
     return f"sqlite:///{folder / name}.db"
 
 
+def shown(url: str) -> str:
+    """Returns a storage's URL without its passwords, for messages and files; what is no URL without what may be one."""
+    try:
+        text = sqlalchemy.make_url(url).render_as_string(hide_password=True)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        text = re.sub(r"^.*@", "***@", url, flags=re.DOTALL)
+    return re.sub(r"(pass\w*=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
+
+
+def in_address(host: str) -> str:
+    """Returns a host as it is written before a colon and a port."""
+    return f"[{host}]" if ":" in host else host
+
+
 def is_there(url: str) -> bool:
     """Says if a storage exists: of SQLite and of a journal the file, of a server always."""
     parsed = _parsed(url)
@@ -131,7 +145,7 @@ def open_storage(url: str, *, create: bool, patience: Patience | None = None) ->
             there has been changed then.
     """
     parsed, patience = _parsed(url), patience or Patience()
-    label = parsed.render_as_string(hide_password=True)
+    label = shown(url)
     kinds: dict[str, Callable[[], contextlib.AbstractContextManager[_Backends]]] = {
         "journal": lambda: _journal(_journal_file(parsed), create, patience),
         "grpc": lambda: _grpc(parsed, label, patience),
@@ -154,8 +168,8 @@ def _database(url: str, parsed: sqlalchemy.URL, label: str, create: bool, patien
             storage = RDBStorage(url, options)
         except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
             raise InputError(f"--storage {label}: no driver ({error}). Install it, or choose another.") from None
-        except (KeyError, IndexError, ValueError) as error:  # Optuna fills in {…} templates
-            raise InputError(f"--storage {label}: not a storage URL ({error!r}). Remove its braces.") from None
+        except (KeyError, IndexError, ValueError):  # of a template that it is not
+            raise InputError(f"--storage {label}: Optuna fills in what is in braces. Write %7B for {{.") from None
         except RuntimeError as error:  # Optuna's check of the schema's version
             raise InputError(f"--storage {label}: {brief(error)}") from None
         except AssertionError:
@@ -205,7 +219,7 @@ def _grpc(parsed: sqlalchemy.URL, label: str, patience: Patience) -> Iterator[_B
         code, details = error.code().name, error.details()
         return f"{code}: {brief(details)}" if code in _PASSING else None
 
-    storage = optuna.storages.GrpcStorageProxy(host=parsed.host, port=parsed.port or GRPC_PORT)
+    storage = optuna.storages.GrpcStorageProxy(host=in_address(parsed.host), port=parsed.port or GRPC_PORT)
     try:
         try:
             storage.wait_server_ready(timeout=ANSWERS_S)
@@ -242,7 +256,7 @@ def _parsed(url: str) -> sqlalchemy.URL:
         return sqlalchemy.make_url(url)
     except (sqlalchemy.exc.ArgumentError, ValueError):
         raise InputError(
-            f"--storage {url!r}: not a URL. Write one such as sqlite:///results/study.db, journal:///FILE, "
+            f"--storage {shown(url)!r}: not a URL. Write one such as sqlite:///results/study.db, journal:///FILE, "
             "grpc://HOST:PORT or postgresql://…"
         ) from None
 
@@ -262,6 +276,7 @@ def _sqlite_file(url: sqlalchemy.URL) -> Path | None:
 def _journal_file(url: sqlalchemy.URL) -> Path:
     """Returns the file of a journal's URL."""
     if url.host or not url.database:
-        shown = url.render_as_string(hide_password=True)
-        raise InputError(f"--storage {shown}: write journal:///FILE, with a fourth / before a path from the root.")
+        raise InputError(
+            f"--storage {shown(str(url))}: write journal:///FILE, with a fourth / before a path from the root."
+        )
     return Path(url.database)

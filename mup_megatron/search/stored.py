@@ -1,6 +1,7 @@
 """A study in its storage: made or found, read, and held against what a sweep records. Running it is `sweep.py`."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,12 +13,11 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mup_megatron.errors import InputError
-from mup_megatron.search.ladder import Ladder
+from mup_megatron.search.ladder import MOST_TRIALS, Ladder
 from mup_megatron.search.selection import Selection
-from mup_megatron.search.space import Space
+from mup_megatron.search.space import LARGEST_BOUND, Space
 from mup_megatron.search.storage import FAILURES, Storage, is_there, open_storage
 from mup_megatron.search.study import (
-    MOST_TRIALS,
     RETRY_OF,
     SIZE,
     SLOT,
@@ -34,6 +34,9 @@ from mup_megatron.validation import Strict, brief, is_text, listed
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 SHOWN_DIFFERENCES = 5
+
+LARGEST_COST = 1e300
+"""Of a ladder: so many times as much is a number too."""
 
 SHOWN_ENTRIES = 10
 """A list that is longer is not written out where it differs."""
@@ -171,6 +174,8 @@ class _Range(Strict):
     def _possible(self) -> "_Range":
         if self.low >= self.high or (self.log and self.low <= 0):
             raise ValueError("no range of numbers")
+        if max(abs(self.low), abs(self.high)) > LARGEST_BOUND:
+            raise ValueError("bounds beyond all measure")
         return self
 
 
@@ -202,6 +207,14 @@ class _Ladder(Strict):
     budget: Annotated[float, Field(gt=0)]
     rungs: Annotated[list[_Rung], Field(min_length=1)]
 
+    @model_validator(mode="after")
+    def _possible(self) -> "_Ladder":
+        if sum(rung.cost * rung.trials for rung in self.rungs) > LARGEST_COST:
+            raise ValueError("costs beyond all measure")
+        if any(above.trials > below.trials for below, above in itertools.pairwise(self.rungs)):
+            raise ValueError("more trials on a rung than on the one below")
+        return self
+
 
 class _Recorded(Strict):
     """The study's attribute SPEC."""
@@ -209,7 +222,7 @@ class _Recorded(Strict):
     version: Literal[1]
     seed: int
     sampler: Sampler
-    space: dict[str, _Range]
+    space: Annotated[dict[str, _Range], Field(min_length=1)]
     context: dict[str, Any]
     selection: _Selected | None = None
     ladder: _Ladder | None = None

@@ -34,9 +34,6 @@ Sampler: TypeAlias = Literal["random", "tpe", "best"]
 """Where hyperparameters come from: the space alone, the space and earlier trials, or the best of another study."""
 State: TypeAlias = Literal["complete", "diverged", "failed", "running", "waiting"]
 
-MOST_TRIALS = 1_000_000
-"""Of a study. Every look at it goes through all of them."""
-
 SPEC = "sweep"
 SIZE = "size"
 SOURCE = "source"
@@ -151,14 +148,6 @@ class StudyRecord:
     def rung_of(self, trial: Trial) -> int:
         """Returns the rung that a trial of this study is on; 0 without a ladder."""
         return 0 if self.spec.ladder is None else self.spec.ladder.place(trial.slot)[0]
-
-    @property
-    def spent(self) -> tuple[float, ...]:
-        """The cost of the trials with a result on each rung of the ladder, in the budget's unit; empty without one."""
-        if self.spec.ladder is None:
-            return ()
-        finished = Counter(self.rung_of(trial) for trial in self.trials if trial.finished)
-        return tuple(finished[number] * rung.fidelity.cost for number, rung in enumerate(self.spec.ladder.rungs))
 
     def require_best(self) -> Trial:
         """Returns the best trial; raises InputError if none is complete."""

@@ -27,17 +27,19 @@ from optuna.trial import TrialState
 from mup_megatron.errors import InputError, Terminated
 from mup_megatron.json_io import finite
 from mup_megatron.search.claims import Claim, Claims
+from mup_megatron.search.ladder import MOST_TRIALS
 from mup_megatron.search.objective import Objectives, TrialOutcome
 from mup_megatron.search.owner import Owner, OwnerWatch
 from mup_megatron.search.patience import Patience
 from mup_megatron.search.progress import SweepProgress
-from mup_megatron.search.report import write_results
+from mup_megatron.search.results import write_results
 from mup_megatron.search.states import States
 from mup_megatron.search.stopping import Stop
 from mup_megatron.search.storage import FAILURES, open_storage
 from mup_megatron.search.stored import open_study
-from mup_megatron.search.study import ATTEMPTS, METRICS, MOST_TRIALS, REASON, SECONDS, StudyRecord, StudySpec, Trial
+from mup_megatron.search.study import ATTEMPTS, METRICS, REASON, SECONDS, StudyRecord, StudySpec, Trial
 from mup_megatron.search.worker import (
+    MOST_WORKERS,
     Crashed,
     Finished,
     Interrupted,
@@ -47,13 +49,11 @@ from mup_megatron.search.worker import (
     TrialJob,
     Worker,
     WorkerDiedError,
+    require_count,
 )
 
 MAX_ATTEMPTS = 2
 """How often a trial that crashes is run before it is given up."""
-
-MOST_WORKERS = 1024
-"""Of one call: each is a process, with one more for the trial that it runs."""
 
 INTERRUPT_S = 7.0
 """How long trials may take to keep their state when the sweep is to stop."""
@@ -129,11 +129,8 @@ def run_sweep(
         InputError: the storage cannot be used, the study was made with another space or context, a file cannot be
             written, or a trial refused its input. What the study holds stays.
     """
-    for flag, value, most in (("--trials", n_trials, MOST_TRIALS), ("--workers", workers, MOST_WORKERS)):
-        if value < 1:
-            raise InputError(f"{flag} {value}: must be at least 1.")
-        if value > most:
-            raise InputError(f"{flag} {value}: must be at most {most}. Give a smaller number.")
+    require_count("--trials", n_trials, MOST_TRIALS)
+    require_count("--workers", workers, MOST_WORKERS)
     assert spec.selection is None or n_trials == len(spec.selection.candidates)
     assert spec.ladder is None or (n_trials == spec.ladder.trials and not callable(objective))
     assert spec.ladder is None or len(called) in (0, len(spec.ladder.rungs))
@@ -145,6 +142,7 @@ def run_sweep(
             Stop().listening() as stop,
             SweepProgress(n_trials, called) as progress,
             open_storage(spec.storage, create=True, patience=Patience(away_s, stop.sleep, progress.say)) as storage,
+            _stopped_in_order(stop),
         ):
             study, spec = open_study(spec, storage, n_trials)
             claims = Claims(spec, study, storage, n_trials, owner, OwnerWatch(grace_s))
@@ -311,6 +309,17 @@ class _Sweep:
             record = self._claims.record()
             write_results(record, *self._files)
             self._progress.ended(trial, record, self._claims.settled())
+
+
+@contextlib.contextmanager
+def _stopped_in_order(stop: Stop) -> Iterator[None]:
+    """Once a sweep was told to stop nobody waits for a storage that is away, and that is not why it ends."""
+    try:
+        yield
+    except FAILURES:
+        if not stop.requested:
+            raise
+        raise stop.error() from None
 
 
 @contextlib.contextmanager

@@ -35,11 +35,22 @@ from mup_megatron.search.states import States
 Launch: TypeAlias = Literal["fork", "spawn"]
 """The way a trial's process begins: forked from one that has imported everything, or fresh, importing it all again."""
 
+MOST_WORKERS = 1024
+"""At a time: each is a process, with one more for the trial that it runs."""
+
 LEAVE_S = 10.0
 """How long a trial that has given its result may take to leave before it is killed."""
 
 TERMINATED = 128 + signal.SIGTERM
 """The exit code of a worker that was told to leave."""
+
+
+def require_count(flag: str, value: int, most: int) -> None:
+    """Raises InputError unless what a flag says is from 1 to `most`."""
+    if value < 1:
+        raise InputError(f"{flag} {value}: must be at least 1.")
+    if value > most:
+        raise InputError(f"{flag} {value}: must be at most {most}. Give a smaller number.")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from mup_megatron.architectures.cost import parameter_count, training_flops
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import model_file
 from mup_megatron.search import Ladder, StudyRecord
+from mup_megatron.search.standing import standing
 from mup_megatron.tuning.context import SweepContext, sweep_context
 from mup_megatron.tuning.fidelities import settings_of
 
@@ -43,21 +44,21 @@ def rung_names(ladder: Ladder) -> list[str]:
 
 def search_cost(study: StudyRecord, target: Target | None) -> dict[str, Any]:
     """Returns what a recipe's provenance says of the cost of its search: a trial that has a result counts as whole."""
-    finished = [study.rung_of(trial) for trial in study.trials if trial.finished]
     whole = whole_trial_cost(study)
-    spent = study.spent or (len(finished) * whole,)
-    cost: dict[str, Any] = {"flops": sum(spent)}
+    found = standing(study, cost=whole)
+    spent = found.spent or 0.0
+    cost: dict[str, Any] = {"flops": spent}
     if study.spec.ladder is not None:
         cost["rungs"] = [
             {
                 "width": settings.hidden_size,
                 "steps": settings.train_iters,
-                "trials": finished.count(number),
-                "flops": spent[number],
+                "trials": rung.finished,
+                "flops": rung.spent,
             }
-            for number, settings in enumerate(map(settings_of, study.spec.ladder.rungs))
+            for rung, settings in zip(found.rungs, map(settings_of, study.spec.ladder.rungs), strict=True)
         ]
         cost["flops_of_whole_trials"] = study.spec.ladder.candidates * whole
     if target is not None:
-        cost["share_of_target"] = sum(spent) / target.flops
+        cost["share_of_target"] = spent / target.flops
     return cost

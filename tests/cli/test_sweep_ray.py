@@ -1,8 +1,10 @@
 """`sweep --ray`: with a stand-in for Ray, and on Ray itself where it is installed."""
 
 import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,9 +12,15 @@ from typing import Any
 import pytest
 from support.commands import Command
 
+from mup_megatron.cli import main as cli
+from mup_megatron.cli import sweep
 from mup_megatron.errors import InputError
-from mup_megatron.search import read_study
+from mup_megatron.search import ReportFn, TrialOutcome, ray_tasks, read_study
 from mup_megatron.search.ray_tasks import run_on_ray
+from mup_megatron.tuning import ProxyTraining
+
+# pytest-xdist runs a thread beside the tests, and Python warns of every fork then.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 SWEEP = ("sweep", "base.yaml", "--data", "text", "--study", "small", "--train-iters", "3", "--global-batch-size", "2",
          "--eval-iters", "1", "--trials", "4", "--workers", "2", "--ray")  # fmt: skip
@@ -82,6 +90,54 @@ def test_without_ray_and_with_sqlite_it_is_refused(
         assert (code, out) == (2, "")
         assert message in err
     assert not (here / "s.log").exists()
+
+
+def test_the_machine_that_starts_it_need_not_be_able_to_run_a_trial(
+    run: Command, here: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has too little memory, and gives the trial that crashed to nobody."""
+    driver = os.getpid()
+
+    def rate(
+        self: ProxyTraining, parameters: Mapping[str, float], report: ReportFn, interruption: object
+    ) -> TrialOutcome:
+        with (here / "begun").open("a") as begun:
+            begun.write("x")
+        if multiprocessing.current_process().name == "trial 1":
+            raise ValueError("by bad luck")
+        return TrialOutcome(3.0 + parameters["lr"])
+
+    def free() -> tuple[int, int]:
+        return (1, 1) if os.getpid() == driver else (2**40, 2**40)
+
+    def task(words: list[str], *rest: object) -> tuple[int, str]:
+        process = multiprocessing.get_context("fork").Process(target=cli.main, args=(words,))
+        process.start()
+        process.join()
+        assert process.exitcode is not None
+        return process.exitcode, "what it said"
+
+    monkeypatch.setattr(ProxyTraining, "resume", rate)
+    monkeypatch.setattr(sweep, "free_memory", free)
+    monkeypatch.setattr(ray_tasks, "_run", task)
+    monkeypatch.setitem(sys.modules, "ray", StandIn())
+    code, out, err = run(*SWEEP, "--storage", "journal:///s.log", "--workers", "1")
+    assert code == 0, err
+    best = read_study("journal:///s.log", "small").require_best()
+    assert out.startswith(f"best: trial {best.number}, loss {best.loss:.6g}\n")
+    assert "Trials without a result: 1 failed. The same command tries again." in err
+    assert len((here / "begun").read_text()) == 3 + 2
+    assert json.loads((here / "results" / "small" / "best.json").read_text())["trials"] == {"complete": 3, "failed": 1}
+
+
+@pytest.mark.parametrize("workers", ["0", "100000"])
+def test_how_many_tasks_is_looked_at_before_there_is_a_cluster(
+    run: Command, here: Path, data: Path, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, _, err = run(*SWEEP, "--storage", "journal:///s.log", "--workers", workers)
+    assert code == 2
+    assert f"--workers {workers}: must be at" in err
 
 
 @pytest.mark.slow

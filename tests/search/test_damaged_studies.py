@@ -66,6 +66,14 @@ def _attribute(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], N
     return damage
 
 
+def _both(first: Callable[[Path], None], second: Callable[[Path], None]) -> Callable[[Path], None]:
+    def change(file: Path) -> None:
+        first(file)
+        second(file)
+
+    return change
+
+
 def _of_trial(key: str, value: str) -> Callable[[Path], None]:
     return _sql(f"UPDATE trial_user_attributes SET value_json = '{value}' WHERE key = '{key}'")
 
@@ -80,6 +88,8 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "a space of text": _attribute(lambda content: content.update(space="lr")),
     "bounds of text": _attribute(lambda content: content["space"]["lr"].update(low="a")),
     "bounds the wrong way round": _attribute(lambda content: content["space"]["lr"].update(low=1.0)),
+    "bounds too far apart": _attribute(lambda content: content["space"]["scale"].update(high=1.5e308)),
+    "an empty space": _both(_sql("DELETE FROM trial_params"), _attribute(lambda content: content.update(space={}))),
     "another sampler": _attribute(lambda content: content.update(sampler="grid")),
     "the best of nothing": _attribute(lambda content: content.update(sampler="best")),
     "a context of text": _attribute(lambda content: content.update(context="x")),
@@ -132,6 +142,24 @@ def test_a_damaged_study_is_refused_and_left_as_it_is(file: Path, name: str) -> 
         assert re_remedy(message)
         assert len(message) < 300 + len(str(file))
     assert rows(file) == before
+
+
+def _rungs(*rungs: tuple[float, int]) -> dict[str, Any]:
+    return {"budget": 1e9, "rungs": [{"settings": {}, "cost": cost, "trials": trials} for cost, trials in rungs]}
+
+
+@pytest.mark.parametrize(
+    ("ladder", "said"),
+    [
+        (_rungs((1.0, 2), (2.0, 3)), "more trials on a rung than on the one below"),
+        (_rungs((1.0, 2), (1e308, 2)), "costs beyond all measure"),
+        (_rungs((1.0, 2), (1e300, 2)), "costs beyond all measure"),
+    ],
+)
+def test_a_ladder_that_cannot_be_is_refused(file: Path, ladder: dict[str, Any], said: str) -> None:
+    _attribute(lambda content: content.update(ladder=ladder))(file)
+    with pytest.raises(InputError, match=f"'s' is damaged .*{said}"):
+        read_study(f"sqlite:///{file}", "s")
 
 
 def re_remedy(message: str) -> bool:

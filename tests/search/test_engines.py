@@ -4,17 +4,19 @@ import contextlib
 import multiprocessing
 import os
 import select
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import optuna
 import pytest
 from support.blocking import LIMIT_S
-from support.engines import grpc_server, postgres, require_postgres
+from support.engines import free_port, grpc_server, postgres, require_postgres
 
 from mup_megatron.errors import InputError
 from mup_megatron.search import ReportFn, StudyRecord, StudySpec, TrialOutcome, find_study, read_study, run_sweep
 from mup_megatron.search.patience import Patience
+from mup_megatron.search.server import serve
 from mup_megatron.search.space import SearchRange, Space
 from mup_megatron.search.storage import open_storage
 
@@ -275,6 +277,34 @@ def test_a_wrong_url_is_refused_with_the_right_one(
     assert list(tmp_path.iterdir()) == []
 
 
+SECRET = "s3c4et"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql+psycopg://me:{SECRET}@localhost:1/studies",
+        f"postgresql+psycopg://localhost:1/studies?user=me&password={SECRET}",
+        f"postgresql+psycopg://me:{{{SECRET}}}@localhost:1/studies",
+        f"postgresql://me:{SECRET}@host:port/studies",
+        f"postgresql://me:{SECRET}@[::1/studies",
+        f"me:{SECRET}@host",
+        f"host=there passwd={SECRET}",
+        f"nosuch://me:{SECRET}@host/studies",
+        f"grpc://me:{SECRET}@host:1",
+        f"journal://me:{SECRET}@host/studies",
+        f"mysql+nosuch://host/studies?ssl_key_passphrase={SECRET}&charset=utf8",
+    ],
+)
+def test_passwords_are_never_said(url: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        read_study(url, "search")
+    assert SECRET not in str(refusal.value)
+    with pytest.raises(InputError) as refusal:
+        serve(url, "localhost", free_port(), say=lambda text: None)
+    assert SECRET not in str(refusal.value)
+
+
 def test_no_server_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mup_megatron.search.storage.ANSWERS_S", 0.2)
 
@@ -283,6 +313,25 @@ def test_no_server_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             read_study("grpc://localhost:1", "search")
 
     ended(in_process(look))
+
+
+def test_a_server_listens_at_an_address_of_ipv6_too(tmp_path: Path) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    port, (ours, theirs) = free_port(), multiprocessing.Pipe()
+    url = f"grpc://[::1]:{port}"
+
+    def look() -> None:
+        with pytest.raises(InputError, match="no study 'search' in it"):
+            read_study(url, "search")
+
+    server = in_process(lambda: serve(f"sqlite:///{tmp_path}/served.db", "::1", port, say=theirs.send))
+    try:
+        assert ours.recv().endswith(f" is served at {url}")
+        ended(in_process(look))
+    finally:
+        server.kill()
+        server.join()
 
 
 # A journal

@@ -71,6 +71,19 @@ def test_workers_wait_only_at_the_ends_of_short_rungs() -> None:
     assert idle <= sum(range(4)) + 4
 
 
+@pytest.mark.parametrize("budget", [1e9, 1e300, 1.7e308])
+@pytest.mark.parametrize("costs", [COSTS, (1e-300, 1.0), (1.0,)])
+def test_a_budget_for_more_trials_than_a_study_can_have_is_refused(budget: float, costs: Sequence[float]) -> None:
+    with pytest.raises(InputError, match=r"^--budget \S+: enough for more than the 1000000 trials .* Lower it\.$"):
+        choose_ladder([Fidelity({}, cost) for cost in costs], budget)
+
+
+def test_the_largest_study_there_can_be_is_allowed() -> None:
+    assert choose_ladder([Fidelity({}, 1.0)], 1e6).trials == 1_000_000
+    with pytest.raises(InputError, match="Lower it"):
+        choose_ladder([Fidelity({}, 1.0)], 1e6 + 1)
+
+
 def test_a_candidate_goes_on_when_no_other_can_displace_it() -> None:
     steps = ladder(5, 2)
     assert steps.wanted({}, []) == [0, 1, 2, 3, 4]

@@ -257,6 +257,23 @@ def test_a_storage_that_is_away_meanwhile_changes_nothing(
     assert_as_undisturbed(spec, 1)
 
 
+def test_a_search_that_waits_for_its_storage_stops_in_order(
+    spec: StudySpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is not ended by an error: a batch system queues again what leaves with 143."""
+
+    def away(self: Claims, *args: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise optuna.exceptions.StorageInternalError("no route")
+
+    for method in ("report", "look"):
+        monkeypatch.setattr(Claims, method, away)
+        assert run(spec, Counting(tmp_path), 1, tmp_path) == 143
+        monkeypatch.undo()
+    assert run(spec, Counting(tmp_path), 1, tmp_path) == 0
+    assert [trial.value for trial in trials(spec)] == [SPACE.sample(3, 0)["x"] + STEPS]
+
+
 def test_states_are_kept_when_the_search_ends_with_an_error(spec: StudySpec, tmp_path: Path) -> None:
     """What a user did wrong ends the search; the other trials need not begin again."""
 

@@ -29,8 +29,9 @@ from mup_megatron.search import (
     read_study,
     run_sweep,
 )
-from mup_megatron.search.report import best_json, trials_csv
+from mup_megatron.search.results import best_json, trials_csv
 from mup_megatron.search.space import SearchRange, Space
+from mup_megatron.search.standing import standing
 from mup_megatron.search.storage import open_storage
 
 # pytest-xdist runs a thread beside the tests, and Python warns of every fork then.
@@ -103,7 +104,7 @@ def test_each_rung_has_the_best_of_the_one_below(spec: StudySpec, workers: int) 
     assert record == result.record
     assert record.spec == spec
     assert all(trial.metrics["rung"] == record.rung_of(trial) for trial in record.trials if trial.loss is not None)
-    assert record.spent == (8.0, 15.0, 40.0)
+    assert [rung.spent for rung in standing(record).rungs] == [8.0, 15.0, 40.0]
     assert record.unfinished == {}
     # Of equal trials the whole one answers: on the last rung, whatever the losses are elsewhere.
     last = expected()[2]

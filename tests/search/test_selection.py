@@ -16,7 +16,7 @@ from support.interrupted import interrupted_until_done
 
 from mup_megatron.errors import InputError
 from mup_megatron.search import ReportFn, Selection, StudySpec, TrialOutcome, find_study, read_study, run_sweep
-from mup_megatron.search.report import best_json, trials_csv
+from mup_megatron.search.results import best_json, trials_csv
 from mup_megatron.search.space import SearchRange, Space
 
 # pytest-xdist runs a thread beside the tests, and Python warns of every fork then.

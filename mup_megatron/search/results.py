@@ -6,10 +6,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import sqlalchemy
-
 from mup_megatron.files import write_atomically
 from mup_megatron.json_io import finite
+from mup_megatron.search.storage import shown
 from mup_megatron.search.study import StudyRecord
 
 
@@ -45,7 +44,7 @@ def best_json(record: StudyRecord) -> str:
     best = record.best
     content = {
         "study": record.spec.name,
-        "storage": sqlalchemy.make_url(record.spec.storage).render_as_string(hide_password=True),
+        "storage": shown(record.spec.storage),
         **record.spec.recorded(),
         "trials": dict(sorted(Counter(trial.state for trial in record.trials).items())),
         "trial": None

@@ -68,6 +68,14 @@ TARGETS: dict[str, Target] = {
         binary=True,
         may_change=("out/", "cache/"),
     ),
+    "export a checkpoint": Target(
+        words=("export", "ck", "--recipe", "r.yaml", "--to", "exported"),
+        damaged={"ck": "checkpoint", "r.yaml": "yaml"},
+        sound=("base.yaml", *_DATA),
+        weight=4,
+        binary=True,
+        may_change=("exported/",),
+    ),
     "train on data": Target(
         words=_TRAIN,
         damaged={"text": "data"},

@@ -48,7 +48,7 @@ if [ "${MPS:-0}" = 1 ]; then
   CUDA_MPS_LOG_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY
   export CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
   nvidia-cuda-mps-control -d
-  trap 'echo quit | nvidia-cuda-mps-control' EXIT
+  trap 'nvidia-cuda-mps-control <<<quit' EXIT
 fi
 
 status=0

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import optuna
 import sqlalchemy
@@ -43,6 +43,9 @@ ANSWERS_S = 20.0
 
 SETTLE_S = 0.25
 """Longer than between reading that something is not there, and writing it."""
+
+CREATIONS = 5
+"""How often to try to create what a database lacks; there are a few steps at which another may be in the way."""
 
 _PASSING = frozenset({"UNAVAILABLE", "UNKNOWN", "INTERNAL", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"})
 """Codes of gRPC for a server that is away, or whose database is."""
@@ -165,7 +168,7 @@ def _database(url: str, parsed: sqlalchemy.URL, label: str, create: bool, patien
     # Creating tables is several steps, so two processes at once would trip over each other.
     with locked_folder(file.parent) if file is not None else contextlib.nullcontext():
         try:
-            storage = RDBStorage(url, options)
+            storage = _with_tables(url, options)
         except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
             raise InputError(f"--storage {label}: no driver ({error}). Install it, or choose another.") from None
         except (KeyError, IndexError, ValueError):  # of a template that it is not
@@ -181,6 +184,16 @@ def _database(url: str, parsed: sqlalchemy.URL, label: str, create: bool, patien
     finally:
         storage.remove_session()
         storage.engine.dispose()
+
+
+def _with_tables(url: str, options: dict[str, Any]) -> RDBStorage:
+    """Opens a database, of which others may be creating the tables: who comes second finds them at the next try."""
+    for _ in range(CREATIONS - 1):
+        try:
+            return RDBStorage(url, options)
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+            time.sleep(SETTLE_S)
+    return RDBStorage(url, options)
 
 
 def _away_from_database(error: Exception) -> str | None:

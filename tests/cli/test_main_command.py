@@ -11,6 +11,7 @@ from support.commands import Command
 from mup_megatron import __version__
 from mup_megatron.cli import options
 from mup_megatron.cli.main import COMMANDS, main
+from mup_megatron.cli.sweep import WORDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +34,8 @@ def test_every_command_has_help(run: Command, name: str) -> None:
 
 def test_the_commands_are_the_modules() -> None:
     here = {path.stem for path in (ROOT / "mup_megatron" / "cli").glob("*.py")}
-    assert {name.replace("-", "_") for name in COMMANDS} == here - {"__init__", "main", "options"}
+    words = {f"sweep_{word}" for word in WORDS}
+    assert {name.replace("-", "_") for name in COMMANDS} | words == here - {"__init__", "main", "options"}
 
 
 def test_the_version(run: Command) -> None:

@@ -38,6 +38,7 @@ from mup_megatron.architectures.cost import training_flops
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.recipe import Recipe, recipe
 from mup_megatron.search.ladder import Fidelity, Ladder, ladder_of
+from mup_megatron.search.page.analysis import spearman
 from mup_megatron.tuning import DEFAULT_SPACE
 from mup_megatron.tuning.fidelities import SHARES
 
@@ -447,14 +448,16 @@ class Replayed:
 
 def replay(table: Table, samples: int, size: int | None, chosen: Iterator[tuple[str, Method]]) -> Sequence[Replayed]:
     """Prints and returns cost and regret of every method over samples of the table."""
-    count = len(table.losses[WHOLE])
+    import numpy as np
+
+    whole = np.array(table.losses[WHOLE])
+    count, first = len(whole), int(whole.argmin())
     size = size or max(2, round(0.8 * count))
     print(f"{count} trials, {samples} samples of {size}\n")
     print("| rung | rank correlation with whole trials | rank there of the later best |\n|---|---|---|")
     for place, losses in table.losses.items():
-        best = min(range(count), key=lambda trial: table.losses[WHOLE][trial])
-        rank = sum(loss < losses[best] for loss in losses) + 1
-        print(f"| {place[0]}×{place[1]} | {spearman(losses, table.losses[WHOLE]):.3f} | {rank} |")
+        rank = sum(loss < losses[first] for loss in losses) + 1
+        print(f"| {place[0]}×{place[1]} | {spearman(np.array(losses), whole):.3f} | {rank} |")
     heads = ("cost, median", "90 %", "regret, median", "90 %", "within 0.5 %", "within 1 %")
     print(f"\n| search | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
     found = []
@@ -504,14 +507,6 @@ def picture(tables: Mapping[str, Sequence[Replayed]]) -> bytes:
 
 def _ninetieth(values: Sequence[float]) -> float:
     return quantiles(values, n=10)[-1]
-
-
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Returns the rank correlation; what diverged is last."""
-    import numpy as np
-
-    ranks = [np.argsort(np.argsort(np.array(losses), kind="stable")) for losses in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def seed_noise(tables: Sequence[Table]) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import planned, stock
 from support.processes import run_ranks
+from support.shapes import LATENT as SMALL_LATENT
 from support.shapes import MAMBA, gpt, hybrid, recipe_for
 from support.stock import Layout
 
@@ -27,16 +28,7 @@ FURTHER: dict[str, Any] = {
     "untie_embeddings_and_output_weights": True,  # Megatron cannot save tied ones on several stages
 }
 EXPERTS: dict[str, Any] = {"num_experts": 4, "moe_ffn_hidden_size": 16, "add_bias_linear": False}
-LATENT: dict[str, Any] = {
-    "multi_latent_attention": True,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 12,
-    "qk_head_dim": 6,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 8,
-    "kv_channels": None,
-    "position_embedding_type": "none",
-}
+LATENT: dict[str, Any] = {**SMALL_LATENT, "kv_channels": None}
 
 MODELS: dict[str, HybridFile] = {
     "as a GPT": hybrid(gpt()),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.processes import run_ranks
-from support.shapes import MAMBA, batch, encoder, gpt, hybrid, recipe_for
+from support.shapes import LATENT, MAMBA, batch, encoder, gpt, hybrid, recipe_for
 from torch import Tensor
 
 from mup_megatron.architectures.hybrid import require_release
@@ -62,14 +62,8 @@ CASES: dict[str, dict[str, Any]] = {
     "a pattern with latent attention, multi-token prediction": {
         **MAMBA,
         "hybrid_layer_pattern": "+-M/M+-",
-        "multi_latent_attention": True,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 12,
-        "qk_head_dim": 6,
-        "qk_pos_emb_head_dim": 4,
-        "v_head_dim": 8,
+        **LATENT,
         "kv_channels": None,
-        "position_embedding_type": "none",
         "rotary_scaling_factor": 40.0,
         "mscale_all_dim": 1.0,
         "normalization": "RMSNorm",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support.processes import run_ranks
+from support.shapes import LATENT as SMALL_LATENT
 from support.shapes import MAMBA, encoder, gpt, hybrid, recipe_for
 
 from mup_megatron.architectures.model_file import ModelFile
@@ -22,16 +23,7 @@ from mup_megatron.recipe import PerParameter
 from mup_megatron.theory import Plan, PlanEntry
 
 FURTHER = {"mtp_num_layers": 1, "position_embedding_type": "rope"}
-LATENT = {
-    "multi_latent_attention": True,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_head_dim": 6,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 8,
-    "kv_channels": None,
-    "position_embedding_type": "none",
-}
+LATENT = {**SMALL_LATENT, "kv_lora_rank": 16, "kv_channels": None}
 KINDS: dict[str, Callable[..., ModelFile]] = {
     "MTP": lambda width, **heads: gpt(width, **FURTHER, **heads),
     "a pattern": lambda width, **heads: hybrid(gpt(width, **heads), "+-M/+-", **LATENT, **MAMBA),

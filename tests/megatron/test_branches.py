@@ -10,6 +10,7 @@ from support import exact, planned, stock
 from support.exact import megatron_gpt
 from support.plan_runs import optimizer_from_plan, plain_from_plan, train
 from support.processes import run_ranks
+from support.shapes import LATENT as SMALL_LATENT
 from support.shapes import MAMBA, encoder, gpt, hybrid, recipe_for
 from support.stock import Layout
 from torch import Tensor
@@ -36,16 +37,7 @@ def tuned(base: ModelFile, alpha: float = 0.5, **changes: float) -> Recipe:
 # ---- plain torch ---------------------------------------------------------------------------------------------------
 
 LLAMA = {"swiglu": True, "normalization": "RMSNorm", "position_embedding_type": "rope", "add_bias_linear": False}
-LATENT = {
-    "multi_latent_attention": True,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 12,
-    "qk_head_dim": 6,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 8,
-    "position_embedding_type": "none",
-    "normalization": "RMSNorm",
-}
+LATENT = {**SMALL_LATENT, "normalization": "RMSNorm"}
 EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 24, "add_bias_linear": False}
 PAIRS: dict[str, tuple[ModelFile, ModelFile]] = {
     "tied": (gpt(1), gpt(2, num_layers=6)),

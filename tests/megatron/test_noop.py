@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import planned, stock
 from support.processes import run_ranks
-from support.shapes import gpt
+from support.shapes import LATENT, gpt
 from support.stock import Layout
 
 STEPS = 4
@@ -28,17 +28,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "q/k norm, RMSNorm, rotary": {"qk_layernorm": True, "normalization": "RMSNorm", "position_embedding_type": "rope"},
     "latent attention, multi-token prediction": {
-        "multi_latent_attention": True,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 12,
-        "qk_head_dim": 6,
-        "qk_pos_emb_head_dim": 4,
-        "v_head_dim": 8,
+        **LATENT,
         "qk_layernorm": True,
         "rotary_scaling_factor": 40.0,
         "mscale_all_dim": 1.0,
         "mtp_num_layers": 1,
-        "position_embedding_type": "none",
     },
 }
 

@@ -5,10 +5,13 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import search_replay
 import torch
-from search_replay import Outcome, Sample, Table, climbed, cost, record, spearman
+from search_replay import Outcome, Sample, Table, climbed, cost, record
+
+from mup_megatron.search.page.analysis import spearman
 
 TEXT = torch.randint(0, 256, (4000,), generator=torch.Generator().manual_seed(0))
 
@@ -60,7 +63,7 @@ def test_what_diverged_is_infinite_and_last(tmp_path: Path) -> None:
     file.write_text(json.dumps(row) + "\n")
     losses = Table.read(file).losses[64, 200]
     assert losses == [3.0, math.inf, 2.0]
-    assert spearman(losses, [0.2, 0.3, 0.1]) == pytest.approx(1.0)
+    assert spearman(np.array(losses), np.array([0.2, 0.3, 0.1])) == pytest.approx(1.0)
 
 
 def test_the_ladder_is_climbed_and_paid_for() -> None:

@@ -1,5 +1,6 @@
 """Small models at several widths, and recipes for them, for tests that compare a base and its targets."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,6 +51,16 @@ def hybrid(model: ModelFile, pattern: str | None = None, **changes: Any) -> Hybr
 
 MAMBA = {"mamba_head_dim": 8, "mamba_state_dim": 16, "mamba_num_groups": 2}
 """The keys of small Mamba layers: two groups for two tensor-parallel ranks."""
+LATENT: Mapping[str, Any] = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_head_dim": 6,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 8,
+    "position_embedding_type": "none",
+}
+"""The keys of small latent attention."""
 
 
 def encoder(architecture: str, width: float = 1, **changes: Any) -> ModelFile:

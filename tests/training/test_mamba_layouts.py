@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import planned, stock
 from support.processes import run_ranks
+from support.shapes import LATENT as SMALL_LATENT
 from support.shapes import MAMBA, gpt, hybrid, recipe_for
 from support.stock import Layout
 
@@ -22,17 +23,7 @@ EXPERTS = {"num_experts": 8, "moe_ffn_hidden_size": 16, "moe_shared_expert_inter
 BASE, TARGET = (hybrid(gpt(width, **UNTIED, add_bias_linear=False), PATTERN, **MAMBA, **EXPERTS) for width in (1, 4))
 RECIPE = recipe_for(BASE, lr=0.01, clip_grad=0.5, adam_eps=1e-5)
 FURTHER = "+M|-E/+E/+E"
-LATENT: dict[str, Any] = {
-    "multi_latent_attention": True,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_head_dim": 6,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 8,
-    "kv_channels": None,
-    "position_embedding_type": "none",
-    "mtp_loss_scaling_factor": 0.3,
-}
+LATENT: dict[str, Any] = {**SMALL_LATENT, "kv_lora_rank": 16, "kv_channels": None, "mtp_loss_scaling_factor": 0.3}
 LATENT_BASE, LATENT_TARGET = (
     hybrid(gpt(width, **UNTIED, add_bias_linear=False), FURTHER, **MAMBA, **EXPERTS, **LATENT) for width in (1, 4)
 )

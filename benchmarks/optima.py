@@ -8,7 +8,7 @@ Tables:
                parametrization
     latent     the same of latent attention, whose ranks grow or stay, with the defaults of a recipe at the base
     choices    at one width: other numbers of experts, of those that see a token, and sizes of one
-    depth      at width 64 over 2 to 16 layers: no rule of depth, and CompleteP with α = 1 and ½; two of them with Muon
+    depth      at width 64 over 2 to 16 layers: no rule of depth, and CompleteP with α = 1 and ½
     muon       a GPT that Muon trains, over widths 64 to 256: two scale modes with μP, μP that leaves Muon's matrices
                alone, as Megatron's own does, and standard parametrization
 
@@ -139,9 +139,8 @@ DEPTHS = (2, 4, 8, 16)
 RULES = {"mup": "μP", "standard": "standard"}
 
 
-def _over_depths(name: str, alpha: float | None, mode: str | None = None) -> Row:
-    targets = {f"L {layers}": deep(layers) for layers in DEPTHS}
-    return Row(name, deep(DEPTHS[0]), targets, alpha=alpha, scale_mode=mode)
+def _over_depths(name: str, alpha: float | None) -> Row:
+    return Row(name, deep(DEPTHS[0]), {f"L {layers}": deep(layers) for layers in DEPTHS}, alpha=alpha)
 
 
 def _over_widths(
@@ -179,13 +178,7 @@ TABLES: dict[str, Callable[[], Sequence[Row]]] = {
             },
         )
     ],
-    "depth": lambda: [
-        _over_depths("no rule", None),
-        _over_depths("α = 1", 1.0),
-        _over_depths("α = ½", 0.5),
-        _over_depths("no rule, Muon", None, "unit_rms_norm"),
-        _over_depths("α = 1, Muon", 1.0, "unit_rms_norm"),
-    ],
+    "depth": lambda: [_over_depths("no rule", None), _over_depths("α = 1", 1.0), _over_depths("α = ½", 0.5)],
     "muon": lambda: [
         _with_muon("μP, spectral", "spectral"),
         _with_muon("μP, unit_rms_norm", "unit_rms_norm"),

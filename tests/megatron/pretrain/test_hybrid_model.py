@@ -86,7 +86,7 @@ def test_mamba_layers_train_and_go_on_in_another_layout(pattern: str, tmp_path: 
     """
     latent = "+" in pattern
     if latent and core_version() < (0, 19, 0):
-        pytest.skip("no latent attention in a pattern of this megatron-core")
+        pytest.skip("megatron-core 0.16 has no latent attention in a pattern")
     path = tmp_path / "mamba.recipe.yaml"
     tuned = a_recipe()
     more = shapes.MAMBA | (LATENT if latent else {})

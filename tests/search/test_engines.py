@@ -309,6 +309,12 @@ def test_passwords_are_never_said(url: str) -> None:
     assert SECRET not in str(refusal.value)
 
 
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:s?mode=memory&uri=true"])
+def test_a_storage_in_memory_is_not_served(url: str) -> None:
+    with pytest.raises(InputError, match="in memory, and lost with the server"):
+        serve(url, "localhost", free_port(), say=lambda text: None)
+
+
 def test_no_server_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mup_megatron.search.storage.ANSWERS_S", 0.2)
 

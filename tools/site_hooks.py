@@ -1,7 +1,7 @@
 """What the site has beside the pages of docs/: README as its first page, the API, and the sources that pages link to.
 
-MkDocs calls these functions. Nothing is copied: a file outside of docs/ becomes a page while the site is built, and links
-to it, which are right where the repository is read, lead to that page.
+MkDocs calls these functions. Nothing is copied: a file outside of docs/ becomes a page while the site is built, and
+links to it, which are right where the repository is read, lead to that page.
 """
 
 import ast

@@ -6,6 +6,7 @@ attention without a query norm, which belongs to some of the rows of a fused ten
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -39,6 +40,15 @@ class Fold:
     offset: float = 0.0
     rows: Rows | None = None
     """Those that are meant; None for all."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {
+            "tensor": self.tensor,
+            "factor": self.factor,
+            **({"offset": self.offset} if self.offset else {}),
+            **({"rows": [[rows.start, rows.stop] for rows in self.rows]} if self.rows is not None else {}),
+        }
 
 
 def folds(plan: Plan, tensors: Collection[Tensor], *, carried: Collection[str], softmax_scale: float) -> Sequence[Fold]:

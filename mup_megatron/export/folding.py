@@ -47,7 +47,7 @@ class Folding:
 
     @cached_property
     def by_name(self) -> Mapping[str, Sequence[Fold]]:
-        """What is done to each tensor; nothing to those that are not in it."""
+        """The folds of each tensor that has any."""
         found: dict[str, list[Fold]] = {}
         for each in self.folds:
             found.setdefault(each.tensor, []).append(each)

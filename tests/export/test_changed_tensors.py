@@ -25,7 +25,7 @@ def test_a_folding_comes_back_from_its_text(name: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 2, "fingerprint": "", "optimizer": true, "folded": []}'])
 def test_a_text_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="^beside it"):
+    with pytest.raises(InputError, match=r"^beside it"):
         Folding.from_text(text, source="beside it", remedy="Fold it again.")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mup_megatron.architectures.names import is_of_mtp
+from mup_megatron.architectures.plain.mlp import PlainMlp
 from mup_megatron.check.measure import batches
 from mup_megatron.check.reference.gpt import planned_model
 from mup_megatron.errors import InputError
@@ -114,6 +115,9 @@ def _trained(source: Source, given: torch.Tensor) -> _Streams:
     source.require_whole()
     model, plan = source.model.model_copy(update={"mtp_num_layers": None}), _plain(source.plan)
     live = planned_model(plan, model, dtype=torch.float32)
+    for mlp in live.modules():
+        if source.tanh_gelu and isinstance(mlp, PlainMlp):
+            mlp.gelu = "tanh"
     with torch.no_grad():
         for trained, entry in zip(_left(source.plan), plan.entries, strict=True):
             own, weight = live.get_parameter(entry.name), source.weights.read(trained.name)

@@ -125,6 +125,7 @@ def config(
         "tie_word_embeddings": model.tied,
         "initializer_range": model.init_method_std,
         **target.config(model),
+        **(target.tanh_gelu() if source.tanh_gelu else {}),
         **carried.keys,
         **_special(tokenizer),
         "dtype": str(dtype).removeprefix("torch."),

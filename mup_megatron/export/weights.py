@@ -56,6 +56,8 @@ class Source:
     """The checkpoint, for messages and for what is written."""
     folder: Path | None = None
     """Where it lies, if it does; nothing is written in there."""
+    tanh_gelu: bool = False
+    """Whether its GELU is the approximation with tanh, and not the exact one; of no account in other MLPs."""
 
     def require_whole(self) -> None:
         """Raises InputError unless every parameter of the plan is there in its shape, a vocabulary padded or not."""

@@ -10,20 +10,10 @@ from typing import Protocol
 
 from mup_megatron.errors import InputError
 from mup_megatron.export import megatron_lm, trained
+from mup_megatron.export.folding import Rewritten
 from mup_megatron.export.weights import Source
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.checkpoint import TRACKER
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rewritten:
-    """A checkpoint that was folded, or unfolded."""
-
-    to: Path
-    tensors: Sequence[str]
-    """Those that were multiplied, by the plan's names."""
-    optimizer: str
-    """What became of the optimizer's state, as half a sentence."""
 
 
 class Opens(Protocol):
@@ -58,7 +48,13 @@ class Kind:
 
 KINDS: Sequence[Kind] = (
     Kind(name="Megatron-LM", is_at=megatron_lm.is_at, open=megatron_lm.open_megatron_lm),
-    Kind(name="`mup-megatron train`", is_at=trained.is_at, open=trained.open_trained),
+    Kind(
+        name="`mup-megatron train`",
+        is_at=trained.is_at,
+        open=trained.open_trained,
+        fold=trained.fold_trained,
+        unfold=trained.unfold_trained,
+    ),
 )
 """In the order in which they are looked for."""
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from mup_megatron.errors import InputError
 from mup_megatron.export import megatron_lm, trained
+from mup_megatron.export.folded_megatron_lm import fold_megatron_lm, unfold_megatron_lm
 from mup_megatron.export.folding import Rewritten
 from mup_megatron.export.weights import Source
 from mup_megatron.recipe import Recipe
@@ -47,7 +48,13 @@ class Kind:
 
 
 KINDS: Sequence[Kind] = (
-    Kind(name="Megatron-LM", is_at=megatron_lm.is_at, open=megatron_lm.open_megatron_lm),
+    Kind(
+        name="Megatron-LM",
+        is_at=megatron_lm.is_at,
+        open=megatron_lm.open_megatron_lm,
+        fold=fold_megatron_lm,
+        unfold=unfold_megatron_lm,
+    ),
     Kind(
         name="`mup-megatron train`",
         is_at=trained.is_at,

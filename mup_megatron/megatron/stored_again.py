@@ -91,8 +91,18 @@ def _write_changed(
     entry = metadata.state_dict_metadata[key.fqn]
     if isinstance(entry, BytesStorageMetadata):
         found = stored.read_object(folder, metadata, key.fqn, remedy=remedy)
-        torch.save(objects[key.fqn](found), stream)
+        save_torch(objects[key.fqn](found), stream)
         return
     chunk = next(each for each in entry.chunks if each.offsets == key.offset)
     part = stored.read_part(folder, metadata, key.fqn, chunk, remedy=remedy)
-    torch.save(parts[key.fqn](chunk, part).clone(), stream)
+    save_torch(parts[key.fqn](chunk, part).clone(), stream)
+
+
+def save_torch(content: Any, stream: IO[bytes]) -> None:
+    """Writes as torch does. Raises OSError if the disk is full, of which torch's writer makes another error."""
+    try:
+        torch.save(content, stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

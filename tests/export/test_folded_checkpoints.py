@@ -28,7 +28,7 @@ FP32 = 1e-6
 
 
 def _folded(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Finished]]:
-    """Live logits of models of several kinds, those of stock Megatron-Core from folded checkpoints, and what was said."""
+    """Live logits of several kinds, those of stock Megatron-Core from folded checkpoints, and what was said."""
     logits, said, found = {}, {}, {}
     for number, name in enumerate(STOCK):
         logits[name] = save_one(folder / str(number), name)

@@ -12,13 +12,13 @@ from mup_megatron.megatron.arguments.convert import flags
 from mup_megatron.recipe import Recipe, save_recipe
 
 VOCABULARY = 511
-"""Of the tokens themselves; the end of a document makes one more. Padded to 512 times the tensor parallelism."""
+"""Of the tokens themselves; the end of a document makes one more. Padded to 768 with one tensor-parallel rank or two."""
 _SIZES = dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings"))
 
 
 def kind(name: str, **more: Any) -> tuple[Recipe, ModelFile]:
     """A recipe and a target of four layers, of a vocabulary that is padded."""
-    own = {"vocab_size": VOCABULARY + 1, "make_vocab_size_divisible_by": 192, **more}
+    own = {"vocab_size": VOCABULARY + 1, "make_vocab_size_divisible_by": 384, **more}
     base, model = (each.model_copy(update=own) for each in models(KINDS[name]))
     return recipe_of(base), model.model_copy(update={"num_layers": 4})
 

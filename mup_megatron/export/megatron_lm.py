@@ -130,7 +130,7 @@ class Opened:
             weights=self.weights(),
             described=str(self.folder),
             folder=self.folder,
-            tanh_gelu=_tanh_gelu(self.values),
+            tanh_gelu=tanh_gelu(self.values),
         )
 
     def _metadata(self) -> Metadata:
@@ -196,7 +196,7 @@ class Opened:
         return tuple(shape.tensors)
 
 
-def _tanh_gelu(values: Mapping[str, Any]) -> bool:
+def tanh_gelu(values: Mapping[str, Any]) -> bool:
     """Returns whether Megatron computes GELU with tanh, as its fused kernel and Transformer Engine's do."""
     fused = values.get("bias_gelu_fusion", True) and values.get("add_bias_linear", True)
     return not values.get("swiglu") and bool(fused or values.get("use_te_activation_func"))

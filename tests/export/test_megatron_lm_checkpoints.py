@@ -1,9 +1,11 @@
 """What Megatron-LM's own loop saves with the plug-in on: exported from every layout, folded for it, and unfolded."""
 
 import argparse
+import functools
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,14 @@ from safetensors.torch import load_file
 from support.lm_checkpoints import kind, train
 from support.processes import RankFailure, run_ranks
 from support.training_runs import Finished, command_line
+from torch.nn import functional
 
 from mup_megatron.recipe import save_recipe
 
 pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megatron.training in its wheel")
 
-LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "TP2 × PP2, interleaved": (
-        "llama",
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "llama": (
         4,
         {
             "tensor_model_parallel_size": 2,
@@ -30,8 +32,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
             "num_layers_per_virtual_pipeline_stage": 1,
         },
     ),
-    "TP2, EP2": (
-        "mixtral",
+    "mixtral": (
         2,
         {
             "tensor_model_parallel_size": 2,
@@ -40,8 +41,9 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
             "expert_tensor_parallel_size": 1,
         },
     ),
-    "PP2, tied": ("gpt2", 2, {"pipeline_model_parallel_size": 2}),
+    "gpt2": (2, {"pipeline_model_parallel_size": 2}),
 }
+"""Kinds of models, and the ranks and layout that each is saved in besides one process. The last one's head is tied."""
 FP32 = 1e-5
 """Absolute, of a loss of about 6 in single precision."""
 
@@ -61,10 +63,8 @@ class Made:
             assert self.said[step].code == 0, self.said[step]
 
 
-@pytest.fixture(scope="module", params=["llama", "mixtral", pytest.param("gpt2", marks=pytest.mark.slow)])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    name, ranks, layout = next(each for each in LAYOUTS.values() if each[0] == request.param)
-    folder = tmp_path_factory.mktemp(name)
+def _made(folder: Path, name: str) -> Made:
+    ranks, layout = LAYOUTS[name]
     recipe, model = kind(name)
     form: dict[str, Any] = {"ckpt_format": "torch_dist", "recipe": recipe}
     whole = train(folder, "one", model, save=folder / "one", save_interval=2, train_iters=4, **form)
@@ -72,6 +72,15 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     to = {"load": folder / "one", "ckpt_convert_format": "torch", "ckpt_convert_save": folder / "ranks"}
     train(folder, "ranks", model, ranks=ranks, no_load_optim=True, no_load_rng=True, **form, **to, **layout)
     return Made(folder, name, whole.losses, run_ranks(_commands, 1, folder)[0])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """Makes each kind when it is first asked for."""
+    return functools.cache(lambda name: _made(tmp_path_factory.mktemp(name), name))
+
+
+KINDS_HERE = ("llama", "mixtral", pytest.param("gpt2", marks=pytest.mark.slow))
 
 
 def _commands(folder: Path) -> dict[str, Finished]:
@@ -87,12 +96,15 @@ def _commands(folder: Path) -> dict[str, Finished]:
         "unfold one": command_line("unfold", "folded-one", *recipe, "--to", "unfolded-one"),
         "unfold ranks": command_line("unfold", "folded-ranks", *recipe, "--to", "unfolded-ranks"),
         "export folded": command_line("export", "folded-ranks", *recipe, "--to", "no"),
+        "export folded one": command_line("export", "folded-one", *recipe, "--to", "no"),
         "export unfolded": command_line("export", "unfolded-ranks", *recipe, "--to", "hf-unfolded"),
         "not folded": command_line("unfold", "one", *recipe, "--to", "no"),
     }
 
 
-def test_the_layout_and_the_format_of_the_run_change_no_byte(made: Made) -> None:
+@pytest.mark.parametrize("name", KINDS_HERE)
+def test_the_layout_and_the_format_of_the_run_change_no_byte(runs: Callable[[str], Made], name: str) -> None:
+    made = runs(name)
     made.require("export one", "export ranks", "check")
     one, ranks = made.folder / "hf-one", made.folder / "hf-ranks"
     assert (one / "model.safetensors").read_bytes() == (ranks / "model.safetensors").read_bytes()
@@ -102,19 +114,21 @@ def test_the_layout_and_the_format_of_the_run_change_no_byte(made: Made) -> None
 
 
 @pytest.mark.parametrize(
-    ("made", "form"),
+    ("name", "form"),
     [
         ("llama", "one"),
         *(pytest.param(name, "ranks", marks=pytest.mark.slow) for name in ("llama", "mixtral", "gpt2")),
         pytest.param("mixtral", "one", marks=pytest.mark.slow),
     ],
-    indirect=["made"],
 )
-def test_stock_megatron_lm_computes_a_folded_checkpoint_as_it_was_trained(made: Made, form: str) -> None:
+def test_stock_megatron_lm_computes_a_folded_checkpoint_as_it_was_trained(
+    runs: Callable[[str], Made], name: str, form: str
+) -> None:
     """The next loss, of Megatron-LM without the plug-in."""
+    made = runs(name)
     made.require(f"fold {form}")
-    _, model = kind(made.name)
-    _, ranks, layout = next(each for each in LAYOUTS.values() if each[0] == made.name)
+    _, model = kind(name)
+    ranks, layout = LAYOUTS[name]
     here: dict[str, Any] = {"ckpt_format": "torch_dist"} if form == "one" else {"ckpt_format": "torch", **layout}
     stock = train(
         made.folder, f"stock-{form}", model, ranks=1 if form == "one" else ranks,
@@ -123,8 +137,9 @@ def test_stock_megatron_lm_computes_a_folded_checkpoint_as_it_was_trained(made: 
     assert stock.losses == pytest.approx({3: made.losses[3]}, abs=FP32)
 
 
-@pytest.mark.parametrize("made", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)], indirect=True)
-def test_what_is_unfolded_goes_on_as_if_it_had_not_been_folded(made: Made) -> None:
+@pytest.mark.parametrize("name", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_what_is_unfolded_goes_on_as_if_it_had_not_been_folded(runs: Callable[[str], Made], name: str) -> None:
+    made = runs(name)
     made.require("fold one", "unfold one")
     assert "the optimizer's state goes along" in made.said["fold one"].stdout
     recipe, model = kind(made.name)
@@ -133,7 +148,11 @@ def test_what_is_unfolded_goes_on_as_if_it_had_not_been_folded(made: Made) -> No
     assert rest.losses == pytest.approx({step: made.losses[step] for step in (3, 4)}, abs=FP32)
 
 
-def test_files_of_ranks_come_back_to_rounding_without_the_optimizers_state(made: Made) -> None:
+@pytest.mark.parametrize("name", KINDS_HERE)
+def test_files_of_ranks_come_back_to_rounding_without_the_optimizers_state(
+    runs: Callable[[str], Made], name: str
+) -> None:
+    made = runs(name)
     made.require("fold ranks", "unfold ranks", "export unfolded")
     assert (
         "without the optimizer's state, which the format torch does not keep by name" in made.said["fold ranks"].stdout
@@ -150,18 +169,60 @@ def test_files_of_ranks_come_back_to_rounding_without_the_optimizers_state(made:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("made", ["llama"], indirect=True)
-def test_a_folded_checkpoint_is_not_trained_on(made: Made) -> None:
+def test_a_folded_checkpoint_is_not_trained_on(runs: Callable[[str], Made]) -> None:
+    made = runs("llama")
     recipe, model = kind(made.name)
     load = {"load": made.folder / "folded-one", "ckpt_format": "torch_dist", "mup_accept_recipe_change": True}
     with pytest.raises(RankFailure, match=r"--load: the checkpoint's multipliers are folded .*`mup-megatron unfold`"):
         train(made.folder, "no", model, recipe=recipe, train_iters=4, **load)
 
 
-def test_what_is_folded_and_what_is_not_are_told_apart(made: Made) -> None:
-    assert made.said["export folded"].code == made.said["not folded"].code == 2
-    assert "its multipliers are folded into its weights" in made.said["export folded"].stderr
-    assert "is not folded" in made.said["not folded"].stderr
+def test_what_is_folded_and_what_is_not_are_told_apart(runs: Callable[[str], Made]) -> None:
+    said = runs("llama").said
+    for what in ("export folded", "export folded one"):
+        assert said[what].code == 2
+        assert "its multipliers are folded into its weights" in said[what].stderr
+    assert (said["not folded"].code, said["not folded"].stderr) == (
+        2,
+        "mup-megatron: one: is not folded. Go on with it as it is.\n",
+    )
+
+
+# ---- GELU ------------------------------------------------------------------------------------------------------------
+
+
+def _fused_gelu() -> tuple[float, float]:
+    """How far Megatron's fused GELU is from the approximation with tanh, and from the exact one, in this rank."""
+    from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
+
+    given, bias = torch.linspace(-4, 4, 101, dtype=torch.float64), torch.full((101,), 0.1, dtype=torch.float64)
+    found = bias_gelu_impl(given, bias)
+    wanted = (functional.gelu(given + bias, approximate=way) for way in ("tanh", "none"))
+    tanh, exact = (float((found - each).abs().max()) for each in wanted)
+    return tanh, exact
+
+
+def test_megatrons_fused_gelu_is_the_approximation_with_tanh() -> None:
+    tanh, exact = run_ranks(_fused_gelu, 1)[0]
+    assert tanh < 1e-8
+    assert exact > 1e-4
+
+
+def _gelus() -> list[bool]:
+    from mup_megatron.export.megatron_lm import tanh_gelu
+
+    fused = {"bias_gelu_fusion": True, "add_bias_linear": True, "swiglu": False}
+    return [
+        tanh_gelu(fused),
+        tanh_gelu({**fused, "bias_gelu_fusion": False}),
+        tanh_gelu({**fused, "add_bias_linear": False}),
+        tanh_gelu({**fused, "swiglu": True}),
+        tanh_gelu({**fused, "bias_gelu_fusion": False, "use_te_activation_func": True}),
+    ]
+
+
+def test_the_arguments_say_which_gelu_it_was() -> None:
+    assert run_ranks(_gelus, 1)[0] == [True, False, False, False, True]
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -217,13 +278,12 @@ def _refused(folder: Path, to: Path, other: Path) -> dict[str, Finished]:
 
 
 @pytest.fixture(scope="module")
-def refused(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Finished]]:
+def refused(runs: Callable[[str], Made], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Finished]]:
     to = tmp_path_factory.mktemp("refused")
     save_recipe(kind("gpt2")[0], to / "other.yaml")
-    return to, run_ranks(_refused, 1, made.folder, to, to / "other.yaml")[0]
+    return to, run_ranks(_refused, 1, runs("llama").folder, to, to / "other.yaml")[0]
 
 
-@pytest.mark.parametrize("made", ["llama"], indirect=True)
 @pytest.mark.parametrize(
     ("what", "words"),
     {

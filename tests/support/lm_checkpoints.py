@@ -12,7 +12,7 @@ from mup_megatron.megatron.arguments.convert import flags
 from mup_megatron.recipe import Recipe, save_recipe
 
 VOCABULARY = 511
-"""Of the tokens themselves; the end of a document makes one more. Padded to 768 with one tensor-parallel rank or two."""
+"""Of the tokens themselves; the end of a document makes one more. Padded to 768 on one tensor-parallel rank or two."""
 _SIZES = dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings"))
 
 

@@ -7,11 +7,26 @@ Fold to export, or to train a model that has no place for a multiplier.
 """
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.plan import Plan, PlanEntry
 from mup_megatron.theory.sites import BRANCH, READOUT, Place
+
+Rows = tuple[range, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A change of a tensor: rows are multiplied, and shifted where a gain is stored as its distance from 1."""
+
+    tensor: str
+    factor: float
+    offset: float = 0.0
+    rows: Rows | None = None
+    """Those that are meant; None for all."""
+    side: int = 0
+    """Of what rows are counted: 1 for a matrix that is stored as [in, out]."""
 
 
 def fold(plan: Plan, names: Collection[str] | None = None) -> Plan:

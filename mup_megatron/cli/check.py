@@ -214,9 +214,9 @@ def _of_export(exported: Path | None, against: Path | None, target: Path | None,
     ranks.enable_cpu()
     # These import Megatron, which has to come after the CPU runtime.
     from mup_megatron.check.run_exported import check_exported
-    from mup_megatron.export.trained import open_trained
+    from mup_megatron.export.kinds import open_source
 
-    compared = check_exported(exported, open_trained(against, recipe, recipe_source=str(recipe_path)))
+    compared = check_exported(exported, open_source(against, recipe, recipe_source=str(recipe_path)))
     click.echo(f"{exported}: {'pass' if compared.passed else 'fail'}\n{compared.told()}")
     return compared.passed
 

@@ -59,11 +59,11 @@ def command(
     # These import Megatron, which has to come after the CPU runtime.
     from mup_megatron.export.export import DTYPES as TYPES
     from mup_megatron.export.export import export
+    from mup_megatron.export.kinds import open_source
     from mup_megatron.export.tokenizers import read_tokenizer
-    from mup_megatron.export.trained import open_trained
 
     done = export(
-        open_trained(checkpoint, recipe, recipe_source=str(recipe_path)),
+        open_source(checkpoint, recipe, recipe_source=str(recipe_path)),
         to,
         architecture=architecture,
         largest=max_shard_size,

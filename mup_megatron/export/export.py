@@ -5,11 +5,7 @@ The folder is written under another name and renamed once it is whole, so that n
 
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ from mup_megatron.export import shards
 from mup_megatron.export.architectures.registry import choose, folds_for
 from mup_megatron.export.architectures.target import Carried, Piece, Target
 from mup_megatron.export.folds import Fold, folded
+from mup_megatron.export.staging import require_free, staged
 from mup_megatron.export.tokenizers import Tokenizer
 from mup_megatron.export.weights import Source
 
@@ -77,7 +74,7 @@ def export(
     Raises:
         InputError: no architecture has what the model has, a weight is missing or damaged, or the disk is full.
     """
-    _require_free(to, source)
+    require_free(to, source.folder)
     source.require_whole()
     if tokenizer is not None:
         tokenizer.require_within(source.model.vocab_size)
@@ -94,7 +91,7 @@ def export(
     ]
     types = {each.name: each.dtype for each in written}
     reader = _Reader(source, todo)
-    with _staged(to, source) as folder:
+    with staged(to, unchanged=source.described) as folder:
         files = shards.write(
             folder, shards.split(written, largest), lambda name: reader.piece(pieces[name], types[name])
         )
@@ -196,52 +193,6 @@ def _finite(tensor: torch.Tensor) -> bool:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def _require_free(to: Path, source: Source) -> None:
-    try:
-        there = os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir()))
-        inside = source.folder is not None and to.resolve().is_relative_to(source.folder.resolve())
-    except OSError as error:
-        raise InputError(f"--to {to}: not a usable place ({error.strerror}). Choose another.") from None
-    if there:
-        raise InputError(f"--to {to}: exists already. Choose another folder, or remove it.")
-    if inside:
-        raise InputError(f"--to {to}: within the checkpoint {source.folder}, which is left as it is. Choose another.")
-
-
-@contextmanager
-def _staged(to: Path, source: Source) -> Iterator[Path]:
-    """A folder that becomes `to` at the end, and is gone if there is none."""
-    staged: Path | None = None
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
-        yield staged
-        umask = os.umask(0)
-        os.umask(umask)
-        staged.chmod(0o777 & ~umask)
-        for folder in (staged, to.parent):
-            _sync(folder)
-        staged.rename(to)
-        staged = None
-        _sync(to.parent)
-    except OSError as error:
-        raise InputError(
-            f"--to {to}: cannot be written ({error.strerror or error}); {source.described} is unchanged. Free some "
-            "space or choose another place."
-        ) from None
-    finally:
-        if staged is not None:
-            shutil.rmtree(staged, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -252,14 +203,6 @@ def _record(source: Source, done: Exported, todo: Sequence[Fold]) -> dict[str, A
         "checkpoint": source.described,
         "architecture": done.architecture,
         "multipliers": dict(done.carried),
-        "folded": [
-            {
-                "tensor": each.tensor,
-                "factor": each.factor,
-                **({"offset": each.offset} if each.offset else {}),
-                **({"rows": [[rows.start, rows.stop] for rows in each.rows]} if each.rows is not None else {}),
-            }
-            for each in todo
-        ],
+        "folded": [each.to_json() for each in todo],
         "left_out": list(done.left_out),
     }

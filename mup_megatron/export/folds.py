@@ -19,7 +19,6 @@ from mup_megatron.theory import (
     Place,
     Plan,
     PlanError,
-    Rows,
     Tensor,
     fold,
     fold_attention,
@@ -30,6 +29,8 @@ __all__ = ["QUERIES", "Fold", "Rows", "folded", "folds", "part_rows"]
 
 QUERIES = frozenset({"queries", "turned queries"})
 """Names of the parts of a tensor whose product with the keys is the attention logits."""
+
+Rows = tuple[range, ...]
 
 
 def folds(plan: Plan, tensors: Collection[Tensor], *, carried: Collection[str], softmax_scale: float) -> Sequence[Fold]:

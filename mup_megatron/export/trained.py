@@ -54,6 +54,11 @@ class StoredWeights:
         return stored.read_tensor(self._folder, self._metadata, place.key, at=place.at, remedy=self._remedy)
 
 
+def is_at(path: Path) -> bool:
+    """Returns whether checkpoints of a training with Megatron-Core may be at a path."""
+    return (path / checkpoint.TRACKER).exists() or _FOLDER.fullmatch(path.resolve().name) is not None
+
+
 def open_trained(path: Path, recipe: Recipe, *, recipe_source: str) -> Source:
     """Returns the trained model in a checkpoint, whose files have been looked at and whose weights are not read yet.
 
@@ -86,15 +91,9 @@ def open_trained(path: Path, recipe: Recipe, *, recipe_source: str) -> Source:
 
 def _chosen(path: Path) -> tuple[Path, int]:
     """Returns the folder of a run's checkpoints, and the iteration of the one that is meant."""
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder. Give the --save folder of `mup-megatron train`.")
     one = _FOLDER.fullmatch(path.resolve().name)
     if one is not None:
         return path.resolve().parent, int(one[1])
     iteration = checkpoint.latest(path)
-    if iteration is None:
-        raise InputError(
-            f"{path}: no checkpoint there ({checkpoint.TRACKER} is missing). Give the --save folder of `mup-megatron "
-            "train`; other checkpoints cannot be exported yet."
-        )
+    assert iteration is not None, path
     return path, iteration

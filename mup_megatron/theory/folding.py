@@ -8,12 +8,11 @@ Fold to export, or to train a model that has no place for a multiplier.
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.plan import Plan, PlanEntry
 from mup_megatron.theory.sites import BRANCH, READOUT, Place
-
-Rows = tuple[range, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +22,20 @@ class Fold:
     tensor: str
     factor: float
     offset: float = 0.0
-    rows: Rows | None = None
+    rows: tuple[range, ...] | None = None
     """Those that are meant; None for all."""
     side: int = 0
     """Of what rows are counted: 1 for a matrix that is stored as [in, out]."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {
+            "tensor": self.tensor,
+            "factor": self.factor,
+            **({"offset": self.offset} if self.offset else {}),
+            **({"rows": [[rows.start, rows.stop] for rows in self.rows]} if self.rows is not None else {}),
+            **({"side": self.side} if self.side else {}),
+        }
 
 
 def fold(plan: Plan, names: Collection[str] | None = None) -> Plan:

@@ -1,0 +1,52 @@
+"""The trained model of a checkpoint, whoever saved it. A recipe says whose names its run had."""
+
+from pathlib import Path
+
+from mup_megatron.errors import InputError
+from mup_megatron.export.weights import TrainedModel
+from mup_megatron.recipe import HuggingFaceBase, ModuleBase, Recipe
+
+
+def open_model(path: Path, recipe: Recipe, *, recipe_source: str, target: Path | None = None) -> TrainedModel:
+    """Returns the trained model of a checkpoint; its weights are not read yet.
+
+    Args:
+        path: the folder of a run's checkpoints, whose last one is meant; or that of one checkpoint.
+        recipe: the run's.
+        recipe_source: what the recipe is called in messages.
+        target: the configuration of the model, for checkpoints that do not say it: DeepSpeed's.
+
+    Raises:
+        InputError: there is none, it is damaged, or of another recipe; names the file.
+    """
+    if isinstance(recipe.base, ModuleBase):
+        raise InputError(
+            f"{recipe_source}: of a torch module of your own, which is no architecture of transformers. Use it with "
+            'its plan: apply_plan(…, initialize="keep").'
+        )
+    if isinstance(recipe.base, HuggingFaceBase):
+        return _of_transformers(path, recipe, recipe_source, target)
+    if target is not None:
+        raise InputError("--target: the checkpoints of Megatron models say what the model is. Leave the option out.")
+    from mup_megatron.training import ranks
+
+    ranks.enable_cpu()
+    # This imports Megatron, which has to come after the CPU runtime.
+    from mup_megatron.export.kinds import open_source
+
+    return open_source(path, recipe, recipe_source=recipe_source)
+
+
+def _of_transformers(path: Path, recipe: Recipe, recipe_source: str, target: Path | None) -> TrainedModel:
+    from mup_megatron.export import saved
+
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder. Give that of a saved model, or of a run's checkpoints.")
+    if saved.is_at(path):
+        if target is not None:
+            raise InputError(f"--target: {path} has a configuration of its own. Leave the option out.")
+        return saved.open_saved(path, recipe, recipe_source=recipe_source)
+    raise InputError(
+        f"{path}: no model there that save_pretrained or the Trainer saved (config.json and model.safetensors), and no "
+        "checkpoint of DeepSpeed's."
+    )

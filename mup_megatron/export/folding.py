@@ -26,7 +26,7 @@ VERSION = 1
 
 
 ORDERS: Mapping[str, int] = {
-    "master": 0,
+    "fp32_param": 0,
     "exp_avg": 1,
     "momentum_buffer": 1,
     "exp_avg_sq": 2,

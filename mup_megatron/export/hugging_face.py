@@ -21,7 +21,9 @@ from mup_megatron.export.weights import Outline, Stored, TrainedModel, Weights
 from mup_megatron.huggingface.configs import config_of_base, refused
 from mup_megatron.huggingface.folding import carried_by, folds_of
 from mup_megatron.huggingface.plan import class_of, plan_for
+from mup_megatron.modules.apply import apply_plan
 from mup_megatron.modules.marker import KEY
+from mup_megatron.modules.weights import Initialize
 from mup_megatron.recipe import HuggingFaceBase, Recipe
 from mup_megatron.targets import hugging_face_config
 from mup_megatron.theory import Fold
@@ -95,6 +97,19 @@ class HuggingFaceModel(TrainedModel):
             ],
             folds=[*self._of_published(folds_of(self.skeleton, self.plan, carried=carried.names))],
         )
+
+    def live(self) -> PreTrainedModel:
+        """Returns it with its weights and its plan, in single precision, as it was trained."""
+        build: Any = type(self.skeleton)
+        model: PreTrainedModel = build.from_pretrained(
+            None,
+            config=copy.deepcopy(self.config),
+            state_dict={name: self.weights.read(name) for name in self.published},
+            dtype=torch.float32,
+        )
+        apply_plan(model, self.plan, initialize=Initialize.KEEP)
+        model.train(False)
+        return model
 
     def _of_published(self, todo: Sequence[Fold]) -> Iterator[Fold]:
         """Yields the folds of parameters as folds of what they are published as."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mup_megatron.errors import InputError
-from mup_megatron.export import trained
+from mup_megatron.export import megatron_lm, trained
 from mup_megatron.export.weights import Source
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.checkpoint import TRACKER
@@ -56,7 +56,10 @@ class Kind:
     unfold: Rewrites | None = None
 
 
-KINDS: Sequence[Kind] = (Kind(name="`mup-megatron train`", is_at=trained.is_at, open=trained.open_trained),)
+KINDS: Sequence[Kind] = (
+    Kind(name="Megatron-LM", is_at=megatron_lm.is_at, open=megatron_lm.open_megatron_lm),
+    Kind(name="`mup-megatron train`", is_at=trained.is_at, open=trained.open_trained),
+)
 """In the order in which they are looked for."""
 
 

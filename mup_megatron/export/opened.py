@@ -27,7 +27,7 @@ def open_model(path: Path, recipe: Recipe, *, recipe_source: str, target: Path |
     if isinstance(recipe.base, HuggingFaceBase):
         return _of_transformers(path, recipe, recipe_source, target)
     if target is not None:
-        raise InputError("--target: the checkpoints of Megatron models say what the model is. Leave the option out.")
+        raise InputError(f"{target}: {path} says itself what the model is. Leave the target out.")
     from mup_megatron.training import ranks
 
     ranks.enable_cpu()
@@ -44,7 +44,7 @@ def _of_transformers(path: Path, recipe: Recipe, recipe_source: str, target: Pat
         raise InputError(f"{path}: no such folder. Give that of a saved model, or of a run's checkpoints.")
     if saved.is_at(path):
         if target is not None:
-            raise InputError(f"--target: {path} has a configuration of its own. Leave the option out.")
+            raise InputError(f"{target}: {path} says itself what the model is. Leave the target out.")
         return saved.open_saved(path, recipe, recipe_source=recipe_source)
     raise InputError(
         f"{path}: no model there that save_pretrained or the Trainer saved (config.json and model.safetensors), and no "

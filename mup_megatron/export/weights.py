@@ -99,6 +99,8 @@ class Source(TrainedModel):
     """A trained model that a model file describes; weights have the names of Megatron's."""
 
     model: ModelFile
+    tanh_gelu: bool = False
+    """Whether its GELU is the approximation with tanh, and not the exact one; of no account in other MLPs."""
 
     def outline(self, architecture: str | None) -> Outline:
         """Returns the architecture that has all of it, and which rows of its tensors are what there."""
@@ -115,6 +117,7 @@ class Source(TrainedModel):
             "tie_word_embeddings": model.tied,
             "initializer_range": model.init_method_std,
             **target.config(model),
+            **(target.tanh_gelu() if self.tanh_gelu else {}),
             **carried.keys,
             "use_cache": True,
         }

@@ -134,6 +134,21 @@ def _part(
     return found
 
 
+def read_object(folder: Path, metadata: Metadata, key: str, *, remedy: str) -> Any:
+    """Returns an object of a checkpoint that is no tensor.
+
+    Args:
+        folder: the checkpoint's.
+        metadata: as `read_metadata` returned it.
+        key: the object's.
+        remedy: what to do about a damaged one, as a sentence.
+
+    Raises:
+        InputError: it is damaged, or holds what may run code.
+    """
+    return _object(folder, metadata.storage_data[MetadataIndex(key)], key, remedy=remedy)
+
+
 def _object(folder: Path, info: Any, key: str, *, remedy: str) -> Any:
     """Returns what is stored at a place, tensors and plain values alone."""
     path = folder / info.relative_path

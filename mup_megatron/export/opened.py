@@ -46,6 +46,8 @@ def _of_transformers(path: Path, recipe: Recipe, recipe_source: str, target: Pat
         if target is not None:
             raise InputError(f"{target}: {path} says itself what the model is. Leave the target out.")
         return saved.open_saved(path, recipe, recipe_source=recipe_source)
+    if (pickled := path / "pytorch_model.bin").exists():
+        raise InputError(f"{pickled}: a pickle, which is not read. Save the model again with save_pretrained.")
     raise InputError(
         f"{path}: no model there that save_pretrained or the Trainer saved (config.json and model.safetensors), and no "
         "checkpoint of DeepSpeed's."

@@ -34,7 +34,8 @@ KINDS = {
     "llama": Kind("llama"),
     "llama tied, with biases": Kind("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "qwen2": Kind("qwen2"),
-    "qwen3": Kind("qwen3"),
+    # What multiplies keys before their norm is of no account.
+    "qwen3": Kind("qwen3", matrix="*.v_proj.weight"),
     "mistral": Kind("mistral"),
     "gpt2": Kind("gpt2", matrix="*.c_fc.weight"),
     "gpt2 untied": Kind("gpt2", {"tie_word_embeddings": False}, matrix="*.c_fc.weight"),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mup_megatron.errors import InputError
+from mup_megatron.export import tags
 from mup_megatron.export.weights import TrainedModel
 from mup_megatron.recipe import HuggingFaceBase, ModuleBase, Recipe
 
@@ -26,6 +27,11 @@ def open_model(path: Path, recipe: Recipe, *, recipe_source: str, target: Path |
         )
     if isinstance(recipe.base, HuggingFaceBase):
         return _of_transformers(path, recipe, recipe_source, target)
+    if tags.is_at(path):
+        raise InputError(
+            f"{path}: DeepSpeed's checkpoint of a Megatron model, which cannot be exported. Convert it to one of "
+            "Megatron-LM's."
+        )
     if target is not None:
         raise InputError(f"{target}: {path} says itself what the model is. Leave the target out.")
     from mup_megatron.training import ranks
@@ -38,7 +44,7 @@ def open_model(path: Path, recipe: Recipe, *, recipe_source: str, target: Path |
 
 
 def _of_transformers(path: Path, recipe: Recipe, recipe_source: str, target: Path | None) -> TrainedModel:
-    from mup_megatron.export import saved
+    from mup_megatron.export import saved, zero
 
     if not path.is_dir():
         raise InputError(f"{path}: no such folder. Give that of a saved model, or of a run's checkpoints.")
@@ -46,6 +52,8 @@ def _of_transformers(path: Path, recipe: Recipe, recipe_source: str, target: Pat
         if target is not None:
             raise InputError(f"{target}: {path} says itself what the model is. Leave the target out.")
         return saved.open_saved(path, recipe, recipe_source=recipe_source)
+    if tags.is_at(path):
+        return zero.open_zero(path, recipe, recipe_source=recipe_source, target=target)
     if (pickled := path / "pytorch_model.bin").exists():
         raise InputError(f"{pickled}: a pickle, which is not read. Save the model again with save_pretrained.")
     raise InputError(

@@ -13,6 +13,9 @@ import pytest
 import torch
 from fuzz_mutators import CANARY, RunsCode
 from safetensors.torch import load_file, save_file
+from support.exported import KINDS as GPTS
+from support.exported import models
+from support.exported import recipe_of as recipe_of_gpt
 from support.hf_families import config, recipe_at
 from support.hf_models import batch, built
 from support.hf_multiplied import KINDS, drawn, logits, recipe_of, tokens
@@ -25,7 +28,8 @@ from mup_megatron.export.export import Exported, export
 from mup_megatron.export.hugging_face import HuggingFaceModel
 from mup_megatron.export.opened import open_model
 from mup_megatron.huggingface import apply_plan, param_groups, plan_for
-from mup_megatron.recipe import Recipe, save_recipe
+from mup_megatron.modules import module_base
+from mup_megatron.recipe import Hyperparameters, Recipe, save_recipe
 from mup_megatron.theory import Fold
 
 EXACT = 1e-5
@@ -334,3 +338,15 @@ def test_a_family_that_is_not_known_is_refused_where_its_name_is_needed(tmp_path
             with pytest.raises(InputError, match="model type gpt_neox: what makes its queries is not known"):
                 export(source, tmp_path / "out")
             assert not (tmp_path / "out").exists()
+
+
+def test_recipes_of_other_models_and_their_checkpoints_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("global_step1")
+    with pytest.raises(InputError, match="DeepSpeed's checkpoint of a Megatron model, which cannot be exported"):
+        open_model(tmp_path, recipe_of_gpt(models(GPTS["llama"])[0]), recipe_source="r")
+    base = module_base(lambda: torch.nn.Linear(4, 2), lambda: torch.nn.Linear(8, 2))
+    own = Recipe(base=base, hyperparameters=Hyperparameters(lr=0.01))
+    with pytest.raises(InputError, match="r: of a torch module of your own, which is no architecture"):
+        open_model(tmp_path, own, recipe_source="r")
+    with pytest.raises(InputError, match="no such folder"):
+        open_model(tmp_path / "none", recipe_of(KINDS["llama"]), recipe_source="r")

@@ -9,6 +9,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -53,6 +54,15 @@ class Folding:
             found.setdefault(each.tensor, []).append(each)
         return found
 
+    def require_of(self, plan: Plan, *, source: str) -> None:
+        """Raises InputError unless it can be what was done to a model of this plan."""
+        unknown = next((name for name in self.by_name if name not in plan.by_name), None)
+        if self.fingerprint != plan.fingerprint or unknown is not None:
+            raise InputError(
+                f"{source}: of another plan ({unknown or self.fingerprint[:12]}). Give the recipe of the run that was "
+                "folded."
+            )
+
     def to_text(self) -> str:
         """Returns it as `MARKER` has it."""
         content = {
@@ -82,6 +92,17 @@ class Folding:
             folds=tuple(each.fold() for each in found.folded),
             optimizer=found.optimizer,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewritten:
+    """A checkpoint that was folded, or unfolded."""
+
+    to: Path
+    tensors: Sequence[str]
+    """Those that were multiplied, by the plan's names."""
+    optimizer: str
+    """What became of the optimizer's state, as half a sentence."""
 
 
 def folding(plan: Plan, tensors: Collection[Tensor], *, optimizer: bool) -> Folding:

@@ -10,20 +10,11 @@ from typing import Protocol
 
 from mup_megatron.errors import InputError
 from mup_megatron.export import megatron_lm, trained
+from mup_megatron.export.folded_megatron_lm import fold_megatron_lm, unfold_megatron_lm
+from mup_megatron.export.folding import Rewritten
 from mup_megatron.export.weights import Source
 from mup_megatron.recipe import Recipe
 from mup_megatron.training.checkpoint import TRACKER
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rewritten:
-    """A checkpoint that was folded, or unfolded."""
-
-    to: Path
-    tensors: Sequence[str]
-    """Those that were multiplied, by the plan's names."""
-    optimizer: str
-    """What became of the optimizer's state, as half a sentence."""
 
 
 class Opens(Protocol):
@@ -57,8 +48,20 @@ class Kind:
 
 
 KINDS: Sequence[Kind] = (
-    Kind(name="Megatron-LM", is_at=megatron_lm.is_at, open=megatron_lm.open_megatron_lm),
-    Kind(name="`mup-megatron train`", is_at=trained.is_at, open=trained.open_trained),
+    Kind(
+        name="Megatron-LM",
+        is_at=megatron_lm.is_at,
+        open=megatron_lm.open_megatron_lm,
+        fold=fold_megatron_lm,
+        unfold=unfold_megatron_lm,
+    ),
+    Kind(
+        name="`mup-megatron train`",
+        is_at=trained.is_at,
+        open=trained.open_trained,
+        fold=trained.fold_trained,
+        unfold=trained.unfold_trained,
+    ),
 )
 """In the order in which they are looked for."""
 

@@ -6,6 +6,7 @@ Megatron: the CPU runtime has to come before.
 
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from mup_megatron.megatron.arguments.convert import model_from_values, not_in_mo
 from mup_megatron.megatron.pretrain import checkpoints
 from mup_megatron.megatron.versions import core_version
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Plan
+from mup_megatron.theory import Plan, Tensor
 from mup_megatron.training.checkpoint import EXTRAS, TRACKER
 from mup_megatron.unpickling import read_torch
 
-COMMON = "common.pt"
+COMMON_FILE = "common.pt"
 """Where releases of Megatron-Core before 0.18 keep what is no tensor; the later ones keep it as an object."""
-_COMMON_OBJECT = "common_state/shard_0_1"
+COMMON_OBJECT = "common_state/shard_0_1"
 _FOLDER = re.compile(r"iter_\d{7,}|release")
 _WITHOUT_EFFECT = frozenset({"--openai-gelu"})
 """Flags that Megatron-Core's models do not read."""
@@ -86,11 +87,11 @@ class Opened:
     model: ModelFile
     plan: Plan
 
-    def __init__(self, path: Path, recipe: Recipe, *, recipe_source: str) -> None:
+    def __init__(self, path: Path, recipe: Recipe, *, recipe_source: str, folded: bool = False) -> None:
         """Looks at what the checkpoint says of itself.
 
         Raises:
-            InputError: it is damaged, or of another recipe or of none.
+            InputError: it is damaged, or of another recipe or of none; or it is folded and is not to be, or is not.
         """
         folder = checkpoint_at(path)
         assert folder is not None, path
@@ -98,8 +99,7 @@ class Opened:
         self.remedy = f"Save it again, or write the number of another checkpoint into {folder.parent / TRACKER}."
         self.files = rank_files(folder)
         self.metadata = None if self.files else self._metadata()
-        self._first = self._common()
-        values = self._first.get("args")
+        values = self._common().get("args")
         saved = checkpoints.recipe_within(values)
         if saved.recipe is None:
             raise InputError(
@@ -111,6 +111,13 @@ class Opened:
                 f"{recipe_source}: its fingerprint is {recipe.fingerprint[:12]}…, and {folder} was trained with "
                 f"another recipe, {str(saved.fingerprint)[:12]}…. Give {SIDECAR} of that folder."
             )
+        if folded and not saved.folded:
+            raise InputError(f"{path}: is not folded. Go on with it as it is.")
+        if saved.folded and not folded:
+            raise InputError(
+                f"{folder}: its multipliers are folded into its weights, where they would act a second time. Give back "
+                "the weights that were trained with `mup-megatron unfold`, and take those."
+            )
         self.values = {**vars(values), "use_checkpoint_args": False}
         self.model = self._model(recipe)
         self.plan = recipe.plan(self.model)
@@ -120,7 +127,7 @@ class Opened:
         return Source(
             model=self.model,
             plan=self.plan,
-            weights=self._weights(),
+            weights=self.weights(),
             described=str(self.folder),
             folder=self.folder,
             tanh_gelu=_tanh_gelu(self.values),
@@ -142,11 +149,11 @@ class Opened:
         if self.files:
             return read_rank(self.files[0], remedy=self.remedy)
         assert self.metadata is not None
-        path = self.folder / COMMON
+        path = self.folder / COMMON_FILE
         if path.exists():
             found = read_torch(path, source=str(path), remedy=self.remedy)
-        elif _COMMON_OBJECT in self.metadata.state_dict_metadata:
-            (found,) = stored.read_object(self.folder, self.metadata, _COMMON_OBJECT, remedy=self.remedy)
+        elif COMMON_OBJECT in self.metadata.state_dict_metadata:
+            (found,) = stored.read_object(self.folder, self.metadata, COMMON_OBJECT, remedy=self.remedy)
         else:
             found = None
         if not isinstance(found, Mapping):
@@ -169,14 +176,24 @@ class Opened:
         fits = -(-own // multiple) * multiple == padded
         return model.model_copy(update={"vocab_size": own if fits else padded, "make_vocab_size_divisible_by": 1})
 
-    def _weights(self) -> Weights:
-        if self.metadata is not None:
-            return StoredWeights(self.folder, self.metadata, remedy=self.remedy)
+    def weights(self) -> Weights:
+        """Returns the model's tensors."""
+        return (
+            self.of_ranks() if self.metadata is None else StoredWeights(self.folder, self.metadata, remedy=self.remedy)
+        )
+
+    def of_ranks(self) -> RankWeights:
+        """Returns the model's tensors where each rank has a file of its own."""
         layout = Layout.of(self.values)
         contents = {rank_of(path, layout): read_rank(path, remedy=self.remedy) for path in self.files}
-        _, shape = shapes_of(self.model, self.model)
         experts = self.model.num_experts or 0
-        return RankWeights(contents, self.plan, shape.tensors, layout, experts=experts, source=str(self.folder))
+        return RankWeights(contents, self.plan, self.tensors, layout, experts=experts, source=str(self.folder))
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The model's, with the parts of those that are fused."""
+        _, shape = shapes_of(self.model, self.model)
+        return tuple(shape.tensors)
 
 
 def _tanh_gelu(values: Mapping[str, Any]) -> bool:

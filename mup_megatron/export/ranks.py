@@ -63,14 +63,6 @@ class Rank:
     experts: int
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """A rank's share of a parameter."""
-
-    rank: Rank
-    tensor: torch.Tensor
-
-
 def rank_files(folder: Path) -> Sequence[Path]:
     """Returns the files of all ranks in a checkpoint; none where it is in another format."""
     return sorted(path for path in folder.glob(f"mp_rank_*/{FILE}") if _RANK.fullmatch(path.parent.name))
@@ -100,14 +92,15 @@ def rank_of(path: Path, layout: Layout) -> Rank:
     return Rank(pipeline, numbers[0], experts)
 
 
-def stages(content: Mapping[str, Any]) -> Sequence[Mapping[str, torch.Tensor]]:
-    """Returns the tensors of each virtual stage of a rank's file."""
+def stages(content: Mapping[str, Any]) -> Sequence[str]:
+    """Returns the keys of each virtual stage of a rank's file, in their order."""
     found = sorted((int(match[1] or 0), key) for key in content if (match := _STAGES.fullmatch(key)))
-    return [
-        {name: each for name, each in content[key].items() if isinstance(each, torch.Tensor)}
-        for _, key in found
-        if isinstance(content[key], Mapping)
-    ]
+    return [key for _, key in found if isinstance(content[key], Mapping)]
+
+
+def tensors_of(stage: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+    """Returns the tensors of a stage by the rank's own names."""
+    return {name: each for name, each in stage.items() if isinstance(each, torch.Tensor)}
 
 
 class Names:
@@ -116,7 +109,10 @@ class Names:
     def __init__(self, contents: Mapping[Rank, Mapping[str, Any]], plan: Plan, layout: Layout, experts: int) -> None:
         """Counts the layers of every stage, which follow one another through the pipeline, stage by virtual stage."""
         self._tied, self._here = plan.tied, experts // layout.experts
-        by_pipeline = {rank.pipeline: stages(content) for rank, content in sorted(contents.items(), reverse=True)}
+        by_pipeline = {
+            rank.pipeline: [content[key] for key in stages(content)]
+            for rank, content in sorted(contents.items(), reverse=True)
+        }
         self._layers: dict[tuple[int, int], dict[str, range]] = {}
         before = dict.fromkeys(plan.stacks, 0)
         most = max(map(len, by_pipeline.values()), default=0)
@@ -167,14 +163,13 @@ class RankWeights:
         """
         self._plan, self._layout, self._source = plan, layout, source
         self._tensors = {tensor.name: tensor for tensor in tensors}
-        names = Names(contents, plan, layout, experts)
-        self._shares: dict[str, dict[int, Share]] = {}
+        self.names = Names(contents, plan, layout, experts)
+        self._shares: dict[str, dict[int, torch.Tensor]] = {}
         for rank, content in sorted(contents.items()):
-            for stage, held in enumerate(stages(content)):
-                for own, tensor in held.items():
-                    name = names.of(own, rank, stage)
-                    divided = layout.tensor_of_experts if ".experts." in name else layout.tensor
-                    self._shares.setdefault(name, {}).setdefault(rank.tensor % divided, Share(rank, tensor))
+            for stage, key in enumerate(stages(content)):
+                for own, tensor in tensors_of(content[key]).items():
+                    name = self.names.of(own, rank, stage)
+                    self._shares.setdefault(name, {}).setdefault(rank.tensor % self._divided(name), tensor)
         for name, shares in self._shares.items():
             missing = set(range(self._divided(name))) - set(shares)
             if missing:
@@ -182,6 +177,13 @@ class RankWeights:
                     f"{source}: {name} is of {self._divided(name)} tensor-parallel ranks, and that of rank "
                     f"{min(missing)} is missing. Put the files of all ranks into one folder."
                 )
+
+    def first_row(self, name: str, rank: Rank) -> int:
+        """Returns the row of the whole tensor at which a rank's share begins, where it has rows one after the other."""
+        if self._split(name) != 0:
+            return 0
+        share = rank.tensor % self._divided(name)
+        return share * len(self._shares[name][share])
 
     def _divided(self, name: str) -> int:
         return self._layout.tensor_of_experts if ".experts." in name else self._layout.tensor
@@ -205,7 +207,7 @@ class RankWeights:
         return torch.cat(parts, dimension)
 
     def _parts(self, name: str) -> list[torch.Tensor]:
-        return [share.tensor for _, share in sorted(self._shares[name].items())]
+        return [share for _, share in sorted(self._shares[name].items())]
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shape, dimension = [*self._parts(name)[0].shape], self._split(name)

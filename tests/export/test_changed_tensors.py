@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.exported import KINDS, trained
+from support.exported import KINDS, tokens, trained
 
 from mup_megatron.architectures.registry import shapes_of
 from mup_megatron.errors import InputError
@@ -85,3 +85,35 @@ def test_a_type_is_kept_and_nothing_in_place() -> None:
     half = torch.ones(2, dtype=torch.bfloat16)
     assert changed(half, [Fold("w", 3.0)]).dtype == torch.bfloat16
     assert torch.equal(half, torch.ones(2, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama with biases", "qwen3", "mixtral"])
+def test_a_training_goes_on_as_if_it_had_not_been_folded(name: str) -> None:
+    """In double precision, with multipliers of any size, and with clipping."""
+    made = a_folding(name)
+
+    def losses(*, there_and_back: bool) -> list[float]:
+        model = trained(KINDS[name])
+        given = tokens(model.model)
+        parameters = dict(model.live.named_parameters())
+        optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
+        found = []
+        for step in range(6):
+            if step == 3 and there_and_back:
+                for back in (False, True):
+                    for own, parameter in parameters.items():
+                        folds = made.by_name.get(own, ())
+                        parameter.data = changed(parameter.data, folds, back=back)
+                        state = optimizer.state[parameter]
+                        for kept in ("exp_avg", "exp_avg_sq"):
+                            state[kept] = changed(state[kept], folds, order=ORDERS[kept], back=back)
+            logits = model.live(given)
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), given[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    assert losses(there_and_back=True) == pytest.approx(losses(there_and_back=False), abs=1e-10)

@@ -1,4 +1,4 @@
-"""Where the checkpoints of DeepSpeed's engine lie. It knows names alone, and imports neither DeepSpeed nor torch."""
+"""The folders of DeepSpeed's checkpoints. It knows names alone, and imports neither DeepSpeed nor torch."""
 
 from pathlib import Path
 

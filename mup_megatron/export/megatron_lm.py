@@ -33,8 +33,8 @@ COMMON_FILE = "common.pt"
 """Where releases of Megatron-Core before 0.18 keep what is no tensor; the later ones keep it as an object."""
 COMMON_OBJECT = "common_state/shard_0_1"
 _FOLDER = re.compile(r"iter_\d{7,}|release")
-_WITHOUT_EFFECT = frozenset({"--openai-gelu"})
-"""Flags that Megatron-Core's models do not read."""
+_WITHOUT_EFFECT = frozenset({"--openai-gelu", "--qk-clip", "--mtp-detach-heads", "--logits-load-dir"})
+"""Flags that Megatron-Core's models do not read, or that act in training alone."""
 
 
 def checkpoint_at(path: Path) -> Path | None:

@@ -8,7 +8,7 @@ export.py         all of it
 folding.py        the folds of a checkpoint that stays in its format, and what says so beside it
 opened.py         the trained model of a checkpoint, whoever saved it
 kinds.py          which kind of Megatron's is at a path; trained.py  those of `mup-megatron train`
-megatron_lm.py    those of Megatron-LM: distributed.py  in torch_dist, as train's; ranks.py  in torch, a file for each rank
+megatron_lm.py    those of Megatron-LM: distributed.py  in torch_dist, as train's; ranks.py  in torch, one file a rank
 folded_….py       both formats written once more, folded or unfolded
 hugging_face.py   a model of transformers that stays what it is; saved.py  as save_pretrained saves it, zero.py  as
                   DeepSpeed does, whose folders tags.py knows

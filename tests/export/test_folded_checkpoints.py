@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import resource
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +272,23 @@ def damaged(
 def test_what_says_the_folds_is_checked(damaged: dict[str, Finished], what: str) -> None:
     assert damaged[what].code == 2, damaged[what]
     assert "mup/folded.json" in damaged[what].stderr
+
+
+def _without_room(folder: Path, to: Path) -> Finished:
+    """What `fold` says, in this rank, where no file can be as large as it has to be."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    own = folder / "llama"
+    return command_line("fold", str(own / "ck"), "--recipe", str(own / "r.yaml"), "--to", str(to / "out"))
+
+
+def test_a_full_disk_leaves_no_folder_and_the_checkpoint_as_it_was(
+    back: tuple[Path, dict[str, dict[str, Finished]]], tmp_path: Path
+) -> None:
+    folder, _ = back
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "llama" / "ck").rglob("*")}
+    said = run_ranks(_without_room, 1, folder, tmp_path)[0]
+    assert said.code == 2, said
+    assert f"--to {tmp_path / 'out'}: cannot be written (File too large)" in said.stderr
+    assert [*tmp_path.iterdir()] == []
+    assert {path: path.stat().st_mtime_ns for path in (folder / "llama" / "ck").rglob("*")} == kept

@@ -35,7 +35,7 @@ class Gpt2(Target):
             yield f"kv_channels {model.head_size} (heads that do not fill hidden_size)"
 
     def config(self, model: ModelFile) -> dict[str, Any]:
-        """Returns sizes and the exact GELU, which is what models are trained with here."""
+        """Returns sizes, and the exact GELU."""
         return {
             "n_embd": model.hidden_size,
             "n_inner": model.ffn_size,
@@ -46,6 +46,10 @@ class Gpt2(Target):
             "layer_norm_epsilon": model.norm_epsilon,
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         }
+
+    def tanh_gelu(self) -> dict[str, Any]:
+        """Returns the name of the approximation."""
+        return {"activation_function": "gelu_new"}
 
     def layer(self, model: ModelFile, index: int) -> Iterator[Piece]:
         """Yields norms, attention and MLP."""

@@ -1,7 +1,9 @@
 """What servers and converters read in an export's configuration, beside transformers."""
 
 import dataclasses
+import importlib
 import math
+from pathlib import Path
 
 import pytest
 from support.exported import KINDS, models
@@ -9,6 +11,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.export.architectures import registry
 from mup_megatron.export.architectures.deepseek_v3 import DEEPSEEK_V3
 from mup_megatron.export.architectures.gpt2 import GPT2
 
@@ -31,3 +34,16 @@ def test_yarns_factor_is_stated_only_where_it_cannot_be_computed(mscale: float, 
 def test_gpt2_has_its_positions_under_the_name_that_converters_ask_for() -> None:
     model = target("gpt2")
     assert GPT2.config(model)["n_ctx"] == GPT2.config(model)["n_positions"] == model.positions
+
+
+def test_the_benchmark_of_llama_cpp_exports_what_it_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    benchmark = importlib.import_module("llama_cpp")
+    for name, kind in benchmark.CASES.items():
+        assert not list(registry.targets()[kind.architecture].problems(models(kind)[1])), name
+    monkeypatch.setattr("sys.argv", ["llama_cpp.py", "--llama-cpp", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert f"--llama-cpp {tmp_path}: no checkout of llama.cpp" in capsys.readouterr().err

@@ -7,7 +7,7 @@ PYTEST ?=
 
 STAMP := $(VENV)/.complete
 RUN := $(VENV)/bin
-PACKAGES := .[megatron,muon,deepspeed,hf,wandb,grpc,postgresql,dev]
+PACKAGES := .[megatron,muon,deepspeed,hf,wandb,grpc,postgresql,docs,dev]
 
 # A PYTHON that is asked for and is not the one the environment stands on makes it stale.
 ifneq ($(PYTHON),)
@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-full lint clean stale
+.PHONY: help setup quickstart test test-full lint site clean stale
 stale:
 
 help: ## this list
@@ -38,6 +38,9 @@ lint: $(STAMP) ## style and types
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+
+site: $(STAMP) ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build
 
 clean: ## remove what make and the tools built; results/ stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

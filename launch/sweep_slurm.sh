@@ -38,7 +38,8 @@ esac
 # A step of its own: Slurm sends SIGTERM to steps, a minute before the time is over or when the job is preempted.
 step=(srun --kill-on-bad-exit=1 mup-megatron sweep "$@")
 if [ "${DRY_RUN:-0}" = 1 ]; then
-  printf '%q ' "${step[@]}"
+  # Whoever reads what is printed need not know the storage's password.
+  printf '%q ' "${step[@]}" | sed -E 's#(://[^ :@/]*):[^ @]*@#\1:XXX@#g; s#(pass[a-z]*=)[^ \&]*#\1XXX#g'
   printf '\n'
   exit 0
 fi

@@ -26,12 +26,17 @@ def command(study: str, storage: str | None, output: Path | None) -> None:
     Best trials, where a fit puts the optimum and how sure that is, which hyperparameters matter, whether the rungs of a
     ladder agree, and what was spent. The search may still be running. Files of an earlier report are replaced.
     """
-    from mup_megatron.search.page import PAGE, report_files  # only here: matplotlib takes a second
+    from mup_megatron.search.page import PAGE, PICTURES, report_files  # only here: matplotlib takes a second
 
     folder = _folder(study) if output is None else output
     record = read_study(storage or default_storage(study), study)
-    for name, content in report_files(record, _wording(record)).items():
+    files = report_files(record, _wording(record))
+    for name, content in files.items():
         write_atomically(folder / name, content)
+    # A study that was begun again under its name may have too few trials for what an earlier report drew.
+    for picture in (folder / f"{name}.png" for name in PICTURES):
+        if picture.name not in files:
+            picture.unlink(missing_ok=True)
     click.echo(folder / PAGE)
 
 

@@ -170,12 +170,12 @@ def run(
     say(f"     and a grid of {len(settings.learning_rates)} learning rates with the best trial's other values")
     stored = GridFile(folder / "grid.json", {"experiment": experiment, "recipe": searched.fingerprint})
     narrow = grid(settings, settings.width, "mup")
-    found = _run_grid(GridTraining(settings, searched, data, options, narrow), stored, folder / "logs", workers, tick)
+    found = run_grid(GridTraining(settings, searched, data, options, narrow), stored, folder / "logs", workers, tick)
     recipe = with_best_lr(searched, curve(found, settings.width, "mup"))
     save_recipe(recipe, folder / "quickstart.recipe.yaml")
     say(f"2/3  the same grid at width {settings.wide}, with μP and with standard parametrization")
     wide = (*grid(settings, settings.wide, "mup"), *grid(settings, settings.wide, "standard"))
-    found += _run_grid(GridTraining(settings, searched, data, options, wide), stored, folder / "logs", workers, tick)
+    found += run_grid(GridTraining(settings, searched, data, options, wide), stored, folder / "logs", workers, tick)
     return Experiment(settings=settings, recipe=recipe, results=found)
 
 
@@ -346,7 +346,8 @@ def _searched(settings: ExperimentSettings, objective: ProxyTraining, folder: Pa
     return transferred(result.record)
 
 
-def _run_grid(objective: GridTraining, stored: GridFile, logs: Path, workers: int, tick: Tick) -> tuple[Result, ...]:
+def run_grid(objective: GridTraining, stored: GridFile, logs: Path, workers: int, tick: Tick) -> tuple[Result, ...]:
+    """Runs the cells that are not stored yet, each stored as it ends; returns the results of all."""
     cells = objective.cells
     found = stored.read()
 

@@ -41,8 +41,10 @@ Objectives: TypeAlias = Objective | Sequence[Objective]
 
 @dataclass(frozen=True)
 class Interruption:
-    """Tells a trial that can go on elsewhere where to keep its state, and when to leave."""
+    """Tells a trial that can go on elsewhere which one it is, where to keep its state, and when to leave."""
 
+    number: int
+    """The trial's in its study."""
     folder: Path
     """Where it keeps its state; it need not exist. What is in it was left by this trial."""
     requested: Callable[[], bool]

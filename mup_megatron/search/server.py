@@ -11,11 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import optuna
-import sqlalchemy
 from optuna.exceptions import ExperimentalWarning
 
 from mup_megatron.errors import InputError
-from mup_megatron.search.storage import Storage, in_address, open_storage, shown
+from mup_megatron.search.storage import Storage, in_address, open_storage, parts_of, shown, sqlite_file
 
 THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -47,12 +46,11 @@ def serve(url: str, host: str, port: int, *, say: Callable[[str], None]) -> None
     Raises:
         InputError: the storage cannot be served, or the port be listened at.
     """
-    try:
-        kind = sqlalchemy.make_url(url).drivername
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        kind = ""
+    kind = parts_of(url).drivername
     if kind in ("journal", "grpc"):
         raise InputError(f"--storage {shown(url)}: only databases can be served. Give it to the searches as it is.")
+    if kind.startswith("sqlite") and sqlite_file(parts_of(url)) is None:
+        raise InputError(f"--storage {shown(url)}: in memory, and lost with the server. Write sqlite:///FILE.")
     _require_free(host, port)
     with open_storage(url, create=True) as storage, warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)

@@ -127,8 +127,8 @@ def in_address(host: str) -> str:
 
 def is_there(url: str) -> bool:
     """Says if a storage exists: of SQLite and of a journal the file, of a server always."""
-    parsed = _parsed(url)
-    file = _journal_file(parsed) if parsed.drivername == "journal" else _sqlite_file(parsed)
+    parsed = parts_of(url)
+    file = _journal_file(parsed) if parsed.drivername == "journal" else sqlite_file(parsed)
     return file is None or file.exists()
 
 
@@ -147,7 +147,7 @@ def open_storage(url: str, *, create: bool, patience: Patience | None = None) ->
         InputError: the URL is none, the file is missing, damaged or not Optuna's, the server refuses. Nothing that was
             there has been changed then.
     """
-    parsed, patience = _parsed(url), patience or Patience()
+    parsed, patience = parts_of(url), patience or Patience()
     label = shown(url)
     kinds: dict[str, Callable[[], contextlib.AbstractContextManager[_Backends]]] = {
         "journal": lambda: _journal(_journal_file(parsed), create, patience),
@@ -155,12 +155,12 @@ def open_storage(url: str, *, create: bool, patience: Patience | None = None) ->
     }
     opened = kinds.get(parsed.drivername, lambda: _database(url, parsed, label, create, patience))
     with _storage_errors(label), opened() as (backend, database):
-        yield Storage(backend, database, label, _sqlite_file(parsed), patience)
+        yield Storage(backend, database, label, sqlite_file(parsed), patience)
 
 
 @contextlib.contextmanager
 def _database(url: str, parsed: sqlalchemy.URL, label: str, create: bool, patience: Patience) -> Iterator[_Backends]:
-    file, options = _sqlite_file(parsed), {"pool_pre_ping": True}
+    file, options = sqlite_file(parsed), {"pool_pre_ping": True}
     if file is not None:
         require_sqlite(file, create=create)
     if parsed.get_backend_name() == "sqlite":
@@ -264,7 +264,8 @@ def _storage_errors(label: str) -> Iterator[None]:
         ) from error
 
 
-def _parsed(url: str) -> sqlalchemy.URL:
+def parts_of(url: str) -> sqlalchemy.URL:
+    """Returns the parts of a storage's URL; raises InputError if it is none."""
     try:
         return sqlalchemy.make_url(url)
     except (sqlalchemy.exc.ArgumentError, ValueError):
@@ -274,7 +275,7 @@ def _parsed(url: str) -> sqlalchemy.URL:
         ) from None
 
 
-def _sqlite_file(url: sqlalchemy.URL) -> Path | None:
+def sqlite_file(url: sqlalchemy.URL) -> Path | None:
     """Returns the file of a SQLite URL; None for other databases and for those without an ordinary file."""
     if (
         url.drivername in ("journal", "grpc")

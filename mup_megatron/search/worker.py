@@ -316,7 +316,7 @@ def _trial(connection: Connection, job: TrialJob, setting: _Setting, parent: int
         if requested is None or setting.state_folder is None:
             outcome = run(job.parameters, report)
         else:
-            interruption = Interruption(States(setting.state_folder).of(job.number), requested)
+            interruption = Interruption(job.number, States(setting.state_folder).of(job.number), requested)
             outcome = _resumed(cast(Resumable, run), job.parameters, report, interruption)
     except Exception as error:  # whatever a trial raises is the trial's result
         if requested is not None and requested():

@@ -1,7 +1,6 @@
 """The objective of a search: a training of the proxy, or of a narrower model with the proxy's hyperparameters."""
 
 import itertools
-import multiprocessing
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -47,7 +46,7 @@ class ProxyTraining:
     data: Path
     data_sha256: str | None
     options: TrainingOptions
-    """With a project of Weights & Biases each trial is a run there, and `output` is the folder of all of them."""
+    """With a project of Weights & Biases each trial that can be stopped is a run there, `output` the folder of all."""
     narrower: ModelFile | None = None
     """The model that is trained instead of the proxy, by the plan that the proxy's recipe makes for it."""
 
@@ -87,21 +86,23 @@ class ProxyTraining:
 
     def __call__(self, parameters: Mapping[str, float], report: ReportFn) -> TrialOutcome:
         """Runs one trial, in a process of its own."""
-        return self._run(parameters, report, None)
+        return self._run(parameters, self.options, report)
 
     def resume(
         self, parameters: Mapping[str, float], report: ReportFn, interruption: Interruption
     ) -> TrialOutcome | None:
         """Runs one trial, which can be stopped; its checkpoint is bitwise what an undisturbed trial has there."""
         try:
-            return self._run(parameters, report, Stop(interruption.folder, interruption.requested))
+            stop = Stop(interruption.folder, interruption.requested)
+            return self._run(parameters, self._logged(interruption), report, stop)
         except Stopped:
             return None
 
-    def _run(self, parameters: Mapping[str, float], report: ReportFn, stop: Stop | None) -> TrialOutcome:
+    def _run(
+        self, parameters: Mapping[str, float], options: TrainingOptions, report: ReportFn, stop: Stop | None = None
+    ) -> TrialOutcome:
         from mup_megatron.megatron.versions import installed
 
-        options = self._begun(goes_on=stop is not None and stop.folder.is_dir())
         result = run_training(self.model, self.recipe(parameters), self.data, options, report=report, stop=stop)
         return TrialOutcome(
             loss=result.validation_loss,
@@ -115,17 +116,16 @@ class ProxyTraining:
             },
         )
 
-    def _begun(self, *, goes_on: bool) -> TrainingOptions:
-        """Returns the options of the trial that this process runs; where it is logged, in a folder of its own.
+    def _logged(self, interruption: Interruption) -> TrainingOptions:
+        """Returns the options of a trial; where it is logged, in a folder of its own.
 
-        A search names the process of a trial after it (`trial 12`), which is all that a trial knows of itself. What an
-        earlier attempt has logged is removed, unless this one goes on from its state.
+        What an earlier attempt has logged is removed, unless this one goes on from its state.
         """
         if self.options.wandb_project is None:
             return self.options
         assert self.options.output is not None
-        name = multiprocessing.current_process().name.replace(" ", "-")
-        if not goes_on:
+        name = f"trial-{interruption.number}"
+        if not interruption.folder.is_dir():
             shutil.rmtree(self.options.output / name, ignore_errors=True)
         return replace(self.options, output=self.options.output / name, wandb_exp_name=name)
 

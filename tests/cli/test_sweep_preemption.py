@@ -1,10 +1,10 @@
 """SIGTERM to `sweep`: the trial goes on, elsewhere, with bitwise the losses of an undisturbed one."""
 
-import multiprocessing
 import os
 import select
 import signal
 from collections.abc import Callable, Mapping
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import optuna
@@ -12,27 +12,36 @@ import psutil
 import pytest
 from support.blocking import LIMIT_S, give_time_to_stop
 from support.commands import Command
+from support.processes import fork_server
 
 from mup_megatron.cli import main as cli
 from mup_megatron.search import Interruption, ReportFn, TrialOutcome
 from mup_megatron.training import ranks
 from mup_megatron.tuning import ProxyTraining
 
-# pytest-xdist runs a thread beside the tests, and Python warns of every fork then.
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
 SWEEP = ("sweep", "base.yaml", "--data", "text", "--train-iters", "40", "--global-batch-size", "2", "--eval-iters", "2",
          "--trials", "1")  # fmt: skip
 STOP_AFTER = 20
 
 
-def started(*words: str) -> multiprocessing.Process:
-    process = multiprocessing.get_context("fork").Process(target=cli.main, args=([*SWEEP, *words],))
+def started(*words: str, marker: Path | None = None) -> ForkServerProcess:
+    """A command in a process without threads, as a user's is; with a marker, one that is told to stop."""
+    process = fork_server().Process(target=_command, args=([*SWEEP, *words], Path.cwd(), marker))
     process.start()
     return process
 
 
-def code_of(process: multiprocessing.Process) -> int:
+def _command(words: list[str], folder: Path, marker: Path | None) -> None:
+    os.chdir(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        give_time_to_stop(patch)
+        if marker is not None:
+            patch.setattr(ProxyTraining, "resume", told_once(marker))
+        ranks.preload()
+        cli.main(words)
+
+
+def code_of(process: ForkServerProcess) -> int:
     process.join(LIMIT_S)
     assert process.exitcode is not None, "still running"
     return process.exitcode
@@ -63,18 +72,16 @@ def told_once(marker: Path) -> Callable[..., TrialOutcome | None]:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_terminated_trial_goes_on_with_bitwise_the_same_losses(
-    run: Command, here: Path, data: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+    run: Command, here: Path, data: Path, shared: bool
 ) -> None:
-    give_time_to_stop(monkeypatch)
-    ranks.preload()
     assert code_of(started("--study", "undisturbed")) == 0
-    monkeypatch.setattr(ProxyTraining, "resume", told_once(here / "marker"))
-    assert code_of(started("--study", "stopped")) == 128 + signal.SIGTERM
+    marker = here / "marker"
+    assert code_of(started("--study", "stopped", marker=marker)) == 128 + signal.SIGTERM
     kept = here / "results" / "stopped" / "checkpoints" / "trial-00000"
     assert [folder.name for folder in kept.glob("iter_*")] == [f"iter_{STOP_AFTER:07d}"]
     if not shared:
         kept.rename(here / "elsewhere")
-    assert code_of(started("--study", "stopped")) == 0
+    assert code_of(started("--study", "stopped", marker=marker)) == 0
     assert not kept.exists()
     found, expected = (
         optuna.load_study(study_name=name, storage=f"sqlite:///results/{name}.db").trials

@@ -15,7 +15,7 @@ from support.commands import Command
 from mup_megatron.cli import main as cli
 from mup_megatron.cli import sweep
 from mup_megatron.errors import InputError
-from mup_megatron.search import ReportFn, TrialOutcome, ray_tasks, read_study
+from mup_megatron.search import Interruption, ReportFn, TrialOutcome, ray_tasks, read_study
 from mup_megatron.search.ray_tasks import run_on_ray
 from mup_megatron.tuning import ProxyTraining
 
@@ -99,11 +99,11 @@ def test_the_machine_that_starts_it_need_not_be_able_to_run_a_trial(
     driver = os.getpid()
 
     def rate(
-        self: ProxyTraining, parameters: Mapping[str, float], report: ReportFn, interruption: object
+        self: ProxyTraining, parameters: Mapping[str, float], report: ReportFn, interruption: Interruption
     ) -> TrialOutcome:
         with (here / "begun").open("a") as begun:
             begun.write("x")
-        if multiprocessing.current_process().name == "trial 1":
+        if interruption.number == 1:
             raise ValueError("by bad luck")
         return TrialOutcome(3.0 + parameters["lr"])
 

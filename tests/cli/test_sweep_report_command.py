@@ -44,9 +44,11 @@ def study(here: Path, database: Path) -> Path:
 
 def test_a_report_is_a_page_with_pictures_and_leaves_the_study_alone(run: Command, here: Path, study: Path) -> None:
     before = study.read_bytes()
+    folder = here / "results" / "small" / "report"
+    folder.mkdir(parents=True)
+    (folder / "importance.png").write_text("of an earlier study of that name, with more trials")
     code, out, err = run("sweep", "report", "small", "--storage", "sqlite:///one.db")
     assert (code, out, err) == (0, "results/small/report/index.html\n", "")
-    folder = here / "results" / "small" / "report"
     names = {path.name for path in folder.iterdir()}
     assert names == {"index.html", "hyperparameters.png", "interactions.png", "parallel.png", "cost.png", "history.png"}
     flops = 4 * training_flops(model_file(BASE, source="base.yaml")).total * 3 * 2 * BASE["seq_length"]

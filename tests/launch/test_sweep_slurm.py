@@ -32,6 +32,16 @@ def test_a_dry_run_prints_the_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "url", ["postgresql://me:s3c4et@node1/studies", "postgresql://node1/s?user=me&password=s3c4et"]
+)
+def test_a_dry_run_prints_no_password(tmp_path: Path, url: str) -> None:
+    done = run(tmp_path, *WORDS[:-1], url, DRY_RUN="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "s3c4et" not in done.stdout
+    assert "node1" in done.stdout
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (WORDS[:-2], "give a --storage that all nodes reach"),

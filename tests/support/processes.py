@@ -53,7 +53,7 @@ def run_ranks(
     Raises RankFailure with the rank's traceback as soon as one rank fails, or after `timeout_s` seconds in all. No
     process outlives the call.
     """
-    context = _fork_server()
+    context = fork_server()
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{Path(folder) / 'store'}"
         ranks = []
@@ -140,8 +140,8 @@ def _pack(report: _Report) -> bytes:
     return buffer.getvalue()
 
 
-def _fork_server() -> multiprocessing.context.ForkServerContext:
-    """The context whose server, started with the first process, has imported `support.preload`."""
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """The context whose server, started with the first process, has imported `support.preload` and runs no thread."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([_PRELOAD])
     with _server_environment():

@@ -26,6 +26,8 @@ from mup_megatron.search.standing import Standing, standing
 from mup_megatron.search.study import StudyRecord, Trial
 
 PAGE = "index.html"
+PICTURES = frozenset({"hyperparameters", "importance", "interactions", "parallel", "rungs", "cost", "history"})
+"""The files that a page may have beside it, without their ending."""
 LEAST = 4
 """Complete trials, for pictures of them."""
 BEST = 10
@@ -82,6 +84,7 @@ def report_files(record: StudyRecord, wording: Wording) -> dict[str, str | bytes
         sections="\n".join(map(_html, sections)),
     )
     drawn = [section.picture for section in sections if section.picture is not None]
+    assert {name for name, _ in drawn} <= PICTURES
     return {PAGE: page, **{f"{name}.png": content for name, content in drawn}}
 
 

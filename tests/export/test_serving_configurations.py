@@ -36,14 +36,21 @@ def test_gpt2_has_its_positions_under_the_name_that_converters_ask_for() -> None
     assert GPT2.config(model)["n_ctx"] == GPT2.config(model)["n_positions"] == model.positions
 
 
-def test_the_benchmark_of_llama_cpp_exports_what_it_names(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("llama_cpp", ["--llama-cpp", "nowhere"], "--llama-cpp nowhere: no checkout of llama.cpp"),
+        ("vllm_exports", ["--cases", "all"], "argument --cases: invalid choice: 'all'"),
+    ],
+)
+def test_what_servers_are_measured_with_can_be_exported(
+    name: str, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    benchmark = importlib.import_module("llama_cpp")
-    for name, kind in benchmark.CASES.items():
-        assert not list(registry.targets()[kind.architecture].problems(models(kind)[1])), name
-    monkeypatch.setattr("sys.argv", ["llama_cpp.py", "--llama-cpp", str(tmp_path)])
+    benchmark = importlib.import_module(name)
+    for case, kind in benchmark.CASES.items():
+        assert not list(registry.targets()[kind.architecture].problems(models(kind)[1])), case
+    monkeypatch.setattr("sys.argv", [name, *words])
     with pytest.raises(SystemExit):
         benchmark.main()
-    assert f"--llama-cpp {tmp_path}: no checkout of llama.cpp" in capsys.readouterr().err
+    assert said in capsys.readouterr().err

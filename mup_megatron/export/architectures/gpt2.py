@@ -42,6 +42,7 @@ class Gpt2(Target):
             "n_layer": model.num_layers,
             "n_head": model.num_attention_heads,
             "n_positions": model.positions,
+            "n_ctx": model.positions,  # the same once more, which transformers no longer reads and llama.cpp does
             "activation_function": "gelu",
             "layer_norm_epsilon": model.norm_epsilon,
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),

@@ -41,7 +41,13 @@ TUNED = {
     "output_multiplier": 4.0,
     "weight_decay": 0.1,
 }
-MOVED = ("embedding", "decoder.layers.0", "decoder.layers.1", "output_layer")
+MOVED = {
+    "embedding.word_embeddings": "embedding",
+    "decoder.layers.1.self_attention.core_attention.scale_mask_softmax": "attention logits",
+    "decoder.layers.1": "last layer",
+    "output_layer": "logits",
+}
+"""What is looked at, and how it is called; of the softmax, what goes into it."""
 MOVES = 10
 """Iterations after which it is looked how far outputs have moved."""
 BATCH = 8
@@ -179,12 +185,13 @@ def moves(target: ModelFile, tuned: Recipe) -> dict[str, float]:
         def look() -> dict[str, torch.Tensor]:
             seen: dict[str, torch.Tensor] = {}
 
-            def keep(name: str, output: Any) -> None:
-                first = output[0] if isinstance(output, tuple) else output
+            def keep(name: str, args: Any, output: Any) -> None:
+                value = args if name.endswith("softmax") else output
+                first = value[0] if isinstance(value, tuple) else value
                 seen[name] = first.detach().double()
 
             hooks = [
-                module.register_forward_hook(lambda _module, _args, output, name=name: keep(name, output))
+                module.register_forward_hook(lambda _module, args, output, name=name: keep(name, args, output))
                 for name, module in modules.items()
             ]
             with torch.no_grad():
@@ -197,7 +204,7 @@ def moves(target: ModelFile, tuned: Recipe) -> dict[str, float]:
         for step in range(MOVES):
             trainee.step(step)
         after = look()
-    return {name: float((after[name] - before[name]).square().mean().sqrt()) for name in MOVED}
+    return {called: float((after[name] - before[name]).square().mean().sqrt()) for name, called in MOVED.items()}
 
 
 # ---- telling -------------------------------------------------------------------------------------------------------
@@ -228,7 +235,7 @@ def picture(number: int, found: Mapping[tuple[int, int], Found], widths: Sequenc
 
     figure = matplotlib.figure.Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name in MOVED:
+    for name in MOVED.values():
         left.plot(widths, [found[number, width].moves[name] for width in widths], marker="o", label=name)
     everything = [value for each in found.values() for value in each.moves.values()]
     left.set(xscale="log", yscale="log", ylim=(min(everything) / 1.5, max(everything) * 1.5), xlabel="width")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from support.processes import HANGS_AFTER_S, RankFailure, _end, _fork_server
+from support.processes import HANGS_AFTER_S, RankFailure, _end, fork_server
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
 
@@ -116,7 +116,7 @@ def run_script(
     Raises:
         RankFailure: a rank still ran at the end of that time. It holds the rank's stack. Nothing runs on.
     """
-    context = _fork_server()
+    context = fork_server()
     folder.mkdir(parents=True, exist_ok=True)
     # The ranks meet at a store of ours, as under torchrun: its port is free because it is taken at once.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -11,7 +11,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from support.processes import _fork_server, _rank_main
+from support.processes import fork_server, _rank_main
 from support.shapes import gpt, recipe_for
 
 from mup_megatron.architectures.model_file import ModelFile
@@ -111,7 +111,7 @@ def started(world_size: int, folder: Path, function: Callable[..., Any], *argume
     """The processes of a run that the caller may kill at any moment. None outlives the block."""
     import pickle
 
-    context = _fork_server()
+    context = fork_server()
     folder.mkdir(parents=True, exist_ok=True)
     store = folder / "store"
     store.unlink(missing_ok=True)

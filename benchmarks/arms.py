@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
+from lr_width_table import tenths
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mup_megatron.architectures.model_file import ModelFile
@@ -35,8 +36,6 @@ from mup_megatron.training.data.dataset import build_datasets, global_batch
 from mup_megatron.training.loop import train_iteration
 from mup_megatron.training.metrics import TrainingRow, divergence
 from mup_megatron.training.options import TrainingOptions, batch_sizes, require_possible
-
-TENTHS = 10
 
 
 @dataclass(frozen=True)
@@ -122,13 +121,6 @@ def _trained(arm: str, task: Task, dataset: Any) -> dict[str, Any]:
         "seconds": round(ends[-1] - began, 2),
         "seconds_a_step": round(median(b - a for a, b in itertools.pairwise(ends)), 5),
     }
-
-
-def tenths(losses: list[float]) -> list[float]:
-    """Returns the mean loss of each tenth of a run; of each step, if it has less than ten."""
-    parts = min(TENTHS, len(losses))
-    ends = [round(part * len(losses) / parts) for part in range(parts + 1)]
-    return [fmean(losses[begin:end]) for begin, end in itertools.pairwise(ends)]
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -24,13 +24,12 @@ Finished runs are lines of `runs.jsonl`, and not repeated. `lr_width.json` and a
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -61,7 +60,11 @@ from mup_megatron.recipe import Hyperparameters, Parametrization, Recipe, Schedu
 
 ARMS = ("standard", "native", "microsoft", "ours")
 WIDTHS = (64, 128, 256, 512, 1024)
-PUBLISHED = (64, 128, 256)
+PUBLISHED = {
+    **dict.fromkeys(("proportional", "ffn", "latent"), (64, 128, 256, 512)),
+    **dict.fromkeys(("groups", "heads", "deeper", "experts", "muon"), (64, 128, 256)),
+}
+"""Shape → the widths that fit two cores and three hours."""
 LEARNING_RATE = 2.0**-7
 OCTAVE = 2
 """Rates in one."""
@@ -113,7 +116,8 @@ SHAPES: dict[str, Shape] = {
 class Settings:
     """All that is the same for every run."""
 
-    widths: tuple[int, ...]
+    widths: Mapping[str, tuple[int, ...]]
+    """By shape; the first is the base's."""
     arms: tuple[str, ...]
     seeds: int
     rates: int
@@ -157,16 +161,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=8, help="sequences of 64 tokens")
     parser.add_argument("--recipe", type=Path, help="whose hyperparameters and schedule the bases have")
-    parser.add_argument("--published", action="store_true", help=f"what fits two cores: widths {PUBLISHED}")
+    parser.add_argument("--published", action="store_true", help="widths that two cores train in three hours")
     parser.add_argument("--estimate", action="store_true", help="say how long it would take, and no more")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, default=Path("results/lr_width"))
     arguments = parser.parse_args()
-    widths = PUBLISHED if arguments.published else tuple(sorted(set(arguments.widths)))
-    if len(widths) < 3 or arguments.seeds < 2:
+    if len(set(arguments.widths)) < 3 or arguments.seeds < 2:
         parser.error("three widths and two seeds at least")
+    widths = dict.fromkeys(SHAPES, tuple(sorted(set(arguments.widths))))
     settings = Settings(
-        widths=widths,
+        widths=PUBLISHED if arguments.published else widths,
         arms=tuple(arm for arm in ARMS if arm in arguments.arms),
         seeds=arguments.seeds,
         rates=arguments.rates,
@@ -178,7 +182,7 @@ def main() -> None:
     from mup_megatron.training.data.embedded import embedded_data
 
     with forked_workers(arguments.jobs, arguments.output / "runs.log") as pool:
-        runs = Runs(settings, KeptRuns(arguments.output / "runs.jsonl"), pool, embedded_data())
+        runs = Runs(settings, KeptRuns(arguments.output / "runs.jsonl"), pool, embedded_data(), _platform())
         estimates = runs.estimates(arguments.shapes)
         print("\n".join(_estimate_lines(estimates, arguments.jobs)), flush=True)
         if arguments.estimate:
@@ -216,25 +220,25 @@ class Estimate:
 class Runs:
     """Runs of all shapes: those that are kept, and new ones by worker processes. Threads may share it."""
 
-    def __init__(self, settings: Settings, kept: KeptRuns, pool: ProcessPoolExecutor, data: Path) -> None:
+    def __init__(self, settings: Settings, kept: KeptRuns, pool: Executor, data: Path, platform: Sequence[str]) -> None:
         self._settings, self._kept, self._pool, self._data = settings, kept, pool, data
         self._lock = threading.Lock()
-        self._platform = _platform()
+        self._platform = platform
         self.done: Callable[[int], None] = lambda _runs: None
         """Is told how many more runs there are."""
 
     def estimates(self, shapes: Sequence[str]) -> dict[str, Estimate]:
         """Returns what each shape's sweep will take, from a few steps of every arm at every width."""
         s = self._settings
-        at = list(itertools.product(shapes, s.widths))
+        at = [(shape, width) for shape in shapes for width in s.widths[shape]]
         started = [self._started(shape, width, 0, 1, s.arms, TIMED) for shape, width in at]
         measured = {key: future.result() for key, future in zip(at, started, strict=True)}
-        return {shape: self._estimate({width: measured[shape, width] for width in s.widths}) for shape in shapes}
+        return {shape: self._estimate([measured[shape, width] for width in s.widths[shape]]) for shape in shapes}
 
-    def _estimate(self, measured: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> Estimate:
+    def _estimate(self, measured: Sequence[Mapping[str, Mapping[str, Any]]]) -> Estimate:
         s = self._settings
-        refused = {arm: row["refused"] for arms in measured.values() for arm, row in arms.items() if "refused" in row}
-        times = [row for arms in measured.values() for arm, row in arms.items() if arm not in refused]
+        refused = {arm: row["refused"] for arms in measured for arm, row in arms.items() if "refused" in row}
+        times = [row for arms in measured for arm, row in arms.items() if arm not in refused]
         # A rate more than at first, on average: the best is rarely in the middle at once.
         of_each = s.seeds * (s.rates + 1)
         seconds = sum(row["seconds"] + (s.steps - TIMED) * row["seconds_a_step"] for row in times)
@@ -245,7 +249,7 @@ class Runs:
         s = self._settings
         arms = [arm for arm in s.arms if arm not in refused]
         found = Found({arm: {} for arm in arms}, dict(refused))
-        for width in s.widths:
+        for width in s.widths[shape]:
             for arm in arms:
                 found.rows[arm][width] = {}
             todo = {arm: self._first_rates(found.rows[arm]) for arm in arms}
@@ -287,7 +291,7 @@ class Runs:
 
     def _recipe(self, shape: str, rate: int) -> Recipe:
         own = SHAPES[shape]
-        return own.recipe(own.model(self._settings.widths[0]), self._settings.tuned, rate)
+        return own.recipe(own.model(self._settings.widths[shape][0]), self._settings.tuned, rate)
 
     def _key(self, shape: str, width: int, rate: int, seed: int, arm: str) -> list[Any]:
         s = self._settings
@@ -345,9 +349,9 @@ def _estimate_lines(estimates: Mapping[str, Estimate], jobs: int) -> list[str]:
 
 
 def _told(found: Mapping[str, Found], settings: Settings, output: Path) -> list[str]:
-    base, *wider = settings.widths
     problems, told = [], {}
     for shape, runs in found.items():
+        base, *wider = settings.widths[shape]
         basins = {arm: runs.basins(arm) for arm in runs.rows}
         summaries = {arm: summary(own) for arm, own in basins.items()}
         at_base, beyond = runs.agreements([base]), runs.agreements(wider)
@@ -359,7 +363,7 @@ def _told(found: Mapping[str, Found], settings: Settings, output: Path) -> list[
             "arms": {arm: {**summaries[arm].to_json(), "losses": _losses(own)} for arm, own in basins.items()},
             "refused": runs.refused,
         }
-    run = {"widths": settings.widths, "seeds": settings.seeds, "steps": settings.steps, "batch": settings.batch}
+    run = {"seeds": settings.seeds, "steps": settings.steps, "batch": settings.batch}
     content = json.dumps({**run, "shapes": told}, indent=1) + "\n"
     (output / "lr_width.json").write_text(content, encoding="utf-8")
     return problems

@@ -13,10 +13,18 @@ Curve = Sequence[float] | None
 """The mean loss of each tenth of a run; None where it diverged."""
 Basin = Mapping[float, Sequence[Curve]]
 """Learning rate → the curves of its seeds."""
+TENTHS = 10
 ARM = "ours"
 """With whose runs those of the others are compared."""
 EXACT = ("standard", "native")
 """Arms that give its digits at the base; another library's kernels round otherwise."""
+
+
+def tenths(losses: Sequence[float]) -> list[float]:
+    """Returns the mean loss of each tenth of a run; of each step, if it has less than ten."""
+    parts = min(TENTHS, len(losses))
+    ends = [round(part * len(losses) / parts) for part in range(parts + 1)]
+    return [fmean(losses[begin:end]) for begin, end in itertools.pairwise(ends)]
 
 
 def final(curve: Curve) -> float:

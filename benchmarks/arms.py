@@ -181,7 +181,7 @@ def _native(task: Task, dataset: Any) -> Trainee:
     # Set in the end: one that is given takes the place of 1/m, unless it happens to be 1.
     config.mup_output_mult = h.output_multiplier / config.mup_width_mult
     models = drawn(model, task.standard.plan(model), config, options, initialize=True)
-    if model.num_experts is not None:
+    if model.num_experts is not None and config.use_cpu_initialization:
         _as_native_draws_readouts(models, config)
 
     def overrides(_chunks: object, settings: Any) -> dict[Any, Any]:

@@ -182,7 +182,8 @@ def main() -> None:
     from mup_megatron.training.data.embedded import embedded_data
 
     with forked_workers(arguments.jobs, arguments.output / "runs.log") as pool:
-        runs = Runs(settings, KeptRuns(arguments.output / "runs.jsonl"), pool, embedded_data(), _platform())
+        platform = _platform()  # before the data, which Megatron writes
+        runs = Runs(settings, KeptRuns(arguments.output / "runs.jsonl"), pool, embedded_data(), platform)
         estimates = runs.estimates(arguments.shapes)
         print("\n".join(_estimate_lines(estimates, arguments.jobs)), flush=True)
         if arguments.estimate:

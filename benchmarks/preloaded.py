@@ -6,3 +6,7 @@ from mup_megatron.training import ranks
 
 ranks.preload()
 torch.set_num_threads(1)
+
+import arms  # noqa: E402, F401
+
+import mup_megatron.check.transfer  # noqa: E402, F401

@@ -1,6 +1,10 @@
 """benchmarks/lr_width.py but for training: what it concludes from losses, which rates it tries, and that it goes on."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -11,6 +15,8 @@ import pytest
 from lr_width import Runs, Settings
 from lr_width_table import Agreement, agreement, broken, markdown, summary, tenths, worst_change
 from training_runs import KeptRuns
+
+ROOT = Path(__file__).parents[1]
 
 # ---- conclusions ---------------------------------------------------------------------------------------------------
 
@@ -171,3 +177,17 @@ def test_a_shape_has_models_at_every_published_width(shape: str) -> None:
     assert recipe.hyperparameters.output_multiplier == 4.0
     for model in wider:
         assert recipe.plan(model).by_name
+
+
+@pytest.mark.slow  # a server that has imported Megatron, and thirty runs
+def test_the_command_runs(tmp_path: Path) -> None:
+    words = "--shapes ffn --widths 64 96 128 --seeds 2 --rates 3 --steps 2 -o out".split()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "lr_width.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ffn: no microsoft: decoder.layers.0.mlp.linear_fc1 has infinite fan-in" in done.stdout
+    assert "standard beside ours at 64" in done.stdout
+    assert (tmp_path / "out" / "ffn.png").stat().st_size > 10_000
+    told = json.loads((tmp_path / "out" / "lr_width.json").read_text())
+    assert [*told["shapes"]["ffn"]["arms"]["ours"]["loss"]] == ["64", "96", "128"]

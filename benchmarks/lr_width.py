@@ -155,19 +155,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), help="three or more")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), help="three or more")
+    asked.add_argument("--published", action="store_true", help="widths that two cores train in three hours")
     parser.add_argument("--seeds", type=int, default=3, help="two or more")
     parser.add_argument("--rates", type=int, default=5, help="learning rates at first, at each width")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=8, help="sequences of 64 tokens")
     parser.add_argument("--recipe", type=Path, help="whose hyperparameters and schedule the bases have")
-    parser.add_argument("--published", action="store_true", help="widths that two cores train in three hours")
     parser.add_argument("--estimate", action="store_true", help="say how long it would take, and no more")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, default=Path("results/lr_width"))
     arguments = parser.parse_args()
-    if len(set(arguments.widths)) < 3 or arguments.seeds < 2:
-        parser.error("three widths and two seeds at least")
+    if len(set(arguments.widths)) < 3 or arguments.seeds < 2 or arguments.rates < 1:
+        parser.error("three widths, two seeds and a rate at least")
     widths = dict.fromkeys(SHAPES, tuple(sorted(set(arguments.widths))))
     settings = Settings(
         widths=PUBLISHED if arguments.published else widths,

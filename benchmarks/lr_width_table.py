@@ -206,21 +206,29 @@ def broken(shape: str, base: int, at_base: Mapping[str, Agreement]) -> list[str]
 def markdown(arms: Mapping[str, Summary], refused: Mapping[str, str]) -> list[str]:
     """Returns a shape's table: a row for each arm."""
     widths = [*next(iter(arms.values())).optima] if arms else []
-    head = ["", *map(str, widths), "moved by, octaves", "regret", "wider better", "at the base's rate, by tenths"]
+    head = [
+        "",
+        *map(str, widths),
+        "moved by, octaves",
+        "regret",
+        "wider better",
+        "at the base's rate, in tenths of training",
+    ]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for arm, found in arms.items():
         cells = [_basin_cell(found.optima[width], found.least[width]) for width in widths]
         moved_at, moved = found.moved
         low, high = found.shift_interval
         regret_at, regret = found.regret
-        better = [change < 0 for change in found.worst_by_tenth]
-        tenths = f"{sum(better)} of {len(better)} (worst {_percent(max(found.worst_by_tenth, default=math.nan))})"
+        worst = found.worst_by_tenth
+        wrong = [str(tenth) for tenth, change in enumerate(worst, start=1) if change >= 0]
+        which = f"not in {', '.join(wrong)}" if wrong else "in all"
         row = [
             *cells,
             f"{moved:+.2f} at {moved_at}; at {widths[-1]} {low:+.2f} … {high:+.2f}",
             f"{_percent(regret, sign='')} at {regret_at}",
             f"{'yes' if found.worst_at_best < 0 else 'no'} ({_percent(found.worst_at_best)})",
-            tenths,
+            f"{which} (worst {_percent(max(worst, default=math.nan))})",
         ]
         lines.append(f"| {arm} | {' | '.join(row)} |")
     return [*lines, *(f"| {arm} | refused: {why} |{' |' * (len(head) - 2)}" for arm, why in refused.items())]

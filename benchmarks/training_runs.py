@@ -132,7 +132,7 @@ def basin_panels(panels: Mapping[str, Mapping[str, tuple[Mapping[float, Sequence
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for label, (losses, optimum) in lines.items():
             finite = {lr: fmean(v) for lr, v in sorted(losses.items()) if math.isfinite(fmean(v))}

@@ -74,7 +74,7 @@ def test_the_table_says_it() -> None:
     head, _, row, refusal = markdown({"native": summary(BASINS)}, {"microsoft": "it does not know this"})
     assert head.startswith("|  | 64 | 128 | 256 | moved by, octaves | regret |")
     assert "| -7.50 (-7.50 … -7.50), 2.500 |" in row
-    assert "| -1.25 at 256; at 256 -1.25 … -1.25 | 5.76 % at 256 | no (+4.25 %) | 0 of 2 (worst +9.16 %) |" in row
+    assert "| -1.25 at 256; at 256 -1.25 … -1.25 | 5.76 % at 256 | no (+4.25 %) | not in 1, 2 (worst +9.16 %) |" in row
     assert refusal.startswith("| microsoft | refused: it does not know this |")
     assert len({line.count("|") for line in (head, row, refusal)}) == 1
 
@@ -177,6 +177,23 @@ def test_a_shape_has_models_at_every_published_width(shape: str) -> None:
     assert recipe.hyperparameters.output_multiplier == 4.0
     for model in wider:
         assert recipe.plan(model).by_name
+
+
+def test_a_recipe_says_what_was_tuned() -> None:
+    shape = lr_width.SHAPES["deeper"]
+    tuned = shape.recipe(shape.model(64), None, 0)
+    values = {"lr": 0.01, "min_lr": 0.002, "init_method_std": 0.03, "weight_decay": 0.0}
+    cosine = tuned.schedule.model_copy(update={"lr_decay_style": "cosine"})
+    given = {"hyperparameters": tuned.hyperparameters.model_copy(update=values), "schedule": cosine}
+    found = shape.recipe(shape.model(64), tuned.model_copy(update=given), -2)
+    assert found.hyperparameters.model_dump() == {
+        **tuned.hyperparameters.model_dump(),
+        **values,
+        "lr": 0.005,
+        "min_lr": 0.001,
+    }
+    assert found.schedule == cosine
+    assert found.parametrization.depth is not None
 
 
 @pytest.mark.slow  # a server that has imported Megatron, and thirty runs

@@ -11,7 +11,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from support.processes import fork_server, _rank_main
+from support.processes import _rank_main, fork_server
 from support.shapes import gpt, recipe_for
 
 from mup_megatron.architectures.model_file import ModelFile

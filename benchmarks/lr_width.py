@@ -61,8 +61,8 @@ from mup_megatron.recipe import Hyperparameters, Parametrization, Recipe, Schedu
 ARMS = ("standard", "native", "microsoft", "ours")
 WIDTHS = (64, 128, 256, 512, 1024)
 PUBLISHED = {
-    **dict.fromkeys(("proportional", "ffn", "latent"), (64, 128, 256, 512)),
-    **dict.fromkeys(("groups", "heads", "deeper", "experts", "muon"), (64, 128, 256)),
+    **dict.fromkeys(("proportional", "ffn"), (64, 128, 256, 512)),
+    **dict.fromkeys(("groups", "heads", "deeper", "experts", "latent", "muon"), (64, 128, 256)),
 }
 """Shape → the widths that fit two cores and three hours."""
 LEARNING_RATE = 2.0**-7

@@ -76,6 +76,23 @@ TARGETS: dict[str, Target] = {
         binary=True,
         may_change=("exported/",),
     ),
+    "fold a checkpoint": Target(
+        words=("fold", "ck", "--recipe", "r.yaml", "--to", "folded"),
+        damaged={"ck": "checkpoint", "r.yaml": "yaml"},
+        sound=("base.yaml", *_DATA),
+        weight=2,
+        binary=True,
+        may_change=("folded/",),
+    ),
+    "unfold a checkpoint": Target(
+        words=("unfold", "folded", "--recipe", "r.yaml", "--to", "unfolded"),
+        damaged={"folded": "checkpoint"},
+        sound=("base.yaml", "r.yaml", "ck", *_DATA),
+        first=("fold", "ck", "--recipe", "r.yaml", "--to", "folded"),
+        weight=2,
+        binary=True,
+        may_change=("unfolded/",),
+    ),
     "train on data": Target(
         words=_TRAIN,
         damaged={"text": "data"},

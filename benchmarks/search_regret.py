@@ -1,11 +1,12 @@
 """Whether what a search over fidelities chooses is right at four times the width, by real searches in small.
 
-    python benchmarks/search_regret.py [--seeds 1 2 3 4 5] [--trials 16] [--workers 2]
+    python benchmarks/search_regret.py [--seeds 1 2 3 4 5] [--trials 16] [--line 8] [--workers 2]
 
 For each seed: `mup-megatron sweep --budget`, for what 16 whole trials cost, over the paper's space on the quickstart's
-proxy; `mup-megatron transfer`; and then runs at four times the width with the recipe's values, at its own learning rate
-and at eight others around it, half an octave apart. Regret is how much worse the recipe's own rate is than the best of
-the nine. What is done stays in `results/search-regret-SEED`; stopped at any moment, the same command goes on.
+proxy, and `mup-megatron transfer`; then a second `sweep` with that recipe, of the learning rate alone, 1½ octaves to
+either side, and its `transfer`. Both recipes' learning rates are run at four times the width, and eight others around
+the first, half an octave apart. Regret is how much worse a recipe's own rate is than the best of all. What is done is
+in `results/search-regret-SEED`; stopped at any moment, the same command goes on.
 """
 
 import argparse
@@ -46,14 +47,14 @@ class Search:
     settings: ExperimentSettings
     record: StudyRecord
     recipe: Recipe
+    refined: Recipe
+    """After the search of the learning rate alone."""
     runs: tuple[Result, ...]
 
     def row(self) -> str:
         """Returns it as a row of the table."""
         losses = curve(self.runs, self.settings.wide, "mup")
-        lr = self.recipe.hyperparameters.lr
         best = min(losses, key=lambda rate: losses[rate])
-        own, optimum = losses[lr], losses[best]
         ladder = self.record.spec.ladder
         assert ladder is not None
         assert self.record.best is not None
@@ -62,16 +63,16 @@ class Search:
             f"{self.settings.seed}",
             " → ".join(f"{rung.trials}" for rung in ladder.rungs),
             f"{spent:.1f}",
-            f"{lr:.2e}",
             f"{self.record.best.loss:.3f}",
-            f"{own:.3f}",
-            f"{optimum:.3f} at {best / lr:.2g} ×",
-            f"{own / optimum - 1:.2%}",
+            f"{losses[best]:.3f} at {best:.2e}",
         ]
+        for each in (self.recipe, self.refined):
+            lr = each.hyperparameters.lr
+            cells += [f"{lr:.2e}", f"{losses[lr]:.3f}", f"{losses[lr] / losses[best] - 1:.2%}"]
         return f"| {' | '.join(cells)} |"
 
 
-def searched(seed: int, trials: int, workers: int) -> Search:
+def searched(seed: int, trials: int, line: int, workers: int) -> Search:
     """Runs a search and its grid, or what is left of them."""
     settings = ExperimentSettings(seed=seed)
     folder = Path("results") / f"search-regret-{seed}"
@@ -88,14 +89,21 @@ def searched(seed: int, trials: int, workers: int) -> Search:
         trials * training_flops(model).total * settings.train_iters * settings.global_batch_size * settings.seq_length
     )
     storage = f"sqlite:///{folder / 'study.db'}"
-    _run("sweep", proxy, "--recipe", fixed, "--data", data, "--study", study, "--storage", storage, "--budget",
-         f"{budget:.6e}", "--train-iters", settings.train_iters, "--global-batch-size", settings.global_batch_size,
-         "--eval-iters", settings.eval_iters, "--seed", seed, "--workers", workers)  # fmt: skip
-    recipe_file = folder / "searched.recipe.yaml"
-    _run("transfer", "--study", study, "--storage", storage, "-o", recipe_file, "--accept-edge", "--force")
-    tuned = load_recipe(recipe_file)
-    rates = tuple(tuned.hyperparameters.lr * step for step in STEPS)
-    settings = ExperimentSettings(seed=seed, learning_rates=rates)
+    run = ["--data", data, "--train-iters", settings.train_iters, "--global-batch-size", settings.global_batch_size,
+           "--eval-iters", settings.eval_iters, "--seed", seed, "--workers", workers]  # fmt: skip
+    first, second = folder / "searched.recipe.yaml", folder / "refined.recipe.yaml"
+    of_all, of_rate = (["--study", name, "--storage", storage] for name in (study, f"{study}-lr"))
+    _run("sweep", proxy, "--recipe", fixed, *of_all, "--budget", f"{budget:.6e}", *run)
+    _run("transfer", *of_all, "-o", first, "--accept-edge", "--force")
+    tuned = load_recipe(first)
+    lr = tuned.hyperparameters.lr
+    space = folder / "lr.yaml"
+    space.write_text(dump_yaml({"lr": {"low": lr / 2**1.5, "high": lr * 2**1.5, "log": True}}))
+    _run("sweep", proxy, "--recipe", first, "--space", space, *of_rate, "--trials", line, *run)
+    _run("transfer", *of_rate, "-o", second, "--accept-edge", "--force")
+    refined = load_recipe(second)
+    rates = {*(lr * step for step in STEPS), refined.hyperparameters.lr}
+    settings = ExperimentSettings(seed=seed, learning_rates=tuple(sorted(rates)))
     cells = grid(settings, settings.wide, "mup")
     stored = GridFile(folder / "grid.json", {"recipe": tuned.fingerprint})
     objective = GridTraining(settings, tuned, data, options, cells)
@@ -104,7 +112,7 @@ def searched(seed: int, trials: int, workers: int) -> Search:
         print(f"[{done}/{total}] {text}", file=sys.stderr, flush=True)
 
     runs = run_grid(objective, stored, folder / "logs", workers, tick)
-    return Search(settings, read_study(storage, study), tuned, runs)
+    return Search(settings, read_study(storage, study), tuned, refined, runs)
 
 
 def _run(*words: object) -> None:
@@ -116,12 +124,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--trials", type=int, default=16, help="Whole trials that a search may cost.")
+    parser.add_argument("--line", type=int, default=8, help="Trials of the learning rate alone.")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     preload()
-    found = [searched(seed, arguments.trials, arguments.workers) for seed in arguments.seeds]
-    print("| seed | trials on each rung | cost, whole trials | lr | proxy | wide | best of the grid | regret |")
-    print("|---|---|---|---|---|---|---|---|")
+    found = [searched(seed, arguments.trials, arguments.line, arguments.workers) for seed in arguments.seeds]
+    titles = ("seed", "trials on each rung", "cost, whole trials", "proxy", "wide, best", "searched lr", "wide",
+              "regret", "lr alone", "wide", "regret")  # fmt: skip
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for each in found:
         print(each.row())
 

@@ -123,11 +123,11 @@ def read_pickle(stream: IO[bytes], allowed: Mapping[str, Collection[str]], *, so
         raise not_read(error, source=source, remedy=remedy) from None
 
 
-def read_torch(stream: IO[bytes], *, source: str, remedy: str) -> Any:
+def read_torch(stream: IO[bytes] | Path, *, source: str, remedy: str) -> Any:
     """Reads what `torch.save` wrote: tensors and plain values, and what `torch.serialization.add_safe_globals` names.
 
     Args:
-        stream: where it begins.
+        stream: where it begins; of a file's path, tensors are read once they are used.
         source: what it is called in messages.
         remedy: what to do about it, as a sentence.
 
@@ -137,7 +137,9 @@ def read_torch(stream: IO[bytes], *, source: str, remedy: str) -> Any:
     import torch
 
     try:
-        return torch.load(stream, map_location="cpu", weights_only=True)
+        # Torch's format before zip files cannot be mapped.
+        mapped = isinstance(stream, Path) and zipfile.is_zipfile(stream)
+        return torch.load(stream, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch, zipfile and pickle raise whatever they like
         raise not_read(error, source=source, remedy=remedy) from None
 

@@ -15,6 +15,10 @@ from mup_megatron.yaml_io import parse_yaml
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = {
+    "configs/recipes/cerebras_gpt.recipe.yaml": "2e29d36c55ae523d3e06fd982facbe82642864f4b133e8f0d2edee2e3fb694af",
+    "configs/recipes/crystalcoder.recipe.yaml": "853b8b3d0ed1c2ce201d256ba395677f8200032f88f0aa2f25cc615e4a6eda91",
+    "configs/recipes/granite_3.0.recipe.yaml": "e9097ca2dbf111ab753910c4b1cea0172ec1a25c576a33eac6c360d4efe14896",
+    "configs/recipes/minicpm.recipe.yaml": "7dd37337079a711241b13e9386a0d6919f1689696975296fae07a65f3250451f",
     "configs/recipes/gpt3_6.7b.recipe.yaml": "05420e49e97428a6785cfc0b4f51cc190f06b7351606c83a0a609c3f2911c7d0",
     "examples/deepspeed_gpt2/gpt2.recipe.yaml": "43a4161ce98290e867af690c55a482ab2d5e495fbc299200408bd8025dc00bc8",
     "examples/trainer_llama/llama.recipe.yaml": "2bb9374b19ce749ae77d14a464b75d9fda14c47fadd5756ac1f3ba13a2a8161f",

@@ -15,7 +15,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from mup_megatron import __version__
 from mup_megatron.architectures.registry import load_model_file, shapes_of
+from mup_megatron.yaml_io import read_yaml
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mup_megatron"
@@ -445,3 +447,13 @@ def test_a_row_of_a_table_has_a_cell_under_every_heading(path: Path) -> None:
         found = len(re.findall(r"(?<!\\)\|", line))
         bars = bars or found
         assert found == bars, line
+
+
+def test_what_is_cited_is_this_release() -> None:
+    cited = read_yaml(ROOT / "CITATION.cff")
+    assert {"cff-version", "message", "title", "authors"} <= set(cited), "what the format demands"
+    assert (cited["title"], cited["version"], cited["license"]) == (
+        PYPROJECT["name"],
+        __version__,
+        PYPROJECT["license"],
+    )

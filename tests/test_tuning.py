@@ -307,11 +307,11 @@ def rungs(budget: float = 1e12, found: StudyRecord | None = None, **changes: Any
 
 def test_a_ladder_leads_from_narrow_and_short_trials_to_whole_ones() -> None:
     found = rungs()
-    assert [rung[:2] for rung in found] == [(32, 5), (32, 20), (64, 40), (128, 40)]
+    assert [rung[:2] for rung in found] == [(32, 5), (32, 20), (64, 20), (128, 40)]
     assert all(below[2] > 2 * above[2] for below, above in itertools.pairwise(found))
     # Narrower heads where there are too few of them.
     two_heads = PROXY.model_copy(update={"hidden_size": 256, "num_attention_heads": 2})
-    assert [rung[:2] for rung in rungs(proxy=two_heads)] == [(64, 5), (64, 20), (128, 40), (256, 40)]
+    assert [rung[:2] for rung in rungs(proxy=two_heads)] == [(64, 5), (64, 20), (128, 20), (256, 40)]
     assert (narrower(two_heads, 1 / 4).head_size, narrower(two_heads, 1 / 4).num_attention_heads) == (32, 2)
     assert (narrower(two_heads, 1 / 2).head_size, narrower(two_heads, 1 / 2).num_attention_heads) == (128, 1)
     # One head is as narrow as it gets: what is left is to be shorter.
@@ -325,7 +325,7 @@ def test_the_cost_of_a_rung_is_that_of_its_model_and_its_tokens() -> None:
     ladder = ladder_for(training, DEFAULT_SPACE, 1e12, None, source="--space")
     assert [rung.fidelity.cost for rung in ladder.rungs] == [
         training_flops(narrower(WIDE, share)).total * steps * OPTIONS.global_batch_size * WIDE.seq_length
-        for share, steps in ((1 / 4, 5), (1 / 4, 20), (1 / 2, 40), (1, 40))
+        for share, steps in ((1 / 4, 5), (1 / 4, 20), (1 / 2, 20), (1, 40))
     ]
 
 
@@ -356,7 +356,7 @@ def test_a_trial_trains_the_model_of_its_rung_for_its_steps(monkeypatch: pytest.
     monkeypatch.setattr("mup_megatron.tuning.objective.run_training", run_training)
     for rung in ladder.rungs:
         at_rung(training, rung)({"lr": 0.01}, lambda step, loss: None)
-    assert seen == [(32, 128, 5), (32, 128, 20), (64, 128, 40), (128, 128, 40)]
+    assert seen == [(32, 128, 5), (32, 128, 20), (64, 128, 20), (128, 128, 40)]
 
 
 def test_a_study_keeps_its_ladder() -> None:

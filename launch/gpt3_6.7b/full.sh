@@ -33,11 +33,13 @@ unsearched=(    # what is not searched
 # Your cluster
 
 study=${STUDY:-gpt3_6.7b}
-for name in DATA MEGATRON VOCAB_FILE MERGE_FILE; do # jobs begin in other folders
+for name in DATA MEGATRON VOCAB_FILE MERGE_FILE TOKENIZER; do # jobs begin in other folders
   [ -z "${!name:-}" ] || export "$name=$(realpath -m -- "${!name}")"
 done
 data=${DATA:-} # prefix of Megatron's .bin and .idx, made with GPT-2's tokenizer
 [ "$dry_run" = no ] || data=${data:-DATA}
+tokenizer=${TOKENIZER:-} # of the data, for --tasks
+[ "$dry_run" = no ] || tokenizer=${tokenizer:-TOKENIZER}
 storage=${STORAGE:-} # of the studies; several machines need a database server
 workers=${WORKERS:-1}
 trial_flags=(--bf16 --micro-batch-size "${TRIAL_MICRO_BATCH:-16}")

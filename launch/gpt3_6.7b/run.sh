@@ -8,7 +8,8 @@
 #
 # Options: --scale full|tiny, --search fidelities|paper (over narrower and shorter trials, the default; or the paper's two
 # stages of random ones), --stage NAME (again for another one), --work DIR (what is written; default
-# results/gpt3_6.7b/SCALE), --accept-unfinished (stage 2 although trials of stage 1 have no result), --slurm, --dry-run.
+# results/gpt3_6.7b/SCALE), --tasks LIST (the target is exported, checked and evaluated on these tasks of
+# lm-evaluation-harness), --accept-unfinished (stage 2 although trials of stage 1 have no result), --slurm, --dry-run.
 #
 # Stages, in their order: prepare search transfer target evaluate report; with --search paper stage1 stage2 for search.
 # Stopped at any moment, the same command goes on. README.md says what has to be set for the full scale.
@@ -22,15 +23,16 @@ fail() {
   exit 2
 }
 
-scale=full search=fidelities work='' stages=() dry_run=no slurm=no accept=()
+scale=full search=fidelities work='' tasks='' stages=() dry_run=no slurm=no accept=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --scale | --search | --stage | --work)
+    --scale | --search | --stage | --tasks | --work)
       [ $# -gt 1 ] || fail "$1: its value is missing"
       case $1 in
         --scale) scale=$2 ;;
         --search) search=$2 ;;
         --stage) stages+=("$2") ;;
+        --tasks) tasks=$2 ;;
         --work) work=$2 ;;
       esac
       shift
@@ -80,6 +82,13 @@ say() {
 run() { # run COMMAND…: says what it runs, and runs it unless this is a dry run
   say "  $(printf '%q ' "$@")"
   [ "$dry_run" = yes ] || "$@"
+}
+
+require_tasks() { # what --tasks needs, before days have gone by
+  [ -n "$tokenizer" ] || fail "TOKENIZER is not set: --tasks needs the data's tokenizer, as a tokenizer.json or the \
+folder of a vocab.json and merges.txt"
+  command -v lm_eval >/dev/null || fail "--tasks: lm-evaluation-harness is not installed. pip install lm-eval, or leave \
+--tasks out"
 }
 
 submit() { # submit NAME COMMAND…: a command of sbatch's. Sets `job` to the job's number
@@ -160,9 +169,22 @@ do_target() {
   touch target/complete
 }
 
+# The target as stock transformers loads it, held against its checkpoint, and what lm-evaluation-harness says of it.
+evaluate_tasks() {
+  local exported=target-hf lm_eval_options=()
+  if [ ! -e "$exported" ]; then
+    run mup-megatron export target/checkpoints --recipe target.recipe.yaml --to "$exported" --tokenizer "$tokenizer"
+  fi
+  run mup-megatron check --exported "$exported" --against target/checkpoints --recipe target.recipe.yaml
+  read -r -a lm_eval_options <<<"${LM_EVAL:-}"
+  run env "HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}" lm_eval run --model hf --model_args "pretrained=$exported" \
+    --tasks "$tasks" --output_path tasks "${lm_eval_options[@]}"
+}
+
 # EVALUATE is a command of yours. Its environment names model, recipe and checkpoints; what it prints is kept, and if the
 # last line is a number, that is the target's loss. Without it, the validation loss at the end of the run is.
 do_evaluate() {
+  [ -z "$tasks" ] || evaluate_tasks
   if [ -z "${EVALUATE:-}" ]; then
     say "  # no EVALUATE command: the loss is that of Megatron-LM's validation at the end, in target.log"
     return
@@ -191,6 +213,7 @@ hand_to_slurm() { # hand_to_slurm STAGE: sets `job`, the last one; waits for the
   local stage=$1 after=() options=() here_it_is=("$here/run.sh" --scale "$scale" --search "$search" --work "$work") wrapped
   local command=(sbatch --parsable "--job-name=$study-$stage")
   here_it_is+=("${accept[@]}")
+  [ -z "$tasks" ] || here_it_is+=(--tasks "$tasks")
   local one_gpu=(--nodes=1 --ntasks=1 --gpus-per-node=1 --cpus-per-task=8)
   [ -z "$job" ] || after=("--dependency=afterok:$job")
   wrapped="--wrap=$(printf '%q ' "${here_it_is[@]}" --stage "$stage")"
@@ -247,7 +270,10 @@ main() {
     say "The commands$([ "$slurm" = no ] || echo ' that hand the stages to Slurm'), in $work"
   else
     exec 3>&2
-    for stage in "${stages[@]}"; do require_settings "$stage"; done
+    for stage in "${stages[@]}"; do
+      require_settings "$stage"
+      [ "$stage" != evaluate ] || [ -z "$tasks" ] || require_tasks
+    done
     if [ "$slurm" = yes ] && [[ ! $storage =~ :// || $storage =~ ^sqlite ]]; then
       fail "STORAGE is not set: jobs on several machines need a database server, such as postgresql://user@host/optuna"
     fi

@@ -25,6 +25,7 @@ unsearched=(
 
 study=${STUDY:-tiny}
 data=$(realpath -m -- "${DATA:-$work/data/text}") # made if it is not there: the source of Python's standard library
+tokenizer=${TOKENIZER:-$data.tokenizer.json}
 storage=${STORAGE:-}
 workers=${WORKERS:-2}
 trial_flags=()

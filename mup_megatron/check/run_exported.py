@@ -1,21 +1,25 @@
 """An exported model against the trained one: whether stock transformers computes what was trained, and else from where.
 
-The trained model is computed in plain torch, with each of its plan's multipliers at its place.
+The trained model is computed in plain torch, with each of its plan's multipliers at its place; one of transformers' by
+its own code, with the plan applied.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mup_megatron.architectures.names import is_of_mtp
+from mup_megatron.architectures.plain.mlp import PlainMlp
 from mup_megatron.check.measure import batches
 from mup_megatron.check.reference.gpt import planned_model
 from mup_megatron.errors import InputError
-from mup_megatron.export.architectures.registry import choose, targets
-from mup_megatron.export.weights import Source
+from mup_megatron.export.architectures.registry import targets
+from mup_megatron.export.hugging_face import HuggingFaceModel
+from mup_megatron.export.weights import Source, TrainedModel
 from mup_megatron.megatron.stored_names import separate
 from mup_megatron.theory import Plan, PlanEntry
 from mup_megatron.validation import brief
@@ -67,7 +71,7 @@ class Compared:
         return "\n".join([*lines, f"generate: {self.generated} tokens are {kept} with a cache and without"])
 
 
-def check_exported(folder: Path, source: Source) -> Compared:
+def check_exported(folder: Path, source: TrainedModel) -> Compared:
     """Compares an exported model with the one that it was exported from.
 
     Args:
@@ -78,17 +82,17 @@ def check_exported(folder: Path, source: Source) -> Compared:
         InputError: the folder is none of an export, transformers cannot load it, or nothing can be exported of the
             trained model.
     """
-    model = source.model
-    choose(model, source.plan)
-    length = min(model.seq_length, _LONGEST)
-    given = batches.tokens(model.vocab_size, length, _SEQUENCES, seed=1, step=0)[:, :length]
-    wanted = _trained(source, given)
+    source.outline(None)
+    source.require_whole()
+    trained = _trained(source)
+    given = batches.tokens(trained.vocab_size, trained.length, _SEQUENCES, seed=1, step=0)[:, : trained.length]
+    wanted = trained.streams(given)
     differences: dict[str, Sequence[Difference]] = {}
     for attention in ATTENTIONS:
-        stock = _loaded(folder, attention)
+        stock = _loaded(folder, attention, trained.architectures)
         differences[attention] = [*_compared(wanted, _stock(stock, given))]
-    begun = given[:, : -(-length // 2)]
-    more = min(_GENERATED, model.positions - begun.shape[1])
+    begun = given[:, : -(-trained.length // 2)]
+    more = min(_GENERATED, trained.positions - begun.shape[1])
     generated = [
         stock.generate(
             begun,
@@ -109,11 +113,46 @@ def check_exported(folder: Path, source: Source) -> Compared:
 _Streams = list[tuple[str, torch.Tensor]]
 
 
-def _trained(source: Source, given: torch.Tensor) -> _Streams:
-    """Returns what enters the first layer of the trained model, what each layer gives, and the logits."""
-    source.require_whole()
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """A trained model that runs."""
+
+    vocab_size: int
+    length: int
+    """Of the sequences that are compared."""
+    positions: int
+    architectures: Collection[str]
+    """That it can have been exported to."""
+    streams: Callable[[torch.Tensor], _Streams]
+    """Returns what enters its first layer, what each layer gives, and the logits."""
+
+
+@singledispatch
+def _trained(source: TrainedModel) -> _Trained:
+    """Returns the trained model with its weights, in single precision."""
+    raise NotImplementedError
+
+
+@_trained.register
+def _(source: HuggingFaceModel) -> _Trained:
+    live = source.live()
+    positions = getattr(source.config, "max_position_embeddings", _LONGEST)
+    return _Trained(
+        vocab_size=source.config.get_text_config().vocab_size,
+        length=min(positions, _LONGEST),
+        positions=positions,
+        architectures=[source.config.model_type],
+        streams=lambda given: _stock(live, given),
+    )
+
+
+@_trained.register
+def _(source: Source) -> _Trained:
     model, plan = source.model.model_copy(update={"mtp_num_layers": None}), _plain(source.plan)
     live = planned_model(plan, model, dtype=torch.float32)
+    for mlp in live.modules():
+        if source.tanh_gelu and isinstance(mlp, PlainMlp):
+            mlp.gelu = "tanh"
     with torch.no_grad():
         for trained, entry in zip(_left(source.plan), plan.entries, strict=True):
             own, weight = live.get_parameter(entry.name), source.weights.read(trained.name)
@@ -124,7 +163,13 @@ def _trained(source: Source, given: torch.Tensor) -> _Streams:
                 buffer.copy_(source.weights.read(name))
     (stack,) = plan.stacks  # of a GPT, as all that can be exported are
     layers: Any = live.get_submodule(f"{stack}.layers")
-    return _streams(lambda: live(given)[..., : model.vocab_size], [*layers])
+    return _Trained(
+        vocab_size=model.vocab_size,
+        length=min(model.seq_length, _LONGEST),
+        positions=model.positions,
+        architectures=targets().keys(),
+        streams=lambda given: _streams(lambda: live(given)[..., : model.vocab_size], [*layers]),
+    )
 
 
 def _plain(plan: Plan) -> Plan:
@@ -183,7 +228,7 @@ def _compared(wanted: _Streams, found: _Streams) -> Sequence[Difference]:
     ]
 
 
-def _loaded(folder: Path, attention: str) -> Any:
+def _loaded(folder: Path, attention: str, architectures: Collection[str]) -> Any:
     from transformers import AutoModelForCausalLM
 
     if not (folder / "config.json").is_file():
@@ -201,10 +246,10 @@ def _loaded(folder: Path, attention: str) -> Any:
         raise InputError(
             f"--exported {folder}: transformers cannot load it ({brief(error)}). Export the checkpoint again."
         ) from None
-    if model.config.model_type not in targets():
+    if model.config.model_type not in architectures:
         raise InputError(
-            f"--exported {folder}: a model of type {model.config.model_type}, and exports are {', '.join(targets())}. "
-            "Give the --to folder of `mup-megatron export`."
+            f"--exported {folder}: a model of type {model.config.model_type}, and exports are "
+            f"{', '.join(architectures)}. Give the --to folder of `mup-megatron export`."
         )
     model.train(False)
     return model

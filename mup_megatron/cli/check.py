@@ -116,7 +116,8 @@ def command(
     and compared with a correct reference. Less than a minute on two cores. In the layout of the run to come:
     torchrun --nproc-per-node 2 -m mup_megatron check TARGET.yaml …
 
-    After the run, in place of a TARGET: mup-megatron check --exported DIR --against CHECKPOINT --recipe R
+    After the run, without a TARGET: mup-megatron check --exported DIR --against CHECKPOINT --recipe R. For a CHECKPOINT
+    of DeepSpeed's, which does not say what the model is, TARGET is its configuration.
 
     Exit code 0: pass. 1: fail. 2: bad input, or no verdict, with what to change.
     """
@@ -204,19 +205,16 @@ def _of_launch_line(words: list[str], recipe: Recipe, *, fresh: bool) -> Callabl
 
 def _of_export(exported: Path | None, against: Path | None, target: Path | None, recipe_path: Path) -> bool:
     """Says whether an exported model is the trained one; returns it too."""
-    if exported is None or against is None or target is not None:
-        raise InputError(
-            "--exported DIR and --against CHECKPOINT go together, and without a TARGET. Give the two alone."
-        )
-    from mup_megatron.training import ranks
+    if exported is None or against is None:
+        raise InputError("--exported DIR and --against CHECKPOINT go together. Give both.")
+    from mup_megatron.export.opened import open_model
 
     recipe = load_recipe(recipe_path)
-    ranks.enable_cpu()
-    # These import Megatron, which has to come after the CPU runtime.
+    # This prepares what the next one imports, where the model is Megatron's.
+    model = open_model(against, recipe, recipe_source=str(recipe_path), target=target)
     from mup_megatron.check.run_exported import check_exported
-    from mup_megatron.export.trained import open_trained
 
-    compared = check_exported(exported, open_trained(against, recipe, recipe_source=str(recipe_path)))
+    compared = check_exported(exported, model)
     click.echo(f"{exported}: {'pass' if compared.passed else 'fail'}\n{compared.told()}")
     return compared.passed
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from mup_megatron.cli.options import FILE, recipe_option
+from mup_megatron.cli.options import FILE, recipe_option, target_option
 from mup_megatron.recipe import load_recipe
 from mup_megatron.validation import listed
 
@@ -32,6 +32,7 @@ class Size(click.ParamType[int]):
 @click.argument("checkpoint", type=FILE, metavar="CHECKPOINT")
 @recipe_option
 @click.option("--to", type=FILE, required=True, metavar="DIR", help="The folder to make.")
+@target_option
 @click.option("--format", "form", type=click.Choice(["hf"]), default="hf", help="Of transformers, which is all so far.")
 @click.option("--architecture", metavar="A", help="Of transformers. [default: what leaves most weights as they are]")
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Of a file of weights.")
@@ -41,29 +42,29 @@ def command(
     checkpoint: Path,
     recipe_path: Path,
     to: Path,
+    target: Path | None,
     form: str,
     architecture: str | None,
     max_shard_size: int,
     dtype: str | None,
     tokenizer_path: Path | None,
 ) -> None:
-    """Make a model of transformers of a CHECKPOINT, the --save folder of `mup-megatron train` or one of its folders.
+    """Make a model of transformers of a CHECKPOINT, the folder of a run's checkpoints or one of them.
 
     Multipliers go into the configuration where the architecture has them (Granite), and else into the weights, exactly.
     What no architecture can do exactly is refused.
     """
-    from mup_megatron.training import ranks
+    from mup_megatron.export.opened import open_model
 
     recipe = load_recipe(recipe_path)
-    ranks.enable_cpu()
-    # These import Megatron, which has to come after the CPU runtime.
+    # This prepares what the next ones import, where the model is Megatron's.
+    model = open_model(checkpoint, recipe, recipe_source=str(recipe_path), target=target)
     from mup_megatron.export.export import DTYPES as TYPES
     from mup_megatron.export.export import export
     from mup_megatron.export.tokenizers import read_tokenizer
-    from mup_megatron.export.trained import open_trained
 
     done = export(
-        open_trained(checkpoint, recipe, recipe_source=str(recipe_path)),
+        model,
         to,
         architecture=architecture,
         largest=max_shard_size,

@@ -31,6 +31,8 @@ COMMANDS = {
     "check": "a verdict on a target and its recipe before the run is paid for",
     "train": "train a target on Megatron-Core with a recipe",
     "export": "a trained model as one of transformers, which stock software computes rightly",
+    "fold": "a checkpoint in its own format that stock software computes rightly",
+    "unfold": "what `fold` made, for going on with training",
     "args": "a model file and a recipe as Megatron-LM's flags",
     "model": "Megatron-LM's flags, or a launch script, as a model file",
     "ds-config": "a DeepSpeed configuration for a recipe, or whether one goes with it",

@@ -22,6 +22,12 @@ COUNT = click.IntRange(1, 10**9)
 
 target_argument = click.argument("target", type=FILE, metavar="TARGET.yaml")
 recipe_option = click.option("--recipe", "recipe_path", type=FILE, required=True, metavar="R", help="The recipe file.")
+target_option = click.option(
+    "--target",
+    type=FILE,
+    metavar="CONFIG",
+    help="The model's configuration, where CHECKPOINT does not say it: of DeepSpeed alone.",
+)
 force_option = click.option("--force", is_flag=True, help="Replace files that exist.")
 vocab_size_option = click.option(
     "--vocab-size",

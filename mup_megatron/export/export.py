@@ -5,25 +5,20 @@ The folder is written under another name and renamed once it is whole, so that n
 
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mup_megatron.architectures.names import is_of_mtp
 from mup_megatron.errors import InputError
 from mup_megatron.export import shards
-from mup_megatron.export.architectures.registry import choose, folds_for
-from mup_megatron.export.architectures.target import Carried, Piece, Target
+from mup_megatron.export.architectures.target import Piece
 from mup_megatron.export.folds import Fold, folded
+from mup_megatron.export.staging import require_free, staged
 from mup_megatron.export.tokenizers import Tokenizer
-from mup_megatron.export.weights import Source
+from mup_megatron.export.weights import Outline, TrainedModel
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -56,7 +51,7 @@ class Exported:
 
 
 def export(
-    source: Source,
+    source: TrainedModel,
     to: Path,
     *,
     architecture: str | None = None,
@@ -77,81 +72,54 @@ def export(
     Raises:
         InputError: no architecture has what the model has, a weight is missing or damaged, or the disk is full.
     """
-    _require_free(to, source)
+    require_free(to, source.folder)
     source.require_whole()
+    outline = source.outline(architecture)
     if tokenizer is not None:
-        tokenizer.require_within(source.model.vocab_size)
-    target = choose(source.model, source.plan, architecture)
-    carried, of_plan = folds_for(target, source.model, source.plan)
-    dtype = dtype or source.weights.stored[source.plan.entries[0].name].dtype
-    pieces = {piece.name: piece for piece in target.pieces(source.model)}
-    used = {piece.source for piece in pieces.values()}
-    _require_all_used(source, target, used)
-    todo = [each for each in of_plan if each.tensor in used]
+        tokenizer.require_within(outline.vocab_size)
+    first = next(piece.source for piece in outline.pieces if piece.source is not None)
+    dtype = dtype or source.weights.stored[first].dtype
+    pieces = {piece.name: piece for piece in outline.pieces}
     written = [
         shards.Written(each.name, each.shape, torch.float32 if each.single_precision else dtype)
-        for each in pieces.values()
+        for each in outline.pieces
     ]
     types = {each.name: each.dtype for each in written}
-    reader = _Reader(source, todo)
-    with _staged(to, source) as folder:
+    reader = _Reader(source, outline.folds)
+    special = _special(outline, tokenizer)
+    with staged(to, unchanged=source.described) as folder:
         files = shards.write(
             folder, shards.split(written, largest), lambda name: reader.piece(pieces[name], types[name])
         )
         done = Exported(
             to=to,
-            architecture=target.name,
-            carried=carried.keys,
-            folded=tuple(dict.fromkeys(each.tensor for each in todo)),
-            left_out=("layers of multi-token prediction",) if source.model.mtp_num_layers else (),
+            architecture=outline.architecture,
+            carried=outline.carried,
+            folded=tuple(dict.fromkeys(each.tensor for each in outline.folds)),
+            left_out=outline.left_out,
             files=files,
             parameters=sum(math.prod(each.shape) for each in written),
             size=sum(each.size for each in written),
         )
-        _write_json(folder / "config.json", config(target, source, carried, dtype, tokenizer))
-        _write_json(folder / "generation_config.json", _special(tokenizer))
-        _write_json(folder / RECORD, _record(source, done, todo))
+        own_type = {"dtype": str(dtype).removeprefix("torch.")}
+        _write_json(folder / "config.json", {**outline.config, **special, **own_type})
+        _write_json(folder / "generation_config.json", special)
+        _write_json(folder / RECORD, _record(source, done, outline.folds))
         if tokenizer is not None:
             tokenizer.write(folder)
     return done
 
 
-def config(
-    target: Target, source: Source, carried: Carried, dtype: torch.dtype, tokenizer: Tokenizer | None
-) -> dict[str, Any]:
-    """Returns the content of `config.json`."""
-    model = source.model
-    return {
-        "architectures": [target.model_class],
-        "model_type": target.name,
-        "vocab_size": model.vocab_size,
-        "tie_word_embeddings": model.tied,
-        "initializer_range": model.init_method_std,
-        **target.config(model),
-        **carried.keys,
-        **_special(tokenizer),
-        "dtype": str(dtype).removeprefix("torch."),
-        "use_cache": True,
-    }
-
-
-def _special(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+def _special(outline: Outline, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Returns the special tokens; the defaults of architectures are those of their authors' tokenizers."""
-    known = {} if tokenizer is None else tokenizer.special_ids
+    known = outline.config if tokenizer is None else tokenizer.special_ids
     return {key: known.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-
-
-def _require_all_used(source: Source, target: Target, used: Collection[str | None]) -> None:
-    """Raises InputError if an architecture would leave out a parameter: the model would run, and answer otherwise."""
-    lost = next((e.name for e in source.plan.entries if e.name not in used and not is_of_mtp(e.name)), None)
-    if lost is not None:
-        raise InputError(f"{source.described}: {target.name} has no place for {lost}, and without it is another model.")
 
 
 class _Reader:
     """Reads pieces of a source with their folds; several pieces of one tensor, one after the other, once."""
 
-    def __init__(self, source: Source, todo: Sequence[Fold]) -> None:
+    def __init__(self, source: TrainedModel, todo: Sequence[Fold]) -> None:
         self._source, self._weights = source, source.weights
         self._folds: dict[str, list[Fold]] = {}
         for each in todo:
@@ -196,70 +164,16 @@ def _finite(tensor: torch.Tensor) -> bool:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def _require_free(to: Path, source: Source) -> None:
-    try:
-        there = os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir()))
-        inside = source.folder is not None and to.resolve().is_relative_to(source.folder.resolve())
-    except OSError as error:
-        raise InputError(f"--to {to}: not a usable place ({error.strerror}). Choose another.") from None
-    if there:
-        raise InputError(f"--to {to}: exists already. Choose another folder, or remove it.")
-    if inside:
-        raise InputError(f"--to {to}: within the checkpoint {source.folder}, which is left as it is. Choose another.")
-
-
-@contextmanager
-def _staged(to: Path, source: Source) -> Iterator[Path]:
-    """A folder that becomes `to` at the end, and is gone if there is none."""
-    staged: Path | None = None
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
-        yield staged
-        umask = os.umask(0)
-        os.umask(umask)
-        staged.chmod(0o777 & ~umask)
-        for folder in (staged, to.parent):
-            _sync(folder)
-        staged.rename(to)
-        staged = None
-        _sync(to.parent)
-    except OSError as error:
-        raise InputError(
-            f"--to {to}: cannot be written ({error.strerror or error}); {source.described} is unchanged. Free some "
-            "space or choose another place."
-        ) from None
-    finally:
-        if staged is not None:
-            shutil.rmtree(staged, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _record(source: Source, done: Exported, todo: Sequence[Fold]) -> dict[str, Any]:
+def _record(source: TrainedModel, done: Exported, todo: Sequence[Fold]) -> dict[str, Any]:
     return {
         "fingerprint": source.plan.fingerprint,
         "checkpoint": source.described,
         "architecture": done.architecture,
         "multipliers": dict(done.carried),
-        "folded": [
-            {
-                "tensor": each.tensor,
-                "factor": each.factor,
-                **({"offset": each.offset} if each.offset else {}),
-                **({"rows": [[rows.start, rows.stop] for rows in each.rows]} if each.rows is not None else {}),
-            }
-            for each in todo
-        ],
+        "folded": [each.to_json() for each in todo],
         "left_out": list(done.left_out),
     }

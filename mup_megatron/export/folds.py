@@ -5,16 +5,17 @@ attention without a query norm, which belongs to some of the rows of a fused ten
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from mup_megatron.errors import InputError
+from mup_megatron.live.folds import parts
 from mup_megatron.theory import (
     BRANCH,
     READOUT,
     SOFTMAX,
     Acts,
+    Fold,
     Place,
     Plan,
     PlanError,
@@ -24,21 +25,12 @@ from mup_megatron.theory import (
     fold_branches,
 )
 
+__all__ = ["QUERIES", "Fold", "Rows", "folded", "folds", "part_rows"]
+
 QUERIES = frozenset({"queries", "turned queries"})
 """Names of the parts of a tensor whose product with the keys is the attention logits."""
 
 Rows = tuple[range, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """A change of a tensor: rows are multiplied, and shifted where a gain is stored as its distance from 1."""
-
-    tensor: str
-    factor: float
-    offset: float = 0.0
-    rows: Rows | None = None
-    """Those that are meant; None for all."""
 
 
 def folds(plan: Plan, tensors: Collection[Tensor], *, carried: Collection[str], softmax_scale: float) -> Sequence[Fold]:
@@ -92,7 +84,7 @@ def folded(tensor: torch.Tensor, of_tensor: Iterable[Fold]) -> torch.Tensor:
         return tensor
     found = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
     for each in todo:
-        for part in [found] if each.rows is None else [found[rows.start : rows.stop] for rows in each.rows]:
+        for part in parts(found, each):
             part.mul_(each.factor).add_(each.offset)
     return found
 

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import torch
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _ALIGNED = 8
-_TYPES: Mapping[torch.dtype, str] = {
+TYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
+"""What the format calls the types that weights have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,7 @@ def write(folder: Path, shards: Sequence[Sequence[Written]], read: Callable[[str
         OSError: the disk is full, or cannot be written.
     """
     count = len(shards)
-    single = ["model.safetensors"]
-    names = single if count == 1 else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    names = [SINGLE] if count == 1 else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     for name, tensors in zip(names, shards, strict=True):
         _write_file(folder / name, tensors, read)
         _require_written(folder / name, tensors)
@@ -90,7 +91,7 @@ def _header(tensors: Sequence[Written]) -> bytes:
     end = 0
     for each in tensors:
         start, end = end, end + each.size
-        header[each.name] = {"dtype": _TYPES[each.dtype], "shape": list(each.shape), "data_offsets": [start, end]}
+        header[each.name] = {"dtype": TYPES[each.dtype], "shape": list(each.shape), "data_offsets": [start, end]}
     told = json.dumps(header, separators=(",", ":")).encode()
     return told + b" " * (-len(told) % _ALIGNED)
 

@@ -1,18 +1,23 @@
-"""A trained model as an export takes it: its model file, its plan, and weights that are read one at a time.
+"""A trained model as an export takes it: its plan, weights that are read one at a time, and what becomes of them.
 
-Whoever reads a kind of checkpoint makes a `Source` of it; all else in this package knows no kind.
+Whoever reads a kind of checkpoint makes a `TrainedModel` of it, as `Source` is of a model file's; all else in this
+package knows no kind.
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.architectures.names import is_of_mtp
 from mup_megatron.errors import InputError
-from mup_megatron.theory import Plan, PlanEntry, Property
+from mup_megatron.export.architectures.registry import choose, folds_for
+from mup_megatron.export.architectures.target import Piece, Target
+from mup_megatron.theory import Fold, Plan, PlanEntry, Property
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +51,93 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """A trained model: the shape, the plan it was trained with, and its weights."""
+class Outline:
+    """The model of transformers that a trained one becomes, before a weight is read."""
 
-    model: ModelFile
+    architecture: str
+    vocab_size: int
+    config: Mapping[str, Any]
+    """Its configuration, but for the type of the weights. Special tokens that it says are those of its tokenizer."""
+    carried: Mapping[str, float]
+    """The multipliers that are in there, by its keys."""
+    pieces: Sequence[Piece]
+    folds: Sequence[Fold]
+    """What is done to the trained tensors that the pieces are of."""
+    left_out: Sequence[str] = ()
+    """What is not part of the model any more, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel(ABC):
+    """A trained model: the plan it was trained with, and its weights."""
+
     plan: Plan
     weights: Weights
     described: str
     """The checkpoint, for messages and for what is written."""
     folder: Path | None = None
     """Where it lies, if it does; nothing is written in there."""
+
+    @abstractmethod
+    def require_whole(self) -> None:
+        """Raises InputError unless every parameter of the plan is there in its shape."""
+
+    @abstractmethod
+    def outline(self, architecture: str | None) -> Outline:
+        """Returns what it becomes.
+
+        Args:
+            architecture: of transformers; None for the one that leaves most weights as they are.
+
+        Raises:
+            InputError: it cannot become that one, or any.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(TrainedModel):
+    """A trained model that a model file describes; weights have the names of Megatron's."""
+
+    model: ModelFile
+    tanh_gelu: bool = False
+    """Whether its GELU is the approximation with tanh, and not the exact one; of no account in other MLPs."""
+
+    def outline(self, architecture: str | None) -> Outline:
+        """Returns the architecture that has all of it, and which rows of its tensors are what there."""
+        model = self.model
+        target = choose(model, self.plan, architecture)
+        carried, of_plan = folds_for(target, model, self.plan)
+        pieces = [*target.pieces(model)]
+        used = {piece.source for piece in pieces}
+        self._require_all_used(target, used)
+        own = {
+            "architectures": [target.model_class],
+            "model_type": target.name,
+            "vocab_size": model.vocab_size,
+            "tie_word_embeddings": model.tied,
+            "initializer_range": model.init_method_std,
+            **target.config(model),
+            **(target.tanh_gelu() if self.tanh_gelu else {}),
+            **carried.keys,
+            "use_cache": True,
+        }
+        return Outline(
+            architecture=target.name,
+            vocab_size=model.vocab_size,
+            config=own,
+            carried=carried.keys,
+            pieces=pieces,
+            folds=[each for each in of_plan if each.tensor in used],
+            left_out=("layers of multi-token prediction",) if model.mtp_num_layers else (),
+        )
+
+    def _require_all_used(self, target: Target, used: Collection[str | None]) -> None:
+        """Raises InputError if an architecture leaves out a parameter: the model would run, and answer otherwise."""
+        lost = next((e.name for e in self.plan.entries if e.name not in used and not is_of_mtp(e.name)), None)
+        if lost is not None:
+            raise InputError(
+                f"{self.described}: {target.name} has no place for {lost}, and without it is another model."
+            )
 
     def require_whole(self) -> None:
         """Raises InputError unless every parameter of the plan is there in its shape, a vocabulary padded or not."""

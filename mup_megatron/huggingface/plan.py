@@ -76,7 +76,7 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
             before,
             now,
         )
-    model_class = _class_of(target, at_base)
+    model_class = class_of(target, at_base)
     small = configs.at_depth_of(at_base, config)
     built = MetaModule.of(_factory(model_class, config), keeps=True)
     base_built = MetaModule.of(_factory(model_class, small), keeps=True)
@@ -125,7 +125,12 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
     return plan
 
 
-def _class_of(target: PreTrainedModel | PretrainedConfig, base: PretrainedConfig) -> type[PreTrainedModel]:
+def class_of(target: PreTrainedModel | PretrainedConfig, base: PretrainedConfig) -> type[PreTrainedModel]:
+    """Returns the class of a model, or that which its configuration names, and else the base's.
+
+    Raises:
+        InputError: none is named, or one that is no class of the installed transformers for such a configuration.
+    """
     if isinstance(target, PreTrainedModel):
         # fully_shard puts a class of its own in the place of the model's.
         own: type[Any] = next(kind for kind in type(target).__mro__ if not issubclass(kind, FSDPModule))

@@ -115,16 +115,21 @@ def read_tensor(folder: Path, metadata: Metadata, key: str, *, remedy: str, at: 
         ends = [first + length for first, length in zip(chunk.offsets, chunk.sizes, strict=True)]
         if any(not first <= index < end for index, first, end in zip(at, chunk.offsets, ends, strict=False)):
             continue
-        part = _part(folder, metadata, key, chunk, entry.properties.dtype, remedy=remedy)
+        part = read_part(folder, metadata, key, chunk, remedy=remedy)
         inside = tuple(index - first for index, first in zip(at, chunk.offsets, strict=False))
         box = tuple(slice(first, end) for first, end in zip(chunk.offsets[len(at) :], ends[len(at) :], strict=True))
         whole[box] = part[inside]
     return whole
 
 
-def _part(
-    folder: Path, metadata: Metadata, key: str, chunk: ChunkStorageMetadata, dtype: torch.dtype, *, remedy: str
-) -> torch.Tensor:
+def read_part(folder: Path, metadata: Metadata, key: str, chunk: ChunkStorageMetadata, *, remedy: str) -> torch.Tensor:
+    """Returns a part of a tensor, as one rank has written it.
+
+    Raises:
+        InputError: it is damaged, or holds what may run code.
+    """
+    entry: Any = metadata.state_dict_metadata[key]
+    dtype = entry.properties.dtype
     info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
     found = _object(folder, info, key, remedy=remedy)
     if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (chunk.sizes, dtype):
@@ -132,6 +137,21 @@ def _part(
             f"{folder / info.relative_path}: {brief(key, 60)} is not the tensor that {METADATA} says. {remedy}"
         )
     return found
+
+
+def read_object(folder: Path, metadata: Metadata, key: str, *, remedy: str) -> Any:
+    """Returns an object of a checkpoint that is no tensor.
+
+    Args:
+        folder: the checkpoint's.
+        metadata: as `read_metadata` returned it.
+        key: the object's.
+        remedy: what to do about a damaged one, as a sentence.
+
+    Raises:
+        InputError: it is damaged, or holds what may run code.
+    """
+    return _object(folder, metadata.storage_data[MetadataIndex(key)], key, remedy=remedy)
 
 
 def _object(folder: Path, info: Any, key: str, *, remedy: str) -> Any:

@@ -67,13 +67,21 @@ def marked(model: torch.nn.Module) -> Mark | None:
     Raises:
         InputError: what stands there was not written by this package.
     """
-    found = getattr(getattr(unwrapped(model), "config", None), KEY, None)
+    return mark_of(getattr(getattr(unwrapped(model), "config", None), KEY, None), source="the model's configuration")
+
+
+def mark_of(found: Any, *, source: str) -> Mark | None:
+    """Returns what stands under KEY in a configuration; None where nothing does.
+
+    Raises:
+        InputError: it was not written by this package; `source` names the configuration.
+    """
     if found is None:
         return None
     content = found if isinstance(found, Mapping) else {}
     fingerprint = content.get("fingerprint")
     if not isinstance(fingerprint, str):
-        raise InputError(f"{KEY} in the model's configuration has no fingerprint. Restore it, or take the key out.")
+        raise InputError(f"{KEY} in {source} has no fingerprint. Restore it, or take the key out.")
     scale, multipliers = content.get("softmax_scale"), content.get("multipliers", {})
     if not (
         (scale is None or _is_number(scale))
@@ -81,8 +89,8 @@ def marked(model: torch.nn.Module) -> Mark | None:
         and all(map(_is_number, multipliers.values()))
     ):
         raise InputError(
-            f"{KEY} in the model's configuration: softmax_scale must be a number or null, and multipliers an object "
-            "of numbers. Restore it, or take the key out."
+            f"{KEY} in {source}: softmax_scale must be a number or null, and multipliers an object of numbers. Restore "
+            "it, or take the key out."
         )
     return Mark(fingerprint, scale, {str(name): factor for name, factor in multipliers.items()})
 

@@ -114,7 +114,7 @@ class Ladder:
         return cls(content["budget"], tuple(rungs))
 
 
-FROM_THE_LOWEST, FROM_ANOTHER = 10, 3
+FROM_THE_LOWEST, FROM_ANOTHER = 8, 3
 """One of so many candidates goes on from the lowest rung, and from each rung above it."""
 LEAST_TRIALS, LEAST_WHOLE = 5, 3
 """On a rung above the lowest, and on the last: the seeds of two trials can exchange them, so there is more than one."""

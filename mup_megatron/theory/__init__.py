@@ -14,7 +14,7 @@ folding.py      multipliers into weights, and back
 from mup_megatron.theory.build import ModelShape, Override, Rules, Tuned, build_plan
 from mup_megatron.theory.depth import CompleteP, Deepening
 from mup_megatron.theory.errors import PlanError
-from mup_megatron.theory.folding import fold, fold_attention, fold_branches, unfold
+from mup_megatron.theory.folding import Fold, fold, fold_attention, fold_branches, unfold
 from mup_megatron.theory.horizon import HORIZON_RULES, Factors, HorizonRule, Ratios
 from mup_megatron.theory.matching import family_of
 from mup_megatron.theory.matrices import DEFAULT_SCALE_MODE, LION, MUON, SCALE_MODES
@@ -52,6 +52,7 @@ __all__ = [
     "Constant",
     "Deepening",
     "Factors",
+    "Fold",
     "Heads",
     "HorizonRule",
     "Kept",

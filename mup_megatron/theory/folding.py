@@ -7,11 +7,35 @@ Fold to export, or to train a model that has no place for a multiplier.
 """
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from mup_megatron.theory.errors import PlanError
 from mup_megatron.theory.plan import Plan, PlanEntry
 from mup_megatron.theory.sites import BRANCH, READOUT, Place
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A change of a tensor: rows are multiplied, and shifted where a gain is stored as its distance from 1."""
+
+    tensor: str
+    factor: float
+    offset: float = 0.0
+    rows: tuple[range, ...] | None = None
+    """Those that are meant; None for all."""
+    side: int = 0
+    """Of what rows are counted: 1 for a matrix that is stored as [in, out]."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {
+            "tensor": self.tensor,
+            "factor": self.factor,
+            **({"offset": self.offset} if self.offset else {}),
+            **({"rows": [[rows.start, rows.stop] for rows in self.rows]} if self.rows is not None else {}),
+            **({"side": self.side} if self.side else {}),
+        }
 
 
 def fold(plan: Plan, names: Collection[str] | None = None) -> Plan:

@@ -41,6 +41,8 @@ from mup_megatron.validation import Strict, brief, validated
 TRACKER = "latest_checkpointed_iteration.txt"
 EXTRAS = "mup"
 MANIFEST = f"{EXTRAS}/files.json"
+FOLDED = "folded.json"
+"""Among the extras of a checkpoint whose multipliers are in its weights: what was done to them."""
 _STAGING = ".tmp-"
 _FORMAT = "metadata.json"
 _COMMON = "common.pt"
@@ -121,12 +123,12 @@ def save(root: Path, iteration: int, built: Built, extras: Mapping[str, str]) ->
 def remove_others(root: Path, iteration: int) -> None:
     """Removes the checkpoints of other iterations, which nobody goes on from any more."""
     for folder in root.glob("iter_*"):
-        if folder.name != _name(iteration):
+        if folder.name != name_of(iteration):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _staging_folder(root: Path, iteration: int) -> Path:
-    staged = root / f"{_STAGING}{_name(iteration)}"
+    staged = root / f"{_STAGING}{name_of(iteration)}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         for left_behind in root.glob(f"{_STAGING}*"):
@@ -162,7 +164,7 @@ def _gathered_digests(root: Path, staged: Path, iteration: int) -> dict[str, dic
 
 
 def _publish(root: Path, staged: Path, iteration: int, digests: Mapping[str, Any]) -> None:
-    folder = root / _name(iteration)
+    folder = root / name_of(iteration)
     try:
         (staged / MANIFEST).write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         for path in (staged / MANIFEST, staged / EXTRAS, staged):
@@ -216,18 +218,33 @@ def latest(root: Path) -> int | None:
     return iteration
 
 
+def seal(root: Path, iteration: int) -> None:
+    """Makes a checkpoint of the files that another than `save` has put into an iteration's folder.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    folder = root / name_of(iteration)
+    digests = {name: _digest(folder / name) for name in sorted(_files(folder))}
+    (folder / MANIFEST).write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    for path in (*(folder / name for name in (*digests, MANIFEST)), folder / EXTRAS, folder):
+        _sync(path)
+    write_atomically(root / TRACKER, str(iteration))
+
+
 def find(root: Path, iteration: int, *, extras: Collection[str]) -> Found:
     """Returns the checkpoint of an iteration, once every file of it is what was written. Collective.
 
     Args:
         root: folder of the run's checkpoints.
         iteration: which one.
-        extras: names of the text files that `save` was given.
+        extras: names of the text files that `save` was given; with FOLDED, of one that is folded.
 
     Raises:
         InputError: on every rank: a part is missing, truncated or corrupt, or holds what may run code; names the file.
+            Or multipliers are in its weights, and FOLDED is not among the extras.
     """
-    folder = root / _name(iteration)
+    folder = root / name_of(iteration)
     manifest: dict[str, _Digest] = on_first_rank(lambda: _manifest(folder, extras))
     problems = []
     for name in _my_share(sorted(manifest)):
@@ -298,6 +315,11 @@ def _manifest(folder: Path, extras: Collection[str]) -> dict[str, _Digest]:
     for name in (_FORMAT, stored.METADATA, *(f"{EXTRAS}/{name}" for name in extras)):
         if name not in manifest:
             raise InputError(f"{path}: has no {name}, without which it is no checkpoint. {_remedy(folder)}")
+    if f"{EXTRAS}/{FOLDED}" in manifest and FOLDED not in extras:
+        raise InputError(
+            f"{folder}: its multipliers are folded into its weights, where they would act a second time. Give back the "
+            f"weights that were trained with `mup-megatron unfold {folder} --recipe {EXTRAS}/recipe.yaml --to DIR`."
+        )
     if _COMMON not in manifest and (folder / _COMMON).exists():
         raise InputError(f"{folder / _COMMON}: not part of the checkpoint, and Megatron would read it. Remove it.")
     return manifest
@@ -350,7 +372,8 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def _name(iteration: int) -> str:
+def name_of(iteration: int) -> str:
+    """Returns the name of an iteration's folder."""
     return f"iter_{iteration:07d}"
 
 

@@ -19,7 +19,7 @@ from mup_megatron.search import Fidelity, Ladder, Rung, Space, StudyRecord, choo
 from mup_megatron.tuning.objective import ProxyTraining
 from mup_megatron.validation import Strict, validated
 
-SHARES = ((1 / 4, 1 / 8), (1 / 4, 1 / 2), (1 / 2, 1), (1, 1))
+SHARES = ((1 / 4, 1 / 8), (1 / 4, 1 / 2), (1 / 2, 1 / 2), (1, 1))
 """Width and steps of a trial on each rung, of the proxy's. A narrower model says as much of a trial as a shorter run
 does, for less."""
 LEAST_HEAD = 32

@@ -151,3 +151,13 @@ def test_what_cannot_be_exported_has_nothing_to_compare(tmp_path: Path) -> None:
     base, model = (each.model_copy(update={"rotary_percent": 0.5}) for each in models(KINDS["llama"]))
     with pytest.raises(InputError, match="no architecture has all that the model has"):
         check_exported(tmp_path, drawn(model, recipe_of(base).plan(model)))
+
+
+def test_a_gelu_that_was_approximated_is_exported_so(tmp_path: Path) -> None:
+    base, model = models(KINDS["gpt2"])
+    exact = drawn(model, recipe_of(base).plan(model))
+    tanh = dataclasses.replace(exact, tanh_gelu=True)
+    folders = [export(source, tmp_path / str(source.tanh_gelu)).to for source in (exact, tanh)]
+    assert json.loads((folders[1] / "config.json").read_text())["activation_function"] == "gelu_new"
+    passed = [[check_exported(folder, against).passed for against in (exact, tanh)] for folder in folders]
+    assert passed == [[True, False], [False, True]]

@@ -87,7 +87,7 @@ def test_weights_stay_as_they_were_where_the_configuration_has_the_multipliers(
 def wrongly(model: Trained, to: Path, todo: Sequence[Fold], monkeypatch: pytest.MonkeyPatch) -> float:
     """The deviation of what is exported with these folds."""
     with monkeypatch.context() as patch:
-        patch.setattr("mup_megatron.export.export.folds_for", lambda target, *_: (target.carried(model.plan), todo))
+        patch.setattr("mup_megatron.export.weights.folds_for", lambda target, *_: (target.carried(model.plan), todo))
         export(model.source(), to, architecture="llama" if model.model.swiglu else "gpt2")
     return deviation(model, loaded(to))
 

@@ -165,6 +165,38 @@ def test_slurm_gets_the_search_over_fidelities_as_one_array(environment: dict[st
     assert "--dependency=singleton,afterok:JOB_OF_transfer" in commands["target"][0]
 
 
+EXPORT_CHECK_SCORE = [
+    "mup-megatron export target/checkpoints --recipe target.recipe.yaml --to target-hf --tokenizer T",
+    "mup-megatron check --exported target-hf --against target/checkpoints --recipe target.recipe.yaml",
+    "lm_eval run --model hf --model_args pretrained=target-hf --tasks a,b --output_path tasks --limit 10",
+]
+
+
+def test_tasks_are_scored_on_the_export_behind_its_check(environment: dict[str, str], tmp_path: Path) -> None:
+    settings = {"TOKENIZER": "T", "LM_EVAL": "--limit 10", "DATA": "/data/text"}
+    words = ("--scale", "tiny", "--tasks", "a,b", "--stage", "evaluate", "--work", tmp_path)
+    shown = commands_of(run({**environment, **settings}, *words, "--dry-run").stdout)["evaluate"]
+    assert shown[2][:2] == ["env", "HF_HUB_OFFLINE=1"]
+    assert [" ".join(shown[0]), " ".join(shown[1]), " ".join(shown[2][2:])] == EXPORT_CHECK_SCORE
+    done = tmp_path / "done"
+    for name, fails in (("mup-megatron", "check"), ("lm_eval", "nothing")):
+        command = tmp_path / "bin" / name
+        command.write_text(f'#!/bin/sh\necho {name} "$@" >>{done}\n[ "$1" != "${{FAILS-{fails}}}" ]\n')
+        command.chmod(0o755)
+    assert run({**environment, **settings}, *words).returncode == 1
+    assert done.read_text().splitlines() == EXPORT_CHECK_SCORE[:2], "nothing is scored that is not the trained model"
+    (tmp_path / "target-hf").mkdir()
+    assert run({**environment, **settings, "FAILS": ""}, *words).returncode == 0
+    assert done.read_text().splitlines()[2:] == EXPORT_CHECK_SCORE[1:], "an export that is there stays"
+
+
+def test_slurms_job_that_evaluates_knows_the_tasks(environment: dict[str, str], tmp_path: Path) -> None:
+    settings = {"DATA": "/data/text", "STORAGE": "postgresql://me@db/optuna"}
+    out = run({**environment, **settings}, "--slurm", "--dry-run", "--tasks", "a,b", "--work", tmp_path).stdout
+    (wrapped,) = (word for word in commands_of(out)["evaluate"][0] if word.startswith("--wrap"))
+    assert words_after(shlex.split(wrapped.removeprefix("--wrap=")), "--tasks") == "a,b"
+
+
 @pytest.mark.parametrize(
     ("words", "settings", "said"),
     [
@@ -175,6 +207,8 @@ def test_slurm_gets_the_search_over_fidelities_as_one_array(environment: dict[st
         (["--stage", "search"], {}, "DATA is not set: the prefix of your training data"),
         (["--scale", "huge"], {}, "--scale huge: choose full or tiny"),
         ([*PAPER, "--stage", "stage3"], {}, "--stage stage3: choose from prepare stage1"),
+        (["--tasks", "a", "--stage", "evaluate"], {"DATA": "/data/text"}, "TOKENIZER is not set: --tasks needs"),
+        (["--scale", "tiny", "--tasks", "a"], {}, "lm-evaluation-harness is not installed. pip install lm-eval"),
         (["--stage"], {}, "--stage: its value is missing"),
         (["--fast"], {}, "--fast: no such option"),
         ([*PAPER, "--stage", "stage1"], {}, "DATA is not set: the prefix of your training data"),

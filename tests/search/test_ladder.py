@@ -128,7 +128,7 @@ def test_a_ladder_costs_at_most_its_budget_and_one_candidate_more_would_cost_mor
 
 def test_most_of_the_candidates_are_on_the_cheapest_rung() -> None:
     made = choose_ladder(fidelities(), 1e5)
-    assert made.rungs[0].trials > 9 * made.rungs[1].trials > 9 * 2 * made.rungs[2].trials
+    assert made.rungs[0].trials > 7 * made.rungs[1].trials > 7 * 2 * made.rungs[2].trials
 
 
 def test_too_small_a_budget_is_refused_with_what_is_needed() -> None:

@@ -8,6 +8,7 @@ import torch
 from support.exported import KINDS, models, recipe_of, tokens
 
 from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Plan
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.validation import plain
@@ -62,6 +63,27 @@ def save_one(folder: Path, name: str) -> torch.Tensor:
         positions = torch.arange(given.shape[1]).expand_as(given)
         with torch.no_grad():
             logits: torch.Tensor = chunk(given, positions, None)
+    return logits[..., : model.vocab_size].clone()
+
+
+def stock_logits(folder: Path, name: str) -> torch.Tensor:
+    """Builds a model of a kind as Megatron does by itself, loads a folded checkpoint; returns its live logits."""
+    from megatron.core import dist_checkpointing
+
+    from mup_megatron.training import ranks
+    from mup_megatron.training.build import build
+
+    _, model = models(KINDS[name])
+    # A recipe whose base is the target, and that says nothing, changes nothing.
+    recipe = Recipe(base=model, hyperparameters=Hyperparameters(lr=0.003))
+    with ranks.joined(tensor=1, pipeline=1, virtual_stages=None, seed=8):
+        chunk = build(model, recipe, recipe.plan(model), _options(), initialize=True).chunks[0].module
+        state = chunk.sharded_state_dict(metadata={"chained_optim_avoid_prefix": True})
+        chunk.load_state_dict(dist_checkpointing.load({"model": state}, str(folder / "iter_0000001"))["model"])
+        given = tokens(model)
+        positions = torch.arange(given.shape[1]).expand_as(given)
+        with torch.no_grad():
+            logits: torch.Tensor = chunk.eval()(given, positions, None)
     return logits[..., : model.vocab_size].clone()
 
 

@@ -1,5 +1,7 @@
 """MLPs in plain torch."""
 
+from typing import Literal
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -8,7 +10,10 @@ from mup_megatron.architectures.plain.common import linear
 
 
 class PlainMlp(nn.Module):
-    """Exact GELU (with the error function), or SwiGLU whose first half of fc1's rows is the gate."""
+    """GELU, or SwiGLU whose first half of fc1's rows is the gate."""
+
+    gelu: Literal["none", "tanh"] = "none"
+    """The approximation of GELU; exact by default, with the error function."""
 
     def __init__(self, model: ModelFile) -> None:
         super().__init__()
@@ -22,4 +27,4 @@ class PlainMlp(nn.Module):
         if self.gated:
             gate, up = x.chunk(2, dim=-1)
             return self.linear_fc2(functional.silu(gate) * up)
-        return self.linear_fc2(functional.gelu(x))
+        return self.linear_fc2(functional.gelu(x, approximate=self.gelu))

@@ -162,9 +162,12 @@ def _stretches(model: ModelFile) -> bool:
 
 
 def _yarn(model: ModelFile) -> dict[str, Any]:
-    """Returns YaRN as transformers reads it: its own factor of cosine and sine differs where mscale_all_dim is 0."""
-    factor = model.rotary_scaling_factor
-    concentration = (1.0 + 0.1 * mscale * math.log(factor) for mscale in (model.mscale, model.mscale_all_dim))
+    """Returns YaRN as transformers reads it: its own factor of cosine and sine differs where a magnitude is 0.
+
+    Elsewhere the factor is left out. vLLM takes one of 1 for a model whose softmax scale YaRN does not change.
+    """
+    factor, magnitudes = model.rotary_scaling_factor, (model.mscale, model.mscale_all_dim)
+    concentration = (1.0 + 0.1 * each * math.log(factor) for each in magnitudes)
     return {
         "type": "yarn",
         "rope_type": "yarn",
@@ -174,7 +177,7 @@ def _yarn(model: ModelFile) -> dict[str, Any]:
         "beta_slow": 1.0,
         "mscale": model.mscale,
         "mscale_all_dim": model.mscale_all_dim,
-        "attention_factor": next(concentration) / next(concentration),
+        **({} if all(magnitudes) else {"attention_factor": next(concentration) / next(concentration)}),
     }
 
 

@@ -35,17 +35,22 @@ class Gpt2(Target):
             yield f"kv_channels {model.head_size} (heads that do not fill hidden_size)"
 
     def config(self, model: ModelFile) -> dict[str, Any]:
-        """Returns sizes and the exact GELU, which is what models are trained with here."""
+        """Returns sizes, and the exact GELU."""
         return {
             "n_embd": model.hidden_size,
             "n_inner": model.ffn_size,
             "n_layer": model.num_layers,
             "n_head": model.num_attention_heads,
             "n_positions": model.positions,
+            "n_ctx": model.positions,  # the same once more, which transformers no longer reads and llama.cpp does
             "activation_function": "gelu",
             "layer_norm_epsilon": model.norm_epsilon,
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         }
+
+    def tanh_gelu(self) -> dict[str, Any]:
+        """Returns the name of the approximation."""
+        return {"activation_function": "gelu_new"}
 
     def layer(self, model: ModelFile, index: int) -> Iterator[Piece]:
         """Yields norms, attention and MLP."""

@@ -82,6 +82,10 @@ class Target(ABC):
     def config(self, model: ModelFile) -> dict[str, Any]:
         """Returns its configuration, but for multipliers, special tokens and what every model says."""
 
+    def tanh_gelu(self) -> dict[str, Any]:
+        """Returns what its configuration says of a GELU that is approximated with tanh; nothing where it has none."""
+        return {}
+
     @abstractmethod
     def layer(self, model: ModelFile, index: int) -> Iterator[Piece]:
         """Yields the tensors of a layer."""

@@ -20,6 +20,7 @@ from mup_megatron.recipe import Recipe
 _TRACKER = "latest_checkpointed_iteration.txt"
 _FINGERPRINT = "mup_fingerprint"
 _CONTENT = "mup_recipe_content"
+_FOLDED = "mup_folded"
 
 
 # ---- whose checkpoint it is ----------------------------------------------------------------------------------------
@@ -32,12 +33,22 @@ class SavedRecipe:
     fingerprint: str | None
     """None: plain Megatron."""
     recipe: Recipe | None
+    folded: bool = False
+    """Whether its multipliers are in its weights."""
 
 
 def sign(values: argparse.Namespace, given: Recipe) -> None:
     """Puts a recipe among Megatron's arguments."""
     setattr(values, _FINGERPRINT, given.fingerprint)
     setattr(values, _CONTENT, checkpoint_recipe.packed(given))
+
+
+def sign_folded(values: argparse.Namespace, *, folded: bool) -> None:
+    """Says among a checkpoint's arguments that its multipliers are in its weights, or not any more."""
+    if folded:
+        setattr(values, _FOLDED, True)
+    elif hasattr(values, _FOLDED):
+        delattr(values, _FOLDED)
 
 
 def recipe_within(values: Any) -> SavedRecipe:
@@ -51,11 +62,17 @@ def recipe_within(values: Any) -> SavedRecipe:
         return SavedRecipe(None, None)
     content = getattr(values, _CONTENT, None)
     source = f"the checkpoint's recipe {fingerprint}"
-    return SavedRecipe(fingerprint, checkpoint_recipe.unpacked(content, source=source))
+    given = checkpoint_recipe.unpacked(content, source=source)
+    return SavedRecipe(fingerprint, given, folded=bool(getattr(values, _FOLDED, False)))
 
 
 def require_same(found: SavedRecipe, wanted: Recipe, *, accept: bool) -> None:
-    """Raises InputError unless a checkpoint is of the run's recipe, or the change is accepted."""
+    """Raises InputError unless a checkpoint is of the run's recipe, or the change is accepted; or if it is folded."""
+    if found.folded:
+        raise InputError(
+            "--load: the checkpoint's multipliers are folded into its weights, where they would act a second time. "
+            "Give back the weights that were trained with `mup-megatron unfold`, and load those."
+        )
     if accept or found.fingerprint == wanted.fingerprint:
         return
     remedy = "If you mean it, give --mup-accept-recipe-change{}."

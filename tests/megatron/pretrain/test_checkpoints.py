@@ -97,6 +97,16 @@ def test_who_means_it_may() -> None:
     checkpoints.require_same(checkpoints.recipe_within(signed(a_recipe(lr=0.1))), a_recipe(), accept=True)
 
 
+def test_a_folded_checkpoint_is_refused_even_if_a_change_is_accepted() -> None:
+    values = signed(a_recipe())
+    checkpoints.sign_folded(values, folded=True)
+    for accept in (False, True):
+        with pytest.raises(InputError, match=r"folded into its weights, .* `mup-megatron unfold`"):
+            checkpoints.require_same(checkpoints.recipe_within(values), a_recipe(), accept=accept)
+    checkpoints.sign_folded(values, folded=False)
+    assert vars(values) == vars(signed(a_recipe()))
+
+
 # ---- without the plug-in's flags ----------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from statistics import fmean
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from training_runs import KeptLosses, bracketed
+from training_runs import KeptRuns, bracketed
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError
@@ -89,7 +89,7 @@ class Measured:
 
     def __init__(self, folder: Path, data: Path, seeds: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._kept, self._data, self._seeds = KeptLosses(folder / "runs.jsonl"), data, range(1, seeds + 1)
+        self._kept, self._data, self._seeds = KeptRuns(folder / "runs.jsonl"), data, range(1, seeds + 1)
 
     def loss(self, given: Recipe, run: Run) -> float:
         """Returns the mean over the seeds of the last tenth's training loss; infinite if a run diverges."""

@@ -18,7 +18,6 @@ in `check --level full`. Finished runs are lines of `runs.jsonl`, and not repeat
 """
 
 import argparse
-import math
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from training_runs import KeptLosses, bracketed, start_worker
+from small_models import TUNED, deep, dense, experts, latent
+from training_runs import KeptRuns, basin_panels, bracketed, start_worker
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.transfer import EXTENSIONS, at_rate, learning_rates
@@ -39,21 +39,8 @@ from mup_megatron.recipe import Hyperparameters, Parametrization, PerParameter, 
 from mup_megatron.training.options import TrainingOptions
 
 LEARNING_RATE = 2.0**-7
-TUNED = {"init_method_std": 0.06, "embedding_multiplier": 4.0, "output_multiplier": 4.0}
-"""Of the base, as the quickstart's search finds them, roughly. With defaults hardly anything is learnt in so few steps
-but how frequent words are, and where the best learning rate is says little."""
 RATES = 5
 BATCH = 8
-GPT: dict[str, Any] = {
-    "num_layers": 2,
-    "vocab_size": 1024,
-    "seq_length": 64,
-    "untie_embeddings_and_output_weights": True,
-    "add_bias_linear": False,
-    "position_embedding_type": "none",
-    "transformer_impl": "local",
-}
-HEAD_SIZE = 32
 MATRICES = ("*.linear_qkv.weight", "*.linear_proj.weight", "*.linear_fc1.weight", "*.linear_fc2.weight")
 """All that Muon steps in a GPT without positions; with `spectral` μP's factor of each is 1/√r."""
 
@@ -97,40 +84,6 @@ class Row:
             ),
             per_parameter=tuple(undone),
         )
-
-
-def experts(width: int, *, number: int = 8, chosen: int = 2, size: int | None = None) -> ModelFile:
-    """Returns a GPT with experts in every layer; one is as wide as the stream, unless its size is said."""
-    own: dict[str, Any] = {"num_experts": number, "moe_router_topk": chosen, "moe_ffn_hidden_size": size or width}
-    balanced: dict[str, Any] = {"moe_aux_loss_coeff": 0.01}
-    return ModelFile(**GPT, hidden_size=width, num_attention_heads=width // HEAD_SIZE, **own, **balanced)
-
-
-def latent(width: int, *, rank: int) -> ModelFile:
-    """Returns a GPT with latent attention."""
-    return ModelFile(
-        **GPT,
-        hidden_size=width,
-        num_attention_heads=width // HEAD_SIZE,
-        multi_latent_attention=True,
-        q_lora_rank=rank,
-        kv_lora_rank=rank,
-        qk_head_dim=24,
-        qk_pos_emb_head_dim=8,
-        v_head_dim=HEAD_SIZE,
-        qk_layernorm=True,
-        normalization="RMSNorm",
-    )
-
-
-def dense(width: int) -> ModelFile:
-    """Returns a GPT."""
-    return ModelFile(**GPT, hidden_size=width, num_attention_heads=width // HEAD_SIZE)
-
-
-def deep(layers: int) -> ModelFile:
-    """Returns a narrow GPT of so many layers."""
-    return ModelFile(**{**GPT, "num_layers": layers}, hidden_size=64, num_attention_heads=2)
 
 
 WIDTHS = (128, 256, 512)
@@ -270,7 +223,7 @@ def basin(job: Job, data: Path, output: Path) -> dict[float, list[float]]:
     """Returns learning rate → the final losses of its seeds, at rates on either side of the best."""
     from mup_megatron.training.train import run_training
 
-    kept, target, steps = KeptLosses(output / "runs.jsonl"), job.row.targets[job.column], job.length.steps
+    kept, target, steps = KeptRuns(output / "runs.jsonl"), job.row.targets[job.column], job.length.steps
 
     def trained(lr: float, seed: int) -> float:
         recipe = at_rate(job.row.recipe(job.column), lr)
@@ -322,25 +275,14 @@ def _least(losses: Mapping[float, Sequence[float]]) -> float:
 
 def picture(rows: Sequence[Row], results: Mapping[str, TransferResult]) -> bytes:
     """Returns a PNG: loss over learning rate, a panel for each row and a line for each basin."""
-    import io
 
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(4.2 * len(rows), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
-    for panel, row in zip(panels, rows, strict=True):
+    def lines(row: Row) -> dict[str, tuple[Mapping[float, Sequence[float]], float]]:
         result = results[row.name]
-        for index, column in enumerate(row.targets):
-            finite = {lr: fmean(v) for lr, v in sorted(result.losses[index].items()) if math.isfinite(fmean(v))}
-            [line] = panel.plot([math.log2(lr) for lr in finite], [*finite.values()], marker="o", label=column)
-            panel.axvline(result.optima[index].log2_lr, color=line.get_color(), linestyle=":")
-        panel.set_title(row.name)
-        panel.set_xlabel("log2 of the learning rate")
-        panel.legend()
-    panels[0].set_ylabel("loss at the end")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    return content.getvalue()
+        return {
+            column: (result.losses[index], result.optima[index].log2_lr) for index, column in enumerate(row.targets)
+        }
+
+    return basin_panels({row.name: lines(row) for row in rows})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""What benchmarks that train many models share: processes, finished runs on disk, and a sweep of learning rates."""
+"""What benchmarks that train many models share: processes, finished runs on disk, sweeps of rates, pictures."""
 
 import json
 import math
+import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -24,16 +28,62 @@ def start_worker(log: Path) -> None:
     torch.set_num_threads(1)
 
 
+@contextmanager
+def forked_workers(number: int, log: Path) -> Iterator[ProcessPoolExecutor]:
+    """A pool in which each run has a process of its own, forked from one that has imported everything."""
+    # Its server knows no other folders than those of the environment.
+    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(folders)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    with ProcessPoolExecutor(
+        number, mp_context=context, initializer=start_worker, initargs=(log,), max_tasks_per_child=1
+    ) as pool:
+        yield pool
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar; what is given is told how many more there are of about `total`."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda number: progress.advance(task, number)
+
+
 Loss = TypeVar("Loss")
 
 
-class KeptLosses:
-    """The final losses of runs, in a file of JSON lines: what has been trained is not trained again."""
+class KeptRuns:
+    """Finished runs, in a file of JSON lines: what has been trained is not trained again."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        self._known = {_as_text(row["key"]): row["loss"] for row in map(json.loads, lines)}
+        self._known = {_as_text(row["key"]): row for row in map(json.loads, lines)}
+
+    def found(self, key: Sequence[Any]) -> dict[str, Any] | None:
+        """Returns the line of a run; None if it is not there. `key` is all that the run follows from."""
+        return self._known.get(_as_text(key))
+
+    def add(self, key: Sequence[Any], **told: Any) -> dict[str, Any]:
+        """Writes the line of a run, and returns it."""
+        # As it reads back, so that a run is the same whether it was found or trained.
+        line = json.dumps({**told, "key": key})
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        row: dict[str, Any] = json.loads(line)
+        self._known[_as_text(key)] = row
+        return row
 
     def loss(self, key: Sequence[Any], train: "Callable[[], TrainingResult]", **told: object) -> float:
         """Returns the mean training loss of a run's last tenth; infinite if it diverges.
@@ -43,15 +93,12 @@ class KeptLosses:
             train: trains, if the file does not have the run.
             told: what else its line says.
         """
-        known = _as_text(key)
-        if known not in self._known:
+        row = self.found(key)
+        if row is None:
             result = train()
             loss = result.train_loss if result.status == "complete" and math.isfinite(result.train_loss) else None
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**told, "loss": loss, "seconds": round(result.seconds, 1), "key": key}) + "\n")
-            self._known[known] = loss
-        found = self._known[known]
-        return math.inf if found is None else float(found)
+            row = self.add(key, **told, loss=loss, seconds=round(result.seconds, 1))
+        return math.inf if row["loss"] is None else float(row["loss"])
 
 
 def bracketed(
@@ -72,6 +119,32 @@ def bracketed(
         best = min(losses, key=lambda lr: mean(losses[lr]))
         todo = [lr for lr in (best / 2, best * 2) if lr not in losses]
     return losses
+
+
+def basin_panels(panels: Mapping[str, Mapping[str, tuple[Mapping[float, Sequence[float]], float]]]) -> bytes:
+    """Returns a PNG: a panel for each title, and in it a line for each label: mean loss over log2(learning rate).
+
+    Args:
+        panels: title → label → (learning rate → the losses of its seeds, log2 of the optimum).
+    """
+    import io
+
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for label, (losses, optimum) in lines.items():
+            finite = {lr: fmean(v) for lr, v in sorted(losses.items()) if math.isfinite(fmean(v))}
+            [line] = axis.plot([math.log2(lr) for lr in finite], [*finite.values()], marker="o", label=label)
+            axis.axvline(optimum, color=line.get_color(), linestyle=":")
+        axis.set_title(title)
+        axis.set_xlabel("log2 of the learning rate")
+        axis.legend()
+    axes[0].set_ylabel("loss at the end")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()
 
 
 def _as_text(key: Sequence[Any]) -> str:

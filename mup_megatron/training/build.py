@@ -3,7 +3,7 @@
 Importing it imports Megatron: the CPU runtime has to come before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,26 +89,57 @@ def build(model: ModelFile, recipe: Recipe, plan: Plan, options: TrainingOptions
     Raises:
         InputError: the plan cannot be applied to this model.
     """
-    config = _transformer_config(model, recipe, options)
+    config = configuration(model, recipe, options)
     configure(config, plan)
+    models = drawn(model, plan, config, options, initialize=initialize)
+    apply_plan(models, plan, initialize=initialize)
+    built = trainable(
+        model, models, config, recipe, options, lambda chunks, settings: config_overrides(chunks, plan, settings)
+    )
+    require_as_planned(built.chunks, plan, built.optimizer, built.scheduler, weights=initialize)
+    return built
+
+
+def drawn(
+    model: ModelFile, plan: Plan, config: Any, options: TrainingOptions, *, initialize: bool
+) -> list[torch.nn.Module]:
+    """Returns this rank's chunks with weights as Megatron draws them; of the plan, names and experts alone count."""
     models = [build_chunk(model, config, stage) for stage in _stages(model, options)]
     _set_experts_apart(models, plan)
     if initialize and config.use_cpu_initialization and any(entry.is_expert for entry in plan.entries):
         draw_by_name(models, plan, config, seed=options.seed)
-    apply_plan(models, plan, initialize=initialize)
+    return models
+
+
+def trainable(
+    model: ModelFile,
+    models: Sequence[torch.nn.Module],
+    config: Any,
+    recipe: Recipe,
+    options: TrainingOptions,
+    overrides: Callable[[Sequence[Any], Any], Any],
+) -> Built:
+    """Returns chunks with Megatron's optimizer and the recipe's schedule. Collective.
+
+    Args:
+        model: whose objective they learn.
+        models: the rank's chunks, not wrapped.
+        config: their TransformerConfig.
+        recipe: gives hyperparameters and schedule.
+        options: layout and precision.
+        overrides: of wrapped chunks and an OptimizerConfig, the values of single groups.
+    """
     chunks = _wrapped(models, config, options)
     optimizer_config = _optimizer_config(recipe, options)
     optimizer = get_megatron_optimizer(
         optimizer_config,
         chunks,
-        config_overrides=config_overrides(chunks, plan, optimizer_config),
+        config_overrides=overrides(chunks, optimizer_config),
         use_gloo_process_groups=False,
     )
     versions.let_sgd_resume(optimizer)
     config.grad_scale_func = optimizer.scale_loss
-    scheduler = _scheduler(optimizer, recipe, options)
-    require_as_planned(chunks, plan, optimizer, scheduler, weights=initialize)
-    return Built(config, chunks, optimizer, scheduler, objective_of(model))
+    return Built(config, chunks, optimizer, schedule(optimizer, recipe, options), objective_of(model))
 
 
 def _set_experts_apart(models: Sequence[torch.nn.Module], plan: Plan) -> None:
@@ -122,7 +153,8 @@ def _set_experts_apart(models: Sequence[torch.nn.Module], plan: Plan) -> None:
             parameter.allreduce = False  # type: ignore[attr-defined]
 
 
-def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptions) -> Any:
+def configuration(model: ModelFile, recipe: Recipe, options: TrainingOptions, **more: Any) -> Any:
+    """Returns the TransformerConfig of a run, before any plan; `more` are further fields of it."""
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     virtual_stages = options.virtual_stages(model)
     fields: dict[str, Any] = {
@@ -162,7 +194,7 @@ def _transformer_config(model: ModelFile, recipe: Recipe, options: TrainingOptio
         "use_cpu_initialization": options.use_cpu_initialization,
         "finalize_model_grads_func": finalize_model_grads,
     }
-    return transformer_config(model, {**fields, **cpu.transformer_config_overrides()})
+    return transformer_config(model, {**fields, **cpu.transformer_config_overrides(), **more})
 
 
 def _stages(model: ModelFile, options: TrainingOptions) -> Sequence[int | None]:
@@ -200,7 +232,7 @@ def _optimizer_config(recipe: Recipe, options: TrainingOptions) -> Any:
     )
 
 
-def _scheduler(optimizer: Any, recipe: Recipe, options: TrainingOptions) -> Any:
+def schedule(optimizer: Any, recipe: Recipe, options: TrainingOptions) -> Any:
     """Returns the recipe's schedule, counted in iterations. Fractions are not rounded: one shape at any length."""
     h, s = recipe.moved, recipe.schedule
     decay = s.lr_decay_fraction * options.train_iters

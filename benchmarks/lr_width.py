@@ -1,0 +1,391 @@
+"""Learning rate × width on real text, four parametrizations side by side: if the best rate stays, and what it costs.
+
+    python benchmarks/lr_width.py --published [-o results/lr_width]
+    python benchmarks/lr_width.py [--shapes …] [--arms …] [--widths 64 128 256 512 1024] [--seeds 3] [--jobs 2]
+
+Shapes of a GPT, each from a base of the first width on:
+
+    proportional    all widths grow
+    ffn             the MLP stays 256 wide
+    groups          two key/value heads, however many query heads
+    heads           two heads, which grow
+    deeper          layers as the root of width, with CompleteP's rule in ours
+    experts         eight experts as wide as the stream, two of which see a token
+    latent          latent attention with ranks of 32
+    muon            proportional, stepped by Muon
+
+Arms: `arms.py`. Each column is a basin: final losses over learning rates half an octave apart, until the best is not at
+an end, each on several seeds. All arms of a rate and seed are trained in one process on the same batches; at the base
+they have to agree, and the command fails if they do not. Its end says for each shape where optima are (vertices of
+parabolas, with 95 % intervals from the seeds), by how many octaves they move, what the base's best rate costs in
+percent of the loss, and if wider is better, at the best rate and at the base's in each tenth of training.
+
+Finished runs are lines of `runs.jsonl`, and not repeated. `lr_width.json` and a picture for each shape are beside it.
+"""
+
+import argparse
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from lr_width_table import (
+    ARM,
+    Agreement,
+    Basin,
+    Summary,
+    agreement,
+    agreement_lines,
+    broken,
+    final,
+    markdown,
+    mean_final,
+    summary,
+)
+from small_models import TUNED, dense, experts, latent
+from training_runs import KeptRuns, basin_panels, counting, forked_workers
+
+from mup_megatron.architectures.model_file import ModelFile
+from mup_megatron.check.transfer import at_rate
+from mup_megatron.recipe import Hyperparameters, Parametrization, Recipe, Schedule, load_recipe
+
+ARMS = ("standard", "native", "microsoft", "ours")
+WIDTHS = (64, 128, 256, 512, 1024)
+PUBLISHED = {
+    **dict.fromkeys(("proportional", "ffn"), (64, 128, 256, 512)),
+    **dict.fromkeys(("groups", "heads", "deeper", "experts", "latent", "muon"), (64, 128, 256)),
+}
+"""Shape → the widths that fit two cores and three hours."""
+LEARNING_RATE = 2.0**-7
+OCTAVE = 2
+"""Rates in one."""
+MOST = 10
+"""Rates beyond the first ones, at one width."""
+TIMED = 4
+"""Steps of the runs by which the time is estimated."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a model grows."""
+
+    model: Callable[[int], ModelFile]
+    """By width."""
+    alpha: float | None = None
+    """Of the rule of depth, in ours."""
+    optimizer: str = "adam"
+
+    def recipe(self, base: ModelFile, tuned: Recipe | None, rate: int) -> Recipe:
+        """Returns the recipe of a base; `rate` counts half octaves from the middle."""
+        middle = {"lr": LEARNING_RATE, "min_lr": LEARNING_RATE / 10, "weight_decay": 0.01}
+        mode = {"muon_scale_mode": "unit_rms_norm"} if self.optimizer == "muon" else {}
+        values = {**middle, **TUNED} if tuned is None else tuned.moved.model_dump()
+        found = Recipe(
+            base=base,
+            hyperparameters=Hyperparameters.model_validate({**values, **mode}),
+            schedule=Schedule(lr_decay_style="linear", lr_warmup_fraction=0.1) if tuned is None else tuned.schedule,
+            parametrization=Parametrization.model_validate(
+                {"optimizer": self.optimizer, "depth": None if self.alpha is None else {"alpha": self.alpha}}
+            ),
+        )
+        return at_rate(found, found.hyperparameters.lr * 2.0 ** (rate / OCTAVE))
+
+
+SHAPES: dict[str, Shape] = {
+    "proportional": Shape(dense),
+    "ffn": Shape(partial(dense, ffn_hidden_size=256)),
+    "groups": Shape(partial(dense, group_query_attention=True, num_query_groups=2)),
+    "heads": Shape(partial(dense, num_attention_heads=2)),
+    "deeper": Shape(lambda width: dense(width, num_layers=max(1, round(2 * math.sqrt(width / 64)))), alpha=1.0),
+    "experts": Shape(experts),
+    "latent": Shape(partial(latent, rank=32)),
+    "muon": Shape(dense, optimizer="muon"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that is the same for every run."""
+
+    widths: Mapping[str, tuple[int, ...]]
+    """By shape; the first is the base's."""
+    arms: tuple[str, ...]
+    seeds: int
+    rates: int
+    steps: int
+    batch: int
+    tuned: Recipe | None
+
+
+@dataclass
+class Found:
+    """The runs of a shape: of each arm and width, rows by rate and seed."""
+
+    rows: dict[str, dict[int, dict[tuple[int, int], dict[str, Any]]]]
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def basins(self, arm: str) -> dict[int, Basin]:
+        """Returns the arm's basins by width."""
+        basins: dict[int, dict[float, list[Any]]] = {}
+        for width, rows in self.rows[arm].items():
+            for row in rows.values():
+                basins.setdefault(width, {}).setdefault(row["lr"], []).append(row["curve"])
+        return {width: dict(sorted(basin.items())) for width, basin in basins.items()}
+
+    def agreements(self, widths: Sequence[int]) -> dict[str, Agreement]:
+        """Returns how each other arm's runs at these widths compare with ours; nothing where ours are not there."""
+
+        def at(arm: str) -> dict[Any, dict[str, Any]]:
+            return {(w, *key): row for w in widths for key, row in self.rows[arm].get(w, {}).items()}
+
+        return {arm: agreement(at(ARM), at(arm)) for arm in self.rows if arm != ARM and ARM in self.rows}
+
+
+def main() -> None:
+    """Estimates, runs what is missing, prints the tables and draws them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), help="three or more")
+    asked.add_argument("--published", action="store_true", help="widths that two cores train in three hours")
+    parser.add_argument("--seeds", type=int, default=3, help="two or more")
+    parser.add_argument("--rates", type=int, default=5, help="learning rates at first, at each width")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=8, help="sequences of 64 tokens")
+    parser.add_argument("--recipe", type=Path, help="whose hyperparameters and schedule the bases have")
+    parser.add_argument("--estimate", action="store_true", help="say how long it would take, and no more")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("-o", "--output", type=Path, default=Path("results/lr_width"))
+    arguments = parser.parse_args()
+    if len(set(arguments.widths)) < 3 or arguments.seeds < 2 or arguments.rates < 1:
+        parser.error("three widths, two seeds and a rate at least")
+    widths = dict.fromkeys(SHAPES, tuple(sorted(set(arguments.widths))))
+    settings = Settings(
+        widths=PUBLISHED if arguments.published else widths,
+        arms=tuple(arm for arm in ARMS if arm in arguments.arms),
+        seeds=arguments.seeds,
+        rates=arguments.rates,
+        steps=arguments.steps,
+        batch=arguments.batch,
+        tuned=None if arguments.recipe is None else load_recipe(arguments.recipe),
+    )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    from mup_megatron.training.data.embedded import embedded_data
+
+    with forked_workers(arguments.jobs, arguments.output / "runs.log") as pool:
+        platform = _platform()  # before the data, which Megatron writes
+        runs = Runs(settings, KeptRuns(arguments.output / "runs.jsonl"), pool, embedded_data(), platform)
+        estimates = runs.estimates(arguments.shapes)
+        print("\n".join(_estimate_lines(estimates, arguments.jobs)), flush=True)
+        if arguments.estimate:
+            return
+        found = _swept(runs, estimates)
+    problems = _told(found, settings, arguments.output)
+    if problems:
+        raise SystemExit("\n".join(problems))
+
+
+def _swept(runs: "Runs", estimates: Mapping[str, "Estimate"]) -> dict[str, Found]:
+    """Returns the runs of every shape, those that were missing trained."""
+    # The longest first, so that no process waits for one at the end.
+    ordered = sorted(estimates, key=lambda shape: -estimates[shape].seconds)
+    total = sum(estimate.runs for estimate in estimates.values())
+    with counting("runs", total) as runs.done, ThreadPoolExecutor(len(ordered)) as threads:
+        futures = {shape: threads.submit(runs.sweep, shape, estimates[shape].refused) for shape in ordered}
+        return {shape: futures[shape].result() for shape in estimates}
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a shape's sweep will take."""
+
+    runs: int
+    seconds: float
+    """Of one core."""
+    refused: Mapping[str, str]
+    """Arms that cannot be had, with why."""
+
+
+class Runs:
+    """Runs of all shapes: those that are kept, and new ones by worker processes. Threads may share it."""
+
+    def __init__(self, settings: Settings, kept: KeptRuns, pool: Executor, data: Path, platform: Sequence[str]) -> None:
+        self._settings, self._kept, self._pool, self._data = settings, kept, pool, data
+        self._lock = threading.Lock()
+        self._platform = platform
+        self.done: Callable[[int], None] = lambda _runs: None
+        """Is told how many more runs there are."""
+
+    def estimates(self, shapes: Sequence[str]) -> dict[str, Estimate]:
+        """Returns what each shape's sweep will take, from a few steps of every arm at every width."""
+        s = self._settings
+        at = [(shape, width) for shape in shapes for width in s.widths[shape]]
+        started = [self._started(shape, width, 0, 1, s.arms, TIMED) for shape, width in at]
+        measured = {key: future.result() for key, future in zip(at, started, strict=True)}
+        return {shape: self._estimate([measured[shape, width] for width in s.widths[shape]]) for shape in shapes}
+
+    def _estimate(self, measured: Sequence[Mapping[str, Mapping[str, Any]]]) -> Estimate:
+        s = self._settings
+        refused = {arm: row["refused"] for arms in measured for arm, row in arms.items() if "refused" in row}
+        times = [row for arms in measured for arm, row in arms.items() if arm not in refused]
+        # A rate more than at first, on average: the best is rarely in the middle at once.
+        of_each = s.seeds * (s.rates + 1)
+        seconds = sum(row["seconds"] + (s.steps - TIMED) * row["seconds_a_step"] for row in times)
+        return Estimate(of_each * len(times), of_each * seconds, refused)
+
+    def sweep(self, shape: str, refused: Mapping[str, str]) -> Found:
+        """Returns the runs of a shape, one width after the other."""
+        s = self._settings
+        arms = [arm for arm in s.arms if arm not in refused]
+        found = Found({arm: {} for arm in arms}, dict(refused))
+        for width in s.widths[shape]:
+            for arm in arms:
+                found.rows[arm][width] = {}
+            todo = {arm: self._first_rates(found.rows[arm]) for arm in arms}
+            while any(todo.values()):
+                self._train(shape, width, todo, found)
+                todo = {arm: _further(found.rows[arm][width], most=s.rates + MOST) for arm in arms}
+        return found
+
+    def _first_rates(self, rows: Mapping[int, Mapping[tuple[int, int], Mapping[str, Any]]]) -> set[int]:
+        """Returns rates around the best of the width before, with the base's best among them."""
+        widths = [width for width, found in rows.items() if found]
+        middle = _best(rows[widths[-1]]) if widths else 0
+        around = {middle + step - self._settings.rates // 2 for step in range(self._settings.rates)}
+        return around | ({_best(rows[widths[0]])} if widths else set())
+
+    def _train(self, shape: str, width: int, todo: Mapping[str, set[int]], found: Found) -> None:
+        """Adds the runs of these rates, on all seeds."""
+        started = []
+        for rate in sorted(set().union(*todo.values())):
+            for seed in range(1, self._settings.seeds + 1):
+                wanted = [arm for arm, rates in todo.items() if rate in rates]
+                known = {arm: self._kept.found(self._key(shape, width, rate, seed, arm)) for arm in wanted}
+                missing = tuple(arm for arm in wanted if known[arm] is None)
+                future = self._started(shape, width, rate, seed, missing, self._settings.steps) if missing else None
+                started.append((rate, seed, known, future))
+        for rate, seed, known, future in started:
+            new = {} if future is None else future.result()
+            for arm, row in known.items():
+                row = row or self._keep(shape, width, rate, seed, arm, new[arm])
+                found.rows[arm][width][rate, seed] = row
+            self.done(len(known))
+
+    def _keep(self, shape: str, width: int, rate: int, seed: int, arm: str, row: dict[str, Any]) -> dict[str, Any]:
+        assert "refused" not in row, (shape, width, arm, row)
+        recipe = self._recipe(shape, rate)
+        told = {"shape": shape, "arm": arm, "width": width, "lr": recipe.hyperparameters.lr, "seed": seed}
+        with self._lock:
+            return self._kept.add(self._key(shape, width, rate, seed, arm), **told, **row)
+
+    def _recipe(self, shape: str, rate: int) -> Recipe:
+        own = SHAPES[shape]
+        return own.recipe(own.model(self._settings.widths[shape][0]), self._settings.tuned, rate)
+
+    def _key(self, shape: str, width: int, rate: int, seed: int, arm: str) -> list[Any]:
+        s = self._settings
+        model = SHAPES[shape].model(width).model_dump(mode="json")
+        run = [s.steps, s.batch, seed, self._data.parent.name]
+        return [arm, self._recipe(shape, rate).fingerprint, model, *run, *self._platform]
+
+    def _started(
+        self, shape: str, width: int, rate: int, seed: int, arms: tuple[str, ...], steps: int
+    ) -> "Future[dict[str, dict[str, Any]]]":
+        run = (SHAPES[shape].model(width), self._recipe(shape, rate), steps, self._settings.batch, seed)
+        return self._pool.submit(train, arms, run, self._data)
+
+
+def train(arms: tuple[str, ...], run: tuple[Any, ...], data: Path) -> dict[str, dict[str, Any]]:
+    """Trains a model under each arm, in a worker process; `run` is what `arms.Task` takes."""
+    from arms import Task, train_arms
+
+    return train_arms(arms, Task(*run), data)
+
+
+def _best(rows: Mapping[tuple[int, int], Mapping[str, Any]]) -> int:
+    rates = sorted({rate for rate, _ in rows})
+    return min(rates, key=lambda rate: mean_final(row["curve"] for (own, _), row in rows.items() if own == rate))
+
+
+def _further(rows: Mapping[tuple[int, int], Mapping[str, Any]], *, most: int) -> set[int]:
+    """Returns the rates beside the best one that are not there yet; none once there are `most`."""
+    rates = {rate for rate, _ in rows}
+    return set() if len(rates) >= most else {_best(rows) - 1, _best(rows) + 1} - rates
+
+
+def _platform() -> list[str]:
+    """Returns what else digits depend on: packages, and what they run on."""
+    from mup_megatron.training import ranks
+
+    on_cpu = ranks.enable_cpu()
+    found = []
+    for name in ("torch", "megatron-core", "emerging-optimizers", "mup"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} –")
+    return [*found, "cpu" if on_cpu else "gpu"]
+
+
+# ---- telling -------------------------------------------------------------------------------------------------------
+
+
+def _estimate_lines(estimates: Mapping[str, Estimate], jobs: int) -> list[str]:
+    lines = [f"{shape}: about {e.runs} runs, {e.seconds / 60:.0f} minutes of a core" for shape, e in estimates.items()]
+    seconds = sum(estimate.seconds for estimate in estimates.values())
+    lines += [f"{shape}: no {arm}: {why}" for shape, e in estimates.items() for arm, why in e.refused.items()]
+    return [*lines, f"in all about {seconds / 3600 / jobs:.1f} hours on {jobs} cores, less what is done already"]
+
+
+def _told(found: Mapping[str, Found], settings: Settings, output: Path) -> list[str]:
+    problems, told = [], {}
+    for shape, runs in found.items():
+        base, *wider = settings.widths[shape]
+        basins = {arm: runs.basins(arm) for arm in runs.rows}
+        summaries = {arm: summary(own) for arm, own in basins.items()}
+        at_base, beyond = runs.agreements([base]), runs.agreements(wider)
+        lines = [f"- {line}" for line in agreement_lines(base, at_base, beyond)]
+        print("\n".join(["", f"## {shape}", "", *markdown(summaries, runs.refused), "", *lines]), flush=True)
+        (output / f"{shape}.png").write_bytes(_picture(basins, summaries))
+        problems += broken(shape, base, at_base)
+        told[shape] = {
+            "arms": {arm: {**summaries[arm].to_json(), "losses": _losses(own)} for arm, own in basins.items()},
+            "refused": runs.refused,
+        }
+    run = {"seeds": settings.seeds, "steps": settings.steps, "batch": settings.batch}
+    content = json.dumps({**run, "shapes": told}, indent=1) + "\n"
+    (output / "lr_width.json").write_text(content, encoding="utf-8")
+    return problems
+
+
+def _losses(basins: Mapping[int, Basin]) -> dict[int, dict[float, list[float | None]]]:
+    return {w: {lr: [c and c[-1] for c in curves] for lr, curves in basin.items()} for w, basin in basins.items()}
+
+
+def _picture(basins: Mapping[str, Mapping[int, Basin]], summaries: Mapping[str, Summary]) -> bytes:
+    return basin_panels(
+        {
+            arm: {
+                f"{width}": ({lr: [*map(final, c)] for lr, c in basin.items()}, summaries[arm].optima[width].log2_lr)
+                for width, basin in own.items()
+            }
+            for arm, own in basins.items()
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

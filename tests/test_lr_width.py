@@ -1,0 +1,210 @@
+"""benchmarks/lr_width.py but for training: what it concludes from losses, which rates it tries, and that it goes on."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Any
+
+import lr_width
+import pytest
+from lr_width import Runs, Settings
+from lr_width_table import Agreement, agreement, broken, markdown, summary, tenths, worst_change
+from training_runs import KeptRuns
+
+ROOT = Path(__file__).parents[1]
+
+# ---- conclusions ---------------------------------------------------------------------------------------------------
+
+
+def _basin(vertex: float, least: float) -> dict[float, list[list[float]]]:
+    """Two seeds of two tenths each, at half octaves around -7; the second tenth is the loss at the end."""
+    rates = [-7 + step / 2 for step in range(-4, 5)]
+    of_seeds = (-0.01, 0.01)
+    return {2.0**x: [[2 * least + off, least + 0.1 * (x - vertex) ** 2 + off] for off in of_seeds] for x in rates}
+
+
+BASINS = {64: _basin(-7, 3.0), 128: _basin(-7.5, 2.5), 256: _basin(-8.25, 2.6)}
+
+
+def test_optima_and_octaves_are_those_of_the_parabolas() -> None:
+    found = summary(BASINS)
+    assert [optimum.log2_lr for optimum in found.optima.values()] == pytest.approx([-7, -7.5, -8.25])
+    assert found.moved == (256, pytest.approx(-1.25))
+    # What a seed adds everywhere moves nothing.
+    assert found.shift_interval == pytest.approx((-1.25, -1.25))
+
+
+def test_the_regret_is_what_the_best_rate_of_the_base_costs() -> None:
+    found = summary(BASINS)
+    least = 2.6 + 0.1 * 0.25**2  # at 256 the best of the rates are -8 and -8.5
+    assert found.least == pytest.approx({64: 3.0, 128: 2.5, 256: least})
+    assert found.regrets == pytest.approx(
+        {64: 0.0, 128: 0.1 * 0.5**2 / 2.5, 256: (2.6 + 0.1 * 1.25**2 - least) / least}
+    )
+    assert found.regret[0] == 256
+
+
+def test_wider_is_better_where_every_next_width_is() -> None:
+    found = summary(BASINS)
+    least = 2.6 + 0.1 * 0.25**2
+    assert found.worst_at_best == pytest.approx((least - 2.5) / 2.5)
+    # At the base's rate: 6, 5, 5.2 in the first tenth.
+    at_end = [3.0, 2.5 + 0.1 * 0.25, 2.6 + 0.1 * 1.25**2]
+    assert found.worst_by_tenth == pytest.approx((0.2 / 5, (at_end[2] - at_end[1]) / at_end[1]))
+    assert worst_change([3.0, 2.7, 2.4]) == pytest.approx(-0.1)
+
+
+def test_a_rate_at_which_a_seed_diverges_costs_everything() -> None:
+    wide: dict[float, Any] = {**_basin(-8, 2.4), 2.0**-7: [None, [4.0, 2.4]], 2.0**-6.5: [None, None]}
+    found = summary({**BASINS, 256: wide})
+    assert found.regrets[256] == math.inf
+    assert found.worst_by_tenth == (math.inf, math.inf)
+    assert found.worst_at_best < 0
+    assert found.to_json()["regret"][256] is None
+    assert "| ours |" in markdown({"ours": found}, {})[2]
+    assert "diverges at 256" in markdown({"ours": found}, {})[2]
+
+
+def test_the_table_says_it() -> None:
+    head, _, row, refusal = markdown({"native": summary(BASINS)}, {"microsoft": "it does not know this"})
+    assert head.startswith("|  | 64 | 128 | 256 | moved by, octaves | regret |")
+    assert "| -7.50 (-7.50 … -7.50), 2.500 |" in row
+    assert "| -1.25 at 256; at 256 -1.25 … -1.25 | 5.76 % at 256 | no (+4.25 %) | not in 1, 2 (worst +9.16 %) |" in row
+    assert refusal.startswith("| microsoft | refused: it does not know this |")
+    assert len({line.count("|") for line in (head, row, refusal)}) == 1
+
+
+def test_tenths_of_a_run() -> None:
+    assert tenths([*map(float, range(20))]) == [0.5 + 2 * tenth for tenth in range(10)]
+    assert tenths([1.0, 3.0]) == [1.0, 3.0]
+    assert tenths([*map(float, range(25))])[-1] == 23.0  # of the last three
+
+
+def _rows(*losses: float | None, start: str = "a") -> dict[int, dict[str, Any]]:
+    return {i: {"curve": loss and [2 * loss, loss], "start": start} for i, loss in enumerate(losses)}
+
+
+def test_agreement_is_to_the_last_bit_or_how_far_off() -> None:
+    assert agreement(_rows(2.0, None), _rows(2.0, None)) == Agreement(2, True, True, 0.0, 0.0)
+    found = agreement(_rows(2.0, 4.0), _rows(2.0, 4.0 + 1e-12, start="b"))
+    assert (found.same_start, found.same_digits) == (False, False)
+    assert found.furthest == pytest.approx(2.5e-13, rel=0.01)
+    assert agreement(_rows(2.0), _rows(None)).furthest == math.inf
+    assert agreement(_rows(2.0, 3.0), _rows(2.0)).runs == 1
+
+
+def test_what_has_to_agree_at_the_base_does_or_is_named() -> None:
+    same, near, off = (
+        Agreement(1, True, True, 0, 0),
+        Agreement(1, True, False, 1e-7, 0),
+        Agreement(1, False, False, 1, 1),
+    )
+    assert broken("ffn", 64, {"standard": same, "native": same, "microsoft": near}) == []
+    assert broken("ffn", 64, {"native": near, "microsoft": off}) == [
+        "ffn: microsoft begins with other weights at 64",
+        "ffn: native gives other digits at 64",
+    ]
+
+
+# ---- which rates, and going on -------------------------------------------------------------------------------------
+
+SETTINGS = Settings(
+    widths={"proportional": (64, 128, 256)}, arms=("standard", "ours"), seeds=2, rates=3, steps=20, batch=8, tuned=None
+)
+VERTEX = {"ours": {64: -6.0, 128: -6.0, 256: -6.0}, "standard": {64: -6.0, 128: -7.0, 256: -8.0}}
+
+
+class Trained(Executor):
+    """In place of worker processes: runs whose losses are parabolas."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[str, int, float, int]] = []
+
+    def submit(self, _train: Any, arms: Any, run: Any, _data: Any) -> Future[Any]:  # type: ignore[override]
+        model, recipe, _steps, _batch, seed = run
+        future: Future[Any] = Future()
+        x = math.log2(recipe.hyperparameters.lr)
+        loss = {arm: 3 + (x - VERTEX[arm][model.hidden_size]) ** 2 + 0.01 * seed for arm in arms}
+        self.runs += [(arm, model.hidden_size, x, seed) for arm in arms]
+        future.set_result({arm: {"curve": [5.0, loss[arm]], "start": "a", "seconds": 1.0} for arm in arms})
+        return future
+
+
+def _rates(trained: Trained, arm: str, width: int) -> list[float]:
+    return sorted({x for own, at, x, _ in trained.runs if (own, at) == (arm, width)})
+
+
+def _sweep(file: Path, trained: Trained, **changes: Any) -> Mapping[str, Any]:
+    settings = Settings(**{**vars(SETTINGS), **changes})
+    return Runs(settings, KeptRuns(file), trained, Path("data/text"), ["cpu"]).sweep("proportional", {}).rows
+
+
+def test_rates_go_on_until_the_best_is_between_two_and_the_base_has_its_own(tmp_path: Path) -> None:
+    trained = Trained()
+    _sweep(tmp_path / "runs.jsonl", trained)
+    assert _rates(trained, "ours", 64) == [-7.5, -7.0, -6.5, -6.0, -5.5]  # from the middle, -7, up
+    assert _rates(trained, "ours", 256) == [-6.5, -6.0, -5.5]  # around the best of the width before
+    assert _rates(trained, "standard", 128) == [-7.5, -7.0, -6.5, -6.0, -5.5]
+    # Around the best at 128, down to the other side of its own, and the base's.
+    assert _rates(trained, "standard", 256) == [-8.5, -8.0, -7.5, -7.0, -6.5, -6.0]
+
+
+def test_what_is_finished_is_not_trained_again(tmp_path: Path) -> None:
+    first, second, other = Trained(), Trained(), Trained()
+    rows = _sweep(tmp_path / "runs.jsonl", first)
+    assert len(first.runs) == len(set(first.runs))
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert len(lines) == len(first.runs)
+    # Interrupted: the last three are not there.
+    (tmp_path / "runs.jsonl").write_text("\n".join(lines[:-3]) + "\n")
+    assert _sweep(tmp_path / "runs.jsonl", second) == rows
+    assert sorted(second.runs) == sorted(first.runs[-3:])
+    # Another length is another run.
+    _sweep(tmp_path / "runs.jsonl", other, steps=21)
+    assert sorted(other.runs) == sorted(first.runs)
+
+
+@pytest.mark.parametrize("shape", lr_width.SHAPES)
+def test_a_shape_has_models_at_every_published_width(shape: str) -> None:
+    base, *wider = (lr_width.SHAPES[shape].model(width) for width in lr_width.PUBLISHED[shape])
+    recipe = lr_width.SHAPES[shape].recipe(base, None, 1)
+    assert recipe.hyperparameters.lr == pytest.approx(2.0**-6.5)
+    assert recipe.hyperparameters.output_multiplier == 4.0
+    for model in wider:
+        assert recipe.plan(model).by_name
+
+
+def test_a_recipe_says_what_was_tuned() -> None:
+    shape = lr_width.SHAPES["deeper"]
+    tuned = shape.recipe(shape.model(64), None, 0)
+    values = {"lr": 0.01, "min_lr": 0.002, "init_method_std": 0.03, "weight_decay": 0.0}
+    cosine = tuned.schedule.model_copy(update={"lr_decay_style": "cosine"})
+    given = {"hyperparameters": tuned.hyperparameters.model_copy(update=values), "schedule": cosine}
+    found = shape.recipe(shape.model(64), tuned.model_copy(update=given), -2)
+    assert found.hyperparameters.model_dump() == {
+        **tuned.hyperparameters.model_dump(),
+        **values,
+        "lr": 0.005,
+        "min_lr": 0.001,
+    }
+    assert found.schedule == cosine
+    assert found.parametrization.depth is not None
+
+
+@pytest.mark.slow  # a server that has imported Megatron, and thirty runs
+def test_the_command_runs(tmp_path: Path) -> None:
+    words = "--shapes ffn --widths 64 96 128 --seeds 2 --rates 3 --steps 2 -o out".split()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "lr_width.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ffn: no microsoft: decoder.layers.0.mlp.linear_fc1 has infinite fan-in" in done.stdout
+    assert "standard beside ours at 64" in done.stdout
+    assert (tmp_path / "out" / "ffn.png").stat().st_size > 10_000
+    told = json.loads((tmp_path / "out" / "lr_width.json").read_text())
+    assert [*told["shapes"]["ffn"]["arms"]["ours"]["loss"]] == ["64", "96", "128"]

@@ -32,7 +32,7 @@ ENGINE = [
     *(Case(entry=True, dp=2, zero=zero) for zero in (1, 3)),
 ]
 PIPELINE = [
-    Case(entry=True, stages=1, zero=1),
+    *(Case(entry=True, stages=1, dp=dp, zero=1) for dp in (1, 2)),
     *(Case(entry=True, stages=2, zero=zero) for zero in (0, 1)),
     Case(entry=True, shape="untied", stages=2, zero=1),
 ]
@@ -207,7 +207,7 @@ def test_damaged_pipelines_are_refused_by_name(
 
 def test_code_in_a_layer_is_refused_by_name(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(made.folder(PIPELINE[1], BEGUN), tmp_path / "in")
+    shutil.copytree(made.folder(PIPELINE[2], BEGUN), tmp_path / "in")
     file = next((tmp_path / "in" / "global_step0").glob("layer_02*"))
     within(file, "mine", RunsCode())
     with pytest.raises(InputError, match=rf"{file.name}: holds "):

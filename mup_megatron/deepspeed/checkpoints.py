@@ -5,7 +5,7 @@ universal checkpoint copies. A copy for people lies in the checkpoint's folder.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mup_megatron.unpickling import read_plain_values
 
 KEY = "mup_megatron"
 """In the client state, which is the user's: so it is not the entry's short name."""
+_COMPUTES = "computes"
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,19 @@ class CheckpointRecipe:
     folder: Path
     recipe: Recipe | None
     """None: plain DeepSpeed."""
+    computes: Mapping[str, Any] = field(default_factory=dict)
+    """What its weights do not show of what the model computes, where an adapter knew it."""
 
 
-def client_state(given: Recipe) -> dict[str, Any]:
-    """Returns the part of a client state that carries a recipe."""
-    return {KEY: {"fingerprint": given.fingerprint, "recipe": packed(given)}}
+def client_state(given: Recipe, computes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the part of a client state that carries a recipe.
+
+    Args:
+        given: the run's.
+        computes: what weights do not show of what the model computes, in plain values.
+    """
+    more = {_COMPUTES: dict(computes)} if computes else {}
+    return {KEY: {"fingerprint": given.fingerprint, "recipe": packed(given), **more}}
 
 
 def recipe_of_checkpoint(load_dir: str | Path, tag: str | None, *, universal: bool) -> CheckpointRecipe | None:
@@ -46,8 +55,10 @@ def recipe_of_checkpoint(load_dir: str | Path, tag: str | None, *, universal: bo
     content = _client_state(states[0])
     if content is None:
         return CheckpointRecipe(folder, None)
-    text = content.get("recipe") if isinstance(content, dict) else None
-    return CheckpointRecipe(folder, unpacked(text, source=f"{folder}: the checkpoint's recipe"))
+    own = content if isinstance(content, dict) else {}
+    recipe = unpacked(own.get("recipe"), source=f"{folder}: the checkpoint's recipe")
+    computes = own.get(_COMPUTES)
+    return CheckpointRecipe(folder, recipe, computes if isinstance(computes, dict) else {})
 
 
 def _client_state(states: Path) -> Any:

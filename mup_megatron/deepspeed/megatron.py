@@ -113,7 +113,7 @@ def prepare(model: torch.nn.Module, plan: Plan, *, initialize: bool = True) -> N
     _add_up_gradients(model, config)
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         model.register_forward_pre_hook(_require_mpu)
-    prepared(model, plan, named_parameters)
+    prepared(model, plan, named_parameters, computes=_computed(config))
 
 
 def param_groups(model: torch.nn.Module, plan: Plan, *, form: Form = Form.ABSOLUTE) -> list[Group]:
@@ -133,6 +133,20 @@ def named_parameters(model: torch.nn.Module, plan: Plan) -> Iterator[tuple[str, 
     """Yields (the plan's name, parameter) of what this rank holds; of a pipeline as well, and inside an engine."""
     inner = names.unwrapped(model)
     return names.named_parameters([_stages.get(inner, inner)], tied=plan.tied)
+
+
+def _computed(config: Any) -> dict[str, Any]:
+    """Returns what weights do not show of a layer, by a model file's keys; a fused GELU is the approximation."""
+    fused = (config.bias_activation_fusion and config.add_bias_linear) or config.use_te_activation_func
+    return {
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
+        "kv_channels": config.kv_channels,
+        "norm_epsilon": config.layernorm_epsilon,
+        "tanh_gelu": bool(
+            fused and config.activation_func is torch.nn.functional.gelu and not config.gated_linear_unit
+        ),
+    }
 
 
 def _problems(config: Any) -> list[str]:
@@ -248,7 +262,7 @@ def pipeline_module(
     apply_plan([stage], plan, initialize=initialize)
     _add_up_gradients(stage, config)
     count_once(pipeline)
-    prepared(pipeline, plan, named_parameters)
+    prepared(pipeline, plan, named_parameters, computes=_computed(config))
     if config.sequence_parallel:
         gather_between_stages(pipeline)
     return pipeline

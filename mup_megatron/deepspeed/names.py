@@ -6,7 +6,8 @@ already: a stage calls its layers by their place in the whole model, and `tied_m
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,17 +26,39 @@ def is_pipeline(model: torch.nn.Module) -> bool:
 
 Named = Callable[[torch.nn.Module, Plan], Iterator[tuple[str, torch.nn.Parameter]]]
 
-_prepared: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[Plan, Named]]" = weakref.WeakKeyDictionary()
+
+class Prepared(NamedTuple):
+    """A model that an adapter has applied a plan to."""
+
+    plan: Plan
+    named: Named
+    computes: Mapping[str, Any]
 
 
-def prepared(model: torch.nn.Module, plan: Plan, named: Named) -> None:
-    """Notes that a plan was applied to a model, and how its parameters get the plan's names if not by their own."""
-    _prepared[model] = plan, named
+_prepared: "weakref.WeakKeyDictionary[torch.nn.Module, Prepared]" = weakref.WeakKeyDictionary()
+
+
+def prepared(model: torch.nn.Module, plan: Plan, named: Named, *, computes: Mapping[str, Any]) -> None:
+    """Notes that a plan was applied to a model.
+
+    Args:
+        model: not wrapped.
+        plan: that was applied.
+        named: how its parameters get the plan's names.
+        computes: what weights do not show of what it computes; its checkpoints say it.
+    """
+    _prepared[model] = Prepared(plan, named, computes)
 
 
 def prepared_plan(model: torch.nn.Module) -> Plan | None:
     """Returns the plan of `prepared`; None where there is none."""
-    return _prepared[model][0] if model in _prepared else None
+    return _prepared[model].plan if model in _prepared else None
+
+
+def computed_by(model: torch.nn.Module) -> Mapping[str, Any]:
+    """Returns what is known of what a model computes, which its weights do not show."""
+    inner = unwrapped(model)
+    return _prepared[inner].computes if inner in _prepared else {}
 
 
 def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -43,8 +66,7 @@ def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
     inner = unwrapped(model)
     own = plain_names.named_parameters(inner)
     if inner in _prepared:
-        plan, named = _prepared[inner]
-        own = named(inner, plan)
+        own = _prepared[inner].named(inner, _prepared[inner].plan)
     for name, parameter in own:
         if not name.rpartition(".")[2].startswith(PADDING):
             yield name, parameter

@@ -10,6 +10,7 @@ import torch
 from mup_megatron.checkpoint_recipe import write_sidecar
 from mup_megatron.collectives import raising_together
 from mup_megatron.deepspeed import checkpoints, no_entry
+from mup_megatron.deepspeed.names import computed_by
 from mup_megatron.deepspeed.planning import plan_of_entry
 from mup_megatron.deepspeed.remarks import say
 from mup_megatron.deepspeed.run import PEAK, EngineRun, run_of, verify
@@ -103,7 +104,9 @@ def _separate_steps(optimizer: Any) -> None:
 def before_save(engine: Any, client_state: Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns the client state that a checkpoint gets: the user's, with the recipe in it."""
     run = run_of(engine)
-    return dict(client_state or {}) | ({} if run is None else checkpoints.client_state(run.recipe))
+    if run is None:
+        return dict(client_state or {})
+    return dict(client_state or {}) | checkpoints.client_state(run.recipe, computed_by(engine.module))
 
 
 def after_save(engine: Any, save_dir: str, tag: str | None) -> None:

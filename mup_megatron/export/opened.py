@@ -28,10 +28,9 @@ def open_model(path: Path, recipe: Recipe, *, recipe_source: str, target: Path |
     if isinstance(recipe.base, HuggingFaceBase):
         return _of_transformers(path, recipe, recipe_source, target)
     if tags.is_at(path):
-        raise InputError(
-            f"{path}: DeepSpeed's checkpoint of a Megatron model, which cannot be exported. Convert it to one of "
-            "Megatron-LM's."
-        )
+        from mup_megatron.export.zero_megatron import open_zero_megatron
+
+        return open_zero_megatron(path, recipe, recipe_source=recipe_source, target=target)
     if target is not None:
         raise InputError(f"{target}: {path} says itself what the model is. Leave the target out.")
     from mup_megatron.training import ranks

@@ -1,53 +1,14 @@
-"""Checkpoints of DeepSpeed's engine with a Hugging Face model: ZeRO 0 to 3, of any number of ranks, and universal ones.
+"""Checkpoints of DeepSpeed's engine with a Hugging Face model: ZeRO 0 to 3, of any number of ranks, and universal."""
 
-Under ZeRO the single-precision weights are in the optimizer's files, in pieces, which DeepSpeed's own function puts
-together. It unpickles whatever a file asks for; here each file is read before, and again by it, without running code.
-"""
-
-import contextlib
-import math
-import re
-import sys
-from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mup_megatron.checkpoint_recipe import SIDECAR
-from mup_megatron.deepspeed.checkpoints import recipe_of_checkpoint
 from mup_megatron.errors import InputError
 from mup_megatron.export.hugging_face import HuggingFaceModel, hugging_face_model
-from mup_megatron.export.tags import MODEL_STATES, chosen
-from mup_megatron.export.weights import Stored
+from mup_megatron.export.tags import chosen
+from mup_megatron.export.zero_states import Tensors, require_recipe, tensors_of_engine
 from mup_megatron.recipe import Recipe
 from mup_megatron.targets import CONFIG_FILE, is_hugging_face, read_target
-from mup_megatron.unpickling import not_read, read_torch, torch_loads_only_tensors
-
-_OPTIMIZER = "*_optim_states.pt"
-_WHOLE = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_00_model_states\.pt")
-_UNIVERSAL = "zero"
-"""The folder of a universal checkpoint that has one for each parameter."""
-_REMEDY = "Give another checkpoint."
-
-
-class _Tensors:
-    """Tensors by their live names, in memory or in files that are mapped into it."""
-
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        """Takes tensors, and what gives one by `contiguous`, as DeepSpeed's pieces do."""
-        self._tensors = tensors
-
-    @cached_property
-    def stored(self) -> Mapping[str, Stored]:
-        """Everything that there is."""
-        return {name: Stored(tuple(each.shape), each.dtype) for name, each in self._tensors.items()}
-
-    def read(self, name: str) -> torch.Tensor:
-        """Returns a tensor, put together."""
-        found: torch.Tensor = self._tensors[name].contiguous()
-        return found
 
 
 def open_zero(path: Path, recipe: Recipe, *, recipe_source: str, target: Path | None) -> HuggingFaceModel:
@@ -64,37 +25,20 @@ def open_zero(path: Path, recipe: Recipe, *, recipe_source: str, target: Path | 
             file.
     """
     folder = chosen(path)
-    _require_recipe(folder, recipe, recipe_source)
+    require_recipe(folder, recipe, recipe_source)
     config = _config(folder, target)
     content: Any = read_target(config)
     if not is_hugging_face(content):
         raise InputError(f"{config}: no configuration of transformers (model_type is missing). Give the model's.")
-    tensors = _tensors(folder)
     return hugging_face_model(
         content,
         recipe,
-        _Tensors(tensors),
+        Tensors(tensors_of_engine(folder)),
         live_names=True,
         source=str(config),
         described=str(folder),
         folder=folder,
     )
-
-
-def _require_recipe(folder: Path, recipe: Recipe, recipe_source: str) -> None:
-    found = recipe_of_checkpoint(folder.parent, folder.name, universal=False)
-    if found is None:
-        raise InputError(
-            f"{folder}: has no model states of a whole model (mp_rank_00_model_states.pt). Give a checkpoint of "
-            "DeepSpeed's engine."
-        )
-    if found.recipe is None:
-        raise InputError(f"{folder}: trained without a recipe, so that there is nothing to fold. {_REMEDY}")
-    if found.recipe.fingerprint != recipe.fingerprint:
-        raise InputError(
-            f"{recipe_source}: its fingerprint is {recipe.fingerprint[:12]}…, and {folder} was trained with another "
-            f"recipe, {found.recipe.fingerprint[:12]}…. Give {SIDECAR} of that folder."
-        )
 
 
 def _config(folder: Path, target: Path | None) -> Path:
@@ -105,76 +49,3 @@ def _config(folder: Path, target: Path | None) -> Path:
     if found is None:
         raise InputError(f"{folder}: does not say what the model is. Give its configuration with --target.")
     return found
-
-
-def _tensors(folder: Path) -> Mapping[str, Any]:
-    """Returns parameters and buffers by their names in the engine's module."""
-    models, optimizers = (sorted(folder.glob(pattern)) for pattern in (MODEL_STATES, _OPTIMIZER))
-    apart = next((each for each in models if not _WHOLE.fullmatch(each.name)), None)
-    if apart is not None:
-        raise InputError(
-            f"{apart}: a part of a pipeline, of a model in parallel or of its experts, which cannot be exported. Give "
-            "a checkpoint of ZeRO alone."
-        )
-    with _plain_and_scalers():
-        states = [_read(each) for each in models]
-        module = states[0].get("module")
-        if not isinstance(module, Mapping):
-            raise InputError(f"{models[0]}: not a file of DeepSpeed's model states. {_REMEDY}")
-        if (folder / _UNIVERSAL).is_dir():
-            return {**module, **dict(_of_universal(folder / _UNIVERSAL, states[0]))}
-        if not optimizers:
-            return module
-        for each in optimizers:
-            _read(each)
-        return _put_together(folder)
-
-
-def _of_universal(folder: Path, states: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of each parameter; what ZeRO 3 was is flat there, and padded."""
-    shapes = {name: shape for group in states.get("param_shapes") or () for name, shape in group.items()}
-    for file in sorted(folder.glob("*/fp32.pt")):
-        name, content = file.parent.name, read_torch(file, source=str(file), remedy=_REMEDY)
-        if isinstance(content, Mapping):
-            content = content.get("param")
-        elif isinstance(content, torch.Tensor) and content.dim() == 1 and name in shapes:
-            content = content[: math.prod(shapes[name])].reshape(shapes[name])
-        if not isinstance(content, torch.Tensor):
-            raise InputError(f"{file}: holds no tensor of a universal checkpoint's. {_REMEDY}")
-        yield name, content
-
-
-def _put_together(folder: Path) -> Mapping[str, Any]:
-    """Returns DeepSpeed's single-precision weights, and buffers, of files that were read before."""
-    with contextlib.redirect_stdout(sys.stderr), torch_loads_only_tensors():
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        try:
-            found: Mapping[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
-                str(folder.parent), tag=folder.name, lazy_mode=True
-            )
-        except Exception as error:  # it raises whatever it likes for files that do not go together
-            raise not_read(error, source=str(folder), remedy=_REMEDY) from None
-    return found
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    found = read_torch(file, source=str(file), remedy=_REMEDY)
-    if not isinstance(found, Mapping):
-        raise InputError(f"{file}: not a file of DeepSpeed's. {_REMEDY}")
-    return found
-
-
-@contextlib.contextmanager
-def _plain_and_scalers() -> Iterator[None]:
-    """Within it torch reads, beside tensors and plain values, the classes of DeepSpeed's that its files consist of.
-
-    They hold numbers, and run nothing when they are made.
-    """
-    with contextlib.redirect_stdout(sys.stderr):
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
-    listed: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    with torch.serialization.safe_globals(listed):
-        yield

@@ -138,6 +138,8 @@ class Case:
     bf16: bool = False
     entry: bool = False
     """The configuration has a "mup" entry, and no groups are handed over."""
+    fused_gelu: bool = False
+    """Megatron's kernel of bias and GELU, which computes it with tanh."""
     plug_in: bool = True
     weights_of_pipeline: bool = False
     """A GPTModel that starts from what the pipeline draws: there each layer has a seed of its own."""
@@ -208,7 +210,7 @@ def _run(case: Case, data: Path, cache: Path) -> Result:
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed("gloo", verbose=False)
     recipe, plan, (_, target) = tuned(case.shape), plan_of(case.shape), SHAPES[case.shape]
-    model = _model(case, target, plan, recipe)
+    model = model_of(case, target, plan, recipe)
     start = {name: parameter.detach().clone() for name, parameter in megatron.named_parameters(model, plan)}
     groups = megatron.param_groups(model, plan) if case.plug_in else _one_group(model, recipe)
     if case.broken is not None and case.only_rank in (None, torch.distributed.get_rank()):
@@ -218,7 +220,7 @@ def _run(case: Case, data: Path, cache: Path) -> Result:
         model_parameters=None if case.entry else groups,
         mpu=None if case.stages or not case.mpu else megatron.mpu(),
         lr_scheduler=lambda basic: torch.optim.lr_scheduler.LambdaLR(basic, lr_share),
-        config=_engine_config(case, recipe) | (_entry(recipe, cache) if case.entry else {}),
+        config=engine_config(case, recipe) | (entry_of(recipe, cache) if case.entry else {}),
     )
     assert (mup_megatron.deepspeed.plan_of(engine) is not None) == case.entry
     dataset = _dataset(target, data, cache)
@@ -232,7 +234,7 @@ def _run(case: Case, data: Path, cache: Path) -> Result:
     return Result(losses=losses, grad_norms=norms, live=live, groups=names, start=start)
 
 
-def _model(case: Case, target: ModelFile, plan: Plan, recipe: Recipe) -> Any:
+def model_of(case: Case, target: ModelFile, plan: Plan, recipe: Recipe) -> Any:
     from mup_megatron.deepspeed import megatron
 
     sizes = planned.sizes_of(target, case.tp)
@@ -245,6 +247,7 @@ def _model(case: Case, target: ModelFile, plan: Plan, recipe: Recipe) -> Any:
         bf16=case.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        bias_activation_fusion=case.fused_gelu,
     )
     if case.stages is None:
         (gpt_model,) = stock.build_chunks(sizes, layout, config)
@@ -277,7 +280,7 @@ def _one_group(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
     return [{"params": list(model.parameters()), "lr": h.lr, "weight_decay": h.weight_decay, "eps": h.adam_eps}]
 
 
-def _engine_config(case: Case, recipe: Recipe) -> dict[str, Any]:
+def engine_config(case: Case, recipe: Recipe) -> dict[str, Any]:
     h = recipe.hyperparameters
     micro_batch = BATCH // case.dp // 2
     return {
@@ -292,7 +295,7 @@ def _engine_config(case: Case, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _entry(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def entry_of(recipe: Recipe, folder: Path) -> dict[str, Any]:
     path = folder.parent / f"{recipe.fingerprint}.{torch.distributed.get_rank()}.recipe.yaml"
     save_recipe(recipe, path)
     return {"mup": {"recipe": str(path)}}

@@ -225,6 +225,22 @@ def test_the_arguments_say_which_gelu_it_was() -> None:
     assert run_ranks(_gelus, 1)[0] == [True, False, False, False, True]
 
 
+def _vocabularies() -> list[int]:
+    from mup_megatron.export.megatron_lm import vocabulary
+
+    values = {"make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 2, "vocab_size": None}
+    return [
+        vocabulary(values, 500, padded=512),
+        vocabulary(values, 200, padded=512),
+        vocabulary({**values, "vocab_size": 499}, 500, padded=512),
+        vocabulary({**values, "vocab_size": 501}, 500, padded=512),
+    ]
+
+
+def test_no_token_that_the_run_is_said_to_have_is_taken_for_padding() -> None:
+    assert run_ranks(_vocabularies, 1)[0] == [500, 512, 500, 512]
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from mup_megatron.check.subjects.scripts import Prepare, Schedule, prepare_by_pl
 from mup_megatron.check.verdict.verdict import WITHOUT_DROPOUT, Verdict
 from mup_megatron.errors import InputError
 from mup_megatron.huggingface import configs
-from mup_megatron.huggingface.plan import plan_for
+from mup_megatron.huggingface.plan import class_of, plan_for
 from mup_megatron.recipe import HuggingFaceBase, Recipe
 
 
@@ -62,7 +62,7 @@ def check_hugging_face(
         )
     base = configs.config_of_base(recipe.base)
     configs.require_comparable(base, config)
-    model_class = family.model_class_of(config, base)
+    model_class = class_of(config, base)
     depth = family.depth_of(config)
     whole, whole_base = config, base
     small, base, recipe_here = family.smallest_that_builds(model_class, config, base, recipe)

@@ -3,6 +3,7 @@
 The folder is written under another name and renamed once it is whole, so that nothing is ever half there.
 """
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -77,8 +78,7 @@ def export(
     outline = source.outline(architecture)
     if tokenizer is not None:
         tokenizer.require_within(outline.vocab_size)
-    first = next(piece.source for piece in outline.pieces if piece.source is not None)
-    dtype = dtype or source.weights.stored[first].dtype
+    dtype = dtype or _trained_in(source, outline)
     pieces = {piece.name: piece for piece in outline.pieces}
     written = [
         shards.Written(each.name, each.shape, torch.float32 if each.single_precision else dtype)
@@ -108,6 +108,12 @@ def export(
         if tokenizer is not None:
             tokenizer.write(folder)
     return done
+
+
+def _trained_in(source: TrainedModel, outline: Outline) -> torch.dtype:
+    """Returns the type of a model's weights; where they have several, the one that holds all of them."""
+    read = (each.source for each in outline.pieces if each.source is not None and not each.single_precision)
+    return functools.reduce(torch.promote_types, (source.weights.stored[name].dtype for name in read))
 
 
 def _special(outline: Outline, tokenizer: Tokenizer | None) -> dict[str, Any]:

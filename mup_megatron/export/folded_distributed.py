@@ -1,6 +1,7 @@
 """Folds in torch's distributed format: of the model's tensors, and of what the optimizer keeps of them."""
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from mup_megatron.export.folding import ORDERS, Folding, changed
 from mup_megatron.export.folds import Fold
 from mup_megatron.megatron.stored_again import Object, Part, write_again
 from mup_megatron.megatron.stored_names import places
+from mup_megatron.unpickling import read_torch
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
 """What an optimizer keeps of a parameter, under the key of the parameter."""
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.")
-BESIDE = ("metadata.json", "common.pt")
+_FORMAT, _COMMON = "metadata.json", "common.pt"
 """Files of the format that hold no weights; the second is of releases of Megatron-Core before 0.18."""
 
 
@@ -41,6 +43,20 @@ def optimizer_told(metadata: Metadata, folding: Folding) -> str:
     if folding.optimizer:
         return "the optimizer's state goes along"
     return "without the optimizer's state, which is not there by parameter, so that `unfold` cannot give it back"
+
+
+def copy_beside(folder: Path, to: Path, *, remedy: str) -> None:
+    """Copies the files of the format that hold no weights.
+
+    Raises:
+        InputError: one is damaged, or holds what may run code: it goes to software that runs it.
+        OSError: the disk is full, or cannot be written.
+    """
+    if (folder / _COMMON).exists():
+        read_torch(folder / _COMMON, source=str(folder / _COMMON), remedy=remedy)
+    for name in (_FORMAT, _COMMON):
+        if (folder / name).exists():
+            shutil.copy(folder / name, to)
 
 
 def write_folded(

@@ -3,12 +3,12 @@
 Importing it imports Megatron: the CPU runtime has to come before.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from mup_megatron import checkpoint_recipe
-from mup_megatron.export.folded_distributed import BESIDE, carries_optimizer, optimizer_told, write_folded
+from mup_megatron.errors import InputError
+from mup_megatron.export.folded_distributed import carries_optimizer, copy_beside, optimizer_told, write_folded
 from mup_megatron.export.folding import MARKER, Folding, Rewritten, changed, folding
 from mup_megatron.export.megatron_lm import COMMON_FILE, COMMON_OBJECT, Opened
 from mup_megatron.export.ranks import FILE, Layout, rank_of, read_rank, stages, tensors_of
@@ -41,6 +41,11 @@ def fold_megatron_lm(path: Path, to: Path, recipe: Recipe, *, recipe_source: str
     """
     opened = Opened(path, recipe, recipe_source=recipe_source)
     opened.source().require_whole()
+    if opened.values.get("qk_l2_norm") and opened.plan.changes_softmax_scale:
+        raise InputError(
+            f"{opened.folder}: --qk-l2-norm gives queries one length whatever their weights are, so that the scale of "
+            "attention cannot be folded into these."
+        )
     optimizer = opened.metadata is not None and carries_optimizer(opened.metadata)
     made = folding(opened.plan, opened.tensors, optimizer=optimizer)
     return _rewrite(opened, to, recipe, made, back=False)
@@ -55,7 +60,7 @@ def unfold_megatron_lm(path: Path, to: Path, recipe: Recipe, *, recipe_source: s
     opened = Opened(path, recipe, recipe_source=recipe_source, folded=True)
     source = opened.folder / MARKER
     made = Folding.from_text(read_text(source, remedy=opened.remedy), source=str(source), remedy=opened.remedy)
-    made.require_of(opened.plan, source=str(source))
+    made.require_of(opened.plan, opened.tensors, source=str(source))
     return _rewrite(opened, to, recipe, made, back=True)
 
 
@@ -92,9 +97,7 @@ def _write_distributed(opened: Opened, folder: Path, made: Folding, *, back: boo
 
     objects = {COMMON_OBJECT: signed} if COMMON_OBJECT in opened.metadata.state_dict_metadata else {}
     write_folded(opened.folder, opened.metadata, folder, made, back=back, objects=objects, remedy=opened.remedy)
-    for name in BESIDE:
-        if (opened.folder / name).exists():
-            shutil.copy(opened.folder / name, folder)
+    copy_beside(opened.folder, folder, remedy=opened.remedy)
     if (path := opened.folder / COMMON_FILE).exists():
         content = read_torch(path, source=str(path), remedy=opened.remedy)
         _save(signed([content])[0], folder / COMMON_FILE)

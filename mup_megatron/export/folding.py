@@ -6,9 +6,11 @@ the mean of its square is f² times smaller. Both ways are exact to rounding, an
 """
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +21,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.export.folds import Fold, folds
 from mup_megatron.readback import parse_json
 from mup_megatron.theory import Plan, Tensor
-from mup_megatron.validation import Strict, validated
+from mup_megatron.validation import Strict, brief, validated
 
 MARKER = "mup.folded.json"
 """The file beside a folded checkpoint's weights that says what was done to them."""
@@ -54,13 +56,19 @@ class Folding:
             found.setdefault(each.tensor, []).append(each)
         return found
 
-    def require_of(self, plan: Plan, *, source: str) -> None:
-        """Raises InputError unless it can be what was done to a model of this plan."""
-        unknown = next((name for name in self.by_name if name not in plan.by_name), None)
-        if self.fingerprint != plan.fingerprint or unknown is not None:
+    def require_of(self, plan: Plan, tensors: Collection[Tensor], *, source: str) -> None:
+        """Raises InputError unless it is what `folding` does to a model of this plan."""
+        if self.fingerprint != plan.fingerprint:
             raise InputError(
-                f"{source}: of another plan ({unknown or self.fingerprint[:12]}). Give the recipe of the run that was "
-                "folded."
+                f"{source}: of another recipe ({self.fingerprint[:12]}…). Give the recipe of the run that was folded."
+            )
+        wanted = folding(plan, tensors, optimizer=self.optimizer).folds
+        other = next((one for one, own in zip_longest(self.folds, wanted) if not _same(one, own)), None)
+        if other is not None or len(self.folds) != len(wanted):
+            name = brief(other.tensor if other is not None else wanted[len(self.folds)].tensor, 80)
+            raise InputError(
+                f"{source}: says of {name} what is not done to a model of this recipe and size. Restore the file, or "
+                "fold again."
             )
 
     def to_text(self) -> str:
@@ -125,6 +133,14 @@ def folding(plan: Plan, tensors: Collection[Tensor], *, optimizer: bool) -> Fold
     return Folding(fingerprint=plan.fingerprint, folds=tuple(found), optimizer=optimizer)
 
 
+def _same(one: Fold | None, other: Fold | None) -> bool:
+    """Returns whether two folds are one, but for the last digits, which another release may compute otherwise."""
+    if one is None or other is None:
+        return False
+    close = (math.isclose(a, b, rel_tol=1e-9) for a, b in ((one.factor, other.factor), (one.offset, other.offset)))
+    return (one.tensor, one.rows) == (other.tensor, other.rows) and all(close)
+
+
 def changed(
     tensor: torch.Tensor,
     todo: Sequence[Fold],
@@ -141,6 +157,9 @@ def changed(
         order: how often the gradient is a factor of it, as `ORDERS` says.
         back: True to take them out.
         first_row: the number of its first row in the whole weight.
+
+    Raises:
+        InputError: its type, float16, is too narrow for what was finite before.
     """
     if not todo:
         return tensor
@@ -148,7 +167,13 @@ def changed(
     for each in reversed(todo) if back else todo:
         for part in [found] if each.rows is None else _within(found, each.rows, first_row):
             _change(part, each, order=order, back=back)
-    return found.to(tensor.dtype)
+    made = found.to(tensor.dtype)
+    if not made.isfinite().all() and tensor.isfinite().all():
+        raise InputError(
+            f"{todo[0].tensor}: has values that are too large for {str(tensor.dtype).removeprefix('torch.')} once "
+            "multipliers are in them. Export it with --dtype float32."
+        )
+    return made
 
 
 def _within(tensor: torch.Tensor, rows: Collection[range], first_row: int) -> list[torch.Tensor]:

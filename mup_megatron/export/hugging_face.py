@@ -5,6 +5,7 @@ live model, or a part of one, as one expert of a layer's; what becomes of the pa
 """
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,13 +22,16 @@ from mup_megatron.export.weights import Outline, Stored, TrainedModel, Weights
 from mup_megatron.huggingface.configs import config_of_base, refused
 from mup_megatron.huggingface.folding import carried_by, folds_of
 from mup_megatron.huggingface.plan import class_of, plan_for
-from mup_megatron.modules.apply import apply_plan
-from mup_megatron.modules.marker import KEY
+from mup_megatron.modules.apply import apply_plan, difference_of
+from mup_megatron.modules.marker import KEY, mark_of
 from mup_megatron.modules.weights import Initialize
 from mup_megatron.recipe import HuggingFaceBase, Recipe
 from mup_megatron.targets import hugging_face_config
 from mup_megatron.theory import Fold
 from mup_megatron.validation import brief
+
+_FREQUENCIES = r"rotary_emb\.inv_freq$"
+"""What earlier releases saved, and transformers passes over in every model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,20 @@ class HuggingFaceModel(TrainedModel):
                     f"{self.described}: {brief(name, 80)} has the shape {list(found.shape)}, and the configuration "
                     f"says {list(wanted.shape)}. Give the configuration and the weights of one run."
                 )
+        if (unread := self._unread()) is not None:
+            raise InputError(
+                f"{self.described}: has {brief(unread, 80)}, which a {type(self.skeleton).__name__} of this "
+                "configuration has not. Give the configuration and the weights of one run."
+            )
+
+    def _unread(self) -> str | None:
+        """Returns a tensor that the model would be without, as those of a layer more; None if there is none."""
+        passed_over = self.skeleton._keys_to_ignore_on_load_unexpected or ()
+        known = {*self.published, *self.skeleton.state_dict()}  # the second has each name of what is tied
+        for name in self.weights.stored:
+            if name not in known and not any(re.search(each, name) for each in (*passed_over, _FREQUENCIES)):
+                return name
+        return None
 
     def outline(self, architecture: str | None) -> Outline:
         """Returns the same architecture, with its multipliers in its configuration or folded into its weights."""
@@ -150,6 +168,13 @@ def hugging_face_model(
     with refused(f"{source}: no model can be built from it"), torch.device("meta"):
         build: Any = class_of(config, config_of_base(recipe.base))
         skeleton: PreTrainedModel = build(copy.deepcopy(config))
+    mark = mark_of(content.get(KEY), source=source)
+    if mark is not None and mark.fingerprint == recipe.fingerprint:
+        difference = difference_of(mark, skeleton, plan)
+        if difference is not None:
+            raise InputError(
+                f"{source}: was changed after the model was saved: {difference}. Restore it, or save the model again."
+            )
     return HuggingFaceModel(
         plan=plan,
         weights=_Republished(skeleton, weights) if live_names else weights,
@@ -192,13 +217,14 @@ class _Republished:
 
     @cached_property
     def stored(self) -> Mapping[str, Stored]:
-        """Everything that there is, by its published name."""
+        """Everything that there is, by its published name; what the model has no place for, by its own."""
         found: dict[str, Stored] = {}
         for live in dict.fromkeys(self._live.values()):
             if (own := self._weights.stored.get(live)) is not None:
                 made = _reverted(self._skeleton, live, torch.empty(own.shape, dtype=own.dtype, device="meta"))
                 found |= {name: Stored(tuple(part.shape), own.dtype) for name, part in made.items()}
-        return found
+        others = self._weights.stored.keys() - self._live.values()
+        return found | {name: self._weights.stored[name] for name in sorted(others)}
 
     def read(self, name: str) -> torch.Tensor:
         """Returns a tensor; several of one live tensor, one after the other, read that once."""

@@ -170,11 +170,8 @@ class Opened:
             release=core_version()[:2],
             custom=recipe.megatron_base.custom_tensors,
         )
-        own = recipe.megatron_base.vocab_size
-        multiple = (values.get("make_vocab_size_divisible_by") or 1) * (values.get("tensor_model_parallel_size") or 1)
-        padded = model.vocab_size
-        fits = -(-own // multiple) * multiple == padded
-        return model.model_copy(update={"vocab_size": own if fits else padded, "make_vocab_size_divisible_by": 1})
+        own = vocabulary(values, recipe.megatron_base.vocab_size, padded=model.vocab_size)
+        return model.model_copy(update={"vocab_size": own, "make_vocab_size_divisible_by": 1})
 
     def weights(self) -> Weights:
         """Returns the model's tensors."""
@@ -186,6 +183,13 @@ class Opened:
         """Returns the model's tensors where each rank has a file of its own."""
         layout = Layout.of(self.values)
         contents = {rank_of(path, layout): read_rank(path, remedy=self.remedy) for path in self.files}
+        origins = [_origin(content) for content in contents.values()]
+        for path, origin in zip(self.files, origins, strict=True):
+            if origin != origins[0]:
+                raise InputError(
+                    f"{path}: of another iteration or run than {self.files[0].parent.name} beside it. Put the files of "
+                    "one checkpoint into one folder."
+                )
         experts = self.model.num_experts or 0
         return RankWeights(contents, self.plan, self.tensors, layout, experts=experts, source=str(self.folder))
 
@@ -194,6 +198,25 @@ class Opened:
         """The model's, with the parts of those that are fused."""
         _, shape = shapes_of(self.model, self.model)
         return tuple(shape.tensors)
+
+
+def _origin(content: Mapping[str, Any]) -> tuple[object, str | None, bool]:
+    """Returns what the files of all ranks of a checkpoint have in common."""
+    saved = checkpoints.recipe_within(content.get("args"))
+    return content.get("iteration"), saved.fingerprint, saved.folded
+
+
+def vocabulary(values: Mapping[str, Any], own: int, *, padded: int) -> int:
+    """Returns the tokens of a vocabulary: a recipe's own where these are padded to as many, else all with the padding.
+
+    Args:
+        values: Megatron's arguments, which say the tokens where the tokenizer had to be told.
+        own: of the recipe's base.
+        padded: rows of the table.
+    """
+    multiple = (values.get("make_vocab_size_divisible_by") or 1) * (values.get("tensor_model_parallel_size") or 1)
+    fits = -(-own // multiple) * multiple == padded and (values.get("vocab_size") or 0) <= own
+    return own if fits else padded
 
 
 def tanh_gelu(values: Mapping[str, Any]) -> bool:

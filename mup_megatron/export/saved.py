@@ -29,10 +29,16 @@ class SavedWeights:
     """The tensors of safetensors files, by the names there."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads the index, or the only file's header."""
+        """Reads the index, or the only file's header.
+
+        Raises:
+            InputError: a file is damaged, or there are both.
+        """
         self._folder = folder
         index = folder / INDEX
         self._file_of = _of_index(index) if index.is_file() else dict.fromkeys(self._names(SINGLE), SINGLE)
+        if (folder / SINGLE).is_file() and SINGLE not in self._file_of.values():
+            raise InputError(f"{folder}: has {SINGLE} and {INDEX}, of two savings. Remove what is not of the last one.")
 
     @cached_property
     def stored(self) -> Mapping[str, Stored]:

@@ -4,7 +4,6 @@ Importing it imports Megatron: the CPU runtime has to come before.
 """
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +11,12 @@ from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.registry import model_file, shapes_of
 from mup_megatron.errors import InputError
 from mup_megatron.export.distributed import StoredWeights
-from mup_megatron.export.folded_distributed import BESIDE, carries_optimizer, optimizer_told, write_folded
+from mup_megatron.export.folded_distributed import carries_optimizer, copy_beside, optimizer_told, write_folded
 from mup_megatron.export.folding import Folding, Rewritten, folding
 from mup_megatron.export.staging import require_free, staged
 from mup_megatron.export.weights import Source
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Plan
+from mup_megatron.theory import Plan, Tensor
 from mup_megatron.training import checkpoint, identity, ranks, record
 
 _FOLDER = re.compile(r"iter_(\d{7,})")
@@ -51,8 +50,7 @@ def fold_trained(path: Path, to: Path, recipe: Recipe, *, recipe_source: str) ->
     opened = _open(path, recipe, recipe_source=recipe_source)
     opened.source().require_whole()
     metadata = opened.found.metadata
-    _, shape = shapes_of(opened.model, opened.model)
-    made = folding(opened.plan, shape.tensors, optimizer=carries_optimizer(metadata))
+    made = folding(opened.plan, opened.tensors, optimizer=carries_optimizer(metadata))
     return _rewrite(opened, to, made, back=False)
 
 
@@ -66,7 +64,7 @@ def unfold_trained(path: Path, to: Path, recipe: Recipe, *, recipe_source: str) 
     source = opened.found.folder / checkpoint.EXTRAS / checkpoint.FOLDED
     text = opened.found.extras[checkpoint.FOLDED]
     made = Folding.from_text(text, source=str(source), remedy=opened.found.remedy)
-    made.require_of(opened.plan, source=str(source))
+    made.require_of(opened.plan, opened.tensors, source=str(source))
     if not made.optimizer:
         raise InputError(
             f"{opened.found.folder}: its optimizer's state was left out when it was folded, and `mup-megatron train` "
@@ -82,6 +80,12 @@ class _Opened:
     found: checkpoint.Found
     model: ModelFile
     plan: Plan
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The model's, with the parts of those that are fused."""
+        _, shape = shapes_of(self.model, self.model)
+        return tuple(shape.tensors)
 
     def source(self) -> Source:
         """Returns the model, whose weights are read one at a time."""
@@ -119,9 +123,7 @@ def _rewrite(opened: _Opened, to: Path, made: Folding, *, back: bool) -> Rewritt
         folder = root / checkpoint.name_of(found.iteration)
         (folder / checkpoint.EXTRAS).mkdir(parents=True)
         write_folded(found.folder, found.metadata, folder, made, back=back, objects={}, remedy=found.remedy)
-        for name in BESIDE:
-            if (found.folder / name).exists():
-                shutil.copy(found.folder / name, folder)
+        copy_beside(found.folder, folder, remedy=found.remedy)
         extras = {**found.extras, checkpoint.FOLDED: made.to_text()}
         if back:
             del extras[checkpoint.FOLDED]

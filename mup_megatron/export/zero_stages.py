@@ -21,6 +21,8 @@ from mup_megatron.export.zero_states import (
     plain_and_scalers,
     put_together,
     read_states,
+    require_one_step,
+    steps_of,
 )
 
 _STAGE = "mp_rank_{:02d}_model_states.pt"
@@ -79,7 +81,9 @@ def _stages(folder: Path) -> Sequence[Mapping[str, Any]]:
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
         raise InputError(f"{missing}: missing. {_TOGETHER}")
-    return [read_states(file) for file in files]
+    states = [read_states(file) for file in files]
+    require_one_step(files, [each.get("global_steps") for each in states])
+    return states
 
 
 def _layers(folder: Path, layers: Sequence[int]) -> Mapping[int, Path]:
@@ -105,8 +109,7 @@ def _of_stage(folder: Path, number: int, stage: Mapping[str, Any]) -> Mapping[st
     files = sorted(folder.glob(f"*zero_pp_rank_*_mp_rank_{number:02d}_optim_states.pt"))
     if not files:
         raise InputError(f"{folder}: the files *_mp_rank_{number:02d}_optim_states.pt are missing. {_TOGETHER}")
-    for file in files:
-        read_states(file)
+    require_one_step(files, [steps_of(read_states(file)) for file in files])
     with tempfile.TemporaryDirectory() as parent:
         alone = Path(parent) / folder.name
         alone.mkdir()

@@ -8,10 +8,10 @@ import contextlib
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -92,9 +92,32 @@ def tensors_of_engine(folder: Path) -> Mapping[str, Any]:
             return {**module, **dict(of_universal(folder / UNIVERSAL, states[0]))}
         if not optimizers:
             return module
-        for each in optimizers:
-            read_states(each)
+        steps = [steps_of(read_states(each)) for each in optimizers]
+        require_one_step(models, [each.get("global_steps") for each in states])
+        require_one_step(optimizers, steps)
         return put_together(folder, source=str(folder))
+
+
+def steps_of(states: Mapping[str, Any]) -> Any:
+    """Returns how many steps the optimizer in a rank's file has done; nothing where it does not count them."""
+    content = states.get("optimizer_state_dict")
+    own = content.get("base_optimizer_state", content.get("optimizer_state_dict")) if _is_table(content) else None
+    of_tensors = own.get("state") if _is_table(own) else None
+    kept = of_tensors.values() if _is_table(of_tensors) else ()
+    return sorted({float(each["step"]) for each in kept if _is_table(each) and "step" in each})
+
+
+def require_one_step(files: Sequence[Path], steps: Sequence[Any]) -> None:
+    """Raises InputError if a rank's file is of another step than the first one's: together they are no model."""
+    for file, step in zip(files, steps, strict=True):
+        if step != steps[0]:
+            raise InputError(
+                f"{file}: of another step than {files[0].name}. Put the files of one step into one folder."
+            )
+
+
+def _is_table(content: object) -> TypeGuard[Mapping[Any, Any]]:
+    return isinstance(content, Mapping)
 
 
 def of_universal(folder: Path, states: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from mup_megatron.megatron import stored
 
@@ -49,7 +55,7 @@ def write_again(
     """
     by_file: dict[str, list[tuple[MetadataIndex, Any]]] = {}
     for key, info in metadata.storage_data.items():
-        if not without(key.fqn):
+        if key.fqn in metadata.state_dict_metadata and not without(key.fqn):
             by_file.setdefault(info.relative_path, []).append((key, info))
     places = {}
     for name, found in by_file.items():
@@ -60,6 +66,7 @@ def write_again(
                 if key.fqn in parts or key.fqn in objects:
                     _write_changed(stream, folder, metadata, key, parts, objects, remedy=remedy)
                 else:
+                    _require_readable(folder, metadata, key, remedy=remedy)
                     with (folder / name).open("rb") as whole:
                         whole.seek(info.offset)
                         stream.write(whole.read(info.length))
@@ -78,6 +85,15 @@ def write_again(
         os.fsync(stream.fileno())
 
 
+def _require_readable(folder: Path, metadata: Metadata, key: MetadataIndex, *, remedy: str) -> None:
+    """Raises InputError unless a part is what `.metadata` says: as it is, it goes to software that may run it."""
+    entry = metadata.state_dict_metadata[key.fqn]
+    if isinstance(entry, BytesStorageMetadata):
+        stored.read_object(folder, metadata, key.fqn, remedy=remedy)
+    else:
+        stored.read_part(folder, metadata, key.fqn, _chunk(entry, key), remedy=remedy)
+
+
 def _write_changed(
     stream: IO[bytes],
     folder: Path,
@@ -93,9 +109,13 @@ def _write_changed(
         found = stored.read_object(folder, metadata, key.fqn, remedy=remedy)
         save_torch(objects[key.fqn](found), stream)
         return
-    chunk = next(each for each in entry.chunks if each.offsets == key.offset)
+    chunk = _chunk(entry, key)
     part = stored.read_part(folder, metadata, key.fqn, chunk, remedy=remedy)
     save_torch(parts[key.fqn](chunk, part).clone(), stream)
+
+
+def _chunk(entry: TensorStorageMetadata, key: MetadataIndex) -> ChunkStorageMetadata:
+    return next(each for each in entry.chunks if each.offsets == key.offset)
 
 
 def save_torch(content: Any, stream: IO[bytes]) -> None:

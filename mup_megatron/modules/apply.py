@@ -18,7 +18,7 @@ from mup_megatron.modules.applied import (
     require_match,
 )
 from mup_megatron.modules.attention import attention_modules, scale_attribute
-from mup_megatron.modules.marker import marked
+from mup_megatron.modules.marker import Mark, marked
 from mup_megatron.modules.names import named_modules, named_parameters, unwrapped
 from mup_megatron.modules.parameters import TABLES, linear_sides
 from mup_megatron.modules.weights import Initialize
@@ -83,14 +83,18 @@ def _require_mark(model: torch.nn.Module, plan: Plan, how: Initialize) -> None:
         )
     if mark.fingerprint == plan.fingerprint:
         return
-    scale = plan.softmax_scale if plan.changes_softmax_scale else None
-    difference = mark.difference(scale, _multipliers(model, plan))
+    difference = difference_of(mark, model, plan)
     if difference is not None:
         raise InputError(
             f"the weights were trained with the recipe {mark.fingerprint[:12]}, and the plan is of "
             f"{plan.fingerprint[:12]}: {difference}, so they would be another function. Apply the plan of the recipe "
             "that they were trained with."
         )
+
+
+def difference_of(mark: Mark, model: torch.nn.Module, plan: Plan) -> str | None:
+    """Says in what a plan would make another function of a model than a mark says, in a sentence; None in nothing."""
+    return mark.difference(plan.softmax_scale if plan.changes_softmax_scale else None, _multipliers(model, plan))
 
 
 def _require_order(model: torch.nn.Module, how: Initialize) -> None:

@@ -17,7 +17,7 @@ from support.small_nets import OPTIONS, Mixer, Net, recipe_for
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from mup_megatron.check.family import huggingface as hugging_face
+from mup_megatron.check import run_huggingface
 from mup_megatron.check.family.huggingface import _shallow, at_width, remarks_on_size, smallest_that_builds, widths_for
 from mup_megatron.check.measure.levels import Level
 from mup_megatron.check.measure.measurements import Key, Quantity
@@ -357,7 +357,7 @@ def test_what_a_model_cannot_be_built_without_is_said() -> None:
 
 def test_heads_that_cannot_be_cut_and_take_far_too_long_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     large, narrow = _stubborn(8192), _stubborn(1024)
-    monkeypatch.setattr(hugging_face, "model_class_of", lambda *_: _Stubborn)
+    monkeypatch.setattr(run_huggingface, "class_of", lambda *_: _Stubborn)
     tuned = recipe_at(narrow, hyperparameters={"lr": 0.004})
     with pytest.raises(InputError, match=r"cannot be built smaller .* a core about \d+ min.*--widths 1024,2048,4096"):
         check_hugging_face(large, tuned)

@@ -1,5 +1,7 @@
 """Folds of weights and of what an optimizer keeps of them: whole and in parts, there and back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.exported import KINDS, tokens, trained
@@ -85,6 +87,35 @@ def test_a_type_is_kept_and_nothing_in_place() -> None:
     half = torch.ones(2, dtype=torch.bfloat16)
     assert changed(half, [Fold("w", 3.0)]).dtype == torch.bfloat16
     assert torch.equal(half, torch.ones(2, dtype=torch.bfloat16))
+
+
+def test_what_leaves_the_range_of_its_type_is_refused() -> None:
+    half = torch.full((2, 2), 3e4, dtype=torch.float16)
+    with pytest.raises(InputError, match=r"^w: has values that are too large for float16"):
+        changed(half, [Fold("w", 3.0)])
+    # Of a run that diverged, which is no matter of folds.
+    half[0, 0] = float("inf")
+    assert changed(half, [Fold("w", 2.0)])[0, 0] == float("inf")
+
+
+def test_what_was_done_is_what_is_done_to_the_model() -> None:
+    model = trained(KINDS["llama"])
+    _, shape = shapes_of(model.model, model.model)
+    made = folding(model.plan, shape.tensors, optimizer=True)
+    made.require_of(model.plan, shape.tensors, source="s")
+    first, *rest = made.folds
+    rounded = (replace(first, factor=first.factor * (1 + 1e-12)), *rest)
+    replace(made, folds=rounded).require_of(model.plan, shape.tensors, source="s")
+    wrong = (
+        (replace(first, factor=2 * first.factor), *rest),
+        (replace(first, offset=0.5), *rest),
+        (replace(first, rows=(range(3),)), *rest),
+        made.folds[:-1],
+        (*made.folds, first),
+    )
+    for folds in wrong:
+        with pytest.raises(InputError, match=r"^s: says of [\w.]+ what is not done to a model of this recipe"):
+            replace(made, folds=folds).require_of(model.plan, shape.tensors, source="s")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama with biases", "qwen3", "mixtral"])

@@ -6,12 +6,13 @@ import os
 import resource
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fuzz_mutators import agree_with_files
+from fuzz_mutators import RunsCode, agree_with_files
 from support.exported import KINDS, models, recipe_of
 from support.processes import run_ranks
 from support.saved_models import save_one, stock_logits
@@ -248,6 +249,27 @@ def _damaged(folder: Path, to: Path) -> dict[str, Finished]:
         recipe = str(folder / "llama" / "r.yaml")
         return command_line("unfold", str(copy), "--recipe", recipe, "--to", str(to / f"{name} out"))
 
+    def code_beside(copy: Path) -> None:
+        torch.save(RunsCode(), copy / "common.pt")
+
+    def a_damaged_part(copy: Path) -> None:
+        """Of a tensor that is not changed."""
+        from torch.distributed.checkpoint import FileSystemReader
+
+        stored = FileSystemReader(copy).read_metadata().storage_data
+        place = next(each for key, each in stored.items() if key.fqn == "decoder.final_layernorm.weight")
+        with (copy / place.relative_path).open("r+b") as stream:
+            stream.seek(place.offset)
+            stream.write(bytes(place.length))
+
+    def folded_with(name: str, change: Callable[[Path], None]) -> Finished:
+        copy = to / name
+        shutil.copytree(folder / "llama" / "ck", copy)
+        change(copy / "iter_0000002")
+        agree_with_files(copy / "iter_0000002")
+        recipe = str(folder / "llama" / "r.yaml")
+        return command_line("fold", str(copy), "--recipe", recipe, "--to", str(to / f"{name} out"))
+
     right = (folder / "llama" / "folded" / "iter_0000002" / "mup" / "folded.json").read_text()
     content = json.loads(right)
     return {
@@ -256,6 +278,12 @@ def _damaged(folder: Path, to: Path) -> dict[str, Finished]:
         "of another model": told(
             "model", json.dumps({**content, "folded": [{"tensor": "decoder.layers.9.x", "factor": 2.0}]})
         ),
+        "of another width": told(
+            "width",
+            json.dumps({**content, "folded": [{**each, "factor": 2 * each["factor"]} for each in content["folded"]]}),
+        ),
+        "code beside": folded_with("code", code_beside),
+        "a part": folded_with("part", a_damaged_part),
         "of nothing": told("factor", json.dumps({**content, "folded": [{**content["folded"][0], "factor": 0.0}]})),
     }
 
@@ -268,7 +296,17 @@ def damaged(
     return found
 
 
-@pytest.mark.parametrize("what", ["empty", "of another recipe", "of another model", "of nothing"])
+@pytest.mark.parametrize(
+    ("what", "said"), [("code beside", "common.pt: holds"), ("a part", "final_layernorm.weight: d")]
+)
+def test_what_is_not_changed_is_looked_at_before_it_is_copied(
+    damaged: dict[str, Finished], what: str, said: str
+) -> None:
+    assert damaged[what].code == 2, damaged[what]
+    assert said in damaged[what].stderr
+
+
+@pytest.mark.parametrize("what", ["empty", "of another recipe", "of another model", "of another width", "of nothing"])
 def test_what_says_the_folds_is_checked(damaged: dict[str, Finished], what: str) -> None:
     assert damaged[what].code == 2, damaged[what]
     assert "mup/folded.json" in damaged[what].stderr

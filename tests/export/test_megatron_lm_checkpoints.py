@@ -225,17 +225,35 @@ def test_the_arguments_say_which_gelu_it_was() -> None:
     assert run_ranks(_gelus, 1)[0] == [True, False, False, False, True]
 
 
+def _vocabularies() -> list[int]:
+    from mup_megatron.export.megatron_lm import vocabulary
+
+    values = {"make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 2, "vocab_size": None}
+    return [
+        vocabulary(values, 500, padded=512),
+        vocabulary(values, 200, padded=512),
+        vocabulary({**values, "vocab_size": 499}, 500, padded=512),
+        vocabulary({**values, "vocab_size": 501}, 500, padded=512),
+    ]
+
+
+def test_no_token_that_the_run_is_said_to_have_is_taken_for_padding() -> None:
+    assert run_ranks(_vocabularies, 1)[0] == [500, 512, 500, 512]
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 def _refused(folder: Path, to: Path, other: Path) -> dict[str, Finished]:
     """What is said, in this rank, of checkpoints that are damaged, of others, and of what no model file says."""
 
-    def told(name: str, form: str, change: Any, *, recipe: Path = folder / "recipe.yaml") -> Finished:
+    def told(
+        name: str, form: str, change: Any, *, recipe: Path = folder / "recipe.yaml", way: str = "export"
+    ) -> Finished:
         copy = to / name
         shutil.copytree(folder / form, copy)
         change(copy / "iter_0000002")
-        return command_line("export", str(copy), "--recipe", str(recipe), "--to", str(to / f"{name} out"))
+        return command_line(way, str(copy), "--recipe", str(recipe), "--to", str(to / f"{name} out"))
 
     def changed(**values: Any) -> Any:
         def change(inside: Path) -> None:
@@ -257,8 +275,19 @@ def _refused(folder: Path, to: Path, other: Path) -> dict[str, Finished]:
         path = inside / "mp_rank_01_001" / "model_optim_rng.pt"
         path.write_bytes(path.read_bytes()[:-1000])
 
+    def of_another_iteration(inside: Path) -> None:
+        path = inside / "mp_rank_01_001" / "model_optim_rng.pt"
+        torch.save({**torch.load(path, weights_only=False), "iteration": 1}, path)
+
+    def folded(inside: Path) -> None:
+        name = "mp_rank_01_001"
+        shutil.copytree(folder / "folded-ranks" / inside.name / name, inside / name, dirs_exist_ok=True)
+
     ranks = "ranks/torch"
     return {
+        "a rank of another iteration": told("iteration", ranks, of_another_iteration),
+        "a rank that is folded": told("folded", ranks, folded),
+        "a norm behind the queries": told("l2", ranks, changed(qk_l2_norm=True), way="fold"),
         "another recipe": told("other", ranks, lambda _: None, recipe=other),
         "no recipe": told("plain", ranks, plain),
         "a rank that is missing": told("missing", ranks, lambda inside: shutil.rmtree(inside / "mp_rank_01_001")),
@@ -289,6 +318,11 @@ def refused(runs: Callable[[str], Made], tmp_path_factory: pytest.TempPathFactor
     {
         "another recipe": ["other.yaml: its fingerprint is", "trained with another recipe", "mup.recipe.yaml"],
         "no recipe": ["iter_0000002: trained without a recipe"],
+        "a rank of another iteration": [
+            "mp_rank_01_001/model_optim_rng.pt: of another iteration or run than mp_rank_00"
+        ],
+        "a rank that is folded": ["mp_rank_01_001/model_optim_rng.pt: of another iteration or run than mp_rank_00"],
+        "a norm behind the queries": ["--qk-l2-norm gives queries one length", "cannot be folded"],
         "a rank that is missing": ["is of 2 tensor-parallel ranks, and that of rank 1 is missing"],
         "a rank that is cut": ["mp_rank_01_001/model_optim_rng.pt: damaged"],
         "code as a rank": ["mp_rank_00_000/model_optim_rng.pt: holds", "mkdir"],

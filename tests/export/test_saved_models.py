@@ -254,6 +254,19 @@ def without(folder: Path, name: str) -> None:
     save_file(held, folder / "model.safetensors")
 
 
+def with_more(folder: Path, name: str) -> None:
+    held = load_file(folder / "model.safetensors")
+    save_file({**held, name: torch.ones(2)}, folder / "model.safetensors")
+
+
+def index_of_shards(folder: Path) -> None:
+    """As it stays behind where a model that was saved in several files is saved again in one."""
+    file = "model-00001-of-00001.safetensors"
+    held = load_file(folder / "model.safetensors")
+    save_file({name: 2 * each for name, each in held.items()}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(held, file)}))
+
+
 def elsewhere(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -264,6 +277,19 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "a mark of somebody else's": (lambda f: rewritten(f, mup_megatron=3), "has no fingerprint"),
     "another recipe": (lambda f: rewritten(f, mup_megatron={"fingerprint": "0" * 64}), "was trained with another"),
     "another size": (lambda f: rewritten(f, vocab_size=65), "vocab_size is 64 in the recipe's base but 65"),
+    "a layer less": (
+        lambda f: rewritten(f, num_hidden_layers=1, layer_types=["full_attention"]),
+        "config.json: was changed after the model was saved: the multiplier of model.layers.1",
+    ),
+    "heads of another size": (
+        lambda f: rewritten(f, num_attention_heads=4, num_key_value_heads=2, head_dim=64),
+        "config.json: was changed after the model was saved: attention's scale was ",
+    ),
+    "a tensor more": (
+        lambda f: with_more(f, "model.layers.2.mlp.up_proj.weight"),
+        "has model.layers.2.mlp.up_proj.weight, which a Qwen3ForCausalLM of this configuration has not",
+    ),
+    "another saving's index": (index_of_shards, "has model.safetensors and model.safetensors.index.json, of two savi"),
     "a tensor is gone": (lambda f: without(f, "model.norm.weight"), "has no model.norm.weight"),
     "truncated": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
@@ -294,6 +320,28 @@ def test_damaged_and_foreign_folders_are_refused_by_name(
     assert len(str(refusal.value)) <= 300
     assert {each.name for each in tmp_path.iterdir()} == {"in"}
     assert not (tmp_path / CANARY).exists()
+
+
+def test_what_earlier_releases_saved_beside_the_weights_is_passed_over(
+    saved: Callable[[str], Saved], tmp_path: Path
+) -> None:
+    own = saved("qwen3")
+    folder = copied(own.folder, tmp_path / "in")
+    with_more(folder, "model.layers.0.self_attn.rotary_emb.inv_freq")
+    export(open_model(folder, own.recipe, recipe_source="r"), tmp_path / "out")
+
+
+def test_weights_of_several_types_are_exported_in_the_one_that_holds_all(
+    saved: Callable[[str], Saved], tmp_path: Path
+) -> None:
+    own = saved("qwen3")
+    folder = copied(own.folder, tmp_path / "in")
+    held = load_file(folder / "model.safetensors")
+    held["model.embed_tokens.weight"] = held["model.embed_tokens.weight"].bfloat16()
+    save_file(held, folder / "model.safetensors")
+    done = export(open_model(folder, own.recipe, recipe_source="r"), tmp_path / "out")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(load_file(done.to / "model.safetensors")[name], held[name])
 
 
 def test_the_commands_say_what_they_did(saved: Callable[[str], Saved], tmp_path: Path) -> None:

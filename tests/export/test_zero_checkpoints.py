@@ -1,5 +1,6 @@
 """Checkpoints of DeepSpeed's engine: the same bytes whatever ZeRO did with them, the trained model, and refusals."""
 
+import json
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -208,6 +209,31 @@ def test_damaged_and_foreign_checkpoints_are_refused_by_name(
     assert len(str(refusal.value)) <= 300 + len(str(folder))
     assert not (tmp_path / CANARY).exists()
     assert not (tmp_path / "out").exists()
+
+
+OF_RANK_1 = ("zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero_pp_rank_1_mp_rank_00_model_states.pt")
+
+
+@pytest.mark.parametrize(("zero", "file"), [(1, OF_RANK_1[0]), (2, OF_RANK_1[0]), (3, OF_RANK_1[0]), (3, OF_RANK_1[1])])
+def test_a_ranks_file_of_another_step_is_refused(saved: Any, zero: int, file: str, tmp_path: Path) -> None:
+    """DeepSpeed's own function puts them together."""
+    root = saved[0][2]
+    shutil.copytree(root / f"trained{zero}", tmp_path / "in")
+    shutil.copy(root / f"begun{zero}" / "global_step0" / file, tmp_path / "in" / "global_step2")
+    with pytest.raises(InputError, match=f"{file}: of another step than zero_pp_rank_0"):
+        open_model(tmp_path / "in", recipe_of(LLAMA), recipe_source="r", target=root / "llama")
+
+
+def test_a_configuration_of_fewer_layers_is_refused(saved: Any, tmp_path: Path) -> None:
+    root = saved[0][1]
+    shutil.copytree(root / "llama", tmp_path / "less")
+    content = json.loads((root / "llama" / "config.json").read_text())
+    (tmp_path / "less" / "config.json").write_text(json.dumps({**content, "num_hidden_layers": 1}))
+    for zero in STAGES:
+        folder = root / f"trained{zero}"
+        source = open_model(folder, recipe_of(LLAMA), recipe_source="r", target=tmp_path / "less")
+        with pytest.raises(InputError, match=r"global_step2: has model\.layers\.1\..*, which a LlamaForCausalLM"):
+            export(source, tmp_path / "out")
 
 
 def test_code_in_a_universal_checkpoint_is_refused_by_name(

@@ -13,7 +13,6 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -32,22 +31,6 @@ _OTHER_HEADS = re.compile(r".*head_dim|.*_rank|.*head_size|.*kv_channels|num_kv_
 _GROUPS = "num_key_value_heads"
 _NOT_BUILT = (ValueError, TypeError, AssertionError, AttributeError, KeyError, IndexError, RuntimeError, InputError)
 """What a model's own code raises where a size is none that it is made for."""
-
-
-def model_class_of(config: PretrainedConfig, base: PretrainedConfig) -> Any:
-    """Returns the class of the model that a configuration, or else its base, is of.
-
-    Raises:
-        InputError: neither says one that transformers has.
-    """
-    names = config.architectures or base.architectures
-    found = getattr(transformers, names[0], None) if names else None
-    if found is None:
-        raise InputError(
-            f"architectures: {(names or ['nothing'])[0]} says no model class of the installed transformers. Add for "
-            "example architectures: [GPT2LMHeadModel]."
-        )
-    return found
 
 
 def width_of(config: PretrainedConfig) -> int:

@@ -37,10 +37,10 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from many_runs import start_worker
 from rates.architectures import FAMILIES, MOVED, REPORT, TUNING, Architecture
 from rates.architectures import MATRICES as BY_MATRICES
 from rates.tables import PARTS, caught, counted, of_part, tables
-from training_runs import start_worker
 
 import mup_megatron
 from mup_megatron.architectures.model_file import ModelFile

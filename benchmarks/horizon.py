@@ -18,7 +18,7 @@ from statistics import fmean
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from training_runs import KeptRuns, bracketed
+from many_runs import KeptRuns, bracketed
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.errors import InputError

@@ -51,8 +51,8 @@ from lr_width_table import (
     mean_final,
     summary,
 )
+from many_runs import KeptRuns, basin_panels, counting, forked_workers
 from small_models import TUNED, dense, experts, latent
-from training_runs import KeptRuns, basin_panels, counting, forked_workers
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.transfer import at_rate

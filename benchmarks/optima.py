@@ -29,8 +29,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from many_runs import KeptRuns, basin_panels, bracketed, start_worker
 from small_models import TUNED, deep, dense, experts, latent
-from training_runs import KeptRuns, basin_panels, bracketed, start_worker
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.transfer import EXTENSIONS, at_rate, learning_rates

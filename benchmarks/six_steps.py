@@ -23,7 +23,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from training_runs import KeptLosses, start_worker
+from many_runs import KeptRuns, start_worker
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.transfer import at_rate
@@ -143,7 +143,7 @@ def run(job: Job, data: Path, output: Path) -> Found:
     from mup_megatron.training.options import TrainingOptions
     from mup_megatron.training.train import run_training
 
-    kept, target, tuned = KeptLosses(output / "runs.jsonl"), model(job.width), recipe(job.step, job.width)
+    kept, target, tuned = KeptRuns(output / "runs.jsonl"), model(job.width), recipe(job.step, job.width)
 
     def loss(lr: float, seed: int) -> float:
         of_run = at_rate(tuned, lr)

@@ -14,7 +14,7 @@ import lr_width
 import pytest
 from lr_width import Runs, Settings
 from lr_width_table import Agreement, agreement, broken, markdown, summary, tenths, worst_change
-from training_runs import KeptRuns
+from many_runs import KeptRuns
 
 ROOT = Path(__file__).parents[1]
 

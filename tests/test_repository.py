@@ -457,3 +457,12 @@ def test_what_is_cited_is_this_release() -> None:
         __version__,
         PYPROJECT["license"],
     )
+
+
+def test_benchmarks_are_imported_by_names_that_no_module_of_the_tests_has() -> None:
+    """Both folders are on the path while tests run, and in another order in a rank."""
+    own = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
+    readers = [*own.values(), *(ROOT / "tests").rglob("*.py")]
+    imported = {name for path in readers for name in imports(path) if name in own}
+    assert imported, "some share code"
+    assert imported.isdisjoint(path.stem for path in (ROOT / "tests").rglob("*.py"))

@@ -288,6 +288,7 @@ def assert_complete(work: Path) -> dict[str, dict[str, str]]:
     return rows
 
 
+@pytest.mark.slow
 def test_all_stages_for_real_killed_on_the_way(environment: dict[str, str], tmp_path: Path, data: Path) -> None:
     environment["DATA"] = str(data)
     words = ("--scale", "tiny", *PAPER, "--work", tmp_path / "work")

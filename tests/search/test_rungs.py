@@ -205,6 +205,7 @@ def test_another_ladder_is_another_study(spec: StudySpec) -> None:
 # Stopped and continued
 
 
+@pytest.mark.slow  # test_bad_weather has a short one of these
 def test_killed_at_random_points_it_holds_the_ladder_of_an_undisturbed_one(spec: StudySpec) -> None:
     assert interrupted_until_done(lambda: run_sweep(spec, BOWLS, N, workers=2), 1, 200) >= 3
     assert_holds_exactly_the_ladder(spec)

@@ -327,7 +327,7 @@ def test_kill_9_takes_the_trials_along_and_they_are_run_again(spec: StudySpec, t
     assert_holds_exactly(spec, N)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_random_points_a_study_of_n_holds_the_n_trials_of_an_undisturbed_one(
     new_spec: StudySpec, seed: int
 ) -> None:

@@ -78,7 +78,7 @@ def test_it_goes_on_in_other_layouts(tmp_path: Path) -> None:
     assert trained("one", load="pipeline").losses == pytest.approx({i: whole[i] for i in (5, 6)}, abs=ROUNDING)
 
 
-@pytest.mark.parametrize("pattern", ["*-M-", "+-M-/M+"])
+@pytest.mark.parametrize("pattern", [pytest.param("*-M-", marks=pytest.mark.slow), "+-M-/M+"])
 def test_mamba_layers_train_and_go_on_in_another_layout(pattern: str, tmp_path: Path) -> None:
     """From TP2 to one process, in which rows of z, x, B, C and dt lie otherwise; with a recipe of a narrower model.
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ DAMAGE: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "code in model states": (lambda f: within(f / MODEL, "mine", RunsCode()), f"{MODEL}: holds "),
     "code in optimizer states": (lambda f: an_optimizers(f / OPTIMIZER, "mine", RunsCode()), f"{OPTIMIZER}: holds "),
     "a client state that is no plain value": (
-        lambda f: within(f / MODEL, "args", Namespace(lr=1)), f"{MODEL}: holds argparse.Namespace"
+        lambda f: within(f / MODEL, "args", Fraction(1, 2)), f"{MODEL}: holds fractions.Fraction"
     ),
     "truncated model states": (
         lambda f: (f / MODEL).write_bytes((f / MODEL).read_bytes()[:-200]), f"{MODEL}: damaged"

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -36,6 +37,16 @@ def pytest_configure() -> None:
     for lock in Path(cache).glob("**/lock"):
         if time.time() - lock.stat().st_mtime > _LONGEST_COMPILATION_S:
             lock.unlink(missing_ok=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Ends what a test did to the path: the launcher puts a script's folder in its first place, as Python does."""
+    before = sys.path.copy()
+    try:
+        return (yield)
+    finally:
+        sys.path[:] = before
 
 
 @pytest.hookimpl(wrapper=True)

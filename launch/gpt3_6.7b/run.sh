@@ -16,7 +16,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
-export PATH="$root/.venv/bin:$PATH"
+export PATH="$PATH:$root/.venv/bin" # an environment that is active comes first
 
 fail() {
   printf '%s: %s\n' "${0##*/}" "$*" >&2

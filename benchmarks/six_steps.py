@@ -12,10 +12,8 @@ import argparse
 import io
 import json
 import math
-import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +21,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from many_runs import KeptRuns, start_worker
+from many_runs import KeptRuns, forked_workers
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.transfer import at_rate
@@ -275,13 +273,7 @@ def main() -> None:
     jobs = [
         Job(step, width, arguments.steps, arguments.seeds) for width in reversed(widths) for step in range(len(STEPS))
     ]
-    with ProcessPoolExecutor(
-        arguments.jobs,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=start_worker,
-        initargs=(arguments.output / "runs.log",),
-        max_tasks_per_child=1,
-    ) as pool:
+    with forked_workers(arguments.jobs, arguments.output / "runs.log") as pool:
         pending = [pool.submit(run, job, data, arguments.output) for job in jobs]
         results = [future.result() for future in track(pending)]
     found = {(job.step, job.width): result for job, result in zip(jobs, results, strict=True)}

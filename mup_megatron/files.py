@@ -78,12 +78,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
-        # The rename itself has to survive a power cut.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(path.parent)  # the rename itself has to survive a power cut
     except OSError as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -91,3 +86,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             f"{path}: cannot be written ({error.strerror}); what was there before is unchanged. "
             "Free some space or choose another place."
         ) from None
+
+
+def sync(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

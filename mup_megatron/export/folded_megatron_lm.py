@@ -12,8 +12,8 @@ from mup_megatron.export.folded_distributed import carries_optimizer, copy_besid
 from mup_megatron.export.folding import MARKER, Folding, Rewritten, changed, folding
 from mup_megatron.export.megatron_lm import COMMON_FILE, COMMON_OBJECT, Opened
 from mup_megatron.export.ranks import FILE, Layout, rank_of, read_rank, stages, tensors_of
-from mup_megatron.export.staging import require_free, staged, sync
-from mup_megatron.files import read_text
+from mup_megatron.export.staging import require_free, staged
+from mup_megatron.files import read_text, sync
 from mup_megatron.megatron.pretrain.checkpoints import sign_folded
 from mup_megatron.megatron.stored_again import save_torch
 from mup_megatron.recipe import Recipe

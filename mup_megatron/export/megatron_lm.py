@@ -18,7 +18,7 @@ from mup_megatron.checkpoint_recipe import SIDECAR
 from mup_megatron.errors import InputError
 from mup_megatron.export.distributed import StoredWeights
 from mup_megatron.export.ranks import Layout, RankWeights, rank_files, rank_of, read_rank
-from mup_megatron.export.weights import Source, Weights
+from mup_megatron.export.weights import Source, Weights, require_fingerprint
 from mup_megatron.files import read_text
 from mup_megatron.megatron import stored
 from mup_megatron.megatron.arguments.convert import model_from_values, not_in_model_file
@@ -106,11 +106,13 @@ class Opened:
                 f"{folder}: trained without a recipe, so that it has no multipliers: stock software computes it as it "
                 "is. Convert it with Megatron's own tools."
             )
-        if saved.fingerprint != recipe.fingerprint:
-            raise InputError(
-                f"{recipe_source}: its fingerprint is {recipe.fingerprint[:12]}…, and {folder} was trained with "
-                f"another recipe, {str(saved.fingerprint)[:12]}…. Give {SIDECAR} of that folder."
-            )
+        require_fingerprint(
+            recipe,
+            str(saved.fingerprint),
+            recipe_source=recipe_source,
+            trained=folder,
+            remedy=f"Give {SIDECAR} of that folder.",
+        )
         if folded and not saved.folded:
             raise InputError(f"{path}: is not folded. Go on with it as it is.")
         if saved.folded and not folded:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from mup_megatron.errors import InputError
 from mup_megatron.export.hugging_face import HuggingFaceModel, hugging_face_model
 from mup_megatron.export.shards import INDEX, SINGLE, TYPES
-from mup_megatron.export.weights import Stored
+from mup_megatron.export.weights import Stored, require_fingerprint
 from mup_megatron.json_io import read_json
 from mup_megatron.modules.marker import KEY, mark_of
 from mup_megatron.recipe import Recipe
@@ -112,11 +112,7 @@ def open_saved(path: Path, recipe: Recipe, *, recipe_source: str) -> HuggingFace
             f"{config}: does not say a recipe ({KEY}), so the model has no multipliers: it is exported already, or "
             "mup_megatron was not there when it was saved."
         )
-    if mark.fingerprint != recipe.fingerprint:
-        raise InputError(
-            f"{recipe_source}: its fingerprint is {recipe.fingerprint[:12]}…, and {folder} was trained with another "
-            f"recipe, {mark.fingerprint[:12]}…. Give that one."
-        )
+    require_fingerprint(recipe, mark.fingerprint, recipe_source=recipe_source, trained=folder, remedy="Give that one.")
     weights = SavedWeights(folder)
     return hugging_face_model(content, recipe, weights, source=str(config), described=str(folder), folder=folder)
 

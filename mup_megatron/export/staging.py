@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mup_megatron.errors import InputError
+from mup_megatron.files import sync
 
 
 def require_free(to: Path, checkpoint: Path | None) -> None:
@@ -52,12 +53,3 @@ def staged(to: Path, *, unchanged: str) -> Iterator[Path]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Brings a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

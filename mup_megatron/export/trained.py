@@ -14,7 +14,7 @@ from mup_megatron.export.distributed import StoredWeights
 from mup_megatron.export.folded_distributed import carries_optimizer, copy_beside, optimizer_told, write_folded
 from mup_megatron.export.folding import Folding, Rewritten, folding
 from mup_megatron.export.staging import require_free, staged
-from mup_megatron.export.weights import Source
+from mup_megatron.export.weights import Source, require_fingerprint
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan, Tensor
 from mup_megatron.training import checkpoint, identity, ranks, record
@@ -105,11 +105,13 @@ def _open(path: Path, recipe: Recipe, *, recipe_source: str, folded: bool = Fals
     run = identity.from_text(found.extras[record.RUN], source=str(inside / record.RUN), remedy=found.remedy)
     if not isinstance(run.get("fingerprint"), str):
         raise InputError(f"{inside / record.RUN}: says no recipe's fingerprint. {found.remedy}")
-    if run["fingerprint"] != recipe.fingerprint:
-        raise InputError(
-            f"{recipe_source}: its fingerprint is {recipe.fingerprint[:12]}…, and {found.folder} was trained with "
-            f"another recipe, {run['fingerprint'][:12]}…. Give {checkpoint.EXTRAS}/{record.RECIPE} of that folder."
-        )
+    require_fingerprint(
+        recipe,
+        run["fingerprint"],
+        recipe_source=recipe_source,
+        trained=found.folder,
+        remedy=f"Give {checkpoint.EXTRAS}/{record.RECIPE} of that folder.",
+    )
     model = model_file(run.get("model"), source=f"{inside / record.RUN}: model")
     plan = recipe.plan(model)
     record.require_same_plan(found.extras, recipe, plan, folder=inside, remedy=found.remedy)

@@ -17,6 +17,7 @@ from mup_megatron.architectures.names import is_of_mtp
 from mup_megatron.errors import InputError
 from mup_megatron.export.architectures.registry import choose, folds_for
 from mup_megatron.export.architectures.target import Piece, Target
+from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Fold, Plan, PlanEntry, Property
 
 
@@ -161,3 +162,20 @@ def _fits(shape: tuple[int, ...], entry: PlanEntry) -> bool:
     if entry.padded_to is None or len(shape) != len(entry.shape):
         return shape == entry.shape
     return shape[1:] == entry.shape[1:] and shape[0] >= entry.shape[0] - entry.padded_to + 1
+
+
+def require_fingerprint(recipe: Recipe, found: str, *, recipe_source: str, trained: Path, remedy: str) -> None:
+    """Raises InputError unless a checkpoint was trained with this recipe.
+
+    Args:
+        recipe: that is given.
+        found: the fingerprint of the one that it was trained with.
+        recipe_source: what the given one is called in messages.
+        trained: the checkpoint.
+        remedy: which one to give, as a sentence.
+    """
+    if found != recipe.fingerprint:
+        raise InputError(
+            f"{recipe_source}: its fingerprint is {recipe.fingerprint[:12]}…, and {trained} was trained with another "
+            f"recipe, {found[:12]}…. {remedy}"
+        )

@@ -19,7 +19,7 @@ from mup_megatron.checkpoint_recipe import SIDECAR
 from mup_megatron.deepspeed.checkpoints import CheckpointRecipe, recipe_of_checkpoint
 from mup_megatron.errors import InputError
 from mup_megatron.export.tags import MODEL_STATES
-from mup_megatron.export.weights import Stored
+from mup_megatron.export.weights import Stored, require_fingerprint
 from mup_megatron.recipe import Recipe
 from mup_megatron.unpickling import not_read, read_torch, torch_loads_only_tensors
 
@@ -62,11 +62,13 @@ def require_recipe(folder: Path, recipe: Recipe, recipe_source: str) -> Checkpoi
         )
     if found.recipe is None:
         raise InputError(f"{folder}: trained without a recipe, so that there is nothing to fold. {REMEDY}")
-    if found.recipe.fingerprint != recipe.fingerprint:
-        raise InputError(
-            f"{recipe_source}: its fingerprint is {recipe.fingerprint[:12]}…, and {folder} was trained with another "
-            f"recipe, {found.recipe.fingerprint[:12]}…. Give {SIDECAR} of that folder."
-        )
+    require_fingerprint(
+        recipe,
+        found.recipe.fingerprint,
+        recipe_source=recipe_source,
+        trained=folder,
+        remedy=f"Give {SIDECAR} of that folder.",
+    )
     return found
 
 

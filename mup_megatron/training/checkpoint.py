@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from mup_megatron.collectives import gathered, raise_together, raising_together
 from mup_megatron.errors import InputError
-from mup_megatron.files import read_text, require_ordinary, write_atomically
+from mup_megatron.files import read_text, require_ordinary, sync, write_atomically
 from mup_megatron.megatron import stored, versions
 from mup_megatron.megatron.optimizer import is_sharded, parts_of
 from mup_megatron.readback import read_json
@@ -168,18 +168,18 @@ def _publish(root: Path, staged: Path, iteration: int, digests: Mapping[str, Any
     try:
         (staged / MANIFEST).write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         for path in (staged / MANIFEST, staged / EXTRAS, staged):
-            _sync(path)
+            sync(path)
         if folder.exists():
             assert latest(root) != iteration  # the one that counts is never written again
             # Of a run that was killed before the tracker named it, or that went on from an earlier one.
             shutil.rmtree(folder)
         staged.rename(folder)
-        _sync(root)
+        sync(root)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise _not_written(root, iteration, error) from None
     write_atomically(root / TRACKER, str(iteration))
-    _sync(root)
+    sync(root)
 
 
 def _not_written(root: Path, iteration: int, error: BaseException) -> InputError:
@@ -228,7 +228,7 @@ def seal(root: Path, iteration: int) -> None:
     digests = {name: _digest(folder / name) for name in sorted(_files(folder))}
     (folder / MANIFEST).write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for path in (*(folder / name for name in (*digests, MANIFEST)), folder / EXTRAS, folder):
-        _sync(path)
+        sync(path)
     write_atomically(root / TRACKER, str(iteration))
 
 
@@ -388,11 +388,3 @@ def _my_share(names: list[str]) -> list[str]:
 def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         return {"size": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,13 +4,14 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fuzz_mutators import CANARY
 from support.processes import _rank_main, fork_server
 from support.shapes import gpt, recipe_for
 
@@ -65,6 +66,14 @@ class Finished(NamedTuple):
     code: int
     stdout: str
     stderr: str
+
+
+def assert_refused(found: Finished, words: Sequence[str], folder: Path) -> None:
+    """A command said no in a sentence with these words, and no code of a damaged file was run in the folder."""
+    assert (found.code, found.stdout) == (2, "")
+    assert [word for word in words if word not in found.stderr] == [], found.stderr
+    assert len(found.stderr) < 500
+    assert not (folder / CANARY).exists()
 
 
 def command_line(*words: str) -> Finished:

@@ -1,7 +1,11 @@
 """Learning rate × width on real text, four parametrizations side by side: if the best rate stays, and what it costs.
 
     python benchmarks/lr_width.py --published [-o results/lr_width]
+    python benchmarks/lr_width.py --like megatron-3058 | --like nanogpt-mup
     python benchmarks/lr_width.py [--shapes …] [--arms …] [--widths 64 128 256 512 1024] [--seeds 3] [--jobs 2]
+
+`--like` is the protocol of a sweep that others have published, on the proportional shape, eight times as narrow: its
+number of widths, its rates an octave apart, its seeds and its arms with ours beside them.
 
 Shapes of a GPT, each from a base of the first width on:
 
@@ -30,7 +34,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,6 +72,31 @@ PUBLISHED = {
 LEARNING_RATE = 2.0**-7
 OCTAVE = 2
 """Rates in one."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A sweep that others have published, in small."""
+
+    widths: tuple[int, ...]
+    octaves: tuple[int, int]
+    """The lowest and the highest rate as powers of 2."""
+    seeds: int
+    arms: tuple[str, ...]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Returns the rates, in half octaves from the middle."""
+        low, high = self.octaves
+        return tuple(OCTAVE * (octave - round(math.log2(LEARNING_RATE))) for octave in range(low, high + 1))
+
+
+PROTOCOLS = {
+    # Widths 128 to 2048 there.
+    "megatron-3058": Protocol((32, 64, 128, 256, 512), (-12, -4), 2, ("standard", "native", "ours")),
+    # Widths 256 to 2048 and twelve rates there.
+    "nanogpt-mup": Protocol((32, 64, 128, 256), (-13, -2), 3, ("standard", "microsoft", "ours")),
+}
 MOST = 10
 """Rates beyond the first ones, at one width."""
 TIMED = 4
@@ -124,6 +153,8 @@ class Settings:
     steps: int
     batch: int
     tuned: Recipe | None
+    grid: tuple[int, ...] = ()
+    """The rates at every width, in half octaves from the middle; empty: as many as it takes."""
 
 
 @dataclass
@@ -158,6 +189,7 @@ def main() -> None:
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), help="three or more")
     asked.add_argument("--published", action="store_true", help="widths that two cores train in three hours")
+    asked.add_argument("--like", choices=PROTOCOLS, help="a published sweep in small, whatever else is said")
     parser.add_argument("--seeds", type=int, default=3, help="two or more")
     parser.add_argument("--rates", type=int, default=5, help="learning rates at first, at each width")
     parser.add_argument("--steps", type=int, default=150)
@@ -170,6 +202,8 @@ def main() -> None:
     if len(set(arguments.widths)) < 3 or arguments.seeds < 2 or arguments.rates < 1:
         parser.error("three widths, two seeds and a rate at least")
     widths = dict.fromkeys(SHAPES, tuple(sorted(set(arguments.widths))))
+    like = None if arguments.like is None else PROTOCOLS[arguments.like]
+    shapes = arguments.shapes if like is None else ["proportional"]
     settings = Settings(
         widths=PUBLISHED if arguments.published else widths,
         arms=tuple(arm for arm in ARMS if arm in arguments.arms),
@@ -179,13 +213,16 @@ def main() -> None:
         batch=arguments.batch,
         tuned=None if arguments.recipe is None else load_recipe(arguments.recipe),
     )
+    if like is not None:
+        own = {"widths": {"proportional": like.widths}, "arms": like.arms, "seeds": like.seeds, "grid": like.grid}
+        settings = replace(settings, **own)
     arguments.output.mkdir(parents=True, exist_ok=True)
     from mup_megatron.training.data.embedded import embedded_data
 
     with forked_workers(arguments.jobs, arguments.output / "runs.log") as pool:
         platform = _platform()  # before the data, which Megatron writes
         runs = Runs(settings, KeptRuns(arguments.output / "runs.jsonl"), pool, embedded_data(), platform)
-        estimates = runs.estimates(arguments.shapes)
+        estimates = runs.estimates(shapes)
         print("\n".join(_estimate_lines(estimates, arguments.jobs)), flush=True)
         if arguments.estimate:
             return
@@ -242,7 +279,7 @@ class Runs:
         refused = {arm: row["refused"] for arms in measured for arm, row in arms.items() if "refused" in row}
         times = [row for arms in measured for arm, row in arms.items() if arm not in refused]
         # A rate more than at first, on average: the best is rarely in the middle at once.
-        of_each = s.seeds * (s.rates + 1)
+        of_each = s.seeds * (len(s.grid) or s.rates + 1)
         seconds = sum(row["seconds"] + (s.steps - TIMED) * row["seconds_a_step"] for row in times)
         return Estimate(of_each * len(times), of_each * seconds, refused)
 
@@ -254,10 +291,11 @@ class Runs:
         for width in s.widths[shape]:
             for arm in arms:
                 found.rows[arm][width] = {}
-            todo = {arm: self._first_rates(found.rows[arm]) for arm in arms}
+            todo = {arm: set(s.grid) or self._first_rates(found.rows[arm]) for arm in arms}
             while any(todo.values()):
                 self._train(shape, width, todo, found)
-                todo = {arm: _further(found.rows[arm][width], most=s.rates + MOST) for arm in arms}
+                most = len(s.grid) or s.rates + MOST
+                todo = {arm: _further(found.rows[arm][width], most=most) for arm in arms}
         return found
 
     def _first_rates(self, rows: Mapping[int, Mapping[tuple[int, int], Mapping[str, Any]]]) -> set[int]:

@@ -154,6 +154,16 @@ def test_rates_go_on_until_the_best_is_between_two_and_the_base_has_its_own(tmp_
     assert _rates(trained, "standard", 256) == [-8.5, -8.0, -7.5, -7.0, -6.5, -6.0]
 
 
+@pytest.mark.parametrize("name", lr_width.PROTOCOLS)
+def test_the_protocol_of_others_is_a_grid_at_every_width(name: str, tmp_path: Path) -> None:
+    protocol = lr_width.PROTOCOLS[name]
+    trained = Trained()
+    _sweep(tmp_path / "runs.jsonl", trained, seeds=1, grid=protocol.grid)
+    low, high = protocol.octaves
+    for width in SETTINGS.widths["proportional"]:
+        assert _rates(trained, "standard", width) == [*range(low, high + 1)]
+
+
 def test_what_is_finished_is_not_trained_again(tmp_path: Path) -> None:
     first, second, other = Trained(), Trained(), Trained()
     rows = _sweep(tmp_path / "runs.jsonl", first)

@@ -24,9 +24,12 @@ import torch
 from lr_width_table import tenths
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mup_megatron.architectures.bert import BERT
+from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import READOUT_WEIGHT
 from mup_megatron.architectures.plain.decoder import PlainDecoder
+from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.names import named_parameters
 from mup_megatron.recipe import Recipe
@@ -166,6 +169,8 @@ def _native(task: Task, dataset: Any) -> Trainee:
     except ImportError:
         raise Refusal("megatron-core has a μP of its own from 0.17 on") from None
     base, h, model, options = task.recipe.megatron_base, task.recipe.moved, task.model, task.options
+    if architecture_of(model) is BERT:
+        raise Refusal("Megatron's BertModel does not multiply its logits")
     try:
         config = configuration(
             model,
@@ -210,6 +215,8 @@ def _microsoft(task: Task, dataset: Any) -> Trainee:
     model, h = task.model, task.recipe.moved
     if task.recipe.parametrization.optimizer != "adam":
         raise Refusal(f"it has no rule for {task.recipe.parametrization.optimizer}")
+    if architecture_of(model) is not GPT:
+        raise Refusal("its model here is a GPT")
     if model.num_experts is not None:
         raise Refusal("a router's outputs do not grow, and it is no MuReadout")
     start = _standard(task, dataset).weights

@@ -7,7 +7,7 @@
 `--like` is the protocol of a sweep that others have published, on the proportional shape, eight times as narrow: its
 number of widths, its rates an octave apart, its seeds and its arms with ours beside them.
 
-Shapes of a GPT, each from a base of the first width on:
+Shapes of a GPT, and one of BERT, each from a base of the first width on:
 
     proportional    all widths grow
     ffn             the MLP stays 256 wide
@@ -17,6 +17,7 @@ Shapes of a GPT, each from a base of the first width on:
     experts         eight experts as wide as the stream, two of which see a token
     latent          latent attention with ranks of 32
     muon            proportional, stepped by Muon
+    bert            a BERT, three and four times as wide as its base, as base and large are of the 256 wide proxy of TP5
 
 Arms: `arms.py`. Each column is a basin: final losses over learning rates half an octave apart, until the best is not at
 an end, each on several seeds. All arms of a rate and seed are trained in one process on the same batches; at the base
@@ -56,7 +57,7 @@ from lr_width_table import (
     summary,
 )
 from many_runs import KeptRuns, basin_panels, counting, forked_workers
-from small_models import TUNED, dense, experts, latent
+from small_models import TUNED, bert, dense, experts, latent
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.transfer import at_rate
@@ -67,6 +68,7 @@ WIDTHS = (64, 128, 256, 512, 1024)
 PUBLISHED = {
     **dict.fromkeys(("proportional", "ffn"), (64, 128, 256, 512)),
     **dict.fromkeys(("groups", "heads", "deeper", "experts", "latent", "muon"), (64, 128, 256)),
+    "bert": (64, 192, 256),
 }
 """Shape → the widths that fit two cores and three hours."""
 LEARNING_RATE = 2.0**-7
@@ -138,6 +140,7 @@ SHAPES: dict[str, Shape] = {
     "experts": Shape(experts),
     "latent": Shape(partial(latent, rank=32)),
     "muon": Shape(dense, optimizer="muon"),
+    "bert": Shape(bert),
 }
 
 

@@ -4,8 +4,11 @@
     python benchmarks/lr_width.py --like megatron-3058 | --like nanogpt-mup
     python benchmarks/lr_width.py [--shapes …] [--arms …] [--widths 64 128 256 512 1024] [--seeds 3] [--jobs 2]
 
-`--like` is the protocol of a sweep that others have published, on the proportional shape, eight times as narrow: its
-number of widths, its rates an octave apart, its seeds and its arms with ours beside them.
+`--like` is the protocol of a sweep that others have published, on the proportional shape, at a fourth or an eighth of
+its widths: rates an octave apart, as many as there, its seeds, and its arms with ours beside them.
+
+Hyperparameters and schedule are those of `tables/lr_width/base.recipe.yaml`, unless `--recipe` says others. The search
+that found them, for the proportional shape at width 64, is in docs/results/lr_width.md.
 
 Shapes of a GPT, and one of BERT, each from a base of the first width on:
 
@@ -57,11 +60,11 @@ from lr_width_table import (
     summary,
 )
 from many_runs import KeptRuns, basin_panels, counting, forked_workers
-from small_models import TUNED, bert, dense, experts, latent
+from small_models import bert, dense, experts, latent
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.transfer import at_rate
-from mup_megatron.recipe import Hyperparameters, Parametrization, Recipe, Schedule, load_recipe
+from mup_megatron.recipe import Hyperparameters, Parametrization, Recipe, load_recipe
 
 ARMS = ("standard", "native", "microsoft", "ours")
 WIDTHS = (64, 128, 256, 512, 1024)
@@ -71,7 +74,7 @@ PUBLISHED = {
     "bert": (64, 192, 256),
 }
 """Shape → the widths that fit two cores and three hours."""
-LEARNING_RATE = 2.0**-7
+RECIPE = Path(__file__).parent / "tables" / "lr_width" / "base.recipe.yaml"
 OCTAVE = 2
 """Rates in one."""
 
@@ -82,22 +85,22 @@ class Protocol:
 
     widths: tuple[int, ...]
     octaves: tuple[int, int]
-    """The lowest and the highest rate as powers of 2."""
+    """From the recipe's learning rate to the lowest and to the highest."""
     seeds: int
     arms: tuple[str, ...]
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Returns the rates, in half octaves from the middle."""
+        """Returns the rates, in half octaves from the recipe's."""
         low, high = self.octaves
-        return tuple(OCTAVE * (octave - round(math.log2(LEARNING_RATE))) for octave in range(low, high + 1))
+        return tuple(OCTAVE * octave for octave in range(low, high + 1))
 
 
 PROTOCOLS = {
-    # Widths 128 to 2048 there.
-    "megatron-3058": Protocol((32, 64, 128, 256, 512), (-12, -4), 2, ("standard", "native", "ours")),
-    # Widths 256 to 2048 and twelve rates there.
-    "nanogpt-mup": Protocol((32, 64, 128, 256), (-13, -2), 3, ("standard", "microsoft", "ours")),
+    # Widths 128 to 2048 there, and rates an octave apart; one seed, of which nothing has an interval.
+    "megatron-3058": Protocol((32, 64, 128, 256, 512), (-5, 2), 2, ("standard", "native", "ours")),
+    # Widths 256 to 2048, twelve rates and three seeds there.
+    "nanogpt-mup": Protocol((32, 64, 128, 256), (-8, 3), 3, ("standard", "microsoft", "ours")),
 }
 MOST = 10
 """Rates beyond the first ones, at one width."""
@@ -115,15 +118,13 @@ class Shape:
     """Of the rule of depth, in ours."""
     optimizer: str = "adam"
 
-    def recipe(self, base: ModelFile, tuned: Recipe | None, rate: int) -> Recipe:
-        """Returns the recipe of a base; `rate` counts half octaves from the middle."""
-        middle = {"lr": LEARNING_RATE, "min_lr": LEARNING_RATE / 10, "weight_decay": 0.01}
+    def recipe(self, base: ModelFile, tuned: Recipe, rate: int) -> Recipe:
+        """Returns the recipe of a base; `rate` counts half octaves from the learning rate that was tuned."""
         mode = {"muon_scale_mode": "unit_rms_norm"} if self.optimizer == "muon" else {}
-        values = {**middle, **TUNED} if tuned is None else tuned.moved.model_dump()
         found = Recipe(
             base=base,
-            hyperparameters=Hyperparameters.model_validate({**values, **mode}),
-            schedule=Schedule(lr_decay_style="linear", lr_warmup_fraction=0.1) if tuned is None else tuned.schedule,
+            hyperparameters=Hyperparameters.model_validate({**tuned.moved.model_dump(), **mode}),
+            schedule=tuned.schedule,
             parametrization=Parametrization.model_validate(
                 {"optimizer": self.optimizer, "depth": None if self.alpha is None else {"alpha": self.alpha}}
             ),
@@ -155,9 +156,9 @@ class Settings:
     rates: int
     steps: int
     batch: int
-    tuned: Recipe | None
+    tuned: Recipe
     grid: tuple[int, ...] = ()
-    """The rates at every width, in half octaves from the middle; empty: as many as it takes."""
+    """The rates at every width, in half octaves from the recipe's; empty: as many as it takes."""
 
 
 @dataclass
@@ -196,8 +197,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="two or more")
     parser.add_argument("--rates", type=int, default=5, help="learning rates at first, at each width")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of 64 tokens")
-    parser.add_argument("--recipe", type=Path, help="whose hyperparameters and schedule the bases have")
+    parser.add_argument("--batch", type=int, default=16, help="sequences of 64 tokens")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="whose hyperparameters and schedule the bases have")
     parser.add_argument("--estimate", action="store_true", help="say how long it would take, and no more")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, default=Path("results/lr_width"))
@@ -214,7 +215,7 @@ def main() -> None:
         rates=arguments.rates,
         steps=arguments.steps,
         batch=arguments.batch,
-        tuned=None if arguments.recipe is None else load_recipe(arguments.recipe),
+        tuned=load_recipe(arguments.recipe),
     )
     if like is not None:
         own = {"widths": {"proportional": like.widths}, "arms": like.arms, "seeds": like.seeds, "grid": like.grid}

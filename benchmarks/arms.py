@@ -7,8 +7,9 @@
 
 All are trained on the same batches by the same schedule and clipping, those of Megatron in the same loop. Each draws
 its initial weights with its own rule, but from the same numbers: where two rules agree, so do the weights. `native`
-gets what its user can do for it: the base's head size, and a readout multiplier that is divided by the width ratio by
-hand, because one that is given takes the ratio's place.
+gets what its user can do for it: a softmax scale that follows the base's head size and an attention multiplier, which it
+has no name for, and a readout multiplier that is divided by the width ratio by hand, because one that is given takes the
+ratio's place.
 """
 
 import hashlib
@@ -33,6 +34,7 @@ from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.names import named_parameters
 from mup_megatron.recipe import Recipe
+from mup_megatron.theory.rules import softmax_scale
 from mup_megatron.training import ranks
 from mup_megatron.training.build import Built, build, configuration, drawn, schedule, trainable
 from mup_megatron.training.data.dataset import build_datasets, global_batch
@@ -171,6 +173,8 @@ def _native(task: Task, dataset: Any) -> Trainee:
     base, h, model, options = task.recipe.megatron_base, task.recipe.moved, task.model, task.options
     if architecture_of(model) is BERT:
         raise Refusal("Megatron's BertModel does not multiply its logits")
+    if model.multi_latent_attention and h.attention_multiplier != 1.0:
+        raise Refusal("Megatron's latent attention takes no softmax scale")
     try:
         config = configuration(
             model,
@@ -178,7 +182,9 @@ def _native(task: Task, dataset: Any) -> Trainee:
             options,
             use_mup=True,
             mup_base_hidden_size=base.hidden_size,
-            mup_base_head_dim=base.head_size,
+            softmax_scale=softmax_scale(
+                base_head_size=base.head_size, head_size=model.head_size, alpha=h.attention_multiplier
+            ),
             mup_embedding_mult=h.embedding_multiplier,
         )
     except (AssertionError, ValueError) as error:

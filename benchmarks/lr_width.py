@@ -48,6 +48,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from lr_width_table import (
     ARM,
+    EXACT,
+    EXACT_AT_POWERS_OF_2,
     Agreement,
     Basin,
     Summary,
@@ -402,7 +404,7 @@ def _told(found: Mapping[str, Found], settings: Settings, output: Path) -> list[
         lines = [f"- {line}" for line in agreement_lines(base, at_base, beyond)]
         print("\n".join(["", f"## {shape}", "", *markdown(summaries, runs.refused), "", *lines]), flush=True)
         (output / f"{shape}.png").write_bytes(_picture(basins, summaries))
-        problems += broken(shape, base, at_base)
+        problems += broken(shape, base, at_base, _exact(settings.tuned.moved))
         told[shape] = {
             "arms": {arm: {**summaries[arm].to_json(), "losses": _losses(own)} for arm, own in basins.items()},
             "refused": runs.refused,
@@ -411,6 +413,11 @@ def _told(found: Mapping[str, Found], settings: Settings, output: Path) -> list[
     content = json.dumps({**run, "shapes": told}, indent=1) + "\n"
     (output / "lr_width.json").write_text(content, encoding="utf-8")
     return problems
+
+
+def _exact(tuned: Hyperparameters) -> tuple[str, ...]:
+    multipliers = (tuned.embedding_multiplier, tuned.output_multiplier)
+    return EXACT_AT_POWERS_OF_2 if all(math.frexp(value)[0] == 0.5 for value in multipliers) else EXACT
 
 
 def _losses(basins: Mapping[int, Basin]) -> dict[int, dict[float, list[float | None]]]:

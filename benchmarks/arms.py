@@ -7,9 +7,9 @@
 
 All are trained on the same batches by the same schedule and clipping, those of Megatron in the same loop. Each draws
 its initial weights with its own rule, but from the same numbers: where two rules agree, so do the weights. `native`
-gets what its user can do for it: a softmax scale that follows the base's head size and an attention multiplier, which it
-has no name for, and a readout multiplier that is divided by the width ratio by hand, because one that is given takes the
-ratio's place.
+gets what its user can do for it: a softmax scale that follows the base's head size and an attention multiplier, for
+which it has no flag, and a readout multiplier that is divided by the width ratio by hand, because one that is given
+takes the ratio's place.
 """
 
 import hashlib

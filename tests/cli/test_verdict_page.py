@@ -5,10 +5,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from support.commands import Command
 
 from mup_megatron.architectures import load_model_file
-from mup_megatron.cli.main import main
 from mup_megatron.recipe import load_recipe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "verdict.md").read_text(encoding="utf-8")
@@ -30,24 +29,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _run(command: list[str]) -> Result:
-    result = CliRunner().invoke(main, command)
-    assert result.exit_code == 0, result.output
-    return result
+def _done(run: Command, command: list[str]) -> str:
+    """What a command prints, which has to succeed."""
+    answer = run(*command)
+    assert answer.code == 0, answer
+    return answer.out
 
 
-def test_they_lead_from_a_script_to_a_plan(folder: Path) -> None:
+def test_they_lead_from_a_script_to_a_plan(run: Command, folder: Path) -> None:
     assert [command[0] for command in COMMANDS] == ["model", "proxy", "recipe", "explain", "check"]
-    shown = [_run(command) for command in COMMANDS[:-1]][-1].stdout
+    shown = [_done(run, command) for command in COMMANDS[:-1]][-1]
     target, recipe = load_model_file(folder / "target.yaml"), load_recipe(folder / "gpt.recipe.yaml")
     assert (target.num_layers, target.hidden_size, target.vocab_size) == (24, 1024, 50257)
     assert recipe.megatron_base == load_model_file(folder / "proxy.yaml")
     assert "decoder.layers.0-23.mlp.linear_fc2.weight" in shown
 
 
-def test_the_recipe_has_what_the_line_says(folder: Path) -> None:
+def test_the_recipe_has_what_the_line_says(run: Command, folder: Path) -> None:
     for command in COMMANDS[:3]:
-        _run(command)
+        _done(run, command)
     words = _block("run.sh").replace(")", " ").split()
     said = {name: words[words.index(f"--{name.replace('_', '-')}") + 1] for name in _VALUES}
     recipe = load_recipe(folder / "gpt.recipe.yaml")
@@ -68,7 +68,7 @@ _VALUES = (
 
 
 @pytest.mark.slow
-def test_they_end_in_a_verdict(folder: Path) -> None:
+def test_they_end_in_a_verdict(run: Command, folder: Path) -> None:
     for command in COMMANDS[:-1]:
-        _run(command)
-    assert _run(COMMANDS[-1]).stdout.startswith("PASS target.yaml with gpt.recipe.yaml")
+        _done(run, command)
+    assert _done(run, COMMANDS[-1]).startswith("PASS target.yaml with gpt.recipe.yaml")

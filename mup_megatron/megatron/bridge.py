@@ -87,7 +87,7 @@ class Guard:
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """What a container asks for the overrides of the optimizer's groups, in place of its stock one."""
+    """Gives a container the overrides of the optimizer's groups, in place of its stock provider."""
 
     plan: Plan | None = None
     """None in a configuration that was read back: a plan is not written into it."""
@@ -108,7 +108,7 @@ class Overrides:
 
 
 def _applied(models: list[torch.nn.Module], *, plan: Plan) -> list[torch.nn.Module]:
-    """The model as Bridge has built it, made what the plan says. Collective."""
+    """Returns the model that Bridge has built, made what the plan says. Collective."""
     apply_plan(models, plan)
     return models
 

@@ -37,7 +37,12 @@ test-full: $(STAMP) ## the tests, the slow ones too
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow or not slow" $(PYTEST)
 
 coverage: $(STAMP) ## the tests, and which lines they run, those of the processes that they start too; pages in build/coverage
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term --cov-report=html $(PYTEST)
+	mkdir -p build
+	$(RUN)/coverage erase
+	OMP_NUM_THREADS=1 $(RUN)/coverage run -m pytest -n $(JOBS) --dist worksteal $(PYTEST)
+	$(RUN)/coverage combine --quiet
+	$(RUN)/coverage html --quiet
+	$(RUN)/coverage report
 
 lint: $(STAMP) ## style and types
 	$(RUN)/ruff check .

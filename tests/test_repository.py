@@ -4,6 +4,7 @@ import ast
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -352,6 +353,41 @@ def test_set_up_is_done_again_when_it_was_interrupted_or_is_out_of_date(tmp_path
     assert needs_setting_up(tmp_path, PYTHON=sys.executable), "built with another interpreter"
 
 
+@pytest.fixture
+def stub_venv(tmp_path: Path) -> Path:
+    """An environment that is out of date, whose Python and a uv beside it note what they are asked."""
+    venv = tmp_path / "venv"
+    script(venv / "bin" / "python", f'echo "python $*" >> "{tmp_path}/asked"; [ "$1" = -c ] && echo 3.12; exit 0')
+    script(tmp_path / "uv", f'echo "uv $*" >> "{tmp_path}/asked"; [ ! -e "{tmp_path}/refuses" ]')
+    (venv / ".complete").write_text(f"{BEHIND_THIS}\n", encoding="utf-8")
+    return venv
+
+
+def asked_in_set_up(venv: Path, uv: str) -> list[str]:
+    command = ["make", "setup", f"VENV={venv}", f"UV={uv}", f"PYTHON={sys.executable}", "--what-if=pyproject.toml"]
+    subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, check=True)
+    asked = (venv.parent / "asked").read_text(encoding="utf-8").splitlines()
+    assert (venv / ".complete").exists()
+    return [line for line in asked if not line.startswith("python -c")]
+
+
+PIP = "python -m pip install --disable-pip-version-check -c constraints/py3.12.txt "
+
+
+def test_set_up_is_done_by_uv_with_the_same_pins_and_by_pip_where_uv_cannot(stub_venv: Path, tmp_path: Path) -> None:
+    by_uv = asked_in_set_up(stub_venv, str(tmp_path / "uv"))
+    start = f"uv pip install --python {stub_venv}/bin/python -c constraints/py3.12.txt "
+    assert [line.removeprefix(start).split()[0] for line in by_uv] == ["-e", "--no-deps"]
+    (tmp_path / "asked").unlink()
+    (tmp_path / "refuses").touch()
+    uv, pip = asked_in_set_up(stub_venv, str(tmp_path / "uv"))[:2]
+    assert (uv.removeprefix(start), by_uv[0]) == (pip.removeprefix(PIP), uv)
+
+
+def test_set_up_is_done_by_pip_alone_where_that_is_asked_for(stub_venv: Path) -> None:
+    assert [line.removeprefix(PIP).split()[0] for line in asked_in_set_up(stub_venv, "")] == ["-e", "--no-deps"]
+
+
 SKIPS = {
     "test_kept.py": """
 import importlib.metadata
@@ -449,6 +485,11 @@ def test_a_row_of_a_table_has_a_cell_under_every_heading(path: Path) -> None:
         assert found == bars, line
 
 
+def test_the_page_of_versions_is_up_to_date() -> None:
+    page = runpy.run_path(str(ROOT / "tools" / "versions-page"))["page"]()
+    assert (ROOT / "docs" / "versions.md").read_text(encoding="utf-8") == page, "Run tools/versions-page."
+
+
 def test_what_is_cited_is_this_release() -> None:
     cited = read_yaml(ROOT / "CITATION.cff")
     assert {"cff-version", "message", "title", "authors"} <= set(cited), "what the format demands"
@@ -457,6 +498,9 @@ def test_what_is_cited_is_this_release() -> None:
         __version__,
         PYPROJECT["license"],
     )
+    newest = re.search(r"^## (\d\S*) - (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert newest is not None
+    assert (newest[1], newest[2]) == (__version__, str(cited["date-released"]))
 
 
 def test_benchmarks_are_imported_by_names_that_no_module_of_the_tests_has() -> None:

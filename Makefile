@@ -59,7 +59,7 @@ release-check: $(STAMP) ## the same, and the wheel installed from nothing: alone
 	$(RUN)/python tools/release-check
 
 clean: ## remove what make and the tools built; results/ stays
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find mup_megatron tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp names the interpreter and is written last, so an interrupted set-up is begun again from nothing. A complete

@@ -54,6 +54,7 @@ def serve(url: str, host: str, port: int, *, say: Callable[[str], None]) -> None
     _require_free(host, port)
     with open_storage(url, create=True) as storage, warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
+        _know_trials(storage)
         # Optuna numbers trials by reading and then writing, which two threads must not do at once on SQLite.
         threads = _OneAtATime(storage) if storage.excludes else None
         say(f"{storage.label} is served at grpc://{in_address(host)}:{port}")
@@ -66,6 +67,15 @@ def serve(url: str, host: str, port: int, *, say: Callable[[str], None]) -> None
                 raise InputError(
                     f"a server needs grpcio ({error}). Install it: pip install 'mup-megatron[grpc]'"
                 ) from None
+
+
+def _know_trials(storage: Storage) -> None:
+    """Has Optuna's cache read every trial: of one that it does not know, it sets no hyperparameter.
+
+    A search that was drawing some when the server before this one ended goes on with them.
+    """
+    for study in optuna.get_all_study_names(storage.backend):
+        storage.backend.get_all_trials(storage.backend.get_study_id_from_name(study), deepcopy=False)
 
 
 def _require_free(host: str, port: int) -> None:

@@ -148,6 +148,27 @@ def test_two_commands_that_make_a_study_of_one_name_with_other_settings_do_not_s
 # Away for a while
 
 
+def test_a_server_that_is_started_again_knows_the_trials_of_the_one_before(tmp_path: Path) -> None:
+    turn = multiprocessing.get_context("fork").Barrier(2)
+
+    with grpc_server(tmp_path) as server:
+
+        def draw() -> None:
+            with open_storage(server.url, create=True, patience=Patience(LIMIT_S)) as storage:
+                sampler = optuna.samplers.RandomSampler()  # does not read trials by itself
+                trial = optuna.create_study(storage=storage.backend, sampler=sampler).ask()
+                turn.wait(LIMIT_S)
+                turn.wait(LIMIT_S)
+                trial.suggest_float("lr", 1e-4, 1e-1, log=True)
+
+        search = in_process(draw)
+        turn.wait(LIMIT_S)
+        server.kill()
+        server.start()
+        turn.wait(LIMIT_S)
+        ended(search)
+
+
 def test_a_server_that_is_killed_and_started_again_is_waited_for_and_nothing_is_lost(tmp_path: Path) -> None:
     wanted = tmp_path / "wanted"
     os.mkfifo(wanted)

@@ -7,8 +7,9 @@
 
 All are trained on the same batches by the same schedule and clipping, those of Megatron in the same loop. Each draws
 its initial weights with its own rule, but from the same numbers: where two rules agree, so do the weights. `native`
-gets what its user can do for it: the base's head size, and a readout multiplier that is divided by the width ratio by
-hand, because one that is given takes the ratio's place.
+gets what its user can do for it: a softmax scale that follows the base's head size and an attention multiplier, for
+which it has no flag, and a readout multiplier that is divided by the width ratio by hand, because one that is given
+takes the ratio's place.
 """
 
 import hashlib
@@ -24,12 +25,16 @@ import torch
 from lr_width_table import tenths
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mup_megatron.architectures.bert import BERT
+from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.architectures.names import READOUT_WEIGHT
 from mup_megatron.architectures.plain.decoder import PlainDecoder
+from mup_megatron.architectures.registry import architecture_of
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.names import named_parameters
 from mup_megatron.recipe import Recipe
+from mup_megatron.theory.rules import softmax_scale
 from mup_megatron.training import ranks
 from mup_megatron.training.build import Built, build, configuration, drawn, schedule, trainable
 from mup_megatron.training.data.dataset import build_datasets, global_batch
@@ -166,6 +171,10 @@ def _native(task: Task, dataset: Any) -> Trainee:
     except ImportError:
         raise Refusal("megatron-core has a μP of its own from 0.17 on") from None
     base, h, model, options = task.recipe.megatron_base, task.recipe.moved, task.model, task.options
+    if architecture_of(model) is BERT:
+        raise Refusal("Megatron's BertModel does not multiply its logits")
+    if model.multi_latent_attention and h.attention_multiplier != 1.0:
+        raise Refusal("Megatron's latent attention takes no softmax scale")
     try:
         config = configuration(
             model,
@@ -173,7 +182,9 @@ def _native(task: Task, dataset: Any) -> Trainee:
             options,
             use_mup=True,
             mup_base_hidden_size=base.hidden_size,
-            mup_base_head_dim=base.head_size,
+            softmax_scale=softmax_scale(
+                base_head_size=base.head_size, head_size=model.head_size, alpha=h.attention_multiplier
+            ),
             mup_embedding_mult=h.embedding_multiplier,
         )
     except (AssertionError, ValueError) as error:
@@ -210,6 +221,8 @@ def _microsoft(task: Task, dataset: Any) -> Trainee:
     model, h = task.model, task.recipe.moved
     if task.recipe.parametrization.optimizer != "adam":
         raise Refusal(f"it has no rule for {task.recipe.parametrization.optimizer}")
+    if architecture_of(model) is not GPT:
+        raise Refusal("its model here is a GPT")
     if model.num_experts is not None:
         raise Refusal("a router's outputs do not grow, and it is no MuReadout")
     start = _standard(task, dataset).weights

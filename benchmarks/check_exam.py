@@ -24,7 +24,8 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -276,9 +277,8 @@ def _checked(job: Job, folder: Path) -> dict[str, Any]:
     from mup_megatron.check.verdict.comparison import findings
 
     setup = MISTAKES[job.name].wrong if job.part == "mistakes" else RIGHT[job.name].make()
-    if isinstance(setup, Modules):
-        _keep_references(setup.key)
-    verdict = setup.check(level=job.level, seed=job.seed, references=folder / "references")
+    with references_kept(setup.key) if isinstance(setup, Modules) else nullcontext():
+        verdict = setup.check(level=job.level, seed=job.seed, references=folder / "references")
     failed = [section for section in verdict.sections if section.outcome == "fail"]
     unsure = [section for section in verdict.sections if section.outcome == "no verdict"]
     found = [finding for section in verdict.sections for finding in section.findings] or findings(verdict.comparison)
@@ -296,8 +296,9 @@ def _checked(job: Job, folder: Path) -> dict[str, Any]:
     }
 
 
-def _keep_references(key: str) -> None:
-    """Lets checks of one model share their correct runs."""
+@contextmanager
+def references_kept(key: str) -> Iterator[None]:
+    """Lets checks of one model share their correct runs, within a process; `key` is that of their set-ups."""
     from mup_megatron.check.module_family import ModuleFamily
     from mup_megatron.recipe import Recipe
 
@@ -311,6 +312,10 @@ def _keep_references(key: str) -> None:
         return _KEPT[name]
 
     ModuleFamily._correct = kept  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ModuleFamily._correct = train  # type: ignore[method-assign]
 
 
 # ---- telling what came out -----------------------------------------------------------------------------------------

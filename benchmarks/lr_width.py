@@ -1,9 +1,16 @@
 """Learning rate × width on real text, four parametrizations side by side: if the best rate stays, and what it costs.
 
     python benchmarks/lr_width.py --published [-o results/lr_width]
+    python benchmarks/lr_width.py --like megatron-3058 | --like nanogpt-mup
     python benchmarks/lr_width.py [--shapes …] [--arms …] [--widths 64 128 256 512 1024] [--seeds 3] [--jobs 2]
 
-Shapes of a GPT, each from a base of the first width on:
+`--like` is the protocol of a sweep that others have published, on the proportional shape, at a fourth or an eighth of
+its widths: rates an octave apart, as many as there, its seeds, and its arms with ours beside them.
+
+Hyperparameters and schedule are those of `tables/lr_width/base.recipe.yaml`, unless `--recipe` says others. The search
+that found them, for the proportional shape at width 64, is in docs/results/lr_width.md.
+
+Shapes of a GPT, and one of BERT, each from a base of the first width on:
 
     proportional    all widths grow
     ffn             the MLP stays 256 wide
@@ -13,6 +20,7 @@ Shapes of a GPT, each from a base of the first width on:
     experts         eight experts as wide as the stream, two of which see a token
     latent          latent attention with ranks of 32
     muon            proportional, stepped by Muon
+    bert            a BERT, three and four times as wide as its base, as base and large are of the 256 wide proxy of TP5
 
 Arms: `arms.py`. Each column is a basin: final losses over learning rates half an octave apart, until the best is not at
 an end, each on several seeds. All arms of a rate and seed are trained in one process on the same batches; at the base
@@ -30,7 +38,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,6 +48,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from lr_width_table import (
     ARM,
+    EXACT,
+    EXACT_AT_POWERS_OF_2,
     Agreement,
     Basin,
     Summary,
@@ -52,22 +62,48 @@ from lr_width_table import (
     summary,
 )
 from many_runs import KeptRuns, basin_panels, counting, forked_workers
-from small_models import TUNED, dense, experts, latent
+from small_models import bert, dense, experts, latent
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.transfer import at_rate
-from mup_megatron.recipe import Hyperparameters, Parametrization, Recipe, Schedule, load_recipe
+from mup_megatron.recipe import Hyperparameters, Parametrization, Recipe, load_recipe
 
 ARMS = ("standard", "native", "microsoft", "ours")
 WIDTHS = (64, 128, 256, 512, 1024)
 PUBLISHED = {
     **dict.fromkeys(("proportional", "ffn"), (64, 128, 256, 512)),
     **dict.fromkeys(("groups", "heads", "deeper", "experts", "latent", "muon"), (64, 128, 256)),
+    "bert": (64, 192, 256),
 }
 """Shape → the widths that fit two cores and three hours."""
-LEARNING_RATE = 2.0**-7
+RECIPE = Path(__file__).parent / "tables" / "lr_width" / "base.recipe.yaml"
 OCTAVE = 2
 """Rates in one."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A sweep that others have published, in small."""
+
+    widths: tuple[int, ...]
+    octaves: tuple[int, int]
+    """From the recipe's learning rate to the lowest and to the highest."""
+    seeds: int
+    arms: tuple[str, ...]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Returns the rates, in half octaves from the recipe's."""
+        low, high = self.octaves
+        return tuple(OCTAVE * octave for octave in range(low, high + 1))
+
+
+PROTOCOLS = {
+    # Widths 128 to 2048 there, and rates an octave apart; one seed, of which nothing has an interval.
+    "megatron-3058": Protocol((32, 64, 128, 256, 512), (-5, 2), 2, ("standard", "native", "ours")),
+    # Widths 256 to 2048, twelve rates and three seeds there.
+    "nanogpt-mup": Protocol((32, 64, 128, 256), (-8, 3), 3, ("standard", "microsoft", "ours")),
+}
 MOST = 10
 """Rates beyond the first ones, at one width."""
 TIMED = 4
@@ -84,15 +120,13 @@ class Shape:
     """Of the rule of depth, in ours."""
     optimizer: str = "adam"
 
-    def recipe(self, base: ModelFile, tuned: Recipe | None, rate: int) -> Recipe:
-        """Returns the recipe of a base; `rate` counts half octaves from the middle."""
-        middle = {"lr": LEARNING_RATE, "min_lr": LEARNING_RATE / 10, "weight_decay": 0.01}
+    def recipe(self, base: ModelFile, tuned: Recipe, rate: int) -> Recipe:
+        """Returns the recipe of a base; `rate` counts half octaves from the learning rate that was tuned."""
         mode = {"muon_scale_mode": "unit_rms_norm"} if self.optimizer == "muon" else {}
-        values = {**middle, **TUNED} if tuned is None else tuned.moved.model_dump()
         found = Recipe(
             base=base,
-            hyperparameters=Hyperparameters.model_validate({**values, **mode}),
-            schedule=Schedule(lr_decay_style="linear", lr_warmup_fraction=0.1) if tuned is None else tuned.schedule,
+            hyperparameters=Hyperparameters.model_validate({**tuned.moved.model_dump(), **mode}),
+            schedule=tuned.schedule,
             parametrization=Parametrization.model_validate(
                 {"optimizer": self.optimizer, "depth": None if self.alpha is None else {"alpha": self.alpha}}
             ),
@@ -109,6 +143,7 @@ SHAPES: dict[str, Shape] = {
     "experts": Shape(experts),
     "latent": Shape(partial(latent, rank=32)),
     "muon": Shape(dense, optimizer="muon"),
+    "bert": Shape(bert),
 }
 
 
@@ -123,7 +158,9 @@ class Settings:
     rates: int
     steps: int
     batch: int
-    tuned: Recipe | None
+    tuned: Recipe
+    grid: tuple[int, ...] = ()
+    """The rates at every width, in half octaves from the recipe's; empty: as many as it takes."""
 
 
 @dataclass
@@ -158,11 +195,12 @@ def main() -> None:
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), help="three or more")
     asked.add_argument("--published", action="store_true", help="widths that two cores train in three hours")
+    asked.add_argument("--like", choices=PROTOCOLS, help="a published sweep in small, whatever else is said")
     parser.add_argument("--seeds", type=int, default=3, help="two or more")
     parser.add_argument("--rates", type=int, default=5, help="learning rates at first, at each width")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of 64 tokens")
-    parser.add_argument("--recipe", type=Path, help="whose hyperparameters and schedule the bases have")
+    parser.add_argument("--batch", type=int, default=16, help="sequences of 64 tokens")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="whose hyperparameters and schedule the bases have")
     parser.add_argument("--estimate", action="store_true", help="say how long it would take, and no more")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, default=Path("results/lr_width"))
@@ -170,6 +208,8 @@ def main() -> None:
     if len(set(arguments.widths)) < 3 or arguments.seeds < 2 or arguments.rates < 1:
         parser.error("three widths, two seeds and a rate at least")
     widths = dict.fromkeys(SHAPES, tuple(sorted(set(arguments.widths))))
+    like = None if arguments.like is None else PROTOCOLS[arguments.like]
+    shapes = arguments.shapes if like is None else ["proportional"]
     settings = Settings(
         widths=PUBLISHED if arguments.published else widths,
         arms=tuple(arm for arm in ARMS if arm in arguments.arms),
@@ -177,15 +217,18 @@ def main() -> None:
         rates=arguments.rates,
         steps=arguments.steps,
         batch=arguments.batch,
-        tuned=None if arguments.recipe is None else load_recipe(arguments.recipe),
+        tuned=load_recipe(arguments.recipe),
     )
+    if like is not None:
+        own = {"widths": {"proportional": like.widths}, "arms": like.arms, "seeds": like.seeds, "grid": like.grid}
+        settings = replace(settings, **own)
     arguments.output.mkdir(parents=True, exist_ok=True)
     from mup_megatron.training.data.embedded import embedded_data
 
     with forked_workers(arguments.jobs, arguments.output / "runs.log") as pool:
         platform = _platform()  # before the data, which Megatron writes
         runs = Runs(settings, KeptRuns(arguments.output / "runs.jsonl"), pool, embedded_data(), platform)
-        estimates = runs.estimates(arguments.shapes)
+        estimates = runs.estimates(shapes)
         print("\n".join(_estimate_lines(estimates, arguments.jobs)), flush=True)
         if arguments.estimate:
             return
@@ -242,7 +285,7 @@ class Runs:
         refused = {arm: row["refused"] for arms in measured for arm, row in arms.items() if "refused" in row}
         times = [row for arms in measured for arm, row in arms.items() if arm not in refused]
         # A rate more than at first, on average: the best is rarely in the middle at once.
-        of_each = s.seeds * (s.rates + 1)
+        of_each = s.seeds * (len(s.grid) or s.rates + 1)
         seconds = sum(row["seconds"] + (s.steps - TIMED) * row["seconds_a_step"] for row in times)
         return Estimate(of_each * len(times), of_each * seconds, refused)
 
@@ -254,10 +297,11 @@ class Runs:
         for width in s.widths[shape]:
             for arm in arms:
                 found.rows[arm][width] = {}
-            todo = {arm: self._first_rates(found.rows[arm]) for arm in arms}
+            todo = {arm: set(s.grid) or self._first_rates(found.rows[arm]) for arm in arms}
             while any(todo.values()):
                 self._train(shape, width, todo, found)
-                todo = {arm: _further(found.rows[arm][width], most=s.rates + MOST) for arm in arms}
+                most = len(s.grid) or s.rates + MOST
+                todo = {arm: _further(found.rows[arm][width], most=most) for arm in arms}
         return found
 
     def _first_rates(self, rows: Mapping[int, Mapping[tuple[int, int], Mapping[str, Any]]]) -> set[int]:
@@ -360,7 +404,7 @@ def _told(found: Mapping[str, Found], settings: Settings, output: Path) -> list[
         lines = [f"- {line}" for line in agreement_lines(base, at_base, beyond)]
         print("\n".join(["", f"## {shape}", "", *markdown(summaries, runs.refused), "", *lines]), flush=True)
         (output / f"{shape}.png").write_bytes(_picture(basins, summaries))
-        problems += broken(shape, base, at_base)
+        problems += broken(shape, base, at_base, _exact(settings.tuned.moved))
         told[shape] = {
             "arms": {arm: {**summaries[arm].to_json(), "losses": _losses(own)} for arm, own in basins.items()},
             "refused": runs.refused,
@@ -369,6 +413,11 @@ def _told(found: Mapping[str, Found], settings: Settings, output: Path) -> list[
     content = json.dumps({**run, "shapes": told}, indent=1) + "\n"
     (output / "lr_width.json").write_text(content, encoding="utf-8")
     return problems
+
+
+def _exact(tuned: Hyperparameters) -> tuple[str, ...]:
+    multipliers = (tuned.embedding_multiplier, tuned.output_multiplier)
+    return EXACT_AT_POWERS_OF_2 if all(math.frexp(value)[0] == 0.5 for value in multipliers) else EXACT
 
 
 def _losses(basins: Mapping[int, Basin]) -> dict[int, dict[float, list[float | None]]]:

@@ -16,8 +16,10 @@ Basin = Mapping[float, Sequence[Curve]]
 TENTHS = 10
 ARM = "ours"
 """With whose runs those of the others are compared."""
-EXACT = ("standard", "native")
-"""Arms that give its digits at the base; another library's kernels round otherwise."""
+EXACT = ("standard",)
+"""Arms that give its digits at the base, whatever the recipe; another library's kernels round otherwise."""
+EXACT_AT_POWERS_OF_2 = (*EXACT, "native")
+"""Those that do so if multipliers are powers of 2: other products are rounded, and Megatron multiplies elsewhere."""
 
 
 def tenths(losses: Sequence[float]) -> list[float]:
@@ -190,13 +192,13 @@ def agreement_lines(base: int, at_base: Mapping[str, Agreement], beyond: Mapping
     return lines
 
 
-def broken(shape: str, base: int, at_base: Mapping[str, Agreement]) -> list[str]:
-    """Returns where arms do not agree at the base that have to: all begin alike, those of Megatron give all digits."""
+def broken(shape: str, base: int, at_base: Mapping[str, Agreement], exact: Sequence[str]) -> list[str]:
+    """Returns where arms do not agree at the base that have to: all begin alike, `exact` ones give all digits."""
     problems = [f"{shape}: {arm} begins with other weights at {base}" for arm, a in at_base.items() if not a.same_start]
     return problems + [
         f"{shape}: {arm} gives other digits at {base}"
         for arm, a in at_base.items()
-        if arm in EXACT and not a.same_digits
+        if arm in exact and not a.same_digits
     ]
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mup_megatron.architectures.bert import BertFile
 from mup_megatron.architectures.model_file import ModelFile
 
 TUNED = {"init_method_std": 0.06, "embedding_multiplier": 4.0, "output_multiplier": 4.0}
@@ -46,6 +47,12 @@ def latent(width: int, *, rank: int) -> ModelFile:
 def dense(width: int, **own: Any) -> ModelFile:
     """Returns a GPT; `own` are keys that differ from what follows from its width."""
     return ModelFile(**{**GPT, "hidden_size": width, "num_attention_heads": width // HEAD_SIZE, **own})
+
+
+def bert(width: int) -> ModelFile:
+    """Returns a BERT, whose output layer is tied and whose second head tells whether a text goes on."""
+    shape = {key: GPT[key] for key in ("num_layers", "vocab_size", "seq_length", "transformer_impl")}
+    return BertFile(architecture="bert", **shape, hidden_size=width, num_attention_heads=width // HEAD_SIZE)
 
 
 def deep(layers: int) -> ModelFile:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from exam import models
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.family.stress import stressed
-from mup_megatron.check.measure.levels import Level
+from mup_megatron.check.measure.levels import SEEDS, Level
 from mup_megatron.check.mutants import Mutant
 from mup_megatron.check.run_modules import check_modules
 from mup_megatron.check.subjects.modules import ModuleTrainee
@@ -63,7 +63,9 @@ class Modules:
         content = {"base": base, "hyperparameters": {**self.hyperparameters}, **self.content}
         return Recipe.model_validate(content)
 
-    def check(self, *, level: str, seed: int, references: Path) -> Verdict:
+    def check(
+        self, *, level: str, seed: int, references: Path, seeds: int = SEEDS, processes: int | None = None
+    ) -> Verdict:
         """The verdict."""
         return check_modules(
             self.factory,
@@ -74,7 +76,9 @@ class Modules:
             prepare=self.prepare,
             schedule=self.schedule,
             level=Level(level),
+            seeds=seeds,
             first_seed=seed,
+            processes=processes,
         )
 
     def trained(self, folder: Path) -> dict[str, Tensor]:
@@ -132,7 +136,9 @@ class Megatron:
     widths: Sequence[int] | None = (32, 64, 128)
     mutant: Mutant | None = None
 
-    def check(self, *, level: str, seed: int, references: Path) -> Verdict:
+    def check(
+        self, *, level: str, seed: int, references: Path, seeds: int = SEEDS, processes: int | None = None
+    ) -> Verdict:
         """The verdict."""
         from mup_megatron.check.run_megatron import check_megatron
 
@@ -141,7 +147,9 @@ class Megatron:
             self.recipe,
             widths=self.widths,
             level=Level(level),
+            seeds=seeds,
             first_seed=seed,
+            processes=processes,
             mutant=self.mutant,
             references=references,
         )
@@ -165,11 +173,21 @@ class Configuration:
     recipe: Recipe
     widths: Sequence[int] | None = (32, 64, 128)
 
-    def check(self, *, level: str, seed: int, references: Path) -> Verdict:
+    def check(
+        self, *, level: str, seed: int, references: Path, seeds: int = SEEDS, processes: int | None = None
+    ) -> Verdict:
         """The verdict."""
         from mup_megatron.check.run_huggingface import check_hugging_face
 
-        return check_hugging_face(self.config, self.recipe, widths=self.widths, level=Level(level), first_seed=seed)
+        return check_hugging_face(
+            self.config,
+            self.recipe,
+            widths=self.widths,
+            level=Level(level),
+            seeds=seeds,
+            first_seed=seed,
+            processes=processes,
+        )
 
 
 Setup = Modules | Megatron | Configuration

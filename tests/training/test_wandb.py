@@ -7,6 +7,7 @@ import pytest
 from support.processes import run_ranks
 from support.training_runs import RECIPE, make_text, options, target
 from support.wandb_files import read_back
+from support.watching_page import names, require_same
 
 from mup_megatron.training.options import TrainingOptions
 from mup_megatron.training.train import run_training
@@ -32,5 +33,9 @@ def test_an_offline_run_holds_recipe_fingerprint_and_learning_rates(tmp_path: Pa
     assert history["lr/hidden"] == pytest.approx({n: lr / 2 for n, lr in linear.items()}, rel=1e-12)
     assert set(history["validation_loss"]) == {8, 12}
 
-    lines = (tmp_path / "out" / "metrics.csv").read_text().splitlines()[1:]
+    titles, *lines = (tmp_path / "out" / "metrics.csv").read_text().splitlines()
     assert history["loss"] == {n: float(lines[n - 1].split(",")[1]) for n in (4, 8, 12)}
+
+    # docs/watching.md has every name, and no other
+    require_same(names("train"), {name for name in history if not name.startswith("_")})
+    assert [name for name in names("train", "column of metrics.csv") if name] == titles.split(",")[1:]

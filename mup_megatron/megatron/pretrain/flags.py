@@ -193,7 +193,7 @@ def take_over(values: argparse.Namespace, given: frozenset[str], options: Option
     if (split := known.split_problem(_said(recipe, values, given), ranks)) is not None:
         raise InputError(split)
     conflicts = []
-    for setting in _settings(recipe, values):
+    for setting in settings(recipe, values):
         current = getattr(values, setting.dest, setting.value)
         if current == setting.value:
             continue
@@ -223,7 +223,7 @@ def _said(recipe: Recipe, values: argparse.Namespace, given: frozenset[str]) -> 
 
 def owned(recipe: Recipe, values: argparse.Namespace) -> frozenset[str]:
     """Returns the arguments of Megatron's that a recipe decides."""
-    return frozenset(setting.dest for setting in _settings(recipe, values))
+    return frozenset(setting.dest for setting in settings(recipe, values))
 
 
 def require_horizon(recipe: Recipe, values: argparse.Namespace) -> None:
@@ -270,7 +270,9 @@ def _refuse(values: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Setting:
+class Setting:
+    """One of Megatron's arguments as a recipe has it."""
+
     dest: str
     value: Any
     means: str
@@ -278,11 +280,13 @@ class _Setting:
     """How far off a given value may be and still mean the same: flags take whole numbers."""
 
     def agrees(self, current: Any) -> bool:
+        """Returns whether a value that was given means the same."""
         numbers = isinstance(current, int | float) and isinstance(self.value, int | float)
         return numbers and abs(current - self.value) <= self.within
 
 
-def _settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
+def settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[Setting]:
+    """Yields what a recipe says of a run, for the arguments that it has; `values` give its length and how it counts."""
     h = recipe.moved
     taken: dict[str, Any] = {
         "optimizer": recipe.parametrization.optimizer,
@@ -299,7 +303,7 @@ def _settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
         says = f"{value:g}" if isinstance(value, float) else str(value)
         if recipe.horizon is not None and tuned.get(dest, value) != value:
             says += f", to which horizon's {recipe.horizon.rule} has moved {tuned[dest]:g} already"
-        yield _Setting(dest, value, says)
+        yield Setting(dest, value, says)
     yield from _schedule(recipe, values)
     decoupled = any(MEGATRON_OPTIMIZERS[name].decoupled_weight_decay for name in recipe.optimizers)
     # Each of these would give some parameters another value than the plan does.
@@ -316,17 +320,17 @@ def _settings(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
         ("decoupled_weight_decay", True, "AdamW's weight decay"),
     ):
         if hasattr(values, dest) and (decoupled or dest != "decoupled_weight_decay"):
-            yield _Setting(dest, value, means)
+            yield Setting(dest, value, means)
 
 
-def _schedule(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
+def _schedule(recipe: Recipe, values: argparse.Namespace) -> Iterator[Setting]:
     """Yields the recipe's fractions of the run, in iterations, or in samples where the run is counted in samples."""
     s = recipe.schedule
     unit = "samples" if getattr(values, "train_samples", None) else "iters"
     run = getattr(values, f"train_{unit}", None)
     if not run:
         raise InputError("--train-iters: missing, so the length of the recipe's schedule is not known. Give it.")
-    yield _Setting("lr_decay_style", s.lr_decay_style, s.lr_decay_style)
+    yield Setting("lr_decay_style", s.lr_decay_style, s.lr_decay_style)
     decay = _whole(s.lr_decay_fraction * run)
     warmup = _whole(s.lr_warmup_fraction * run)
     says = f"lr_warmup_fraction {s.lr_warmup_fraction:g} of the run"
@@ -334,18 +338,18 @@ def _schedule(recipe: Recipe, values: argparse.Namespace) -> Iterator[_Setting]:
     counted = getattr(values, f"lr_warmup_{unit}", 0)
     as_counted = warmup if counted and abs(counted - warmup) <= _ROUNDED else 0
     fraction = s.lr_warmup_fraction / s.lr_decay_fraction if warmup and not as_counted else None
-    yield _Setting("lr_warmup_fraction", fraction, says, within=_ROUNDED / decay)
+    yield Setting("lr_warmup_fraction", fraction, says, within=_ROUNDED / decay)
     for u in ("iters", "samples"):
-        yield _Setting(f"lr_warmup_{u}", as_counted if u == unit else 0, says, within=_ROUNDED if as_counted else 0.0)
+        yield Setting(f"lr_warmup_{u}", as_counted if u == unit else 0, says, within=_ROUNDED if as_counted else 0.0)
     # Megatron's own default is the whole run.
     default = getattr(values, f"lr_decay_{unit}", None) is None and decay == run
     says = f"lr_decay_fraction {s.lr_decay_fraction:g} of the run"
-    yield _Setting(f"lr_decay_{unit}", None if default else decay, says, within=_ROUNDED)
+    yield Setting(f"lr_decay_{unit}", None if default else decay, says, within=_ROUNDED)
     if s.lr_decay_style == "WSD":
         final = _whole(s.lr_wsd_decay_fraction * run)
         says = f"lr_wsd_decay_fraction {s.lr_wsd_decay_fraction:g} of the run"
-        yield _Setting(f"lr_wsd_decay_{unit}", final, says, within=_ROUNDED)
-        yield _Setting("lr_wsd_decay_style", s.lr_wsd_decay_style, s.lr_wsd_decay_style)
+        yield Setting(f"lr_wsd_decay_{unit}", final, says, within=_ROUNDED)
+        yield Setting("lr_wsd_decay_style", s.lr_wsd_decay_style, s.lr_wsd_decay_style)
 
 
 _ROUNDED = 0.5

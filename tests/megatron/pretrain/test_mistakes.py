@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.lm_recipes import a_recipe, line, recipe_file
 from support.lm_runs import SCRIPT, Finished, run_script
+from support.watching_page import PAGE
 
 from mup_megatron import messages
 from mup_megatron.errors import InputError
@@ -127,6 +128,16 @@ def test_the_script_without_a_mistake_trains(run: Run) -> None:
 )
 def test_a_mistake_in_the_script_is_stopped(run: Run, mistake: str, pattern: str) -> None:
     require_stopped(run(line(), mistake=mistake), pattern)
+
+
+def test_the_page_on_watching_quotes_what_is_said(run: Run) -> None:
+    finished = run(line(), mistake="scheduler_that_flattens_later")
+    said = [re.sub(r"recipe /\S+/", "recipe ", text) for text in (finished.out[0], finished.err[0])]
+    quoted = [
+        block.strip("\n") for block in re.findall(r"```text\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    ]
+    assert len(quoted) == 2
+    assert all(any(block in text for text in said) for block in quoted)
 
 
 def test_defaults_of_the_script_do_not_come_between(run: Run) -> None:

@@ -7,6 +7,7 @@ import pytest
 from support.lm_recipes import a_recipe, line, recipe_file
 from support.lm_runs import SCRIPT, run_script
 from support.wandb_files import read_back
+from support.watching_page import names, require_same
 
 pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megatron.training in its wheel")
 LAYERS = ["embedding", "layer_000", "layer_001", "final_layernorm", "output_layer"]
@@ -48,6 +49,10 @@ def test_each_layers_size_is_logged_when_it_was_asked_for(one_process: dict[str,
     assert sizes["embedding"][2] == pytest.approx(3.0 * 0.05 * 2**0.5, rel=0.1)  # two tables, α_in · σ each
 
 
+def test_the_page_on_watching_has_every_name_and_no_other(one_process: dict[str, dict[int, float]]) -> None:
+    require_same(names("Megatron-LM"), set(one_process))
+
+
 @pytest.mark.parametrize(
     "layout", [{"tensor_model_parallel_size": 2, "sequence_parallel": True}, {"pipeline_model_parallel_size": 2}]
 )
@@ -73,3 +78,4 @@ def test_the_recipe_is_in_the_configuration_at_wandb(tmp_path: Path) -> None:
     assert config["mup_fingerprint"] == a_recipe().fingerprint
     assert json.loads(config["mup_recipe_content"])["hyperparameters"]["lr"] == 1e-3
     assert history["mup/lr/hidden"] == pytest.approx({1: 0.25e-3, 2: 0.25e-3})
+    assert history["learning-rate"] == pytest.approx(history["mup/lr/input"])  # the base's

@@ -175,10 +175,12 @@ def taken(browser: str, output: Path, picture: Path) -> None:
         picture: the file.
     """
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "runs").mkdir()
         for run in (NARROW, RIGHT, UNSCALED):
-            (Path(folder) / run.called).symlink_to(output / run.key / "board", target_is_directory=True)
+            (Path(folder) / "runs" / run.called).symlink_to(output / run.key / "board", target_is_directory=True)
         board = subprocess.Popen(
-            [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--host", "127.0.0.1", "--port", "0"],
+            [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--host", "127.0.0.1", "--port", "0"],
+            cwd=folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

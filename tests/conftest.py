@@ -1,5 +1,6 @@
 """Which tests run with every supported megatron-core, and why CI takes a skipped test for a failed one."""
 
+import functools
 import importlib.metadata
 import os
 import re
@@ -26,9 +27,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    of_adapters = functools.cache(_is_of_adapters)  # thousands of tests are in a few hundred files
     for item in items:
-        if TESTS in item.path.parents and item.path.relative_to(TESTS).parts[0] in ADAPTER_FOLDERS:
+        if of_adapters(item.path):
             item.add_marker(pytest.mark.adapter)
+
+
+def _is_of_adapters(path: Path) -> bool:
+    return TESTS in path.parents and path.relative_to(TESTS).parts[0] in ADAPTER_FOLDERS
 
 
 def pytest_configure() -> None:

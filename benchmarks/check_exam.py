@@ -272,13 +272,12 @@ def _changed(job: Job, folder: Path) -> dict[str, Any]:
 def _checked(job: Job, folder: Path) -> dict[str, Any]:
     from exam.mistakes import MISTAKES
     from exam.right import RIGHT
-    from exam.setups import Modules
+    from exam.setups import Extent
 
     from mup_megatron.check.verdict.comparison import findings
 
     setup = MISTAKES[job.name].wrong if job.part == "mistakes" else RIGHT[job.name].make()
-    with references_kept(setup.key) if isinstance(setup, Modules) else nullcontext():
-        verdict = setup.check(level=job.level, seed=job.seed, references=folder / "references")
+    verdict = verdict_on(setup, Extent(level=job.level, seed=job.seed), folder / "references")
     failed = [section for section in verdict.sections if section.outcome == "fail"]
     unsure = [section for section in verdict.sections if section.outcome == "no verdict"]
     found = [finding for section in verdict.sections for finding in section.findings] or findings(verdict.comparison)
@@ -296,9 +295,22 @@ def _checked(job: Job, folder: Path) -> dict[str, Any]:
     }
 
 
+def verdict_on(setup: Any, extent: Any, references: Path) -> Any:
+    """Returns the verdict on a set-up; those of one model share their correct runs.
+
+    Args:
+        setup: an `exam.setups.Setup`.
+        extent: an `exam.setups.Extent`.
+        references: the folder of correct runs of model files. Those of modules are kept within this process.
+    """
+    from exam.setups import Modules
+
+    with _references_kept(setup.key) if isinstance(setup, Modules) else nullcontext():
+        return setup.check(extent, references=references)
+
+
 @contextmanager
-def references_kept(key: str) -> Iterator[None]:
-    """Lets checks of one model share their correct runs, within a process; `key` is that of their set-ups."""
+def _references_kept(key: str) -> Iterator[None]:
     from mup_megatron.check.module_family import ModuleFamily
     from mup_megatron.recipe import Recipe
 

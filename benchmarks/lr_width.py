@@ -75,7 +75,7 @@ PUBLISHED = {
     **dict.fromkeys(("groups", "heads", "deeper", "experts", "latent", "muon"), (64, 128, 256)),
     "bert": (64, 192, 256),
 }
-"""Shape → the widths that fit two cores and three hours."""
+"""Shape → the widths of the published table."""
 RECIPE = Path(__file__).parent / "tables" / "lr_width" / "base.recipe.yaml"
 OCTAVE = 2
 """Rates in one."""
@@ -194,7 +194,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), help="three or more")
-    asked.add_argument("--published", action="store_true", help="widths that two cores train in three hours")
+    asked.add_argument(
+        "--published", action="store_true", help="the widths of the published table: --estimate says how long"
+    )
     asked.add_argument("--like", choices=PROTOCOLS, help="a published sweep in small, whatever else is said")
     parser.add_argument("--seeds", type=int, default=3, help="two or more")
     parser.add_argument("--rates", type=int, default=5, help="learning rates at first, at each width")

@@ -16,7 +16,6 @@ import math
 import os
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -272,19 +271,18 @@ def _found_right(entry: Entry, output: Path) -> dict[str, Any]:
     kept = KeptRuns(output / "checks.jsonl")
     row = kept.found(_key_of_right(entry))
     if row is None:
-        verdict = _verdict(entry, entry.right(), check_exam.LEVELS[0], output)
+        verdict = _verdict(entry.right(), check_exam.LEVELS[0], output)
         sizes = [[key.quantity.value, key.name, key.step, values] for key, values in _sizes(verdict.subject).items()]
         told = {"outcome": verdict.outcome.value, "losses": _mean_losses(verdict), "sizes": sizes}
         row = kept.add(_key_of_right(entry), **told)
     return row
 
 
-def _verdict(entry: Entry, setup: Any, level: str, output: Path) -> Any:
-    from exam.setups import Modules
+def _verdict(setup: Any, level: str, output: Path) -> Any:
+    from exam.setups import Extent
 
-    of_modules = isinstance(setup, Modules)
-    with check_exam.references_kept(entry.correct_runs(setup)) if of_modules else nullcontext():
-        return setup.check(level=level, seed=FIRST_SEED, references=output / "references", seeds=SEEDS, processes=1)
+    extent = Extent(level=level, seed=FIRST_SEED, seeds=SEEDS, processes=1)
+    return check_exam.verdict_on(setup, extent, output / "references")
 
 
 def _attempts(entry: Entry) -> Iterator[tuple[str, Any]]:
@@ -305,7 +303,7 @@ def _checked(entry: Entry, output: Path) -> dict[str, Any]:
 
     for level, setup in _attempts(entry):
         try:
-            verdict = _verdict(entry, setup, level, output)
+            verdict = _verdict(setup, level, output)
         except InputError as error:
             return {"name": entry.name, "level": level, "outcome": "refused", "told": [str(error)]}
         if verdict.outcome is CheckOutcome.FAIL:

@@ -36,6 +36,22 @@ Factory = Callable[[int], nn.Module]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How much a check does, and from which seed on."""
+
+    level: str
+    seed: int
+    seeds: int = SEEDS
+    processes: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of a check."""
+        own = {"first_seed": self.seed, "seeds": self.seeds, "processes": self.processes}
+        return {"level": Level(self.level), **own}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Modules:
     """A torch module or a Hugging Face model, its user's script, and `check_modules`."""
 
@@ -63,9 +79,7 @@ class Modules:
         content = {"base": base, "hyperparameters": {**self.hyperparameters}, **self.content}
         return Recipe.model_validate(content)
 
-    def check(
-        self, *, level: str, seed: int, references: Path, seeds: int = SEEDS, processes: int | None = None
-    ) -> Verdict:
+    def check(self, extent: Extent, *, references: Path) -> Verdict:
         """The verdict."""
         return check_modules(
             self.factory,
@@ -75,10 +89,7 @@ class Modules:
             loss=self.loss,
             prepare=self.prepare,
             schedule=self.schedule,
-            level=Level(level),
-            seeds=seeds,
-            first_seed=seed,
-            processes=processes,
+            **extent.options,
         )
 
     def trained(self, folder: Path) -> dict[str, Tensor]:
@@ -136,9 +147,7 @@ class Megatron:
     widths: Sequence[int] | None = (32, 64, 128)
     mutant: Mutant | None = None
 
-    def check(
-        self, *, level: str, seed: int, references: Path, seeds: int = SEEDS, processes: int | None = None
-    ) -> Verdict:
+    def check(self, extent: Extent, *, references: Path) -> Verdict:
         """The verdict."""
         from mup_megatron.check.run_megatron import check_megatron
 
@@ -146,10 +155,7 @@ class Megatron:
             self.target,
             self.recipe,
             widths=self.widths,
-            level=Level(level),
-            seeds=seeds,
-            first_seed=seed,
-            processes=processes,
+            **extent.options,
             mutant=self.mutant,
             references=references,
         )
@@ -173,21 +179,11 @@ class Configuration:
     recipe: Recipe
     widths: Sequence[int] | None = (32, 64, 128)
 
-    def check(
-        self, *, level: str, seed: int, references: Path, seeds: int = SEEDS, processes: int | None = None
-    ) -> Verdict:
+    def check(self, extent: Extent, *, references: Path) -> Verdict:
         """The verdict."""
         from mup_megatron.check.run_huggingface import check_hugging_face
 
-        return check_hugging_face(
-            self.config,
-            self.recipe,
-            widths=self.widths,
-            level=Level(level),
-            seeds=seeds,
-            first_seed=seed,
-            processes=processes,
-        )
+        return check_hugging_face(self.config, self.recipe, widths=self.widths, **extent.options)
 
 
 Setup = Modules | Megatron | Configuration

@@ -77,8 +77,7 @@ class Guard:
 
     def on_train_step_end(self, context: Any) -> None:
         """Compares the run again after steps 1, 2, 4, 8 and so on. Raises InputError as before the first."""
-        step = context.state.train_state.step
-        if step & (step - 1) == 0:
+        if guard.is_due(context.state.train_state.step):
             self._require(context, weights=False)
 
     def _require(self, context: Any, *, weights: bool) -> None:

@@ -58,6 +58,11 @@ def require_as_planned(
         raise InputError(message(everywhere))
 
 
+def is_due(step: int) -> bool:
+    """Returns whether a run is compared again after so many steps, from 1 on: after 1, 2, 4, 8 and so on."""
+    return step & (step - 1) == 0
+
+
 def weight_problems(chunks: Sequence[torch.nn.Module], plan: Plan) -> list[Problem]:
     """Returns where this rank's initial weights are not the plan's; for a model that was just drawn."""
     return [

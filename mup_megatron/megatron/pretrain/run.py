@@ -277,7 +277,7 @@ class Run:
         """An iteration is over. Looks again after the first ones, then ever more rarely."""
         assert self.plan is not None
         self.steps += 1
-        if self.steps & (self.steps - 1) == 0:
+        if guard.is_due(self.steps):
             self.verify(chunks, optimizer, scheduler, at_start=False)
         iteration = values.curr_iteration + 1
         if values.tensorboard_log_interval and iteration % values.tensorboard_log_interval == 0:

@@ -61,7 +61,7 @@ def test_words_are_those_of_bash(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.sh"
     path.write_text(text.replace("T ", "torchrun x.py --num-layers 2 "), encoding="utf-8")
     shown = f"exec 3>&1 1>/dev/null\ntorchrun() {{ printf '%s\\0' \"$@\" >&3; }}\n{path.read_text(encoding='utf-8')}"
-    of_bash = subprocess.run(["bash", "-c", shown], capture_output=True, check=True)
+    of_bash = subprocess.run(["bash", "-c", shown], cwd=tmp_path, capture_output=True, check=True)
     assert words_of_script(path) == of_bash.stdout.decode().split("\0")[1:-1]
 
 

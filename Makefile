@@ -7,6 +7,9 @@ PYTEST ?=
 # What installs: uv where it is on the PATH, else pip, and pip alone with `make setup UV=`.
 UV ?= $(shell command -v uv 2>/dev/null)
 
+# Tests start hundreds of processes, which would each compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 STAMP := $(VENV)/.complete
 RUN := $(VENV)/bin
 PACKAGES := .[megatron,muon,deepspeed,hf,wandb,grpc,postgresql,docs,dev]
@@ -60,7 +63,7 @@ release-check: $(STAMP) ## the same, and the wheel installed from nothing: alone
 
 clean: ## remove what make and the tools built; results/ stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
-	find mup_megatron tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find mup_megatron tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp names the interpreter and is written last, so an interrupted set-up is begun again from nothing. A complete
 # one is brought up to date in place. mup, the oracle of the tests, asks for torchvision, which it does not need.

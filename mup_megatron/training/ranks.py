@@ -26,6 +26,7 @@ _SLOW_IMPORTS = (
     "megatron.core.pipeline_parallel",
     "mup_megatron.training.checkpoint",
     "mup_megatron.training.loop",
+    "torch._dynamo",  # by the first optimizer of a process
 )
 
 _REPEATING_LOGGERS = (

@@ -94,7 +94,7 @@ def test_it_trains_on_megatron_core_under_the_guard(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.5
 
 
-def checked(mistake: str | None) -> tuple[str, list[str]]:
+def checked(mistake: str | None, references: Path) -> tuple[str, list[str]]:
     """In a rank: the outcome of a check, and the causes that it names."""
     from mup_megatron.check.mutants import MUTANTS
     from mup_megatron.check.run_megatron import check_megatron
@@ -102,21 +102,29 @@ def checked(mistake: str | None) -> tuple[str, list[str]]:
     registry.register(BankArchitecture())
     recipe = recipe_for(file(SMALL), **VALUES)
     mutant = None if mistake is None else MUTANTS[mistake]
-    verdict = check_megatron(file(WIDE), recipe, mutant=mutant, references=None, processes=1)
+    verdict = check_megatron(
+        file(WIDE), recipe, widths=(64, 128, 256), seeds=2, mutant=mutant, references=references, processes=1
+    )
     return verdict.outcome, [cause.name for cause in verdict.causes]
 
 
-@pytest.mark.parametrize("mistake", ["init-unscaled", "eps-unscaled"])
-def test_a_mistake_in_it_is_found(mistake: str) -> None:
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests of this file keep what is right."""
+    return tmp_path_factory.mktemp("references")
+
+
+@pytest.mark.parametrize("mistake", ["init-unscaled", pytest.param("eps-unscaled", marks=pytest.mark.slow)])
+def test_a_mistake_in_it_is_found(mistake: str, references: Path) -> None:
     from mup_megatron.check.mutants import MUTANTS
 
-    outcome, causes = run_ranks(checked, 1, mistake)[0]
+    outcome, causes = run_ranks(checked, 1, mistake, references)[0]
     assert outcome == "fail"
     assert causes[0] in MUTANTS[mistake].cause
 
 
-def test_it_passes_a_check() -> None:
-    assert run_ranks(checked, 1, None)[0] == ("pass", [])
+def test_it_passes_a_check(references: Path) -> None:
+    assert run_ranks(checked, 1, None, references)[0] == ("pass", [])
 
 
 @pytest.mark.usefixtures("known")

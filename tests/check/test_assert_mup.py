@@ -32,11 +32,11 @@ def without_widths(model, task):
 
 
 def test_right(assert_mup):
-    assert_mup(Net, recipe_for(), **OPTIONS)
+    assert_mup(Net, recipe_for(), seeds=2, **OPTIONS)
 
 
 def test_wrong(assert_mup):
-    assert_mup(Net, recipe_for(), prepare=without_widths, **OPTIONS)
+    assert_mup(Net, recipe_for(), prepare=without_widths, seeds=2, **OPTIONS)
 """
 
 

@@ -1,5 +1,7 @@
 """Verdicts on targets deeper than their base, by a rule of depth: right ones, and its mistakes on live models."""
 
+from pathlib import Path
+
 import pytest
 from support.processes import run_ranks
 
@@ -20,7 +22,7 @@ BASE = ModelFile(
 TARGET = BASE.model_copy(update={"hidden_size": 256, "num_layers": 16, "num_attention_heads": 16})
 
 
-def checked(alpha: float, mutant: str | None = None) -> tuple[str, list[str]]:
+def checked(alpha: float, references: Path, mutant: str | None = None) -> tuple[str, list[str]]:
     """In a rank: the outcome, and the names of causes."""
     recipe = Recipe(
         base=BASE,
@@ -28,20 +30,32 @@ def checked(alpha: float, mutant: str | None = None) -> tuple[str, list[str]]:
         parametrization=Parametrization(depth=Depth(alpha=alpha)),
     )
     wrong = None if mutant is None else MUTANTS[mutant]
-    found = check_megatron(TARGET, recipe, widths=(32, 64, 128), seeds=2, mutant=wrong, references=None, processes=1)
+    found = check_megatron(
+        TARGET, recipe, widths=(32, 64, 128), seeds=2, mutant=wrong, references=references, processes=1
+    )
     return found.outcome.value, [cause.name for cause in found.causes]
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.5])
-def test_a_right_deeper_target_passes(alpha: float) -> None:
-    assert run_ranks(checked, 1, alpha)[0] == ("pass", [])
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests of this file keep what is right."""
+    return tmp_path_factory.mktemp("references")
+
+
+@pytest.mark.parametrize("alpha", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
+def test_a_right_deeper_target_passes(alpha: float, references: Path) -> None:
+    assert run_ranks(checked, 1, alpha, references)[0] == ("pass", [])
 
 
 @pytest.mark.parametrize(
     ("mutant", "alpha"),
-    [("branch-multiplier-lost", 1.0), ("depth-twice-in-init", 1.0), ("depth-rates-of-vectors", 0.5)],
+    [
+        ("branch-multiplier-lost", 1.0),
+        pytest.param("depth-twice-in-init", 1.0, marks=pytest.mark.slow),
+        ("depth-rates-of-vectors", 0.5),
+    ],
 )
-def test_a_mistake_about_depth_is_named(mutant: str, alpha: float) -> None:
-    outcome, causes = run_ranks(checked, 1, alpha, mutant)[0]
+def test_a_mistake_about_depth_is_named(mutant: str, alpha: float, references: Path) -> None:
+    outcome, causes = run_ranks(checked, 1, alpha, references, mutant)[0]
     assert outcome == "fail"
     assert causes[0] in MUTANTS[mutant].cause

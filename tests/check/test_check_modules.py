@@ -184,8 +184,8 @@ def _constant(_step: int, _steps: int) -> float:
 @pytest.mark.parametrize(
     ("ranks", "stages"),
     [
-        (1, (1, 3)),
-        *(pytest.param(ranks, stages, marks=pytest.mark.slow) for ranks, stages in ((1, (0, 2)), (2, (1, 3)))),
+        (1, (3,)),
+        *(pytest.param(ranks, stages, marks=pytest.mark.slow) for ranks, stages in ((1, (0, 1, 2)), (2, (1, 3)))),
     ],
 )
 def test_an_engine_passes_at_every_stage(ranks: int, stages: Sequence[int]) -> None:
@@ -201,7 +201,7 @@ def test_an_engine_passes_at_every_stage(ranks: int, stages: Sequence[int]) -> N
 def test_a_configuration_passes_in_plain_torch() -> None:
     config = ds_models.config("gpt2", 4)
     config.n_layer, config.resid_pdrop = 1, 0.1
-    verdict = check_hugging_face(config, ds_models.recipe_for("gpt2", lr=0.01), widths=[32, 64, 128])
+    verdict = check_hugging_face(config, ds_models.recipe_for("gpt2", lr=0.01), widths=[32, 64, 128], seeds=2)
     _passes(verdict)
     assert any("Dropout is off" in remark for remark in verdict.remarks)
     seen = {key.name for key in verdict.comparison if key.quantity is Quantity.UPDATE}
@@ -228,7 +228,7 @@ def test_a_mask_token_that_nothing_masks_passes() -> None:
         return config
 
     recipe = recipe_at(configuration(32), hyperparameters={"lr": 0.008, "init_method_std": 0.05, "weight_decay": 0.1})
-    verdict = check_hugging_face(configuration(256), recipe, widths=[32, 64, 128])
+    verdict = check_hugging_face(configuration(256), recipe, widths=[32, 64, 128], seeds=2)
     _passes(verdict)
     [gradients] = [section for section in verdict.sections if section.name == "gradients and updates"]
     assert any(line.startswith("Not of dinov2.embeddings.mask_token") for line in gradients.lines)
@@ -250,7 +250,8 @@ def _entry(path: str, recipe_path: str) -> tuple[CheckOutcome, str]:
 
     config = ds_models.config("llama", 4)
     config.num_hidden_layers = 1
-    verdict = check_hugging_face(config, load_recipe(Path(recipe_path)), deepspeed=Path(path), widths=[32, 64, 128])
+    recipe = load_recipe(Path(recipe_path))
+    verdict = check_hugging_face(config, recipe, deepspeed=Path(path), widths=[32, 64, 128], seeds=2)
     return verdict.outcome, text(verdict, title="it", files=())
 
 

@@ -13,6 +13,7 @@ from support.processes import run_ranks
 from support.shapes import LATENT as SMALL_LATENT
 from support.shapes import MAMBA, encoder, gpt, hybrid, recipe_for
 from support.stock import Layout
+from support.trained import Trained
 from torch import Tensor
 
 from mup_megatron.architectures.model_file import ModelFile
@@ -133,6 +134,15 @@ CASES = [
     *(("latent, experts, multi-token", layout) for layout in ("TP1", "PP2", "EP2", "TP2 + sequence parallel")),
     *(("hybrid", layout) for layout in ("TP1", "TP2", "PP2")),
 ]
+OFTEN = [
+    *(("gpt", layout) for layout in ("TP1", "PP2 in two virtual stages", "TP2 + sequence parallel, recomputed")),
+    *(("latent, experts, multi-token", layout) for layout in ("TP1", "PP2", "EP2")),
+    *(("hybrid", layout) for layout in ("TP1", "TP2")),
+]
+EACH_CASE = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=", ".join(case), marks=() if case in OFTEN else pytest.mark.slow) for case in CASES],
+)
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,9 @@ class Outcome:
     factors: dict[str, float]
     """Of the branches that this rank adds."""
     problems: list[str]
+
+
+Outcomes = Trained[tuple[str, str], list[Outcome]]
 
 
 def _trained(case: tuple[str, str], breaks: Callable[[Any], None] | None = None) -> Outcome:
@@ -169,27 +182,29 @@ def _all_trained(cases: Sequence[tuple[str, str]]) -> list[Outcome]:
     return [_trained(case) for case in cases]
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[tuple[str, str], list[Outcome]]:
+def _outcomes(cases: Sequence[tuple[str, str]]) -> dict[tuple[str, str], list[Outcome]]:
     """Of every rank, the cases of one number of ranks in one set of processes."""
     found: dict[tuple[str, str], list[Outcome]] = {}
-    for size in {LAYOUTS[layout][0].world_size for _, layout in CASES}:
-        together = [case for case in CASES if LAYOUTS[case[1]][0].world_size == size]
+    for size in {LAYOUTS[layout][0].world_size for _, layout in cases}:
+        together = [case for case in cases if LAYOUTS[case[1]][0].world_size == size]
         of_ranks = run_ranks(_all_trained, size, together)
         found |= {case: [rank[index] for rank in of_ranks] for index, case in enumerate(together)}
     return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=", ".join)
-def test_losses_agree_on_every_layout(outcomes: dict[tuple[str, str], list[Outcome]], case: tuple[str, str]) -> None:
+@pytest.fixture(scope="module")
+def outcomes() -> Outcomes:
+    return Trained(_outcomes, OFTEN, [case for case in CASES if case not in OFTEN])
+
+
+@EACH_CASE
+def test_losses_agree_on_every_layout(outcomes: Outcomes, case: tuple[str, str]) -> None:
     one, other = outcomes[case[0], "TP1"][0], outcomes[case][0]
     assert max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True)) < AGREE
 
 
-@pytest.mark.parametrize("case", CASES, ids=", ".join)
-def test_every_branch_has_the_plans_factor(
-    outcomes: dict[tuple[str, str], list[Outcome]], case: tuple[str, str]
-) -> None:
+@EACH_CASE
+def test_every_branch_has_the_plans_factor(outcomes: Outcomes, case: tuple[str, str]) -> None:
     base, target = DEEP[case[0]]
     expected = {site.module: site.factor for site in tuned(base).plan(target).sites if site.acts is Acts.BRANCH}
     assert set(expected.values()) <= {0.35, 0.7}

@@ -38,13 +38,11 @@ DEEP = Layout(tp=2, pp=2, sequence_parallel=True)
 CASES = [
     (GPT3, SPLIT),
     (GPT3, Layout(pp=2, vpp=2, distributed_optimizer=True)),
-    (GPT3, DEEP),
     (LLAMA, DEEP),
-    (LLAMA, Layout(tp=2)),
-    (LLAMA, Layout(pp=2)),
-    (LLAMA, Layout(dp=2)),
     (LLAMA, Layout(dp=2, distributed_optimizer=True)),
 ]
+SELDOM = [(GPT3, DEEP), (LLAMA, Layout(tp=2)), (LLAMA, Layout(pp=2)), (LLAMA, Layout(dp=2))]
+"""Parts of the others."""
 
 
 def describe(value: object) -> str:
@@ -271,7 +269,9 @@ def reference() -> dict[Sizes, list[float]]:
     return {sizes: run_ranks(_losses, 1, sizes, ONE, 4)[0] for sizes in (GPT3, LLAMA)}
 
 
-@pytest.mark.parametrize(("sizes", "layout"), CASES, ids=describe)
+@pytest.mark.parametrize(
+    ("sizes", "layout"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SELDOM)], ids=describe
+)
 def test_layouts_agree(sizes: Sizes, layout: Layout, reference: dict[Sizes, list[float]]) -> None:
     """From the same weights every layout has the losses of one process, to what another order of fp32 sums leaves."""
     by_rank = run_ranks(_losses, layout.world_size, sizes, layout, 4)

@@ -14,6 +14,7 @@ from support import planned, stock
 from support.processes import run_ranks
 from support.shapes import gpt
 from support.stock import Layout, Run
+from support.trained import Trained
 
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.versions import core_version
@@ -53,7 +54,14 @@ LAYOUTS = {
     "EP2 × PP2": Layout(dp=2, ep=2, pp=2),
     "EP2 × TP2": Layout(dp=2, ep=2, tp=2, sequence_parallel=True),
 }
+if core_version() < (0, 17, 0):
+    # There experts that are split otherwise, and on no rank differ, are not added up: Megatron's own.
+    del LAYOUTS["TP2, of whole experts, distributed optimizer"]
 PLAIN = "without the plug-in"
+OFTEN = ("one process", "TP2", "EP2", "EP2 + distributed optimizer", "TP2, EP2 of whole experts", "EP2 × PP2")
+EACH_LAYOUT = pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in LAYOUTS]
+)
 
 
 def tuned() -> Recipe:
@@ -131,45 +139,47 @@ def _results(names: Sequence[str]) -> list[Result]:
     return [_result(name) for name in names]
 
 
-if core_version() < (0, 17, 0):
-    # There experts that are split otherwise, and on no rank differ, are not added up: Megatron's own.
-    del LAYOUTS["TP2, of whole experts, distributed optimizer"]
-
-
-@pytest.fixture(scope="module")
-def results() -> dict[str, list[Result]]:
-    """Of every layout, those of its ranks; and of one process without the plug-in."""
+def _of_layouts(wanted: Sequence[str]) -> dict[str, list[Result]]:
+    """Of every layout the results of its ranks."""
     found: dict[str, list[Result]] = {}
     for size in (1, 2, 4):
-        names = [name for name, layout in LAYOUTS.items() if layout.world_size == size]
-        names += [PLAIN] if size == 1 else []
+        names = [name for name in wanted if LAYOUTS.get(name, LAYOUTS["one process"]).world_size == size]
         of_ranks = run_ranks(_results, size, names)
         found |= {name: [rank[index] for rank in of_ranks] for index, name in enumerate(names)}
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_agree_on_every_layout(results: dict[str, list[Result]], layout: str) -> None:
+Results = Trained[str, list[Result]]
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    """Of every layout; and of one process without the plug-in."""
+    return Trained(_of_layouts, [*OFTEN, PLAIN], [name for name in LAYOUTS if name not in OFTEN])
+
+
+@EACH_LAYOUT
+def test_losses_agree_on_every_layout(results: Results, layout: str) -> None:
     expected = results["one process"][0].losses
     for rank in results[layout]:
         assert rank.losses == pytest.approx(expected, abs=AGREE)
 
 
-def test_losses_differ_without_the_plug_in(results: dict[str, list[Result]]) -> None:
+def test_losses_differ_without_the_plug_in(results: Results) -> None:
     pairs = zip(results[PLAIN][0].losses, results["one process"][0].losses, strict=True)
     assert max(abs(one - other) for one, other in pairs) > 1e-2
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_starts_from_the_same_weights(results: dict[str, list[Result]], layout: str) -> None:
+@EACH_LAYOUT
+def test_every_layout_starts_from_the_same_weights(results: Results, layout: str) -> None:
     """As Megatron itself puts them together: which expert is where is its affair."""
     one, other = (planned.assembled([rank.start for rank in results[name]]) for name in ("one process", layout))
     assert one.keys() == other.keys()
     assert all(tensor.equal(other[key]) for key, tensor in one.items())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_parameter_has_its_global_name(results: dict[str, list[Result]], layout: str) -> None:
+@EACH_LAYOUT
+def test_every_parameter_has_its_global_name(results: Results, layout: str) -> None:
     """Where matrices are not cut, what is called so is the whole one of one process."""
     whole = results["one process"][0].own
     assert {name for rank in results[layout] for name in rank.own} == set(whole)
@@ -180,8 +190,8 @@ def test_every_parameter_has_its_global_name(results: dict[str, list[Result]], l
             assert (shape, total) == whole[name], name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_groups_hold_the_plan_times_the_schedule(results: dict[str, list[Result]], layout: str) -> None:
+@EACH_LAYOUT
+def test_groups_hold_the_plan_times_the_schedule(results: Results, layout: str) -> None:
     plan = tuned().plan(TARGET)
     at_peak, at_floor = planned.lr_fraction(TRAINING, STEPS)
     seen = set()
@@ -197,7 +207,7 @@ def test_groups_hold_the_plan_times_the_schedule(results: dict[str, list[Result]
     assert seen == plan.by_name.keys()
 
 
-def test_a_wrong_rate_of_one_expert_on_one_rank_stops_all(results: dict[str, list[Result]]) -> None:
+def test_a_wrong_rate_of_one_expert_on_one_rank_stops_all(results: Results) -> None:
     for rank in results["EP2"]:
         assert rank.problem is not None
         assert "decoder.layers.2.mlp.experts.local_experts.5.linear_fc2.weight: " in rank.problem

@@ -23,6 +23,7 @@ def main() -> None:
     """Imports, and forks until standard input ends."""
     import deepspeed
     import deepspeed.pipe
+    import torch._dynamo  # noqa: F401  # by the first optimizer
     import transformers
     from deepspeed.comm.torch import build_shm_op
 

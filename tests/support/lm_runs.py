@@ -47,7 +47,7 @@ def gpt(**changes: Any) -> list[str]:
         "max_position_embeddings": 32,
         "attention_dropout": 0,
         "hidden_dropout": 0,
-        "micro_batch_size": 2,
+        "micro_batch_size": 4,
         "global_batch_size": 8,
         "train_iters": 6,
         "lr": 1e-3,

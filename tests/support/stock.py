@@ -78,7 +78,7 @@ class Training:
     warmup_steps: int = 2
     decay_steps: int = 20
     batch: int = 8
-    micro_batch: int = 2
+    micro_batch: int = 4
 
 
 @dataclass

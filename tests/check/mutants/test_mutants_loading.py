@@ -29,6 +29,7 @@ def test_importing_what_checks_loads_no_mistakes(module: str, tmp_path: Path) ->
     assert not is_loaded(f"import sys, mup_megatron.{module}", folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_check_loads_mistakes_if_one_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path / "target.yaml", TARGET)
     write(tmp_path / "r.yaml", RECIPE)

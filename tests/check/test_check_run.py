@@ -111,16 +111,25 @@ def test_what_an_optimizer_used_is_read_to_a_thousandth(single: Told) -> None:
             assert max(abs(d) for d in compared.deviations.values()) < 1e-3, key
 
 
-LAYOUTS = [
-    pytest.param(2, {"tensor_model_parallel_size": 2}, id="TP2"),
-    pytest.param(2, {"pipeline_model_parallel_size": 2}, id="PP2"),
-    pytest.param(
-        4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}, id="TP2×PP2"
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP2": (2, {"tensor_model_parallel_size": 2}),
+    "PP2": (2, {"pipeline_model_parallel_size": 2}),
+    "TP2×PP2": (
+        4,
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
     ),
-]
+}
 
 
-@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)
+def each_layout(often: str) -> list[Any]:
+    """All of them, of which those that are not run often are slow."""
+    return [
+        pytest.param(*layout, id=name, marks=() if name == often else pytest.mark.slow)
+        for name, layout in LAYOUTS.items()
+    ]
+
+
+@pytest.mark.parametrize(("ranks", "layout"), each_layout(often="TP2"))
 def test_a_layouts_verdict_is_that_of_one_process(
     ranks: int, layout: dict[str, Any], single: Told, references: Path
 ) -> None:
@@ -154,6 +163,7 @@ def check_virtual_stages(references: Path) -> Told:
     return told(found)
 
 
+@pytest.mark.slow
 def test_a_virtual_pipeline_has_its_stages_in_the_deep_model_too(references: Path) -> None:
     for of_rank in run_ranks(check_virtual_stages, 2, references):
         assert (of_rank.outcome, of_rank.culprit) == ("pass", None)
@@ -169,13 +179,7 @@ def collapsed(references: Path) -> Told:
 COLLAPSED = "learning-rate-collapsed"
 
 
-@pytest.mark.parametrize(
-    ("ranks", "layout"),
-    [
-        case if case.id == "TP2×PP2" else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
-        for case in LAYOUTS
-    ],
-)
+@pytest.mark.parametrize(("ranks", "layout"), each_layout(often="TP2×PP2"))
 def test_a_mistake_is_named_alike_in_every_layout(
     ranks: int, layout: dict[str, Any], collapsed: Told, references: Path
 ) -> None:

@@ -3,6 +3,7 @@
     python benchmarks/lr_width.py --published [-o results/lr_width]
     python benchmarks/lr_width.py --like megatron-3058 | --like nanogpt-mup
     python benchmarks/lr_width.py [--shapes …] [--arms …] [--widths 64 128 256 512 1024] [--seeds 3] [--jobs 2]
+    python benchmarks/lr_width.py … --from benchmarks/tables/lr_width/runs.jsonl.gz
 
 `--like` is the protocol of a sweep that others have published, on the proportional shape, at a fourth or an eighth of
 its widths: rates an octave apart, as many as there, its seeds, and its arms with ours beside them.
@@ -28,7 +29,8 @@ they have to agree, and the command fails if they do not. Its end says for each 
 parabolas, with 95 % intervals from the seeds), by how many octaves they move, what the base's best rate costs in
 percent of the loss, and if wider is better, at the best rate and at the base's in each tenth of training.
 
-Finished runs are lines of `runs.jsonl`, and not repeated. `lr_width.json` and a picture for each shape are beside it.
+Finished runs are lines of `runs.jsonl`, and not repeated where machine and packages are the same. `lr_width.json` and a
+picture for each shape are beside it. `--from` trains nothing: it tells what such a file says, wherever it was made.
 """
 
 import argparse
@@ -61,7 +63,7 @@ from lr_width_table import (
     mean_final,
     summary,
 )
-from many_runs import KeptRuns, basin_panels, counting, forked_workers
+from many_runs import KeptRuns, basin_panels, counting, forked_workers, read_runs
 from small_models import bert, dense, experts, latent
 
 from mup_megatron.architectures.model_file import ModelFile
@@ -71,11 +73,11 @@ from mup_megatron.recipe import Hyperparameters, Parametrization, Recipe, load_r
 ARMS = ("standard", "native", "microsoft", "ours")
 WIDTHS = (64, 128, 256, 512, 1024)
 PUBLISHED = {
-    **dict.fromkeys(("proportional", "ffn"), (64, 128, 256, 512)),
-    **dict.fromkeys(("groups", "heads", "deeper", "experts", "latent", "muon"), (64, 128, 256)),
+    **dict.fromkeys(("proportional", "ffn", "groups", "heads", "deeper", "experts", "latent", "muon"), (64, 128, 256)),
     "bert": (64, 192, 256),
 }
-"""Shape → the widths of the published table."""
+"""Shape → the widths of the published tables."""
+PUBLISHED_RATES = 3
 RECIPE = Path(__file__).parent / "tables" / "lr_width" / "base.recipe.yaml"
 OCTAVE = 2
 """Rates in one."""
@@ -108,6 +110,10 @@ MOST = 10
 """Rates beyond the first ones, at one width."""
 TIMED = 4
 """Steps of the runs by which the time is estimated."""
+FEWEST = 3
+"""Widths, and rates at each, from which an optimum and how it moves can be told."""
+FARTHEST = 40
+"""Half octaves from the recipe's learning rate: beyond, no run is looked for in a file."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,7 @@ def main() -> None:
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), help="three or more")
     asked.add_argument(
-        "--published", action="store_true", help="the widths of the published table: --estimate says how long"
+        "--published", action="store_true", help="widths and rates of the published tables: --estimate says how long"
     )
     asked.add_argument("--like", choices=PROTOCOLS, help="a published sweep in small, whatever else is said")
     parser.add_argument("--seeds", type=int, default=3, help="two or more")
@@ -204,10 +210,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="sequences of 64 tokens")
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="whose hyperparameters and schedule the bases have")
     parser.add_argument("--estimate", action="store_true", help="say how long it would take, and no more")
+    parser.add_argument("--from", dest="kept", type=Path, metavar="RUNS", help="tell of the runs in a file, train none")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, default=Path("results/lr_width"))
     arguments = parser.parse_args()
-    if len(set(arguments.widths)) < 3 or arguments.seeds < 2 or arguments.rates < 1:
+    if len(set(arguments.widths)) < FEWEST or arguments.seeds < 2 or arguments.rates < 1:
         parser.error("three widths, two seeds and a rate at least")
     widths = dict.fromkeys(SHAPES, tuple(sorted(set(arguments.widths))))
     like = None if arguments.like is None else PROTOCOLS[arguments.like]
@@ -216,7 +223,7 @@ def main() -> None:
         widths=PUBLISHED if arguments.published else widths,
         arms=tuple(arm for arm in ARMS if arm in arguments.arms),
         seeds=arguments.seeds,
-        rates=arguments.rates,
+        rates=PUBLISHED_RATES if arguments.published else arguments.rates,
         steps=arguments.steps,
         batch=arguments.batch,
         tuned=load_recipe(arguments.recipe),
@@ -224,7 +231,11 @@ def main() -> None:
     if like is not None:
         own = {"widths": {"proportional": like.widths}, "arms": like.arms, "seeds": like.seeds, "grid": like.grid}
         settings = replace(settings, **own)
+    name = arguments.like or "lr_width"
     arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.kept is not None:
+        _tell(_read(arguments.kept, shapes, settings), settings, arguments.output, name)
+        return
     from mup_megatron.training.data.embedded import embedded_data
 
     with forked_workers(arguments.jobs, arguments.output / "runs.log") as pool:
@@ -235,9 +246,36 @@ def main() -> None:
         if arguments.estimate:
             return
         found = _swept(runs, estimates)
-    problems = _told(found, settings, arguments.output)
-    if problems:
-        raise SystemExit("\n".join(problems))
+    _tell(found, settings, arguments.output, name)
+
+
+def _read(file: Path, shapes: Sequence[str], settings: Settings) -> dict[str, Found]:
+    """Returns the runs of a file that these settings ask for; no arms and shapes with too few of them for a verdict."""
+    rows = read_runs(file)
+    found = {}
+    for shape in shapes:
+        known: dict[str, dict[int, dict[tuple[int, int], dict[str, Any]]]] = {}
+        at = {_recipe(shape, rate, settings).fingerprint: rate for rate in range(-FARTHEST, FARTHEST + 1)}
+        for row in rows:
+            arm, tuned, _, steps, batch, *_ = row["key"]
+            wanted = row["shape"] == shape and row["width"] in settings.widths[shape] and row["seed"] <= settings.seeds
+            if wanted and tuned in at and (steps, batch) == (settings.steps, settings.batch):
+                known.setdefault(arm, {}).setdefault(row["width"], {})[at[tuned], row["seed"]] = row
+        enough = {arm: _with_basins(known.get(arm, {})) for arm in settings.arms}
+        base = settings.widths[shape][0]
+        if runs := {arm: of for arm, of in enough.items() if base in of and len(of) >= FEWEST}:
+            found[shape] = Found(runs)
+    return found
+
+
+def _with_basins(of_arm: Mapping[int, dict[tuple[int, int], Any]]) -> dict[int, dict[tuple[int, int], Any]]:
+    """Returns the widths at which enough rates were run, in order."""
+    return {width: rows for width, rows in sorted(of_arm.items()) if len({rate for rate, _ in rows}) >= FEWEST}
+
+
+def _recipe(shape: str, rate: int, settings: Settings) -> Recipe:
+    own = SHAPES[shape]
+    return own.recipe(own.model(settings.widths[shape][0]), settings.tuned, rate)
 
 
 def _swept(runs: "Runs", estimates: Mapping[str, "Estimate"]) -> dict[str, Found]:
@@ -332,25 +370,22 @@ class Runs:
 
     def _keep(self, shape: str, width: int, rate: int, seed: int, arm: str, row: dict[str, Any]) -> dict[str, Any]:
         assert "refused" not in row, (shape, width, arm, row)
-        recipe = self._recipe(shape, rate)
+        recipe = _recipe(shape, rate, self._settings)
         told = {"shape": shape, "arm": arm, "width": width, "lr": recipe.hyperparameters.lr, "seed": seed}
         with self._lock:
             return self._kept.add(self._key(shape, width, rate, seed, arm), **told, **row)
-
-    def _recipe(self, shape: str, rate: int) -> Recipe:
-        own = SHAPES[shape]
-        return own.recipe(own.model(self._settings.widths[shape][0]), self._settings.tuned, rate)
 
     def _key(self, shape: str, width: int, rate: int, seed: int, arm: str) -> list[Any]:
         s = self._settings
         model = SHAPES[shape].model(width).model_dump(mode="json")
         run = [s.steps, s.batch, seed, self._data.parent.name]
-        return [arm, self._recipe(shape, rate).fingerprint, model, *run, *self._platform]
+        return [arm, _recipe(shape, rate, s).fingerprint, model, *run, *self._platform]
 
     def _started(
         self, shape: str, width: int, rate: int, seed: int, arms: tuple[str, ...], steps: int
     ) -> "Future[dict[str, dict[str, Any]]]":
-        run = (SHAPES[shape].model(width), self._recipe(shape, rate), steps, self._settings.batch, seed)
+        s = self._settings
+        run = (SHAPES[shape].model(width), _recipe(shape, rate, s), steps, s.batch, seed)
         return self._pool.submit(train, arms, run, self._data)
 
 
@@ -396,7 +431,8 @@ def _estimate_lines(estimates: Mapping[str, Estimate], jobs: int) -> list[str]:
     return [*lines, f"in all about {seconds / 3600 / jobs:.1f} hours on {jobs} cores, less what is done already"]
 
 
-def _told(found: Mapping[str, Found], settings: Settings, output: Path) -> list[str]:
+def _tell(found: Mapping[str, Found], settings: Settings, output: Path, name: str) -> None:
+    """Prints the tables, draws them, and exits where arms do not agree that have to."""
     problems, told = [], {}
     for shape, runs in found.items():
         base, *wider = settings.widths[shape]
@@ -405,7 +441,8 @@ def _told(found: Mapping[str, Found], settings: Settings, output: Path) -> list[
         at_base, beyond = runs.agreements([base]), runs.agreements(wider)
         lines = [f"- {line}" for line in agreement_lines(base, at_base, beyond)]
         print("\n".join(["", f"## {shape}", "", *markdown(summaries, runs.refused), "", *lines]), flush=True)
-        (output / f"{shape}.png").write_bytes(_picture(basins, summaries))
+        if basins:
+            (output / f"{shape if name == 'lr_width' else name}.png").write_bytes(_picture(basins, summaries))
         problems += broken(shape, base, at_base, _exact(settings.tuned.moved))
         told[shape] = {
             "arms": {arm: {**summaries[arm].to_json(), "losses": _losses(own)} for arm, own in basins.items()},
@@ -413,8 +450,9 @@ def _told(found: Mapping[str, Found], settings: Settings, output: Path) -> list[
         }
     run = {"seeds": settings.seeds, "steps": settings.steps, "batch": settings.batch}
     content = json.dumps({**run, "shapes": told}, indent=1) + "\n"
-    (output / "lr_width.json").write_text(content, encoding="utf-8")
-    return problems
+    (output / f"{name}.json").write_text(content, encoding="utf-8")
+    if problems:
+        raise SystemExit("\n".join(problems))
 
 
 def _exact(tuned: Hyperparameters) -> tuple[str, ...]:

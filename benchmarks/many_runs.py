@@ -1,5 +1,6 @@
 """What benchmarks that train many models share: processes, finished runs on disk, sweeps of rates, pictures."""
 
+import gzip
 import json
 import math
 import multiprocessing
@@ -63,13 +64,18 @@ def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
 Loss = TypeVar("Loss")
 
 
+def read_runs(file: Path) -> list[dict[str, Any]]:
+    """Returns the lines of `KeptRuns`, from its file or from one that was packed with gzip."""
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    return [json.loads(line) for line in content.decode().splitlines()]
+
+
 class KeptRuns:
     """Finished runs, in a file of JSON lines: what has been trained is not trained again."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        self._known = {_as_text(row["key"]): row for row in map(json.loads, lines)}
+        self._known = {_as_text(row["key"]): row for row in (read_runs(file) if file.exists() else [])}
 
     def found(self, key: Sequence[Any]) -> dict[str, Any] | None:
         """Returns the line of a run; None if it is not there. `key` is all that the run follows from."""

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -226,6 +227,24 @@ def test_a_recipe_says_what_was_tuned() -> None:
 def test_the_published_values_were_tuned_at_the_base_that_they_are_used_at() -> None:
     assert load_recipe(lr_width.RECIPE).base == lr_width.SHAPES["ffn"].model(64)
     assert lr_width.SHAPES["ffn"].model(64).ffn_hidden_size == 4 * 64  # as in the others
+
+
+PAGE = (ROOT / "docs" / "results" / "lr_width.md").read_text(encoding="utf-8")
+FROM = "benchmarks/tables/lr_width/runs.jsonl.gz"
+
+
+@pytest.mark.parametrize("words", re.findall(rf"python benchmarks/lr_width\.py (.*) --from {FROM} -o", PAGE))
+def test_the_page_has_the_tables_of_the_kept_runs(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lr_width.py", *words.split(), "--from", str(ROOT / FROM), "-o", str(tmp_path)])
+    lr_width.main()
+    told = capsys.readouterr().out
+    shapes = re.findall(r"^## (\w+)$", told, flags=re.MULTILINE)
+    assert shapes
+    assert [line for line in told.splitlines() if line.startswith("|") and line not in PAGE] == []
+    for shape in shapes:
+        assert (tmp_path / f"{shape}.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow  # a server that has imported Megatron, and thirty runs

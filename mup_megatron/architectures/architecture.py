@@ -200,6 +200,7 @@ class Architecture(ABC):
     def _shape(self, model: ModelFile, growth: Growth) -> ModelShape:
         tensors = tuple(self._tensors(model, growth))
         names = [tensor.name for tensor in tensors]
+        final = self._readout_norm(model)
         return ModelShape(
             architecture=self.name,
             tensors=tensors,
@@ -208,7 +209,7 @@ class Architecture(ABC):
             stacks={stack: Stack(len(layers), self.branches) for stack, layers in self.stacks(model).items()},
             readout=WORD_EMBEDDINGS if model.tied else self.readout,
             stock_softmax_scale=model.stock_softmax_scale,
-            readout_norm=tuple(n for n in names if n.startswith(self._readout_norm(model)) or _MTP_NORM.match(n)),
+            readout_norm=tuple(n for n in names if n.startswith(final) or _MTP_NORM.match(n)),
             query_norms=tuple(name for name in names if _QUERY_NORM.search(name)),
             places=tuple(self.places(model)),
         )

@@ -80,7 +80,7 @@ def outcomes(names: list[str], folder: Path) -> dict[str, str]:
     return {name: str(check_megatron(*ODD[name], references=folder, **FEW).outcome) for name in names}
 
 
-SAMPLE = ["output multiplier 0.01", "SGD, far too slow", "base equal to target", "apply_layernorm_1p", "no clipping"]
+SAMPLE = ["output multiplier 0.01", "base equal to target", "no clipping"]
 
 
 def test_odd_values_pass(tmp_path: Path) -> None:
@@ -113,6 +113,6 @@ def with_summed_gradients(clip: float) -> tuple[str, str]:
     return str(found.outcome), found.causes[0].name
 
 
-@pytest.mark.parametrize("clip", [1.0, 0.0])
+@pytest.mark.parametrize("clip", [1.0, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_gradients_that_are_summed_and_not_averaged_are_seen(clip: float) -> None:
     assert run_ranks(with_summed_gradients, 1, clip)[0] == ("fail", "gradients-scaled")

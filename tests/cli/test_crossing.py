@@ -217,13 +217,13 @@ def _checks() -> Iterator[Any]:
     for path in (path for path, kind in KINDS.items() if kind == "deepspeed"):
         for target in _beside(path, "hugging face"):
             if "mup" in json.loads((ROOT / path).read_text()):
-                yield pytest.param(target, path, (), marks=pytest.mark.slow, id=f"{target}-{path.name}")
+                yield pytest.param(target, path, (), id=f"{target}-{path.name}")
             for words in ((), ("--train-iters", "200", "--global-batch-size", "16")):
-                mark = [] if words and target.stem == "gpt2_256" and path.stem == "ds" else [pytest.mark.slow]
                 if path.stem == "ds":  # once in a folder
-                    yield pytest.param(target, None, words, marks=mark, id=f"{target}-{'-'.join(words) or 'auto'}")
+                    yield pytest.param(target, None, words, id=f"{target}-{'-'.join(words) or 'auto'}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "ds", "words"), _checks())
 def test_check_takes_every_deepspeed_configuration(
     run: Command, at_root: Path, target: Path, ds: Path | None, words: tuple[str, ...]

@@ -347,7 +347,7 @@ def _require_the_same(reference: Outcome, outcome: Outcome) -> None:
 
 
 def test_the_comparison_that_notices_passes_what_is_healthy(healthy: Outcomes) -> None:
-    _require_the_same(healthy[Case()], healthy[Case(layout="TP2")])
+    _require_the_same(healthy[Case()], healthy[Case(layout="TP2 × PP2")])
 
 
 # ---- Megatron's own draw -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""μP in your own Megatron-Core code: three calls beside what the code does anyway.
+"""μP in your own Megatron-Core code: four calls beside what the code does anyway.
 
     python examples/own_megatron_core.py
 
@@ -19,6 +19,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 
 from mup_megatron.architectures import ModelFile
+from mup_megatron.megatron.guard import require_as_planned
 from mup_megatron.megatron.model import apply_plan, configure
 from mup_megatron.megatron.optimizer import config_overrides
 from mup_megatron.recipe import recipe
@@ -68,6 +69,8 @@ optimizer = get_megatron_optimizer(
     config_overrides=config_overrides(chunks, plan, optimizer_config),  # 3. every parameter's own group
     use_gloo_process_groups=False,
 )
+# 4. what is live against the plan, before the first step; with Megatron's scheduler after optimizer, if there is one
+require_as_planned(chunks, plan, optimizer, weights=True)
 
 tokens = torch.randint(target.vocab_size, (4, target.seq_length + 1)).cuda()
 positions = torch.arange(target.seq_length).expand(4, -1).cuda()
@@ -82,5 +85,6 @@ for step in range(5):
     chunks[0].finish_grad_sync()
     optimizer.step()
     print(f"step {step}: loss {loss.item():.4f}")
+require_as_planned(chunks, plan, optimizer, weights=False)  # and at any later time
 for group in optimizer.param_groups:
     print(f"{len(group['params']):3d} tensors at lr {group['lr']:.5g}, weight decay {group['weight_decay']:.3g}")

@@ -13,6 +13,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.nav import Link, Navigation
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
@@ -45,6 +46,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source in sorted(sources):
         files.append(File.generated(config, _page_of_source(source), content=_source(source)))
     return files
+
+
+def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
+    """Adds Megatron-Bridge, which has a part of a page: the table in mkdocs.yml has places for whole pages alone."""
+    (places,) = [item for item in nav.items if item.title == "Where runs happen"]
+    link = Link("Megatron-Bridge", "doors/#megatron-bridge")
+    link.parent = places
+    places.children.insert(1, link)
+    return nav
 
 
 def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:

@@ -1,8 +1,9 @@
 """What users hold of a release, a line for each thing: names and their parameters, commands and flags, keys of files.
 
-    PYTHONPATH=. python tests/support/surface.py > tests/recorded/surface-VERSION.txt
+    PYTHONPATH=. python tests/support/surface.py
 
-records a release, in a checkout of it. For how long a line is kept is in docs/compatibility.md.
+records the release whose version the package has, in tests/recorded/. For how long a line is kept is in
+docs/compatibility.md.
 """
 
 import importlib
@@ -16,6 +17,7 @@ from typing import Any
 import click
 from pydantic import BaseModel
 
+from mup_megatron import __version__
 from mup_megatron.architectures import architecture_of, load_model_file, model_file
 from mup_megatron.cli.main import COMMANDS, group
 from mup_megatron.deepspeed.entry import KEY, Entry
@@ -42,7 +44,11 @@ def _names() -> Iterator[str]:
             yield f"{module}.{name}"
             given = set(parameters(value))
             yield from (f"{module}.{name}({parameter})" for parameter in given)
-            yield from (f"{module}.{name}.{attribute}" for attribute in _attributes(value) if attribute not in given)
+            for attribute in _attributes(value):
+                if attribute not in given:
+                    line = f"{module}.{name}.{attribute}"
+                    yield line
+                    yield from (f"{line}({parameter})" for parameter in parameters(method(value, attribute)))
 
 
 def parameters(value: object, *, required: bool = False) -> Iterator[str]:
@@ -52,6 +58,13 @@ def parameters(value: object, *, required: bool = False) -> Iterator[str]:
             given = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             if not given and not (required and parameter.default is not parameter.empty):
                 yield name
+
+
+def method(owner: Any, name: str) -> object:
+    """Returns a class's method as an instance has it, None for any other attribute. Runs no property."""
+    found: Any = inspect.getattr_static(owner, name, None)
+    is_one = isinstance(found, classmethod) or (callable(found) and hasattr(found, "__get__"))
+    return found.__get__(object(), owner) if is_one else None
 
 
 def _attributes(value: object) -> Iterator[str]:
@@ -130,4 +143,5 @@ def _written(content: object, before: str = "") -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(surface()))
+    path = ROOT / "tests" / "recorded" / f"surface-{__version__}.txt"
+    path.write_text("\n".join(surface()) + "\n", encoding="utf-8")

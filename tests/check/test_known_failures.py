@@ -247,6 +247,7 @@ def _mu_adam_under_zero_init(kind: str) -> Found:
     return _judged(prepare, schedule=_constant)
 
 
+@pytest.mark.slow
 def test_deepspeeds_mu_adam_loses_its_ratios_under_zero_init() -> None:
     outcome, _, found, told = run_ranks(_mu_adam_under_zero_init, 1, "MuAdamW")[0]
     assert outcome is CheckOutcome.FAIL

@@ -211,6 +211,7 @@ def test_killed_at_random_points_it_holds_the_ladder_of_an_undisturbed_one(spec:
     assert_holds_exactly_the_ladder(spec)
 
 
+@pytest.mark.slow  # so has it of this
 def test_two_at_once_each_killed_at_random_points_hold_the_same(spec: StudySpec) -> None:
     both = [
         multiprocessing.get_context("fork").Process(

@@ -237,6 +237,7 @@ def test_a_study_that_does_not_exist_is_found_not_to_and_nothing_is_made(first: 
 # Stopped and continued
 
 
+@pytest.mark.slow
 def test_killed_at_random_points_by_two_callers_it_holds_each_of_the_best_once(first: StudySpec) -> None:
     spec = second(first)
 

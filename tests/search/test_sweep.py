@@ -336,6 +336,7 @@ def test_killed_at_random_points_a_study_of_n_holds_the_n_trials_of_an_undisturb
     assert_holds_exactly(new_spec, N)
 
 
+@pytest.mark.slow  # test_bad_weather has a short one of these, with a ladder
 def test_two_sweeps_at_once_each_killed_at_random_points_hold_the_same(new_spec: StudySpec) -> None:
     def one(seed: int) -> None:
         assert interrupted_until_done(lambda: run_sweep(new_spec, bowl, N), seed, 150) >= 2

@@ -159,7 +159,12 @@ def _changes(name: str) -> Mapping[str, float]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+OFTEN = {"plain", "tied, fixed ffn", "deeper, by its rule", "Muon"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in OFTEN else pytest.mark.slow) for case in CASES]
+)
 def test_a_mistake_changes_the_run_where_it_says_so(case: str) -> None:
     if case == "Muon":
         pytest.importorskip("emerging_optimizers", reason="megatron-core 0.16 has no Muon")

@@ -98,6 +98,7 @@ def test_another_tokenizer_is_another_corpus(cache: Path, tokenizer: str) -> Non
         embedded_data(cache, tokenizer=tokenizer, progress=_no_making)
 
 
+@pytest.mark.slow  # a corpus that is not there is made above
 def test_a_damaged_corpus_is_made_again(cache: Path) -> None:
     prefix = embedded_data(cache)
     before = files_at(prefix)

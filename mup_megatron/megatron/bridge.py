@@ -6,8 +6,10 @@ Imports nothing of Bridge: what differs from Megatron-LM is which places a confi
 has the methods that Bridge calls. All of these places are in this file.
 """
 
+import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,12 +31,48 @@ from mup_megatron.theory import Plan
 __all__ = ["Guard", "use_recipe"]
 
 
+# ---- its words -----------------------------------------------------------------------------------------------------
+
+_INSTEAD = {
+    "Build the optimizer with the plan's config_overrides": "Leave optimizer_config_override_provider to use_recipe",
+    ", or pass initialize=False for weights that are loaded": (
+        "; weights to go on from belong into checkpoint.pretrained_checkpoint"
+    ),
+}
+"""What others advise who build a model and an optimizer themselves → what it is in a container."""
+
+
+@contextmanager
+def _in_its_words() -> Iterator[None]:
+    """Encloses what is called in a run of Bridge: an InputError speaks of its fields, where others speak of flags."""
+    try:
+        yield
+    except InputError as error:
+        error.args = (_reworded(str(error)),)
+        raise
+
+
+def _reworded(text: str) -> str:
+    for others, here in _INSTEAD.items():
+        text = text.replace(others, here)
+    text = re.sub(r"--no-([a-z][\w-]*)", lambda flag: f"{_field(flag[1])}=False", text)
+    return re.sub(r"--([a-z][\w-]*)", lambda flag: _field(flag[1]), text)
+
+
+def _field(flag: str) -> str:
+    return flag.replace("-", "_")
+
+
+# ---- a run ---------------------------------------------------------------------------------------------------------
+
+
+@_in_its_words()
 def use_recipe(config: Any, recipe: Recipe, target: ModelFile) -> "Guard":
     """Prepares a run of Megatron-Bridge for a recipe, and returns the callback that compares the run with it.
 
     Writes what the recipe says of the run into the configuration, where it wins over what is there, sets the attention
     scale, and registers what makes model and optimizer what the plan says. Call it once, on the last state of the
-    configuration, before `pretrain`.
+    configuration, before `pretrain`. A configuration that is refused is left as it was.
 
     Args:
         config: a `ConfigContainer`, whose model is a provider or a model configuration; changed in place.
@@ -42,42 +80,55 @@ def use_recipe(config: Any, recipe: Recipe, target: ModelFile) -> "Guard":
         target: the model that the container trains; one that differs is refused when it is built.
 
     Raises:
-        InputError: the container asks for what no plan can be combined with, or is not the run that the recipe is for.
+        InputError: the container asks for what no plan can be combined with, is not the run that the recipe is for, or
+            is of a release without a field that the recipe needs.
     """
     plan = recipe.plan(target)
     _refuse(config)
-    configure(_transformer(config.model), plan)
-    _write(config, recipe)
-    flags.require_horizon(recipe, _values(config))
+    settings = _settings(config, recipe)
+    configure(_transformer(config.model), plan)  # refuses before it changes anything
+    _write(config, recipe, settings)
     _register(config.model, partial(_applied, plan=plan))
     config.optimizer_config_override_provider = Overrides(plan)
     return Guard(recipe, plan)
+
+
+_BEGAN_AT = f"{__name__}.began_at"
+"""Where a run keeps the step that it began at, or went on from, for its callbacks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
     """The callback that compares the live run with the plan: before the first step, after it, and then more rarely.
 
-    Its methods are called by Bridge, on all ranks, with the state, model, optimizer and scheduler of the run.
+    Its methods are called by Bridge, on all ranks, with the state, model, optimizer and scheduler of the run. What it
+    remembers of a run is kept with the run: one object may be the callback of several.
     """
 
     recipe: Recipe
     plan: Plan
 
+    @_in_its_words()
     def on_train_start(self, context: Any) -> None:
         """Compares the run before its first step. Raises InputError, the same on every rank, unless it is as planned.
 
-        The initial weights are looked at where none were loaded.
+        Weights are compared with a fresh draw, so not where a checkpoint was resumed, and not in a run with
+        `checkpoint.finetune` or `checkpoint.pretrained_checkpoint`.
         """
+        context.user_state[_BEGAN_AT] = context.state.train_state.step
         loaded = context.state.cfg.checkpoint
         fresh = context.state.train_state.step == 0 and not loaded.finetune and loaded.pretrained_checkpoint is None
         self._require(context, weights=fresh)
         values = _values(context.state.cfg)
         raise_together(run_values.problems(self.recipe, values, context.optimizer, context.scheduler))
 
+    @_in_its_words()
     def on_train_step_end(self, context: Any) -> None:
-        """Compares the run again after steps 1, 2, 4, 8 and so on. Raises InputError as before the first."""
-        if guard.is_due(context.state.train_state.step):
+        """Compares the run again after 1, 2, 4, 8 and so on of its own steps. Raises InputError as before the first.
+
+        A resumed run counts anew.
+        """
+        if guard.is_due(context.state.train_state.step - context.user_state[_BEGAN_AT]):
             self._require(context, weights=False)
 
     def _require(self, context: Any, *, weights: bool) -> None:
@@ -91,6 +142,7 @@ class Overrides:
     plan: Plan | None = None
     """None in a configuration that was read back: a plan is not written into it."""
 
+    @_in_its_words()
     def build_config_overrides(self, context: Any) -> dict[Any, dict[str, Any]]:
         """Returns the `config_overrides` of `get_megatron_optimizer`. Collective. Raises InputError without a plan."""
         if self.plan is None:
@@ -106,6 +158,7 @@ class Overrides:
         return {"_target_": f"{type(self).__module__}.{type(self).__qualname__}"}
 
 
+@_in_its_words()
 def _applied(models: list[torch.nn.Module], *, plan: Plan) -> list[torch.nn.Module]:
     """Returns the model that Bridge has built, made what the plan says. Collective."""
     apply_plan(models, plan)
@@ -113,6 +166,34 @@ def _applied(models: list[torch.nn.Module], *, plan: Plan) -> list[torch.nn.Modu
 
 
 # ---- the places in a configuration ---------------------------------------------------------------------------------
+
+_READ = (
+    "model.seq_length",
+    "train.train_iters",
+    "train.train_samples",
+    "train.global_batch_size",
+    "optimizer",
+    "optimizer_config_override_provider",
+    "scheduler",
+    "dist",
+    "checkpoint.finetune",
+    "checkpoint.pretrained_checkpoint",
+)
+"""What is read of a container, or put into it, whatever the recipe says."""
+
+
+def _has(config: Any, place: str) -> bool:
+    section, _, field = place.partition(".")
+    return hasattr(config, section) and (not field or hasattr(getattr(config, section), field))
+
+
+def _require(absent: Iterable[str]) -> None:
+    """Raises InputError if there are any fields that a container would need and does not have."""
+    if names := list(absent):
+        raise InputError(
+            f"{', '.join(names)}: not in this container. Take a release of Megatron-Bridge that has "
+            f"{'it' if len(names) == 1 else 'them'}; 0.6.2 was tried."
+        )
 
 
 def _transformer(model: Any) -> Any:
@@ -129,15 +210,14 @@ def _register(model: Any, hook: partial[list[torch.nn.Module]]) -> None:
 
 
 def _refuse(config: Any) -> None:
-    stock = getattr(config, "optimizer_config_override_provider", None)
+    absent = [place for place in _READ if not _has(config, place)]
+    hooks = any(_has(config, place) for place in ("model.register_pre_wrap_hook", "model.pre_wrap_hooks"))
+    _require(absent if hooks else [*absent, "model.pre_wrap_hooks"])
+    stock = config.optimizer_config_override_provider
     problems = []
-    if stock is None:
-        problems.append(
-            "optimizer_config_override_provider: this container has no such place. Take Megatron-Bridge 0.3 or later."
-        )
-    elif isinstance(stock, Overrides) and stock.plan is not None:
+    if isinstance(stock, Overrides) and stock.plan is not None:
         problems.append("use_recipe was called on this configuration already. Make it anew, or call it once.")
-    elif not isinstance(stock, Overrides) and type(stock).__name__ != "OptimizerConfigOverrideProvider":
+    elif not isinstance(stock, Overrides | None) and type(stock).__name__ != "OptimizerConfigOverrideProvider":
         problems.append(
             f"optimizer_config_override_provider: {type(stock).__name__} gives the optimizer overrides of its own, "
             "which the plan would replace. Say it with per_parameter in the recipe."
@@ -161,20 +241,26 @@ def _values(config: Any) -> Namespace:
     return Namespace(**{**merged, "seq_length": config.model.seq_length})
 
 
-def _write(config: Any, recipe: Recipe) -> None:
+def _settings(config: Any, recipe: Recipe) -> dict[str, Any]:
+    """Returns what the recipe says of the run that a container is for, by field. Raises InputError if it is another."""
+    values = _values(config)
+    settings = {setting.dest: setting.value for setting in flags.settings(recipe, values)}
+    # Megatron-LM makes these of weight_decay. Bridge's scheduler takes them as they are, and its recipes have them.
+    settings |= {dest: recipe.moved.weight_decay for dest in _ACTING_DECAY if dest in settings}
+    if problems := flags.horizon_problems(recipe, values):
+        raise InputError("\n".join(problems))
+    _require(dest for dest in settings if not any(hasattr(section, dest) for section in _sections(config)))
+    return settings
+
+
+_ACTING_DECAY = ("start_weight_decay", "end_weight_decay")
+
+
+def _write(config: Any, recipe: Recipe, settings: Mapping[str, Any]) -> None:
     replaced = []
-    for dest, value in _settings(config, recipe):
-        places = [section for section in _sections(config) if hasattr(section, dest)]
-        assert places, dest
-        for section in places:
-            if (current := getattr(section, dest)) != value:
+    for dest, value in settings.items():
+        for section in _sections(config):
+            if hasattr(section, dest) and (current := getattr(section, dest)) != value:
                 replaced.append(f"{dest} {current} → {value}")
                 setattr(section, dest, value)
     say(f"recipe {recipe.fingerprint[:12]} into the configuration: {', '.join(replaced) or 'nothing differs'}.")
-
-
-def _settings(config: Any, recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    decay = recipe.moved.weight_decay
-    for setting in flags.settings(recipe, _values(config)):
-        # Megatron-LM makes these of weight_decay. Bridge's scheduler takes them as they are, and its recipes have them.
-        yield setting.dest, decay if setting.dest in ("start_weight_decay", "end_weight_decay") else setting.value

@@ -76,7 +76,7 @@ def refuse_native(config: Any) -> None:
     if native_mup(config):
         raise InputError(
             "use_mup: Megatron's own μP is on, and the plan would scale everything a second time. "
-            "Turn it off (drop --use-mup and the other --mup-* flags of Megatron)."
+            "Turn it off (drop --use-mup and the other --mup-* settings of Megatron)."
         )
 
 

@@ -1,10 +1,11 @@
 """The places of Megatron-Bridge's configuration, used in the order of its `pretrain` around stock Megatron-Core.
 
 Bridge itself is not installed where tests run: `tools/megatron-bridge-check` runs the real one. Everything here is
-called inside a rank. Values are those with which Bridge's recipes come.
+called inside a rank. Values are those with which Bridge's recipes come. Of weights that a checkpoint brings nothing is
+here: an `edit` before the first step stands for them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,6 +65,8 @@ def container(model: ModelFile, *, provider: bool = True, layout: Layout | None 
             start_weight_decay=0.033,
             end_weight_decay=0.033,
             weight_decay_incr_style="constant",
+            override_opt_param_scheduler=True,
+            use_checkpoint_opt_param_scheduler=False,
         ),
         train=SimpleNamespace(train_iters=ITERATIONS, train_samples=None, global_batch_size=8),
         checkpoint=SimpleNamespace(finetune=False, pretrained_checkpoint=None),
@@ -106,26 +109,32 @@ def set_up(config: Any) -> Run:
         end_wd=s.end_weight_decay,
         wd_incr_steps=samples,
         wd_incr_style=s.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=s.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=s.override_opt_param_scheduler,
     )
     return run
 
 
-def pretrain(config: Any, callbacks: list[Any], edit: Callable[[Run, int], None] | None = None) -> list[float]:
-    """Losses of the run. `edit(run, step)` changes it behind Bridge's back, before the callbacks of a step."""
+def pretrain(
+    config: Any, callbacks: list[Any], edit: Callable[[Run, int], None] | None = None, *, resumed_at: int = 0
+) -> Iterator[float]:
+    """Yields the losses of the run. `edit(run, step)` changes it behind Bridge's back, before the callbacks of a step.
+
+    Steps are the run's own, from 0 on; Bridge's counter begins at `resumed_at`.
+    """
     run = set_up(config)
-    context = SimpleNamespace(
-        state=SimpleNamespace(cfg=config, train_state=SimpleNamespace(step=0)),
-        model=run.chunks,
-        optimizer=run.optimizer,
-        scheduler=run.scheduler,
-    )
-    losses: list[float] = []
+    user_state: dict[str, Any] = {}
     for step in range(ITERATIONS + 1):
-        context.state.train_state.step = step
         if step:
-            losses += stock.train(run, 1)
+            yield from stock.train(run, 1)
         if edit is not None:
             edit(run, step)
+        context = SimpleNamespace(
+            state=SimpleNamespace(cfg=config, train_state=SimpleNamespace(step=resumed_at + step)),
+            model=run.chunks,
+            optimizer=run.optimizer,
+            scheduler=run.scheduler,
+            user_state=user_state,
+        )
         for callback in callbacks:
             (callback.on_train_step_end if step else callback.on_train_start)(context)
-    return losses

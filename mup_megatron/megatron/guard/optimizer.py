@@ -163,7 +163,10 @@ def _limit_cause(value: float | None, base: float, known: _Circumstances) -> str
         return f"Its group has none of its own, so the scheduler takes the base's. {_REBUILD}"
     if close(value, base):
         if known.overridden:
-            return "--override-opt-param-scheduler gave every group the base's value: drop the flag."
+            return (
+                f"That is the base's value: this group's own is lost. {_REBUILD} If a checkpoint was loaded, "
+                "--override-opt-param-scheduler may have written over it: drop that."
+            )
         return f"That is the base's value: this group's own is lost. {_REBUILD}"
     return "Something changed this group after it was built: a callback, or a loaded checkpoint of another recipe."
 
@@ -268,7 +271,7 @@ def schedule_problems(plan: Plan, scheduler: Any, optimizer: Any) -> list[Proble
             "may start above their peak: drop --lr-warmup-init."
         )
         found.append(Problem("schedule", "lr_warmup_init", "0", number(scheduler.init_lr), cause))
-    cause = "Groups are scaled relative to the recipe's value: use that one, not one from a flag or an old checkpoint."
+    cause = "Groups are scaled relative to the recipe's value: use that one, not your own or an old checkpoint's."
     planned = {"max_lr": plan.lr, "min_lr": plan.min_lr, "start_wd": plan.weight_decay, "end_wd": plan.weight_decay}
     live = {quantity: getattr(scheduler, quantity) for quantity in planned}
     found += value_problems("schedule", planned, live, cause)

@@ -227,12 +227,18 @@ def owned(recipe: Recipe, values: argparse.Namespace) -> frozenset[str]:
 
 
 def require_horizon(recipe: Recipe, values: argparse.Namespace) -> None:
-    """Raises InputError where a line, as Megatron has validated it, is not the run that the recipe's values are for.
+    """Raises InputError where a line, as Megatron has validated it, is not the run that the recipe's values are for."""
+    if problems := horizon_problems(recipe, values):
+        raise InputError("\n".join(f"{RECIPE}: {problem}" for problem in problems))
 
-    The run is counted as its schedule is: in samples where the line says samples, else in iterations.
+
+def horizon_problems(recipe: Recipe, values: argparse.Namespace) -> list[str]:
+    """Returns where a run is not the one that the recipe's values are for, in sentences.
+
+    The run is counted as its schedule is: in samples where the values say samples, else in iterations.
     """
     if recipe.horizon is None:
-        return
+        return []
     found = []
     if recipe.horizon.made_rule.moves:
         found = [
@@ -244,8 +250,7 @@ def require_horizon(recipe: Recipe, values: argparse.Namespace) -> None:
     length = values.seq_length or getattr(values, "encoder_seq_length", None)
     samples = values.train_samples or (values.train_iters or 0) * values.global_batch_size
     found += recipe.run_problems(batch=values.global_batch_size, tokens=samples * length, seq_length=length)
-    if found:
-        raise InputError("\n".join(f"--mup-recipe: {problem}" for problem in found))
+    return found
 
 
 def _flag(dest: str) -> str:

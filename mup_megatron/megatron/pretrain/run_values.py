@@ -1,7 +1,7 @@
 """The values of a recipe that hold for the run as a whole, read back from the live optimizer and schedule.
 
-Per-parameter values are the guard's. These may be changed between the command line and the training loop: by a script,
-by its defaults, or by what a checkpoint brings along.
+Per-parameter values are the guard's. These may be changed after the recipe's were put in and before the training loop:
+by a script, by its defaults, or by what a checkpoint brings along.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def _optimizer_problems(recipe: Recipe, optimizer: Any) -> list[str]:
                 live = tuple(group[key]) if isinstance(group[key], list) else group[key]
                 found[f"{optimizers()[name].title}'s {key}"] = (live, settings[key])
     return [
-        f"{name}: {live} in the optimizer, {wanted} in the recipe. The script changed it after the command line was "
-        "read; leave it to the recipe."
+        f"{name}: {live} in the optimizer, {wanted} in the recipe. Something changed it after the recipe's values were "
+        "put in: a script, or its defaults. Leave it to the recipe."
         for name, (live, wanted) in found.items()
         if live != wanted
     ]
@@ -61,7 +61,7 @@ def _schedule_problems(recipe: Recipe, values: argparse.Namespace, scheduler: Op
         found["the length of the final decay"] = (scheduler.wsd_decay_steps, s.lr_wsd_decay_fraction * run)
     return [
         f"{name}: {_shown(live)} in the schedule, {_shown(wanted)} by the recipe and the length of this run (in "
-        "samples). The script or a checkpoint changed it: for a run of another length give "
+        "samples). A script changed it, or a checkpoint: to go on to another length set "
         "--override-opt-param-scheduler, and drop --use-checkpoint-opt_param-scheduler."
         for name, (live, wanted) in found.items()
         if not _same(live, wanted)

@@ -36,7 +36,13 @@ READOUT_VANISHING = -0.45
 the readout's initial weights contribute; that shrinks as 1/√width."""
 
 
-@pytest.fixture(scope="module", params=CASES)
+OFTEN = {"gpt2", "llama", "bert", "t5", "resnet"}
+"""One of each kind: with positions in a table, rotary, encoder, both stacks, convolutions."""
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(case, marks=() if case in OFTEN else pytest.mark.slow) for case in CASES]
+)
 def name(request: pytest.FixtureRequest) -> str:
     found: str = request.param
     return found

@@ -70,11 +70,13 @@ def test_the_entry_alone_is_enough_also_behind_the_launchers_own_word(tmp_path: 
     assert "lrs [0.001, 0.004] ['--local_rank=0']" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_script_that_only_evaluates_by_a_recipe_has_used_it(tmp_path: Path) -> None:
     done = launch(tmp_path, ds_config() | {"mup": {"recipe": write(recipe_for("gpt2"), tmp_path)}, "how": "evaluation"})
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_script_that_applies_the_plan_itself_has_used_it(tmp_path: Path) -> None:
     done = launch(tmp_path, ds_config() | {"by": write(recipe_for("gpt2"), tmp_path), "how": "by hand"})
     assert done.returncode == 0, done.stderr

@@ -256,10 +256,13 @@ def _read(file: Path, shapes: Sequence[str], settings: Settings) -> dict[str, Fo
     for shape in shapes:
         known: dict[str, dict[int, dict[tuple[int, int], dict[str, Any]]]] = {}
         at = {_recipe(shape, rate, settings).fingerprint: rate for rate in range(-FARTHEST, FARTHEST + 1)}
+        models = {width: SHAPES[shape].model(width).model_dump(mode="json") for width in settings.widths[shape]}
         for row in rows:
-            arm, tuned, _, steps, batch, *_ = row["key"]
-            wanted = row["shape"] == shape and row["width"] in settings.widths[shape] and row["seed"] <= settings.seeds
-            if wanted and tuned in at and (steps, batch) == (settings.steps, settings.batch):
+            arm, tuned, model, steps, batch, *_ = row["key"]
+            asked = tuned in at and row["seed"] <= settings.seeds and (steps, batch) == (settings.steps, settings.batch)
+            # Shapes may have a base in common, which is there once. A later model file may have more keys.
+            own = models.get(row["width"])
+            if asked and own is not None and all(own.get(key) == value for key, value in model.items()):
                 known.setdefault(arm, {}).setdefault(row["width"], {})[at[tuned], row["seed"]] = row
         enough = {arm: _with_basins(known.get(arm, {})) for arm in settings.arms}
         base = settings.widths[shape][0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import watched_run
-from support.watching_page import PAGE
+from support.watching_page import PAGE, matching, names
 
 from mup_megatron.megatron.arguments.convert import model_from_flags
 from mup_megatron.theory import Role
@@ -72,8 +72,8 @@ def test_the_table_is_written_between_its_marks_and_nowhere_else() -> None:
 
 def test_the_page_has_the_table_that_the_command_writes() -> None:
     heads = table()["run"]
-    parts = [head.strip("`") for head in heads[1:]]
-    sizes = {f"mup/rms/{part}": {1: 1.0} for part in parts}
+    sizes = {f"mup/rms/{head.strip('`')}": {1: 1.0} for head in heads[1:]}
+    assert all(any(matching(name).fullmatch(size) for name in names("Megatron-LM")) for size in sizes)
     lines = watched_run.told({run.key: {"lm loss": {1: 1.0}, **sizes} for run in watched_run.RUNS})
     assert lines[0] == f"| run | {' | '.join(heads)} |"
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]] == list(table())[2:]

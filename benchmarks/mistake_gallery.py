@@ -27,6 +27,8 @@ import check_exam
 import check_rates
 from many_runs import KeptRuns, counting, forked_workers
 
+from mup_megatron.check.measure import levels
+from mup_megatron.check.measure.measurements import Quantity
 from mup_megatron.check.mutants import MUTANTS, Mutant
 from mup_megatron.check.mutants.depth import DEPTH
 from mup_megatron.check.mutants.experts import EXPERTS
@@ -50,6 +52,8 @@ SEEN = math.log(1.25)
 """The deviation below which coordinates do not tell a mistake from two seeds."""
 ALIKE = 0.02
 """The share by which two losses may differ and still look alike."""
+DECIMALS = 3
+"""Of a loss, as it is told and compared."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,11 @@ class Entry:
     group: str
     model: str
     """A key of `check_rates`'s architectures, or of the exam's subjects."""
+
+    @property
+    def of_exam(self) -> bool:
+        """True where it is none of the library's, which `--mutant` knows."""
+        return self.name not in MUTANTS
 
     def right(self) -> Any:
         """Returns the set-up without the mistake: an `exam.setups.Setup`."""
@@ -308,6 +317,7 @@ def _checked(entry: Entry, output: Path) -> dict[str, Any]:
             return {"name": entry.name, "level": level, "outcome": "refused", "told": [str(error)]}
         if verdict.outcome is CheckOutcome.FAIL:
             break
+    closest = _closest(verdict)
     right = _sizes(verdict.reference)
     if entry.correct_runs(entry.wrong()) != entry.correct_runs(entry.right()):
         right = _read_sizes(_found_right(entry, output)["sizes"])
@@ -317,6 +327,7 @@ def _checked(entry: Entry, output: Path) -> dict[str, Any]:
         "outcome": verdict.outcome.value,
         "widths": list(verdict.widths),
         "told": _told(verdict, entry.model),
+        "quantity": None if closest is None else closest.shown.key.quantity.value,
         "losses": {"wrong": _mean_losses(verdict)},
         "coordinate": _furthest(_sizes(verdict.subject), right, verdict.widths),
     }
@@ -324,17 +335,27 @@ def _checked(entry: Entry, output: Path) -> dict[str, Any]:
 
 def _told(verdict: Any, model: str) -> list[str]:
     """Returns lines that `check` prints: the first, the finding closest to what is at fault, and the first cause."""
-    from mup_megatron.check.report.report import TOLD, alike, sentence, text
+    from mup_megatron.check.report.report import sentence, text
 
     lines = [line.strip() for line in text(verdict, title=model, files=()).splitlines()]
-    failed = [section for section in verdict.sections if section.outcome == "fail"]
-    groups = [group for section in failed for group in alike(section.findings)[:TOLD]]
-    groups.sort(key=lambda group: _distance(group, verdict.culprit or ""))
-    others = [line for section in failed for line in section.lines]
+    closest = _closest(verdict)
+    others = [line for section in _failed_sections(verdict) for line in section.lines]
     causes = [line for line in lines if line.startswith("1. ")]
-    chosen = [lines[0], *([sentence(group, verdict) for group in groups] or others)[:1], *causes[:1]]
+    chosen = [lines[0], *(others[:1] if closest is None else [sentence(closest)]), *causes[:1]]
     assert set(chosen) <= set(lines), chosen
     return chosen
+
+
+def _failed_sections(verdict: Any) -> list[Any]:
+    return [section for section in verdict.sections if section.outcome == "fail"]
+
+
+def _closest(verdict: Any) -> Any:
+    """Returns the told finding that is closest to what is at fault: a `report.Alike`; None if there is no finding."""
+    from mup_megatron.check.report.report import TOLD, alike
+
+    groups = [group for section in _failed_sections(verdict) for group in alike(section.findings)[:TOLD]]
+    return min(groups, key=lambda group: _distance(group, verdict.culprit or ""), default=None)
 
 
 def _distance(group: Any, culprit: str) -> tuple[bool, int]:
@@ -355,10 +376,9 @@ def _mean_losses(verdict: Any) -> list[float]:
 def _sizes(runs: Any) -> dict[Any, list[float]]:
     """Returns the sizes of outputs and how far training moved them, at each width; without what is 0."""
     from mup_megatron.check.measure.measurements import COORDINATES
-    from mup_megatron.check.report.report import typical
 
     keys = [key for key in sorted(runs.keys()) if key.quantity in COORDINATES]
-    sizes = {key: [typical(runs, key, width) for width in runs.widths] for key in keys}
+    sizes = {key: [runs.typical(key, width) for width in runs.widths] for key in keys}
     return {key: of_key for key, of_key in sizes.items() if all(of_key)}
 
 
@@ -396,9 +416,20 @@ def row(entry: Entry, check: Mapping[str, Any]) -> str:
     shown = [_cell(f"`{line}`") for line in check["told"]]
     if check["level"] != check_exam.LEVELS[0]:
         shown.insert(0, f"with `--level {check['level']}`:")
-    if check.get("widths", [*WIDTHS]) != [*WIDTHS]:
+    if _is_wider(check):
         shown.insert(0, f"with widths {', '.join(map(str, check['widths']))}:")
-    return f"| **`{entry.name}`**<br>{_cell(entry.what)} | {_run(check)} | {'<br>'.join(shown)} |"
+    mark = " (exam)" if entry.of_exam else ""
+    return f"| **`{entry.name}`**{mark}<br>{_cell(entry.what)} | {_run(check)} | {'<br>'.join(shown)} |"
+
+
+def _is_wider(check: Mapping[str, Any]) -> bool:
+    return check.get("widths", [*WIDTHS]) != [*WIDTHS]
+
+
+def _final_losses(check: Mapping[str, Any]) -> tuple[float, float]:
+    """Returns the last loss of a mistake and of the right set-up, as they are told."""
+    wrong, right = (round(check["losses"][side][-1], DECIMALS) for side in ("wrong", "right"))
+    return wrong, right
 
 
 def _cell(text: str) -> str:
@@ -408,8 +439,8 @@ def _cell(text: str) -> str:
 def _run(check: Mapping[str, Any]) -> str:
     if check["outcome"] == "refused":
         return "no run: refused"
-    losses, coordinate = check["losses"], check["coordinate"]
-    said = [f"loss {losses['wrong'][-1]:.3f}, right {losses['right'][-1]:.3f}"]
+    (wrong, right), coordinate = _final_losses(check), check["coordinate"]
+    said = [f"loss {wrong:.{DECIMALS}f}, right {right:.{DECIMALS}f}"]
     if coordinate is not None:
         what = "is" if coordinate["step"] == 0 else f"moved in {coordinate['step']} steps by"
         ends = {side: " → ".join(f"{coordinate[side][i]:.2g}" for i in (0, -1)) for side in ("wrong", "right")}
@@ -436,52 +467,67 @@ def _wrapped(paragraph: str) -> str:
 _HEAD = """# A gallery of mistakes
 
 {number} mistakes that somebody can make, each made in a small real model, with what its run looked like and what
-`mup-megatron check` says. `python benchmarks/mistake_gallery.py` makes them ({seeds} seeds, widths {widths}, one CPU)
-and writes this page. They are the library's own ([check](check.md#mutants)), and of the [exam's](results/README.md)
-those in a model's own code, in the training loop and around Hugging Face's models: the rest of the exam are of the same
-kinds.
+`mup-megatron check` says. `python benchmarks/mistake_gallery.py` makes them on one CPU and writes this page. They are
+the library's own ([check](check.md#mutants)), and, marked as such, of the [exam's](results/README.md) those in a
+model's own code, in the training loop and around Hugging Face's models: the rest of the exam are of the same kinds.
 
 None of them crashes. Of the {ran} that run at all, {alike} end within {percent} % of the loss that the width {wide} has
 without the mistake, from the same seeds, and {below} end below it: **the loss at one width does not show a mistake; how
-things follow width does.** Of {unseen} no output is as much as a quarter off at any width: a plot of coordinates would
-not show them either, and they are found in what weights, gradients or steps say.
+things follow width does.** Of {unseen} no output is as much as a quarter off in training at any width: a plot of
+coordinates would not show them either. They are found in what weights, gradients or steps say{evaluated}.
 
 The first column says what was done. The second has, with and without it, the loss at width {wide} after the steps of
-the check, and of all outputs the one that is furthest off, at width {narrow} → {wide}: its size (RMS) before
-training, or how far so many steps moved it. The third has lines of what `check` prints: the verdict with what is at
-fault, the finding that is closest to it, and the first cause with the share of the deviation that it explains.
+the check, and of all outputs the one that is furthest off, at the narrowest → the widest width, which are {narrow} and
+{wide} where the row names no others: its size (RMS) before training, or how far so many steps moved it. The third has
+lines of what `check` prints: the verdict with what is at fault, the finding that is closest to it, and the first cause
+with the share of the deviation that it explains.
 
-{missed}
+These checks are smaller than one is by default: {seeds} seeds and the {number_of_widths} widths {widths}, against
+{usual_seeds} seeds and {usual_widths} widths. {missed}
 
 A check uses [values at which mistakes act](check.md#how-it-works), so its losses are no examples of good runs. Pictures
-show the mistakes of their group that are furthest off, red as it ran, grey as is right. To see one on a model of your
-own: `mup-megatron check target.yaml --recipe R --mutant NAME`, with a name of [check](check.md#mutants)."""
+show up to {panels} mistakes of their group, those that are furthest off and of one output no two, red as it ran, grey
+as is right. To see one on a model of your own: `mup-megatron check target.yaml --recipe R --mutant NAME`, with a name
+that is not marked. One of the exam runs in its own model alone: `python benchmarks/check_exam.py --part mistakes --only
+NAME`."""
 
 
 def _counts(every: Sequence[Entry], checks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     ran = [checks[entry.name] for entry in every if checks[entry.name]["outcome"] != "refused"]
-    alike = [c for c in ran if abs(c["losses"]["wrong"][-1] / c["losses"]["right"][-1] - 1) < ALIKE]
-    failed = [entry for entry in every if _failed(checks[entry.name])]
-    missed = [entry.name for entry in every if entry not in failed and checks[entry.name] in ran]
-    later = [entry.name for entry in failed if checks[entry.name]["level"] != check_exam.LEVELS[0]]
+    losses = [_final_losses(check) for check in ran]
+    unseen = [check for check in ran if check["coordinate"] is None]
+    evaluated = [check["name"] for check in unseen if check["quantity"] == Quantity.EVALUATION.value]
     return {
         "number": len(every),
         "ran": len(ran),
-        "alike": len(alike),
-        "below": sum(check["losses"]["wrong"][-1] < check["losses"]["right"][-1] for check in ran),
-        "unseen": sum(check["coordinate"] is None for check in ran),
+        "alike": sum(abs(wrong / right - 1) < ALIKE for wrong, right in losses),
+        "below": sum(wrong < right for wrong, right in losses),
+        "unseen": len(unseen),
+        "evaluated": f", {_listed(evaluated)} in outputs under eval()" if evaluated else "",
         "seeds": SEEDS,
+        "usual_seeds": levels.SEEDS,
         "widths": ", ".join(map(str, WIDTHS)),
+        "number_of_widths": len(WIDTHS),
+        "usual_widths": levels.WIDTHS,
         "narrow": WIDTHS[0],
         "wide": WIDTHS[-1],
+        "panels": PANELS,
         "percent": f"{100 * ALIKE:g}",
-        "missed": " ".join(
-            [
-                *([f"It took the level `standard` to find {_listed(later)}."] if later else []),
-                *([f"Not found at all here: {_listed(missed)}; the exam has how often they are."] if missed else []),
-            ]
-        ),
+        "missed": _missed(every, checks),
     }
+
+
+def _missed(every: Sequence[Entry], checks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns sentences on the mistakes that the first attempt has not found."""
+    failed = [checks[entry.name] for entry in every if _failed(checks[entry.name])]
+    of = {
+        "It took the level `standard` to find {}.": [c for c in failed if c["level"] != check_exam.LEVELS[0]],
+        "It took the widths that a check has by default to find {}.": [c for c in failed if _is_wider(c)],
+        "Not found at all here: {}; the exam has how often they are.": [
+            checks[entry.name] for entry in every if checks[entry.name]["outcome"] not in ("fail", "refused")
+        ],
+    }
+    return " ".join(told.format(_listed([c["name"] for c in found])) for told, found in of.items() if found)
 
 
 def _failed(check: Mapping[str, Any]) -> bool:
@@ -558,17 +604,22 @@ def _make(todo: Sequence[Entry], output: Path, jobs: int) -> None:
             advance(number)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Makes the checks that are missing, and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="print the rows of these mistakes")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, default=Path("results/mistakes"))
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the page is written")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
+    every = entries()
+    if arguments.only:
+        unknown = sorted({*arguments.only} - {entry.name for entry in every})
+        if unknown:
+            parser.error(f"--only: no such mistake: {', '.join(unknown)}. docs/{PAGE} has all names")
+        every = [entry for entry in every if entry.name in arguments.only]
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    every = [entry for entry in entries() if not arguments.only or entry.name in arguments.only]
     kept = KeptRuns(output / "checks.jsonl")
     todo = [entry for entry in every if None in (kept.found(_key(entry)), kept.found(_key_of_right(entry)))]
     if todo:

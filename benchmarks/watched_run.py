@@ -1,23 +1,29 @@
-"""Runs to watch, and the pictures of docs/watching.md, drawn from what they logged.
+"""Runs to watch, and the pictures and the table of docs/watching.md, from what they logged.
 
     python benchmarks/watched_run.py [--train-iters 120] [--browser chromium] [-o results/watched] [--docs docs]
 
 Megatron-LM's loop (`examples/pretrain.py`) on real text, through the launcher and as anybody would run it, with
 TensorBoard and with wandb offline: the tuned base, a model four times as wide, and two such runs with something wrong.
-Each logs the learning rate of each role and, at every iteration, the size of each layer's output. The pictures are
-drawn from TensorBoard's files; with --browser, one is also taken of TensorBoard itself. A run whose files are there is
-not repeated. Needs Megatron-Core 0.19; a few minutes on two cores.
+Each logs, at every iteration, the learning rate of each role and the size of each layer's output. The pictures are
+drawn from TensorBoard's files; with --browser, one is also taken of TensorBoard itself. A run is repeated where its
+recipe, its line, the package or a library is another than it was made with. Needs Megatron-Core 0.19; a few minutes on
+two cores.
 """
 
 import argparse
+import functools
+import hashlib
 import io
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +32,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from loss_curves import ROOT, started
 from six_steps import BASE, BATCH, TUNED, model
 
+import mup_megatron
 from mup_megatron.megatron.arguments.convert import flags
 from mup_megatron.recipe import Recipe, recipe, save_recipe
 
 WIDE = 256
 LOSS = "lm loss"
+SIZE = "mup/rms/"
+PAGE = "watching.md"
+BEGIN, END = "<!-- The table of benchmarks/watched_run.py, which writes it. -->", "<!-- Its end. -->"
 Scalars = Mapping[str, Mapping[int, float]]
 """Name → iteration → value."""
 
@@ -65,6 +75,7 @@ RUNS = (NARROW, RIGHT, UNSCALED, TOO_HIGH)
 PICTURES = {"right": (NARROW, RIGHT), "unscaled": (NARROW, UNSCALED), "too-high": (RIGHT, TOO_HIGH)}
 """Name → the run to compare with, dashed, and the one to watch."""
 
+SCRIPT = "examples/pretrain.py"
 LOOP = f"""--micro-batch-size {BATCH} --global-batch-size {BATCH} --attention-dropout 0 --hidden-dropout 0
 --eval-iters 0 --eval-interval 1000000 --log-interval 10 --tensorboard-log-interval 1 --mup-coordinates-interval 1
 --split 99,1,0 --tokenizer-type NullTokenizer --vocab-size 1023 --no-persist-layer-norm
@@ -94,24 +105,42 @@ def _recipe_file(run: Run, folder: Path) -> Path:
 
 
 def logged(run: Run, folder: Path, data: Path, train_iters: int) -> Scalars:
-    """Returns what a run wrote to TensorBoard; it is run if it has not been.
+    """Returns what a run wrote to TensorBoard; it is run if it has not been, or was of another kind.
 
     Args:
         run: which one.
-        folder: its own.
+        folder: its own; what is there of a run of another kind, or of one that has not ended, is deleted.
         data: the PREFIX of the text.
         train_iters: iterations.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    found = _scalars(folder / "board")
-    if max(found.get(LOSS, {0: 0.0})) == train_iters:
-        return found
+    kept, key = folder / "key.json", _key(run, data, train_iters)
+    if kept.exists() and kept.read_text(encoding="utf-8") == key:
+        return _scalars(folder / "board")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
     save_recipe(run.recipe(), _recipe_file(run, folder))
-    line = started(1, "-m", "mup_megatron.launch", "examples/pretrain.py", *words(run, folder, data, train_iters))
+    line = started(1, "-m", "mup_megatron.launch", SCRIPT, *words(run, folder, data, train_iters))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         subprocess.run([*map(str, line)], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
+    kept.write_text(key, encoding="utf-8")
     return _scalars(folder / "board")
+
+
+def _key(run: Run, data: Path, train_iters: int) -> str:
+    """Returns all that a run follows from, as text."""
+    versions = {name: version(name) for name in ("megatron-core", "torch")}
+    made_with = {"package": _code(), "python": sys.version, **versions}
+    line = words(run, Path(), data, train_iters)
+    return json.dumps({"fingerprint": run.recipe().fingerprint, "words": line, **made_with}, indent=1)
+
+
+@functools.cache
+def _code() -> str:
+    """Changes whenever the package does, or the script that is launched."""
+    files = [*sorted(Path(mup_megatron.__file__).parent.rglob("*.py")), ROOT / SCRIPT]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _scalars(board: Path) -> Scalars:
@@ -140,7 +169,7 @@ def picture(before: tuple[Run, Scalars], watched: tuple[Run, Scalars]) -> bytes:
     loss, rates, sizes = figure.subplots(1, 3)
     for (run, scalars), style in ((before, "--"), (watched, "-")):
         _lines(loss, {run.called: scalars[LOSS]}, style, labelled=True)
-        for axes, prefix in ((rates, "mup/lr/"), (sizes, "mup/rms/")):
+        for axes, prefix in ((rates, "mup/lr/"), (sizes, SIZE)):
             of_panel = {
                 name.removeprefix(prefix): values for name, values in scalars.items() if name.startswith(prefix)
             }
@@ -203,8 +232,9 @@ def told(found: Mapping[str, Scalars]) -> list[str]:
     Args:
         found: key of a run → what it logged.
     """
-    names = sorted(name for name in found[RIGHT.key] if name.startswith("mup/rms/"))
-    lines = [f"| run | loss | {' | '.join(f'`{name}`' for name in names)} |", f"|---|---|{'---|' * len(names)}"]
+    names = sorted(name for name in found[RIGHT.key] if name.startswith(SIZE))
+    heads = " | ".join(f"`{name.removeprefix(SIZE)}`" for name in names)
+    lines = [f"| run | loss | {heads} |", f"|---|---|{'---|' * len(names)}"]
     for run in RUNS:
         scalars = found[run.key]
         ends = [list(scalars[name].values()) for name in names]
@@ -214,19 +244,35 @@ def told(found: Mapping[str, Scalars]) -> list[str]:
     return lines
 
 
+def with_table(page: str, table: Sequence[str]) -> str:
+    """Returns the page with a table between its two marks.
+
+    Args:
+        page: as it was.
+        table: its lines.
+    """
+    before, _, rest = page.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    assert found, "the page has lost a mark"
+    return "\n".join([f"{before}{BEGIN}", "", *table, "", f"{END}{after}"])
+
+
 def main(given: Sequence[str] | None = None) -> None:
-    """Runs what is missing, prints the table and draws the pictures."""
+    """Runs what is missing, writes the table and draws the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train-iters", type=int, default=120)
     parser.add_argument("--browser", help="a Chromium, to take a picture of TensorBoard with")
     parser.add_argument("-o", "--output", type=Path, default=Path("results/watched"))
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the pictures are written")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the page is, and its pictures")
     arguments = parser.parse_args(given)
+    page: Path = arguments.docs / PAGE
+    if not page.is_file():
+        parser.error(f"--docs {arguments.docs}: there is no {PAGE}, in which the table is written")
     from mup_megatron.training.data.embedded import embedded_data
 
     data, output = embedded_data().resolve(), arguments.output.resolve()
     found = {run.key: logged(run, output / run.key, data, arguments.train_iters) for run in RUNS}
-    print("\n".join(told(found)))
+    page.write_text(with_table(page.read_text(encoding="utf-8"), told(found)), encoding="utf-8")
     folder = arguments.docs / "watching"
     folder.mkdir(parents=True, exist_ok=True)
     for name, (before, watched) in PICTURES.items():

@@ -1,9 +1,11 @@
 """The measurements of one short training run, by name: plain numbers, nothing of torch."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from statistics import fmean
 from typing import Any, NamedTuple
 
 Report = Callable[[str, int, int], None]
@@ -130,6 +132,11 @@ class MeasuredRun:
         return cls(content["width"], content["seed"], values, tuple(content["losses"]), content["problem"])
 
 
+def typical(values: Sequence[float]) -> float:
+    """Returns the geometric mean of one value or more, of seeds; 0 where one of them is."""
+    return math.exp(fmean(map(math.log, values))) if min(values) > 0 else 0.0
+
+
 @dataclass(frozen=True)
 class Measurements:
     """All runs of one way to build a model: the subject, the reference or the control."""
@@ -149,6 +156,11 @@ class Measurements:
     def at(self, width: int) -> list[MeasuredRun]:
         """Returns the runs of one width."""
         return [run for run in self.runs if run.width == width]
+
+    def typical(self, key: Key, width: int) -> float | None:
+        """Returns the geometric mean over seeds; None where it was not measured. 0 where it is 0 for a seed."""
+        values = [run.values[key] for run in self.at(width) if key in run.values]
+        return typical(values) if values else None
 
     def keys(self) -> set[Key]:
         """Returns the keys that every run has measured."""

@@ -11,7 +11,6 @@ from mup_megatron.architectures.measured import Kind, Measured
 from mup_megatron.check.entries import is_any, is_embedding, is_readout, is_vector
 from mup_megatron.check.measure.measurements import Key, Measurements, Quantity
 from mup_megatron.check.measure.names import layer_of
-from mup_megatron.check.report.report import typical
 from mup_megatron.check.verdict.comparison import ORDER, TOLERANCES, Compared, Finding, Mismatch, t_quantile
 from mup_megatron.check.verdict.verdict import CheckOutcome, Verdict
 from mup_megatron.theory import PlanEntry
@@ -88,10 +87,12 @@ def _module(name: str) -> str:
 
 
 def _told(finding: Finding) -> str:
-    """Slope or factor, as it stands in a panel."""
+    """Slope or factor, as it stands in a panel; of what is 0 somewhere, values."""
     c = finding.compared
     if finding.key.quantity is Quantity.UNEXPLAINED:
         return f"{finding.compared.largest:.0%} of a step is unexplained"
+    if c.floored:
+        return str(c.shown)
     if finding.kind is Mismatch.SLOPE:
         return f"slope {c.subject.value:+.2f}, expected {c.reference}"
     return f"{c.factor:.3g} × what is expected, at every width"
@@ -219,7 +220,7 @@ def activation_panel(axes: Any, picture: ShownVerdict, panel: ActivationPanel) -
     axes.set_ylabel(f"{when} (RMS)", fontsize=8)
     if key in verdict.comparison:
         _band(axes, verdict.reference, key, verdict.widths)
-        dashed = [(w, v) for w in verdict.widths if (v := typical(verdict.control, key, w))]
+        dashed = [(w, v) for w in verdict.widths if (v := verdict.control.typical(key, w))]
         axes.plot(*zip(*dashed, strict=True), color=GREY, linestyle="--", linewidth=1.3) if dashed else None
         for run in verdict.subject.runs:
             if run.values.get(key, 0.0) > 0:

@@ -7,9 +7,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
-from mup_megatron.check.measure.measurements import Key, Measurements, Quantity
+from mup_megatron.check.measure.measurements import Quantity
 from mup_megatron.check.measure.names import in_layer, layer_of
 from mup_megatron.check.verdict.comparison import Compared, Finding, Mismatch
 from mup_megatron.check.verdict.verdict import CheckOutcome, Section, Verdict
@@ -33,7 +32,7 @@ def text(verdict: Verdict, *, title: str, files: Sequence[Path]) -> str:
     lines = [headline(verdict, title=title), conditions(verdict)]
     for section in verdict.sections:
         lines += ["", f"{section.name}: {section.outcome}", *(f"  {line}" for line in section.lines)]
-        lines += [f"  {line}" for line in _told(section, verdict)]
+        lines += [f"  {line}" for line in _told(section)]
     if verdict.causes:
         lines += ["", "Likely causes, and how much of the deviation each explains:"]
         for rank, cause in enumerate(verdict.causes, 1):
@@ -107,32 +106,15 @@ def alike(findings: Iterable[Finding]) -> list[Alike]:
     return [Alike(tuple(group)) for group in groups.values()]
 
 
-def sentence(group: Alike, verdict: Verdict) -> str:
+def sentence(group: Alike) -> str:
     """One line: where, when, what was expected, what was found, by slope or factor and by value."""
-    shown = group.shown
-    told = shown.sentence.replace(shown.key.name, group.name, 1)
-    width = verdict.widths[-1]
-    found, expected = typical(verdict.subject, shown.key, width), typical(verdict.reference, shown.key, width)
-    # What is held against fixed bounds has no value that is expected.
-    of_reference = verdict.comparison.get(shown.key) == shown.compared
-    if found is not None and expected is not None and of_reference:
-        told += f"; at width {width}: {found:.3g}, expected {expected:.3g}"
-    if group.later:
-        told += f" (also after {_enumerated(group.later)})"
-    return told
+    told = group.shown.sentence.replace(group.shown.key.name, group.name, 1)
+    return f"{told} (also after {_enumerated(group.later)})" if group.later else told
 
 
-def typical(measured: Measurements, key: Key, width: int) -> float | None:
-    """Returns the geometric mean over seeds; None where it was not measured. 0 where it is 0 for a seed."""
-    values = [run.values[key] for run in measured.at(width) if key in run.values]
-    if not values:
-        return None
-    return math.exp(fmean(map(math.log, values))) if min(values) > 0 else 0.0
-
-
-def _told(section: Section, verdict: Verdict) -> list[str]:
+def _told(section: Section) -> list[str]:
     groups = alike(section.findings)
-    lines = [sentence(group, verdict) for group in groups[:TOLD]]
+    lines = [sentence(group) for group in groups[:TOLD]]
     if len(groups) > TOLD:
         lines.append(f"… and {len(groups) - TOLD} more, which mostly follow from these")
     return lines

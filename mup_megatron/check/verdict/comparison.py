@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import NormalDist, fmean, median
 
-from mup_megatron.check.measure.measurements import BOUNDED, FROM_STEPS, Key, MeasuredRun, Measurements, Quantity
+from mup_megatron.check.measure.measurements import (
+    BOUNDED,
+    FROM_STEPS,
+    Key,
+    MeasuredRun,
+    Measurements,
+    Quantity,
+    typical,
+)
 
 
 class Mismatch(StrEnum):
@@ -75,13 +83,28 @@ _OF_MEDIAN = {Quantity.EPS: 1e-3, Quantity.WEIGHT_DECAY: 0.02, Quantity.GRADIENT
 that is not 0 where a 0 is exact, and to the median where it is read or computed."""
 _LEAST_SPREAD = 0.003
 """Seeds that agree to rounding do not make a difference of a thousandth significant."""
-_LEAST_OVERLAP = 0.02
-_LEAST_UNEXPLAINED = 0.003
-"""Right optimizers leave less than a thousandth unexplained, in single precision."""
-_LEAST_DEAD = 0.02
-"""A few rows of an embedding whose tokens do not come up, more or less."""
+_LEAST = {
+    Quantity.OVERLAP: 0.02,
+    # Right optimizers leave less than a thousandth unexplained, in single precision.
+    Quantity.UNEXPLAINED: 0.003,
+    # A few rows of an embedding whose tokens do not come up, more or less.
+    Quantity.DEAD: 0.02,
+}
+"""What is as good as 0, whatever the reference has."""
 _ROUNDING = 1e-5
 """A gradient that is so small beside the others is what single precision left over of sums that should be 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What was found at one width, and what is expected there."""
+
+    width: int
+    found: float
+    expected: float
+
+    def __str__(self) -> str:
+        return f"at width {self.width}: {self.found:.3g}, expected {self.expected:.3g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +127,10 @@ class Compared:
     """Of the subject's values, seeds averaged: at the width where it is largest."""
     off: Mismatch | None
     """None: within what seeds and tolerance allow."""
+    shown: Values | None = None
+    """At the widest width, or where it is floored at the widest of those; None of what is held against no reference."""
+    floored: bool = False
+    """True where a side is as good as 0 at some width: slopes and level are of what stands for it in a logarithm."""
 
     @property
     def factor(self) -> float:
@@ -123,13 +150,22 @@ def compare(subject: Measurements, reference: Measurements) -> dict[Key, Compare
     for key in sorted(subject.keys() & reference.keys()):
         if key.quantity in BOUNDED or (key.quantity in FROM_STEPS and key.name in rounding):
             continue
-        sides = [
-            {w: [_log(run.values[key], key, floors[w]) for run in side.at(w)] for w in widths}
-            for side in (subject, reference)
-        ]
+        values = [{w: [run.values[key] for run in side.at(w)] for w in widths} for side in (subject, reference)]
+        sides = [{w: [_log(value, key, floors[w]) for value in side[w]] for w in widths} for side in values]
         if _finite(sides[1]):
-            found[key] = _compared(key, *sides) if _finite(sides[0]) else _not_finite(key, sides[1])
+            compared = _compared(key, *sides) if _finite(sides[0]) else _not_finite(key, sides[1])
+            least = {w: min(value for side in values for value in side[w]) for w in widths}
+            floored = [w for w in widths if least[w] <= _floor(key, floors[w])]
+            width = _widest_apart(compared, floored) if floored else widths[-1]
+            shown = Values(width, *(typical(side[width]) for side in values))
+            found[key] = replace(compared, shown=shown, floored=bool(floored))
     return found
+
+
+def _widest_apart(compared: Compared, widths: Sequence[int]) -> int:
+    """Returns the widest of some widths at which the values are apart, or else the widest of all of these."""
+    room = TOLERANCES[compared.key.quantity].level
+    return max(widths, key=lambda width: (abs(compared.deviations[width]) > room, width))
 
 
 _GONE = 1e-5
@@ -212,13 +248,13 @@ def _floors(reference: Measurements, width: int, rounding: Collection[str]) -> d
 
 
 def _log(value: float, key: Key, floors: Mapping[Quantity, float]) -> float:
-    if key.quantity is Quantity.OVERLAP:
-        return math.log(max(value, _LEAST_OVERLAP))
-    if key.quantity is Quantity.UNEXPLAINED:
-        return math.log(max(value, _LEAST_UNEXPLAINED))
-    if key.quantity is Quantity.DEAD:
-        return math.log(max(value, _LEAST_DEAD))
-    return math.log(max(value, 0.0) + floors.get(key.quantity, 1e-30))
+    floor = _floor(key, floors)
+    return math.log(max(value, floor) if key.quantity in _LEAST else max(value, 0.0) + floor)
+
+
+def _floor(key: Key, floors: Mapping[Quantity, float]) -> float:
+    """Returns what is as good as 0."""
+    return _LEAST[key.quantity] if key.quantity in _LEAST else floors.get(key.quantity, 1e-30)
 
 
 def _compared(key: Key, subject: Mapping[int, list[float]], reference: Mapping[int, list[float]]) -> Compared:
@@ -313,23 +349,37 @@ class Finding:
 
     @property
     def sentence(self) -> str:
-        """Says it in words: where, what was expected, what was found."""
-        c, key = self.compared, self.key
-        when = "before training" if key.step == 0 else f"after {key.step} step{'s' if key.step > 1 else ''}"
-        where = f"{key.name}: {key.quantity}, {when}"
-        if key.quantity is Quantity.UNEXPLAINED:
-            return (
-                f"{where}: {c.largest:.0%} of it is explained by no learning rate, eps and weight decay of the "
-                "recipe's optimizer"
-            )
+        """Says it in words: where, what was expected, what was found, by slope or factor and as values."""
         if self.kind is Mismatch.BOUND:
-            return f"{where}: {_out_of_bounds(c)}"
-        if key.quantity is Quantity.DEAD:
-            return f"{where}: up to {c.largest:.0%} of its rows, {c.factor:.3g} times what is expected"
+            return f"{self._where}: {_out_of_bounds(self.compared)}"
+        told = [words for words in (self.in_words, self.compared.shown) if words]
+        return f"{self._where}: {'; '.join(map(str, told))}"
+
+    @property
+    def _where(self) -> str:
+        key = self.key
+        when = "before training" if key.step == 0 else f"after {key.step} step{'s' if key.step > 1 else ''}"
+        return f"{key.name}: {key.quantity}, {when}"
+
+    @property
+    def in_words(self) -> str:
+        """Says by what slope or factor it is off; nothing where a 0 has neither, and its values say it."""
+        c, quantity = self.compared, self.key.quantity
+        if quantity is Quantity.UNEXPLAINED:
+            return (
+                f"{c.largest:.0%} of it is explained by no learning rate, eps and weight decay of the recipe's "
+                "optimizer"
+            )
+        times = f"{c.factor:.3g} times what is expected"
+        if quantity is Quantity.DEAD:
+            rows = f"up to {c.largest:.0%} of its rows"
+            return rows if c.floored else f"{rows}, {times}"
+        if c.floored:
+            return ""
         if self.kind is Mismatch.SLOPE:
-            return f"{where}: slope over width {c.subject}, expected {c.reference}"
+            return f"slope over width {c.subject}, expected {c.reference}"
         at = "every width" if len(c.deviations) > 1 else f"width {next(iter(c.deviations), 0)}"
-        return f"{where}: {c.factor:.3g} times what is expected, at {at}"
+        return f"{times}, at {at}"
 
 
 def _out_of_bounds(c: Compared) -> str:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mup_megatron.architectures.measured import Measured
 from mup_megatron.architectures.model_file import ModelFile
@@ -96,6 +96,7 @@ def judge(
     comparison, control_comparison = compare(subject, reference), compare(control, reference)
     trouble = _trouble(subject, reference)
     of_later: tuple[Cause, ...] = ()
+    late: Comparison = {}
     if trouble is not None:
         sections = [trouble]
     else:
@@ -104,7 +105,8 @@ def judge(
             _gradients(comparison, subject, reference),
         ]
         if level is not Level.QUICK:
-            sections += _late(sides)
+            of_late, late = _late(sides)
+            sections += of_late
             sections += [more() for more in extra]
         elif later is not None:
             section, cause = later(only_rounding(reference), without_gradient(reference.runs))
@@ -117,7 +119,7 @@ def judge(
     outcome = _overall([section.outcome for section in sections])
     likely: tuple[Cause, ...] = ()
     if outcome is CheckOutcome.FAIL and trouble is None:
-        likely = causes(_with_late(comparison, sections), facts.plans, facts.recipe, facts.models)
+        likely = _causes(comparison, late, facts)
     likely = (*likely, *of_later)
     if sections[-1] is bounds:
         have_size = all(c.off is None for key, c in comparison.items() if key.quantity is Quantity.INITIAL)
@@ -166,10 +168,13 @@ def _culprit(likely: Sequence[Cause], sections: Sequence[Section]) -> str:
     return failed.lines[0].partition(":")[0] if failed.lines else failed.name
 
 
-def _with_late(comparison: Comparison, sections: Sequence[Section]) -> Comparison:
-    """With what the long runs alone have found: their steps are later than all of the short ones."""
-    late = {f.key: f.compared for section in sections if section.name == "late steps" for f in section.findings}
-    return {**comparison, **late} if not findings(comparison) else comparison
+def _causes(comparison: Comparison, late: Comparison, facts: Expectation) -> tuple[Cause, ...]:
+    """Returns the causes of what is off in the short runs, or of what the long ones alone have found."""
+    if findings(comparison):
+        return causes(comparison, facts.plans, facts.recipe, facts.models)
+    of_late = causes(late, facts.plans, facts.recipe, facts.models)
+    later = f"Runs of {levels.EARLY.steps} steps are right: it begins later."
+    return tuple(replace(cause, sentence=f"{cause.sentence} {later}") for cause in of_late)
 
 
 # ---- runs of which nothing can be concluded ------------------------------------------------------------------------
@@ -309,19 +314,20 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
 
 
-def _late(sides: Sides) -> list[Section]:
+def _late(sides: Sides) -> tuple[list[Section], Comparison]:
+    """Returns the sections of the long runs, and their comparison; none of runs that cannot be compared."""
     subject, reference = sides.subject(levels.LATE), sides.reference(levels.LATE)
     name = f"over {levels.LATE.steps} steps"
     trouble = _trouble(subject, reference)
     if trouble is not None:
-        return [Section(name="late steps", outcome=trouble.outcome, lines=trouble.lines)]
+        return [Section(name="late steps", outcome=trouble.outcome, lines=trouble.lines)], {}
     comparison = compare(subject, reference)
     found = findings(comparison)
     looked = len({key.name for key in comparison})
     late = _section("late steps", found, [f"{looked} parameters and activations {name}, to the floor of the schedule"])
     result = wider_is_better(subject, levels.LATE.recorded)
     outcome = CheckOutcome.PASS if result.holds else CheckOutcome.FAIL
-    return [late, Section(name="wider is better", outcome=outcome, lines=result.lines, rows=result.rows)]
+    return [late, Section(name="wider is better", outcome=outcome, lines=result.lines, rows=result.rows)], comparison
 
 
 def _section(name: str, found: Sequence[Finding], lines: Sequence[str]) -> Section:

@@ -17,7 +17,10 @@ from mup_megatron.theory import Plan
 
 
 def log_lr_per_role(plan: Plan, optimizer: Any, iteration: int) -> None:
-    """The learning rate of each role at this moment, on the rank that has the writers; by what its groups hold."""
+    """Logs the plan's learning rate of each role, as far from its peak as the optimizer's first group is from its own.
+
+    Does so on the ranks that have writers. It shows a schedule, and not that another group has left it.
+    """
     if not _writers():
         return
     group = parts_of(optimizer)[0].param_groups[0]

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -150,6 +151,34 @@ def test_a_wrong_level_is_told_as_a_factor() -> None:
     assert "decoder.layers.0-2.mlp.linear_fc2.weight: initial weight, before training: 0.5" in told
 
 
+@pytest.mark.parametrize(
+    ("subject", "reference", "values"),
+    [(0.0, 1.0, "0, expected "), (1.0, 0.0, r"(1|0\.99\d|1\.0\d), expected 0")],
+    ids=["gone", "arisen"],
+)
+def test_what_is_0_and_should_not_be_has_values_and_no_slope_or_factor(
+    subject: float, reference: float, values: str
+) -> None:
+    def of_fc2(size: float) -> Factor:
+        return lambda key, _: size if key.quantity is Quantity.INITIAL and "fc2" in key.name else 1.0
+
+    sides = measured(3, factor=of_fc2(subject)), measured(4, factor=of_fc2(reference), first=10)
+    comparison = compare(*sides)
+    made = verdict(
+        subject=sides[0],
+        reference=sides[1],
+        comparison=comparison,
+        sections=(section("gradients and updates", tuple(findings(comparison))),),
+    )
+    [line] = [line for line in of(made).splitlines() if "linear_fc2.weight: initial weight" in line]
+    assert re.match(
+        rf"  decoder\.layers\.0-2\.mlp\.linear_fc2\.weight: initial weight, before training: at width 256: {values}",
+        line,
+    )
+    assert "slope" not in line
+    assert "times" not in line
+
+
 def test_causes_come_ranked_with_their_shares() -> None:
     second = Cause("other", "eps is not scaled.", "decoder.layers.0.mlp.linear_fc2.weight", 0.125)
     told = of(verdict(collapsed, CAUSE, second))
@@ -248,6 +277,12 @@ def test_the_panel_at_fault_has_the_thick_frame_and_what_follows_the_thin_one(mo
     told = panels["Learning rate that acted"][1]
     assert told.startswith("decoder.layers.0.mlp.linear_fc1.weight\nslope +1.0")
     assert ", expected " in told
+
+
+def test_a_panel_tells_what_is_0_and_should_not_be_by_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = verdict(lambda key, _: 0.0 if key.quantity is Quantity.INITIAL and "fc2" in key.name else 1.0)
+    told = drawn(gone, monkeypatch)["Initial weights"][1]
+    assert told.startswith("decoder.layers.0.mlp.linear_fc2.weight\nat width 256: 0, expected ")
 
 
 def test_panels_are_those_of_what_the_architecture_has_measured(monkeypatch: pytest.MonkeyPatch) -> None:

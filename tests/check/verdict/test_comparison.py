@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -10,6 +11,7 @@ from mup_megatron.check.verdict.comparison import ORDER, Finding, Mismatch, Slop
 
 WIDTHS = (32, 64, 128, 256)
 UPDATE = Key(Quantity.UPDATE, "decoder.layers.0", 3)
+DEAD = Key(Quantity.DEAD, "w", 3)
 
 
 def measured(
@@ -71,6 +73,54 @@ def test_values_of_zero_are_compared_and_differ_from_others() -> None:
     assert not findings(compare(runs(-1e-7), runs(1e-7)))
     [found] = findings(compare(runs(0.1), runs(0.0)))
     assert found.key.name == "b"
+
+
+def of_initial(values: Callable[[int], float]) -> Measurements:
+    """Of a weight that has these at each width, beside one that has 1."""
+    return Measurements(
+        tuple(
+            MeasuredRun(w, s, {Key(Quantity.INITIAL, "w", 0): values(w), Key(Quantity.INITIAL, "v", 0): 1.0}, (1.0,))
+            for w in WIDTHS
+            for s in range(3)
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "told"),
+    [
+        (lambda _: 0.0, lambda w: w / 32, "at width 256: 0, expected 8"),
+        (lambda w: w / 32, lambda _: 0.0, "at width 256: 8, expected 0"),
+        (lambda _: 0.5, lambda _: 0.0, "at width 256: 0.5, expected 0"),
+        (lambda w: 0.0 if w < 100 else 0.5, lambda _: 0.5, "at width 64: 0, expected 0.5"),
+        (lambda w: 0.0 if w == 256 else 0.5, lambda w: 0.0 if w == 256 else 0.25, "at width 256: 0, expected 0"),
+    ],
+    ids=["slope of found", "slope of expected", "level", "some widths", "alike where they are 0"],
+)
+def test_what_is_0_somewhere_has_values_and_no_slope_or_factor(
+    found: Callable[[int], float], expected: Callable[[int], float], told: str
+) -> None:
+    [finding] = findings(compare(of_initial(found), of_initial(expected)))
+    assert finding.sentence == f"w: initial weight, before training: {told}"
+
+
+def test_values_are_told_with_the_slope_at_the_widest_width() -> None:
+    [finding] = findings(compare(of_initial(lambda w: 256 / w), of_initial(lambda _: 1.0)))
+    assert finding.sentence.endswith(
+        "slope over width -1.00 ± 0.00, expected +0.00 ± 0.00; at width 256: 1, expected 1"
+    )
+
+
+def test_rows_without_gradient_are_told_as_a_share_where_there_should_be_none() -> None:
+    def runs(dead: float) -> Measurements:
+        return Measurements(tuple(MeasuredRun(w, s, {DEAD: dead}, (1.0,)) for w in WIDTHS for s in range(3)))
+
+    [finding] = findings(compare(runs(0.5), runs(0.0)))
+    assert finding.sentence.endswith("after 3 steps: up to 50% of its rows; at width 256: 0.5, expected 0")
+    [finding] = findings(compare(runs(0.5), runs(0.125)))
+    assert finding.sentence.endswith(
+        "up to 50% of its rows, 4 times what is expected; at width 256: 0.5, expected 0.125"
+    )
 
 
 @pytest.mark.parametrize("gradient", [1e-10, 1e-3])

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 from support.shapes import gpt, recipe_for
 
 from mup_megatron.check.measure.levels import EARLY, LATE, Level
@@ -76,6 +77,37 @@ def test_a_model_that_breaks_in_the_long_runs_alone_fails() -> None:
     found = verdict(broken, Level.STANDARD)
     assert found.outcome is CheckOutcome.FAIL
     assert [section.name for section in found.sections if section.outcome is CheckOutcome.FAIL] == ["late steps"]
+
+
+def late(change: Callable[[Key, int, float], float]) -> Verdict:
+    """Of a change of values in the long runs alone, at standard."""
+
+    def changed(protocol: RunProtocol, run: MeasuredRun) -> MeasuredRun:
+        if protocol is not LATE:
+            return run
+        return replace(run, values={key: change(key, run.width, value) for key, value in run.values.items()})
+
+    return verdict(changed, Level.STANDARD)
+
+
+def test_a_rate_that_is_wrong_later_has_the_cause_that_it_would_have_at_first() -> None:
+    def collapsed(key: Key, width: int, value: float) -> float:
+        hidden = key.quantity is Quantity.LEARNING_RATE and key.name == f"{FC1}.weight"
+        return value * width / WIDTHS[0] if hidden else value
+
+    first = late(collapsed).causes[0]
+    assert (first.name, first.culprit) == ("learning-rate-collapsed", f"{FC1}.weight")
+    assert first.share == pytest.approx(1.0)
+    assert first.sentence.endswith(" Runs of 8 steps are right: it begins later.")
+
+
+def test_of_gradients_that_are_wrong_later_it_counts_how_many_are_not() -> None:
+    def two_of_three(key: Key, _: int, value: float) -> float:
+        return 3 * value if key.quantity is Quantity.GRADIENT and key.name.startswith(FC1) else value
+
+    first = late(two_of_three).causes[0]
+    assert first.name == "gradient"
+    assert first.culprit.startswith(FC1)
 
 
 def test_the_short_runs_are_those_of_quick() -> None:

@@ -97,7 +97,7 @@ _ROUNDING = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """What was found at one width, and what is expected there."""
+    """Values at one width: the subject's, and the reference's, which is expected."""
 
     width: int
     found: float

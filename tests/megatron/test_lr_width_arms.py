@@ -7,24 +7,36 @@ from typing import Any
 import lr_width
 import pytest
 import torch
+from small_models import dense
 from support.processes import run_ranks
 from support.training_runs import make_text
 
 from mup_megatron.architectures.names import READOUT_WEIGHT
 from mup_megatron.megatron.versions import core_version, optimizer_package_problem
+from mup_megatron.recipe import Hyperparameters, Recipe, Schedule
 
 STEPS, BASE, TARGET = 6, 64, 128
 NATIVE = core_version() >= (0, 17, 0)
 WIDER = ("proportional", "ffn", "experts")
 SHAPES = [name for name in lr_width.SHAPES if name != "muon" or optimizer_package_problem("muon") is None]
+WITHOUT_NATIVE = {"latent", "bert"}
+"""One takes no softmax scale there, the other's logits are not multiplied."""
 Arms = dict[str, dict[str, Any]]
+# Multipliers that are powers of 2: wherever they stand, digits are the same.
+TUNED = Recipe(
+    base=dense(BASE),
+    hyperparameters=Hyperparameters(
+        lr=2.0**-7, init_method_std=0.06, embedding_multiplier=4.0, output_multiplier=4.0, attention_multiplier=4.0
+    ),
+    schedule=Schedule(lr_decay_style="linear", lr_warmup_fraction=0.1),
+)
 
 
 def _task(shape: str, width: int) -> Any:
     from arms import Task
 
     own = lr_width.SHAPES[shape]
-    recipe = own.recipe(own.model(BASE), None, 0)
+    recipe = own.recipe(own.model(BASE), TUNED, 0)
     # Native μP and microsoft/mup scale eps otherwise, and native μP no weight decay.
     alike = recipe.hyperparameters.model_copy(update={"adam_eps": 1e-20, "weight_decay": 0.0})
     return Task(own.model(width), recipe.model_copy(update={"hyperparameters": alike}), STEPS, 4, 1)
@@ -61,7 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Arms], 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_at_the_base_arms_begin_alike_and_those_of_megatron_give_the_same_digits(trained: Any, shape: str) -> None:
     arms = {arm: row for arm, row in trained[0][shape].items() if "refused" not in row}
-    assert set(arms) >= {"standard", "ours", *(["native"] if NATIVE else [])}
+    assert set(arms) >= {"standard", "ours", *(["native"] if NATIVE and shape not in WITHOUT_NATIVE else [])}
     assert len({row["start"] for row in arms.values()}) == 1
     assert len({row["batches"] for row in arms.values()}) == 1
     assert all(arms[arm]["curve"] == arms["ours"]["curve"] for arm in arms if arm != "microsoft")

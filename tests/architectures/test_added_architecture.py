@@ -114,7 +114,8 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("references")
 
 
-@pytest.mark.parametrize("mistake", ["init-unscaled", pytest.param("eps-unscaled", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["init-unscaled", "eps-unscaled"])
 def test_a_mistake_in_it_is_found(mistake: str, references: Path) -> None:
     from mup_megatron.check.mutants import MUTANTS
 

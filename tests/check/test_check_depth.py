@@ -52,7 +52,7 @@ def test_a_right_deeper_target_passes(alpha: float, references: Path) -> None:
     [
         ("branch-multiplier-lost", 1.0),
         pytest.param("depth-twice-in-init", 1.0, marks=pytest.mark.slow),
-        ("depth-rates-of-vectors", 0.5),
+        pytest.param("depth-rates-of-vectors", 0.5, marks=pytest.mark.slow),
     ],
 )
 def test_a_mistake_about_depth_is_named(mutant: str, alpha: float, references: Path) -> None:

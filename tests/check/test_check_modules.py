@@ -255,6 +255,7 @@ def _entry(path: str, recipe_path: str) -> tuple[CheckOutcome, str]:
     return verdict.outcome, text(verdict, title="it", files=())
 
 
+@pytest.mark.slow
 def test_a_configuration_passes_with_the_entry_and_a_schedule_of_deepspeeds(tmp_path: Path) -> None:
     recipe_path = ds_models.write(ds_models.recipe_for("llama", lr=0.01), tmp_path)
     content = {
@@ -391,6 +392,7 @@ def test_a_width_without_whole_heads_is_refused() -> None:
         at_width(target, base, 96)
 
 
+@pytest.mark.slow
 def test_a_base_that_is_wider_than_the_models_is_made_as_narrow() -> None:
     config, recipe = ds_models.config("gpt2", 8), ds_models.recipe_for("gpt2", base=4, lr=0.01)
     config.n_layer = 1

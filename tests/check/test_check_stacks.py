@@ -69,7 +69,7 @@ MISTAKES: dict[str, tuple[str, Mutant, tuple[str, ...], str]] = {
     "logits of a T5": ("T5", MUTANTS["readout-not-multiplied"], ("readout-not-multiplied",), "output_layer"),
     "relative positions as a matrix": ("T5, relative", TABLES, (), "relative_attention_bias"),
 }
-SLOW = {"a pattern", "MTP", "T5, relative"}
+SLOW = {"a pattern", "MTP", "T5", "T5, relative"}
 QUICK = {"joint projection's rate", "hidden rates of a BERT"}
 
 

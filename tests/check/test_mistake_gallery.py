@@ -123,9 +123,8 @@ def _checked(name: str, folder: Path) -> dict[str, Any]:
     return {**check, "row": mistake_gallery.row(entry, check)}
 
 
-@pytest.mark.parametrize(
-    "name", ["learning-rate-collapsed", pytest.param("gradients-never-zeroed", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["learning-rate-collapsed", "gradients-never-zeroed"])
 def test_a_mistake_is_made_checked_and_told_as_on_the_page(name: str, tmp_path: Path) -> None:
     check: dict[str, Any] = run_ranks(_checked, 1, name, tmp_path)[0]
     lines = (tmp_path / "checks.jsonl").read_text(encoding="utf-8").splitlines()

@@ -70,7 +70,7 @@ def told_once(marker: Path) -> Callable[..., TrialOutcome | None]:
     return resume_and_tell
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_terminated_trial_goes_on_with_bitwise_the_same_losses(
     run: Command, here: Path, data: Path, shared: bool
 ) -> None:

@@ -196,6 +196,7 @@ def test_with_a_fixed_ffn_updates_neither_grow_nor_vanish() -> None:
     assert min(found.values()) > VANISHING
 
 
+@pytest.mark.slow
 def test_with_one_global_ratio_they_vanish() -> None:
     # fc2 reads the fixed ffn: a ratio of the hidden size gives it too small a std and learning rate.
     found = _in_rank(one_global_ratio, FIXED_FFN)

@@ -87,6 +87,7 @@ def test_other_layouts_continue_the_loss(
     assert losses == pytest.approx(after(one.losses), abs=FP32, rel=0)
 
 
+@pytest.mark.slow
 def test_experts_on_two_ranks_have_the_loss_of_one(tmp_path: Path) -> None:
     """From the same weights: Megatron seeds each rank of experts differently. Their optimizer is saved apart."""
     checkpoint = tmp_path / "checkpoint"

@@ -89,7 +89,7 @@ def survives(
     return False
 
 
-@pytest.mark.parametrize("kill_at", [2, 3, 6])
+@pytest.mark.parametrize("kill_at", [3, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 6))])
 def test_killed_where_a_checkpoint_begins_to_count(
     uninterrupted: tuple[int, dict[str, Any], tuple[str, str]], text: Path, tmp_path: Path, kill_at: int
 ) -> None:

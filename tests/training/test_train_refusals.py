@@ -227,7 +227,7 @@ def with_files_no_larger_than(size: int, *arguments: str) -> Finished:
     return command_line(*arguments)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_disk_that_fills_up_while_saving(text: Path, tmp_path: Path, ranks: int) -> None:
     arguments = words(tmp_path, text, "--tensor-model-parallel-size", str(ranks))
     assert all(finished.code == 0 for finished in run_ranks(command_line, ranks, *arguments))

@@ -128,6 +128,7 @@ def check_deep(references: Path, mutated: bool) -> tuple[str, str | None, list[s
     return str(found.outcome), found.culprit, [section.name for section in found.sections], layers
 
 
+@pytest.mark.slow
 def test_of_a_deep_target_few_layers_train_and_the_others_are_seen(tmp_path: Path) -> None:
     outcome, _, sections, layers = run_ranks(check_deep, 1, tmp_path, False)[0]
     assert (outcome, sections[-1], layers) == ("pass", "every layer", {0, 1, 2, 3})

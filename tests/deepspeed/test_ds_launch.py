@@ -85,13 +85,13 @@ def test_a_script_that_applies_the_plan_itself_has_used_it(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
+        pytest.param(
             ds_config() | {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}},
             '"mup": missing in the config',
+            id="no entry",
         ),
-        ({}, 'the script built no engine with a "mup" entry'),
+        pytest.param({}, 'the script built no engine with a "mup" entry', id="no engine", marks=pytest.mark.slow),
     ],
-    ids=["no entry", "no engine"],
 )
 def test_a_script_that_would_train_without_a_recipe_is_stopped(
     tmp_path: Path, config: dict[str, object], message: str

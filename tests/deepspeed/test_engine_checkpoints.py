@@ -121,7 +121,7 @@ def test_a_regular_load_goes_on_bitwise(saved: tuple[str, str, dict[Any, Any]], 
     assert load_recipe(Path(root) / "mup1" / "global_step3" / "mup.recipe.yaml") == recipe_for("gpt2")
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_universal_load_keeps_the_plan(world_size: int, saved: tuple[str, str, dict[Any, Any]], plan: Plan) -> None:
     path, root, unbroken = saved
     found = run_ranks(_loaded, world_size, path, root, True, ["mup"])[0]
@@ -133,6 +133,7 @@ def test_a_universal_load_keeps_the_plan(world_size: int, saved: tuple[str, str,
         assert losses == pytest.approx(unbroken["mup", zero][1], rel=2e-6), zero
 
 
+@pytest.mark.slow  # what DeepSpeed does without us
 def test_plain_deepspeed_loses_the_groups_in_a_universal_load_at_zero_3(
     saved: tuple[str, str, dict[Any, Any]], plan: Plan
 ) -> None:

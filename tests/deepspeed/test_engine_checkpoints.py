@@ -306,6 +306,7 @@ def _edited_plainly(root: str) -> dict[str, LiveValues]:
     return live_values(engine)
 
 
+@pytest.mark.slow  # what DeepSpeed does without us
 def test_plain_deepspeed_restores_saved_values_over_edited_ones(
     saved: tuple[str, str, dict[Any, Any]], plan: Plan
 ) -> None:

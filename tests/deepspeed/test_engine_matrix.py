@@ -93,7 +93,7 @@ def _require_as_torch(cases: list[tuple[str, int]], world_size: int, folder: Pat
     assert not wrong
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_stage_trains_as_torch_with_the_plans_groups(world_size: int, tmp_path: Path) -> None:
     _require_as_torch(QUICK, world_size, tmp_path)
 

@@ -314,6 +314,7 @@ def test_all_stages_for_real_killed_on_the_way(environment: dict[str, str], tmp_
     assert done.stdout.splitlines()[-1].split()[-2:] == ["1.9800", rows["target"]["recipe"][:12]]
 
 
+@pytest.mark.slow
 def test_the_search_over_fidelities_for_real_killed_on_the_way(
     environment: dict[str, str], tmp_path: Path, data: Path
 ) -> None:

@@ -170,7 +170,7 @@ def gone_on(path: str, folder: str, stage: int) -> tuple[list[float], list[float
     return whole, train_engine(engine, "gpt2", range(3, 6))
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_run_goes_on_with_its_momenta(stage: int, tmp_path: Path) -> None:
     ((whole, again),) = run_ranks(gone_on, 1, write(own_recipe(), tmp_path), str(tmp_path / "ck"), stage)
     assert again == pytest.approx(whole, abs=1e-6)

@@ -121,6 +121,7 @@ def _server() -> "subprocess.Popen[bytes]":
         "TOKENIZERS_PARALLELISM": "false",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONWARNINGS": "ignore",
+        "TORCHDYNAMO_DISABLE": "1",  # DeepSpeed's Muon would be compiled for minutes, to be run for seconds
     }
     return subprocess.Popen(
         [sys.executable, "-m", "support.ds_server"],

@@ -52,6 +52,7 @@ def test_it_trains_as_the_equal_gpt_does(tmp_path: Path) -> None:
     assert as_hybrid.losses == as_gpt.losses
 
 
+@pytest.mark.slow  # Mamba layers go on in another one below
 def test_it_goes_on_in_other_layouts(tmp_path: Path) -> None:
     """From TP2 to PP2, and from there to one process; each is the run that was never stopped."""
     more = ["--mup-recipe", str(recipe_file(tmp_path))]

@@ -89,7 +89,7 @@ def test_what_is_seen_on_the_meta_device_follows_the_attribute(family: str) -> N
     assert after == pytest.approx([3.0 * scale for scale in before if scale is not None])
 
 
-@pytest.mark.parametrize("alpha", [1.0, 2.0])
+@pytest.mark.parametrize("alpha", [1.0, pytest.param(2.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ATTENTION)
 def test_standard_parametrization_keeps_the_librarys_scale_where_heads_grow(family: str, alpha: float) -> None:
     base, target = (with_class(family, with_heads_growing(family, width)) for width in (64, 128))

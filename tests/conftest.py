@@ -1,4 +1,4 @@
-"""Which tests run with every supported megatron-core, and why CI takes a skipped test for a failed one."""
+"""What tests share: marks, a place for references, and why CI takes a skipped test for a failed one."""
 
 import functools
 import importlib.metadata
@@ -43,6 +43,12 @@ def pytest_configure() -> None:
     for lock in Path(cache).glob("**/lock"):
         if time.time() - lock.stat().st_mtime > _LONGEST_COMPILATION_S:
             lock.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the checks of a file keep their references: what is right is measured once."""
+    return tmp_path_factory.mktemp("references")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -108,12 +108,6 @@ def checked(mistake: str | None, references: Path) -> tuple[str, list[str]]:
     return verdict.outcome, [cause.name for cause in verdict.causes]
 
 
-@pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tests of this file keep what is right."""
-    return tmp_path_factory.mktemp("references")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", ["init-unscaled", "eps-unscaled"])
 def test_a_mistake_in_it_is_found(mistake: str, references: Path) -> None:

@@ -36,12 +36,6 @@ def checked(alpha: float, references: Path, mutant: str | None = None) -> tuple[
     return found.outcome.value, [cause.name for cause in found.causes]
 
 
-@pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tests of this file keep what is right."""
-    return tmp_path_factory.mktemp("references")
-
-
 @pytest.mark.parametrize("alpha", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_a_right_deeper_target_passes(alpha: float, references: Path) -> None:
     assert run_ranks(checked, 1, alpha, references)[0] == ("pass", [])

@@ -37,12 +37,6 @@ def _verdict(mistake: str | None, references: Path, seed: int) -> tuple[str, lis
     return found.outcome.value, [cause.name for cause in found.causes]
 
 
-@pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tests of this file keep what is right."""
-    return tmp_path_factory.mktemp("references")
-
-
 @pytest.mark.parametrize("mistake", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in MISTAKES)])
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (11, 21, 31, 41))])
 def test_a_horizon_is_followed_and_mistakes_in_it_are_named(mistake: str | None, seed: int, references: Path) -> None:

@@ -75,12 +75,6 @@ def verdict(target: str, references: Path, mistake: str | None = None) -> tuple[
     return found.outcome.value, found.culprit, [cause.name for cause in found.causes]
 
 
-@pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tests of this file keep what is right."""
-    return tmp_path_factory.mktemp("references")
-
-
 @pytest.mark.parametrize(
     "target", [pytest.param(name, marks=() if name == "fixed ranks" else pytest.mark.slow) for name in TARGETS]
 )

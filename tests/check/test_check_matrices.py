@@ -79,12 +79,6 @@ def verdict(
     return found.outcome.value, found.culprit, [cause.name for cause in found.causes], max(left)
 
 
-@pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tests of this file keep what is right."""
-    return tmp_path_factory.mktemp("references")
-
-
 @pytest.mark.parametrize(
     "shape", [pytest.param(name, marks=() if name == "tied, fixed ffn" else pytest.mark.slow) for name in SHAPES]
 )

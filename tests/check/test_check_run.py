@@ -80,12 +80,6 @@ def one(function: Any, *args: Any, **more: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tests of this file keep what is right."""
-    return tmp_path_factory.mktemp("references")
-
-
-@pytest.fixture(scope="module")
 def single(references: Path) -> Told:
     found: Told = one(check, references)
     return found

@@ -98,12 +98,6 @@ def _require_known(kind: str) -> None:
         pytest.skip("megatron-core 0.16 has no latent attention in a pattern")
 
 
-@pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tests of this file keep what is right."""
-    return tmp_path_factory.mktemp("references")
-
-
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in KINDS])
 def test_a_right_model_passes_and_all_of_it_is_seen(kind: str, references: Path) -> None:
     _require_known(kind)

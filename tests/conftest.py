@@ -38,7 +38,8 @@ def _is_of_adapters(path: Path) -> bool:
 
 
 def pytest_configure() -> None:
-    """Removes what a process left that was killed while torch compiled an extension: all others wait for it."""
+    """Has extensions compiled quickly, and removes what a process left that was killed meanwhile: all others wait."""
+    os.environ.setdefault("CXX", str(TESTS / "support" / "quick-c++"))
     cache = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     for lock in Path(cache).glob("**/lock"):
         if time.time() - lock.stat().st_mtime > _LONGEST_COMPILATION_S:

@@ -5,6 +5,7 @@ Requests come on standard input, pickled, each after its length; the answer is t
 
 import datetime
 import faulthandler
+import gc
 import io
 import os
 import pickle
@@ -26,6 +27,7 @@ def main() -> None:
     import torch._dynamo  # noqa: F401  # by the first optimizer
     import transformers
     from deepspeed.comm.torch import build_shm_op
+    from support import ds_models  # noqa: F401  # by nearly every rank
 
     transformers.logging.set_verbosity_error()
     deepspeed.utils.logger.setLevel("ERROR")
@@ -34,6 +36,8 @@ def main() -> None:
     # Compiled or found once, and inherited: a rank that is killed meanwhile would leave a lock for which all wait.
     build_shm_op()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them here
+    gc.collect()
+    gc.freeze()  # as in `preload.py`
     while header := sys.stdin.buffer.read(8):
         request = sys.stdin.buffer.read(int.from_bytes(header, "big"))
         world_size, settings = pickle.loads(request)

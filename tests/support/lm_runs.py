@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from support.processes import HANGS_AFTER_S, RankFailure, _end, fork_server
 
+from mup_megatron.megatron.versions import checkpoint_results_in_this_process
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
 
 CPU_FLAGS = tuple(
@@ -202,7 +204,8 @@ def _rank_main(
     torch.set_num_threads(1)
     _record_losses(_file(folder, rank, "losses"))
     try:
-        _run(script, words, launcher)
+        with checkpoint_results_in_this_process():  # a server for them would import everything anew, for each rank
+            _run(script, words, launcher)
     except Exception:
         # As the interpreter ends a script; multiprocessing would tell the error in its own way.
         sys.excepthook(*sys.exc_info())

@@ -3,6 +3,7 @@
 Also what a run imports late, in its first step: each rank would do so again.
 """
 
+import gc
 import importlib
 import importlib.util
 import warnings
@@ -14,7 +15,10 @@ from mup_megatron.training import ranks
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", module="megatron")  # its notices of what is deprecated or experimental, per process
 ranks.preload()
-for name in ("pytest", "torch.distributed.checkpoint", "mup_megatron.megatron.guard", "mup_megatron.training.train"):
-    importlib.import_module(name)
+names = ["pytest", "torch.distributed.checkpoint", "mup_megatron.megatron.guard", "mup_megatron.check.run_megatron"]
 if importlib.util.find_spec("megatron.training") is not None:
-    importlib.import_module("megatron.training.training")
+    names += ["megatron.training.training", "megatron.core.tokenizers.text", "mup_megatron.megatron.pretrain.run"]
+for name in names:
+    importlib.import_module(name)
+gc.collect()
+gc.freeze()  # collections in the ranks pass over all this: it lives as long as they do, and they share its pages

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 SPACE = r" \t\r\n"
 """What parts words: in bash blanks and newlines alone, whatever else Unicode has; and what Windows ends lines with."""
 _LONGEST = 200_000
-_MOST_OPERATORS = 5_000
+_MOST_OPERATORS = 3_000
 """Characters of a script, and operators among them; the largest of 1400 public ones has 38,000 and 1,200. The parser's
-time and memory can grow with the square of the operators: 4 s and 1 GB for 10,000 bars."""
+time and memory can grow with the square of the operators: 4 s and 1 GB for 10,000 bars. So does ours, with those of
+here-documents."""
 _MOST_TRIES = 20
 DECLARATIONS = {"export", "declare", "typeset", "local", "readonly"}
 

@@ -61,7 +61,18 @@ def preload() -> bool:
     on_cpu = enable_cpu()
     for name in _SLOW_IMPORTS:
         importlib.import_module(name)
+    keep()
     return on_cpu
+
+
+def keep() -> None:
+    """Has collections pass over all objects that there are: they live as long as this process and those it forks.
+
+    A run ends with a collection. Torch and Megatron are most of what it would look through, for longer than a small
+    run takes, and in a forked process it copies their memory.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def enable_cpu() -> bool:

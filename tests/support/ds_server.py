@@ -5,7 +5,6 @@ Requests come on standard input, pickled, each after its length; the answer is t
 
 import datetime
 import faulthandler
-import gc
 import io
 import os
 import pickle
@@ -29,6 +28,8 @@ def main() -> None:
     from deepspeed.comm.torch import build_shm_op
     from support import ds_models  # noqa: F401  # by nearly every rank
 
+    from mup_megatron.training import ranks
+
     transformers.logging.set_verbosity_error()
     deepspeed.utils.logger.setLevel("ERROR")
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -36,8 +37,7 @@ def main() -> None:
     # Compiled or found once, and inherited: a rank that is killed meanwhile would leave a lock for which all wait.
     build_shm_op()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them here
-    gc.collect()
-    gc.freeze()  # as in `preload.py`
+    ranks.keep()
     while header := sys.stdin.buffer.read(8):
         request = sys.stdin.buffer.read(int.from_bytes(header, "big"))
         world_size, settings = pickle.loads(request)

@@ -3,7 +3,6 @@
 Also what a run imports late, in its first step: each rank would do so again.
 """
 
-import gc
 import importlib
 import importlib.util
 import warnings
@@ -20,5 +19,4 @@ if importlib.util.find_spec("megatron.training") is not None:
     names += ["megatron.training.training", "megatron.core.tokenizers.text", "mup_megatron.megatron.pretrain.run"]
 for name in names:
     importlib.import_module(name)
-gc.collect()
-gc.freeze()  # collections in the ranks pass over all this: it lives as long as they do, and they share its pages
+ranks.keep()

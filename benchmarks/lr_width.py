@@ -61,6 +61,7 @@ from lr_width_table import (
     final,
     markdown,
     mean_final,
+    overview,
     summary,
 )
 from many_runs import KeptRuns, basin_panels, counting, forked_workers, read_runs
@@ -436,11 +437,12 @@ def _estimate_lines(estimates: Mapping[str, Estimate], jobs: int) -> list[str]:
 
 def _tell(found: Mapping[str, Found], settings: Settings, output: Path, name: str) -> None:
     """Prints the tables, draws them, and exits where arms do not agree that have to."""
-    problems, told = [], {}
+    problems, told, of_arm = [], {}, {}
     for shape, runs in found.items():
         base, *wider = settings.widths[shape]
         basins = {arm: runs.basins(arm) for arm in runs.rows}
         summaries = {arm: summary(own) for arm, own in basins.items()}
+        of_arm |= {shape: summaries[ARM]} if ARM in summaries else {}
         at_base, beyond = runs.agreements([base]), runs.agreements(wider)
         lines = [f"- {line}" for line in agreement_lines(base, at_base, beyond)]
         print("\n".join(["", f"## {shape}", "", *markdown(summaries, runs.refused), "", *lines]), flush=True)
@@ -451,6 +453,8 @@ def _tell(found: Mapping[str, Found], settings: Settings, output: Path, name: st
             "arms": {arm: {**summaries[arm].to_json(), "losses": _losses(own)} for arm, own in basins.items()},
             "refused": runs.refused,
         }
+    if len(of_arm) > 1:
+        print("\n".join(["", *overview(of_arm)]), flush=True)
     run = {"seeds": settings.seeds, "steps": settings.steps, "batch": settings.batch}
     content = json.dumps({**run, "shapes": told}, indent=1) + "\n"
     (output / f"{name}.json").write_text(content, encoding="utf-8")

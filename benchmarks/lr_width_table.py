@@ -208,32 +208,41 @@ def broken(shape: str, base: int, at_base: Mapping[str, Agreement], exact: Seque
 def markdown(arms: Mapping[str, Summary], refused: Mapping[str, str]) -> list[str]:
     """Returns a shape's table: a row for each arm."""
     widths = [*next(iter(arms.values())).optima] if arms else []
-    head = [
-        "",
-        *map(str, widths),
-        "moved by, octaves",
-        "regret",
-        "wider better",
-        "at the base's rate, in tenths of training",
-    ]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    head = ["", *map(str, widths), *_CONCLUSIONS]
+    lines = _head(head)
     for arm, found in arms.items():
         cells = [_basin_cell(found.optima[width], found.least[width]) for width in widths]
-        moved_at, moved = found.moved
-        low, high = found.shift_interval
-        regret_at, regret = found.regret
-        worst = found.worst_by_tenth
-        wrong = [str(tenth) for tenth, change in enumerate(worst, start=1) if change >= 0]
-        which = f"not in {', '.join(wrong)}" if wrong else "in all"
-        row = [
-            *cells,
-            f"{moved:+.2f} at {moved_at}; at {widths[-1]} {low:+.2f} … {high:+.2f}",
-            f"{_percent(regret, sign='')} at {regret_at}",
-            f"{'yes' if found.worst_at_best < 0 else 'no'} ({_percent(found.worst_at_best)})",
-            f"{which} (worst {_percent(max(worst, default=math.nan))})",
-        ]
-        lines.append(f"| {arm} | {' | '.join(row)} |")
+        lines.append(f"| {arm} | {' | '.join([*cells, *_conclusions(found)])} |")
     return [*lines, *(f"| {arm} | refused: {why} |{' |' * (len(head) - 2)}" for arm, why in refused.items())]
+
+
+def overview(shapes: Mapping[str, Summary]) -> list[str]:
+    """Returns a table of `ARM`: a row for each shape."""
+    rows = ([shape, ", ".join(map(str, found.optima)), *_conclusions(found)] for shape, found in shapes.items())
+    return [*_head([f"{ARM}, by shape", "widths", *_CONCLUSIONS]), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+_CONCLUSIONS = ("moved by, octaves", "regret", "wider better", "at the base's rate, in tenths of training")
+
+
+def _head(names: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+
+
+def _conclusions(found: Summary) -> list[str]:
+    """Returns the cells below `_CONCLUSIONS`."""
+    moved_at, moved = found.moved
+    low, high = found.shift_interval
+    regret_at, regret = found.regret
+    worst = found.worst_by_tenth
+    wrong = [str(tenth) for tenth, change in enumerate(worst, start=1) if change >= 0]
+    which = f"not in {', '.join(wrong)}" if wrong else "in all"
+    return [
+        f"{moved:+.2f} at {moved_at}; at {[*found.optima][-1]} {low:+.2f} … {high:+.2f}",
+        f"{_percent(regret, sign='')} at {regret_at}",
+        f"{'yes' if found.worst_at_best < 0 else 'no'} ({_percent(found.worst_at_best)})",
+        f"{which} (worst {_percent(max(worst, default=math.nan))})",
+    ]
 
 
 def _basin_cell(optimum: BasinOptimum, least: float) -> str:

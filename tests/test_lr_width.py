@@ -21,6 +21,7 @@ from lr_width_table import (
     agreement,
     broken,
     markdown,
+    overview,
     summary,
     tenths,
     worst_change,
@@ -91,6 +92,10 @@ def test_the_table_says_it() -> None:
     assert "| -1.25 at 256; at 256 -1.25 … -1.25 | 5.76 % at 256 | no (+4.25 %) | not in 1, 2 (worst +9.16 %) |" in row
     assert refusal.startswith("| microsoft | refused: it does not know this |")
     assert len({line.count("|") for line in (head, row, refusal)}) == 1
+    of_shapes = overview({"bert": summary(BASINS), "ffn": summary(BASINS)})
+    conclusions = row.split(" | ", maxsplit=4)[-1]
+    assert of_shapes[2:] == [f"| {shape} | 64, 128, 256 | {conclusions}" for shape in ("bert", "ffn")]
+    assert len({line.count("|") for line in of_shapes}) == 1
 
 
 def test_tenths_of_a_run() -> None:

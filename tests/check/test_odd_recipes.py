@@ -83,6 +83,7 @@ def outcomes(names: list[str], folder: Path) -> dict[str, str]:
 SAMPLE = ["output multiplier 0.01", "no clipping"]
 
 
+@pytest.mark.slow  # three checks; benchmarks/check_exam.py has many more
 def test_odd_values_pass(tmp_path: Path) -> None:
     assert run_ranks(outcomes, 1, SAMPLE, tmp_path)[0] == dict.fromkeys(SAMPLE, "pass")
 

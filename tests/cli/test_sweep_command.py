@@ -225,6 +225,7 @@ def test_a_budget_stands_alone_and_is_a_number(run: Command, here: Path, data: P
 # The best trials of another study
 
 
+@pytest.mark.slow  # as in search/test_selection.py, by the command
 def test_the_best_of_one_study_are_run_longer_by_another(run: Command, here: Path, data: Path) -> None:
     (here / "given.recipe.yaml").write_text((here / "r.yaml").read_text() + "schedule: {lr_decay_style: cosine}\n")
     done = fresh(*SWEEP, "--trials", "3", "--recipe", "given.recipe.yaml")

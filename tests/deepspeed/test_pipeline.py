@@ -120,6 +120,7 @@ def _without_padding(recipe_path: str, pad: bool) -> list[float]:
     return _train(engine, range(2))
 
 
+@pytest.mark.slow  # what DeepSpeed does without us
 def test_stages_with_different_numbers_of_groups_hang_in_plain_deepspeed(tmp_path: Path) -> None:
     """The failure that this is about, and its cure. The collective that nobody joins gives up after some seconds."""
     path = write(RECIPES[False], tmp_path)

@@ -29,6 +29,7 @@ def test_it_trains() -> None:
     ],
     ids=["apply_plan", "config_overrides"],
 )
+@pytest.mark.slow  # what the guard says of either is in megatron/test_guard.py
 def test_without_a_call_it_stops_before_the_first_step(call: str, named: str, tmp_path: Path) -> None:
     text = EXAMPLE.read_text(encoding="utf-8")
     assert text.count(call) == 1

@@ -50,6 +50,8 @@ class Logged:
 
 
 KINDS = ["sqlite", "journal", "grpc", "postgresql"]
+IN_FILES = [pytest.param(kind, marks=() if kind in ("sqlite", "journal") else pytest.mark.slow) for kind in KINDS]
+"""Those of a server are slow where it is enough that commands end as one in each storage."""
 
 
 @pytest.fixture(params=KINDS)
@@ -116,6 +118,7 @@ def test_two_commands_on_one_study_end_with_the_same_one_in_every_storage(storag
     assert len(Logged(tmp_path).runs()) == N
 
 
+@pytest.mark.parametrize("storage", IN_FILES, indirect=True)
 def test_two_commands_that_make_a_study_of_one_name_with_other_settings_do_not_share_it(
     storage: str, tmp_path: Path
 ) -> None:

@@ -13,6 +13,8 @@ from mup_megatron.recipe import save_recipe
 from mup_megatron.yaml_io import dump_yaml
 
 ROOT = Path(__file__).parents[2]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+LAYOUT = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 
 
 def start(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -41,15 +43,16 @@ def test_one_process(tmp_path: Path, arguments: list[str]) -> None:
 
 
 def test_torchrun(tmp_path: Path, arguments: list[str]) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--output", "out"]
-    done = start(tmp_path, *torchrun, *arguments, *layout)
+    done = start(tmp_path, *TORCHRUN, *arguments, *LAYOUT, "--output", "out")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1, "the first rank alone answers"
     assert done.stdout.startswith("out: 4 iterations, training loss ")
     assert len((tmp_path / "out" / "metrics.csv").read_text().splitlines()) == 5
 
-    refused = start(tmp_path, *torchrun, *arguments, *layout[:3], "--output", "other", "--load", "nowhere")
+
+@pytest.mark.slow  # a command's errors are in test_train_refusals.py; here is what torchrun makes of one
+def test_torchrun_of_what_is_refused(tmp_path: Path, arguments: list[str]) -> None:
+    refused = start(tmp_path, *TORCHRUN, *arguments, *LAYOUT, "--output", "other", "--load", "nowhere")
     assert refused.returncode != 0
     assert refused.stderr.count("mup-megatron: --load nowhere: no checkpoint there") == 1, refused.stderr
     assert "exitcode  : 2" in refused.stderr

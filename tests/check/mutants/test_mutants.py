@@ -159,7 +159,7 @@ def _changes(name: str) -> Mapping[str, float]:
     return found
 
 
-OFTEN = {"plain", "tied, fixed ffn", "deeper, by its rule", "Muon"}
+OFTEN = {"plain", "tied, fixed ffn"}
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,8 @@ def preload() -> bool:
 def keep() -> None:
     """Has collections pass over all objects that there are: they live as long as this process and those it forks.
 
-    A run ends with a collection. Torch and Megatron are most of what it would look through, for longer than a small
-    run takes, and in a forked process it copies their memory.
+    A run ends with a collection. Torch and Megatron are most of what it would look through, and in a forked process
+    looking copies their memory.
     """
     gc.collect()
     gc.freeze()

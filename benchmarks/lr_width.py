@@ -442,7 +442,8 @@ def _tell(found: Mapping[str, Found], settings: Settings, output: Path, name: st
         base, *wider = settings.widths[shape]
         basins = {arm: runs.basins(arm) for arm in runs.rows}
         summaries = {arm: summary(own) for arm, own in basins.items()}
-        of_arm |= {shape: summaries[ARM]} if ARM in summaries else {}
+        if ARM in summaries:
+            of_arm[shape] = summaries[ARM]
         at_base, beyond = runs.agreements([base]), runs.agreements(wider)
         lines = [f"- {line}" for line in agreement_lines(base, at_base, beyond)]
         print("\n".join(["", f"## {shape}", "", *markdown(summaries, runs.refused), "", *lines]), flush=True)

@@ -70,7 +70,7 @@ MISTAKES: dict[str, tuple[str, Mutant, tuple[str, ...], str]] = {
     "relative positions as a matrix": ("T5, relative", TABLES, (), "relative_attention_bias"),
 }
 SLOW = {"a pattern", "MTP", "T5", "T5, relative"}
-QUICK = {"hidden rates of a BERT"}
+QUICK = {"joint projection's rate", "hidden rates of a BERT"}
 
 
 def models(kind: str, mutant: Mutant | None) -> tuple[ModelFile, ModelFile]:

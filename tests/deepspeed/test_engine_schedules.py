@@ -73,7 +73,6 @@ def rates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return run_ranks(_rates, 2, path, request.param)[0]
 
 
-@pytest.mark.slow  # what DeepSpeed does without us
 def test_plain_deepspeed_gives_all_groups_one_rate(rates: dict[str, Any]) -> None:
     """The failure that this is about, in DeepSpeed itself: WarmupDecayLR over the plan's groups."""
     assert len(set(rates["peaks"])) > 1

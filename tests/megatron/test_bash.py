@@ -123,6 +123,12 @@ def test_what_would_take_the_parser_minutes_is_refused_before_it(text: str, monk
         parsed(text)
 
 
+@pytest.mark.parametrize("text", ["f() " * 1_450, "a|" * 2_900, "".join(f"<<a{i}\n" for i in range(500))], ids=range(3))
+def test_what_is_just_short_enough_is_refused_for_what_it_is(text: str) -> None:
+    with pytest.raises(UnreadableError):
+        parsed(text)
+
+
 def test_deep_nesting_is_read_or_refused() -> None:
     for text in ("A=" + "$(a " * 2_000 + ")" * 2_000, "{ " * 2_000 + "A=1;" + " };" * 2_000):
         with pytest.raises(UnreadableError):

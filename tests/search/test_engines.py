@@ -50,8 +50,8 @@ class Logged:
 
 
 KINDS = ["sqlite", "journal", "grpc", "postgresql"]
-IN_FILES = [pytest.param(kind, marks=() if kind in ("sqlite", "journal") else pytest.mark.slow) for kind in KINDS]
-"""Those of a server are slow where it is enough that commands end as one in each storage."""
+SERVERS_SLOW = [pytest.param(kind, marks=() if kind in ("sqlite", "journal") else pytest.mark.slow) for kind in KINDS]
+"""For what is asked of each storage in a test above as well."""
 
 
 @pytest.fixture(params=KINDS)
@@ -118,7 +118,7 @@ def test_two_commands_on_one_study_end_with_the_same_one_in_every_storage(storag
     assert len(Logged(tmp_path).runs()) == N
 
 
-@pytest.mark.parametrize("storage", IN_FILES, indirect=True)
+@pytest.mark.parametrize("storage", SERVERS_SLOW, indirect=True)
 def test_two_commands_that_make_a_study_of_one_name_with_other_settings_do_not_share_it(
     storage: str, tmp_path: Path
 ) -> None:

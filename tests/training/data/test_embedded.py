@@ -48,7 +48,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
-@pytest.mark.slow  # what a kill leaves is damaged or missing, which the tests below make by hand
 def test_killed_and_raced_for_the_cache_holds_one_whole_corpus(cache: Path) -> None:
     calls: list[str] = []
     prefix = embedded_data(cache, progress=lambda stage, done, total, /: calls.append(stage))

@@ -92,6 +92,11 @@ def test_the_table_says_it() -> None:
     assert "| -1.25 at 256; at 256 -1.25 … -1.25 | 5.76 % at 256 | no (+4.25 %) | not in 1, 2 (worst +9.16 %) |" in row
     assert refusal.startswith("| microsoft | refused: it does not know this |")
     assert len({line.count("|") for line in (head, row, refusal)}) == 1
+    wider = {**BASINS, 512: _basin(-8.25, 2.5)}
+    wide_head, _, without_512, with_512 = markdown({"native": summary(BASINS), "ours": summary(wider)}, {})
+    assert wide_head.startswith("|  | 64 | 128 | 256 | 512 | moved by")
+    assert without_512.startswith(row.partition(" | -1.25")[0] + " |  | -1.25 at 256")
+    assert len({line.count("|") for line in (wide_head, without_512, with_512)}) == 1
     of_shapes = overview({"bert": summary(BASINS), "ffn": summary(BASINS)})
     conclusions = row.split(" | ", maxsplit=4)[-1]
     assert of_shapes[2:] == [f"| {shape} | 64, 128, 256 | {conclusions}" for shape in ("bert", "ffn")]

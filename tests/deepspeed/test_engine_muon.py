@@ -55,7 +55,8 @@ def kernel_in_torch(
     lr: float, beta1: float, beta2: float, eps: float, step: int, decoupled: int, corrected: int, weight_decay: float,
 ) -> None:  # fmt: skip
     """What the kernel of DeepSpeed's FusedAdam does, whose compilation takes minutes."""
-    assert decoupled and corrected
+    assert decoupled
+    assert corrected
     for gradient, parameter, mean, square in zip(*lists, strict=True):
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

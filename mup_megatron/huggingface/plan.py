@@ -92,7 +92,7 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
         summed=stock_pass.summed,
         counts_may_differ=True,
     )
-    wider = MetaModule.of(_factory(model_class, configs.widened(small, config)))
+    wider = MetaModule.of(_factory(model_class, configs.widened(small, config), drawn=False))
     parameters = base_parameters(base_built, wider, init_scale=scale)
     base_branches = None
     if recipe.parametrization.depth is not None:
@@ -166,15 +166,20 @@ def _letters(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-def _factory(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Callable[[], torch.nn.Module]:
+def _factory(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, *, drawn: bool = True
+) -> Callable[[], torch.nn.Module]:
+    """Returns what builds a model, with `drawn` and its weights' start as well: without it has shapes alone."""
+
     def build() -> torch.nn.Module:
         constructor: Callable[[PretrainedConfig], Any] = model_class
         with configs.refused(f"{model_class.__name__} cannot be built from the configuration"):
             model = constructor(copy.deepcopy(config))
             assert isinstance(model, PreTrainedModel)
-            # What it skips where the default device is meta.
-            with _untied(model), torch.device("cpu"):
-                model.initialize_weights()  # type: ignore[no-untyped-call]
+            if drawn:
+                # What it skips where the default device is meta.
+                with _untied(model), torch.device("cpu"):
+                    model.initialize_weights()  # type: ignore[no-untyped-call]
         return model
 
     return build

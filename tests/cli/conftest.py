@@ -3,8 +3,11 @@ from pathlib import Path
 
 import pytest
 from support.commands import BASE, RECIPE, TARGET, Command, command, write
+from support.quick_databases import quick_databases
 
 from mup_megatron.megatron import cpu
+
+quick_databases()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from mup_megatron.recipe import Hyperparameters, Recipe
 from mup_megatron.theory import Plan
 
 PROTOCOL = RunProtocol(steps=8, recorded=(3, 8))
+TWO_STEPS = RunProtocol(steps=2, recorded=(), spectral=False, activations=False)
 BASE = ModelFile(
     num_layers=2, hidden_size=32, num_attention_heads=2, vocab_size=64, seq_length=32, transformer_impl="local"
 )
@@ -90,6 +91,32 @@ def test_the_model_learns_and_every_loss_is_kept(run: MeasuredRun) -> None:
     assert len(run.losses) == PROTOCOL.steps
     assert fmean(run.losses[-2:]) < run.losses[0]
     assert run.values[Key(Quantity.LOSS, "loss", LAST)] == run.losses[-1]
+
+
+class _Ending(Reference):
+    """Its second step leaves these values in a bias."""
+
+    def __init__(self, *values: float) -> None:
+        super().__init__(TARGET, RECIPE, RECIPE.plan(TARGET), seed=3, steps=2, batch_size=4)
+        self._values = values
+
+    def step(self, step: int) -> float:
+        loss = super().step(step)
+        if step == 1:
+            bias = dict(self.parameters())["decoder.final_layernorm.bias"]
+            with torch.no_grad():
+                bias[: len(self._values)] = torch.tensor(self._values)
+        return loss
+
+
+@pytest.mark.parametrize("values", [(math.nan,), (math.inf,), (math.inf, -math.inf)])
+def test_a_weight_that_is_not_finite_is_named_with_its_step(values: tuple[float, ...]) -> None:
+    found = measure(_Ending(*values), TWO_STEPS, width=64, seed=3)
+    assert found.problem == "decoder.final_layernorm.bias: not finite after 2 steps"
+
+
+def test_one_is_finite_though_its_sum_is_not() -> None:
+    assert measure(_Ending(3e38, 3e38), TWO_STEPS, width=64, seed=3).problem is None
 
 
 def test_two_runs_of_one_seed_are_one_run(run: MeasuredRun) -> None:

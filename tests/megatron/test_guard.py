@@ -531,7 +531,7 @@ MISTAKES = {
         {"initial std"},
         FC1.format(1),
         ("0.025", "0.07"),
-        "--init-method-xavier-uniform",
+        "another init method (Xavier's",
     ),
     "NaN": Mistake(
         _change(FC1.format(1), lambda w: w[3].fill_(math.nan)),

@@ -38,9 +38,12 @@ def _is_of_adapters(path: Path) -> bool:
 
 
 def pytest_configure() -> None:
-    """Has extensions compiled quickly, and removes what a process left that was killed meanwhile: all others wait."""
+    """Has extensions compiled quickly, and removes what a process left that was killed meanwhile: all others wait.
+
+    What the tests compile is for them alone, and so lies in the checkout.
+    """
     os.environ.setdefault("CXX", str(TESTS / "support" / "quick-c++"))
-    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    cache = os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(TESTS.parent / "build" / "torch_extensions"))
     for lock in Path(cache).glob("**/lock"):
         if time.time() - lock.stat().st_mtime > _LONGEST_COMPILATION_S:
             lock.unlink(missing_ok=True)

@@ -203,8 +203,16 @@ def test_a_mistake_is_noticed(ran: Runs, by_megatron: dict[tuple[str, int], list
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
-def _refused(what: str) -> str:
-    """The sentence with which a model is refused."""
+WHAT_NO_ENGINE_HAS = (
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "gradient_accumulation_fusion",
+    "num_stages",
+)
+
+
+def _refused() -> dict[str, str]:
+    """The sentences with which models are refused."""
     import os
 
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -218,23 +226,28 @@ def _refused(what: str) -> str:
     deepspeed.init_distributed("gloo", verbose=False)
     plan, (_, target) = plan_of("tied"), SHAPES["tied"]
     stock.init_parallel(Layout(dp=torch.distributed.get_world_size()))
-    config = stock.transformer_config(planned.sizes_of(target), Layout())
-    if what != "num_stages":
-        setattr(config, what, 2)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("deepspeed.runtime.utils.partition_uniform", lambda **_: [0, 0, LAYERS])
-            megatron.pipeline_module(config, target, plan, num_stages=2, partition_method="uniform")
-    except InputError as error:
-        return str(error)
-    return ""
+    said = {}
+    for what in WHAT_NO_ENGINE_HAS:
+        config = stock.transformer_config(planned.sizes_of(target), Layout())
+        if what != "num_stages":
+            setattr(config, what, 2)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("deepspeed.runtime.utils.partition_uniform", lambda **_: [0, 0, LAYERS])
+                megatron.pipeline_module(config, target, plan, num_stages=2, partition_method="uniform")
+        except InputError as error:
+            said[what] = str(error)
+    return said
 
 
-@pytest.mark.parametrize(
-    "what", ["pipeline_model_parallel_size", "context_parallel_size", "gradient_accumulation_fusion", "num_stages"]
-)
-def test_what_the_engine_cannot_do_is_refused_on_every_rank(what: str) -> None:
-    one, other = run_ranks(_refused, 2, what)
+@pytest.fixture(scope="module")
+def refused() -> list[dict[str, str]]:
+    return run_ranks(_refused, 2)
+
+
+@pytest.mark.parametrize("what", WHAT_NO_ENGINE_HAS)
+def test_what_the_engine_cannot_do_is_refused_on_every_rank(refused: list[dict[str, str]], what: str) -> None:
+    one, other = (said[what] for said in refused)
     assert one == other
     assert one.startswith(f"{what}: ")
     assert "\n" not in one

@@ -5,6 +5,7 @@ Requests come on standard input, pickled, each after its length; the answer is t
 
 import datetime
 import faulthandler
+import importlib
 import io
 import os
 import pickle
@@ -18,16 +19,30 @@ import torch
 
 torch.set_num_threads(1)
 
+_IMPORTED_BY_RANKS = (
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.pipe",
+    "mup_megatron.checkpoint_recipe",
+    "mup_megatron.collectives",
+    "mup_megatron.unpickling",
+    "pytest",
+    "support.ds_models",
+    "torch._dynamo",  # by the first optimizer
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+)
+"""By nearly every one, some of them late. Not `mup_megatron.deepspeed`: there are tests of when that is imported."""
+
 
 def main() -> None:
     """Imports, and forks until standard input ends."""
     import deepspeed
-    import deepspeed.pipe
-    import torch._dynamo  # noqa: F401  # by the first optimizer
     import transformers
     from deepspeed.comm.torch import build_shm_op
-    from support import ds_models  # noqa: F401  # by nearly every rank
 
+    for name in _IMPORTED_BY_RANKS:
+        importlib.import_module(name)
     from mup_megatron.training import ranks
 
     transformers.logging.set_verbosity_error()

@@ -7,10 +7,16 @@ import torch
 from small_data import files_at
 from support.processes import RankFailure, run_ranks
 
+from mup_megatron.training.data import embedded
 from mup_megatron.training.data.embedded import embedded_data, embedded_sources
 from mup_megatron.training.data.prefix import at
 from mup_megatron.training.data.reading import check_prefix
 from mup_megatron.training.data.tokenizer import load_tokenizer
+
+
+def _a_tenth(patch: pytest.MonkeyPatch) -> None:
+    """Has a tenth of the library be the corpus: the rules of the cache need no more."""
+    patch.setattr(embedded, "embedded_sources", lambda **to: embedded_sources(**to)[::10])
 
 
 def _killed_while_writing(cache: Path) -> None:
@@ -18,6 +24,7 @@ def _killed_while_writing(cache: Path) -> None:
         if stage == "tokenizing" and done > total // 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    _a_tenth(pytest.MonkeyPatch())
     embedded_data(cache, progress=kill)
 
 
@@ -30,33 +37,42 @@ def _at_the_same_time(cache: Path) -> tuple[Path, bool]:
             torch.distributed.barrier()  # both have written everything, neither has put it in place
             met = True
 
+    _a_tenth(pytest.MonkeyPatch())
     return embedded_data(cache, progress=meet), met
+
+
+def test_killed_and_raced_for_the_cache_holds_one_whole_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RankFailure, match=f"exit code {-signal.SIGKILL}"):
+        run_ranks(_killed_while_writing, 1, tmp_path)
+    assert list((tmp_path / "embedded").glob(".tmp-*"))
+    assert _finished(tmp_path) == []
+    (first, first_met), (second, second_met) = run_ranks(_at_the_same_time, 2, tmp_path)
+    assert first_met
+    assert second_met
+    assert first == second
+    _a_tenth(monkeypatch)
+    assert embedded_data(tmp_path, progress=_no_making) == first
+    check_prefix(first)
+    assert _finished(tmp_path) == [first.parent]
+
+
+def _finished(cache: Path) -> list[Path]:
+    return [path for path in (cache / "embedded").iterdir() if not path.name.startswith(".tmp-")]
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that a first process was killed over and two more then filled together."""
+    """A cache with the whole corpus."""
     cache = tmp_path_factory.mktemp("cache")
-    with pytest.raises(RankFailure, match=f"exit code {-signal.SIGKILL}"):
-        run_ranks(_killed_while_writing, 1, cache)
-    left = [path for path in (cache / "embedded").iterdir() if not path.name.startswith(".tmp-")]
-    assert left == []
-    (first, first_met), (second, second_met) = run_ranks(_at_the_same_time, 2, cache)
-    assert first_met
-    assert second_met
-    assert first == second
+    run_ranks(embedded_data, 1, cache)
     return cache
 
 
-def test_killed_and_raced_for_the_cache_holds_one_whole_corpus(cache: Path) -> None:
-    calls: list[str] = []
-    prefix = embedded_data(cache, progress=lambda stage, done, total, /: calls.append(stage))
-    assert set(calls) == {"reading"}  # nothing had to be made
-    meta = check_prefix(prefix)
-    assert [path for path in (cache / "embedded").iterdir() if not path.name.startswith(".tmp-")] == [prefix.parent]
+def test_the_corpus_is_enough_for_a_quickstart_to_see_little_of_it_twice(cache: Path) -> None:
+    meta = check_prefix(embedded_data(cache))
     assert (meta.vocab_size, meta.eod) == (1024, 0)
     assert meta.tokens is not None
-    assert meta.tokens > 2_000_000  # enough for a run of the quickstart to see little of it twice
+    assert meta.tokens > 2_000_000
 
 
 def test_the_tokens_are_the_library_of_this_python(cache: Path) -> None:

@@ -135,8 +135,9 @@ def test_a_fold_is_exact(family: str) -> None:
     apply_plan(exported, folded, initialize="keep")
     assert not [1 for factor, stock in factors(folded).values() if factor != stock]
     with torch.no_grad():
-        one, other = (model(**batch(family)).loss for model in (explicit, exported))
-    assert one.item() == pytest.approx(other.item(), abs=1e-12)
+        # Of some families the library computes the loss in single precision.
+        one, other = (model(**batch(family)).logits for model in (explicit, exported))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 # ---- multipliers of the library's own ------------------------------------------------------------------------------

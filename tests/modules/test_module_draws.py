@@ -12,7 +12,7 @@ from torch import nn
 
 from mup_megatron.errors import InputError
 from mup_megatron.modules import module_base
-from mup_megatron.modules.draws import Draw, build_on_meta, truncated_std
+from mup_megatron.modules.draws import Draw, Watch, build_on_meta, truncated_std
 from mup_megatron.modules.shapes import MetaModule
 
 ROWS, COLUMNS = 300, 400
@@ -212,6 +212,19 @@ def test_torch_layers_as_they_come() -> None:
             else:
                 error = 5 / (2 * parameter.numel()) ** 0.5
                 assert draw.std == pytest.approx(parameter.square().mean().sqrt().item(), rel=error), (name, key)
+
+
+@pytest.mark.parametrize("init", [nn.init.normal_, nn.init.uniform_])
+def test_a_draw_on_a_real_device_is_carried_out(init: Init) -> None:
+    """On the meta device, which holds no values, it is noted alone."""
+    own, watched = torch.zeros(ROWS), torch.zeros(ROWS)
+    torch.manual_seed(0)
+    init(own)
+    torch.manual_seed(0)
+    with Watch() as watch:
+        init(watched)
+    assert torch.equal(own, watched)
+    assert watch.knows(watched)
 
 
 def test_nothing_is_allocated_and_torch_is_left_as_it_was() -> None:

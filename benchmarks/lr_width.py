@@ -5,8 +5,8 @@
     python benchmarks/lr_width.py [--shapes …] [--arms …] [--widths 64 128 256 512 1024] [--seeds 3] [--jobs 2]
     python benchmarks/lr_width.py … --from benchmarks/tables/lr_width/runs.jsonl.gz
 
-`--like` is the protocol of a sweep that others have published, on the proportional shape, at a fourth or an eighth of
-its widths: rates an octave apart, as many as there, its seeds, and its arms with ours beside them.
+`--like` is the protocol of a sweep that others have published, on the narrow shape, at an eighth or a sixteenth of its
+widths: rates an octave apart, as many as there, three seeds, and its arms with ours beside them.
 
 Hyperparameters and schedule are those of `tables/lr_width/base.recipe.yaml`, unless `--recipe` says others. The search
 that found them, for the proportional shape at width 64, is in docs/results/lr_width.md.
@@ -14,6 +14,7 @@ that found them, for the proportional shape at width 64, is in docs/results/lr_w
 Shapes of a GPT, and one of BERT, each from a base of the first width on:
 
     proportional    all widths grow
+    narrow          likewise, with heads of 16 in place of 32: for widths from 16 on, and `--like`
     ffn             the MLP stays 256 wide
     groups          two key/value heads, however many query heads
     heads           two heads, which grow
@@ -75,6 +76,7 @@ ARMS = ("standard", "native", "microsoft", "ours")
 WIDTHS = (64, 128, 256, 512, 1024)
 PUBLISHED = {
     **dict.fromkeys(("proportional", "ffn", "groups", "heads", "deeper", "experts", "latent", "muon"), (64, 128, 256)),
+    "narrow": (16, 32, 64, 128, 256),
     "bert": (64, 192, 256),
 }
 """Shape → the widths of the published tables."""
@@ -91,7 +93,6 @@ class Protocol:
     widths: tuple[int, ...]
     octaves: tuple[int, int]
     """From the recipe's learning rate to the lowest and to the highest."""
-    seeds: int
     arms: tuple[str, ...]
 
     @property
@@ -103,10 +104,12 @@ class Protocol:
 
 PROTOCOLS = {
     # Widths 128 to 2048 there, and rates an octave apart; one seed, of which nothing has an interval.
-    "megatron-3058": Protocol((32, 64, 128, 256, 512), (-5, 2), 2, ("standard", "native", "ours")),
+    "megatron-3058": Protocol((16, 32, 64, 128, 256), (-5, 2), ("standard", "native", "ours")),
     # Widths 256 to 2048, twelve rates and three seeds there.
-    "nanogpt-mup": Protocol((32, 64, 128, 256), (-8, 3), 3, ("standard", "microsoft", "ours")),
+    "nanogpt-mup": Protocol((16, 32, 64, 128), (-8, 3), ("standard", "microsoft", "ours")),
 }
+PROTOCOLS_SHAPE = "narrow"
+PROTOCOLS_SEEDS = 3
 MOST = 10
 """Rates beyond the first ones, at one width."""
 TIMED = 4
@@ -143,6 +146,7 @@ class Shape:
 
 SHAPES: dict[str, Shape] = {
     "proportional": Shape(dense),
+    "narrow": Shape(lambda width: dense(width, num_attention_heads=width // 16)),
     "ffn": Shape(partial(dense, ffn_hidden_size=256)),
     "groups": Shape(partial(dense, group_query_attention=True, num_query_groups=2)),
     "heads": Shape(partial(dense, num_attention_heads=2)),
@@ -219,7 +223,7 @@ def main() -> None:
         parser.error("three widths, two seeds and a rate at least")
     widths = dict.fromkeys(SHAPES, tuple(sorted(set(arguments.widths))))
     like = None if arguments.like is None else PROTOCOLS[arguments.like]
-    shapes = arguments.shapes if like is None else ["proportional"]
+    shapes = arguments.shapes if like is None else [PROTOCOLS_SHAPE]
     settings = Settings(
         widths=PUBLISHED if arguments.published else widths,
         arms=tuple(arm for arm in ARMS if arm in arguments.arms),
@@ -230,7 +234,7 @@ def main() -> None:
         tuned=load_recipe(arguments.recipe),
     )
     if like is not None:
-        own = {"widths": {"proportional": like.widths}, "arms": like.arms, "seeds": like.seeds, "grid": like.grid}
+        own = {"widths": {PROTOCOLS_SHAPE: like.widths}, "arms": like.arms, "seeds": PROTOCOLS_SEEDS, "grid": like.grid}
         settings = replace(settings, **own)
     name = arguments.like or "lr_width"
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -256,7 +260,8 @@ def _read(file: Path, shapes: Sequence[str], settings: Settings) -> dict[str, Fo
     found = {}
     for shape in shapes:
         known: dict[str, dict[int, dict[tuple[int, int], dict[str, Any]]]] = {}
-        at = {_recipe(shape, rate, settings).fingerprint: rate for rate in range(-FARTHEST, FARTHEST + 1)}
+        rates = settings.grid or range(-FARTHEST, FARTHEST + 1)
+        at = {_recipe(shape, rate, settings).fingerprint: rate for rate in rates}
         models = {width: SHAPES[shape].model(width).model_dump(mode="json") for width in settings.widths[shape]}
         for row in rows:
             arm, tuned, model, steps, batch, *_ = row["key"]

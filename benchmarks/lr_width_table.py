@@ -206,12 +206,12 @@ def broken(shape: str, base: int, at_base: Mapping[str, Agreement], exact: Seque
 
 
 def markdown(arms: Mapping[str, Summary], refused: Mapping[str, str]) -> list[str]:
-    """Returns a shape's table: a row for each arm."""
-    widths = [*next(iter(arms.values())).optima] if arms else []
+    """Returns a shape's table: a row for each arm, with nothing at widths that only others were run at."""
+    widths = sorted({width for found in arms.values() for width in found.optima})
     head = ["", *map(str, widths), *_CONCLUSIONS]
     lines = _head(head)
     for arm, found in arms.items():
-        cells = [_basin_cell(found.optima[width], found.least[width]) for width in widths]
+        cells = [_basin_cell(found.optima[w], found.least[w]) if w in found.optima else "" for w in widths]
         lines.append(f"| {arm} | {' | '.join([*cells, *_conclusions(found)])} |")
     return [*lines, *(f"| {arm} | refused: {why} |{' |' * (len(head) - 2)}" for arm, why in refused.items())]
 

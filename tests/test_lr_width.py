@@ -92,6 +92,11 @@ def test_the_table_says_it() -> None:
     assert "| -1.25 at 256; at 256 -1.25 … -1.25 | 5.76 % at 256 | no (+4.25 %) | not in 1, 2 (worst +9.16 %) |" in row
     assert refusal.startswith("| microsoft | refused: it does not know this |")
     assert len({line.count("|") for line in (head, row, refusal)}) == 1
+    wider = {**BASINS, 512: _basin(-8.25, 2.5)}
+    wide_head, _, without_512, with_512 = markdown({"native": summary(BASINS), "ours": summary(wider)}, {})
+    assert wide_head.startswith("|  | 64 | 128 | 256 | 512 | moved by")
+    assert without_512.startswith(row.partition(" | -1.25")[0] + " |  | -1.25 at 256")
+    assert len({line.count("|") for line in (wide_head, without_512, with_512)}) == 1
     of_shapes = overview({"bert": summary(BASINS), "ffn": summary(BASINS)})
     conclusions = row.split(" | ", maxsplit=4)[-1]
     assert of_shapes[2:] == [f"| {shape} | 64, 128, 256 | {conclusions}" for shape in ("bert", "ffn")]
@@ -246,10 +251,11 @@ def test_the_page_has_the_tables_of_the_kept_runs(
     lr_width.main()
     told = capsys.readouterr().out
     shapes = re.findall(r"^## (\w+)$", told, flags=re.MULTILINE)
+    pictures = re.findall(r"--like (\S+)", words) or shapes
     assert shapes
     assert [line for line in told.splitlines() if line.startswith("|") and line not in PAGE] == []
-    for shape in shapes:
-        assert (tmp_path / f"{shape}.png").stat().st_size > 10_000
+    for name in pictures:
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow  # a server that has imported Megatron, and thirty runs

@@ -12,7 +12,7 @@ from mup_megatron.check.measure.measurements import MeasuredRun, Measurements, R
 from mup_megatron.check.measure.workers import WorkerJob, run_jobs
 from mup_megatron.check.reference import cache
 from mup_megatron.recipe import Recipe
-from mup_megatron.theory import Rule
+from mup_megatron.theory import Plan, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +83,15 @@ class _Correct:
 
     def trained(self, processes: int, report: Report | None) -> Measurements:
         """Returns all of them."""
+        plans = {width: self.recipe.plan(model) for width, model in self.models.items()}
         jobs = [
-            WorkerJob(width, partial(self._run, index, width, seed))
+            WorkerJob(width, partial(self._run, plans[width], index, width, seed))
             for index, width in enumerate(self.models)
             for seed in self.seeds
         ]
         return Measurements(tuple(run_jobs(jobs, processes, counting(report, self.what, len(jobs)))))
 
-    def _run(self, index: int, width: int, seed: int) -> MeasuredRun:
+    def _run(self, plan: Plan, index: int, width: int, seed: int) -> MeasuredRun:
         from mup_megatron.check.measure.measuring import measure
         from mup_megatron.check.reference.gpt import Reference
 
@@ -98,7 +99,7 @@ class _Correct:
         trainee = Reference(
             model,
             self.recipe,
-            self.recipe.plan(model),
+            plan,
             seed=levels.run_seed(seed, index),
             steps=self.protocol.steps,
             batch_size=self.protocol.batch_size,

@@ -55,6 +55,8 @@ class ModuleFamily:
     """How many train at once."""
     head_sizes: dict[int, dict[str, int]] = field(default_factory=dict)
     """Width → attention logits → the size of their heads, as the subject's runs have shown."""
+    _plans: dict[tuple[int, str], Plan] = field(default_factory=dict, init=False)
+    """Of width and recipe's fingerprint, as they have been asked for: for each a model is built."""
 
     def stressed(self, protocol: RunProtocol) -> Recipe:
         """Returns the recipe with values at which mistakes show within a protocol's steps."""
@@ -89,6 +91,12 @@ class ModuleFamily:
 
     def plan(self, width: int, recipe: Recipe) -> Plan:
         """Returns the plan of the model of a width."""
+        key = width, recipe.fingerprint
+        if key not in self._plans:
+            self._plans[key] = self._planned(width, recipe)
+        return self._plans[key]
+
+    def _planned(self, width: int, recipe: Recipe) -> Plan:
         if isinstance(recipe.base, HuggingFaceBase):
             from mup_megatron.huggingface.plan import plan_for
 

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,14 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
     config: PretrainedConfig = copy.deepcopy(target if isinstance(target, PretrainedConfig) else target.config)
     at_base = configs.config_of_base(base)
     configs.require_comparable(at_base, config)
+    _warn_of_what_may_not_transfer(at_base, config)
+    seen = _seen(class_of(target, at_base), at_base, config)
+    plan = recipe.plan_for_shapes(*_shapes(seen, recipe))
+    _require_right_softmax(seen, plan, recipe)
+    return plan
+
+
+def _warn_of_what_may_not_transfer(at_base: PretrainedConfig, config: PretrainedConfig) -> None:
     if config.model_type not in TESTED:
         _log.warning(
             "model type %s is not among those that were tested. Its plan follows from comparing configurations; look "
@@ -76,53 +84,80 @@ def plan_for(target: torch.nn.Module | PretrainedConfig, recipe: Recipe) -> Plan
             before,
             now,
         )
-    model_class = class_of(target, at_base)
-    small = configs.at_depth_of(at_base, config)
-    built = MetaModule.of(_factory(model_class, config), keeps=True)
-    base_built = MetaModule.of(_factory(model_class, small), keeps=True)
-    _require_known_scale(at_base, config, built.module)
-    scale = recipe.moved.init_method_std / configs.reference_std(at_base)
-    fixed = verification.fixed_parts(base_built, built)
-    base_pass, stock_pass = (verification.forward_of(each, fixed=fixed) for each in (base_built, built))
-    verification.require_no_hidden_factor(base_pass, stock_pass, built.module)
-    facts = Facts(
-        num_layers=_num_layers(config),
-        readout=_readout(built.module),
-        base_attentions=attentions_of(base_built.module),
-        summed=stock_pass.summed,
-        counts_may_differ=True,
-    )
-    wider = MetaModule.of(_factory(model_class, configs.widened(small, config)))
-    parameters = base_parameters(base_built, wider, init_scale=scale)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A model and its base, on the meta device, and what their forward passes do."""
+
+    model_class: type[PreTrainedModel]
+    base_config: PretrainedConfig
+    """Of the base at its own depth."""
+    config: PretrainedConfig
+    base: MetaModule
+    """At the model's depth, so that all names are there."""
+    model: MetaModule
+    fixed: frozenset[str]
+    base_pass: Forward
+    model_pass: Forward
+
+
+def _seen(model_class: type[PreTrainedModel], at_base: PretrainedConfig, config: PretrainedConfig) -> _Seen:
+    """Builds both; raises InputError where their code hides what a plan has to know."""
+    base = MetaModule.of(_factory(model_class, configs.at_depth_of(at_base, config)), keeps=True)
+    model = MetaModule.of(_factory(model_class, config), keeps=True)
+    _require_known_scale(at_base, config, model.module)
+    fixed = verification.fixed_parts(base, model)
+    base_pass, model_pass = (verification.forward_of(each, fixed=fixed) for each in (base, model))
+    verification.require_no_hidden_factor(base_pass, model_pass, model.module)
+    return _Seen(model_class, at_base, config, base, model, fixed, base_pass, model_pass)
+
+
+def _shapes(seen: _Seen, recipe: Recipe) -> tuple[ModelShape, ModelShape]:
+    """Returns what the recipe's rules take: the base's shape and the model's."""
+    scale = recipe.moved.init_method_std / configs.reference_std(seen.base_config)
+    at_depth = configs.at_depth_of(seen.base_config, seen.config)
+    wider = MetaModule.of(_factory(seen.model_class, configs.widened(at_depth, seen.config), drawn=False))
+    parameters = base_parameters(seen.base, wider, init_scale=scale)
     base_branches = None
     if recipe.parametrization.depth is not None:
         # The base is built at the target's depth, for names; its depth and what it starts with are its own.
-        at_own_depth = MetaModule.of(_factory(model_class, at_base), keeps=True)
-        base_branches = branches_of(at_own_depth.module, at_base)
+        at_own_depth = MetaModule.of(_factory(seen.model_class, seen.base_config), keeps=True)
+        base_branches = branches_of(at_own_depth.module, seen.base_config)
         parameters = drawn_at_own_depth(parameters, at_own_depth, init_scale=scale)
-    base_shape, shape = model_shapes(built, parameters, facts)
-    if recipe.multiplies_branches:
-        branches = branches_of(built.module, config).beside(base_branches)
-        base_shape, shape = with_branches(base_shape, branches, base_branches), with_branches(shape, branches)
-    plan = recipe.plan_for_shapes(
-        _as_seen(base_shape, base_pass, share=configs.share_of_tokens(at_base)),
-        _as_seen(shape, stock_pass, share=configs.share_of_tokens(config)),
+    facts = Facts(
+        num_layers=_num_layers(seen.config),
+        readout=_readout(seen.model.module),
+        base_attentions=attentions_of(seen.base.module),
+        summed=seen.model_pass.summed,
+        counts_may_differ=True,
     )
-    final_pass = stock_pass
+    base_shape, shape = model_shapes(seen.model, parameters, facts)
+    if recipe.multiplies_branches:
+        branches = branches_of(seen.model.module, seen.config).beside(base_branches)
+        base_shape, shape = with_branches(base_shape, branches, base_branches), with_branches(shape, branches)
+    return (
+        _as_seen(base_shape, seen.base_pass, share=configs.share_of_tokens(seen.base_config)),
+        _as_seen(shape, seen.model_pass, share=configs.share_of_tokens(seen.config)),
+    )
+
+
+def _require_right_softmax(seen: _Seen, plan: Plan, recipe: Recipe) -> None:
+    """Raises InputError where attention does not take the plan's scale; the model seen has it afterwards."""
+    final_pass = seen.model_pass
     if plan.changes_softmax_scale:
-        require_scalable(built.module, plan)
-        set_attention_scale(built.module, plan)
-        final_pass = verification.forward_of(built, fixed=fixed)
+        require_scalable(seen.model.module, plan)
+        set_attention_scale(seen.model.module, plan)
+        final_pass = verification.forward_of(seen.model, fixed=seen.fixed)
     verification.require_right_softmax(
-        base_pass,
-        stock_pass,
+        seen.base_pass,
+        seen.model_pass,
         final_pass,
-        built.module,
+        seen.model.module,
         alpha=recipe.moved.attention_multiplier,
         standard=recipe.parametrization.rule == "standard",
         changes=lambda name: plan.attention(name).changes,
     )
-    return plan
 
 
 def class_of(target: PreTrainedModel | PretrainedConfig, base: PretrainedConfig) -> type[PreTrainedModel]:
@@ -166,15 +201,20 @@ def _letters(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-def _factory(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Callable[[], torch.nn.Module]:
+def _factory(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, *, drawn: bool = True
+) -> Callable[[], torch.nn.Module]:
+    """Returns what builds a model, with `drawn` and its weights' start as well: without it has shapes alone."""
+
     def build() -> torch.nn.Module:
         constructor: Callable[[PretrainedConfig], Any] = model_class
         with configs.refused(f"{model_class.__name__} cannot be built from the configuration"):
             model = constructor(copy.deepcopy(config))
             assert isinstance(model, PreTrainedModel)
-            # What it skips where the default device is meta.
-            with _untied(model), torch.device("cpu"):
-                model.initialize_weights()  # type: ignore[no-untyped-call]
+            if drawn:
+                # What it skips where the default device is meta.
+                with _untied(model), torch.device("cpu"):
+                    model.initialize_weights()  # type: ignore[no-untyped-call]
         return model
 
     return build

@@ -77,8 +77,8 @@ def _std_cause(entry: PlanEntry, std: float, found: float) -> str:
             "afterwards. Apply the plan last, after every other hook that touches the weights."
         )
     return (
-        "It was drawn by another init method (--init-method-xavier-uniform, a custom layer), or changed after the plan "
-        "was applied. Use Megatron's normal initialiser; the recipe says what the std is."
+        "It was drawn by another init method (Xavier's, a custom layer's), or changed after the plan was applied. Draw "
+        "it from a normal distribution; the recipe says what the std is."
     )
 
 

@@ -160,9 +160,9 @@ def test_a_budget_is_spent_on_narrower_and_shorter_trials_first(run: Command, he
     needed = re.search(r"--budget 1e\+06: too small, the least ladder of this proxy costs (\S+) and", err)
     assert needed is not None
     assert not (here / "results").exists()
-    done = fresh(*BUDGET, "--budget", needed[1])
-    assert done.returncode == 0, done.stderr
-    shown = [line.split() for line in done.stderr.splitlines()[:5]]
+    done = run(*BUDGET, "--budget", needed[1])
+    assert done.code == 0, done.err
+    shown = [line.split() for line in done.err.splitlines()[:5]]
     assert shown[0] == ["rung", "width", "steps", "trials", "FLOPs", "share"]
     candidates = int(shown[1][3])  # the cost in the message is rounded up, so it can be enough for some more
     counts = [candidates, 5, 5, 3]
@@ -171,8 +171,8 @@ def test_a_budget_is_spent_on_narrower_and_shorter_trials_first(run: Command, he
         [str(cell) for cell in row] for row in ((0, 32, 1, candidates), (1, 32, 2, 5), (2, 64, 2, 5), (3, 128, 4, 3))
     ]
     assert sum(float(row[4]) for row in shown[1:]) == pytest.approx(float(needed[1]), rel=0.1)
-    assert re.search(rf"FLOPs, as much as \S+ whole trials\. {candidates} of those would be ", done.stderr)
-    assert re.search(r"\S+ of \S+ FLOPs spent", done.stderr)
+    assert re.search(rf"FLOPs, as much as \S+ whole trials\. {candidates} of those would be ", done.err)
+    assert re.search(r"\S+ of \S+ FLOPs spent", done.err)
     study = optuna.load_study(study_name="rungs", storage="sqlite:///results/rungs.db")
     rungs = study.user_attrs["sweep"]["ladder"]["rungs"]
     assert sum(rung["cost"] * rung["trials"] for rung in rungs) <= float(needed[1]), "what is shown is rounded"
@@ -186,10 +186,10 @@ def test_a_budget_is_spent_on_narrower_and_shorter_trials_first(run: Command, he
     best = min(
         (trial for trial, place in zip(study.trials, places, strict=True) if place[0] == 3), key=lambda t: t.value
     )
-    assert done.stdout.startswith(f"best: trial {best.number}, loss {best.value:.6g}\n")
+    assert done.out.startswith(f"best: trial {best.number}, loss {best.value:.6g}\n")
 
     # The same command again has nothing to do; the recipe is of the proxy and says what was spent.
-    assert run(*BUDGET, "--budget", needed[1]).out == done.stdout
+    assert run(*BUDGET, "--budget", needed[1]).out == done.out
     assert optuna.load_study(study_name="rungs", storage="sqlite:///results/rungs.db").trials == study.trials
     assert run("transfer", "--study", "rungs", "-o", "rungs.recipe.yaml", "--target", "target.yaml").code == 0
     recipe = load_recipe(here / "rungs.recipe.yaml")

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,33 +49,16 @@ def own_recipe(**changes: Any) -> Recipe:
     return recipe(content, source="test")
 
 
-def kernel_in_torch(
-    _chunk: int, _overflow: torch.Tensor, lists: list[list[torch.Tensor]],
-    lr: float, beta1: float, beta2: float, eps: float, step: int, decoupled: int, corrected: int, weight_decay: float,
-) -> None:  # fmt: skip
-    """What the kernel of DeepSpeed's FusedAdam does, whose compilation takes minutes."""
-    assert decoupled
-    assert corrected
-    for gradient, parameter, mean, square in zip(*lists, strict=True):
-        mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (square / (1 - beta2**step)).sqrt_().add_(eps)
-        parameter.mul_(1 - lr * weight_decay).addcdiv_(mean, root, value=-lr / (1 - beta1**step))
-
-
-def started(path: str, stage: int, *, compiled: bool = False) -> Any:
+def started(path: str, stage: int) -> Any:
     """In a rank: an engine on a model of twice the base's width."""
     import torch._dynamo
 
     # DeepSpeed compiles Muon for every shape, which takes longer than all of this.
     torch._dynamo.config.disable = True
     import deepspeed
-    from deepspeed.ops.op_builder import FusedAdamBuilder
 
     import mup_megatron.deepspeed  # noqa: F401
 
-    if not compiled:
-        FusedAdamBuilder.load = lambda _self: SimpleNamespace(multi_tensor_adam=kernel_in_torch)
     size = torch.distributed.get_world_size()
     zero = {"stage": stage, **({"reduce_scatter": False} if stage == 3 else {})}
     content = {**ds_config(world_size=size, mup={"recipe": path}), **MUON, "zero_optimization": zero}
@@ -152,17 +134,6 @@ def test_two_ranks_train_as_one_under_each_stage(alone: dict[Any, Any], tmp_path
         for stage in range(4):
             assert found[stage] == pytest.approx(alone[0], abs=1e-4), stage
         assert max(off for stage in range(3) for off in found["step", stage].values()) < 1e-3
-
-
-def trained_by_kernel(path: str) -> list[float]:
-    """In a rank: the losses with the kernel."""
-    return train_engine(started(path, 0, compiled=True), "gpt2", range(4))
-
-
-@pytest.mark.slow
-def test_deepspeeds_kernel_of_adam_trains_alike(alone: dict[Any, Any], tmp_path: Path) -> None:
-    (losses,) = run_ranks(trained_by_kernel, 1, write(own_recipe(), tmp_path))
-    assert losses == pytest.approx(alone[0], abs=1e-5)
 
 
 def changed(path: str) -> list[str]:

@@ -4,6 +4,7 @@ Each is seen in what the model computes, never in an attribute or a hook.
 """
 
 import copy
+import functools
 import math
 from typing import Any
 
@@ -32,6 +33,13 @@ def planned(
     return model, plan
 
 
+@functools.cache
+def plan_of_wider_draws(family: str) -> Plan:
+    """Its weights do not start with the library's std, at no width."""
+    recipe = recipe_at(config(family, 32), hyperparameters={"init_method_std": 0.05})
+    return plan_for(built(family, config(family, WIDTH)), recipe)
+
+
 def like(family: str, model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
     """A model without a plan that has a model's weights. Tied ones come apart where `changes` say so."""
     own = copy.deepcopy(model.config)
@@ -47,8 +55,9 @@ def like(family: str, model: PreTrainedModel, **changes: Any) -> PreTrainedModel
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_are_the_librarys_own_draw_with_the_plans_std(family: str) -> None:
-    target = config(family, WIDTH)
-    model, plan = planned(family, target, init_method_std=0.05)
+    target, plan = config(family, WIDTH), plan_of_wider_draws(family)
+    model = built(family, target, dtype=torch.float64)
+    apply_plan(model, plan)
     changed = 0
     for (name, now), before in zip(
         model.named_parameters(), built(family, target, dtype=torch.float64).parameters(), strict=True
@@ -80,11 +89,9 @@ def test_a_tied_table_is_scaled_once() -> None:
 # ---- attention -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("back_end", ["eager", "sdpa", hf_attention.FLASH])
 @pytest.mark.parametrize("family", ATTENTION)
-def test_attention_uses_the_plans_scale(family: str, back_end: str) -> None:
-    if family == "t5" and back_end == hf_attention.FLASH:
-        return  # it has none: its positions are added to the logits
+def test_attention_uses_the_plans_scale(family: str) -> None:
+    """In each back end."""
     model, plan = planned(
         family, with_heads_growing(family, 256), with_heads_growing(family, 64), attention_multiplier=1.5
     )
@@ -99,18 +106,23 @@ def test_attention_uses_the_plans_scale(family: str, back_end: str) -> None:
             if "relative_attention_bias" in name:
                 torch.nn.init.zeros_(parameter)
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch(family, size=2).items()}
-    with hf_attention.flash_on_any_device():
-        for each in (model, plain):
-            hf_attention.use(each, back_end)
-        calls = hf_attention.calls(model, inputs)
-        assert len(calls) == {"t5": 6}.get(family, 2)
-        for call in calls:
-            ours, stock = (hf_attention.last_row(each, call, back_end) for each in (model, plain))
-            of_stock = 1.0 if family == "t5" else 64**-0.5
-            # Eager attention has its softmax in single precision.
-            rtol, atol = (1e-3, 1e-5) if back_end == "eager" else (1e-9, 1e-9)
-            torch.testing.assert_close(ours, stock * (plan.softmax_scale / of_stock), rtol=rtol, atol=atol)
-            assert ours.abs().max() > 1e-3
+    of_stock = 1.0 if family == "t5" else 64**-0.5
+    # T5 has no flash attention: its positions are added to the logits.
+    for back_end in ("eager", "sdpa") if family == "t5" else ("eager", "sdpa", hf_attention.FLASH):
+        with hf_attention.flash_on_any_device():
+            for each in (model, plain):
+                hf_attention.use(each, back_end)
+            calls = hf_attention.calls(model, inputs)
+            assert len(calls) == {"t5": 6}.get(family, 2), back_end
+            for call in calls:
+                ours, stock = (hf_attention.last_row(each, call, back_end) for each in (model, plain))
+                # Eager attention has its softmax in single precision.
+                rtol, atol = (1e-3, 1e-5) if back_end == "eager" else (1e-9, 1e-9)
+                wanted = stock * (plan.softmax_scale / of_stock)
+                torch.testing.assert_close(
+                    ours, wanted, rtol=rtol, atol=atol, msg=lambda said, at=back_end: f"{at}: {said}"
+                )
+                assert ours.abs().max() > 1e-3, back_end
 
 
 def test_layers_keep_a_scale_of_their_own() -> None:
@@ -303,8 +315,7 @@ def test_weights_that_were_changed_are_noticed(change: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_can_be_drawn_anew(family: str) -> None:
-    model = built(family, config(family, WIDTH))
-    plan = plan_for(model, _recipe(family))
+    model, plan = built(family, config(family, WIDTH)), plan_of_wider_draws(family)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7.0)

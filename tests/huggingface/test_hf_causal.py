@@ -5,6 +5,7 @@ asked. Models are real ones of the library, small.
 """
 
 import copy
+import functools
 import math
 import re
 from typing import Any
@@ -35,6 +36,12 @@ def planned(base: PretrainedConfig, target: PretrainedConfig, **content: Any) ->
     std = getattr(base, "initializer_range", SIGMA)
     given = HYPERPARAMETERS | {"init_method_std": std} | own
     return plan_for(target, recipe_at(base, hyperparameters=given, **content))
+
+
+@functools.cache
+def plan_of(name: str) -> Plan:
+    """The plan of a model as it is in `MODELS`, made once: several tests look at it."""
+    return plan(name)
 
 
 def plan(name: str, base: dict[str, Any] | None = None, target: dict[str, Any] | None = None, **content: Any) -> Plan:
@@ -75,7 +82,7 @@ def of(found: Plan, pattern: str) -> list[PlanEntry]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_plan_has_each_parameter_and_can_be_applied(name: str) -> None:
-    found, model = plan(name), live(causal(name, WIDTH))
+    found, model = plan_of(name), live(causal(name, WIDTH))
     assert [(e.name, e.shape) for e in found.entries] == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
     apply_plan(model, found)
     for entry, parameter in zip(found.entries, model.parameters(), strict=True):
@@ -122,7 +129,7 @@ def test_at_the_base_nothing_changes(name: str) -> None:
 @pytest.mark.parametrize("name", EXPERTS)
 def test_each_expert_is_a_hidden_matrix_of_its_own(name: str) -> None:
     config = causal(name, WIDTH)
-    found, model = plan(name), live(config)
+    found, model = plan_of(name), live(config)
     ffn = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     for entry in of(found, r"experts\.(gate_up|down)_proj$"):
         up = "gate_up" in entry.name
@@ -138,17 +145,24 @@ def test_each_expert_is_a_hidden_matrix_of_its_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_a_router_is_a_folded_output(name: str) -> None:
-    found = plan(name)
+    found = plan_of(name)
     for entry in of(found, r"(mlp\.gate|router|feed_forward\.router|router\.layer|mlp\.router)\.weight$"):
         assert got(entry) == FOLDED
         assert entry.init_std == pytest.approx(entry.library_std / RATIO, rel=1e-9)
         assert {Property.ROUTER, Property.FOLDED} <= entry.properties
-    as_hidden = plan(name, parametrization={"router": "hidden"})
-    assert {e.role for e in as_hidden.entries if Property.ROUTER in e.properties} == {Role.HIDDEN}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_a_router_may_be_hidden(name: str) -> None:
+    """Of all that is a router, which the test above sees of each model: alone, beside a shared gate, with a bias."""
+    routers = {entry.name for entry in plan_of(name).entries if Property.ROUTER in entry.properties}
+    found = plan(name, parametrization={"router": "hidden"})
+    assert routers == {entry.name for entry in found.entries if Property.ROUTER in entry.properties}
+    assert {found[router].role for router in routers} == {Role.HIDDEN}
 
 
 def test_the_gate_of_a_shared_expert_is_one_too() -> None:
-    found = plan("qwen2_moe")
+    found = plan_of("qwen2_moe")
     for entry in of(found, r"shared_expert_gate\.weight$"):
         assert got(entry) == FOLDED
     for entry in of(found, r"shared_expert\.(gate|up|down)_proj\.weight$"):
@@ -163,7 +177,7 @@ def test_experts_of_a_fixed_size() -> None:
 
 
 def test_another_number_of_experts_moves_their_eps_alone() -> None:
-    same = plan("qwen3_moe")
+    same = plan_of("qwen3_moe")
     # 4 experts of which 2 see a token; 16 of which 1 does: an eighth of the share.
     other = plan("qwen3_moe", target={"num_experts": 16, "num_experts_per_tok": 1})
     for one, entry in zip(same.entries, other.entries, strict=True):
@@ -175,7 +189,7 @@ def test_another_number_of_experts_moves_their_eps_alone() -> None:
 
 
 def test_biases_of_experts_routers_and_sinks() -> None:
-    found = plan("gpt_oss")
+    found = plan_of("gpt_oss")
     for entry in of(found, r"experts\.(gate_up|down)_proj_bias$"):
         assert (entry.role, entry.is_vector, entry.lr, entry.weight_decay) == (Role.INPUT, True, ETA, 0.0)
         assert entry.eps == pytest.approx(EPS / RATIO)
@@ -184,7 +198,7 @@ def test_biases_of_experts_routers_and_sinks() -> None:
     for entry in of(found, r"sinks$"):
         assert (entry.role, entry.is_vector, entry.lr, entry.width_ratio) == (Role.INPUT, True, ETA, 1.0)
         assert entry.init_std == entry.library_std
-    for entry in of(plan("ernie4_5_moe"), r"e_score_correction_bias$"):
+    for entry in of(plan_of("ernie4_5_moe"), r"e_score_correction_bias$"):
         assert (entry.role, entry.is_vector, entry.lr, entry.eps) == (Role.SCALAR, True, ETA, EPS)
 
 
@@ -202,7 +216,7 @@ def test_mup_takes_the_same_sides_of_experts_for_infinite(name: str) -> None:
     model, small, wider = models
     mup.set_base_shapes(model, small, delta=wider, rescale_params=False, do_assert=False)
     shapes = {n: p.infshape for n, p in model.named_parameters()}
-    for entry in of(plan(name), r"experts\.(gate_up|down)_proj$|self_attn\.[qo]_proj\.weight$"):
+    for entry in of(plan_of(name), r"experts\.(gate_up|down)_proj$|self_attn\.[qo]_proj\.weight$"):
         assert shapes[entry.name].ninf() == 2
         assert entry.lr == pytest.approx(ETA / shapes[entry.name].width_mult(), rel=1e-12)
 
@@ -214,7 +228,7 @@ LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32")
 
 @pytest.mark.parametrize("name", LATENT)
 def test_latents_of_fixed_rank(name: str) -> None:
-    found = plan(name)
+    found = plan_of(name)
     for entry in of(found, r"self_attn\.(q_a_proj|kv_a_proj_with_mqa)\.weight$"):
         assert got(entry) == hidden(RATIO, 1.0)
     for entry in of(found, r"self_attn\.(q_b_proj|kv_b_proj)\.weight$"):
@@ -247,7 +261,7 @@ def test_a_base_of_fewer_layers_says_less_of_what_its_layers_are(
     name: str, shallow: dict[str, Any], deep: dict[str, Any]
 ) -> None:
     found = plan(name, base=shallow, target={"num_hidden_layers": 4, **deep})
-    alike = plan(name, base=shallow, target=shallow)
+    alike = plan(name, base=shallow, target=shallow) if shallow else plan_of(name)
     own = {re.sub(r".*layers\.\d+\.", "", entry.name): got(entry) for entry in of(alike, r"layers\.")}
     assert {re.sub(r".*layers\.\d+\.", "", e.name): got(e) for e in of(found, r"layers\.[23]\.")}.items() <= own.items()
 
@@ -259,7 +273,7 @@ def test_sgd_is_refused_where_a_rank_stays() -> None:
 
 def test_an_indexer_is_inside_attention_and_gets_no_gradient() -> None:
     """Its scores choose positions, which no factor changes, and no loss of the model's reaches it."""
-    found = plan("deepseek_v32")
+    found = plan_of("deepseek_v32")
     for entry in of(found, r"indexer\.(wk|weights_proj)\.weight$"):
         assert got(entry) == hidden(RATIO, 1.0)
     model = live(causal("deepseek_v32", BASE))
@@ -287,7 +301,7 @@ def test_embeddings_that_grow_with_width_are_taken_back(name: str) -> None:
 
 
 def test_multipliers_in_the_configuration_are_the_bases() -> None:
-    found = plan("granite")
+    found = plan_of("granite")
     model = live(causal("granite", WIDTH))
     assert found.softmax_scale == 0.1
     assert not found.changes_softmax_scale

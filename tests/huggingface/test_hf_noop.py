@@ -56,7 +56,13 @@ def test_at_the_base_nothing_changes(family: str) -> None:
     assert [name for name, value in theirs.items() if not torch.equal(value, mine[name])] == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+OFTEN = {"gpt2", "llama", "bert", "t5", "vit", "resnet"}
+"""One of each kind; `test_hf_apply.py` measures how much each multiplier acts in every family."""
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=() if each in OFTEN else pytest.mark.slow) for each in FAMILIES]
+)
 @pytest.mark.parametrize("key", ["embedding_multiplier", "output_multiplier", "attention_multiplier"])
 def test_a_tuned_multiplier_acts(family: str, key: str) -> None:
     if key == "attention_multiplier" and family not in ATTENTION:

@@ -5,6 +5,7 @@ sizes, narrow weights between two parts) is written out.
 """
 
 import copy
+import functools
 import logging
 import math
 from typing import Any
@@ -37,6 +38,18 @@ def _inner(config: PretrainedConfig) -> list[PretrainedConfig]:
     return [own for own in vars(config).values() if isinstance(own, PretrainedConfig)]
 
 
+@functools.cache
+def plan_of(name: str) -> Plan:
+    """The plan of a model as it is in `MODELS`, made once: several tests look at it."""
+    return plan(name)
+
+
+@functools.cache
+def plan_at_base(name: str) -> Plan:
+    """The plan of a base for itself."""
+    return planned(parts(name, BASE), parts(name, BASE))
+
+
 def plan(name: str, base: dict[str, Any] | None = None, target: dict[str, Any] | None = None, **own: Any) -> Plan:
     return planned(parts(name, BASE, **base or {}), parts(name, WIDTH, **target or {}), **own)
 
@@ -66,7 +79,7 @@ VECTOR = near(Role.INPUT, 1.0, EPS / RATIO, 0.0, 1.0)
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_plan_has_each_parameter_and_its_draw_is_applied(name: str) -> None:
-    found, model = plan(name), live(parts(name, WIDTH))
+    found, model = plan_of(name), live(parts(name, WIDTH))
     assert [(e.name, e.shape) for e in found.entries] == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
     before = {key: tensor.clone() for key, tensor in model.named_parameters()}
     apply_plan(model, found)
@@ -82,7 +95,7 @@ def test_a_plan_has_each_parameter_and_its_draw_is_applied(name: str) -> None:
 def test_at_the_base_nothing_changes(name: str) -> None:
     config = parts(name, BASE)
     stock, ours = live(config), live(config)
-    apply_plan(ours, planned(config, config))
+    apply_plan(ours, plan_at_base(name))
     assert all(map(torch.equal, stock.parameters(), ours.parameters()))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in ours.modules())
     assert attentions_of(ours) == attentions_of(stock)
@@ -97,7 +110,7 @@ BOTTLENECKS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_hidden_is_what_microsoft_mup_takes_for_it(name: str) -> None:
-    found = plan(name)
+    found = plan_of(name)
     with torch.device("meta"):
         model, small, wider = (
             getattr(transformers, MODELS[name][0])(parts(name, width)) for width in (WIDTH, BASE, 3 * BASE)
@@ -117,14 +130,14 @@ def test_what_is_hidden_is_what_microsoft_mup_takes_for_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "nemotron_h", "bamba", "falcon_h1", "jamba"])
 def test_a_mixers_vectors_keep_their_start_and_its_convolution_is_no_matrix(name: str) -> None:
-    found = plan(name)
+    found = plan_of(name)
     for end in ("A_log", "D"):
         entry = ending(found, f".{end}")
         assert got(entry) == VECTOR, end
         assert entry.init_std is None
     assert ending(found, ".A_log").init_value is None
     convolution = ending(found, "conv1d.weight")
-    r_out = convolution.shape[0] / ending(planned(parts(name, BASE), parts(name, BASE)), "conv1d.weight").shape[0]
+    r_out = convolution.shape[0] / ending(plan_at_base(name), "conv1d.weight").shape[0]
     assert got(convolution) == near(Role.INPUT, 1.0, EPS / r_out, LAMBDA, 1.0)
     assert convolution.init_std == convolution.library_std
     assert got(ending(found, "out_proj.weight")) == HIDDEN
@@ -132,7 +145,7 @@ def test_a_mixers_vectors_keep_their_start_and_its_convolution_is_no_matrix(name
 
 
 def test_steps_of_a_fixed_rank_are_a_bottleneck_and_no_readout() -> None:
-    found = plan("jamba")
+    found = plan_of("jamba")
     assert got(ending(found, "x_proj.weight")) == NARROW
     assert ending(found, "dt_proj.weight").width_ratio == 1.0
     growing = plan("jamba", target={"mamba_dt_rank": 16})
@@ -211,11 +224,11 @@ def test_sinusoids_are_neither_drawn_nor_multiplied(name: str, table: str) -> No
     ],
 )
 def test_what_tensors_get(name: str, end: str, expected: Any) -> None:
-    assert got(ending(plan(name), end)) == expected
+    assert got(ending(plan_of(name), end)) == expected
 
 
 def test_a_class_token_keeps_the_bases_std() -> None:
-    entry = ending(plan("clip"), "class_embedding")
+    entry = ending(plan_of("clip"), "class_embedding")
     assert got(entry) == VECTOR
     assert entry.init_std == pytest.approx((2 * BASE) ** -0.5)
     assert entry.library_std == pytest.approx((2 * WIDTH) ** -0.5)
@@ -249,7 +262,7 @@ def test_each_tower_has_the_scale_of_its_own_heads() -> None:
 
 def test_a_key_that_the_type_does_not_have_is_passed_over() -> None:
     own = {"vision_config": {"vt_hidden_size": 1}}
-    assert plan("qwen3_vl", target=own).entries == plan("qwen3_vl").entries
+    assert plan("qwen3_vl", target=own).entries == plan_of("qwen3_vl").entries
 
 
 # ---- plan or refusal -----------------------------------------------------------------------------------------------
@@ -286,6 +299,6 @@ def test_embeddings_are_multiplied_as_at_the_base() -> None:
 
 
 def test_properties_of_a_table_that_is_kept() -> None:
-    assert Property.EMBEDDING not in ending(plan("whisper"), "encoder.embed_positions.weight").properties
-    assert Property.EMBEDDING in ending(plan("whisper"), "decoder.embed_tokens.weight").properties
-    assert copy.deepcopy(plan("whisper")) == plan("whisper")
+    assert Property.EMBEDDING not in ending(plan_of("whisper"), "encoder.embed_positions.weight").properties
+    assert Property.EMBEDDING in ending(plan_of("whisper"), "decoder.embed_tokens.weight").properties
+    assert copy.deepcopy(plan_of("whisper")) == plan_of("whisper")

@@ -3,6 +3,7 @@
 What mup does say is in `test_hf_oracle.py`.
 """
 
+import functools
 import re
 from typing import Any
 
@@ -31,6 +32,12 @@ def plan(
     return plan_for(with_class(family, target or _deep(family, WIDTH)), recipe)
 
 
+@functools.cache
+def plan_of(family: str) -> Plan:
+    """The plan of all defaults, made once: several tests look at it."""
+    return plan(family)
+
+
 def _deep(family: str, width: int, **changes: Any) -> PretrainedConfig:
     return config(family, width, **{"n": 2 if family == "resnet" else 3} | changes)
 
@@ -41,17 +48,14 @@ def _roles(found: Plan) -> dict[str, Role]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_of_the_model_has_an_entry(family: str) -> None:
-    target = _deep(family, WIDTH)
-    model = built(family, target)
-    found = plan(family, target=target)
+    found, model = plan_of(family), built(family, _deep(family, WIDTH))
     assert [(e.name, e.shape) for e in found.entries] == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_model_and_configuration_give_one_plan(family: str) -> None:
-    own = _deep(family, WIDTH)
     recipe = recipe_at(config(family, BASE), hyperparameters=HYPERPARAMETERS)
-    assert plan_for(built(family, own), recipe) == plan_for(with_class(family, own), recipe)
+    assert plan_for(built(family, _deep(family, WIDTH)), recipe) == plan_of(family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,7 +83,7 @@ def test_a_row_for_padding_does_not_count(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tuned_std_is_in_proportion_to_the_librarys(family: str) -> None:
-    before, after = plan(family), plan(family, hyperparameters={"init_method_std": 0.05})
+    before, after = plan_of(family), plan(family, hyperparameters={"init_method_std": 0.05})
     for one, other in zip(before.entries, after.entries, strict=True):
         assert other.library_std == one.library_std
         assert (other.init_std is None) == (one.init_std is None)
@@ -105,7 +109,7 @@ EPS = {Role.INPUT: 1e-6 / 4, Role.HIDDEN: 1e-6 / 4, Role.OUTPUT: 1e-6 / 4, Role.
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eps_falls_with_the_gradient(family: str) -> None:
-    found = plan(family)
+    found = plan_of(family)
     assert {role for role, eps in ((e.role, e.eps) for e in found.entries) if eps != EPS[role]} == set()
 
 
@@ -114,7 +118,7 @@ def test_eps_falls_with_the_gradient(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_more_changes_nothing_but_depth(family: str) -> None:
-    shallow, deep = plan(family, target=config(family, WIDTH)), plan(family)
+    shallow, deep = plan(family, target=config(family, WIDTH)), plan_of(family)
     assert len(deep.entries) > len(shallow.entries)
     for entry in shallow.entries:
         other = deep[entry.name]
@@ -174,7 +178,7 @@ def test_heads_of_keys_that_stay() -> None:
 
 @pytest.mark.parametrize("family", ATTENTION)
 def test_attention_keeps_its_scale_where_heads_grow_in_number(family: str) -> None:
-    found = plan(family)
+    found = plan_of(family)
     size = 32 if family == "qwen3" else 16
     assert found.head_size == size
     assert found.softmax_scale == (1.0 if family == "t5" else size**-0.5)
@@ -194,7 +198,7 @@ def test_attention_is_one_over_d_where_heads_grow_in_size(family: str) -> None:
 def test_norms_of_queries_grow_with_heads_alone() -> None:
     gain = "model.layers.0.self_attn.q_norm.weight"
     vector = {Property.VECTOR, Property.GAIN}
-    fixed = plan("qwen3")[gain]
+    fixed = plan_of("qwen3")[gain]
     assert (fixed.role, set(fixed.properties), fixed.eps) == (Role.SCALAR, vector, 1e-6)
     growing = plan("qwen3", with_heads_growing("qwen3", 64), with_heads_growing("qwen3", 256))[gain]
     assert (growing.role, set(growing.properties), growing.eps) == (Role.INPUT, vector, 2.5e-7)
@@ -256,11 +260,11 @@ def test_a_tied_table_starts_as_its_embedding_and_not_as_its_readout_draws_it() 
 
 
 def test_tied_by_default_where_the_library_ties() -> None:
-    assert {family: plan(family).tied for family in TIED} == TIED
+    assert {family: plan_of(family).tied for family in TIED} == TIED
 
 
 def test_berts_two_readouts_and_what_lies_before_them() -> None:
-    roles = _roles(plan("bert"))
+    roles = _roles(plan_of("bert"))
     assert roles["cls.seq_relationship.weight"] is Role.OUTPUT
     assert roles["cls.predictions.bias"] is Role.SCALAR
     assert roles["cls.predictions.transform.dense.weight"] is Role.HIDDEN
@@ -281,7 +285,7 @@ def test_a_multiplier_of_what_a_model_has_not_is_refused(family: str) -> None:
 
 
 def test_a_table_of_relative_positions_grows_with_heads() -> None:
-    table = plan("t5")["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    table = plan_of("t5")["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
     assert (table.role, set(table.properties), table.fan_in, table.fan_out) == (Role.INPUT, set(), 32, 8)
     assert (table.lr, table.weight_decay, table.multiplier, table.eps) == (0.01, 0.1, 1.0, 2.5e-7)
     sized = plan("t5", with_heads_growing("t5", 64), with_heads_growing("t5", 256))
@@ -289,7 +293,7 @@ def test_a_table_of_relative_positions_grows_with_heads() -> None:
 
 
 def test_patches_and_tables_that_are_added() -> None:
-    found = plan("vit")
+    found = plan_of("vit")
     patches = found["vit.embeddings.patch_embeddings.projection.weight"]
     assert (patches.role, set(patches.properties), patches.fan_in, patches.fan_out) == (
         Role.INPUT,
@@ -312,8 +316,9 @@ def test_a_recipe_file_gives_the_same_plan(family: str, tmp_path: Any) -> None:
     again = load_recipe(tmp_path / "a.recipe.yaml")
     assert again.fingerprint == recipe.fingerprint
     target = with_class(family, config(family, WIDTH, **own))
-    assert plan_for(target, again) == plan_for(target, recipe)
-    assert plan_for(target, again).fingerprint == recipe.fingerprint
+    found = plan_for(target, again)
+    assert found == plan_for(target, recipe)
+    assert found.fingerprint == recipe.fingerprint
 
 
 def test_a_plan_leaves_torch_and_the_configuration_alone() -> None:

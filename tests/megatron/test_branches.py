@@ -21,9 +21,9 @@ from mup_megatron.errors import InputError
 from mup_megatron.recipe import Depth, Recipe
 from mup_megatron.theory import Acts, Plan
 
-STEPS = 10
+STEPS = 6
 AGREE = 1e-5
-"""Losses of two layouts: rounding at this learning rate, over ten steps in fp32."""
+"""Losses of two layouts: rounding at this learning rate, over so many steps in fp32."""
 
 
 def deepened(recipe: Recipe, alpha: float = 0.5) -> Recipe:

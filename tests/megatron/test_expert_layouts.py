@@ -20,7 +20,7 @@ from mup_megatron.errors import InputError
 from mup_megatron.megatron.versions import core_version
 from mup_megatron.recipe import Recipe
 
-STEPS = 10
+STEPS = 6
 AGREE = 1e-5
 
 _BOTH: dict[str, Any] = {

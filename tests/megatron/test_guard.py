@@ -110,14 +110,14 @@ RIGHT = {
     "PP2 in two virtual stages": Case(layout=Layout(pp=2, vpp=2)),
     "PP2 in two virtual stages, untied": Case("untied", Layout(pp=2, vpp=2)),
 }
-MOMENTS = {"warm-up": 1, "peak": 2, "decay": 5, "floor": 10}
+MOMENTS = {"warm-up": 1, "peak": 2, "decay": 4, "floor": 6}
 """Steps after which the guard looks again."""
 
 
 def _right(name: str) -> dict[str, str | None]:
     case = RIGHT[name]
     recipe, target = tuned(case.shape, **case.recipe), SHAPES[case.shape][1]
-    training = dataclasses.replace(planned.training_of(recipe), decay_steps=8, batch=4, micro_batch=2)
+    training = dataclasses.replace(planned.training_of(recipe), decay_steps=5, batch=4, micro_batch=2)
     run = planned.prepare(recipe, target, case.layout, training=training, **case.prepare)
     said = {"start": guarded(run, recipe.plan(target), weights=True)}
     for moment, step in MOMENTS.items():

@@ -16,9 +16,9 @@ from support.trained import Trained
 from mup_megatron.recipe import Recipe
 from mup_megatron.theory import Plan
 
-STEPS = 10
+STEPS = 6
 AGREE = 1e-5
-"""Losses of two layouts: rounding at this learning rate, over ten steps in fp32."""
+"""Losses of two layouts: rounding at this learning rate, over so many steps in fp32."""
 
 # Width ratio 4, the head size grows too; the vocabulary is padded alike at TP 1 and TP 2.
 _BOTH: dict[str, Any] = {"num_layers": 4, "vocab_size": 64, "group_query_attention": True}
@@ -121,8 +121,8 @@ def plan_of(shape: str) -> Plan:
     return tuned(shape).plan(SHAPES[shape][1])
 
 
-TRAINING = replace(planned.training_of(tuned("tied")), decay_steps=8)
-MOMENTS = {"warm-up": 1, "peak": 2, "decay": 5, "floor": STEPS}
+TRAINING = replace(planned.training_of(tuned("tied")), decay_steps=5)
+MOMENTS = {"warm-up": 1, "peak": 2, "decay": 4, "floor": STEPS}
 """Scheduler steps after which the groups are looked at."""
 
 

@@ -17,6 +17,7 @@ import torch
 from support import hf_oracle
 from support.coordinates import Sizes, rms, slopes
 from support.hf_families import FAMILIES, POSITIONS, VOCABULARY, config, model, recipe_at
+from support.hf_models import with_class
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -275,10 +276,17 @@ Start = Callable[[Case, int, int, Plan], Run]
 
 def plans_of(case: Case, rule: str = "mup") -> Plans:
     """The plans of a recipe that was tuned at the narrowest model."""
+    return _plans(case, rule, case.widths)
+
+
+def plans_of_extremes(case: Case, rule: str = "mup") -> Plans:
+    """Those of the narrowest and of the widest model: what goes wrong with width shows in two."""
+    return _plans(case, rule, case.widths[::2])
+
+
+def _plans(case: Case, rule: str, widths: Iterable[int]) -> Plans:
     recipe = case.recipe(rule)
-    with torch.device("meta"):
-        models = {width: case.model(width) for width in case.widths}
-    return {width: plan_for(model, recipe) for width, model in models.items()}
+    return {width: plan_for(with_class(case.family, case.config(width)), recipe) for width in widths}
 
 
 def update_slopes(case: Case, plans: Plans, seed: int, *, start: Start = planned) -> Slopes:

@@ -186,13 +186,14 @@ def t5_std(name: str, base: PretrainedConfig) -> float:
 
 def drawn_std(weight: torch.Tensor, draw: Draw) -> float:
     """The std that a draw has: it is a number times the draw of a unit distribution from the same seed."""
+    seed = torch.default_generator.manual_seed  # of the CPU alone: torch.manual_seed notes for GPUs who called it
     with torch.no_grad():
-        torch.manual_seed(1)
+        seed(1)
         draw(weight)
         found = weight.detach().double().flatten()
         factors = {}
         for unit in ("normal", "uniform"):
-            torch.manual_seed(1)
+            seed(1)
             other = torch.empty_like(weight)
             (other.normal_() if unit == "normal" else other.uniform_(-(3**0.5), 3**0.5))
             other = other.double().flatten()

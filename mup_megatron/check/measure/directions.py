@@ -95,10 +95,13 @@ def orthogonalised(matrix: Tensor, *, coefficients: str, iterations: int, dtype:
 
 
 class Direction(Protocol):
-    """Makes the direction of each step of one tensor."""
+    """Makes the direction of each step of one tensor. Gradients are all taken in; of few steps a replay asks for it."""
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """Returns the direction after a further gradient."""
+    def observe(self, gradient: Tensor) -> None:
+        """Takes in a further gradient."""
+
+    def now(self) -> Tensor:
+        """Returns the direction after the last gradient."""
 
 
 class MuonDirection:
@@ -113,14 +116,20 @@ class MuonDirection:
     def __init__(self, h: Hyperparameters, split: Split, dtype: torch.dtype | None = None) -> None:
         self._h, self._split, self._dtype = h, split, dtype
         self._momentum: Tensor | None = None
+        self._ahead: Tensor | None = None
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """Returns the orthogonalised momentum, of each part by itself, times the scale of its shape."""
+    def observe(self, gradient: Tensor) -> None:
+        """Takes in a further gradient."""
         h = self._h
         if self._momentum is None:
             self._momentum = torch.zeros_like(gradient)
         self._momentum.lerp_(gradient, 1 - h.muon_momentum)
-        ahead = gradient.lerp(self._momentum, h.muon_momentum) if h.muon_nesterov else self._momentum
+        self._ahead = gradient.lerp(self._momentum, h.muon_momentum) if h.muon_nesterov else self._momentum
+
+    def now(self) -> Tensor:
+        """Returns the orthogonalised momentum, of each part by itself, times the scale of its shape."""
+        ahead = self._ahead
+        assert ahead is not None
         if not self._split:
             return self._scaled(ahead)
         runs = ahead.unflatten(0, (-1, sum(self._split)))
@@ -143,14 +152,19 @@ class LionDirection:
     def __init__(self, h: Hyperparameters) -> None:
         self._beta1, self._beta2 = h.adam_beta1, h.adam_beta2
         self._momentum: Tensor | None = None
+        self._now: Tensor | None = None
 
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """Returns the sign of the momentum before this gradient, moved towards it."""
+    def observe(self, gradient: Tensor) -> None:
+        """Takes in a further gradient."""
         if self._momentum is None:
             self._momentum = torch.zeros_like(gradient)
-        found = self._momentum.lerp(gradient, 1 - self._beta1).sign()
+        self._now = self._momentum.lerp(gradient, 1 - self._beta1).sign()
         self._momentum.lerp_(gradient, 1 - self._beta2)
-        return found
+
+    def now(self) -> Tensor:
+        """Returns the sign of the momentum before the last gradient, moved towards it."""
+        assert self._now is not None
+        return self._now
 
 
 class Directed(torch.optim.Optimizer):
@@ -176,7 +190,8 @@ class Directed(torch.optim.Optimizer):
                 if "direction" not in (state := self.state[parameter]):
                     state["direction"] = self._make(group["handling"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(state["direction"](parameter.grad), alpha=-group["lr"])
+                state["direction"].observe(parameter.grad)
+                parameter.add_(state["direction"].now(), alpha=-group["lr"])
 
 
 class DirectionReplay:
@@ -189,16 +204,16 @@ class DirectionReplay:
 
     def __init__(self, *directions: Direction, whole: bool) -> None:
         self._directions, self.whole = directions, whole
-        self._now: tuple[Tensor, ...] = ()
 
     def observe(self, gradient: Tensor, before: Tensor) -> None:
         """Takes in a step's gradient, as the optimizer saw it, and the weight before the step."""
-        self._now = tuple(direction(gradient) for direction in self._directions)
+        for direction in self._directions:
+            direction.observe(gradient)
 
     def sums(self, before: Tensor, moved: Tensor) -> Sums:
         """The step's normal equations with each direction: of d, w and Δw."""
         w, d = before.double(), moved.double()
-        return np.stack([gram([now.double(), w, d]) for now in self._now])
+        return np.stack([gram([direction.now().double(), w, d]) for direction in self._directions])
 
     @staticmethod
     def fitted(sums: Sums) -> Fitted:

@@ -136,7 +136,7 @@ class Recorder:
                     replay.observe(self._gathered(name, self._looked_at(name, gradient)), shown)
                     if (record or step == 1) and looked_at.numel() >= FEWEST:
                         self._equations[name, step] = replay.sums(shown, self._gathered(name, looked_at) - shown)
-            if not looked_at.isfinite().all():
+            if not _is_finite(looked_at):
                 broken.append(name)
         broken = self._of_all(broken)
         if broken or not math.isfinite(loss):
@@ -334,6 +334,11 @@ def _add(total: dict[Any, Any], part: Mapping[Any, Any]) -> None:
     """Adds up sums by key."""
     for key, sums in part.items():
         total[key] = np.asarray(sums) + total[key] if key in total else np.asarray(sums)
+
+
+def _is_finite(x: Tensor) -> bool:
+    # A sum is finite only where all of its terms are: most often that is all there is to compute.
+    return math.isfinite(x.sum().item()) or bool(x.isfinite().all())
 
 
 def _is_same(x: Tensor, other: Tensor | None) -> bool:

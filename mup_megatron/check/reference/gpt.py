@@ -54,10 +54,12 @@ class Reference:
         groups = groups_of(self._model, plan, lambda entry: Handling(self._splits.get(entry.name, ())))
         self._optimizers = correct_optimizers(groups, recipe)
         self._norm: float | None = None
+        measured = architecture_of(model).measured(model)
+        self._watched = [*watched_modules(self._model.named_modules(), measured)]
 
     def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
         """Returns those that the architecture has measured."""
-        return watched_modules(self._model.named_modules(), architecture_of(self._file).measured(self._file))
+        return self._watched
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Returns all of them."""

@@ -5,7 +5,7 @@ are hooks of its own, every parameter has a group of its own in torch's optimize
 what orthogonalises beside it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -39,8 +39,9 @@ def carry_out(model: nn.Module, plan: Plan, *, seed: int) -> None:
                 module.weight[module.padding_idx].zero_()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         model.requires_grad_(True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
-        factor = _factor(module, model, plan)
+        factor = _factor(module, names, plan)
         if factor != 1.0:
             multiply(module, factor)
     for site in (plan.site(place) for place in plan.places if place.carries == BRANCH):
@@ -53,9 +54,8 @@ def carry_out(model: nn.Module, plan: Plan, *, seed: int) -> None:
                 setattr(module, key, attention.scale / stock * plan.softmax_scale)
 
 
-def _factor(module: nn.Module, model: nn.Module, plan: Plan) -> float:
-    """Returns what a module's weight is to be multiplied by."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+def _factor(module: nn.Module, names: Mapping[int, str], plan: Plan) -> float:
+    """Returns what a module's weight is to be multiplied by; parameters have names by their identity."""
     own = [names[id(p)] for p in module.parameters(False) if not is_vector(plan[names[id(p)]])]
     if not own:
         return 1.0

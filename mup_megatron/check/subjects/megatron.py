@@ -74,6 +74,10 @@ class MegatronTrainee:
         local = _without_transformer_engine(model)
         self._plan, self._splits = recipe.plan(local), splits_of(local)
         self._norm: float | None = None
+        measured = [*architecture_of(model).measured(model)]
+        self._watched = [
+            watched for chunk in built.chunks for watched in watched_modules(named_modules(unwrapped(chunk)), measured)
+        ]
         self._data = _Sequences(model, size=sizes.global_batch, seed=seed)
         self._probe = _Sequences(model, size=sizes.global_batch, seed=seed, only=batches.PROBE)
         _step_in_single_precision(built.optimizer)
@@ -82,9 +86,7 @@ class MegatronTrainee:
 
     def modules(self) -> Iterable[tuple[str, nn.Module, At]]:
         """Returns those that the architecture has measured, by global name."""
-        measured = [*architecture_of(self._model).measured(self._model)]
-        for chunk in self._built.chunks:
-            yield from watched_modules(named_modules(unwrapped(chunk)), measured)
+        return self._watched
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """By global name, each once. The last stage's copy of a tied embedding counts as the embedding that it is."""

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cache
 from statistics import NormalDist, fmean, median
 
 from mup_megatron.check.measure.measurements import (
@@ -146,11 +147,12 @@ def compare(subject: Measurements, reference: Measurements) -> dict[Key, Compare
     widths = [width for width in subject.widths if width in set(reference.widths)]
     rounding = only_rounding(reference)
     floors = {width: _floors(reference, width, rounding) for width in widths}
+    runs = [{w: side.at(w) for w in widths} for side in (subject, reference)]
     found = {}
     for key in sorted(subject.keys() & reference.keys()):
         if key.quantity in BOUNDED or (key.quantity in FROM_STEPS and key.name in rounding):
             continue
-        values = [{w: [run.values[key] for run in side.at(w)] for w in widths} for side in (subject, reference)]
+        values = [{w: [run.values[key] for run in side[w]] for w in widths} for side in runs]
         sides = [{w: [_log(value, key, floors[w]) for value in side[w]] for w in widths} for side in values]
         if _finite(sides[1]):
             compared = _compared(key, *sides) if _finite(sides[0]) else _not_finite(key, sides[1])
@@ -263,17 +265,17 @@ def _compared(key: Key, subject: Mapping[int, list[float]], reference: Mapping[i
     # What one step betrays does not depend on the seed: a subject where it does shall not hide behind its own spread.
     sides_of_noise = (reference,) if key.quantity in FROM_STEPS else (subject, reference)
     spread, freedom = _pooled([values for side in sides_of_noise for values in side.values()])
+    centre = fmean(x)
+    square = sum((xi - centre) ** 2 for xi in x)
+    weights = [(xi - centre) / square for xi in x] if square else [0.0] * len(x)
+    means = [[fmean(side[w]) for w in widths] for side in (subject, reference)]
     slopes, variances, level_variances = [], [], []
-    for side in (subject, reference):
-        means = [fmean(side[w]) for w in widths]
-        centre = fmean(x)
-        square = sum((xi - centre) ** 2 for xi in x)
-        weights = [(xi - centre) / square for xi in x] if square else [0.0] * len(x)
-        slopes.append(sum(weight * mean for weight, mean in zip(weights, means, strict=True)))
+    for side, of_side in zip((subject, reference), means, strict=True):
+        slopes.append(sum(weight * mean for weight, mean in zip(weights, of_side, strict=True)))
         counts = [len(side[w]) for w in widths]
         variances.append(sum(weight**2 * spread**2 / n for weight, n in zip(weights, counts, strict=True)))
         level_variances.append(sum(spread**2 / n for n in counts) / len(widths) ** 2)
-    deviations = {w: fmean(subject[w]) - fmean(reference[w]) for w in widths}
+    deviations = {w: found - expected for w, found, expected in zip(widths, *means, strict=True)}
     slope, slope_error = slopes[0] - slopes[1], math.sqrt(sum(variances))
     level, level_error = fmean(deviations.values()), math.sqrt(sum(level_variances))
     t = t_quantile(1 - CONFIDENCE, freedom)
@@ -285,7 +287,7 @@ def _compared(key: Key, subject: Mapping[int, list[float]], reference: Mapping[i
         off = Mismatch.SLOPE
     elif abs(level) - t * level_error > tolerance.level:
         off = Mismatch.LEVEL
-    largest = math.exp(min(700.0, max(fmean(values) for values in subject.values())))
+    largest = math.exp(min(700.0, max(means[0])))
     half = [t_quantile(0.975, freedom) * math.sqrt(variance) for variance in variances]
     sides = [Slope(value, width) for value, width in zip(slopes, half, strict=True)]
     return Compared(key, sides[0], sides[1], slope, slope_error, level, level_error, deviations, largest, off)
@@ -294,10 +296,11 @@ def _compared(key: Key, subject: Mapping[int, list[float]], reference: Mapping[i
 def _pooled(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
     """Standard deviation within groups, and its degrees of freedom."""
     freedom = max(1, sum(len(group) - 1 for group in groups))
-    squares = sum((value - fmean(group)) ** 2 for group in groups for value in group)
+    squares = sum((value - mean) ** 2 for group in groups for mean in [fmean(group)] for value in group)
     return max(_LEAST_SPREAD, math.sqrt(squares / freedom)), freedom
 
 
+@cache
 def t_quantile(probability: float, freedom: int) -> float:
     """Returns a quantile of Student's distribution, by the Cornish-Fisher expansion (Abramowitz & Stegun 26.7.5)."""
     z = NormalDist().inv_cdf(probability)

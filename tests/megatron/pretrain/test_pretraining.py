@@ -1,31 +1,23 @@
 """A script on Megatron-LM's own training loop with the plug-in: what it trains, at every layout, across a resume."""
 
 import csv
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.lm_recipes import WIDTH, line, recipe_file
 from support.lm_runs import CPU_FLAGS, SCRIPT, Finished, gpt, run_script
+from support.processes import run_ranks
+from support.training_runs import command_line, make_text
 
 pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megatron.training in its wheel")
 
-ROOT = Path(__file__).parents[3]
 ROUNDING = 1e-5
 """Absolute, of a loss of about 6 after a few steps in fp32."""
 
 
 def run(folder: Path, words: list[str], ranks: int = 1, *, launcher: bool = True) -> Finished:
     return run_script(SCRIPT, words, ranks, folder=folder, launcher=launcher).require_success()
-
-
-def mup_megatron(*words: object) -> None:
-    command = [sys.executable, "-m", "mup_megatron", *map(str, words)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 # ---- what it trains -----------------------------------------------------------------------------------------------
@@ -41,30 +33,24 @@ def test_a_recipe_whose_base_is_the_target_changes_nothing(tmp_path: Path) -> No
     assert run(tmp_path / "none", own).losses == without.losses
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    prefix = tmp_path_factory.mktemp("data") / "corpus"
-    mup_megatron("data", "-o", prefix)
-    return prefix
-
-
-def test_it_trains_as_our_own_loop_does_and_not_as_without(tmp_path: Path, corpus: Path) -> None:
-    vocabulary = json.loads(corpus.with_suffix(".json").read_text())["vocab_size"]
+def test_it_trains_as_our_own_loop_does_and_not_as_without(tmp_path: Path) -> None:
+    corpus: Path = run_ranks(make_text, 1, tmp_path)[0]
     schedule = {"lr_decay_style": "cosine", "lr_warmup_fraction": 0.25}
     path = recipe_file(tmp_path, schedule=schedule)
-    path.write_text(path.read_text().replace("vocab_size: 512", f"vocab_size: {vocabulary}"))
     target = tmp_path / "target.yaml"
     target.write_text(
-        f"num_layers: 2\nhidden_size: {WIDTH}\nnum_attention_heads: 4\nvocab_size: {vocabulary}\nseq_length: 32\n"
+        f"num_layers: 2\nhidden_size: {WIDTH}\nnum_attention_heads: 4\nvocab_size: 512\nseq_length: 32\n"
         "transformer_impl: local\n"
     )
     train = ["--data", str(corpus), "--train-iters", "8", "--global-batch-size", "8", "--micro-batch-size", "2"]
-    mup_megatron("train", target, "--recipe", path, *train, "--split", "9,1,0", "--output", tmp_path / "own")
+    words = ["train", str(target), "--recipe", str(path), *train, "--split", "9,1,0", "--output", str(tmp_path / "own")]
+    [trained] = run_ranks(command_line, 1, *words)
+    assert trained.code == 0, trained.stderr
     with (tmp_path / "own" / "metrics.csv").open() as stream:
         expected = {int(row["iteration"]): float(row["loss"]) for row in csv.DictReader(stream)}
 
     data = ["--data-path", str(corpus), "--split", "9,1,0", "--tokenizer-type", "NullTokenizer"]
-    data += ["--vocab-size", str(vocabulary - 1), "--data-cache-path", str(tmp_path / "cache")]
+    data += ["--vocab-size", "511", "--data-cache-path", str(tmp_path / "cache")]
     sizes: dict[str, Any] = {"num_layers": 2, "hidden_size": WIDTH, "train_iters": 8}
     said = {"init_method_std": 0.05, "weight_decay": 0.1, "lr_decay_style": "cosine", "lr_warmup_fraction": 0.25}
     without = run(tmp_path / "plain", [*gpt(**sizes, **said), *data, *CPU_FLAGS])

@@ -42,8 +42,10 @@ class Patience:
 
     def have_with(self, storage: BaseStorage, away: Away) -> None:
         """Has every method of a storage wait for it while it is away. At the end it raises StorageInternalError."""
-        for name in sorted(BaseStorage.__abstractmethods__):
-            setattr(storage, name, self._repeating(getattr(storage, name), away))
+        for name, general in vars(BaseStorage).items():
+            # What a storage leaves as Optuna has it for all of them asks through its other methods.
+            if not name.startswith("_") and getattr(type(storage), name, None) is not general:
+                setattr(storage, name, self._repeating(getattr(storage, name), away))
 
     def _repeating(self, ask: Callable[..., Any], away: Away) -> Callable[..., Any]:
         @functools.wraps(ask)

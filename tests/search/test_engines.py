@@ -277,6 +277,29 @@ def test_waits_grow_and_an_outage_is_said_and_counted_once(failures: int, waits:
     assert patience.outages == min(failures, 1)
 
 
+class AwayOnce(optuna.storages.InMemoryStorage):
+    """It is away when it is first asked something that Optuna could find out through other methods."""
+
+    been_away = False
+
+    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
+        if not self.been_away:
+            self.been_away = True
+            raise Away("no route")
+        return super().get_trial_id_from_study_id_trial_number(study_id, trial_number)
+
+
+def test_what_a_storage_need_not_answer_by_itself_is_asked_again_too() -> None:
+    storage = AwayOnce()
+    Patience(600.0, lambda seconds: True).have_with(
+        storage, lambda error: str(error) if isinstance(error, Away) else None
+    )
+    study = optuna.create_study(storage=storage)
+    study.tell(study.ask().number, 1.0)
+    assert storage.been_away
+    assert study.best_value == 1.0
+
+
 def test_patience_ends_when_its_process_is_told_to_stop() -> None:
     patience, storage = Patience(600.0, lambda seconds: False), Flaky(99)
     patience.have_with(storage, lambda error: str(error))  # type: ignore[arg-type]

@@ -40,10 +40,11 @@ def _is_of_adapters(path: Path) -> bool:
 def pytest_configure() -> None:
     """Has extensions compiled quickly, and removes what a process left that was killed meanwhile: all others wait.
 
-    What the tests compile is for them alone, and so lies in the checkout.
+    What the tests compile is for them and their Python alone, and so lies in the checkout.
     """
     os.environ.setdefault("CXX", str(TESTS / "support" / "quick-c++"))
-    cache = os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(TESTS.parent / "build" / "torch_extensions"))
+    own = TESTS.parent / "build" / "torch_extensions" / sys.implementation.cache_tag
+    cache = os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own))
     for lock in Path(cache).glob("**/lock"):
         if time.time() - lock.stat().st_mtime > _LONGEST_COMPILATION_S:
             lock.unlink(missing_ok=True)

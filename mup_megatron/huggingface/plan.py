@@ -93,9 +93,11 @@ class _Seen:
     model_class: type[PreTrainedModel]
     base_config: PretrainedConfig
     """Of the base at its own depth."""
+    base_at_depth: PretrainedConfig
+    """At the model's depth, so that all names are there."""
     config: PretrainedConfig
     base: MetaModule
-    """At the model's depth, so that all names are there."""
+    """Of `base_at_depth`."""
     model: MetaModule
     fixed: frozenset[str]
     base_pass: Forward
@@ -104,20 +106,20 @@ class _Seen:
 
 def _seen(model_class: type[PreTrainedModel], at_base: PretrainedConfig, config: PretrainedConfig) -> _Seen:
     """Builds both; raises InputError where their code hides what a plan has to know."""
-    base = MetaModule.of(_factory(model_class, configs.at_depth_of(at_base, config)), keeps=True)
+    at_depth = configs.at_depth_of(at_base, config)
+    base = MetaModule.of(_factory(model_class, at_depth), keeps=True)
     model = MetaModule.of(_factory(model_class, config), keeps=True)
     _require_known_scale(at_base, config, model.module)
     fixed = verification.fixed_parts(base, model)
     base_pass, model_pass = (verification.forward_of(each, fixed=fixed) for each in (base, model))
     verification.require_no_hidden_factor(base_pass, model_pass, model.module)
-    return _Seen(model_class, at_base, config, base, model, fixed, base_pass, model_pass)
+    return _Seen(model_class, at_base, at_depth, config, base, model, fixed, base_pass, model_pass)
 
 
 def _shapes(seen: _Seen, recipe: Recipe) -> tuple[ModelShape, ModelShape]:
     """Returns what the recipe's rules take: the base's shape and the model's."""
     scale = recipe.moved.init_method_std / configs.reference_std(seen.base_config)
-    at_depth = configs.at_depth_of(seen.base_config, seen.config)
-    wider = MetaModule.of(_factory(seen.model_class, configs.widened(at_depth, seen.config), drawn=False))
+    wider = MetaModule.of(_factory(seen.model_class, configs.widened(seen.base_at_depth, seen.config), drawn=False))
     parameters = base_parameters(seen.base, wider, init_scale=scale)
     base_branches = None
     if recipe.parametrization.depth is not None:
@@ -204,7 +206,7 @@ def _letters(name: str) -> str:
 def _factory(
     model_class: type[PreTrainedModel], config: PretrainedConfig, *, drawn: bool = True
 ) -> Callable[[], torch.nn.Module]:
-    """Returns what builds a model, with `drawn` and its weights' start as well: without it has shapes alone."""
+    """Returns what builds a model. Its weights have the library's start only if they are `drawn`."""
 
     def build() -> torch.nn.Module:
         constructor: Callable[[PretrainedConfig], Any] = model_class

@@ -1,26 +1,26 @@
 """Learning rate × width on real text, four parametrizations side by side: if the best rate stays, and what it costs.
 
-    python benchmarks/lr_width.py --published [-o results/lr_width]
+    python benchmarks/lr_width.py --published | --sixteenfold [-o results/lr_width]
     python benchmarks/lr_width.py --like megatron-3058 | --like nanogpt-mup
     python benchmarks/lr_width.py [--shapes …] [--arms …] [--widths 64 128 256 512 1024] [--seeds 3] [--jobs 2]
     python benchmarks/lr_width.py … --from benchmarks/tables/lr_width/runs.jsonl.gz
 
-`--like` is the protocol of a sweep that others have published, on the narrow shape, at an eighth or a sixteenth of its
-widths: rates an octave apart, as many as there, three seeds, and its arms with ours beside them.
+`--like` is the protocol of a sweep that others have published, on the proportional shape, at an eighth or a sixteenth
+of its widths: rates an octave apart, as many as there, three seeds, and its arms with ours beside them.
 
 Hyperparameters and schedule are those of `tables/lr_width/base.recipe.yaml`, unless `--recipe` says others. The search
 that found them, for the proportional shape at width 64, is in docs/results/lr_width.md.
 
-Shapes of a GPT, and one of BERT, each from a base of the first width on:
+Shapes of a GPT, and one of BERT, each from a base of the first width on. A head has 32 channels, or all where a base
+has fewer; what stays is what the base has:
 
     proportional    all widths grow
-    narrow          likewise, with heads of 16 in place of 32: for widths from 16 on, and `--like`
-    ffn             the MLP stays 256 wide
-    groups          two key/value heads, however many query heads
-    heads           two heads, which grow
-    deeper          layers as the root of width, with CompleteP's rule in ours
+    ffn             the MLP stays as wide as the base's: 256 for a base of 64
+    groups          the key/value heads stay, two for a base of 64, however many query heads
+    heads           the number of heads stays, and they grow
+    deeper          two layers, then as the root of width, with CompleteP's rule in ours
     experts         eight experts as wide as the stream, two of which see a token
-    latent          latent attention with ranks of 32
+    latent          latent attention whose ranks stay, half the base's width
     muon            proportional, stepped by Muon
     bert            a BERT, three and four times as wide as its base, as base and large are of the 256 wide proxy of TP5
 
@@ -42,7 +42,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ from lr_width_table import (
     summary,
 )
 from many_runs import KeptRuns, basin_panels, counting, forked_workers, read_runs
-from small_models import bert, dense, experts, latent
+from small_models import HEAD_SIZE, bert, dense, experts, latent
 
 from mup_megatron.architectures.model_file import ModelFile
 from mup_megatron.check.transfer import at_rate
@@ -76,10 +75,11 @@ ARMS = ("standard", "native", "microsoft", "ours")
 WIDTHS = (64, 128, 256, 512, 1024)
 PUBLISHED = {
     **dict.fromkeys(("proportional", "ffn", "groups", "heads", "deeper", "experts", "latent", "muon"), (64, 128, 256)),
-    "narrow": (16, 32, 64, 128, 256),
     "bert": (64, 192, 256),
 }
 """Shape → the widths of the published tables."""
+SIXTEENFOLD = {shape: (16, 64, 256) for shape in PUBLISHED if shape != "bert"}
+"""Shape → widths from a base that is a quarter as wide. A BERT learns too little even at the published ones."""
 PUBLISHED_RATES = 3
 RECIPE = Path(__file__).parent / "tables" / "lr_width" / "base.recipe.yaml"
 OCTAVE = 2
@@ -108,7 +108,7 @@ PROTOCOLS = {
     # Widths 256 to 2048, twelve rates and three seeds there.
     "nanogpt-mup": Protocol((16, 32, 64, 128), (-8, 3), ("standard", "microsoft", "ours")),
 }
-PROTOCOLS_SHAPE = "narrow"
+PROTOCOLS_SHAPE = "proportional"
 PROTOCOLS_SEEDS = 3
 MOST = 10
 """Rates beyond the first ones, at one width."""
@@ -124,8 +124,8 @@ FARTHEST = 40
 class Shape:
     """How a model grows."""
 
-    model: Callable[[int], ModelFile]
-    """By width."""
+    model: Callable[[int, int], ModelFile]
+    """By width, and the base's."""
     alpha: float | None = None
     """Of the rule of depth, in ours."""
     optimizer: str = "adam"
@@ -144,17 +144,31 @@ class Shape:
         return at_rate(found, found.hyperparameters.lr * 2.0 ** (rate / OCTAVE))
 
 
+def _head(base: int) -> int:
+    return min(HEAD_SIZE, base)
+
+
+def _heads(width: int, base: int) -> dict[str, Any]:
+    return {"num_attention_heads": width // _head(base)}
+
+
+def _groups(base: int) -> dict[str, Any]:
+    return {"group_query_attention": True, "num_query_groups": base // _head(base)}
+
+
 SHAPES: dict[str, Shape] = {
-    "proportional": Shape(dense),
-    "narrow": Shape(lambda width: dense(width, num_attention_heads=width // 16)),
-    "ffn": Shape(partial(dense, ffn_hidden_size=256)),
-    "groups": Shape(partial(dense, group_query_attention=True, num_query_groups=2)),
-    "heads": Shape(partial(dense, num_attention_heads=2)),
-    "deeper": Shape(lambda width: dense(width, num_layers=max(1, round(2 * math.sqrt(width / 64)))), alpha=1.0),
-    "experts": Shape(experts),
-    "latent": Shape(partial(latent, rank=32)),
-    "muon": Shape(dense, optimizer="muon"),
-    "bert": Shape(bert),
+    "proportional": Shape(lambda width, base: dense(width, **_heads(width, base))),
+    "ffn": Shape(lambda width, base: dense(width, **_heads(width, base), ffn_hidden_size=4 * base)),
+    "groups": Shape(lambda width, base: dense(width, **_heads(width, base), **_groups(base))),
+    "heads": Shape(lambda width, base: dense(width, **_heads(base, base))),
+    "deeper": Shape(
+        lambda width, base: dense(width, **_heads(width, base), num_layers=max(1, round(2 * math.sqrt(width / base)))),
+        alpha=1.0,
+    ),
+    "experts": Shape(lambda width, base: experts(width, head=_head(base))),
+    "latent": Shape(lambda width, base: latent(width, rank=base // 2, head=_head(base))),
+    "muon": Shape(lambda width, base: dense(width, **_heads(width, base)), optimizer="muon"),
+    "bert": Shape(lambda width, _base: bert(width)),
 }
 
 
@@ -172,6 +186,14 @@ class Settings:
     tuned: Recipe
     grid: tuple[int, ...] = ()
     """The rates at every width, in half octaves from the recipe's; empty: as many as it takes."""
+
+    def model(self, shape: str, width: int) -> ModelFile:
+        """Returns a shape's model of a width."""
+        return SHAPES[shape].model(width, self.widths[shape][0])
+
+    def recipe(self, shape: str, rate: int) -> Recipe:
+        """Returns a shape's recipe at a rate, in half octaves from the one that was tuned."""
+        return SHAPES[shape].recipe(self.model(shape, self.widths[shape][0]), self.tuned, rate)
 
 
 @dataclass
@@ -208,6 +230,11 @@ def main() -> None:
     asked.add_argument(
         "--published", action="store_true", help="widths and rates of the published tables: --estimate says how long"
     )
+    asked.add_argument(
+        "--sixteenfold",
+        action="store_true",
+        help="widths 16, 64 and 256, on every shape but BERT; rates as for --published; one picture of all",
+    )
     asked.add_argument("--like", choices=PROTOCOLS, help="a published sweep in small, whatever else is said")
     parser.add_argument("--seeds", type=int, default=3, help="two or more")
     parser.add_argument("--rates", type=int, default=5, help="learning rates at first, at each width")
@@ -224,11 +251,14 @@ def main() -> None:
     widths = dict.fromkeys(SHAPES, tuple(sorted(set(arguments.widths))))
     like = None if arguments.like is None else PROTOCOLS[arguments.like]
     shapes = arguments.shapes if like is None else [PROTOCOLS_SHAPE]
+    if arguments.sixteenfold:
+        shapes = [shape for shape in shapes if shape in SIXTEENFOLD]
+    fixed = PUBLISHED if arguments.published else SIXTEENFOLD if arguments.sixteenfold else None
     settings = Settings(
-        widths=PUBLISHED if arguments.published else widths,
+        widths=fixed or widths,
         arms=tuple(arm for arm in ARMS if arm in arguments.arms),
         seeds=arguments.seeds,
-        rates=PUBLISHED_RATES if arguments.published else arguments.rates,
+        rates=PUBLISHED_RATES if fixed else arguments.rates,
         steps=arguments.steps,
         batch=arguments.batch,
         tuned=load_recipe(arguments.recipe),
@@ -236,7 +266,7 @@ def main() -> None:
     if like is not None:
         own = {"widths": {PROTOCOLS_SHAPE: like.widths}, "arms": like.arms, "seeds": PROTOCOLS_SEEDS, "grid": like.grid}
         settings = replace(settings, **own)
-    name = arguments.like or "lr_width"
+    name = arguments.like or ("sixteenfold" if arguments.sixteenfold else "lr_width")
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.kept is not None:
         _tell(_read(arguments.kept, shapes, settings), settings, arguments.output, name)
@@ -261,8 +291,8 @@ def _read(file: Path, shapes: Sequence[str], settings: Settings) -> dict[str, Fo
     for shape in shapes:
         known: dict[str, dict[int, dict[tuple[int, int], dict[str, Any]]]] = {}
         rates = settings.grid or range(-FARTHEST, FARTHEST + 1)
-        at = {_recipe(shape, rate, settings).fingerprint: rate for rate in rates}
-        models = {width: SHAPES[shape].model(width).model_dump(mode="json") for width in settings.widths[shape]}
+        at = {settings.recipe(shape, rate).fingerprint: rate for rate in rates}
+        models = {width: settings.model(shape, width).model_dump(mode="json") for width in settings.widths[shape]}
         for row in rows:
             arm, tuned, model, steps, batch, *_ = row["key"]
             asked = tuned in at and row["seed"] <= settings.seeds and (steps, batch) == (settings.steps, settings.batch)
@@ -280,11 +310,6 @@ def _read(file: Path, shapes: Sequence[str], settings: Settings) -> dict[str, Fo
 def _with_basins(of_arm: Mapping[int, dict[tuple[int, int], Any]]) -> dict[int, dict[tuple[int, int], Any]]:
     """Returns the widths at which enough rates were run, in order."""
     return {width: rows for width, rows in sorted(of_arm.items()) if len({rate for rate, _ in rows}) >= FEWEST}
-
-
-def _recipe(shape: str, rate: int, settings: Settings) -> Recipe:
-    own = SHAPES[shape]
-    return own.recipe(own.model(settings.widths[shape][0]), settings.tuned, rate)
 
 
 def _swept(runs: "Runs", estimates: Mapping[str, "Estimate"]) -> dict[str, Found]:
@@ -379,22 +404,22 @@ class Runs:
 
     def _keep(self, shape: str, width: int, rate: int, seed: int, arm: str, row: dict[str, Any]) -> dict[str, Any]:
         assert "refused" not in row, (shape, width, arm, row)
-        recipe = _recipe(shape, rate, self._settings)
+        recipe = self._settings.recipe(shape, rate)
         told = {"shape": shape, "arm": arm, "width": width, "lr": recipe.hyperparameters.lr, "seed": seed}
         with self._lock:
             return self._kept.add(self._key(shape, width, rate, seed, arm), **told, **row)
 
     def _key(self, shape: str, width: int, rate: int, seed: int, arm: str) -> list[Any]:
         s = self._settings
-        model = SHAPES[shape].model(width).model_dump(mode="json")
+        model = s.model(shape, width).model_dump(mode="json")
         run = [s.steps, s.batch, seed, self._data.parent.name]
-        return [arm, _recipe(shape, rate, s).fingerprint, model, *run, *self._platform]
+        return [arm, s.recipe(shape, rate).fingerprint, model, *run, *self._platform]
 
     def _started(
         self, shape: str, width: int, rate: int, seed: int, arms: tuple[str, ...], steps: int
     ) -> "Future[dict[str, dict[str, Any]]]":
         s = self._settings
-        run = (SHAPES[shape].model(width), _recipe(shape, rate, s), steps, s.batch, seed)
+        run = (s.model(shape, width), s.recipe(shape, rate), steps, s.batch, seed)
         return self._pool.submit(train, arms, run, self._data)
 
 
@@ -442,17 +467,19 @@ def _estimate_lines(estimates: Mapping[str, Estimate], jobs: int) -> list[str]:
 
 def _tell(found: Mapping[str, Found], settings: Settings, output: Path, name: str) -> None:
     """Prints the tables, draws them, and exits where arms do not agree that have to."""
-    problems, told, of_arm = [], {}, {}
+    problems, told, of_arm, pictures = [], {}, {}, {}
+    together = name == "sixteenfold"  # many shapes, of which most have ours alone
     for shape, runs in found.items():
         base, *wider = settings.widths[shape]
         basins = {arm: runs.basins(arm) for arm in runs.rows}
         summaries = {arm: summary(own) for arm, own in basins.items()}
         if ARM in summaries:
             of_arm[shape] = summaries[ARM]
+            pictures[shape] = basins[ARM]
         at_base, beyond = runs.agreements([base]), runs.agreements(wider)
         lines = [f"- {line}" for line in agreement_lines(base, at_base, beyond)]
         print("\n".join(["", f"## {shape}", "", *markdown(summaries, runs.refused), "", *lines]), flush=True)
-        if basins:
+        if basins and not together:
             (output / f"{shape if name == 'lr_width' else name}.png").write_bytes(_picture(basins, summaries))
         problems += broken(shape, base, at_base, _exact(settings.tuned.moved))
         told[shape] = {
@@ -461,6 +488,8 @@ def _tell(found: Mapping[str, Found], settings: Settings, output: Path, name: st
         }
     if len(of_arm) > 1:
         print("\n".join(["", *overview(of_arm)]), flush=True)
+    if of_arm and together:
+        (output / f"{name}.png").write_bytes(_picture(pictures, of_arm))
     run = {"seeds": settings.seeds, "steps": settings.steps, "batch": settings.batch}
     content = json.dumps({**run, "shapes": told}, indent=1) + "\n"
     (output / f"{name}.json").write_text(content, encoding="utf-8")

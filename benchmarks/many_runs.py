@@ -127,6 +127,10 @@ def bracketed(
     return losses
 
 
+MOST_COLUMNS = 4
+"""Panels beside each other in a picture."""
+
+
 def basin_panels(panels: Mapping[str, Mapping[str, tuple[Mapping[float, Sequence[float]], float]]]) -> bytes:
     """Returns a PNG: a panel for each title, and in it a line for each label: mean loss over log2(learning rate).
 
@@ -137,9 +141,13 @@ def basin_panels(panels: Mapping[str, Mapping[str, tuple[Mapping[float, Sequence
 
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+    columns = min(len(panels), MOST_COLUMNS)
+    rows = math.ceil(len(panels) / columns)
+    figure = matplotlib.figure.Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
         for label, (losses, optimum) in lines.items():
             finite = {lr: fmean(v) for lr, v in sorted(losses.items()) if math.isfinite(fmean(v))}
             [line] = axis.plot([math.log2(lr) for lr in finite], [*finite.values()], marker="o", label=label)
@@ -147,7 +155,8 @@ def basin_panels(panels: Mapping[str, Mapping[str, tuple[Mapping[float, Sequence
         axis.set_title(title)
         axis.set_xlabel("log2 of the learning rate")
         axis.legend()
-    axes[0].set_ylabel("loss at the end")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("loss at the end")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     return content.getvalue()

@@ -20,25 +20,27 @@ GPT: dict[str, Any] = {
 HEAD_SIZE = 32
 
 
-def experts(width: int, *, number: int = 8, chosen: int = 2, size: int | None = None) -> ModelFile:
+def experts(
+    width: int, *, number: int = 8, chosen: int = 2, size: int | None = None, head: int = HEAD_SIZE
+) -> ModelFile:
     """Returns a GPT with experts in every layer; one is as wide as the stream, unless its size is said."""
     own: dict[str, Any] = {"num_experts": number, "moe_router_topk": chosen, "moe_ffn_hidden_size": size or width}
     balanced: dict[str, Any] = {"moe_aux_loss_coeff": 0.01}
-    return ModelFile(**GPT, hidden_size=width, num_attention_heads=width // HEAD_SIZE, **own, **balanced)
+    return ModelFile(**GPT, hidden_size=width, num_attention_heads=width // head, **own, **balanced)
 
 
-def latent(width: int, *, rank: int) -> ModelFile:
-    """Returns a GPT with latent attention."""
+def latent(width: int, *, rank: int, head: int = HEAD_SIZE) -> ModelFile:
+    """Returns a GPT with latent attention, a quarter of whose heads tells positions."""
     return ModelFile(
         **GPT,
         hidden_size=width,
-        num_attention_heads=width // HEAD_SIZE,
+        num_attention_heads=width // head,
         multi_latent_attention=True,
         q_lora_rank=rank,
         kv_lora_rank=rank,
-        qk_head_dim=24,
-        qk_pos_emb_head_dim=8,
-        v_head_dim=HEAD_SIZE,
+        qk_head_dim=head - head // 4,
+        qk_pos_emb_head_dim=head // 4,
+        v_head_dim=head,
         qk_layernorm=True,
         normalization="RMSNorm",
     )

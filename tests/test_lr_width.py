@@ -207,9 +207,9 @@ def test_what_is_finished_is_not_trained_again(tmp_path: Path) -> None:
     assert sorted(other.runs) == sorted(first.runs)
 
 
-@pytest.mark.parametrize("shape", lr_width.SHAPES)
-def test_a_shape_has_models_at_every_published_width(shape: str) -> None:
-    base, *wider = (lr_width.SHAPES[shape].model(width) for width in lr_width.PUBLISHED[shape])
+@pytest.mark.parametrize(("shape", "widths"), [*lr_width.PUBLISHED.items(), *lr_width.SIXTEENFOLD.items()], ids=str)
+def test_a_shape_has_models_at_every_published_width(shape: str, widths: tuple[int, ...]) -> None:
+    base, *wider = (lr_width.SHAPES[shape].model(width, widths[0]) for width in widths)
     recipe = lr_width.SHAPES[shape].recipe(base, TUNED, 1)
     assert recipe.hyperparameters.lr == pytest.approx(2.0**-6.5)
     assert recipe.hyperparameters.output_multiplier == 4.0
@@ -217,13 +217,29 @@ def test_a_shape_has_models_at_every_published_width(shape: str) -> None:
         assert recipe.plan(model).by_name
 
 
+def test_what_stays_is_as_wide_as_the_base_has_it() -> None:
+    def of(shape: str, key: str, base: int, width: int) -> Any:
+        return getattr(lr_width.SHAPES[shape].model(width, base), key)
+
+    for base, head in ((64, 32), (16, 16)):
+        wide = 4 * base
+        assert of("proportional", "num_attention_heads", base, wide) == wide // head
+        assert of("ffn", "ffn_hidden_size", base, wide) == 4 * base
+        assert of("groups", "num_query_groups", base, wide) == base // head
+        assert of("heads", "num_attention_heads", base, wide) == base // head
+        assert (of("deeper", "num_layers", base, base), of("deeper", "num_layers", base, wide)) == (2, 4)
+        assert of("latent", "kv_lora_rank", base, wide) == base // 2
+        assert of("latent", "qk_head_dim", base, wide) + of("latent", "qk_pos_emb_head_dim", base, wide) == head
+        assert of("experts", "num_attention_heads", base, wide) == wide // head
+
+
 def test_a_recipe_says_what_was_tuned() -> None:
     shape = lr_width.SHAPES["deeper"]
-    tuned = shape.recipe(shape.model(64), TUNED, 0)
+    tuned = shape.recipe(shape.model(64, 64), TUNED, 0)
     values = {"lr": 0.01, "min_lr": 0.002, "init_method_std": 0.03, "weight_decay": 0.0}
     cosine = tuned.schedule.model_copy(update={"lr_decay_style": "cosine"})
     given = {"hyperparameters": tuned.hyperparameters.model_copy(update=values), "schedule": cosine}
-    found = shape.recipe(shape.model(64), tuned.model_copy(update=given), -2)
+    found = shape.recipe(shape.model(64, 64), tuned.model_copy(update=given), -2)
     assert found.hyperparameters.model_dump() == {
         **tuned.hyperparameters.model_dump(),
         **values,
@@ -235,8 +251,8 @@ def test_a_recipe_says_what_was_tuned() -> None:
 
 
 def test_the_published_values_were_tuned_at_the_base_that_they_are_used_at() -> None:
-    assert load_recipe(lr_width.RECIPE).base == lr_width.SHAPES["ffn"].model(64)
-    assert lr_width.SHAPES["ffn"].model(64).ffn_hidden_size == 4 * 64  # as in the others
+    assert load_recipe(lr_width.RECIPE).base == lr_width.SHAPES["ffn"].model(64, 64)
+    assert lr_width.SHAPES["ffn"].model(64, 64).ffn_hidden_size == 4 * 64  # as in the others
 
 
 PAGE = (ROOT / "docs" / "results" / "lr_width.md").read_text(encoding="utf-8")
@@ -251,7 +267,7 @@ def test_the_page_has_the_tables_of_the_kept_runs(
     lr_width.main()
     told = capsys.readouterr().out
     shapes = re.findall(r"^## (\w+)$", told, flags=re.MULTILINE)
-    pictures = re.findall(r"--like (\S+)", words) or shapes
+    pictures = re.findall(r"--(?:like )?(megatron-3058|nanogpt-mup|sixteenfold)", words) or shapes
     assert shapes
     assert [line for line in told.splitlines() if line.startswith("|") and line not in PAGE] == []
     for name in pictures:

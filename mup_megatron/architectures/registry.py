@@ -24,6 +24,9 @@ from mup_megatron.yaml_io import read_yaml
 KEY = "architecture"
 """The key of a model file that names its architecture, where the others do not decide it."""
 
+DEFAULT: Architecture = GPT
+"""The architecture of a model file, or of a line, that says no other."""
+
 _ARCHITECTURES: dict[str, Architecture] = {}
 
 
@@ -39,7 +42,7 @@ def register(architecture: Architecture) -> None:
                 f"architecture {architecture.name}: {other.name} has this name or class of model files already. Give "
                 "it its own."
             )
-    if architecture is not GPT and not (architecture.command_line.keys or KEY in architecture.file.model_fields):
+    if architecture is not DEFAULT and not (architecture.command_line.keys or KEY in architecture.file.model_fields):
         raise InputError(
             f"architecture {architecture.name}: nothing in its model files tells it from others. Give their class a "
             f"key of its own, or a field {KEY}."
@@ -115,8 +118,8 @@ def _sorted_out(content: object) -> tuple[Architecture, object]:
         ValueError: they name an architecture that there is not, or another than their keys are of.
     """
     if not isinstance(content, Mapping):
-        return GPT, content
-    named = content.get(KEY, GPT.name)
+        return DEFAULT, content
+    named = content.get(KEY, DEFAULT.name)
     if not (isinstance(named, str) and named in _ARCHITECTURES):
         known = ", ".join(_ARCHITECTURES)
         raise ValueError(f"{KEY}: {quoted(named)} is no architecture that is supported. Choose one of {known}.")

@@ -7,11 +7,10 @@ from typing import Any
 from mup_megatron.architectures.architecture import Architecture
 from mup_megatron.architectures.command_line import Reading, Release
 from mup_megatron.architectures.flag import Flag
-from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.keys.custom import CustomTensor
 from mup_megatron.architectures.keys.unread import as_read
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.registry import KEY, architecture_of, architectures, model_file
+from mup_megatron.architectures.registry import DEFAULT, KEY, architecture_of, architectures, model_file
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments.programs import builds
 from mup_megatron.megatron.arguments.table import (
@@ -175,9 +174,9 @@ def architecture_named(values: Mapping[str, Any], script: str | None = None) -> 
     A GPT's are those that every model has.
     """
     by_program = None if script is None else builds(script)
-    if by_program is not None and by_program is not GPT:
+    if by_program is not None and by_program is not DEFAULT:
         return by_program
-    return next((each for each in architectures().values() if each.command_line.named(values) is not None), GPT)
+    return next((each for each in architectures().values() if each.command_line.named(values) is not None), DEFAULT)
 
 
 def remarks_of(values: Mapping[str, Any], release: Release | None, *, script: str | None = None) -> tuple[str, ...]:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mup_megatron.architectures.flag import Flag
-from mup_megatron.architectures.gpt import GPT
 from mup_megatron.architectures.keys.custom import CustomTensor
 from mup_megatron.architectures.model_file import ModelFile
-from mup_megatron.architectures.registry import architectures
+from mup_megatron.architectures.registry import DEFAULT, architectures
 from mup_megatron.errors import InputError
 from mup_megatron.megatron.arguments import fork, programs
 from mup_megatron.megatron.arguments.convert import (
@@ -244,7 +243,7 @@ def _refuse_of_others(name: str, reason: str, flags: Sequence[str], source: str)
         asked = (
             each for each in architectures().values() if names & {flag.name for flag in each.command_line.own_flags}
         )
-        if follows and follows[-1].lower() in next(asked, GPT).command_line.providers:
+        if follows and follows[-1].lower() in next(asked, DEFAULT).command_line.providers:
             return
         name = f"{name} {brief(''.join(follows[-1:]), 60)}"
     raise InputError(f"{source}: {name}: {reason}")

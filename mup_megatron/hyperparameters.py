@@ -53,6 +53,11 @@ class Hyperparameters(Strict):
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}. Lower it.")
         return self
 
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Adam's two, as torch's optimizers take them."""
+        return self.adam_beta1, self.adam_beta2
+
 
 class Schedule(Strict):
     """The learning rate over the run, in fractions of it, in Megatron-LM's terms.

@@ -62,8 +62,8 @@ def test_every_command_that_is_shown_can_be_typed(name: str) -> None:
 
 
 def test_the_commands_that_are_shown_are_found() -> None:
-    assert [words[0] for words in commands(ROOT / "README.md")][:6] == [
-        "proxy", "data", "sweep", "transfer", "explain", "train",
+    assert [words[0] for words in commands(ROOT / "README.md")][:7] == [
+        "proxy", "data", "recipe", "sweep", "transfer", "explain", "train",
     ]  # fmt: skip
     assert len(list(commands(ROOT / "examples" / "search_and_transfer.sh"))) == 6
 

@@ -20,6 +20,9 @@ FILE = click.Path(path_type=Path)
 COUNT = click.IntRange(1, 10**9)
 """A number of things: at most so many that products and floats of them stay exact."""
 
+TRIAL_ITERS, TRIAL_BATCH = 1000, 32
+"""Iterations and sequences in each, of a trial that is told no others."""
+
 target_argument = click.argument("target", type=FILE, metavar="TARGET.yaml")
 recipe_option = click.option("--recipe", "recipe_path", type=FILE, required=True, metavar="R", help="The recipe file.")
 target_option = click.option(

@@ -12,6 +12,8 @@ from mup_megatron.architectures.registry import architecture_of, load_model_file
 from mup_megatron.cli.options import (
     COUNT,
     FILE,
+    TRIAL_BATCH,
+    TRIAL_ITERS,
     FiniteFloat,
     answer_console,
     force_option,
@@ -86,5 +88,13 @@ def _print(target: ModelFile, proxy: Proxy, search: Search) -> None:
     row("FLOPs", [f"{n * t * c.total:.3g}" for n, t, c in zip(runs, tokens, flops, strict=True)])
     console.print(table)
     console.print(f"The search costs {search.fraction(proxy.model, target):.2%} of the target's run.", highlight=False)
+    batch = TRIAL_BATCH * proxy.model.seq_length
+    iterations = max(1, round(search.trial_tokens / batch))
+    console.print(
+        f"Trials of {search.trial_tokens:.3g} tokens: give `mup-megatron sweep` --train-iters {iterations} and "
+        f"--global-batch-size {TRIAL_BATCH}, or a larger batch and fewer iterations. Left out, a trial has "
+        f"{TRIAL_ITERS * batch:.3g}.",
+        highlight=False,
+    )
     for note in proxy.notes:
         console.print(f"Note: {note}", highlight=False)

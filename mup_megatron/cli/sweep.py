@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mup_megatron.architectures.registry import load_model_file
-from mup_megatron.cli.options import FILE, FiniteFloat
+from mup_megatron.cli.options import FILE, TRIAL_BATCH, TRIAL_ITERS, FiniteFloat
 from mup_megatron.errors import InputError
 from mup_megatron.recipe import load_recipe
 from mup_megatron.search import (
@@ -90,8 +90,8 @@ class _SweepCommand(click.Command):
 @click.option("--sampler", type=click.Choice(["random", "tpe"]), help="[default: random]")
 @click.option("--workers", type=int, default=1, show_default=True, help="Trials at a time on this machine.")
 @click.option("--ray", is_flag=True, help="So many trials at a time on a Ray cluster instead.")
-@click.option("--train-iters", type=int, default=1000, show_default=True)
-@click.option("--global-batch-size", type=int, default=32, show_default=True)
+@click.option("--train-iters", type=int, default=TRIAL_ITERS, show_default=True)
+@click.option("--global-batch-size", type=int, default=TRIAL_BATCH, show_default=True)
 @click.option("--micro-batch-size", type=int, default=None)
 @click.option(
     "--eval-iters", type=click.IntRange(1), default=10, show_default=True, help="Batches of the validation loss."

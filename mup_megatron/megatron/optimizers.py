@@ -104,7 +104,7 @@ register(
         native_lr=None,
         native_eps=None,
         leaves_to=("adam",),
-        settings=lambda h: {"betas": (h.adam_beta1, h.adam_beta2)},
+        settings=lambda h: {"betas": h.betas},
         fixed=_OF_OTHER_PACKAGE,
         since=(0, 19),
     ),

@@ -65,7 +65,7 @@ register(
     "adam",
     TorchOptimizer(
         kind=torch.optim.AdamW,
-        settings=lambda h: {"betas": (h.adam_beta1, h.adam_beta2)},
+        settings=lambda h: {"betas": h.betas},
         coupled=torch.optim.Adam,
         fitting="torch.optim.AdamW, FusedAdam or DeepSpeedCPUAdam with adam_w_mode, or bitsandbytes' AdamW",
         kernels=("FusedAdam", "DeepSpeedCPUAdam", "ZenFlowCPUAdam", "ZenFlowSelectiveAdamW"),

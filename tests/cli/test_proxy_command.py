@@ -34,6 +34,10 @@ def test_the_proxy_of_gpt3_and_its_cost(run: Command, here: Path) -> None:
     assert rows["tokens per run"] == ["4e+09", "3e+11"]
     # 6·2·4·256²·32 … worked out in tests/architectures/test_cost.py; 350·4e9·4.296e8 / (3e11·4.314e10).
     assert "The search costs 4.65% of the target's run." in out
+    # 4e9 / (32·2048), and 1000·32·2048.
+    trial = "Trials of 4e+09 tokens: give `mup-megatron sweep` --train-iters 61035 and --global-batch-size 32,"
+    assert trial in " ".join(out.split())
+    assert out.rstrip().endswith("6.55e+07.")
 
 
 def test_with_a_rule_of_depth_it_says_what_shallow_saves(run: Command, here: Path) -> None:

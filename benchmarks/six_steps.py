@@ -227,11 +227,15 @@ def table(found: Mapping[tuple[int, int], Found], widths: Sequence[int]) -> list
     return lines
 
 
+_BESIDE: dict[str, Any] = {"fontsize": "small", "loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+"""Where a legend stands: beside its panel, so that it covers none of it."""
+
+
 def picture(number: int, found: Mapping[tuple[int, int], Found], widths: Sequence[int]) -> bytes:
     """Returns a PNG of a step: how far outputs move over width, and loss over learning rate."""
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(9, 3.4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(12, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in MOVED.values():
         left.plot(widths, [found[number, width].moves[name] for width in widths], marker="o", label=name)
@@ -240,15 +244,17 @@ def picture(number: int, found: Mapping[tuple[int, int], Found], widths: Sequenc
     left.set_xticks(widths, [str(width) for width in widths])
     left.minorticks_off()
     left.set_title(f"moved by {MOVES} iterations")
-    left.legend(fontsize="small")
+    left.set_ylabel("root mean square of the change")
+    left.legend(**_BESIDE)
     losses = [loss for each in found.values() for loss in each.losses.values() if math.isfinite(loss)]
     top = min(losses) + 0.6 * (max(losses) - min(losses))
     for width in widths:
         finite = {lr: loss for lr, loss in found[number, width].losses.items() if math.isfinite(loss)}
         right.plot([math.log2(lr) for lr in finite], [*finite.values()], marker="o", label=f"width {width}")
-    right.axvline(math.log2(LEARNING_RATE), color="grey", linestyle=":")
+    right.axvline(math.log2(LEARNING_RATE), color="grey", linestyle=":", label="rate of the panel\non the left")
     right.set(ylim=(min(losses) - 0.05, top), xlabel="log2 of the learning rate", title="loss at the end")
-    right.legend(fontsize="small")
+    right.set_ylabel(f"loss (higher than {top:.1f}: not shown)")
+    right.legend(**_BESIDE)
     figure.suptitle(f"{STEPS[number].name}: {STEPS[number].says}")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)

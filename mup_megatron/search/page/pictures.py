@@ -89,7 +89,7 @@ def hyperparameters(shown: Shown) -> bytes:
         marks: list[Any] = [Line2D([], [], color=shown.color(i), marker="o", linestyle="", label=plain(each))
                  for i, each in enumerate(shown.rungs)]  # fmt: skip
         if shown.fit is not None:
-            marks.append(Line2D([], [], color="black", label="fit, the others at their optima"))
+            marks.append(Line2D([], [], color=GREY, label="fit of a rung, the others at their optima"))
             marks.append(Patch(color=WHOLE, alpha=0.15, label="the optimum, in nine of ten cases"))
         if any(math.isinf(loss) for i in range(len(shown.rungs)) for _, loss in ended(shown.record, i)):
             marks.append(Line2D([], [], color=GREY, marker="x", linestyle="", label="diverged"))
@@ -108,7 +108,7 @@ def _against_loss(axes: Any, shown: Shown, name: str, top: float) -> None:
             fractions = np.linspace(*shown.fit.surface.reach(name), PLACES)
             losses = [shown.fit.surface.loss(rung, {name: fraction}) for fraction in fractions]
             seen = [loss if loss <= top else math.nan for loss in losses]
-            axes.plot([bounds.at(fraction) for fraction in fractions], seen, color="black", linewidth=1)
+            axes.plot([bounds.at(fraction) for fraction in fractions], seen, color=shown.color(rung), linewidth=1)
     _scale(axes, bounds)
     axes.set_xlabel(plain(name))
 

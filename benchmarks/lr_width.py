@@ -57,6 +57,7 @@ from lr_width_table import (
     Summary,
     agreement,
     agreement_lines,
+    best_rate,
     broken,
     final,
     markdown,
@@ -116,6 +117,8 @@ TIMED = 4
 """Steps of the runs by which the time is estimated."""
 FEWEST = 3
 """Widths, and rates at each, from which an optimum and how it moves can be told."""
+NEAR = 1.5
+"""Octaves from the base's best rate, in the picture of many shapes."""
 FARTHEST = 40
 """Half octaves from the recipe's learning rate: beyond, no run is looked for in a file."""
 
@@ -489,7 +492,7 @@ def _tell(found: Mapping[str, Found], settings: Settings, output: Path, name: st
     if len(of_arm) > 1:
         print("\n".join(["", *overview(of_arm)]), flush=True)
     if of_arm and together:
-        (output / f"{name}.png").write_bytes(_picture(pictures, of_arm))
+        (output / f"{name}.png").write_bytes(_picture_of_costs(pictures, of_arm))
     run = {"seeds": settings.seeds, "steps": settings.steps, "batch": settings.batch}
     content = json.dumps({**run, "shapes": told}, indent=1) + "\n"
     (output / f"{name}.json").write_text(content, encoding="utf-8")
@@ -516,6 +519,26 @@ def _picture(basins: Mapping[str, Mapping[int, Basin]], summaries: Mapping[str, 
             for arm, own in basins.items()
         }
     )
+
+
+def _picture_of_costs(basins: Mapping[str, Mapping[int, Basin]], summaries: Mapping[str, Summary]) -> bytes:
+    """Returns a PNG: for each shape and width, what a rate near the base's best costs."""
+    panels = {}
+    for shape, own in basins.items():
+        found = summaries[shape]
+        near = math.log2(best_rate(next(iter(own.values()))))
+        panels[shape] = {
+            f"{width}": (
+                {
+                    lr: [100 * (mean_final(curves) / found.least[width] - 1)]
+                    for lr, curves in basin.items()
+                    if abs(math.log2(lr) - near) <= NEAR
+                },
+                found.optima[width].log2_lr,
+            )
+            for width, basin in own.items()
+        }
+    return basin_panels(panels, what="above the width's best loss, %")
 
 
 if __name__ == "__main__":

@@ -131,11 +131,14 @@ MOST_COLUMNS = 4
 """Panels beside each other in a picture."""
 
 
-def basin_panels(panels: Mapping[str, Mapping[str, tuple[Mapping[float, Sequence[float]], float]]]) -> bytes:
+def basin_panels(
+    panels: Mapping[str, Mapping[str, tuple[Mapping[float, Sequence[float]], float]]], *, what: str = "loss at the end"
+) -> bytes:
     """Returns a PNG: a panel for each title, and in it a line for each label: mean loss over log2(learning rate).
 
     Args:
         panels: title → label → (learning rate → the losses of its seeds, log2 of the optimum).
+        what: the losses are.
     """
     import io
 
@@ -156,7 +159,7 @@ def basin_panels(panels: Mapping[str, Mapping[str, tuple[Mapping[float, Sequence
         axis.set_xlabel("log2 of the learning rate")
         axis.legend()
     for axis in axes[:, 0]:
-        axis.set_ylabel("loss at the end")
+        axis.set_ylabel(what)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     return content.getvalue()

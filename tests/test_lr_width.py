@@ -1,5 +1,8 @@
 """benchmarks/lr_width.py but for training: what it concludes from losses, which rates it tries, and that it goes on."""
 
+import contextlib
+import functools
+import io
 import json
 import math
 import os
@@ -9,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lr_width
@@ -259,19 +263,36 @@ PAGE = (ROOT / "docs" / "results" / "lr_width.md").read_text(encoding="utf-8")
 FROM = "benchmarks/tables/lr_width/runs.jsonl.gz"
 
 
-@pytest.mark.parametrize("words", re.findall(rf"python benchmarks/lr_width\.py (.*) --from {FROM} -o", PAGE))
-def test_the_page_has_the_tables_of_the_kept_runs(
-    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["lr_width.py", *words.split(), "--from", str(ROOT / FROM), "-o", str(tmp_path)])
-    lr_width.main()
-    told = capsys.readouterr().out
-    shapes = re.findall(r"^## (\w+)$", told, flags=re.MULTILINE)
-    pictures = re.findall(r"--(?:like )?(megatron-3058|nanogpt-mup|sixteenfold)", words) or shapes
-    assert shapes
+COMMANDS = re.findall(rf"python benchmarks/lr_width\.py (.*) --from {FROM} -o", PAGE)
+
+
+@functools.cache
+def _told(words: str) -> tuple[str, Mapping[str, int]]:
+    """What a command says of the kept runs, and the sizes of its pictures by name."""
+    said = io.StringIO()
+    with TemporaryDirectory() as output, contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lr_width.py", *words.split(), "--from", str(ROOT / FROM), "-o", output])
+        lr_width.main()
+        sizes = {path.stem: path.stat().st_size for path in Path(output).glob("*.png")}
+    return said.getvalue(), sizes
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_the_page_has_the_tables_of_the_kept_runs(words: str) -> None:
+    told, pictures = _told(words)
     assert [line for line in told.splitlines() if line.startswith("|") and line not in PAGE] == []
+    shapes = re.findall(r"^## (\w+)$", told, flags=re.MULTILINE)
+    assert shapes
+    together = re.findall(r"--(?:like )?(megatron-3058|nanogpt-mup|sixteenfold)", words)
+    assert pictures.keys() == {*(together or shapes)}
     for name in pictures:
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        assert pictures[name] > 10_000
+        assert f"](lr_width_{name}.png)" in PAGE
+
+
+def test_each_row_of_the_page_is_of_the_kept_runs() -> None:
+    told = {line for words in COMMANDS for line in _told(words)[0].splitlines()}
+    assert [line for line in PAGE.splitlines() if line.startswith("|") and line not in told] == []
 
 
 @pytest.mark.slow  # a server that has imported Megatron, and thirty runs

@@ -36,10 +36,10 @@ def _task(shape: str, width: int) -> Any:
     from arms import Task
 
     own = lr_width.SHAPES[shape]
-    recipe = own.recipe(own.model(BASE), TUNED, 0)
+    recipe = own.recipe(own.model(BASE, BASE), TUNED, 0)
     # Native μP and microsoft/mup scale eps otherwise, and native μP no weight decay.
     alike = recipe.hyperparameters.model_copy(update={"adam_eps": 1e-20, "weight_decay": 0.0})
-    return Task(own.model(width), recipe.model_copy(update={"hyperparameters": alike}), STEPS, 4, 1)
+    return Task(own.model(width, BASE), recipe.model_copy(update={"hyperparameters": alike}), STEPS, 4, 1)
 
 
 def _readouts(task: Any) -> dict[str, torch.Tensor]:

@@ -31,7 +31,8 @@ parabolas, with 95 % intervals from the seeds), by how many octaves they move, w
 percent of the loss, and if wider is better, at the best rate and at the base's in each tenth of training.
 
 Finished runs are lines of `runs.jsonl`, and not repeated where machine and packages are the same. `lr_width.json` and a
-picture for each shape are beside it. `--from` trains nothing: it tells what such a file says, wherever it was made.
+picture for each shape are beside it; of `--like` and `--sixteenfold` one of each, with their name.
+`--from` trains nothing: it tells what such a file says, wherever it was made.
 """
 
 import argparse
@@ -117,6 +118,8 @@ TIMED = 4
 """Steps of the runs by which the time is estimated."""
 FEWEST = 3
 """Widths, and rates at each, from which an optimum and how it moves can be told."""
+NARROWEST = 8
+"""Of which a quarter is an even number of channels, as positions in latent attention need."""
 NEAR = 1.5
 """Octaves from the base's best rate, in the picture of many shapes."""
 FARTHEST = 40
@@ -171,7 +174,7 @@ SHAPES: dict[str, Shape] = {
     "experts": Shape(lambda width, base: experts(width, head=_head(base))),
     "latent": Shape(lambda width, base: latent(width, rank=base // 2, head=_head(base))),
     "muon": Shape(lambda width, base: dense(width, **_heads(width, base)), optimizer="muon"),
-    "bert": Shape(lambda width, _base: bert(width)),
+    "bert": Shape(lambda width, base: bert(width, head=_head(base))),
 }
 
 
@@ -252,9 +255,14 @@ def main() -> None:
     if len(set(arguments.widths)) < FEWEST or arguments.seeds < 2 or arguments.rates < 1:
         parser.error("three widths, two seeds and a rate at least")
     widths = dict.fromkeys(SHAPES, tuple(sorted(set(arguments.widths))))
+    base = min(arguments.widths)
+    if base < NARROWEST or any(width % _head(base) for width in arguments.widths):
+        parser.error(f"widths are {NARROWEST} or more, and whole heads of {_head(base)}")
     like = None if arguments.like is None else PROTOCOLS[arguments.like]
     shapes = arguments.shapes if like is None else [PROTOCOLS_SHAPE]
     if arguments.sixteenfold:
+        if arguments.shapes != list(SHAPES) and not SIXTEENFOLD.keys() >= {*shapes}:
+            parser.error(f"--sixteenfold is for {', '.join(SIXTEENFOLD)}")
         shapes = [shape for shape in shapes if shape in SIXTEENFOLD]
     fixed = PUBLISHED if arguments.published else SIXTEENFOLD if arguments.sixteenfold else None
     settings = Settings(

@@ -51,10 +51,10 @@ def dense(width: int, **own: Any) -> ModelFile:
     return ModelFile(**{**GPT, "hidden_size": width, "num_attention_heads": width // HEAD_SIZE, **own})
 
 
-def bert(width: int) -> ModelFile:
+def bert(width: int, *, head: int = HEAD_SIZE) -> ModelFile:
     """Returns a BERT, whose output layer is tied and whose second head tells whether a text goes on."""
     shape = {key: GPT[key] for key in ("num_layers", "vocab_size", "seq_length", "transformer_impl")}
-    return BertFile(architecture="bert", **shape, hidden_size=width, num_attention_heads=width // HEAD_SIZE)
+    return BertFile(architecture="bert", **shape, hidden_size=width, num_attention_heads=width // head)
 
 
 def deep(layers: int) -> ModelFile:

@@ -17,8 +17,10 @@ from mup_megatron.targets import plan_for_file
 from mup_megatron.theory import Plan
 
 FILE = click.Path(path_type=Path)
-COUNT = click.IntRange(1, 10**9)
-"""A number of things: at most so many that products and floats of them stay exact."""
+MOST = 10**9
+"""Of things on a command line: products and floats of so many stay exact."""
+COUNT = click.IntRange(1, MOST)
+"""A number of things."""
 
 TRIAL_ITERS, TRIAL_BATCH = 1000, 32
 """Iterations and sequences in each, of a trial that is told no others."""

@@ -12,6 +12,7 @@ from mup_megatron.architectures.registry import architecture_of, load_model_file
 from mup_megatron.cli.options import (
     COUNT,
     FILE,
+    MOST,
     TRIAL_BATCH,
     TRIAL_ITERS,
     FiniteFloat,
@@ -89,12 +90,12 @@ def _print(target: ModelFile, proxy: Proxy, search: Search) -> None:
     console.print(table)
     console.print(f"The search costs {search.fraction(proxy.model, target):.2%} of the target's run.", highlight=False)
     batch = TRIAL_BATCH * proxy.model.seq_length
-    iterations = max(1, round(search.trial_tokens / batch))
-    console.print(
-        f"Trials of {search.trial_tokens:.3g} tokens: give `mup-megatron sweep` --train-iters {iterations} and "
-        f"--global-batch-size {TRIAL_BATCH}, or a larger batch and fewer iterations. Left out, a trial has "
-        f"{TRIAL_ITERS * batch:.3g}.",
-        highlight=False,
-    )
+    if batch <= search.trial_tokens <= batch * MOST:
+        console.print(
+            f"Trials of {search.trial_tokens:.3g} tokens: give `mup-megatron sweep` --train-iters "
+            f"{round(search.trial_tokens / batch)} and --global-batch-size {TRIAL_BATCH}, or a larger batch and fewer "
+            f"iterations. Left out, a trial has {TRIAL_ITERS * batch:.3g}.",
+            highlight=False,
+        )
     for note in proxy.notes:
         console.print(f"Note: {note}", highlight=False)

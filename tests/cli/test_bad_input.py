@@ -193,7 +193,7 @@ def test_a_full_disk_costs_no_recipe(here: Path) -> None:
                "--force"]  # fmt: skip
     before = contents(here)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    environment.pop("COVERAGE_PROCESS_CONFIG", None)  # of `make coverage`, which would write more than there is room for
+    environment.pop("COVERAGE_PROCESS_CONFIG", None)  # `make coverage` would write more than there is room for
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, preexec_fn=little_room)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (

@@ -40,6 +40,13 @@ def test_the_proxy_of_gpt3_and_its_cost(run: Command, here: Path) -> None:
     assert out.rstrip().endswith("6.55e+07.")
 
 
+@pytest.mark.parametrize("tokens", ["1", "1e300"])
+def test_a_trial_that_no_flags_make_is_not_told_in_flags(run: Command, here: Path, tokens: str) -> None:
+    code, out, _ = run("proxy", TARGET, "--trial-tokens", tokens)
+    assert code == 0
+    assert "--train-iters" not in out
+
+
 def test_with_a_rule_of_depth_it_says_what_shallow_saves(run: Command, here: Path) -> None:
     code, out, err = run("proxy", TARGET, "--depth", "completep", "--trial-tokens", "4e9", "--target-tokens", "300e9")
     assert (code, err) == (0, "")

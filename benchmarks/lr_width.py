@@ -154,26 +154,23 @@ def _head(base: int) -> int:
     return min(HEAD_SIZE, base)
 
 
-def _heads(width: int, base: int) -> dict[str, Any]:
-    return {"num_attention_heads": width // _head(base)}
-
-
-def _groups(base: int) -> dict[str, Any]:
-    return {"group_query_attention": True, "num_query_groups": base // _head(base)}
+def _proportional(width: int, base: int, **own: Any) -> ModelFile:
+    return dense(width, head=_head(base), **own)
 
 
 SHAPES: dict[str, Shape] = {
-    "proportional": Shape(lambda width, base: dense(width, **_heads(width, base))),
-    "ffn": Shape(lambda width, base: dense(width, **_heads(width, base), ffn_hidden_size=4 * base)),
-    "groups": Shape(lambda width, base: dense(width, **_heads(width, base), **_groups(base))),
-    "heads": Shape(lambda width, base: dense(width, **_heads(base, base))),
+    "proportional": Shape(_proportional),
+    "ffn": Shape(lambda width, base: _proportional(width, base, ffn_hidden_size=4 * base)),
+    "groups": Shape(
+        lambda width, base: _proportional(width, base, group_query_attention=True, num_query_groups=base // _head(base))
+    ),
+    "heads": Shape(lambda width, base: dense(width, num_attention_heads=base // _head(base))),
     "deeper": Shape(
-        lambda width, base: dense(width, **_heads(width, base), num_layers=max(1, round(2 * math.sqrt(width / base)))),
-        alpha=1.0,
+        lambda width, base: _proportional(width, base, num_layers=round(2 * math.sqrt(width / base))), alpha=1.0
     ),
     "experts": Shape(lambda width, base: experts(width, head=_head(base))),
     "latent": Shape(lambda width, base: latent(width, rank=base // 2, head=_head(base))),
-    "muon": Shape(lambda width, base: dense(width, **_heads(width, base)), optimizer="muon"),
+    "muon": Shape(_proportional, optimizer="muon"),
     "bert": Shape(lambda width, base: bert(width, head=_head(base))),
 }
 
@@ -229,7 +226,7 @@ class Found:
 def main() -> None:
     """Estimates, runs what is missing, prints the tables and draws them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="[default: all]")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), help="three or more")
@@ -254,19 +251,17 @@ def main() -> None:
     arguments = parser.parse_args()
     if len(set(arguments.widths)) < FEWEST or arguments.seeds < 2 or arguments.rates < 1:
         parser.error("three widths, two seeds and a rate at least")
-    widths = dict.fromkeys(SHAPES, tuple(sorted(set(arguments.widths))))
-    base = min(arguments.widths)
-    if base < NARROWEST or any(width % _head(base) for width in arguments.widths):
+    base, *wider = sorted(set(arguments.widths))
+    if base < NARROWEST or any(width % _head(base) for width in (base, *wider)):
         parser.error(f"widths are {NARROWEST} or more, and whole heads of {_head(base)}")
     like = None if arguments.like is None else PROTOCOLS[arguments.like]
-    shapes = arguments.shapes if like is None else [PROTOCOLS_SHAPE]
-    if arguments.sixteenfold:
-        if arguments.shapes != list(SHAPES) and not SIXTEENFOLD.keys() >= {*shapes}:
-            parser.error(f"--sixteenfold is for {', '.join(SIXTEENFOLD)}")
-        shapes = [shape for shape in shapes if shape in SIXTEENFOLD]
     fixed = PUBLISHED if arguments.published else SIXTEENFOLD if arguments.sixteenfold else None
+    widths = fixed or dict.fromkeys(SHAPES, (base, *wider))
+    shapes = [PROTOCOLS_SHAPE] if like is not None else arguments.shapes or list(widths)
+    if not widths.keys() >= {*shapes}:
+        parser.error(f"--sixteenfold is for {', '.join(widths)}")
     settings = Settings(
-        widths=fixed or widths,
+        widths=widths,
         arms=tuple(arm for arm in ARMS if arm in arguments.arms),
         seeds=arguments.seeds,
         rates=PUBLISHED_RATES if fixed else arguments.rates,

@@ -147,7 +147,7 @@ def basin_panels(
     columns = min(len(panels), MOST_COLUMNS)
     rows = math.ceil(len(panels) / columns)
     figure = matplotlib.figure.Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=rows == 1 or len(panels) == rows * columns, sharey=True, squeeze=False)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
@@ -157,6 +157,7 @@ def basin_panels(
             axis.axvline(optimum, color=line.get_color(), linestyle=":")
         axis.set_title(title)
         axis.set_xlabel("log2 of the learning rate")
+        axis.tick_params(labelbottom=True)  # the last row may have fewer panels
         axis.legend()
     for axis in axes[:, 0]:
         axis.set_ylabel(what)

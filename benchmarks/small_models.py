@@ -46,9 +46,9 @@ def latent(width: int, *, rank: int, head: int = HEAD_SIZE) -> ModelFile:
     )
 
 
-def dense(width: int, **own: Any) -> ModelFile:
+def dense(width: int, *, head: int = HEAD_SIZE, **own: Any) -> ModelFile:
     """Returns a GPT; `own` are keys that differ from what follows from its width."""
-    return ModelFile(**{**GPT, "hidden_size": width, "num_attention_heads": width // HEAD_SIZE, **own})
+    return ModelFile(**{**GPT, "hidden_size": width, "num_attention_heads": width // head, **own})
 
 
 def bert(width: int, *, head: int = HEAD_SIZE) -> ModelFile:

@@ -1,6 +1,8 @@
 """The plan that tuned values make for the shapes of a base and a target."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
 from mup_megatron import theory
 from mup_megatron.hyperparameters import Hyperparameters, Parametrization, PerParameter
@@ -29,6 +31,7 @@ def planned(
         PlanError: the shapes do not fit each other, or an override matches nothing.
     """
     depth = parametrization.depth
+    optimizer = theory.optimizers()[parametrization.optimizer].given(values.model_dump())
     return theory.build_plan(
         base,
         target,
@@ -45,11 +48,19 @@ def planned(
         ),
         rules_used=theory.Rules(
             rule=theory.Rule(parametrization.rule),
-            optimizer=theory.optimizers()[parametrization.optimizer].given(values.model_dump()),
+            optimizer=optimizer,
             weight_decay_exponent=parametrization.weight_decay_exponent,
             router=theory.Role(parametrization.router),
             depth=None if depth is None else theory.CompleteP(depth.alpha),
         ),
         overrides=[theory.Override(**own.model_dump()) for own in per_parameter],
+        settings=_settings(values, optimizer),
         fingerprint=fingerprint,
     )
+
+
+def _settings(values: Hyperparameters, optimizer: theory.Optimizer) -> Mapping[str, Any]:
+    """Returns what a recipe says of an optimizer, and of those that it leaves tensors to, beside `Tuned`."""
+    read = {each.name for each in fields(theory.Tuned)}
+    keys = [key for each in (optimizer, *optimizer.others) for key in each.hyperparameters if key not in read]
+    return {key: getattr(values, key) for key in keys}

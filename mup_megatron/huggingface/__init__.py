@@ -1,8 +1,9 @@
 """Hugging Face models: a plan from two configurations, applied to a live model. It holds no theory.
 
-plan = plan_for(model, load_recipe(path))
+recipe = load_recipe(path)
+plan = plan_for(model, recipe)
 apply_plan(model, plan)
-optimizer = torch.optim.AdamW(param_groups(model.named_parameters(), plan))
+optimizer = torch.optim.AdamW(param_groups(model.named_parameters(), plan), betas=recipe.moved.betas)
 check_optimizer(optimizer, plan, model)
 """
 

@@ -3,7 +3,7 @@
     recipe base     mup_megatron.modules.module_base(small_model, wider_model)
     plan            mup_megatron.modules.plan_for_module(large_model, recipe)
     live module     mup_megatron.modules.apply_plan(model, plan)
-    optimizer       torch.optim.AdamW(mup_megatron.modules.param_groups(model.named_parameters(), plan))
+    optimizer       torch.optim.AdamW(mup_megatron.modules.param_groups(…, plan), betas=recipe.moved.betas)
     its kind        mup_megatron.modules.check_optimizer(optimizer, plan, model)
 
 Hugging Face models have their own way to a plan (`huggingface/`), since their configurations say what grows.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mup_megatron.errors import InputError
+from mup_megatron.hyperparameters import Hyperparameters
 from mup_megatron.live.compare import value_problems
 from mup_megatron.modules.applied import require_kept
 from mup_megatron.modules.groups import FLAT, PADDING, Group, GroupValues, flattened, members, values
@@ -35,8 +36,9 @@ def check_optimizer(optimizer: Any, plan: Plan, model: torch.nn.Module | None = 
         model: the model, which tells frozen parameters from forgotten ones. Without it none may be frozen.
 
     Raises:
-        InputError: another kind of optimizer, a group with other values than the plan's, parameters that are missing
-            or there twice, or a model of which something was replaced after the plan was applied; names them.
+        InputError: another kind of optimizer, a group with other values than the plan's or with other betas or
+            momentum than the recipe's, parameters that are missing or there twice, or a model of which something was
+            replaced after the plan was applied; names them.
     """
     if model is not None:
         reshard(model)
@@ -48,7 +50,7 @@ def check_optimizer(optimizer: Any, plan: Plan, model: torch.nn.Module | None = 
         _require_rule(_unwrapped(part), part.param_groups, _stepped_by(part, plan, model), plan)
     _require_one_of_each(groups)
     for part in parts:
-        _require_one_beta(part.param_groups)
+        _require_settings(part, _stepped_by(part, plan, model), plan)
     _require_values(groups, plan, model)
     _require_one_schedule(groups)
     if not any(type(part).__module__.startswith("deepspeed") for part in parts):  # those hold flat buffers
@@ -240,9 +242,31 @@ def _require_one_of_each(groups: list[Group]) -> None:
         )
 
 
-def _require_one_beta(groups: list[Group]) -> None:
-    if len({tuple(group["betas"]) for group in groups if "betas" in group}) > 1:
-        raise InputError("betas differ between the optimizer's groups. Give all of them the same.")
+def _require_settings(optimizer: Any, stepped_by: str, plan: Plan) -> None:
+    """Raises InputError where groups have other betas or momentum than the recipe, and no cycle drives them."""
+    if not plan.settings:
+        return
+    h, known = Hyperparameters(lr=plan.lr, **plan.settings), TORCH_OPTIMIZERS[stepped_by]
+    if (impossible := known.problem(h)) is not None:
+        raise InputError(impossible)
+    planned = known.settings(h)
+    for group in optimizer.param_groups:
+        if _CYCLED in group:
+            continue
+        for key in filter(group.__contains__, planned):  # somebody's own may call it otherwise, or have it elsewhere
+            cause = f"Give the optimizer {key}={planned[key]}, or tune with another value and let the recipe say it."
+            numbers = _numbers(key, planned[key]), _numbers(key, group[key])
+            for problem in value_problems(type(optimizer).__name__, *numbers, cause):
+                raise InputError(str(problem))
+
+
+def _numbers(key: str, value: Any) -> dict[str, float]:
+    several = value if isinstance(value, list | tuple) else [value]
+    return {key if len(several) == 1 else f"{key}[{index}]": float(each) for index, each in enumerate(several)}
+
+
+_CYCLED = "base_momentum"
+"""What torch's schedulers that drive betas or momentum give a group."""
 
 
 def _require_values(groups: list[Group], plan: Plan, model: torch.nn.Module | None) -> None:

@@ -301,6 +301,33 @@ def test_every_group_is_tried(kind: type[optim.Optimizer], change: dict[str, Any
         check_optimizer([*optimizers], plan, model)
 
 
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"momentum": 0.95}, r"momentum should be 0\.9 and is 0\.95\. Give the optimizer momentum=0\.9"),
+        ({"nesterov": False}, r"nesterov should be 1 and is 0\. Give the optimizer nesterov=True"),
+        ({"ns_steps": 4}, r"ns_steps should be 5 and is 4\."),
+    ],
+)
+def test_what_is_the_same_for_all_matrices_is_the_recipes(own: dict[str, Any], said: str) -> None:
+    model, plan, optimizers = applied()
+    [muon] = [each for each in optimizers if isinstance(each, optim.Muon)]
+    for group in muon.param_groups:
+        group.update(own)
+    with pytest.raises(InputError, match=f"^Muon: {said}"):
+        check_optimizer([*optimizers], plan, model)
+
+
+def test_coefficients_that_torch_has_not_are_refused() -> None:
+    model, plan = Net(128), plan_for_module(lambda: Net(128), own_recipe(muon_coefficient_type="quintic"))
+    apply_plan(model, plan)
+    right = plan_for_module(lambda: Net(128), own_recipe())
+    optimizers = made(model, right, own_recipe())
+    check_optimizer([*optimizers], right, model)
+    with pytest.raises(InputError, match=r"muon_coefficient_type: the recipe's is quintic.* is made for simple"):
+        check_optimizer([*optimizers], plan, model)
+
+
 def test_a_scale_that_torch_has_not_is_refused() -> None:
     own = own_recipe("unit_rms_norm")
     model, plan = Net(128), plan_for_module(lambda: Net(128), own)

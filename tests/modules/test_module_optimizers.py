@@ -1,5 +1,6 @@
 """Optimizers that are not the plan's, and groups that were changed. A right one of anybody's is accepted."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,9 +22,9 @@ def net(width: int = 64) -> nn.Module:
     return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
 
 
-def plan(optimizer: str = "adam", decay: float = 0.1) -> Plan:
+def plan(optimizer: str = "adam", **values: Any) -> Plan:
     base = module_base(lambda: net(16), lambda: net(32))
-    content = {"base": base, "hyperparameters": {"lr": 0.01, "weight_decay": decay}}
+    content = {"base": base, "hyperparameters": {"lr": 0.01, "weight_decay": 0.1, **values}}
     return plan_for_module(net, Recipe.model_validate(content | {"parametrization": {"optimizer": optimizer}}))
 
 
@@ -31,7 +32,7 @@ class OwnAdamW(optim.Optimizer):
     """AdamW as a library might have it, with a setting outside its groups."""
 
     def __init__(self, params: Iterable[Any], eps: float = 1e-8) -> None:
-        super().__init__(params, {"lr": 1e-3, "betas": (0.9, 0.99), "eps": eps, "weight_decay": 0.0})
+        super().__init__(params, {"lr": 1e-3, "betas": (0.9, 0.999), "eps": eps, "weight_decay": 0.0})
         self.power = 0.5
 
     @torch.no_grad()
@@ -107,7 +108,6 @@ class Unseen(optim.Optimizer):
 RIGHT: dict[str, tuple[str, Make]] = {
     "AdamW": ("adam", optim.AdamW),
     "differentiable": ("adam", lambda g: optim.AdamW(g, differentiable=True)),
-    "its betas": ("adam", lambda g: optim.AdamW(g, betas=(0.8, 0.95))),
     "amsgrad": ("adam", lambda g: optim.AdamW(g, amsgrad=True)),
     "fused": ("adam", lambda g: optim.AdamW(g, fused=True)),
     "foreach": ("adam", lambda g: optim.AdamW(g, foreach=True)),
@@ -116,8 +116,8 @@ RIGHT: dict[str, tuple[str, Make]] = {
     "a wrapper": ("adam", Wrapped),
     "a kernel": ("adam", FusedAdam),
     "unseen": ("adam", Unseen),
-    "SGD": ("sgd", optim.SGD),
-    "momentum": ("sgd", lambda g: optim.SGD(g, momentum=0.9, nesterov=True)),
+    "SGD": ("sgd", lambda g: optim.SGD(g, momentum=0.9)),
+    "Nesterov": ("sgd", lambda g: optim.SGD(g, momentum=0.9, nesterov=True)),
 }
 
 
@@ -176,7 +176,7 @@ def test_muon_has_no_place_for_biases_and_is_another_optimizer() -> None:
 
 
 def test_adam_without_weight_decay_is_adamw() -> None:
-    own = plan(decay=0.0)
+    own = plan(weight_decay=0.0)
     check_optimizer(optim.Adam(param_groups(net().named_parameters(), own)), own)
 
 
@@ -269,12 +269,49 @@ def test_a_model_of_which_something_was_replaced() -> None:
         check_optimizer(optim.AdamW(param_groups(plain.named_parameters(), own)), own, plain)
 
 
-def test_betas_need_only_be_one_and_the_same() -> None:
+def groups(own: Plan) -> list[dict[str, Any]]:
+    return param_groups(net().named_parameters(), own)
+
+
+@pytest.mark.parametrize("betas", [(0.8, 0.95), [0.8, 0.95], (0.8, 0.95 + 1e-12)])  # as a tuple, loaded, as typed
+def test_the_recipes_betas_are_accepted(betas: Any) -> None:
+    own = plan(adam_beta1=0.8, adam_beta2=0.95)
+    check_optimizer(optim.AdamW(groups(own), betas=betas), own)
+
+
+def test_other_betas_than_the_recipes_are_not() -> None:
+    own = plan()
+    with pytest.raises(
+        InputError, match=r"^AdamW: betas\[0\] should be 0\.9 and is 0\.8\. Give .* betas=\(0\.9, 0\.999\)"
+    ):
+        check_optimizer(optim.AdamW(groups(own), betas=(0.8, 0.999)), own)
+    own = plan(adam_beta2=0.95)  # which is not torch's default: a kernel with that
+    with pytest.raises(InputError, match=r"^FusedAdam: betas\[1\] should be 0\.95 and is 0\.999\."):
+        check_optimizer(FusedAdam(groups(own)), own)
+
+
+def test_momentum_is_the_recipes() -> None:
+    own = plan("sgd", sgd_momentum=0.0)
+    check_optimizer(optim.SGD(groups(own)), own)
+    with pytest.raises(
+        InputError, match=r"^SGD: momentum should be 0 and is 0\.9\. Give the optimizer momentum=0\.0, or"
+    ):
+        check_optimizer(optim.SGD(groups(own), momentum=0.9), own)
+
+
+def test_a_cycle_drives_betas_by_its_own() -> None:
     own = plan()
     optimizer = optim.AdamW(param_groups(net().named_parameters(), own))
-    optimizer.param_groups[0]["betas"] = (0.5, 0.6)
-    with pytest.raises(InputError, match=r"betas differ .* Give all of them the same"):
-        check_optimizer(optimizer, own)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=20, max_momentum=0.7)
+    assert optimizer.param_groups[0]["betas"] == (0.7, 0.999)
+    check_optimizer(optimizer, own)
+
+
+def test_a_plan_that_does_not_know_of_betas_says_nothing_of_them() -> None:
+    """As earlier releases wrote them."""
+    own = dataclasses.replace(plan(), settings={})
+    check_optimizer(optim.AdamW(param_groups(net().named_parameters(), own), betas=(0.8, 0.95)), own)
 
 
 def _popped(groups: list[dict[str, Any]]) -> None:
@@ -293,7 +330,7 @@ CHANGES: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
     "lr": (lambda groups: groups[0].update(lr=1.0), "0.weight: lr should be 0.01 and is 1. Make the optimizer of"),
     "eps": (lambda groups: groups[1].update(eps=1.0), "0.bias: eps should be 2.5e-09 and is 1."),
     "decay": (lambda groups: groups[0].update(weight_decay=1.0), "0.weight: weight decay should be 0.1 and is 1."),
-    "betas": (lambda groups: groups[0].update(betas=(0.1, 0.2)), "betas differ"),
+    "betas": (lambda groups: groups[0].update(betas=(0.1, 0.2)), r"AdamW: betas\[0\] should be 0\.9 and is 0\.1\."),
     "a group missing": (_popped, "the optimizer does not have it"),
     "a parameter missing": (_emptied, "the optimizer does not have it"),
     "a parameter twice": (_twice, "twice"),

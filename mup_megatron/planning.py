@@ -1,7 +1,6 @@
 """The plan that tuned values make for the shapes of a base and a target."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from mup_megatron import theory
@@ -15,6 +14,7 @@ def planned(
     parametrization: Parametrization,
     per_parameter: Sequence[PerParameter],
     *,
+    optimizer_values: Mapping[str, Any],
     fingerprint: str,
 ) -> theory.Plan:
     """Returns what every parameter of `target` gets.
@@ -25,13 +25,13 @@ def planned(
         values: as the target's run has them.
         parametrization: the rules in use.
         per_parameter: overrides of single tensors.
+        optimizer_values: those of them that not every optimizer reads, for whoever looks at a live one.
         fingerprint: of the recipe that says all this.
 
     Raises:
         PlanError: the shapes do not fit each other, or an override matches nothing.
     """
     depth = parametrization.depth
-    optimizer = theory.optimizers()[parametrization.optimizer].given(values.model_dump())
     return theory.build_plan(
         base,
         target,
@@ -48,19 +48,12 @@ def planned(
         ),
         rules_used=theory.Rules(
             rule=theory.Rule(parametrization.rule),
-            optimizer=optimizer,
+            optimizer=theory.optimizers()[parametrization.optimizer].given(values.model_dump()),
             weight_decay_exponent=parametrization.weight_decay_exponent,
             router=theory.Role(parametrization.router),
             depth=None if depth is None else theory.CompleteP(depth.alpha),
         ),
         overrides=[theory.Override(**own.model_dump()) for own in per_parameter],
-        settings=_settings(values, optimizer),
+        optimizer_values=optimizer_values,
         fingerprint=fingerprint,
     )
-
-
-def _settings(values: Hyperparameters, optimizer: theory.Optimizer) -> Mapping[str, Any]:
-    """Returns what a recipe says of an optimizer, and of those that it leaves tensors to, beside `Tuned`."""
-    read = {each.name for each in fields(theory.Tuned)}
-    keys = [key for each in (optimizer, *optimizer.others) for key in each.hyperparameters if key not in read]
-    return {key: getattr(values, key) for key in keys}

@@ -255,7 +255,13 @@ class Recipe(Strict):
         """
         try:
             return planned(
-                base, target, self.moved, self.parametrization, self.per_parameter, fingerprint=self.fingerprint
+                base,
+                target,
+                self.moved,
+                self.parametrization,
+                self.per_parameter,
+                optimizer_values=self.optimizer_values,
+                fingerprint=self.fingerprint,
             )
         except theory.PlanError as error:
             raise InputError(str(error)) from None

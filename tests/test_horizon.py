@@ -52,6 +52,7 @@ def test_base_values_are_moved_before_any_rule_of_width() -> None:
 def test_betas_are_moved_and_what_was_tuned_stays_to_be_read() -> None:
     given = a_recipe()
     assert given.optimizer_values == pytest.approx({"adam_beta1": 0.975, "adam_beta2": 0.99, "adam_eps": 2e-8})
+    assert given.plan(model_file(TARGET, source="target")).optimizer_values == given.optimizer_values
     assert given.hyperparameters.lr == 0.004
     assert given.moves["lr"] == (0.004, 0.002)
 

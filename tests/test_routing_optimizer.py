@@ -189,11 +189,18 @@ def test_what_is_not_one_of_each_is_refused(make: Make, said: str) -> None:
         check_optimizer(make(model, plan), plan, model)
 
 
-def test_betas_are_compared_within_an_optimizer() -> None:
+@pytest.mark.parametrize(
+    ("one", "key", "value", "said"),
+    [
+        (0, "momentum", 0.9, r"SGD: momentum should be 0\.7 and is 0\.9\."),
+        (1, "betas", (0.8, 0.9), r"AdamW: betas\[1\] should be 0\.95 and is 0\.9\."),
+    ],
+)
+def test_each_has_its_own_of_the_recipes_values(one: int, key: str, value: Any, said: str) -> None:
     model, plan = applied()
     both = made(model, plan)
-    both[1].add_param_group({"params": [nn.Parameter(torch.ones(1))], "name": "more", "betas": (0.5, 0.6)})
-    with pytest.raises(InputError, match="betas differ"):
+    both[one].param_groups[-1][key] = value
+    with pytest.raises(InputError, match=rf"\A{said}"):
         check_optimizer(both, plan, model)
 
 

@@ -244,9 +244,9 @@ def _require_one_of_each(groups: list[Group]) -> None:
 
 def _require_settings(optimizer: Any, stepped_by: str, plan: Plan) -> None:
     """Raises InputError where groups have other betas or momentum than the recipe, and no cycle drives them."""
-    if not plan.settings:
+    if not plan.optimizer_values:
         return
-    h, known = Hyperparameters(lr=plan.lr, **plan.settings), TORCH_OPTIMIZERS[stepped_by]
+    h, known = Hyperparameters(lr=plan.lr, **plan.optimizer_values), TORCH_OPTIMIZERS[stepped_by]
     if (impossible := known.problem(h)) is not None:
         raise InputError(impossible)
     planned = known.settings(h)

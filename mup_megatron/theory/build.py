@@ -96,12 +96,10 @@ def build_plan(
     *,
     rules_used: Rules,
     overrides: Iterable[Override] = (),
-    settings: Mapping[str, Any] | None = None,
+    optimizer_values: Mapping[str, Any] | None = None,
     fingerprint: str = "",
 ) -> Plan:
     """Returns what every parameter of `target` gets, if `tuned` are the best values at `base`.
-
-    `settings` are the optimizers' own, on which no rule depends, for whoever checks a live one: see `Plan.settings`.
 
     Parameters are matched by name, and else by the name without layer indices, so depth may differ.
 
@@ -149,7 +147,7 @@ def build_plan(
         min_lr=tuned.min_lr,
         weight_decay=tuned.weight_decay,
         adam_eps=tuned.adam_eps,
-        settings=dict(settings or {}),
+        optimizer_values=dict(optimizer_values or {}),
         softmax_scale=rules.softmax_scale(
             base_head_size=target.head_size if standard else base.head_size,
             head_size=target.head_size,

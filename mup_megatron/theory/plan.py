@@ -139,9 +139,9 @@ class Plan:
     stock_readout_ratio: float = 1.0
     """What the model itself multiplies the readout's input by, relative to the base: a part of `output_multiplier` that
     needs no doing."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """What its optimizers have that is the same for all parameters (betas, momentum), by its name in a recipe; empty in
-    a plan that an earlier release has written."""
+    optimizer_values: Mapping[str, Any] = field(default_factory=dict)
+    """Betas, momentum and the like, by their keys in a recipe, for whoever looks at a live optimizer: no rule changes
+    them. Empty in a plan that an earlier release has written."""
     deepened: Mapping[str, Deepening] = field(default_factory=dict)
     """Under a rule of depth, what each stack's gives, by its name."""
 

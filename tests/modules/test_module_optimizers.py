@@ -310,7 +310,7 @@ def test_a_cycle_drives_betas_by_its_own() -> None:
 
 def test_a_plan_that_does_not_know_of_betas_says_nothing_of_them() -> None:
     """As earlier releases wrote them."""
-    own = dataclasses.replace(plan(), settings={})
+    own = dataclasses.replace(plan(), optimizer_values={})
     check_optimizer(optim.AdamW(param_groups(net().named_parameters(), own), betas=(0.8, 0.95)), own)
 
 

@@ -40,6 +40,7 @@ import json
 import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -306,16 +307,22 @@ def _read(file: Path, shapes: Sequence[str], settings: Settings) -> dict[str, Fo
             own = models.get(row["width"])
             if asked and own is not None and all(own.get(key) == value for key, value in model.items()):
                 known.setdefault(arm, {}).setdefault(row["width"], {})[at[tuned], row["seed"]] = row
-        enough = {arm: _with_basins(known.get(arm, {})) for arm in settings.arms}
+        enough = {arm: _with_basins(known.get(arm, {}), settings.seeds) for arm in settings.arms}
         base = settings.widths[shape][0]
         if runs := {arm: of for arm, of in enough.items() if base in of and len(of) >= FEWEST}:
             found[shape] = Found(runs)
     return found
 
 
-def _with_basins(of_arm: Mapping[int, dict[tuple[int, int], Any]]) -> dict[int, dict[tuple[int, int], Any]]:
-    """Returns the widths at which enough rates were run, in order."""
-    return {width: rows for width, rows in sorted(of_arm.items()) if len({rate for rate, _ in rows}) >= FEWEST}
+def _with_basins(of_arm: Mapping[int, dict[tuple[int, int], Any]], seeds: int) -> dict[int, dict[tuple[int, int], Any]]:
+    """Returns the widths at which enough rates were run on every seed, in order, and of each those rates alone."""
+    found = {}
+    for width, rows in sorted(of_arm.items()):
+        run = Counter(rate for rate, _ in rows)
+        whole = {(rate, seed): row for (rate, seed), row in rows.items() if run[rate] == seeds}
+        if len({rate for rate, _ in whole}) >= FEWEST:
+            found[width] = whole
+    return found
 
 
 def _swept(runs: "Runs", estimates: Mapping[str, "Estimate"]) -> dict[str, Found]:

@@ -295,6 +295,15 @@ def test_each_row_of_the_page_is_of_the_kept_runs() -> None:
     assert [line for line in PAGE.splitlines() if line.startswith("|") and line not in told] == []
 
 
+def test_a_file_of_runs_that_go_on_tells_of_the_rates_that_are_done() -> None:
+    rows: dict[tuple[int, int], Any] = {(rate, seed): None for rate in range(4) for seed in (1, 2, 3)}
+    begun = {key: rows[key] for key in rows if key != (3, 2)}
+    assert lr_width._with_basins({128: begun, 64: rows, 256: {(0, 1): None}}, 3) == {
+        64: rows,
+        128: {key: rows[key] for key in rows if key[0] < 3},
+    }
+
+
 @pytest.mark.slow  # a server that has imported Megatron, and thirty runs
 def test_the_command_runs(tmp_path: Path) -> None:
     # Multipliers that are powers of 2: the command fails if native then gives other digits than ours at the base.

@@ -480,14 +480,16 @@ def _estimate_lines(estimates: Mapping[str, Estimate], jobs: int) -> list[str]:
 
 def _tell(found: Mapping[str, Found], settings: Settings, output: Path, name: str) -> None:
     """Prints the tables, draws them, and exits where arms do not agree that have to."""
-    problems, told, of_arm, pictures = [], {}, {}, {}
+    problems, told, pictures = [], {}, {}
+    of_arm: dict[str, dict[str, Summary]] = {arm: {} for arm in settings.arms}
     together = name == "sixteenfold"  # many shapes, of which most have ours alone
     for shape, runs in found.items():
         base, *wider = settings.widths[shape]
         basins = {arm: runs.basins(arm) for arm in runs.rows}
         summaries = {arm: summary(own) for arm, own in basins.items()}
-        if ARM in summaries:
-            of_arm[shape] = summaries[ARM]
+        for arm, own in summaries.items():
+            of_arm[arm][shape] = own
+        if ARM in basins:
             pictures[shape] = basins[ARM]
         at_base, beyond = runs.agreements([base]), runs.agreements(wider)
         lines = [f"- {line}" for line in agreement_lines(base, at_base, beyond)]
@@ -499,10 +501,11 @@ def _tell(found: Mapping[str, Found], settings: Settings, output: Path, name: st
             "arms": {arm: {**summaries[arm].to_json(), "losses": _losses(own)} for arm, own in basins.items()},
             "refused": runs.refused,
         }
-    if len(of_arm) > 1:
-        print("\n".join(["", *overview(of_arm)]), flush=True)
-    if of_arm and together:
-        (output / f"{name}.png").write_bytes(_picture_of_costs(pictures, of_arm))
+    for arm, by_shape in of_arm.items():
+        if len(by_shape) > 1:
+            print("\n".join(["", *overview(arm, by_shape)]), flush=True)
+    if pictures and together:
+        (output / f"{name}.png").write_bytes(_picture_of_costs(pictures, of_arm[ARM]))
     run = {"seeds": settings.seeds, "steps": settings.steps, "batch": settings.batch}
     content = json.dumps({**run, "shapes": told}, indent=1) + "\n"
     (output / f"{name}.json").write_text(content, encoding="utf-8")

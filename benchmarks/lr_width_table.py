@@ -216,10 +216,10 @@ def markdown(arms: Mapping[str, Summary], refused: Mapping[str, str]) -> list[st
     return [*lines, *(f"| {arm} | refused: {why} |{' |' * (len(head) - 2)}" for arm, why in refused.items())]
 
 
-def overview(shapes: Mapping[str, Summary]) -> list[str]:
-    """Returns a table of `ARM`: a row for each shape."""
+def overview(arm: str, shapes: Mapping[str, Summary]) -> list[str]:
+    """Returns a table of an arm: a row for each shape."""
     rows = ([shape, ", ".join(map(str, found.optima)), *_conclusions(found)] for shape, found in shapes.items())
-    return [*_head([f"{ARM}, by shape", "widths", *_CONCLUSIONS]), *(f"| {' | '.join(row)} |" for row in rows)]
+    return [*_head([f"{arm}, by shape", "widths", *_CONCLUSIONS]), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 _CONCLUSIONS = ("moved by, octaves", "regret", "wider better", "at the base's rate, in tenths of training")

@@ -101,7 +101,7 @@ def test_the_table_says_it() -> None:
     assert wide_head.startswith("|  | 64 | 128 | 256 | 512 | moved by")
     assert without_512.startswith(row.partition(" | -1.25")[0] + " |  | -1.25 at 256")
     assert len({line.count("|") for line in (wide_head, without_512, with_512)}) == 1
-    of_shapes = overview({"bert": summary(BASINS), "ffn": summary(BASINS)})
+    of_shapes = overview("ours", {"bert": summary(BASINS), "ffn": summary(BASINS)})
     conclusions = row.split(" | ", maxsplit=4)[-1]
     assert of_shapes[2:] == [f"| {shape} | 64, 128, 256 | {conclusions}" for shape in ("bert", "ffn")]
     assert len({line.count("|") for line in of_shapes}) == 1

@@ -255,14 +255,21 @@ def _require_settings(optimizer: Any, stepped_by: str, plan: Plan) -> None:
             continue
         for key in filter(group.__contains__, planned):  # somebody's own may call it otherwise, or have it elsewhere
             cause = f"Give the optimizer {key}={planned[key]}, or tune with another value and let the recipe say it."
-            numbers = _numbers(key, planned[key]), _numbers(key, group[key])
-            for problem in value_problems(type(optimizer).__name__, *numbers, cause):
+            wanted = _numbers(key, planned[key])
+            live = dict.fromkeys(wanted) | _numbers(key, group[key])
+            for problem in value_problems(type(optimizer).__name__, wanted, live, cause):
                 raise InputError(str(problem))
 
 
-def _numbers(key: str, value: Any) -> dict[str, float]:
-    several = value if isinstance(value, list | tuple) else [value]
-    return {key if len(several) == 1 else f"{key}[{index}]": float(each) for index, each in enumerate(several)}
+def _numbers(key: str, value: Any) -> dict[str, float | None]:
+    """Returns a setting's numbers, of which betas have two, by name; None for what is no number."""
+    several = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
+    return {
+        key if index is None else f"{key}[{index}]": float(each)
+        if isinstance(each, int | float | torch.Tensor)
+        else None
+        for index, each in several
+    }
 
 
 _CYCLED = "base_momentum"

@@ -290,6 +290,21 @@ def test_other_betas_than_the_recipes_are_not() -> None:
         check_optimizer(FusedAdam(groups(own)), own)
 
 
+@pytest.mark.parametrize("betas", [0.9, None, (0.9,), ("0.9", 0.999)])
+def test_betas_that_are_none(betas: Any) -> None:
+    own = plan()
+    optimizer = FusedAdam(groups(own))
+    optimizer.param_groups[0]["betas"] = betas
+    with pytest.raises(InputError, match=r"^FusedAdam: betas\[[01]\] should be 0\.9+ and is not set\."):
+        check_optimizer(optimizer, own)
+
+
+def test_betas_may_be_tensors() -> None:
+    own = plan()
+    betas = (torch.tensor(0.9), torch.tensor(0.999))
+    check_optimizer(optim.AdamW(groups(own), betas=betas, foreach=False, capturable=True), own)
+
+
 def test_momentum_is_the_recipes() -> None:
     own = plan("sgd", sgd_momentum=0.0)
     check_optimizer(optim.SGD(groups(own)), own)

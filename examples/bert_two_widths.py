@@ -55,7 +55,8 @@ def adamw_with_mup(model: BertForMaskedLM, lr: float) -> torch.optim.AdamW:
     )
     plan = plan_for(model, tuned)
     apply_plan(model, plan)  # initial weights, multipliers
-    optimizer = torch.optim.AdamW(param_groups(model.named_parameters(), plan))  # learning rates, eps, weight decay
+    groups = param_groups(model.named_parameters(), plan)  # learning rates, eps, weight decay
+    optimizer = torch.optim.AdamW(groups, betas=tuned.moved.betas)
     check_optimizer(optimizer, plan, model)
     return optimizer
 

@@ -61,7 +61,7 @@ optimizer_config = OptimizerConfig(
     lr=tuned.moved.lr,
     min_lr=tuned.moved.min_lr,
     weight_decay=tuned.moved.weight_decay,
-    adam_eps=tuned.moved.adam_eps,
+    **tuned.optimizer_values,  # betas, eps
 )
 optimizer = get_megatron_optimizer(
     optimizer_config,

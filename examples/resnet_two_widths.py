@@ -55,7 +55,8 @@ def adam_with_mup(model: ResNetForImageClassification, lr: float) -> torch.optim
     )
     plan = plan_for(model, tuned)
     apply_plan(model, plan)  # initial weights, multipliers
-    optimizer = torch.optim.Adam(param_groups(model.named_parameters(), plan))  # learning rates, eps
+    groups = param_groups(model.named_parameters(), plan)  # learning rates, eps
+    optimizer = torch.optim.Adam(groups, betas=tuned.moved.betas)
     check_optimizer(optimizer, plan, model)
     return optimizer
 

@@ -192,8 +192,8 @@ def test_what_is_not_one_of_each_is_refused(make: Make, said: str) -> None:
 @pytest.mark.parametrize(
     ("one", "key", "value", "said"),
     [
-        (0, "momentum", 0.9, r"SGD: momentum should be 0\.7 and is 0\.9\."),
-        (1, "betas", (0.8, 0.9), r"AdamW: betas\[1\] should be 0\.95 and is 0\.9\."),
+        (0, "momentum", 0.9, r"4\.bias: momentum should be 0\.7 and is 0\.9\."),
+        (1, "betas", (0.8, 0.9), r"2\.weight: betas\[1\] should be 0\.95 and is 0\.9\."),
     ],
 )
 def test_each_has_its_own_of_the_recipes_values(one: int, key: str, value: Any, said: str) -> None:

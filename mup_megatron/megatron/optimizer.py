@@ -36,8 +36,8 @@ def config_overrides(
     Args:
         model_chunks: as passed to `get_megatron_optimizer`; wrapped or not.
         plan: for the whole model.
-        config: the optimizer's, with the recipe's base values. Betas, momentum and clipping are not per parameter: they
-            are the caller's to copy from the recipe.
+        config: the optimizer's, with the recipe's base values, `**recipe.optimizer_values` among them. Clipping is the
+            caller's to copy from the recipe.
 
     Raises:
         InputError: `config` is not the plan's, or model and plan differ.
@@ -86,11 +86,8 @@ def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
     known = require_possible(plan.optimizer, plan.optimizers)
     if (absent := absence(plan.optimizer)) is not None:
         raise InputError(absent)
-    expected = {"lr": plan.lr, "min_lr": plan.min_lr, "weight_decay": plan.weight_decay, **known.fixed}
-    if plan.scale_mode is not None:
-        expected["muon_scale_mode"] = plan.scale_mode
-    if any(entry.eps is not None for entry in plan.entries):
-        expected["adam_eps"] = plan.adam_eps
+    own = {**plan.optimizer_values, **known.fixed}
+    expected = {"lr": plan.lr, "min_lr": plan.min_lr, "weight_decay": plan.weight_decay, **own}
     problems = [
         f"{key}: the optimizer is configured with {getattr(config, key)!r}, the recipe says {value!r}. "
         "Give it the recipe's value."

@@ -49,8 +49,6 @@ def check_optimizer(optimizer: Any, plan: Plan, model: torch.nn.Module | None = 
     for part in parts:
         _require_rule(_unwrapped(part), part.param_groups, _stepped_by(part, plan, model), plan)
     _require_one_of_each(groups)
-    for part in parts:
-        _require_settings(part, _stepped_by(part, plan, model), plan)
     _require_values(groups, plan, model)
     _require_one_schedule(groups)
     if not any(type(part).__module__.startswith("deepspeed") for part in parts):  # those hold flat buffers
@@ -83,28 +81,35 @@ def _stepped_by(optimizer: Any, plan: Plan, model: torch.nn.Module | None) -> st
 
 
 def _require_rule(optimizer: Any, groups: list[Group], wanted: str, plan: Plan) -> None:
-    scales, mode = TORCH_OPTIMIZERS[wanted].of_scale, plan.scale_mode if wanted == plan.optimizer else None
+    known = TORCH_OPTIMIZERS[wanted]
+    scales, mode = known.of_scale, plan.scale_mode if wanted == plan.optimizer else None
     if mode not in scales:
         first = next(filter(None, scales))
         raise InputError(
             f"muon_scale_mode: the plan's is {mode}, which torch's optimizer for {wanted} has not. Tune with {first}, "
             "and let the recipe say so."
         )
-    cause = _wrong(optimizer, groups, wanted, scales[mode])
+    torchs_own = plan.optimizer_values and isinstance(optimizer, known.kind)
+    if torchs_own and (impossible := known.problem(_hyperparameters(plan))) is not None:
+        raise InputError(impossible)
+    cause = _wrong(optimizer, groups, wanted, _settings(wanted, plan), scales[mode])
     if cause is not None:
         raise InputError(
             f"{type(optimizer).__name__}: {cause}, and the plan is for {wanted}: its values would have wrong effects. "
-            f"Use {TORCH_OPTIMIZERS[wanted].fitting}."
+            f"Use {known.fitting}."
         )
 
 
-def _wrong(optimizer: Any, groups: list[Group], wanted: str, scale: Mapping[str, Any]) -> str | None:
+def _wrong(
+    optimizer: Any, groups: list[Group], wanted: str, settings: Mapping[str, Any], scale: Mapping[str, Any]
+) -> str | None:
     """Returns why an optimizer is not the wanted one; None where it is, or where that cannot be seen.
 
     Args:
         optimizer: without wrappers.
         groups: its groups.
         wanted: its name in a recipe.
+        settings: the plan's betas, momentum and the like, for groups that do not say them.
         scale: what torch's says for the plan's scale of updates.
     """
     kind, known = type(optimizer), TORCH_OPTIMIZERS[wanted]
@@ -119,10 +124,13 @@ def _wrong(optimizer: Any, groups: list[Group], wanted: str, scale: Mapping[str,
     if kind.__module__.startswith("bitsandbytes"):
         own = kind.__name__.removeprefix("Paged")
         return None if known.bitsandbytes and own.startswith(known.bitsandbytes) else "it is another optimizer"
-    return next(filter(None, (_wrong_step(optimizer, group, wanted, scale) for group in _probed_groups(groups))), None)
+    causes = (_wrong_step(optimizer, group, wanted, settings, scale) for group in _probed_groups(groups))
+    return next(filter(None, causes), None)
 
 
-def _wrong_step(optimizer: Any, group: Group, wanted: str, scale: Mapping[str, Any]) -> str | None:
+def _wrong_step(
+    optimizer: Any, group: Group, wanted: str, settings: Mapping[str, Any], scale: Mapping[str, Any]
+) -> str | None:
     """Returns why an optimizer's steps with a group's settings are not those of the wanted one, as `_wrong`."""
     kind, known = type(optimizer), TORCH_OPTIMIZERS[wanted]
     try:
@@ -142,12 +150,14 @@ def _wrong_step(optimizer: Any, group: Group, wanted: str, scale: Mapping[str, A
             wanted,
         )
         return None
-    if _alike(moved, _reference(known.kind, group, {**known.options, **scale}), known.rounding):
+    if _alike(moved, _reference(known.kind, {**settings, **group}, {**known.options, **scale}), known.rounding):
         return None
-    if known.coupled is not None and _alike(moved, _reference(known.coupled, group, {}), known.rounding):
+    if known.coupled is not None and _alike(
+        moved, _reference(known.coupled, {**settings, **group}, {}), known.rounding
+    ):
         return "it puts weight decay into the gradient"
     if any(
-        _alike(moved, _reference(known.kind, other, {**known.options, **scale}), known.rounding)
+        _alike(moved, _reference(known.kind, {**settings, **other}, {**known.options, **scale}), known.rounding)
         for other in _with_independent_decay(group)
     ):
         return "its weight decay is not multiplied by the learning rate (it is independent of that) as the plan's is"
@@ -242,27 +252,47 @@ def _require_one_of_each(groups: list[Group]) -> None:
         )
 
 
-def _require_settings(optimizer: Any, stepped_by: str, plan: Plan) -> None:
-    """Raises InputError where groups have other betas or momentum than the recipe, and no cycle drives them."""
-    if not plan.optimizer_values:
-        return
-    h, known = Hyperparameters(lr=plan.lr, **plan.optimizer_values), TORCH_OPTIMIZERS[stepped_by]
-    if (impossible := known.problem(h)) is not None:
-        raise InputError(impossible)
-    planned = known.settings(h)
-    for group in optimizer.param_groups:
-        if _CYCLED in group:
-            continue
-        for key in filter(group.__contains__, planned):  # somebody's own may call it otherwise, or have it elsewhere
-            cause = f"Give the optimizer {key}={planned[key]}, or tune with another value and let the recipe say it."
-            wanted = _numbers(key, planned[key])
-            live = dict.fromkeys(wanted) | _numbers(key, group[key])
-            for problem in value_problems(type(optimizer).__name__, wanted, live, cause):
-                raise InputError(str(problem))
+def _require_values(groups: list[Group], plan: Plan, model: torch.nn.Module | None) -> None:
+    rebuild = "Make the optimizer of param_groups(model.named_parameters(), plan), and leave its groups alone."
+    for name, wanted, group in _compared(groups, plan, model):
+        planned = {"lr": wanted.lr, "weight decay": wanted.weight_decay, "eps": wanted.eps}
+        # Where there is a scheduler: the peak that a cycle goes up to, or what it starts from.
+        peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
+        live = {"lr": peak, "weight decay": group.get("weight_decay"), "eps": group.get("eps")}
+        _require(name, planned, live, rebuild)
+        for key, value in _settings(wanted.optimizer, plan).items():
+            if key in group:  # somebody's own may call it otherwise, or have it elsewhere, which its steps show
+                planned, live = _numbers(key, value), _numbers(key, group[key])
+                if _CYCLED in group:
+                    planned = {each: number for each, number in planned.items() if each not in _DRIVEN}
+                remedy = f"Give the optimizer {key}={value}, or tune with another value and let the recipe say it."
+                _require(name, planned, dict.fromkeys(planned) | live, remedy)
+
+
+def _require(name: str, planned: Mapping[str, float | None], live: Mapping[str, float | None], remedy: str) -> None:
+    for problem in value_problems(name, planned, live, remedy):
+        raise InputError(str(problem))
+
+
+def _settings(optimizer: str, plan: Plan) -> dict[str, Any]:
+    """Returns what a plan says for all parameters of one of its optimizers, by torch's names: betas, momentum."""
+    if not plan.optimizer_values:  # as an earlier release has written it
+        return {}
+    return TORCH_OPTIMIZERS[optimizer].settings(_hyperparameters(plan))
+
+
+def _hyperparameters(plan: Plan) -> Hyperparameters:
+    return Hyperparameters(lr=plan.lr, **plan.optimizer_values)
+
+
+_CYCLED = "base_momentum"
+"""What torch's schedulers that drive the first beta or momentum give a group."""
+_DRIVEN = ("betas[0]", "momentum")
 
 
 def _numbers(key: str, value: Any) -> dict[str, float | None]:
     """Returns a setting's numbers, of which betas have two, by name; None for what is no number."""
+    value = value.tolist() if isinstance(value, torch.Tensor) else value
     several = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
     return {
         key if index is None else f"{key}[{index}]": float(each)
@@ -270,21 +300,6 @@ def _numbers(key: str, value: Any) -> dict[str, float | None]:
         else None
         for index, each in several
     }
-
-
-_CYCLED = "base_momentum"
-"""What torch's schedulers that drive betas or momentum give a group."""
-
-
-def _require_values(groups: list[Group], plan: Plan, model: torch.nn.Module | None) -> None:
-    cause = "Make the optimizer of param_groups(model.named_parameters(), plan), and leave its groups alone."
-    for name, wanted, group in _compared(groups, plan, model):
-        planned = {"lr": wanted.lr, "weight decay": wanted.weight_decay, "eps": wanted.eps}
-        # Where there is a scheduler: the peak that a cycle goes up to, or what it starts from.
-        peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
-        live = {"lr": peak, "weight decay": group.get("weight_decay"), "eps": group.get("eps")}
-        for problem in value_problems(name, planned, live, cause):
-            raise InputError(str(problem))
 
 
 def _require_one_schedule(groups: list[Group]) -> None:

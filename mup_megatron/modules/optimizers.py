@@ -77,7 +77,7 @@ register(
     TorchOptimizer(
         kind=torch.optim.SGD,
         settings=lambda h: {"momentum": h.sgd_momentum},
-        fitting="torch.optim.SGD, with or without momentum",
+        fitting="torch.optim.SGD with the recipe's momentum",
         kernels=("FusedSGD",),
         bitsandbytes="SGD",
     ),

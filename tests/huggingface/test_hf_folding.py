@@ -21,14 +21,15 @@ def test_a_pretrained_model_starts_as_the_function_that_it_is(name: str) -> None
     dtype, near = (torch.float64, 1e-12) if kind.branches else (torch.float32, 2e-6)
     model = drawn(kind, dtype)
     stock = logits(model)
-    plan = plan_for(model, recipe_of(kind))
+    recipe = recipe_of(kind)
+    plan = plan_for(model, recipe)
     start_from(model, plan)
     applied = applied_to(model)
     assert applied is not None
     assert applied.softmax_scale is not None
     assert len(applied.multipliers) >= 3
     assert (logits(model) - stock).abs().max() < near
-    optimizer = torch.optim.AdamW(param_groups(model.named_parameters(), plan), betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(param_groups(model.named_parameters(), plan), betas=recipe.moved.betas)
     check_optimizer(optimizer, plan, model)
 
 

@@ -371,7 +371,7 @@ MISTAKES: Mapping[str, Mistake] = {
         after=_set("scheduler", lr_warmup_fraction=None, lr_warmup_iters=1),
     ),
     "other betas": Mistake(
-        "Adam's betas: (0.9, 0.95) in the optimizer, (0.9, 0.9) in the recipe. Something changed it",
+        "adam_beta2: the optimizer is configured with 0.95, the recipe says 0.9.",
         after=_set("optimizer", adam_beta2=0.95),
     ),
     "a rate that is lost on the way": Mistake(

@@ -178,7 +178,7 @@ def _flat(pairs: list[tuple[float | None, float]]) -> bool:
 
 
 def _momentum_problems(owned: list[_Held]) -> list[Problem]:
-    """Betas and momentum are the same for all parameters of an optimizer; which they are, the plan does not say."""
+    """Betas and momentum are one for all parameters of an optimizer. `require_base_values` holds them to the plan."""
     found = []
     for key in ("betas", "momentum"):
         for name in dict.fromkeys(item.entry.optimizer for item in owned):

@@ -117,7 +117,7 @@ def test_the_script_without_a_mistake_trains(run: Run) -> None:
         ("dropped_multiplier", "output_layer"),
         ("weights_drawn_again", "linear_fc1.weight.*0.02"),
         ("never_trains", "never built a model"),
-        ("betas_after_parsing", r"Adam's betas: \(0\.9, 0\.5\) in the optimizer, \(0\.9, 0\.999\) in the recipe"),
+        ("betas_after_parsing", r"adam_beta2: the optimizer is configured with 0\.5, the recipe says 0\.999"),
         ("clipping_after_parsing", "clip_grad: 0.01 in the optimizer, 1.0 in the recipe"),
         ("schedule_after_parsing", "lr_decay_style: cosine in the schedule, constant by the recipe"),
         (

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from mup_megatron.errors import InputError
-from mup_megatron.hyperparameters import Hyperparameters
 from mup_megatron.live.compare import value_problems
 from mup_megatron.modules.applied import require_kept
 from mup_megatron.modules.groups import FLAT, PADDING, Group, GroupValues, flattened, members, values
 from mup_megatron.modules.names import named_parameters
 from mup_megatron.modules.optimizers import TORCH_OPTIMIZERS
 from mup_megatron.modules.weights import full_shape, is_sharded, reshard
+from mup_megatron.recipe import Hyperparameters
 from mup_megatron.theory import Plan
 
 _log = logging.getLogger(__name__)

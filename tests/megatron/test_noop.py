@@ -144,7 +144,7 @@ def _overrides_at_base() -> tuple[list[dict[str, float]], list[dict[str, float]]
     _, _, chunks = planned.built(base, Layout())
     training = planned.training_of(tuned)
     config = OptimizerConfig(
-        optimizer="adam", lr=training.lr, min_lr=training.min_lr, weight_decay=0.1, adam_eps=training.adam_eps
+        optimizer="adam", lr=training.lr, min_lr=training.min_lr, weight_decay=0.1, **tuned.optimizer_values
     )
     ours = config_overrides(chunks, tuned.plan(base), config)
     return list(ours.values()), [dict(o) for o in get_standard_config_overrides(config).values()]

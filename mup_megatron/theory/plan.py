@@ -259,6 +259,9 @@ class Plan:
             for name in (rest["optimizer"], *(entry.optimizer for entry in entries)):
                 if name not in optimizers():
                     raise ValueError(f"{name!r} is no optimizer")
+            known = {key for each in optimizers().values() for key in each.hyperparameters}
+            if others := rest.get("optimizer_values", {}).keys() - known:
+                raise ValueError(f"no optimizer has a value {min(others)!r}")
             model: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content["model"].items()}
             for key in _FOLLOWS:
                 del model[key]

@@ -321,6 +321,8 @@ BROKEN: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "an unknown optimizer": lambda plan: plan | {"optimizer": "adagrad"},
     "an incomplete row": lambda plan: plan | {"parameters": [{"name": "x"}]},
     "an unknown role": lambda plan: plan | {"parameters": [plan["parameters"][0] | {"role": "router"}]},
+    "another value of an optimizer": lambda plan: plan | {"optimizer_values": {"adam_beta3": 0.9}},
+    "an optimizer's values without keys": lambda plan: plan | {"optimizer_values": [0.9, 0.95]},
 }
 
 

@@ -88,6 +88,11 @@ def require_base_values(config: OptimizerConfig, plan: Plan) -> None:
         raise InputError(absent)
     own = {**plan.optimizer_values, **known.fixed}
     expected = {"lr": plan.lr, "min_lr": plan.min_lr, "weight_decay": plan.weight_decay, **own}
+    # These a plan of an earlier release says too, which has no such values.
+    if plan.scale_mode is not None:
+        expected["muon_scale_mode"] = plan.scale_mode
+    if any(entry.eps is not None for entry in plan.entries):
+        expected["adam_eps"] = plan.adam_eps
     problems = [
         f"{key}: the optimizer is configured with {getattr(config, key)!r}, the recipe says {value!r}. "
         "Give it the recipe's value."

@@ -50,6 +50,8 @@ def check_optimizer(optimizer: Any, plan: Plan, model: torch.nn.Module | None = 
         _require_rule(_unwrapped(part), part.param_groups, _stepped_by(part, plan, model), plan)
     _require_one_of_each(groups)
     _require_values(groups, plan, model)
+    for part in parts:
+        _require_one_beta(part.param_groups)
     _require_one_schedule(groups)
     if not any(type(part).__module__.startswith("deepspeed") for part in parts):  # those hold flat buffers
         _require_all(groups, plan, model)
@@ -150,15 +152,13 @@ def _wrong_step(
             wanted,
         )
         return None
-    if _alike(moved, _reference(known.kind, {**settings, **group}, {**known.options, **scale}), known.rounding):
+    said, options = {**settings, **group}, {**known.options, **scale}
+    if _alike(moved, _reference(known.kind, said, options), known.rounding):
         return None
-    if known.coupled is not None and _alike(
-        moved, _reference(known.coupled, {**settings, **group}, {}), known.rounding
-    ):
+    if known.coupled is not None and _alike(moved, _reference(known.coupled, said, {}), known.rounding):
         return "it puts weight decay into the gradient"
     if any(
-        _alike(moved, _reference(known.kind, {**settings, **other}, {**known.options, **scale}), known.rounding)
-        for other in _with_independent_decay(group)
+        _alike(moved, _reference(known.kind, other, options), known.rounding) for other in _with_independent_decay(said)
     ):
         return "its weight decay is not multiplied by the learning rate (it is independent of that) as the plan's is"
     return f"its step is not {known.kind.__name__}'s"
@@ -252,15 +252,22 @@ def _require_one_of_each(groups: list[Group]) -> None:
         )
 
 
+def _require_one_beta(groups: list[Group]) -> None:
+    """Raises InputError where betas differ. A cycle may drive them, and an earlier release's plan does not say them."""
+    if len({tuple(group["betas"]) for group in groups if "betas" in group}) > 1:
+        raise InputError("betas differ between the optimizer's groups. Give all of them the same.")
+
+
 def _require_values(groups: list[Group], plan: Plan, model: torch.nn.Module | None) -> None:
     rebuild = "Make the optimizer of param_groups(model.named_parameters(), plan), and leave its groups alone."
+    settings = {name: _settings(name, plan) for name in plan.optimizers}
     for name, wanted, group in _compared(groups, plan, model):
         planned = {"lr": wanted.lr, "weight decay": wanted.weight_decay, "eps": wanted.eps}
         # Where there is a scheduler: the peak that a cycle goes up to, or what it starts from.
         peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
         live = {"lr": peak, "weight decay": group.get("weight_decay"), "eps": group.get("eps")}
         _require(name, planned, live, rebuild)
-        for key, value in _settings(wanted.optimizer, plan).items():
+        for key, value in settings[wanted.optimizer].items():
             if key in group:  # somebody's own may call it otherwise, or have it elsewhere, which its steps show
                 planned, live = _numbers(key, value), _numbers(key, group[key])
                 if _CYCLED in group:
@@ -292,14 +299,15 @@ _DRIVEN = ("betas[0]", "momentum")
 
 def _numbers(key: str, value: Any) -> dict[str, float | None]:
     """Returns a setting's numbers, of which betas have two, by name; None for what is no number."""
-    value = value.tolist() if isinstance(value, torch.Tensor) else value
-    several = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
-    return {
-        key if index is None else f"{key}[{index}]": float(each)
-        if isinstance(each, int | float | torch.Tensor)
-        else None
-        for index, each in several
-    }
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return {f"{key}[{index}]": _number(each) for index, each in enumerate(value)}
+    return {key: _number(value)}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float | torch.Tensor) else None
 
 
 def _require_one_schedule(groups: list[Group]) -> None:

@@ -321,12 +321,20 @@ def test_a_cycle_drives_betas_by_its_own() -> None:
     optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=20, max_momentum=0.7)
     assert optimizer.param_groups[0]["betas"] == (0.7, 0.999)
     check_optimizer(optimizer, own)
+    momenta = [0.7, *(0.8 for _ in peaks[1:])]
+    optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=20, max_momentum=momenta)
+    with pytest.raises(InputError, match=r"betas differ .* Give all of them the same"):
+        check_optimizer(optimizer, own)
 
 
 def test_a_plan_that_does_not_know_of_betas_says_nothing_of_them() -> None:
     """As earlier releases wrote them."""
     own = dataclasses.replace(plan(), optimizer_values={})
-    check_optimizer(optim.AdamW(param_groups(net().named_parameters(), own), betas=(0.8, 0.95)), own)
+    optimizer = optim.AdamW(groups(own), betas=(0.8, 0.95))
+    check_optimizer(optimizer, own)
+    optimizer.param_groups[0]["betas"] = (0.5, 0.6)
+    with pytest.raises(InputError, match=r"betas differ .* Give all of them the same"):
+        check_optimizer(optimizer, own)
 
 
 def _popped(groups: list[dict[str, Any]]) -> None:

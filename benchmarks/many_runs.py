@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -65,9 +66,27 @@ Loss = TypeVar("Loss")
 
 
 def read_runs(file: Path) -> list[dict[str, Any]]:
-    """Returns the lines of `KeptRuns`, from its file or from one that was packed with gzip."""
-    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    return [json.loads(line) for line in content.decode().splitlines()]
+    """Returns the lines of `KeptRuns`, from its file or from one that was packed with gzip.
+
+    Raises:
+        SystemExit: the file is missing or damaged; names the line.
+    """
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        lines = content.decode().splitlines()
+    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
+        raise SystemExit(f"{file}: no file of runs ({error}).") from None
+    return [_run(line, source=f"{file}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _run(line: str, *, source: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (RecursionError, ValueError):
+        row = None
+    if not (isinstance(row, dict) and isinstance(row.get("key"), list)):
+        raise SystemExit(f"{source}: no run, as where one was stopped while it was written. Take the line out.")
+    return row
 
 
 class KeptRuns:

@@ -30,7 +30,7 @@ from lr_width_table import (
     tenths,
     worst_change,
 )
-from many_runs import KeptRuns
+from many_runs import KeptRuns, read_runs
 from small_models import dense
 
 from mup_megatron.recipe import Hyperparameters, Recipe, load_recipe, save_recipe
@@ -302,6 +302,29 @@ def test_a_file_of_runs_that_go_on_tells_of_the_rates_that_are_done() -> None:
         64: rows,
         128: {key: rows[key] for key in rows if key[0] < 3},
     }
+
+
+PACKED = (ROOT / FROM).read_bytes()
+DAMAGED: dict[str, tuple[str, bytes, str]] = {
+    "a line that was cut": ("runs.jsonl", b'{"key": ["ours"]}\n{"key": ["ou', "line 2: no run, .* Take the line out"),
+    "a line of something else": ("runs.jsonl", b"[1]\n", "line 1: no run"),
+    "packed and cut": ("runs.jsonl.gz", PACKED[: len(PACKED) // 2], "no file of runs"),
+    "not packed": ("runs.jsonl.gz", b"{}", "no file of runs"),
+    "no text": ("runs.jsonl", b"\xff\xfe", "no file of runs"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_file_of_runs_is_named(damage: str, tmp_path: Path) -> None:
+    name, content, said = DAMAGED[damage]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=rf"{name}(, |: ){said}"):
+        read_runs(tmp_path / name)
+
+
+def test_a_file_of_runs_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"nothing\.jsonl: no file of runs .*No such file"):
+        read_runs(tmp_path / "nothing.jsonl")
 
 
 @pytest.mark.slow  # a server that has imported Megatron, and thirty runs
